@@ -1,0 +1,1 @@
+"""Measured separately; nothing imports it."""

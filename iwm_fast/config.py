@@ -1,0 +1,360 @@
+"""One run's settings: composed here, read from YAML and `key=value`, written beside the results.
+
+Groups are ordered by effect. `data`, `views`, `mask`, `model`, `objective` and `optim` may change what is learnt and
+make the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from pipelines.config import Backend, DataConfig, MaskConfig, ViewConfig, check, check_range
+
+FINGERPRINTED = ("seed", "data", "views", "mask", "model", "objective", "optim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Vision transformer over patches; teacher and trained encoder share it. Defaults: ViT-B/16."""
+
+    dim: int = 768
+    """Width of the tokens (timm: tiny 192, small 384, base 768, large 1024, huge 1280)."""
+    depth: int = 12
+    """Transformer blocks (timm: tiny to base 12, large 24, huge 32)."""
+    num_heads: int = 12
+    """Attention heads (timm: tiny 3, small 6, base 12, large 16, huge 16)."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over dim."""
+
+    def __post_init__(self) -> None:
+        _check_transformer("model.encoder", self.dim, self.depth, self.num_heads)
+        check(self.depth >= 1, "model.encoder.depth", self.depth, "be at least 1")
+        check(self.patch_size >= 1, "model.encoder.patch_size", self.patch_size, "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """The world model: context tokens and action in, tokens at target positions out."""
+
+    dim: int = 384
+    """Width of the predictor's tokens."""
+    depth: int = 12
+    """Transformer blocks; 0 is the identity predictor, the invariant end of the slider."""
+    num_heads: int = 12
+    """Attention heads; heads of 32 (dim / 32) are the paper's."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over dim."""
+    conditioning: Literal["feature", "sequence", "none"] = "feature"
+    """How the action enters: concatenated to each mask token, as one token per entry, or not at all (a control)."""
+
+    def __post_init__(self) -> None:
+        _check_transformer("model.predictor", self.dim, self.depth, self.num_heads)
+        check(self.depth >= 0, "model.predictor.depth", self.depth, "be at least 0")
+
+
+def _check_transformer(name: str, dim: int, depth: int, num_heads: int) -> None:
+    check(num_heads >= 1 and dim % num_heads == 0, f"{name}.num_heads", num_heads, f"divide {name}.dim = {dim}")
+    check(dim >= 4 and dim % 4 == 0, f"{name}.dim", dim, "be a multiple of 4 (2-D sin-cos positions)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder and predictor."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """Between predicted tokens and the teacher's LayerNormed tokens."""
+    variance_weight: float | None = None
+    """Weight of the variance term on encoder tokens; unset: 1 for the identity predictor, 0 otherwise."""
+    covariance_weight: float | None = None
+    """Weight of the covariance term on encoder tokens; unset: 0.04 for the identity predictor, 0 otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("variance_weight", "covariance_weight"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How it is minimised: AdamW and its schedules, counted in epochs of data.train."""
+
+    global_batch_size: int = 2048
+    """Images per optimiser step over all ranks and micro-batches."""
+    epochs: float = 300.0
+    """Passes over the training samples."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_start: float = 2e-4
+    """Learning rate of the first step."""
+    lr_end: float = 1e-6
+    """Where the cosine ends (with schedule_stretch > 1 the run stops before)."""
+    warmup_epochs: float = 40.0
+    """Epochs of linear warm-up."""
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """First and last weight decay, cosine; biases and norms have none."""
+    teacher_momentum: tuple[float, float] = (0.996, 1.0)
+    """First and last EMA coefficient of the teacher, linear; 1 = frozen."""
+    schedule_stretch: float = 1.25
+    """Schedules are laid out for this many times the run's steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment coefficients."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; unset: no clipping."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the networks; weights, teacher and optimiser are always fp32."""
+
+    def __post_init__(self) -> None:
+        check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
+        check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
+        check(0 <= self.warmup_epochs < self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"lie in [0, epochs = {self.epochs})")
+        for name in ("lr", "lr_start", "lr_end"):
+            check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
+        check(self.lr > 0, "optim.lr", self.lr, "be above 0")
+        check(min(self.weight_decay) >= 0, "optim.weight_decay", self.weight_decay, "be at least 0")
+        check_range("optim.teacher_momentum", self.teacher_momentum, 0.0, 1.0)
+        check(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "be at least 1")
+        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "lie in [0, 1)")
+        check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "be above 0 or unset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How it is computed; none of this changes what is learnt."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one and says which it took."""
+    loader: Backend = "dali"
+    """dali: the fast path; torch: its plain twin."""
+    ops: Literal["reference"] = "reference"
+    """Attention and predictor input in plain PyTorch."""
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """deepspeed: ZeRO; plain: its twin in PyTorch alone."""
+    zero_stage: Literal[1, 2] | None = None
+    """DeepSpeed's stage: 1 shards the optimiser's state, 2 the gradients too; unset: 1. Not for runtime.engine=plain."""
+    micro_batch_size: int | None = None
+    """Images per rank per forward; unset: global batch / ranks. Accumulation is derived."""
+    reader_threads: int = 4
+    """Threads that read encoded images, per rank."""
+    loader_threads: int = 2
+    """DALI's threads (decoding on the CPU), per rank; not for runtime.loader=torch."""
+    prefetch: int = 2
+    """Micro-batches prepared ahead."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings, merged over ours; a conflict with ours is an error."""
+
+    def __post_init__(self) -> None:
+        is_pointless = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
+        check(not is_pointless, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
+              "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
+        for name in ("reader_threads", "loader_threads", "prefetch"):
+            check(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
+        size = self.micro_batch_size
+        check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where results go and how often they are written."""
+
+    folder: str = "runs/unnamed"
+    """Run folder: resolved config, metrics.jsonl, TensorBoard, checkpoints, evaluations."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the folder's newest checkpoint, or start; never: refuse a folder that already holds a run."""
+    log_every: int = 10
+    """Steps between log rows."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always makes one."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.folder), "output.folder", self.folder, "name a folder")
+        for name in ("log_every", "checkpoint_every"):
+            check(getattr(self, name) >= 1, f"output.{name}", getattr(self, name), "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run, whole."""
+
+    seed: int = 0
+    """Fixes initial weights, order, crops, actions and masks."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**63, "seed", self.seed, "lie in [0, 2^63)")
+        patch = self.model.encoder.patch_size
+        check(self.views.size % patch == 0, "views.size", self.views.size, f"be a multiple of model.encoder.patch_size = {patch}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a view."""
+        return self.views.size // self.model.encoder.patch_size
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML and apply dotted `key=value` overrides; what is not named keeps its default.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown key (with the nearest known one), a value of the wrong kind or out of range.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration file {str(path)!r}; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Build a checked `RunConfig` from nested dicts that hold differences from the defaults.
+
+    Raises:
+        ValueError: for an unknown key or an unfit value.
+    """
+    data = tree.get("data")
+    for name in ("train", "val"):
+        if isinstance(data, dict) and isinstance(data.get(name), list):
+            data[name] = "::".join(data[name])
+    try:
+        # paths may hold "${", which OmegaConf would take for an interpolation
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(_escape(tree)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ValueError(_unknown_key(str(error.full_key))) from error
+    except OmegaConfBaseException as error:
+        place = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(place + str(error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _escape(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {name: _escape(child) for name, child in node.items()}
+    if isinstance(node, list):
+        return [_escape(child) for child in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
+    kinds = {known: kind for known, kind, _, _ in describe_fields()}
+    if name not in kinds and not name.startswith("runtime.deepspeed."):
+        raise ValueError(_unknown_key(name))
+    # text settings are taken as they stand: a path may look like YAML
+    value = text if kinds.get(name) == "str" else yaml.safe_load(text)
+    *groups, leaf = name.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        check(isinstance(tree, dict), group, tree, "be a group of settings")
+    tree[leaf] = value
+
+
+def _unknown_key(name: str) -> str:
+    known = [row[0] for row in describe_fields()]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"groups are {', '.join(row.name for row in dataclasses.fields(RunConfig))}"
+    return f"unknown setting {name!r}; {hint}"
+
+
+def describe_fields(kind: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Yield (dotted name, type, default, explanation) of every setting, in order."""
+    texts = _field_texts(kind)
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.type):
+            yield from describe_fields(item.type, f"{prefix}{item.name}.")
+            continue
+        has_default = item.default is not dataclasses.MISSING
+        default = item.default if has_default else item.default_factory()  # type: ignore[misc]
+        kind_name = item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
+        yield f"{prefix}{item.name}", kind_name, default, texts[item.name]
+
+
+def _field_texts(kind: type) -> dict[str, str]:
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    texts = {}
+    for statement, after in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            texts[statement.target.id] = str(after.value.value) if is_text else ""  # type: ignore[union-attr]
+    return texts
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Return nested plain dicts and lists, fit for YAML and JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
+
+
+def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
+    """Return what decides the run's result, flat: dotted names and values, shards by content instead of by path."""
+    flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINTED}))
+    del flat["data.val"]
+    flat["data.train"] = shards_digest
+    return flat
+
+
+def digest(flat: dict[str, Any]) -> str:
+    """Return a short name of a fingerprint."""
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Return (micro-batch size per rank, micro-batches per optimiser step).
+
+    Raises:
+        ValueError: if global batch, ranks and micro-batch do not divide.
+    """
+    total = config.optim.global_batch_size
+    check(total % world_size == 0, "optim.global_batch_size", total, f"be a multiple of the {world_size} ranks")
+    micro = config.runtime.micro_batch_size or total // world_size
+    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = optim.global_batch_size = {total}"
+    check(total % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
+    return micro, total // (micro * world_size)

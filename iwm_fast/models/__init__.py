@@ -1,0 +1,1 @@
+"""Encoder, predictor, and the two together as the trained student."""

@@ -1,0 +1,1 @@
+"""Shards in, `Batch` out: reading, drawing, rendering. Knows nothing of models."""

@@ -1,0 +1,73 @@
+"""The objects that cross from data to training."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int32, Int64, UInt8
+from torch import Tensor
+
+# ImageNet statistics, as in I-JEPA and timm; the exported encoder expects them
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedIndex:
+    """Some patches of each image of a batch, packed one image after the other; M is their number."""
+
+    patch: Int64[Tensor, "M"]
+    """Number of the patch in its image's grid, in raster order."""
+    row: Int64[Tensor, "M"]
+    """Row in the flattened (B * N) tokens: image * N + patch."""
+    offsets: Int32[Tensor, "images"]
+    """Where each image's patches begin, B + 1 entries: 0 first, M last."""
+    longest: int
+    """Most patches of one image in this batch."""
+    total: int
+    """Patches over the whole global batch of the step: what a summed loss is divided by."""
+
+    def to(self, device: torch.device) -> "RaggedIndex":
+        """Copy to a device."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("patch", "row", "offsets")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank: B images in two views and what changed between them."""
+
+    source_view: Float[Tensor, "B 3 H W"]
+    """Normalised image the context comes from."""
+    target_view: Float[Tensor, "B 3 H W"]
+    """Normalised image whose tokens are predicted."""
+    action: Float[Tensor, "B A"]
+    """Change source -> target, of order one per entry; zero means no change."""
+    context: RaggedIndex
+    """Visible patches of the source view."""
+    target: RaggedIndex
+    """Patches to predict."""
+    crop_window: Float[Tensor, "B 4"]
+    """Top, left, height, width of the shared crop in the stored image's pixels."""
+    label: Int64[Tensor, "B"]
+    """Class number, -1 where the sample has none."""
+    sample: Int64[Tensor, "B"]
+    """Number of the sample in the data set."""
+    slot: Int64[Tensor, "B"]
+    """Place in the global batch."""
+    key: tuple[str, ...]
+    """Name of each sample as its shard gives it."""
+    step: int
+    """Optimiser step this batch belongs to."""
+
+
+def normalize_view(view: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+    """Turn pixels into the network's input: channels first, ImageNet mean and standard deviation."""
+    mean, std = view.new_tensor(PIXEL_MEAN, dtype=torch.float32), view.new_tensor(PIXEL_STD, dtype=torch.float32)
+    return ((view.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def denormalize_view(view: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
+    """Invert `normalize_view`, for pictures."""
+    mean, std = view.new_tensor(PIXEL_MEAN), view.new_tensor(PIXEL_STD)
+    pixels = (view.permute(0, 2, 3, 1) * std + mean) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8)
