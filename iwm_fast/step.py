@@ -1,0 +1,70 @@
+"""The method in thirty lines: read this file first.
+
+From the visible patches of a source view and the action, predict the teacher's tokens of the target view; then let
+the teacher follow the encoder.
+"""
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from iwm_fast.engine import Engine
+from iwm_fast.objective import Objective, collapse_monitors
+from iwm_fast.schedules import Schedules
+from iwm_fast.teacher import Teacher
+from pipelines.loader import Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimiser step did; tensors stay on the device until they are logged."""
+
+    loss: Tensor
+    """This rank's share of the loss, a scalar: summed over ranks it is the loss of the global batch."""
+    grad_norm: float | Tensor
+    """Global norm before clipping."""
+    monitors: dict[str, Tensor]
+    """Collapse monitors of the last micro-batch, scalars."""
+    is_applied: bool
+    """False if a non-finite gradient left weights and teacher as they were."""
+    wait_s: float
+    """Seconds spent waiting for the loader."""
+    keys: tuple[str, ...]
+    """Samples of the last micro-batch, to name in errors."""
+
+
+def train_step(
+    engine: Engine,
+    teacher: Teacher,
+    objective: Objective,
+    loader: Loader,
+    schedules: Schedules,
+    *,
+    applied_steps: int,
+    accumulation: int,
+) -> StepReport:
+    """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
+    engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
+    losses, wait_s = [], 0.0
+    for _ in range(accumulation):
+        asked = time.perf_counter()
+        batch = next(loader)
+        wait_s += time.perf_counter() - asked
+        prediction = engine.forward(batch)
+        index = engine.student.predictor.predicted_patches(batch.context, batch.target)
+        target_tokens = teacher.encode(batch.target_view, index)
+        loss = objective(prediction, target_tokens, index)
+        engine.backward(loss)
+        losses.append(loss.detach())
+    outcome = engine.step()
+    if outcome.applied:
+        teacher.update(engine.named_parameters(), schedules.teacher_momentum(applied_steps))
+    return StepReport(
+        loss=sum(losses[1:], start=losses[0]),
+        grad_norm=outcome.grad_norm,
+        monitors=collapse_monitors(prediction.predicted_tokens.detach(), target_tokens, index),
+        is_applied=outcome.applied,
+        wait_s=wait_s,
+        keys=batch.key,
+    )
