@@ -1,25 +1,13 @@
-"""One run's settings: composed here, read from YAML and `key=value`, written beside the results.
+"""One run's settings, composed; `iwm_fast.settings` reads and writes them.
 
 Groups are ordered by effect. `data`, `views`, `mask`, `model`, `objective` and `optim` may change what is learnt and
 make the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
 """
 
-import dataclasses
-import difflib
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
 from pipelines.config import Backend, DataConfig, MaskConfig, ViewConfig, check, check_range
-
-FINGERPRINTED = ("seed", "data", "views", "mask", "model", "objective", "optim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +113,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
-        check(0 <= self.warmup_epochs < self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"lie in [0, epochs = {self.epochs})")
+        check(
+            0 <= self.warmup_epochs < self.epochs,
+            "optim.warmup_epochs",
+            self.warmup_epochs,
+            f"lie in [0, epochs = {self.epochs})",
+        )
         for name in ("lr", "lr_start", "lr_end"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
         check(self.lr > 0, "optim.lr", self.lr, "be above 0")
@@ -208,142 +201,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "lie in [0, 2^63)")
         patch = self.model.encoder.patch_size
-        check(self.views.size % patch == 0, "views.size", self.views.size, f"be a multiple of model.encoder.patch_size = {patch}")
+        check(
+            self.views.size % patch == 0,
+            "views.size",
+            self.views.size,
+            f"be a multiple of model.encoder.patch_size = {patch}",
+        )
 
     @property
     def grid(self) -> int:
         """Patches along one side of a view."""
         return self.views.size // self.model.encoder.patch_size
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML and apply dotted `key=value` overrides; what is not named keeps its default.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for an unknown key (with the nearest known one), a value of the wrong kind or out of range.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration file {str(path)!r}; give the path of a YAML file")
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_tree(tree)
-
-
-def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """Build a checked `RunConfig` from nested dicts that hold differences from the defaults.
-
-    Raises:
-        ValueError: for an unknown key or an unfit value.
-    """
-    data = tree.get("data")
-    for name in ("train", "val"):
-        if isinstance(data, dict) and isinstance(data.get(name), list):
-            data[name] = "::".join(data[name])
-    try:
-        # paths may hold "${", which OmegaConf would take for an interpolation
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(_escape(tree)))
-        config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise ValueError(_unknown_key(str(error.full_key))) from error
-    except OmegaConfBaseException as error:
-        place = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ValueError(place + str(error).splitlines()[0]) from error
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def _escape(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {name: _escape(child) for name, child in node.items()}
-    if isinstance(node, list):
-        return [_escape(child) for child in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
-    kinds = {known: kind for known, kind, _, _ in describe_fields()}
-    if name not in kinds and not name.startswith("runtime.deepspeed."):
-        raise ValueError(_unknown_key(name))
-    # text settings are taken as they stand: a path may look like YAML
-    value = text if kinds.get(name) == "str" else yaml.safe_load(text)
-    *groups, leaf = name.split(".")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-        check(isinstance(tree, dict), group, tree, "be a group of settings")
-    tree[leaf] = value
-
-
-def _unknown_key(name: str) -> str:
-    known = [row[0] for row in describe_fields()]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"groups are {', '.join(row.name for row in dataclasses.fields(RunConfig))}"
-    return f"unknown setting {name!r}; {hint}"
-
-
-def describe_fields(kind: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Yield (dotted name, type, default, explanation) of every setting, in order."""
-    texts = _field_texts(kind)
-    for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(item.type):
-            yield from describe_fields(item.type, f"{prefix}{item.name}.")
-            continue
-        has_default = item.default is not dataclasses.MISSING
-        default = item.default if has_default else item.default_factory()  # type: ignore[misc]
-        kind_name = item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
-        yield f"{prefix}{item.name}", kind_name, default, texts[item.name]
-
-
-def _field_texts(kind: type) -> dict[str, str]:
-    import ast
-    import inspect
-    import textwrap
-
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for statement, after in zip(body, body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            texts[statement.target.id] = str(after.value.value) if is_text else ""  # type: ignore[union-attr]
-    return texts
-
-
-def to_tree(config: Any) -> dict[str, Any]:
-    """Return nested plain dicts and lists, fit for YAML and JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write every setting, defaults included, as YAML that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
-
-
-def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
-    """Return what decides the run's result, flat: dotted names and values, shards by content instead of by path."""
-    flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINTED}))
-    del flat["data.val"]
-    flat["data.train"] = shards_digest
-    return flat
-
-
-def digest(flat: dict[str, Any]) -> str:
-    """Return a short name of a fingerprint."""
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> tuple[int, int]:

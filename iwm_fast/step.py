@@ -7,10 +7,12 @@ the teacher follow the encoder.
 import time
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from iwm_fast.engine import Engine
-from iwm_fast.objective import Objective, collapse_monitors
+from iwm_fast.models.student import Prediction
+from iwm_fast.objective import Objective
 from iwm_fast.schedules import Schedules
 from iwm_fast.teacher import Teacher
 from pipelines.loader import Loader
@@ -24,8 +26,10 @@ class StepReport:
     """This rank's share of the loss, a scalar: summed over ranks it is the loss of the global batch."""
     grad_norm: float | Tensor
     """Global norm before clipping."""
-    monitors: dict[str, Tensor]
-    """Collapse monitors of the last micro-batch, scalars."""
+    prediction: Prediction
+    """Of the last micro-batch, for the collapse monitors."""
+    target_tokens: Float[Tensor, "T D"]
+    """What it is compared with."""
     is_applied: bool
     """False if a non-finite gradient left weights and teacher as they were."""
     wait_s: float
@@ -52,9 +56,8 @@ def train_step(
         batch = next(loader)
         wait_s += time.perf_counter() - asked
         prediction = engine.forward(batch)
-        index = engine.student.predictor.predicted_patches(batch.context, batch.target)
-        target_tokens = teacher.encode(batch.target_view, index)
-        loss = objective(prediction, target_tokens, index)
+        target_tokens = teacher.encode(batch.target_view, prediction.index)
+        loss = objective(prediction, target_tokens)
         engine.backward(loss)
         losses.append(loss.detach())
     outcome = engine.step()
@@ -63,7 +66,8 @@ def train_step(
     return StepReport(
         loss=sum(losses[1:], start=losses[0]),
         grad_norm=outcome.grad_norm,
-        monitors=collapse_monitors(prediction.predicted_tokens.detach(), target_tokens, index),
+        prediction=prediction,
+        target_tokens=target_tokens,
         is_applied=outcome.applied,
         wait_s=wait_s,
         keys=batch.key,

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Float64
 from pipelines.config import ViewConfig
 from pipelines.draws import uniforms
 
-LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = (0.299, 0.587, 0.114)
 # NTSC chroma axes; each row sums to zero, so grey has no chroma
 _CHROMA = np.array([[0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _GRAY = np.outer(np.ones(3), LUMA)
@@ -148,6 +148,11 @@ def gray_gain(photometry: Photometry) -> Float32[np.ndarray, "B"]:
     return photometry.brightness * (1 - photometry.contrast)
 
 
+def blur_radius(sigma: Float32[np.ndarray, "*B"] | np.float32) -> Float32[np.ndarray, "*B"] | np.float32:
+    """Return how many pixels to each side a Gaussian reaches: three standard deviations."""
+    return np.ceil(3 * sigma)
+
+
 def _entry_scale(config: ViewConfig, name: str) -> float:
     # a strength of 0 leaves a difference of 0, whatever it is divided by
     return (getattr(config, name) or 1.0) if name in JITTER else 1.0
@@ -169,9 +174,7 @@ def action_vector(source: Photometry, target: Photometry, config: ViewConfig) ->
 
 def action_difference(action: Float32[np.ndarray, "B A"], config: ViewConfig) -> dict[str, np.ndarray]:
     """Invert `action_vector`: each entry's name with its change in natural units (factors, turns, flags)."""
-    return {
-        name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.action_entries)
-    }
+    return {name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.action_entries)}
 
 
 def describe_action(action: Float32[np.ndarray, "A"], config: ViewConfig) -> str:

@@ -12,20 +12,25 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.math as math
 import nvidia.dali.types as types
-from nvidia.dali import Pipeline, pipeline_def
-from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali import Pipeline
 
-from pipelines.actions import LUMA, Draws, Photometry, color_matrix, gray_gain
+from pipelines.actions import LUMA, Draws, blur_radius, color_matrix, gray_gain
 
-_SCALARS = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
-_FLAGS = {"grayscale": (types.BOOL, 0), "blur": (types.BOOL, 0), "sigma": (types.FLOAT, 0), "solarize": (types.BOOL, 0)}
+_JITTER = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
+_DESTROY = {
+    "gray_matrix": (types.FLOAT, 2),
+    "blur_sigma": (types.FLOAT, 0),
+    "blur_window": (types.INT32, 0),
+    "solarize_from": (types.INT32, 0),
+}
 _INPUTS = {
     "encoded": (types.UINT8, 1),
     "crop": (types.FLOAT, 1),
     "flip": (types.INT32, 0),
-    **{f"target_{name}": kind for name, kind in _SCALARS.items()},
-    **{f"source_{name}": kind for name, kind in (_SCALARS | _FLAGS).items()},
+    **{f"target_{name}": kind for name, kind in _JITTER.items()},
+    **{f"source_{name}": kind for name, kind in (_JITTER | _DESTROY).items()},
 }
+_TO_GRAY = np.tile(np.float32(LUMA), (3, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,54 +48,48 @@ class GraphSettings:
 
 
 def graph_inputs(encoded: list[np.ndarray], draws: Draws) -> tuple[Any, ...]:
-    """Lay out one batch in the order the graph takes it."""
+    """Lay out one batch in the order the graph takes it.
+
+    Every operation runs on every sample, with parameters that leave uint8 pixels bit-equal where it was not drawn:
+    the identity matrix, a window of one pixel, a threshold above all values.
+    """
     source, target = draws.source, draws.target
-    flags = (source.grayscale, source.blur, source.blur_sigma, source.solarize)
-    return (encoded, draws.crop, draws.flip.astype(np.int32), *_map(target), *_map(source), *flags)
-
-
-def _map(photometry: Photometry) -> tuple[np.ndarray, np.ndarray]:
-    return color_matrix(photometry), gray_gain(photometry)
+    gray_matrix = np.where(source.grayscale[:, None, None], _TO_GRAY, np.eye(3, dtype=np.float32))
+    window = np.where(source.blur, 2 * blur_radius(source.blur_sigma) + 1, 1).astype(np.int32)
+    solarize_from = np.where(source.solarize, 128, 256).astype(np.int32)
+    jitter = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
+    flip = draws.flip.astype(np.int32)
+    return (encoded, draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
 
 
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:
     """Build the pipeline; it calls `next_inputs` once per batch and returns (source view, target view, window)."""
-    graph = _two_views(
+    graph = Pipeline(
         batch_size=settings.max_batch_size,
         num_threads=settings.num_threads,
         device_id=settings.device_id,
         prefetch_queue_depth=settings.prefetch,
-        next_inputs=next_inputs,
-        size=settings.view_size,
-        is_gpu=settings.device_id is not None,
     )
+    dtypes, dimensions = zip(*_INPUTS.values(), strict=True)
+    with graph:
+        fed = fn.external_source(
+            source=next_inputs, num_outputs=len(_INPUTS), batch=True, dtype=list(dtypes), ndim=list(dimensions)
+        )
+        data = dict(zip(_INPUTS, fed, strict=True))
+        graph.set_outputs(*_two_views(data, settings.view_size, is_gpu=settings.device_id is not None))
     graph.build()
     return graph
 
 
-@do_not_convert
-def _fed_inputs(next_inputs):
-    dtypes, dimensions = zip(*_INPUTS.values(), strict=True)
-    fed = fn.external_source(
-        source=next_inputs, num_outputs=len(_INPUTS), batch=True, dtype=list(dtypes), ndim=list(dimensions)
-    )
-    return dict(zip(_INPUTS, fed, strict=True))
-
-
-@pipeline_def(enable_conditionals=True)
-def _two_views(next_inputs, size, is_gpu):
-    data = _fed_inputs(next_inputs)
+def _two_views(data, size, *, is_gpu):
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    crop = decode_crop(data["encoded"], window, size, is_gpu)
+    crop = decode_crop(data["encoded"], window, size, is_gpu=is_gpu)
     crop = fn.flip(crop, horizontal=data["flip"])
-    target_view = jitter_nodes(crop, data["target_matrix"], data["target_gain"], is_gpu)
-    source_view = jitter_nodes(crop, data["source_matrix"], data["source_gain"], is_gpu)
-    if data["source_grayscale"]:
-        source_view = grayscale_nodes(source_view)
-    if data["source_blur"]:
-        source_view = fn.gaussian_blur(source_view, sigma=data["source_sigma"])
-    if data["source_solarize"]:
-        source_view = solarize_nodes(source_view)
+    target_view = jitter_nodes(crop, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
+    source_view = jitter_nodes(crop, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
+    source_view = fn.coord_transform(source_view, M=data["source_gray_matrix"], dtype=types.UINT8)
+    source_view = fn.gaussian_blur(source_view, sigma=data["source_blur_sigma"], window_size=data["source_blur_window"])
+    source_view = solarize_nodes(source_view, data["source_solarize_from"], is_gpu=is_gpu)
     return source_view, target_view, window
 
 
@@ -107,7 +106,7 @@ def crop_window_nodes(crop, shape):
     return fn.stack(top, left, crop_height, crop_width)
 
 
-def decode_crop(encoded, window, size, is_gpu):
+def decode_crop(encoded, window, size, *, is_gpu):
     """Decode only the window and resize it to a square, antialiased."""
     corner = fn.cast(window[0:2], dtype=types.INT32)
     extent = fn.cast(window[2:4], dtype=types.INT32)
@@ -116,21 +115,17 @@ def decode_crop(encoded, window, size, is_gpu):
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
-def jitter_nodes(crop, matrix, gain, is_gpu):
+def jitter_nodes(crop, matrix, gain, *, is_gpu):
     """Apply the affine colour map: matrix times pixel plus gain times the grey mean, one clamp."""
     channel_means = fn.reductions.mean(crop, axes=[0, 1], dtype=types.FLOAT)
     gray_mean = fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA)))
     mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
-    # gain stays a CPU input for the CPU graph; on a GPU it joins graph arithmetic there
+    # operators take matrix as an argument from the CPU; arithmetic needs gain where the pixels are
     return fn.cast(mapped + (gain.gpu() if is_gpu else gain) * gray_mean, dtype=types.UINT8)
 
 
-def grayscale_nodes(pixels):
-    """Replace each pixel by its luma, in three channels."""
-    return fn.coord_transform(pixels, M=np.tile(LUMA, 3).tolist(), dtype=types.UINT8)
-
-
-def solarize_nodes(pixels):
-    """Invert values of 128 and more."""
-    is_bright = pixels >= 128
-    return fn.cast(pixels * (is_bright == False) + (255 - pixels) * is_bright, dtype=types.UINT8)  # noqa: E712
+def solarize_nodes(pixels, threshold, *, is_gpu):
+    """Invert values from the threshold on."""
+    is_bright = pixels >= (threshold.gpu() if is_gpu else threshold)
+    # x + is_bright * (255 - 2 x), in integers
+    return fn.cast(pixels + is_bright * (255 - 2 * fn.cast(pixels, dtype=types.INT32)), dtype=types.UINT8)

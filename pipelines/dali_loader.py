@@ -94,7 +94,9 @@ class DaliLoader:
                 except UNDECODABLE:
                     return undecodable(self._shards, int(sample), request.step)
         request = self._in_graph[0]
-        return RuntimeError(f"DALI cannot render a batch of step {request.step}; runtime.loader=torch shows whether it can be")
+        return RuntimeError(
+            f"DALI cannot render a batch of step {request.step}; runtime.loader=torch shows whether it can be"
+        )
 
     def close(self) -> None:
         """Release threads, files and the graph."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -12,6 +12,7 @@ from pipelines.plan import Plan
 from pipelines.shards import ShardSet
 
 
+@runtime_checkable
 class Loader(Protocol):
     """An iterator over one rank's micro-batches."""
 

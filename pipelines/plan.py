@@ -5,7 +5,7 @@ need no state, and the same request gives the same batch on any of them.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Request:
     target: RaggedIndex
 
 
+@runtime_checkable
 class Plan(Protocol):
     """The sequence of requests of one rank."""
 

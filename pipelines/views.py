@@ -4,12 +4,12 @@ import io
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.actions import LUMA, Photometry, color_matrix, gray_gain
+from pipelines.actions import LUMA, Photometry, blur_radius, color_matrix, gray_gain
 
 
 # what Pillow raises for bytes that are no (complete) image
@@ -50,30 +50,37 @@ def jitter(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tens
     matrix = torch.from_numpy(color_matrix(photometry)).to(crop.device)
     gain = torch.from_numpy(gray_gain(photometry)).to(crop.device)
     pixels = crop.float()
-    gray_mean = pixels.mean(dim=(1, 2)) @ pixels.new_tensor(LUMA)
-    flat = pixels.flatten(1, 2)
-    return _to_uint8((flat @ matrix.transpose(1, 2)).view_as(pixels) + (gain * gray_mean)[:, None, None, None])
+    gray_mean = _luma(pixels.mean(dim=(1, 2)))
+    # written out: a batched matrix product may round differently with the size of the batch
+    red, green, blue = (pixels[..., None, channel] for channel in range(3))
+    columns = matrix[:, None, None].unbind(dim=-1)
+    mapped = red * columns[0] + green * columns[1] + blue * columns[2]
+    return _to_uint8(mapped + (gain * gray_mean)[:, None, None, None])
 
 
 def grayscale(pixels: UInt8[Tensor, "B H W 3"]) -> UInt8[Tensor, "B H W 3"]:
     """Replace each pixel by its luma, in three channels."""
-    luma = pixels.float() @ torch.tensor(LUMA, dtype=torch.float32, device=pixels.device)
-    return _to_uint8(luma)[..., None].expand_as(pixels).contiguous()
+    return _to_uint8(_luma(pixels.float()))[..., None].expand_as(pixels).contiguous()
 
 
 def blur(pixels: UInt8[Tensor, "B H W 3"], sigma: Float32[np.ndarray, "B"]) -> UInt8[Tensor, "B H W 3"]:
-    """Blur each image with its own Gaussian, cut at 3 sigma as DALI does, reflected at the border."""
-    radius = torch.from_numpy(np.ceil(3 * sigma)).to(pixels.device)
-    widest = int(radius.max())
-    place = torch.arange(-widest, widest + 1, device=pixels.device, dtype=torch.float32)
-    scale = torch.from_numpy(sigma).to(pixels.device)[:, None]
-    kernel = torch.exp(-0.5 * (place / scale) ** 2) * (place.abs() <= radius[:, None])
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    planes = pixels.permute(0, 3, 1, 2).flatten(0, 1).float()[None]
-    padded = functional.pad(planes, (widest,) * 4, mode="reflect")
-    blurred = functional.conv2d(padded, kernel[:, None, None, :], groups=len(kernel))
-    blurred = functional.conv2d(blurred, kernel[:, None, :, None], groups=len(kernel))
-    return _to_uint8(blurred[0].unflatten(0, (-1, 3)).permute(0, 2, 3, 1)).contiguous()
+    """Blur each image with its own Gaussian, cut at `blur_radius`, reflected at the border."""
+    return torch.stack([_blur_one(*pair) for pair in zip(pixels, sigma.tolist(), strict=True)])
+
+
+def _blur_one(pixels: UInt8[Tensor, "H W 3"], sigma: float) -> UInt8[Tensor, "H W 3"]:
+    radius = int(blur_radius(np.float32(sigma)))
+    place = torch.arange(-radius, radius + 1, device=pixels.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (place / sigma) ** 2)
+    kernel = (kernel / kernel.sum())[None, None]
+    planes = functional.pad(pixels.permute(2, 0, 1).float()[:, None], (radius,) * 4, mode="reflect")
+    planes = functional.conv2d(functional.conv2d(planes, kernel[:, :, None]), kernel[..., None])
+    return _to_uint8(planes[:, 0].permute(1, 2, 0)).contiguous()
+
+
+def _luma(pixels: Float[Tensor, "*dims 3"]) -> Float[Tensor, "*dims"]:
+    red, green, blue = pixels.unbind(dim=-1)
+    return red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
 
 
 def _to_uint8(pixels: Shaped[Tensor, "..."]) -> UInt8[Tensor, "..."]:

@@ -1,11 +1,14 @@
-"""Shared set-up: one thread, tiny shards, NaN in fresh memory."""
+"""Shared set-up: one thread, tiny shards of real photographs, NaN in fresh memory."""
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
+import numpy as np
 import pytest
 import torch
+from samples import TinyShards, encode, photograph, write_tar
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 torch.set_num_threads(1)
 
@@ -15,4 +18,32 @@ def _poisoned_memory():
     """Fill uninitialised tensors with NaN, so that an element never written is seen."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> TinyShards:
+    """Write the shards once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    photographs = [photograph(name) for name in ("astronaut.png", "coffee.png", "chelsea.png")]
+    generator = np.random.default_rng(0)
+    number = 0
+    for shard, count in enumerate((20, 17, 11)):
+        members = []
+        for _ in range(count):
+            label = number % 3
+            height, width = generator.integers(40, 90, 2)
+            top, left = generator.integers(0, 200, 2)
+            crop = photographs[label][top : top + height, left : left + width]
+            members += [(f"{number:04}.jpg", encode(crop)), (f"{number:04}.cls", str(label).encode())]
+            number += 1
+        write_tar(folder / f"tiny-{shard:06}.tar", members)
+    return TinyShards(pattern=str(folder / "tiny-{000000..000002}.tar"), folder=folder)

@@ -1,0 +1,186 @@
+"""The `iwm` command: one subcommand per thing a user does; each imports its module when it is called."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from iwm_fast.messages import errors_as_messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand: what it takes, what it does."""
+
+    usage: str
+    summary: str
+    act: Callable[[list[str]], None]
+    settings: Callable[[], Any] | None = None
+    """Returns the dataclass whose fields `--help` explains."""
+
+
+def _run_config() -> Any:
+    from iwm_fast.config import RunConfig
+
+    return RunConfig
+
+
+def _eval_config(name: str) -> Callable[[], Any]:
+    def find() -> Any:
+        from iwm_fast.evals import config
+
+        return getattr(config, name)
+
+    return find
+
+
+def _load(arguments: list[str]) -> Any:
+    from iwm_fast.settings import load_config
+
+    if not arguments:
+        raise ValueError("which run? give the path of its YAML file, then settings as key=value")
+    return load_config(arguments[0], arguments[1:])
+
+
+def _build(name: str, arguments: list[str]) -> Any:
+    from iwm_fast.settings import build
+
+    config = build(_eval_config(name)(), {}, arguments)
+    if not config.run:
+        raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
+    return config
+
+
+def _train(arguments: list[str]) -> None:
+    from iwm_fast.train import main as train
+
+    train(arguments)
+
+
+def _show(arguments: list[str]) -> None:
+    config = _load(arguments)
+    from iwm_fast.show import show
+
+    print(show(config))
+
+
+def _evaluate_mrr(arguments: list[str]) -> None:
+    config = _build("MrrConfig", arguments)
+    from iwm_fast.evals.mrr import evaluate_mrr
+
+    _print_numbers(evaluate_mrr(config))
+
+
+def _evaluate_knn(arguments: list[str]) -> None:
+    config = _build("KnnConfig", arguments)
+    from iwm_fast.evals.knn import evaluate_knn
+
+    _print_numbers(evaluate_knn(config))
+
+
+def _imagine(arguments: list[str]) -> None:
+    config = _build("ImagineConfig", arguments)
+    from iwm_fast.evals.imagine import imagine
+
+    print(imagine(config))
+
+
+def _shards_demo(arguments: list[str]) -> None:
+    (folder,) = _exactly(arguments, "a folder to write to")
+    from pathlib import Path
+
+    from pipelines.make_shards import write_demo_shards
+
+    print(write_demo_shards(Path(folder)))
+
+
+def _shards_pack(arguments: list[str]) -> None:
+    source, folder = _exactly(arguments, "an image folder with one subfolder per class", "a folder to write to")
+    from pathlib import Path
+
+    from pipelines.make_shards import pack_folder
+
+    for path in pack_folder(Path(source), Path(folder)):
+        print(path)
+
+
+def _demo(arguments: list[str]) -> None:
+    from iwm_fast.demo import demo
+
+    demo(arguments)
+
+
+COMMANDS = {
+    "train": Command(usage="RUN.yaml [key=value ...]", act=_train, settings=_run_config,
+                     summary="train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun"),
+    "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
+                    summary="draw what the model will see: views, masks and actions of a few samples"),
+    "evaluate mrr": Command(usage="run=DIR [key=value ...]", act=_evaluate_mrr, settings=_eval_config("MrrConfig"),
+                            summary="mean reciprocal rank of the world model, beside chance and an untrained predictor"),
+    "evaluate knn": Command(usage="run=DIR [key=value ...]", act=_evaluate_knn, settings=_eval_config("KnnConfig"),
+                            summary="k nearest neighbours on frozen features, beside an untrained encoder"),
+    "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),
+                       summary="draw source, asked-for change and what the prediction retrieves"),
+    "shards demo": Command(usage="FOLDER", act=_shards_demo,
+                           summary="write the demo's shards from photographs bundled with its dependencies"),
+    "shards pack": Command(usage="IMAGE_FOLDER FOLDER", act=_shards_pack,
+                           summary="write shards from an image folder with one subfolder per class"),
+    "demo": Command(usage="[key=value ...]", act=_demo,
+                    summary="photographs to a trained, measured world model; what `make demo` runs"),
+}  # fmt: skip
+
+
+def _exactly(arguments: list[str], *names: str) -> list[str]:
+    if len(arguments) != len(names):
+        raise ValueError(f"expected {len(names)} arguments ({'; '.join(names)}), got {arguments}")
+    return arguments
+
+
+def _print_numbers(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if name != "settings":
+            print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Find the command in the arguments and carry it out."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with errors_as_messages():
+        for length in (2, 1):
+            name = " ".join(given[:length])
+            if name in COMMANDS:
+                rest = given[length:]
+                return _help(name) if {"-h", "--help"} & set(rest) else COMMANDS[name].act(rest)
+        if given and given[0] not in ("-h", "--help") and not _is_group(given):
+            raise ValueError(f"unknown command {' '.join(given[:2])!r}; known are {', '.join(COMMANDS)}")
+    _overview(given)
+
+
+def _is_group(given: list[str]) -> bool:
+    asks = len(given) == 1 or given[1] in ("-h", "--help")
+    return asks and any(name.startswith(given[0] + " ") for name in COMMANDS)
+
+
+def _overview(given: list[str]) -> None:
+    prefix = given[0] + " " if given and _is_group(given) else ""
+    print("iwm: train Image World Models and use them\n")
+    for name, command in COMMANDS.items():
+        if name.startswith(prefix):
+            print(f"  iwm {name} {command.usage}\n      {command.summary}")
+    print("\n`iwm COMMAND --help` explains the settings. IWM_TRACEBACK=1 shows where an error comes from.")
+
+
+def _help(name: str) -> None:
+    command = COMMANDS[name]
+    print(f"iwm {name} {command.usage}\n\n{command.summary}")
+    if command.settings is None:
+        return
+    from iwm_fast.settings import describe_fields
+
+    print("\nsettings (type, default):")
+    for setting, kind, default, text in describe_fields(command.settings()):
+        print(f"  {setting} ({kind}, {default!r})\n      {text}")
+
+
+if __name__ == "__main__":
+    main()

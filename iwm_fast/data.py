@@ -1,0 +1,49 @@
+"""The run's settings turned into loaders: training stream and evaluation pass."""
+
+import numpy as np
+import torch
+
+from iwm_fast.config import RunConfig, accumulation_steps
+from iwm_fast.distributed import Place
+from pipelines.loader import Loader, LoaderSettings, build_loader
+from pipelines.order import SampleOrder
+from pipelines.plan import EvaluationPlan, TrainingPlan
+from pipelines.shards import ShardSet
+
+# images of one forward in evaluations; no gradient is kept, so memory is no concern
+EVALUATION_BATCH = 64
+
+
+def training_loader(config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0) -> Loader:
+    """Build this rank's endless stream from the given step on."""
+    micro_batch_size, accumulation = accumulation_steps(config, place.world_size)
+    sizes = [len(shard.keys) for shard in shards.shards]
+    plan = TrainingPlan(
+        views=config.views,
+        mask=config.mask,
+        seed=config.seed,
+        grid=config.grid,
+        order=SampleOrder(sizes, config.seed, config.data.shuffle_window),
+        global_batch_size=config.optim.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+
+
+def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:
+    """Build one pass over the given samples: largest centred square, nothing changed, all patches."""
+    plan = EvaluationPlan(views=config.views, grid=config.grid, samples=samples, micro_batch_size=EVALUATION_BATCH)
+    return build_loader(plan, shards, _settings(config, device))
+
+
+def _settings(config: RunConfig, device: torch.device) -> LoaderSettings:
+    return LoaderSettings(
+        backend=config.runtime.loader,
+        view_size=config.views.size,
+        device=device,
+        reader_threads=config.runtime.reader_threads,
+        loader_threads=config.runtime.loader_threads,
+        prefetch=config.runtime.prefetch,
+    )

@@ -1,0 +1,144 @@
+"""Start and stop the process group; sums over ranks; agree on a flag.
+
+The environment that torchrun, the DeepSpeed launcher and our own launcher set decides how many processes there are;
+without it there is one, with a process group of its own, which DeepSpeed needs too.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Num
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# the others wait while rank 0 looks at every sample or writes a checkpoint; DeepSpeed's 10 minutes kill that
+TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the cooperating processes this is, and where it computes."""
+
+    rank: int
+    """Number of the process, 0 .. world_size - 1."""
+    local_rank: int
+    """Number of the process on its machine; also the number of its GPU."""
+    world_size: int
+    """Number of processes."""
+    device: torch.device
+    """Where tensors live."""
+
+
+def start(device_setting: Literal["auto", "cpu", "cuda"]) -> Place:
+    """Join the process group that the environment describes, or make one of a single process.
+
+    On a CPU torch is limited to one thread unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        RuntimeError: if the environment is incomplete or wrong, there is no GPU but one was asked for, or a process
+            group exists already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a process group exists already; call distributed.stop() before starting another")
+    rank, local_rank, world_size = _read_environment()
+    device = _choose_device(device_setting, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # launchers leave it unset and ranks then fight for the cores: 470 -> 88 ms per step, 2 ranks on 2 cores
+        torch.set_num_threads(1)
+    _join(rank, world_size, device)
+    return Place(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+
+
+def _join(rank: int, world_size: int, device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        # a store inside the process needs no free port
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        return
+    # binding the GPU lets a barrier know its device
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=bound)
+
+
+def _read_environment() -> tuple[int, int, int]:
+    given = [name for name in ENVIRONMENT if name in os.environ]
+    if not given:
+        return 0, 0, 1
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}; start with torchrun, which sets all "
+            f"of them, or unset them for one process"
+        )
+    numbers = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not all(text.isdigit() for text in numbers.values()):
+        raise RuntimeError(f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, got {numbers}; start with torchrun")
+    rank, local_rank, world_size = (int(text) for text in numbers.values())
+    if not local_rank <= rank < world_size:
+        raise RuntimeError(f"must satisfy LOCAL_RANK <= RANK < WORLD_SIZE, got {numbers}; start with torchrun")
+    return rank, local_rank, world_size
+
+
+def _choose_device(setting: str, local_rank: int) -> torch.device:
+    num_gpus = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and num_gpus == 0):
+        logger.info("computing on the CPU (runtime.device=%s)", setting)
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise RuntimeError(
+            f"runtime.device={setting} needs a GPU for local rank {local_rank}, but torch {torch.__version__} finds "
+            f"{num_gpus}; start at most {num_gpus} processes here, check the driver, or set runtime.device=cpu"
+        )
+    logger.info("computing on %s (runtime.device=%s)", torch.cuda.get_device_name(local_rank), setting)
+    return torch.device("cuda", local_rank)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    """Return the sum over all ranks, with the same bits on each; collective. Without a process group: a copy."""
+    total = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    """Return the mean over all ranks; collective."""
+    return sum_over_ranks(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def join_over_ranks(part: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
+    """Return every rank's part, of equal size, one after the other in order of rank; collective."""
+    if not dist.is_initialized():
+        return part.detach().clone()
+    whole = part.new_empty(dist.get_world_size() * part.numel())
+    dist.all_gather_into_tensor(whole, part.detach().contiguous())
+    return whole
+
+
+def copy_from_rank_zero(tensor: Num[Tensor, "*shape"]) -> None:
+    """Overwrite in place with what rank 0 has; collective."""
+    if dist.is_initialized():
+        dist.broadcast(tensor.detach(), src=0)
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """Return whether any rank says true; collective, so it is a barrier too."""
+    votes = torch.tensor(int(flag), device=device)
+    return bool(sum_over_ranks(votes) > 0)

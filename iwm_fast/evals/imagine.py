@@ -1,0 +1,47 @@
+"""The world model at work, as a picture: a change is asked for, its prediction is looked up in a bank of images."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from iwm_fast import world_model
+from iwm_fast.distributed import choose_device
+from iwm_fast.evals.bank import distances, draw_bank, ranks
+from iwm_fast.evals.config import ImagineConfig
+from iwm_fast.evals.features import batches, spread, validation_shards
+from iwm_fast.pictures import Panel, save_sheet
+from iwm_fast.world_model import WorldModel
+from pipelines.actions import describe_action
+from pipelines.batch import denormalize_view
+
+_HEADINGS = ("source", "asked for: true rendering", "retrieved: nearest to prediction", "second nearest")
+
+
+def imagine(config: ImagineConfig) -> Path:
+    """Draw one row per image; the change is the bank's first member, so nothing is picked by hand."""
+    model = world_model.load(config.run, choose_device(config.device))
+    shards = validation_shards(model, config.data)
+    rows = []
+    for batch in batches(model, shards, spread(shards.num_samples, config.num_images)):
+        for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
+            rows.append(_row(model, pixels, sample, config))
+    path = Path(config.picture or Path(config.run) / "imagine.png")
+    title = f"{config.bank_size} jittered versions of each image to choose from ({config.bank} strengths), step {model.step}"
+    save_sheet(path, _HEADINGS, rows, title)
+    return path
+
+
+def _row(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, config: ImagineConfig) -> list[Panel]:
+    bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
+    distance = distances(model, pixels, bank)
+    best, second = distance[0].argsort()[:2].tolist()
+    images: UInt8[np.ndarray, "M H W 3"] = bank.pixels.cpu().numpy()
+    words = describe_action(bank.action[0].numpy(), model.config.views)
+    return [
+        Panel(pixels=pixels.cpu().numpy()),
+        Panel(pixels=images[0], caption=words),
+        Panel(pixels=images[best], caption=f"right answer at rank {float(ranks(distance)[0]):g}"),
+        Panel(pixels=images[second]),
+    ]

@@ -1,0 +1,108 @@
+"""Transformer blocks on packed tokens, positions and initial weights; parameter names are timm's."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+
+from kernels.ops import Ops
+
+# timm's and I-JEPA's LayerNorm; torch's own default is 1e-5
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each packed sequence."""
+
+    def __init__(self, dim: int, num_heads: int, ops: Ops) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.ragged_attention = ops.ragged_attention
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
+    ) -> Float[Tensor, "M D"]:
+        """Attend among the rows between two offsets; without offsets every `longest` rows are a sequence."""
+        rows, dim = tokens.shape
+        qkv = self.qkv(tokens).view(rows, 3, self.num_heads, dim // self.num_heads)
+        return self.proj(self.ragged_attention(qkv, offsets, longest).reshape(rows, dim))
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; under autocast the residual stream keeps the dtype of the tokens given."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, ops: Ops) -> None:
+        super().__init__()
+        self.residual_norm = ops.residual_norm
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads, ops)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
+    ) -> Float[Tensor, "M D"]:
+        """Transform tokens of packed sequences; `offsets` and `longest` as in `kernels.ragged_attention`."""
+        update = self.attn(self.norm1(tokens), offsets, longest)
+        tokens, normed = self.residual_norm(update, tokens, self.norm2.weight, self.norm2.bias, NORM_EPS)
+        return tokens + self.mlp(normed)
+
+
+def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
+    """Return fixed 2-D sine-cosine positions of a square grid in raster order.
+
+    The first half of the width encodes the column, the second the row; each is [sin | cos] over frequencies
+    10000^(-4 i / dim).
+
+    Raises:
+        ValueError: if `dim` is not a multiple of 4.
+
+    Source: MAE and I-JEPA code, `get_2d_sincos_pos_embed`.
+    """
+    if dim % 4 != 0:
+        raise ValueError(f"dim must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)
+    by_column, by_row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([by_column, by_row], dim=1).float()
+
+
+@torch.no_grad()
+def initialize_(module: nn.Module, generator: torch.Generator) -> None:
+    """Overwrite all parameters in place: truncated normal 0.02, zero biases, LayerNorm one and zero.
+
+    The residual projections of the l-th block (from 1) are then divided by sqrt(2 l), so that the residual stream
+    does not grow with depth. (I-JEPA's code means to, but initialises again afterwards.) Nothing is drawn from the
+    global random state.
+
+    Args:
+        module: one stack of blocks on the CPU, with whatever surrounds it.
+        generator: on the CPU; it advances.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif isinstance(part, nn.LayerNorm):
+                parameter.fill_(1.0)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    for layer, block in enumerate(blocks, start=1):
+        block.attn.proj.weight.div_((2 * layer) ** 0.5)
+        block.mlp.fc2.weight.div_((2 * layer) ** 0.5)

@@ -1,0 +1,116 @@
+"""The world model: context tokens of the source view and an action in, tokens of the target view out."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iwm_fast.config import PredictorConfig
+from iwm_fast.models.layers import NORM_EPS, Block, sincos_positions
+from kernels.ops import Ops
+from kernels.predictor_input import sequence_rows
+from pipelines.batch import RaggedIndex
+
+
+class FeatureConditioning(nn.Module):
+    """Mix the action into each position-augmented mask token.
+
+    Source: IWM section 3 (the default there); three layers with ReLU as in CheXWorld's code.
+    """
+
+    def __init__(self, dim: int, num_actions: int) -> None:
+        super().__init__()
+        sizes = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.layers = nn.Sequential(sizes[0], nn.ReLU(), sizes[1], nn.ReLU(), sizes[2])
+
+    def forward(self, tokens: Float[Tensor, "T P"], action: Float[Tensor, "T A"]) -> Float[Tensor, "T P"]:
+        return self.layers(torch.cat([tokens, action], dim=1))
+
+
+class SequenceConditioning(nn.Module):
+    """Turn each action entry into one token by a linear layer of its own.
+
+    One layer for all would not do: attention sees a set, and must tell the entries apart. Source: IWM section 3.
+    """
+
+    def __init__(self, dim: int, num_actions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_actions, dim))
+        self.bias = nn.Parameter(torch.zeros(num_actions, dim))
+
+    def forward(self, action: Float[Tensor, "B A"]) -> Float[Tensor, "B A P"]:
+        return action[:, :, None] * self.weight + self.bias
+
+
+class Predictor(nn.Module):
+    """Transformer over [context | mask tokens | action tokens] of each image."""
+
+    def __init__(self, config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_patches = grid * grid
+        self.assemble = ops.predictor_input
+        self.embed = nn.Linear(encoder_dim, dim)
+        # not in the state dict: it follows from width and grid, and a finer grid may be used after training
+        self.register_buffer("positions", sincos_positions(dim, grid), persistent=False)
+        self.positions: Tensor
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.mixer = FeatureConditioning(dim, num_actions) if config.conditioning == "feature" else None
+        self.tokenizer = SequenceConditioning(dim, num_actions) if config.conditioning == "sequence" else None
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.project = nn.Linear(dim, encoder_dim)
+
+    def forward(
+        self,
+        context_tokens: Float[Tensor, "C D"],
+        action: Float[Tensor, "B A"],
+        context: RaggedIndex,
+        target: RaggedIndex,
+    ) -> Float[Tensor, "T D"]:
+        """Predict the tokens at the target positions of the view that `action` leads to."""
+        visible = self.embed(context_tokens) + self.positions[context.patch]
+        hidden = self.mask_token + self.positions[target.patch]
+        if self.mixer is not None:
+            hidden = self.mixer(hidden, action[target.row // self.num_patches])
+        action_tokens = None if self.tokenizer is None else self.tokenizer(action)
+        num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
+        tokens = self.assemble(visible, hidden, action_tokens, context.offsets, target.offsets)
+        sizes = {"num_context": len(visible), "num_targets": len(hidden)}
+        rows = sequence_rows(context.offsets, target.offsets, num_tokens, **sizes)
+        longest = context.longest + target.longest + num_tokens
+        for block in self.blocks:
+            tokens = block(tokens, rows.offsets, longest)
+        return self.project(self.norm(tokens.index_select(0, rows.targets)))
+
+    def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
+        """Return which patches the output's rows stand for."""
+        return target
+
+
+class IdentityPredictor(nn.Module):
+    """No world model: the context tokens are compared with the teacher's at the same patches."""
+
+    def forward(
+        self,
+        context_tokens: Float[Tensor, "C D"],
+        action: Float[Tensor, "B A"],
+        context: RaggedIndex,
+        target: RaggedIndex,
+    ) -> Float[Tensor, "C D"]:
+        """Return the context tokens unchanged."""
+        return context_tokens
+
+    def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
+        """Return which patches the output's rows stand for."""
+        return context
+
+
+def build_predictor(
+    config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops
+) -> Predictor | IdentityPredictor:
+    """Build the predictor that the settings name; depth 0 is the identity."""
+    if config.depth == 0:
+        return IdentityPredictor()
+    return Predictor(config, encoder_dim=encoder_dim, grid=grid, num_actions=num_actions, ops=ops)

@@ -1,0 +1,67 @@
+"""Encoder and predictor as the one module that is trained."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iwm_fast.config import RunConfig
+from iwm_fast.models.encoder import Encoder
+from iwm_fast.models.layers import initialize_
+from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
+from kernels.ops import Ops
+from pipelines.batch import Batch
+
+
+class Prediction(NamedTuple):
+    """What the trained networks say about a batch.
+
+    A tuple and not a dataclass: DeepSpeed looks for the tensors to hook in tuples, lists and dicts only.
+    """
+
+    context_tokens: Float[Tensor, "C D"]
+    """The encoder's, float32."""
+    predicted_tokens: Float[Tensor, "M D"]
+    """The predictor's, float32, at the patches that its `predicted_patches` names."""
+
+
+class Student(nn.Module):
+    """From a batch to a prediction: what an engine wraps."""
+
+    def __init__(self, encoder: Encoder, predictor: Predictor | IdentityPredictor, autocast_dtype: torch.dtype | None):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Encode the context of the source view and predict."""
+        is_mixed = self.autocast_dtype is not None
+        with torch.autocast(batch.source_view.device.type, dtype=self.autocast_dtype, enabled=is_mixed):
+            tokens = self.encoder(batch.source_view, batch.context)
+            predicted = self.predictor(tokens, batch.action, batch.context, batch.target)
+        # views: the prediction is computed from the encoder's tokens, and a gradient hook that an engine puts on each
+        # output would act twice on a tensor that is an output and on the way to the other
+        return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted))
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype | None:
+    """Return the dtype of the networks' products; None for plain float32."""
+    return torch.bfloat16 if config.optim.precision == "bf16" else None
+
+
+def build_student(config: RunConfig, ops: Ops) -> Student:
+    """Build encoder and predictor on the CPU; their weights follow from `config.seed` alone."""
+    encoder = Encoder(config.model.encoder, config.views.size, ops)
+    predictor = build_predictor(
+        config.model.predictor,
+        encoder_dim=config.model.encoder.dim,
+        grid=config.grid,
+        num_actions=len(config.views.action_entries),
+        ops=ops,
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    initialize_(encoder, generator)
+    initialize_(predictor, generator)
+    return Student(encoder, predictor, compute_dtype(config))

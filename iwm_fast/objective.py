@@ -1,0 +1,107 @@
+"""What is minimised, and the signs that it is being cheated: the loss alone does not show a collapse."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from iwm_fast.config import ObjectiveConfig
+from iwm_fast.models.student import Prediction
+from pipelines.batch import RaggedIndex
+
+# VICReg's floor inside the square root, against the infinite slope at zero variance
+VARIANCE_EPS = 1e-4
+# with fewer images, statistics between images say nothing: their rank is at most their number
+MIN_IMAGES = 8
+
+
+class Objective:
+    """Distance of predicted from target tokens; for the identity predictor also VICReg's two terms.
+
+    Source: IWM section 3 (distance); VICReg section 4.1 (terms).
+    """
+
+    def __init__(self, config: ObjectiveConfig, is_identity: bool) -> None:
+        # without a predictor the EMA teacher alone does not keep the encoder from collapsing
+        defaults = (1.0, 0.04) if is_identity else (0.0, 0.0)
+        given = (config.variance_weight, config.covariance_weight)
+        weights = [default if value is None else value for value, default in zip(given, defaults, strict=True)]
+        self.variance_weight, self.covariance_weight = weights
+        self.distance = F.mse_loss if config.distance == "mse" else F.smooth_l1_loss
+
+    def __call__(
+        self, prediction: Prediction, target_tokens: Float[Tensor, "M D"], index: RaggedIndex
+    ) -> Float[Tensor, ""]:
+        """Return this micro-batch's part of the loss; the parts of a global batch simply add up.
+
+        Args:
+            prediction: of the student.
+            target_tokens: the teacher's at the same patches, without gradient.
+            index: the patches of these rows; `index.total` counts those of the whole global batch.
+        """
+        rows, dim = target_tokens.shape
+        loss = self.distance(prediction.predicted_tokens, target_tokens, reduction="sum") / (dim * index.total)
+        if self.variance_weight > 0 or self.covariance_weight > 0:
+            variance, covariance = spread_terms(prediction.context_tokens)
+            # statistics of a micro-batch do not add up like sums; its share of the rows makes their mean
+            share = rows / index.total
+            loss = loss + share * (self.variance_weight * variance + self.covariance_weight * covariance)
+        return loss
+
+
+def spread_terms(tokens: Float[Tensor, "C D"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return VICReg's variance term (hinge at a standard deviation of one) and covariance term, in float32."""
+    rows, dim = tokens.shape
+    centred = tokens.float() - tokens.float().mean(0)
+    covariance = centred.T @ centred / max(rows - 1, 1)
+    variance = covariance.diagonal()
+    hinge = F.relu(1 - (variance + VARIANCE_EPS).sqrt()).mean()
+    return hinge, (covariance.square().sum() - variance.square().sum()) / dim
+
+
+@torch.no_grad()
+def collapse_monitors(
+    predicted_tokens: Float[Tensor, "M D"], target_tokens: Float[Tensor, "M D"], index: RaggedIndex
+) -> dict[str, Tensor]:
+    """Measure on the device how much the target tokens still say.
+
+    Those between images are left out for fewer than 8 images. Call it for logged steps only: the singular values of
+    a (B, D) matrix cost time, and on a GPU torch waits for the device to check them.
+
+    Returns:
+        Scalars: `monitor/target_std`, standard deviation over tokens, mean over dimensions (0 constant, 1 at most);
+        `monitor/loss_over_mean`, squared error over that of predicting the batch's mean token;
+        `monitor/cosine`, between the mean tokens of different images, mean over pairs;
+        `monitor/rank_me`, effective number of dimensions the images' mean tokens use.
+
+    Source: RankMe, arXiv 2210.02885, equation 1 (rank_me).
+    """
+    predicted, target = predicted_tokens.detach().float(), target_tokens.float()
+    spread = target - target.mean(0)
+    error = (predicted - target).square().sum() / spread.square().sum().clamp(min=1e-12)
+    monitors = {"target_std": spread.square().mean(0).sqrt().mean(), "loss_over_mean": error}
+    if index.offsets.numel() - 1 >= MIN_IMAGES:
+        pooled = _pool(target, index)
+        monitors |= {"cosine": _mean_cosine(pooled), "rank_me": _rank_me(pooled)}
+    return {f"monitor/{name}": value for name, value in monitors.items()}
+
+
+def _pool(tokens: Float[Tensor, "M D"], index: RaggedIndex) -> Float[Tensor, "B D"]:
+    counts = index.offsets.diff()
+    image = torch.arange(counts.numel(), device=tokens.device)
+    image = torch.repeat_interleave(image, counts, output_size=tokens.shape[0])
+    sums = tokens.new_zeros(counts.numel(), tokens.shape[1]).index_add_(0, image, tokens)
+    return sums / counts.clamp(min=1)[:, None]
+
+
+def _mean_cosine(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    # the sum of all pairs' products is the square of the sum; the diagonal is taken off
+    unit = F.normalize(pooled, dim=1)
+    images = unit.shape[0]
+    return (unit.sum(0).square().sum() - unit.square().sum()) / (images * (images - 1))
+
+
+def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    values = torch.linalg.svdvals(pooled)
+    share = values / values.sum().clamp(min=1e-12)
+    return torch.special.entr(share).sum().exp()

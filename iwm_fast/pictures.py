@@ -1,0 +1,51 @@
+"""Sheets of labelled pictures: rows of (image, caption), written as PNG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a GPU node
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture of a sheet."""
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    caption: str = ""
+
+
+def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
+    """Draw one row of panels per image under column headings; pixels stay sharp."""
+    figure, axes = plt.subplots(
+        len(rows),
+        len(headings),
+        figsize=(2.1 * len(headings), 2.45 * len(rows) + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, panels in zip(axes, rows, strict=True):
+        for axis, panel in zip(row, panels, strict=True):
+            axis.imshow(panel.pixels, interpolation="nearest")
+            axis.set_xlabel(panel.caption, fontsize=8, wrap=True)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(heading, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def shade(pixels: UInt8[np.ndarray, "H W 3"], is_hidden: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """Paint hidden patches of a (grid, grid) mask in flat grey."""
+    side = len(pixels) // len(is_hidden)
+    hidden = np.kron(is_hidden, np.ones((side, side), bool))
+    return np.where(hidden[..., None], np.uint8(128), pixels)

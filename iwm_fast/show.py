@@ -1,0 +1,61 @@
+"""What the model will see, before any training: a picture of a few samples of the stream."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iwm_fast.config import RunConfig
+from iwm_fast.data import training_loader
+from iwm_fast.distributed import Place, choose_device
+from iwm_fast.pictures import Panel, save_sheet, shade
+from pipelines.actions import describe_action
+from pipelines.batch import Batch, RaggedIndex, denormalize_view
+from pipelines.shards import open_shards
+
+_MOST_ROWS = 8
+
+
+def show(config: RunConfig) -> Path:
+    """Write `show.png` into the run folder: source, what of it is visible, target, what of it is predicted, action."""
+    device = choose_device(config.runtime.device)
+    shards = open_shards(config.data.train)
+    loader = training_loader(config, shards, Place(rank=0, local_rank=0, world_size=1, device=device))
+    try:
+        batch = next(loader)
+    finally:
+        loader.close()
+    path = Path(config.output.folder) / "show.png"
+    headings = ("source view", "its visible patches", "target view", "patches to predict")
+    title = f"{config.data.train}: first samples of the stream, seed {config.seed}"
+    save_sheet(path, headings, _rows(batch, config), title)
+    return path
+
+
+def _rows(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
+    sources, targets = (
+        denormalize_view(batch.source_view).cpu().numpy(),
+        denormalize_view(batch.target_view).cpu().numpy(),
+    )
+    rows = []
+    for image in range(min(_MOST_ROWS, len(batch.key))):
+        context = _grid(batch.context, image, config.grid)
+        target = _grid(batch.target, image, config.grid)
+        words = describe_action(batch.action[image].cpu().numpy(), config.views)
+        rows.append(
+            [
+                Panel(pixels=sources[image], caption=batch.key[image]),
+                Panel(pixels=shade(sources[image], ~context), caption=f"{context.sum()} of {context.size} patches"),
+                Panel(pixels=targets[image], caption=f"action: {words}"),
+                Panel(pixels=shade(targets[image], ~target), caption=f"{target.sum()} of {target.size} patches"),
+            ]
+        )
+    return rows
+
+
+def _grid(index: RaggedIndex, image: int, grid: int) -> np.ndarray:
+    chosen = torch.zeros(grid * grid, dtype=torch.bool)
+    first, last = index.offsets[image : image + 2].tolist()
+    chosen[index.patch[first:last].cpu()] = True
+    return chosen.view(grid, grid).numpy()

@@ -1,0 +1,204 @@
+"""Train one run: `python -m iwm_fast.train RUN.yaml key=value ...`, alone, under torchrun or the DeepSpeed launcher."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from iwm_fast import checkpoint as checkpoints
+from iwm_fast import distributed
+from iwm_fast.config import RunConfig, accumulation_steps
+from iwm_fast.data import training_loader
+from iwm_fast.distributed import Place
+from iwm_fast.engine import Engine, build_engine
+from iwm_fast.messages import errors_as_messages
+from iwm_fast.metrics import MetricWriter, describe_run
+from iwm_fast.models.student import build_student
+from iwm_fast.logbook import LogWindow, Progress, say
+from iwm_fast.objective import Objective
+from iwm_fast.optim import build_optimizer
+from iwm_fast.schedules import Schedules
+from iwm_fast.settings import fingerprint, load_config, save_config
+from iwm_fast.step import StepReport, train_step
+from iwm_fast.teacher import Teacher
+from kernels.ops import REFERENCE
+from pipelines.shards import ShardSet, open_shards
+
+log = logging.getLogger("iwm_fast")
+
+# a broken run would otherwise go on for days without changing a weight
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All that a run consists of, built once."""
+
+    config: RunConfig
+    place: Place
+    shards: ShardSet
+    fingerprint: dict[str, object]
+    engine: Engine
+    teacher: Teacher
+    objective: Objective
+    schedules: Schedules
+    folder: Path
+
+
+def build_trainer(config: RunConfig, place: Place) -> Trainer:
+    """Build networks, optimiser, engine and teacher for this rank.
+
+    Raises:
+        ValueError, FileNotFoundError, ShardError: for settings or shards that cannot make a run.
+    """
+    if not config.data.train:
+        raise ValueError(
+            "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
+        )
+    accumulation_steps(config, place.world_size)
+    shards = open_shards(config.data.train)
+    student = build_student(config, REFERENCE).to(place.device)
+    teacher = Teacher(student.encoder, config.optim.precision)
+    engine = build_engine(config, student, build_optimizer(student, config.optim), place)
+    return Trainer(
+        config=config,
+        place=place,
+        shards=shards,
+        fingerprint=fingerprint(config, shards.content_digest),
+        engine=engine,
+        teacher=teacher,
+        objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),
+        schedules=Schedules(config.optim, shards.num_samples),
+        folder=Path(config.output.folder),
+    )
+
+
+def train(trainer: Trainer) -> Progress:
+    """Run from the newest checkpoint, or the start, to the last step."""
+    config, place = trainer.config, trainer.place
+    progress = resume(trainer)
+    total_steps = trainer.schedules.total_steps
+    if progress.step >= total_steps:
+        log.info("%s is finished: %d steps", trainer.folder, total_steps)
+        return progress
+    writer = open_folder(trainer, progress) if place.rank == 0 else None
+    _, accumulation = accumulation_steps(config, place.world_size)
+    loader = training_loader(config, trainer.shards, place, progress.step)
+    window = LogWindow(trainer.schedules, config.optim.global_batch_size, place.device)
+    skipped_in_a_row = 0
+    try:
+        while progress.step < total_steps:
+            report = train_step(
+                trainer.engine, trainer.teacher, trainer.objective, loader, trainer.schedules,
+                applied_steps=progress.applied_steps, accumulation=accumulation,
+            )  # fmt: skip
+            progress.step += 1
+            progress.applied_steps += report.is_applied
+            skipped_in_a_row = 0 if report.is_applied else skipped_in_a_row + 1
+            check_skips(skipped_in_a_row, progress.step, place.rank, report)
+            window.add(report)
+            is_last = progress.step == total_steps
+            if progress.step % config.output.log_every == 0 or is_last:
+                values = window.close(report, progress)
+                if writer:
+                    writer.write(progress.step, values)
+                    say(progress.step, total_steps, values)
+            if progress.step % config.output.checkpoint_every == 0 or is_last:
+                save(trainer, progress)
+    finally:
+        loader.close()
+        if writer:
+            writer.close()
+    return progress
+
+
+def resume(trainer: Trainer) -> Progress:
+    """Load the newest checkpoint if there is one and the run may continue it.
+
+    Raises:
+        ValueError: if the folder holds a run and output.resume is never.
+        CheckpointError: if the checkpoint is damaged or belongs to other settings.
+    """
+    output = trainer.config.output
+    newest = checkpoints.newest(trainer.folder)
+    is_used = newest is not None or (trainer.folder / "metrics.jsonl").exists()
+    if is_used and output.resume == "never":
+        raise ValueError(
+            f"output.folder = {output.folder!r} already holds a run; "
+            "name another folder, or say output.resume=auto to go on with it"
+        )
+    if newest is None:
+        return Progress()
+    saved = checkpoints.read(newest, trainer.fingerprint)
+    trainer.engine.load_state(saved.engine_state)
+    trainer.teacher.load_state_dict(saved.teacher_state)
+    log.info("going on from %s", newest)
+    return Progress(step=saved.step, applied_steps=saved.applied_steps)
+
+
+def save(trainer: Trainer, progress: Progress) -> None:
+    """Write a checkpoint; every rank takes part."""
+    checkpoints.write(
+        trainer.folder,
+        engine_state=trainer.engine.state(),
+        teacher_state=trainer.teacher.state_dict(),
+        step=progress.step,
+        applied_steps=progress.applied_steps,
+        fingerprint=trainer.fingerprint,
+        place=trainer.place,
+    )
+
+
+def open_folder(trainer: Trainer, progress: Progress) -> MetricWriter:
+    """Write what the run is made of and open its metrics; on rank 0."""
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    save_config(trainer.config, trainer.folder / "config.yaml")
+    described = describe_run(trainer.place.device, trainer.place.world_size)
+    with (trainer.folder / "started.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": progress.step, **described}) + "\n")
+    return MetricWriter(trainer.folder, progress.step)
+
+
+def check_skips(skipped_in_a_row: int, step: int, rank: int, report: StepReport) -> None:
+    """Warn of a skipped step, end the run after too many in a row.
+
+    Raises:
+        FloatingPointError: with step, rank and sample keys.
+    """
+    if skipped_in_a_row == 0:
+        return
+    log.warning("step %d skipped: gradient norm %s", step, report.grad_norm)
+    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"{skipped_in_a_row} steps in a row were not finite, last step {step} on rank {rank} with samples "
+            f"{', '.join(report.keys[:8])}; lower optim.lr or look at these samples"
+        )
+
+
+def run(config: RunConfig) -> Progress:
+    """Start the process group, train, stop."""
+    place = distributed.start(config.runtime.device)
+    level = logging.INFO if place.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"[rank {place.rank}] %(message)s" if place.rank else "%(message)s")
+    try:
+        return train(build_trainer(config, place))
+    finally:
+        distributed.stop()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the arguments say: RUN.yaml key=value ...; launchers may add --local_rank."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [argument for argument in given if not argument.startswith("--local_rank")]
+    with errors_as_messages():
+        if not given:
+            raise ValueError("which run? give the path of its YAML file, then settings as key=value")
+        run(load_config(given[0], given[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Find shards, index them from their tar headers, and describe the whole as one numbered set of samples."""
+
+import glob
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from braceexpand import braceexpand
+from jaxtyping import Int64
+from pyarrow import fs
+
+from pipelines.config import IMAGE_EXTENSIONS
+from pipelines.tar_index import HeaderWindow, ShardError, ShardFile, TarMember, remote_path, tar_members
+
+# top-level members like __meta__ or __meta__/note.txt are no samples (webdataset.tariterators)
+_METADATA = re.compile(r"__[^/]*__($|/)")
+# more digits than any int64 has, and still within the bytes read for the headers
+_LONGEST_LABEL = 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """One tar archive: which samples it holds and where their files lie, in the order of the archive."""
+
+    path: str
+    size_bytes: int
+    keys: tuple[str, ...]
+    """Name of each sample: its files' path up to the first dot of the file name."""
+    image_offset: Int64[np.ndarray, "samples"]
+    """Where each encoded image begins, in bytes."""
+    image_size: Int64[np.ndarray, "samples"]
+    """Length of each encoded image in bytes, at least 1."""
+    label: Int64[np.ndarray, "samples"]
+    """Class number from the `.cls` member, -1 where there is none."""
+    json_offset: Int64[np.ndarray, "samples"]
+    """Where each `.json` member begins, in bytes."""
+    json_size: Int64[np.ndarray, "samples"]
+    """Length of each `.json` member in bytes, 0 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardSet:
+    """Several shards in a fixed order; their samples are numbered through from 0."""
+
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def first_sample(self) -> Int64[np.ndarray, "bounds"]:
+        """Number of each shard's first sample, and the number of all samples at the end."""
+        return np.cumsum([0, *(len(shard.keys) for shard in self.shards)], dtype=np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards together."""
+        return int(self.first_sample[-1])
+
+    @cached_property
+    def _label(self) -> Int64[np.ndarray, "samples"]:
+        return np.concatenate([shard.label for shard in self.shards])
+
+    def locate(self, samples: Int64[np.ndarray, "B"]) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
+        """Return each sample's shard number and its position in that shard.
+
+        Raises:
+            IndexError: if a number is outside the set.
+        """
+        outside = samples[(samples < 0) | (samples >= self.num_samples)]
+        if len(outside):
+            raise IndexError(f"samples must lie in 0 .. {self.num_samples - 1}, got {outside[0]}")
+        shard = np.searchsorted(self.first_sample, samples, side="right").astype(np.int64) - 1
+        return shard, samples - self.first_sample[shard]
+
+    def _place(self, sample: int) -> tuple[Shard, int]:
+        shard, position = self.locate(np.array([sample], np.int64))
+        return self.shards[int(shard[0])], int(position[0])
+
+    def key(self, sample: int) -> str:
+        """Return the sample's name, unique within its shard."""
+        shard, position = self._place(sample)
+        return shard.keys[position]
+
+    def address(self, sample: int) -> str:
+        """Return shard path and key, joined by a colon, for messages and logs."""
+        shard, position = self._place(sample)
+        return f"{shard.path}:{shard.keys[position]}"
+
+    def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
+        """Return the class numbers, -1 where a sample has none."""
+        return self._label[samples]
+
+    def require_labels(self, why: str) -> None:
+        """Check that every sample has a label; `why` says who needs it.
+
+        Raises:
+            ShardError: naming the first sample without one.
+        """
+        missing = np.flatnonzero(self._label < 0)
+        if len(missing):
+            shard, position = self._place(int(missing[0]))
+            what = f"has no label, like {len(missing)} of {self.num_samples} samples, and {why} needs one for each"
+            remedy = "add a .cls member with the class number to each sample"
+            raise ShardError(what, shard=shard.path, key=shard.keys[position], remedy=remedy)
+
+    @cached_property
+    def content_digest(self) -> str:
+        """SHA-256 over keys, image sizes and labels, shard by shard: the same data elsewhere has the same digest."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
+            # lengths first, so that no two lists of keys read the same
+            for numbers in ([len(keys)], [len(key) for key in keys], shard.image_size, shard.label):
+                digest.update(np.asarray(numbers, "<i8").tobytes())
+            digest.update(b"".join(keys))
+        return digest.hexdigest()
+
+
+def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
+    """Find the shards that `spec` describes (see `find_shards`) and index them in threads.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find_shards`.
+        ShardError: if one of them cannot be used.
+    """
+    paths = find_shards(spec)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
+        return ShardSet(shards=tuple(pool.map(index_shard, paths)))
+
+
+def find_shards(spec: str) -> list[str]:
+    """Return the shard paths that a pattern stands for, in its order.
+
+    `spec` is one or several parts joined by "::". A part is a file, a folder (all its .tar files by name), or a remote
+    address such as s3://bucket/folder; braces like {000..127} expand, and * and ? match in local paths.
+
+    Raises:
+        ValueError: if the pattern is empty, malformed, or names a file twice.
+        FileNotFoundError: if something it names does not exist or a folder holds no .tar file.
+    """
+    parts = [part.strip() for part in spec.split("::")]
+    if not all(parts):
+        raise ValueError(f"shard pattern must name files, folders or addresses joined by '::', got {spec!r}")
+    names = [name for part in parts for name in _expand(part)]
+    # threads, because each remote name costs a request
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(_list_shards, names))
+    missing = [name for name, paths in zip(names, found, strict=True) if not paths]
+    if missing:
+        what = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
+        raise FileNotFoundError(f"shard pattern {spec!r}: {what}; correct the pattern or its range in braces")
+    paths = [path for group in found for path in group]
+    count = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
+    twice = [path for path, times in count.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"shard pattern {spec!r} names {len(twice)} shards twice, the first is {twice[0]}; name each once"
+        )
+    return paths
+
+
+def _expand(part: str) -> list[str]:
+    part = part if "://" in part else os.path.expanduser(part)
+    # a path that exists is meant literally, whatever characters it holds
+    if os.path.exists(part):
+        return [part]
+    try:
+        return list(braceexpand(part))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {part!r}: {error}") from error
+
+
+def _list_shards(name: str) -> list[str]:
+    """Return the shards that one expanded name stands for, none if it does not exist."""
+    if "://" in name:
+        return _list_remote(name)
+    if os.path.isdir(name):
+        inside = (entry for entry in sorted(os.listdir(name)) if entry.endswith(".tar") and not entry.startswith("."))
+        return _require_some([os.path.join(name, entry) for entry in inside], name)
+    if os.path.exists(name):
+        return [name]
+    # only * and ? are patterns here: [ ] are common in folder names
+    return sorted(glob.glob(name.replace("[", "[[]"))) if "*" in name or "?" in name else []
+
+
+def _list_remote(uri: str) -> list[str]:
+    system, inner = remote_path(uri)
+    kind = system.get_file_info(inner).type
+    if kind != fs.FileType.Directory:
+        return [uri] if kind == fs.FileType.File else []
+    entries = system.get_file_info(fs.FileSelector(inner))
+    inside = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.File)
+    wanted = (entry for entry in inside if entry.endswith(".tar") and not entry.startswith("."))
+    return _require_some([f"{uri.rstrip('/')}/{entry}" for entry in wanted], uri)
+
+
+def _require_some(paths: list[str], folder: str) -> list[str]:
+    if not paths:
+        raise FileNotFoundError(f"folder {folder} holds no .tar file; make shards with pipelines.make_shards")
+    return paths
+
+
+@dataclass(kw_only=True)
+class _Sample:
+    """A sample while its members are read."""
+
+    key: str
+    members: dict[str, TarMember] = field(default_factory=dict)
+    label: int = -1
+
+
+def index_shard(path: str) -> Shard:
+    """Read the headers and labels of one shard.
+
+    Raises:
+        ShardError: if the archive is damaged, holds no image, repeats a key, or a sample cannot be used.
+    """
+    with ShardFile(path) as file:
+        samples = list(_group_members(HeaderWindow(file)))
+        size_bytes = file.size_bytes
+    images = [_image(sample, path) for sample in samples]
+    kept = [(sample, image) for sample, image in zip(samples, images, strict=True) if image is not None]
+    if not kept:
+        extensions = sorted({extension for sample in samples for extension in sample.members})
+        what = f"holds no image: extensions found are {extensions or 'none'}"
+        raise ShardError(what, shard=path, remedy=f"accepted are {', '.join(IMAGE_EXTENSIONS)}")
+    described = [sample.members.get("json") for sample, _ in kept]
+    return Shard(
+        path=path,
+        size_bytes=size_bytes,
+        keys=tuple(sample.key for sample, _ in kept),
+        image_offset=np.array([image.offset for _, image in kept], np.int64),
+        image_size=np.array([image.size for _, image in kept], np.int64),
+        label=np.array([sample.label for sample, _ in kept], np.int64),
+        json_offset=np.array([member.offset if member else 0 for member in described], np.int64),
+        json_size=np.array([member.size if member else 0 for member in described], np.int64),
+    )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name into key and lower-case extension, at the first dot of the file name.
+
+    None where the member belongs to no sample: hidden files (macOS writes ._name), no extension, top-level metadata.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or _METADATA.match(name):
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
+    """Gather neighbours with the same key; labels are read on the way, while their bytes are at hand."""
+    seen: set[str] = set()
+    current = _Sample(key="")
+    for member in tar_members(window):
+        split = split_name(member.name)
+        if split is None:
+            continue
+        key, extension = split
+        if key != current.key:
+            if current.key:
+                yield current
+            if key in seen:
+                what, remedy = "comes twice, with other samples between", "write it again with tar --sort=name"
+                raise ShardError(what, shard=window.path, key=key, remedy=remedy)
+            seen.add(key)
+            current = _Sample(key=key)
+        if extension in current.members:
+            what = f"has two members with extension {extension!r}"
+            raise ShardError(what, shard=window.path, key=key, remedy="leave one of them out")
+        current.members[extension] = member
+        if extension == "cls":
+            content = window.read_at(member.offset, min(member.size, _LONGEST_LABEL))
+            current.label = _parse_label(content, window.path, key)
+    if current.key:
+        yield current
+
+
+def _parse_label(content: bytes, path: str, key: str) -> int:
+    digits = content.strip()
+    if not digits.isdigit() or int(digits) >= 2**63:
+        remedy = "write the class number as ASCII digits, or leave the member out"
+        raise ShardError(f".cls must hold an integer >= 0, got {content!r}", shard=path, key=key, remedy=remedy)
+    return int(digits)
+
+
+def _image(sample: _Sample, path: str) -> TarMember | None:
+    image = next((sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None)
+    if image is not None and image.size == 0:
+        raise ShardError("image has 0 bytes", shard=path, key=sample.key, remedy="replace it or leave the sample out")
+    return image

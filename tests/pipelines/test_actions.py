@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.actions import (
+    JITTER,
+    LUMA,
+    action_difference,
+    action_vector,
+    color_matrix,
+    crop_window,
+    describe_action,
+    draw,
+    gray_gain,
+    neutral_photometry,
+)
+from pipelines.config import ACTION_ENTRIES, ViewConfig
+
+CONFIG = ViewConfig()
+
+
+def test_neutral_parameters_give_the_exact_identity_matrix():
+    neutral = neutral_photometry(3)
+    assert (color_matrix(neutral) == np.eye(3, dtype=np.float32)).all()
+    assert (gray_gain(neutral) == 0).all()
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=50)
+def test_action_tells_the_drawn_difference_and_the_flags(step: int):
+    drawn = draw(CONFIG, 0, step, np.arange(16))
+    difference = action_difference(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
+    for name in JITTER:
+        expected = getattr(drawn.target, name) - getattr(drawn.source, name)
+        np.testing.assert_allclose(difference[name], expected, atol=1e-6)
+    for name in ("blur", "grayscale", "solarize"):
+        assert (difference[name].astype(bool) == getattr(drawn.source, name)).all()
+
+
+def test_no_change_is_the_zero_vector():
+    neutral = neutral_photometry(2)
+    assert (action_vector(neutral, neutral, CONFIG) == 0).all()
+    assert describe_action(np.zeros(7, np.float32), CONFIG) == "no change"
+
+
+def test_entries_are_of_order_one_whatever_the_strength():
+    for strength in (0.05, 0.8):
+        config = ViewConfig(brightness=strength, contrast=strength, saturation=strength, hue=strength / 2)
+        drawn = draw(config, 0, 0, np.arange(4000))
+        spread = action_vector(drawn.source, drawn.target, config)[:, :4].std(axis=0)
+        assert (spread > 0.5).all() and (spread < 1).all()
+
+
+def test_action_keeps_the_asked_entries_in_their_order():
+    config = ViewConfig(action_entries=("hue", "brightness"))
+    drawn = draw(config, 0, 0, np.arange(32))
+    whole = action_vector(drawn.source, drawn.target, CONFIG)
+    chosen = action_vector(drawn.source, drawn.target, config)
+    columns = [ACTION_ENTRIES.index(name) for name in ("hue", "brightness")]
+    assert (chosen == whole[:, columns]).all()
+
+
+def test_only_the_source_is_destroyed():
+    drawn = draw(
+        ViewConfig(grayscale_probability=1.0, blur_probability=1.0, solarize_probability=1.0), 0, 0, np.arange(64)
+    )
+    for name in ("grayscale", "blur", "solarize"):
+        assert getattr(drawn.source, name).all() and not getattr(drawn.target, name).any()
+
+
+def test_probabilities_are_met():
+    drawn = draw(CONFIG, 0, 0, np.arange(20_000))
+    assert abs(drawn.flip.mean() - 0.5) < 0.015
+    assert abs(drawn.source.blur.mean() - 0.2) < 0.012
+    assert abs((drawn.target.brightness == 1).mean() - 0.2) < 0.012
+    both = (drawn.source.brightness == 1) & (drawn.target.brightness == 1)
+    assert abs(both.mean() - 0.04) < 0.006  # the two views are jittered independently
+
+
+def test_saturation_and_hue_keep_luma():
+    config = ViewConfig(brightness=0.0, contrast=0.0, saturation=1.0, hue=0.5, jitter_probability=1.0)
+    matrix = color_matrix(draw(config, 0, 0, np.arange(64)).source)
+    np.testing.assert_allclose(np.array(LUMA) @ matrix, np.tile(LUMA, (64, 1)), atol=1e-6)
+
+
+def test_a_full_turn_of_hue_is_two_half_turns():
+    config = ViewConfig(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, jitter_probability=1.0)
+    turned = draw(config, 0, 0, np.arange(8)).source
+    half = turned.__class__(**{**vars(turned), "hue": np.full(8, 0.5, np.float32)})
+    np.testing.assert_allclose(color_matrix(half) @ color_matrix(half), np.tile(np.eye(3), (8, 1, 1)), atol=1e-5)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 1000))
+def test_the_crop_lies_inside_the_image(height: int, width: int, step: int):
+    crop = draw(ViewConfig(crop_scale=(0.01, 1.0)), 0, step, np.arange(32)).crop
+    top, left, crop_height, crop_width = crop_window(crop, np.tile([height, width], (32, 1))).T
+    assert (top >= 0).all() and (left >= 0).all() and (crop_height >= 1).all() and (crop_width >= 1).all()
+    assert (top + crop_height <= height).all() and (left + crop_width <= width).all()
+
+
+def test_the_crop_has_the_asked_area_and_reaches_every_border():
+    crop = draw(CONFIG, 0, 0, np.arange(20_000)).crop
+    top, left, height, width = crop_window(crop, np.tile([400, 400], (20_000, 1))).T
+    share = height * width / 400**2
+    # only large crops of an extreme aspect do not fit and are shrunk
+    assert 0.295 < share[share < 0.75].min() and share.max() <= 1
+    assert abs(share.mean() - 0.63) < 0.03
+    assert (top == 0).any() and (top + height == 400).any() and (left == 0).any() and (left + width == 400).any()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"crop_scale": (0.9, 0.2)}, r"views.crop_scale must satisfy 0.001 <= low <= high <= 1, got \(0.9, 0.2\)"),
+        ({"blur_probability": 1.5}, "views.blur_probability must be between 0 and 1, got 1.5"),
+        ({"hue": 0.6}, "views.hue must be between 0 and 0.5, got 0.6"),
+        ({"action_entries": ("brightness", "gamma")}, "views.action_entries must name entries of .*got \\['gamma'\\]"),
+        ({"action_entries": ("hue", "hue")}, "views.action_entries must name entries once"),
+        ({"size": 8, "blur_sigma": (0.1, 4.0)}, "views.blur_sigma must satisfy"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_name_value_and_range(settings_, message):
+    with pytest.raises(ValueError, match=message):
+        ViewConfig(**settings_)

@@ -1,0 +1,80 @@
+"""The DALI graph against its plain twin, on decoded arrays (PNG), so that decoders play no part."""
+
+import numpy as np
+import pytest
+import torch
+from samples import encode, photograph
+
+from pipelines.actions import Draws, clean_draws, crop_window, draw
+from pipelines.config import ViewConfig
+from pipelines.dali_graph import GraphSettings, build_graph, graph_inputs
+from pipelines.views import render
+
+SIZE = 64
+SHAPES = [(40, 300), (300, 40), (64, 64), (97, 131), (211, 59), (500, 333), (17, 23), (1, 90)]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    pixels = photograph("astronaut.png")
+    return [pixels[:height, 100 : 100 + width] for height, width in SHAPES]
+
+
+def run(images: list[np.ndarray], draws: Draws) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
+    settings = GraphSettings(view_size=SIZE, max_batch_size=len(images), num_threads=1, prefetch=1, device_id=None)
+    graph = build_graph(settings, lambda: graph_inputs(encoded, draws))
+    source, target, window = (np.array(output.as_tensor()) for output in graph.run())
+    return torch.from_numpy(source), torch.from_numpy(target), window
+
+
+def without_crop(draws: Draws) -> Draws:
+    clean = clean_draws(len(draws.flip))
+    return Draws(crop=clean.crop, flip=clean.flip, source=draws.source, target=draws.target)
+
+
+def test_window_is_the_twins_to_the_pixel(images):
+    shapes = np.array([image.shape[:2] for image in images])
+    for step in range(8):
+        draws = draw(ViewConfig(size=SIZE), 0, step, np.arange(len(images)))
+        assert (run(images, draws)[2] == crop_window(draws.crop, shapes)).all()
+
+
+def test_photometry_is_the_twins_within_one_grey_level(images):
+    config = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
+    for step in range(4):
+        draws = without_crop(draw(config, 0, step, np.arange(len(images))))
+        source, target, _ = run(images, draws)
+        clean, _, _ = run(images, clean_draws(len(images)))
+        for ours, parameters in ((source, draws.source), (target, draws.target)):
+            theirs = render(clean, parameters)
+            difference = (ours.int() - theirs.int()).abs()
+            # a grey level's difference before solarize may stand on either side of 128
+            is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250)
+            allowed = torch.where(torch.from_numpy(parameters.grayscale | parameters.blur), 2, 1)
+            assert ((difference <= allowed[:, None, None, None]) | is_split).all()
+            assert (difference > 0).float().mean() < 0.01
+
+
+def test_identity_parameters_leave_both_views_bit_equal_to_the_crop():
+    pixels = photograph("coffee.png")[:SIZE, :SIZE]
+    source, target, window = run([pixels], clean_draws(1))
+    assert torch.equal(source[0], torch.from_numpy(pixels)) and torch.equal(target, source)
+    assert (window == [[0, 0, SIZE, SIZE]]).all()
+
+
+def test_flip_mirrors_both_views(images):
+    clean = clean_draws(len(images))
+    flipped = Draws(crop=clean.crop, flip=np.ones(len(images), bool), source=clean.source, target=clean.target)
+    source, target, _ = run(images, flipped)
+    straight, _, _ = run(images, clean)
+    assert torch.equal(source, straight.flip(2)) and torch.equal(target, straight.flip(2))
+
+
+def test_a_sample_is_rendered_the_same_alone_and_in_a_batch(images):
+    draws = draw(ViewConfig(size=SIZE), 0, 3, np.arange(len(images)))
+    together = run(images, draws)
+    alone_draws = draw(ViewConfig(size=SIZE), 0, 3, np.array([5]))
+    alone = run(images[5:6], alone_draws)
+    for whole, single in zip(together, alone, strict=True):
+        assert (np.asarray(whole[5]) == np.asarray(single[0])).all()
