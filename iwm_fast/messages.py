@@ -5,22 +5,21 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 _OWN_PACKAGES = ("iwm_fast", "pipelines", "kernels")
 
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """End the process with a message if our own code refused something; let every other error pass.
+    """End the process with a message if our own code or the file system refused something; let other errors pass.
 
     What our code raises is written for the user; what a library raises is a defect and keeps its traceback. Set
-    IWM_TRACEBACK=1 to see both.
+    IWM_TRACEBACK=1 to see the traceback of both.
     """
     try:
         yield
     except Exception as error:
-        if os.environ.get("IWM_TRACEBACK") == "1" or not _is_ours(error.__traceback__):
+        if os.environ.get("IWM_TRACEBACK") == "1" or not _is_for_the_user(error):
             raise
         # each rank of a launch finds the same fault in the settings: one message is enough
         is_repeated = isinstance(error, ValueError | FileNotFoundError) and os.environ.get("RANK", "0") != "0"
@@ -29,11 +28,12 @@ def errors_as_messages() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _is_ours(trace: TracebackType | None) -> bool:
-    frames = list(traceback.walk_tb(trace))
-    # the frames of jaxtyping's checks, when they are on, stand between ours
-    module = frames[-1][0].f_globals.get("__name__", "")
-    return module.split(".")[0] in _OWN_PACKAGES
+def _is_for_the_user(error: Exception) -> bool:
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _OWN_PACKAGES:
+        return True
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    is_ours = innermost.f_globals.get("__name__", "").split(".")[0] in (*_OWN_PACKAGES, "__main__")
+    return is_ours and isinstance(error, ValueError | RuntimeError | ArithmeticError)
 
 
 def _print(error: Exception) -> None:

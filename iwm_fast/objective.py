@@ -14,6 +14,17 @@ VARIANCE_EPS = 1e-4
 # with fewer images, statistics between images say nothing: their rank is at most their number
 MIN_IMAGES = 8
 
+# Accepted values. They lie between what was seen in trials at 64 images and 64 patches (encoder 4 x 192): untrained and
+# healthily trained std 0.54-0.89, cosine 0.08-0.88, rank 5.4-8.1; collapsed (lr 1e-2, no EMA) std 0.045-0.069, cosine
+# 0.9955-0.998, rank 1.6-1.8. A constant prediction has a loss_over_mean of 1; a fresh predictor stood at 2.4 and was
+# below 1 within 30 steps.
+LIMITS = {
+    "target_std": (0.1, float("inf")),
+    "cosine": (-1.0, 0.99),
+    "rank_me": (2.0, float("inf")),
+    "loss_over_mean": (0.0, 1.2),
+}
+
 
 class Objective:
     """Distance of predicted from target tokens; for the identity predictor also VICReg's two terms.
@@ -105,3 +116,20 @@ def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     values = torch.linalg.svdvals(pooled)
     share = values / values.sum().clamp(min=1e-12)
     return torch.special.entr(share).sum().exp()
+
+
+def warnings_of(values: dict[str, float]) -> list[str]:
+    """Say in sentences which collapse monitors look bad; a name that is missing is not judged."""
+    remedy = "lower optim.lr or raise optim.teacher_momentum"
+    signs = {
+        "target_std": f"target tokens hardly differ from each other, the encoder is collapsing: {remedy}",
+        "cosine": f"images can hardly be told apart, the encoder is collapsing, perhaps to positions only: {remedy}",
+        "rank_me": f"images differ in hardly more than one direction, the encoder is collapsing: {remedy}",
+        "loss_over_mean": "a constant would predict better; normal in the first steps, later lower optim.lr",
+    }
+    found = []
+    for name, sentence in signs.items():
+        value, (lowest, highest) = values.get(f"monitor/{name}"), LIMITS[name]
+        if value is not None and not lowest <= value <= highest:
+            found.append(f"monitor/{name} is {value:.4g}, outside [{lowest:g}, {highest:g}]: {sentence}")
+    return found

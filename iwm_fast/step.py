@@ -5,6 +5,7 @@ the teacher follow the encoder.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -38,6 +39,16 @@ class StepReport:
     """Samples of the last micro-batch, to name in errors."""
 
 
+ENCODER = "encoder."
+
+
+def encoder_parameters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield the trained encoder's whole weights under their names in the encoder."""
+    for name, parameter in engine.named_parameters():
+        if name.startswith(ENCODER):
+            yield name.removeprefix(ENCODER), parameter
+
+
 def train_step(
     engine: Engine,
     teacher: Teacher,
@@ -57,12 +68,12 @@ def train_step(
         wait_s += time.perf_counter() - asked
         prediction = engine.forward(batch)
         target_tokens = teacher.encode(batch.target_view, prediction.index)
-        loss = objective(prediction, target_tokens)
+        loss = objective(prediction, target_tokens, prediction.index)
         engine.backward(loss)
         losses.append(loss.detach())
     outcome = engine.step()
     if outcome.applied:
-        teacher.update(engine.named_parameters(), schedules.teacher_momentum(applied_steps))
+        teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
     return StepReport(
         loss=sum(losses[1:], start=losses[0]),
         grad_norm=outcome.grad_norm,

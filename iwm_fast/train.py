@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
+from iwm_fast.logbook import LogWindow, Progress, say
 from iwm_fast.messages import errors_as_messages
 from iwm_fast.metrics import MetricWriter, describe_run
-from iwm_fast.models.student import build_student
-from iwm_fast.logbook import LogWindow, Progress, say
+from iwm_fast.models.student import build_student, compute_dtype
 from iwm_fast.objective import Objective
 from iwm_fast.optim import build_optimizer
-from iwm_fast.schedules import Schedules
+from iwm_fast.schedules import Schedules, build_schedules
 from iwm_fast.settings import fingerprint, load_config, save_config
 from iwm_fast.step import StepReport, train_step
 from iwm_fast.teacher import Teacher
@@ -62,7 +60,7 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
     accumulation_steps(config, place.world_size)
     shards = open_shards(config.data.train)
     student = build_student(config, REFERENCE).to(place.device)
-    teacher = Teacher(student.encoder, config.optim.precision)
+    teacher = Teacher(student.encoder, compute_dtype(config))
     engine = build_engine(config, student, build_optimizer(student, config.optim), place)
     return Trainer(
         config=config,
@@ -72,7 +70,7 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),
-        schedules=Schedules(config.optim, shards.num_samples),
+        schedules=build_schedules(config.optim, shards.num_samples),
         folder=Path(config.output.folder),
     )
 
@@ -134,7 +132,7 @@ def resume(trainer: Trainer) -> Progress:
     if newest is None:
         return Progress()
     saved = checkpoints.read(newest, trainer.fingerprint)
-    trainer.engine.load_state(saved.engine_state)
+    checkpoints.restore(saved, trainer.engine)
     trainer.teacher.load_state_dict(saved.teacher_state)
     log.info("going on from %s", newest)
     return Progress(step=saved.step, applied_steps=saved.applied_steps)

@@ -16,9 +16,9 @@ from torch.nn import functional
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.config import RunConfig
 from iwm_fast.models.encoder import Encoder
+from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
 from iwm_fast.settings import load_config
-from iwm_fast.teacher import TARGET_EPS
 from kernels.ops import REFERENCE
 from pipelines.masks import all_patches
 
@@ -52,7 +52,7 @@ class WorldModel:
     def targets(self, view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         """Return what the predictor was trained to predict: tokens, LayerNormed without parameters."""
         tokens = self.encode(view)
-        return functional.layer_norm(tokens, tokens.shape[-1:], eps=TARGET_EPS)
+        return functional.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> WorldModel:

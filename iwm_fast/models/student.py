@@ -11,7 +11,7 @@ from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
 from kernels.ops import Ops
-from pipelines.batch import Batch
+from pipelines.batch import Batch, RaggedIndex
 
 
 class Prediction(NamedTuple):
@@ -23,7 +23,9 @@ class Prediction(NamedTuple):
     context_tokens: Float[Tensor, "C D"]
     """The encoder's, float32."""
     predicted_tokens: Float[Tensor, "M D"]
-    """The predictor's, float32, at the patches that its `predicted_patches` names."""
+    """The predictor's, float32."""
+    index: RaggedIndex
+    """The patches that were predicted: the context's for the identity predictor, otherwise the target's."""
 
 
 class Student(nn.Module):
@@ -43,7 +45,8 @@ class Student(nn.Module):
             predicted = self.predictor(tokens, batch.action, batch.context, batch.target)
         # views: the prediction is computed from the encoder's tokens, and a gradient hook that an engine puts on each
         # output would act twice on a tensor that is an output and on the way to the other
-        return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted))
+        index = self.predictor.predicted_patches(batch.context, batch.target)
+        return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted), index)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:

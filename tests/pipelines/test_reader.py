@@ -1,12 +1,11 @@
 """Reading encoded images: right bytes in the right order, bounded files, errors that arrive."""
 
-import io
-import tarfile
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import write_tar
 
 from pipelines.reader import FileCache, Reader
 from pipelines.shards import ShardError, ShardSet, open_shards
@@ -21,12 +20,8 @@ def image_bytes(sample: int) -> bytes:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for shard in range(NUM_SHARDS):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
-            for position in range(PER_SHARD):
-                content = image_bytes(shard * PER_SHARD + position)
-                info = tarfile.TarInfo(f"{position}.jpg")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+        members = [(f"{place}.jpg", image_bytes(shard * PER_SHARD + place)) for place in range(PER_SHARD)]
+        write_tar(tmp_path / f"{shard}.tar", members)
     return tmp_path
 
 

@@ -1,24 +1,19 @@
 """Finding shards, which members make a sample, and what a set of shards knows about itself."""
 
-import io
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import write_tar
 
 from pipelines.shards import ShardError, ShardFile, find_shards, index_shard, open_shards, split_name
 
 JPEG = b"\xff\xd8 some bytes that look like an image"
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+def shard_at(path: Path, members: dict[str, bytes]) -> Path:
+    write_tar(path, list(members.items()))
     return path
 
 
@@ -31,7 +26,7 @@ def images_of(path: Path) -> dict[str, bytes]:
 def test_labels_and_json_members_are_found(tmp_path):
     first = {"first.cls": b"7", "first.jpg": JPEG, "first.json": b'{"a": 1}'}
     second = {"second.cls": b"12\n", "second.jpg": JPEG, "second.json": b"{}"}
-    path = write_tar(tmp_path / "s.tar", first | second | {"third.jpg": b"x"})
+    path = shard_at(tmp_path / "s.tar", first | second | {"third.jpg": b"x"})
     shard = index_shard(str(path))
     assert shard.label.tolist() == [7, 12, -1]
     assert shard.json_size.tolist() == [8, 2, 0]
@@ -43,16 +38,16 @@ def test_labels_and_json_members_are_found(tmp_path):
 def test_extension_begins_at_the_first_dot_of_the_file_name_and_case_does_not_matter(tmp_path):
     assert split_name("v1.0/a.seg.PNG") == ("v1.0/a", "seg.png")
     members = {"a.seg.png": b"mask", "a.JPG": JPEG, "b.jpg.bak": b"no", "b.Png": b"png"}
-    assert images_of(write_tar(tmp_path / "s.tar", members)) == {"a": JPEG, "b": b"png"}
+    assert images_of(shard_at(tmp_path / "s.tar", members)) == {"a": JPEG, "b": b"png"}
 
 
 def test_of_several_images_the_first_accepted_extension_is_taken(tmp_path):
-    path = write_tar(tmp_path / "s.tar", {"a.png": b"png", "a.jpg": b"jpg"})
+    path = shard_at(tmp_path / "s.tar", {"a.png": b"png", "a.jpg": b"jpg"})
     assert images_of(path) == {"a": b"jpg"}
 
 
 def test_samples_without_an_image_are_not_counted(tmp_path):
-    path = write_tar(tmp_path / "s.tar", {"info.json": b"{}", "a.jpg": JPEG, "b.cls": b"3"})
+    path = shard_at(tmp_path / "s.tar", {"info.json": b"{}", "a.jpg": JPEG, "b.cls": b"3"})
     assert index_shard(str(path)).keys == ("a",)
 
 
@@ -71,7 +66,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_an_unusable_sample_is_refused_by_shard_and_key(tmp_path, case):
     members, key, message = UNUSABLE[case]
-    path = write_tar(tmp_path / "s.tar", members)
+    path = shard_at(tmp_path / "s.tar", members)
     with pytest.raises(ShardError, match=message) as caught:
         index_shard(str(path))
     assert (caught.value.shard, caught.value.key) == (str(path), key)
@@ -81,7 +76,7 @@ def test_an_unusable_sample_is_refused_by_shard_and_key(tmp_path, case):
 def folder(tmp_path) -> Path:
     for number in range(3):
         prefix = f"{number}/"
-        write_tar(tmp_path / f"s-{number:03d}.tar", {f"{prefix}a.jpg": b"x" * (number + 1), f"{prefix}a.cls": b"0"})
+        shard_at(tmp_path / f"s-{number:03d}.tar", {f"{prefix}a.jpg": b"x" * (number + 1), f"{prefix}a.cls": b"0"})
     (tmp_path / "notes.txt").write_text("no shard")
     (tmp_path / "._s-000.tar").write_text("written by macOS")
     return tmp_path
@@ -97,7 +92,7 @@ def test_files_folders_braces_globs_and_lists_name_the_same_shards(folder):
 def test_a_path_that_exists_is_taken_literally(tmp_path):
     odd = tmp_path / "set {1,2} [a]"
     odd.mkdir()
-    path = write_tar(odd / "s*.tar", {"a.jpg": JPEG})
+    path = shard_at(odd / "s*.tar", {"a.jpg": JPEG})
     assert find_shards(str(path)) == [str(path)] == find_shards(str(odd))
 
 
@@ -140,7 +135,7 @@ def numbered(tmp_path) -> Path:
         members = {}
         for key in keys:
             members |= {f"{key}.jpg": key.encode() * 9} | ({f"{key}.cls": b"%d" % ord(key)} if shard < 2 else {})
-        write_tar(tmp_path / f"{shard}.tar", members)
+        shard_at(tmp_path / f"{shard}.tar", members)
     return tmp_path
 
 
@@ -172,7 +167,7 @@ def test_digest_follows_content_and_order_but_not_paths(tmp_path):
     def digest(name: str, *shards: dict[str, bytes]) -> str:
         (tmp_path / name).mkdir()
         for number, members in enumerate(shards):
-            write_tar(tmp_path / name / f"{number}.tar", members)
+            shard_at(tmp_path / name / f"{number}.tar", members)
         return open_shards(str(tmp_path / name)).content_digest
 
     a, b = {"a.jpg": b"11", "a.cls": b"0"}, {"b.jpg": b"222"}

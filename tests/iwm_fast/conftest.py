@@ -1,0 +1,70 @@
+"""Small ragged indexes, batches and settings for tests of the method."""
+
+import pytest
+import torch
+
+from iwm_fast.config import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
+from pipelines.batch import Batch, RaggedIndex
+from pipelines.config import ViewConfig
+
+GRID, PATCH = 4, 4
+
+
+def _ragged(patches, total=None, grid=GRID):
+    lengths = [len(one) for one in patches]
+    rows = [image * grid**2 + patch for image, one in enumerate(patches) for patch in one]
+    return RaggedIndex(
+        patch=torch.tensor(rows, dtype=torch.int64) % grid**2,
+        row=torch.tensor(rows, dtype=torch.int64),
+        offsets=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+        longest=max(lengths),
+        total=sum(lengths) if total is None else total,
+    )
+
+
+def _batch(context, target, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = len(context)
+    number = torch.arange(images)
+    return Batch(
+        source_view=torch.randn(images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+        target_view=torch.randn(images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+        action=torch.randn(images, 7, generator=generator),
+        context=_ragged(context),
+        target=_ragged(target),
+        crop_window=torch.zeros(images, 4),
+        label=number,
+        sample=number,
+        slot=number,
+        key=tuple(f"sample{i}" for i in range(images)),
+        step=0,
+    )
+
+
+def _config(*, conditioning="feature", predictor_depth=2, precision="fp32", seed=0):
+    encoder = EncoderConfig(dim=16, depth=2, num_heads=2, patch_size=PATCH)
+    predictor = PredictorConfig(dim=8, depth=predictor_depth, num_heads=2, conditioning=conditioning)
+    return RunConfig(
+        seed=seed,
+        views=ViewConfig(size=GRID * PATCH, blur_sigma=(0.1, 1.0)),
+        model=ModelConfig(encoder=encoder, predictor=predictor),
+        optim=OptimConfig(precision=precision),
+    )
+
+
+@pytest.fixture
+def ragged():
+    """Function: lists of patch numbers, one per image -> RaggedIndex on a 4 x 4 grid."""
+    return _ragged
+
+
+@pytest.fixture
+def make_batch():
+    """Function: context and target patches per image, seed -> Batch of 16 x 16 images in patches of 4."""
+    return _batch
+
+
+@pytest.fixture
+def tiny_config():
+    """Function: what a test varies -> RunConfig of a tiny model that fits `make_batch`."""
+    return _config

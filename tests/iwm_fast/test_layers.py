@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+from iwm_fast.models.layers import Block, initialize_, sincos_positions
+from kernels.ops import REFERENCE
+
+
+def build(seed=0, depth=3):
+    stack = torch.nn.ModuleList(Block(32, 4, 4.0, REFERENCE) for _ in range(depth))
+    initialize_(stack, torch.Generator().manual_seed(seed))
+    return stack
+
+
+def test_positions_follow_the_formula_at_a_chosen_place():
+    dim, grid, row, column = 16, 5, 3, 2
+    got = sincos_positions(dim, grid)[row * grid + column]
+    frequencies = [10000 ** (-i / 4) for i in range(4)]
+    wanted = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in frequencies]
+    torch.testing.assert_close(got, torch.tensor(wanted))
+
+
+def test_positions_of_different_patches_differ():
+    assert len(sincos_positions(16, 6).unique(dim=0)) == 36
+
+
+def test_positions_need_a_multiple_of_four():
+    with pytest.raises(ValueError, match="multiple of 4.*got 6"):
+        sincos_positions(6, 2)
+
+
+def test_initial_weights_depend_on_the_generator_and_on_nothing_else():
+    torch.manual_seed(1)
+    first = build(seed=5).state_dict()
+    torch.manual_seed(2)
+    second, other = build(seed=5).state_dict(), build(seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["0.attn.qkv.weight"], other["0.attn.qkv.weight"])
+
+
+def test_residual_projections_shrink_with_depth_and_nothing_else_does():
+    for layer, block in enumerate(build(), start=1):
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert weight.detach().std().item() == pytest.approx(0.02 / math.sqrt(2 * layer), rel=0.1)
+        for weight in (block.attn.qkv.weight, block.mlp.fc1.weight):
+            assert weight.detach().std().item() == pytest.approx(0.02, rel=0.1)
+        assert block.norm1.weight.eq(1).all() and block.attn.qkv.bias.eq(0).all()
+
+
+def test_block_works_on_each_packed_sequence_alone():
+    block, tokens = build()[0], torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    packed = block(tokens, torch.tensor([0, 4, 4, 9], dtype=torch.int32), 5)
+    alone = torch.cat([block(tokens[:4], None, 4), block(tokens[4:], None, 5)])
+    torch.testing.assert_close(packed, alone)
