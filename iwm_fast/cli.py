@@ -116,7 +116,7 @@ COMMANDS = {
     "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
                     summary="draw what the model will see: views, masks and actions of a few samples"),
     "evaluate mrr": Command(usage="run=DIR [key=value ...]", act=_evaluate_mrr, settings=_eval_config("MrrConfig"),
-                            summary="mean reciprocal rank of the world model, beside chance and an untrained predictor"),
+                            summary="mean reciprocal rank of the world model, beside chance and untrained"),
     "evaluate knn": Command(usage="run=DIR [key=value ...]", act=_evaluate_knn, settings=_eval_config("KnnConfig"),
                             summary="k nearest neighbours on frozen features, beside an untrained encoder"),
     "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),

@@ -142,7 +142,7 @@ class RuntimeConfig:
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """deepspeed: ZeRO; plain: its twin in PyTorch alone."""
     zero_stage: Literal[1, 2] | None = None
-    """DeepSpeed's stage: 1 shards the optimiser's state, 2 the gradients too; unset: 1. Not for runtime.engine=plain."""
+    """DeepSpeed's stage: 1 shards the optimiser's state, 2 the gradients too; unset: 1. Not for engine=plain."""
     micro_batch_size: int | None = None
     """Images per rank per forward; unset: global batch / ranks. Accumulation is derived."""
     reader_threads: int = 4

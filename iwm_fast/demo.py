@@ -103,7 +103,7 @@ def measure(config: RunConfig, identity: str) -> dict[str, Any]:
 
 
 def speed(run: str) -> dict[str, float]:
-    """Return images/s, waiting and time of training from its log rows; the first window fills caches and is left out."""
+    """Return images/s, waiting and time of training from its log rows, without the first: it fills caches."""
     first, *rows = read_metrics(Path(run))
     steps = [row["step"] - before["step"] for before, row in zip([first, *rows], rows, strict=False)]
     lasted = [count * row["speed/step_s"] for count, row in zip(steps, rows, strict=True)]

@@ -49,7 +49,7 @@ def start(device_setting: Literal["auto", "cpu", "cuda"]) -> Place:
     if dist.is_initialized():
         raise RuntimeError("a process group exists already; call distributed.stop() before starting another")
     rank, local_rank, world_size = _read_environment()
-    device = _choose_device(device_setting, local_rank)
+    device = choose_device(device_setting, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -90,7 +90,12 @@ def _read_environment() -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def _choose_device(setting: str, local_rank: int) -> torch.device:
+def choose_device(setting: str, local_rank: int = 0) -> torch.device:
+    """Return where this process computes: `auto` takes a GPU if there is one.
+
+    Raises:
+        RuntimeError: if a GPU is asked for and there is none for this local rank.
+    """
     num_gpus = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and num_gpus == 0):
         logger.info("computing on the CPU (runtime.device=%s)", setting)

@@ -1,5 +1,6 @@
 """Sheets of labelled pictures: rows of (image, caption), written as PNG."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ matplotlib.use("Agg")  # no display on a GPU node
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import UInt8
+
+# characters that stand under a panel at this size
+_CAPTION_WIDTH = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +30,14 @@ def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Sequence[Pane
     figure, axes = plt.subplots(
         len(rows),
         len(headings),
-        figsize=(2.1 * len(headings), 2.45 * len(rows) + 0.6),
+        figsize=(2.1 * len(headings), 2.6 * len(rows) + 0.6),
         squeeze=False,
         layout="constrained",
     )
     for row, panels in zip(axes, rows, strict=True):
         for axis, panel in zip(row, panels, strict=True):
             axis.imshow(panel.pixels, interpolation="nearest")
-            axis.set_xlabel(panel.caption, fontsize=8, wrap=True)
+            axis.set_xlabel("\n".join(textwrap.wrap(panel.caption, _CAPTION_WIDTH)), fontsize=7)
             axis.set_xticks([])
             axis.set_yticks([])
     for axis, heading in zip(axes[0], headings, strict=True):

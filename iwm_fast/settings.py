@@ -11,6 +11,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,7 +117,7 @@ def describe_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Any
 def _field_texts(kind: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     texts = {}
-    for statement, after in zip(body, body[1:], strict=False):
+    for statement, after in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             texts[statement.target.id] = str(after.value.value) if is_text else ""  # type: ignore[union-attr]

@@ -4,15 +4,15 @@ No reader and no random operator: everything drawn enters as data, so what the p
 what happened to the pixels. The same function builds the graph for CPU and GPU. `pipelines.views` is its plain twin.
 """
 
+# DALI's enums and graph nodes are typed too loosely to check
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import nvidia.dali.fn as fn
-import nvidia.dali.math as math
-import nvidia.dali.types as types
-from nvidia.dali import Pipeline
+from nvidia.dali import Pipeline, fn, math, types
 
 from pipelines.actions import LUMA, Draws, blur_radius, color_matrix, gray_gain
 

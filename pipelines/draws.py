@@ -26,7 +26,7 @@ def random_bits(seed: int, purpose: str, *counters: int | np.ndarray) -> UInt64[
     stream = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little")
     state = np.full((1,), stream, np.uint64)
     for counter in counters:
-        # arrays wrap around silently where NumPy scalars warn; adding before mixing keeps (1, 0) and (0, 1) apart: each counter sees another state
+        # arrays, since NumPy scalars warn when they wrap around; adding before mixing keeps (1, 0) and (0, 1) apart
         state = _mix(state + _GOLDEN * (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)))
     return state
 

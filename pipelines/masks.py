@@ -37,7 +37,8 @@ def draw_masks(config: MaskConfig, grid: int, seed: int, step: int, slots: np.nd
     context = np.zeros_like(target)
     pending = np.arange(len(slots))
     for attempt in range(_MAX_DRAWS):
-        drawn = _draw_once(config, grid, seed, step, slots[pending], attempt)
+        uniform = uniforms(seed, f"mask {attempt}", step, slots[pending], 4 * config.num_target_blocks + 4)
+        drawn = _from_uniforms(config, grid, uniform)
         target[pending], context[pending] = drawn.target, drawn.context
         pending = pending[~drawn.context.any(axis=1)]
         if len(pending) == 0:
@@ -48,12 +49,11 @@ def draw_masks(config: MaskConfig, grid: int, seed: int, step: int, slots: np.nd
     )
 
 
-def _draw_once(config: MaskConfig, grid: int, seed: int, step: int, slots: np.ndarray, attempt: int) -> Masks:
+def _from_uniforms(config: MaskConfig, grid: int, uniform: Float64[np.ndarray, "B uniforms"]) -> Masks:
     count = config.num_target_blocks
-    uniform = uniforms(seed, f"mask {attempt}", step, slots, 4 * count + 4)
-    blocks = uniform[:, : 4 * count].reshape(len(slots), count, 4)
-    target = _blocks(blocks, grid, config.block_scale, config.block_aspect).any(axis=1)
-    context = ~target
+    blocks = uniform[:, : 4 * count].reshape(len(uniform), count, 4)
+    target = np.any(_blocks(blocks, grid, config.block_scale, config.block_aspect), axis=1)
+    context = np.logical_not(target)
     if config.context_scale is not None:
         context &= _blocks(uniform[:, None, 4 * count :], grid, config.context_scale, (1.0, 1.0))[:, 0]
     return Masks(context=context, target=target)

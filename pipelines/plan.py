@@ -150,5 +150,6 @@ def assemble(
 
 def undecodable(shards: ShardSet, sample: int, step: int) -> ShardError:
     """Name the sample whose bytes are no image."""
-    shard, key = shards.address(sample).rsplit(":", 1)
-    return ShardError(f"cannot decode the image at step {step}; replace it or leave it out", shard=shard, key=key)
+    (number,), _ = shards.locate(np.array([sample]))
+    where = {"shard": shards.shards[number].path, "key": shards.key(sample)}
+    return ShardError(f"cannot decode the image, drawn at step {step}", **where, remedy="replace it or leave it out")

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from pipelines.actions import LUMA, Photometry, blur_radius, color_matrix, gray_gain
 
-
 # what Pillow raises for bytes that are no (complete) image
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 

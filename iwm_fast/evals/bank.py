@@ -48,23 +48,32 @@ def draw_bank(
 
 
 @torch.no_grad()
-def distances(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], bank: Bank) -> Float[Tensor, "M M"]:
-    """Return the squared distance of each asked-for prediction (row) to each member's target tokens (column).
+def target_map(model: WorldModel, bank: Bank) -> Float[Tensor, "M ND"]:
+    """Return each member's target tokens, flat: what a prediction is compared with."""
+    maps = [model.targets(normalize_view(members)).flatten(1) for members in bank.pixels.split(_CHUNK)]
+    return torch.cat(maps)
 
-    The untouched image is the source, all its patches are visible and all positions are predicted; the distance is
-    the mean over patches and dimensions.
+
+@torch.no_grad()
+def predicted_map(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], bank: Bank) -> Float[Tensor, "M ND"]:
+    """Return the prediction for each member's action, flat.
+
+    The untouched image is the source, all its patches are visible and all positions are predicted.
     """
     tokens = model.encode(normalize_view(pixels[None].to(model.device)))
-    predictions, targets = [], []
-    for action, members in zip(bank.action.split(_CHUNK), bank.pixels.split(_CHUNK), strict=True):
-        predictions.append(model.predict(tokens.expand(len(action), -1, -1), action).flatten(1))
-        targets.append(model.targets(normalize_view(members)).flatten(1))
-    predicted, target = torch.cat(predictions), torch.cat(targets)
-    # |p - t|^2 - |p|^2 would rank alike, but float32 cancels badly when tokens share a large offset: centre first
+    maps = [
+        model.predict(tokens.expand(len(action), -1, -1), action).flatten(1) for action in bank.action.split(_CHUNK)
+    ]
+    return torch.cat(maps)
+
+
+def distances(predicted: Float[Tensor, "M ND"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "M M"]:
+    """Return the mean squared difference of each prediction (row) and each target (column)."""
+    # the expanded square cancels badly where all tokens share a large offset: centre, and add up in float64
     offset = target.mean(dim=0)
     predicted, target = (predicted - offset).double(), (target - offset).double()
     squared = predicted.square().sum(1)[:, None] + target.square().sum(1)[None] - 2 * predicted @ target.T
-    return squared.float() / predicted.shape[1]
+    return (squared / predicted.shape[1]).float()
 
 
 def ranks(distance: Float[Tensor, "M M"]) -> Float[Tensor, "M"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.distributed import choose_device
-from iwm_fast.evals.bank import distances, draw_bank, ranks
+from iwm_fast.evals.bank import distances, draw_bank, predicted_map, ranks, target_map
 from iwm_fast.evals.config import ImagineConfig
 from iwm_fast.evals.features import batches, spread, validation_shards
 from iwm_fast.pictures import Panel, save_sheet
@@ -28,14 +28,14 @@ def imagine(config: ImagineConfig) -> Path:
         for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
             rows.append(_row(model, pixels, sample, config))
     path = Path(config.picture or Path(config.run) / "imagine.png")
-    title = f"{config.bank_size} jittered versions of each image to choose from ({config.bank} strengths), step {model.step}"
+    title = f"{config.bank_size} jittered versions of each image ({config.bank} strengths), step {model.step}"
     save_sheet(path, _HEADINGS, rows, title)
     return path
 
 
 def _row(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, config: ImagineConfig) -> list[Panel]:
     bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
-    distance = distances(model, pixels, bank)
+    distance = distances(predicted_map(model, pixels, bank), target_map(model, bank))
     best, second = distance[0].argsort()[:2].tolist()
     images: UInt8[np.ndarray, "M H W 3"] = bank.pixels.cpu().numpy()
     words = describe_action(bank.action[0].numpy(), model.config.views)

@@ -1,4 +1,4 @@
-"""Mean reciprocal rank: does the predicted change find the right one among jittered versions of the image?
+"""Mean reciprocal rank of the predicted change among jittered versions of the image.
 
 The untouched image and the action of one bank member go in; bank members are ranked by squared distance of token maps
 to the prediction. Only jitter is asked for: training never shows the way from clean to destroyed. Ties share their
@@ -13,7 +13,7 @@ import torch
 
 from iwm_fast import world_model
 from iwm_fast.distributed import choose_device
-from iwm_fast.evals.bank import bank_views, distances, draw_bank, ranks
+from iwm_fast.evals.bank import bank_views, distances, draw_bank, predicted_map, ranks, target_map
 from iwm_fast.evals.config import MrrConfig
 from iwm_fast.evals.features import batches, save_result, spread, validation_shards
 from iwm_fast.world_model import WorldModel
@@ -49,14 +49,18 @@ def evaluate_mrr(config: MrrConfig) -> dict[str, Any]:
 
 
 def bank_ranks(models: list[WorldModel], shards: ShardSet, config: MrrConfig) -> list[np.ndarray]:
-    """Return for each model the (images, bank) ranks of the right answers, in the same banks."""
+    """Return for each model the (images, bank) ranks of the right answers, in the same banks.
+
+    The models share their encoder: it is the predictors that are compared.
+    """
     samples = spread(shards.num_samples, config.num_images)
     rows: list[list[np.ndarray]] = [[] for _ in models]
     for batch in batches(models[0], shards, samples):
         for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
             bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
+            target = target_map(models[0], bank)
             for row, model in zip(rows, models, strict=True):
-                row.append(ranks(distances(model, pixels, bank)).cpu().numpy())
+                row.append(ranks(distances(predicted_map(model, pixels, bank), target)).cpu().numpy())
     return [np.stack(row) for row in rows]
 
 

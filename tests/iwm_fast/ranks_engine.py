@@ -31,15 +31,18 @@ def main(folder, part):
 
 def whole(folder, place):
     engine = make_engine(place, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
-    train(engine, place, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
+    outcomes = train(engine, place, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
     save(engine, place, folder / "whole-3")
+    (folder / "whole-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
 
 
 def first(folder, place):
     """Two ranks, two micro-batches each: a straight run, and one with a bad sample on the last rank."""
     for name in ENGINES:
         engine = make_engine(place, name)
-        train(engine, place, range(3))
+        outcomes = train(engine, place, range(3))
+        if place.rank == 0:
+            (folder / f"{name}-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
         save(engine, place, folder / f"{name}-3")
         train(engine, place, range(3, 5))
         save(engine, place, folder / f"{name}-5")

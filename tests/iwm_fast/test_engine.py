@@ -205,9 +205,8 @@ def test_clipping_can_be_off(place, engine, stage):
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 def test_parameters_have_the_modules_own_names(place, engine, stage):
-    assert [name for name, _ in make_engine(place, engine, stage).named_parameters()] == [
-        name for name, _ in Toy().named_parameters()
-    ]
+    tried = make_engine(place, engine, stage)
+    assert dict(tried.named_parameters()).keys() == dict(Toy().named_parameters()).keys()
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)

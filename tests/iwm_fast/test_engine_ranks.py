@@ -68,6 +68,9 @@ def test_two_ranks_with_two_micro_batches_equal_one_process_with_the_whole_batch
     whole = load(folder, "whole-3")
     assert int(whole["adam_step"]) == 3
     assert_close_state(load(folder, f"{engine}-3"), whole)
+    # a wrong scale would not be seen in the state: clipping takes it out
+    norms = json.loads((folder / f"{engine}-norms.json").read_text())
+    assert norms == pytest.approx(json.loads((folder / "whole-norms.json").read_text()), rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

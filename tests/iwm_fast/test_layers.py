@@ -26,7 +26,7 @@ def test_positions_of_different_patches_differ():
 
 
 def test_positions_need_a_multiple_of_four():
-    with pytest.raises(ValueError, match="multiple of 4.*got 6"):
+    with pytest.raises(ValueError, match=r"multiple of 4.*got 6"):
         sincos_positions(6, 2)
 
 

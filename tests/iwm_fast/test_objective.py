@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +18,18 @@ def index_of(ragged, lengths=LENGTHS, total=None):
     return ragged([range(length) for length in lengths], total)
 
 
+def evaluate(objective, tokens, target, index):
+    """Loss where encoder and predictor gave the same tokens, as with the identity predictor."""
+    return objective(Prediction(tokens, tokens, index), target, index)
+
+
 @pytest.mark.parametrize(("distance", "wanted"), [("mse", (1 + 4 + 9 + 0.25) / 6), ("smooth_l1", 4.625 / 6)])
 def test_distance_equals_a_hand_computation(ragged, distance, wanted):
     # errors 1, 2, 3, 0.5 in two rows of two: means over D summed over rows, divided by three patches in all;
     # smooth L1: 0.5 + 1.5 + 2.5 + 0.125
     predicted = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
     objective = Objective(ObjectiveConfig(distance=distance), is_identity=False)
-    got = objective(Prediction(predicted, predicted), torch.zeros(2, 2), index_of(ragged, [1, 1], total=3))
+    got = evaluate(objective, predicted, torch.zeros(2, 2), index_of(ragged, [1, 1], total=3))
     assert got.item() == pytest.approx(wanted)
 
 
@@ -33,11 +37,10 @@ def test_distance_equals_a_hand_computation(ragged, distance, wanted):
 def test_summed_micro_batches_equal_the_whole_batch(ragged, distance):
     objective = Objective(ObjectiveConfig(distance=distance), is_identity=False)
     predicted, target, rows = draw(24), draw(24, seed=1), sum(LENGTHS)
-    whole = objective(Prediction(predicted, predicted), target, index_of(ragged))
+    whole = evaluate(objective, predicted, target, index_of(ragged))
     parts = []
     for lengths, part in ((LENGTHS[:3], slice(0, 8)), (LENGTHS[3:], slice(8, 24))):
-        prediction = Prediction(predicted[part], predicted[part])
-        parts.append(objective(prediction, target[part], index_of(ragged, lengths, total=rows)))
+        parts.append(evaluate(objective, predicted[part], target[part], index_of(ragged, lengths, total=rows)))
     torch.testing.assert_close(sum(parts), whole)
 
 
@@ -51,27 +54,29 @@ def test_spread_terms_equal_a_hand_computation():
 
 def test_spread_terms_are_on_for_the_identity_predictor_and_off_elsewhere(ragged):
     tokens, index = torch.zeros(24, 16), index_of(ragged)
-    prediction = Prediction(tokens, tokens)
-    assert Objective(ObjectiveConfig(), is_identity=False)(prediction, tokens, index).item() == 0
-    assert Objective(ObjectiveConfig(), is_identity=True)(prediction, tokens, index).item() == pytest.approx(0.99)
-    off = ObjectiveConfig(variance_weight=0.0, covariance_weight=0.0)
-    assert Objective(off, is_identity=True)(prediction, tokens, index).item() == 0
+
+    def loss(config, is_identity):
+        return evaluate(Objective(config, is_identity), tokens, tokens, index).item()
+
+    assert loss(ObjectiveConfig(), is_identity=False) == 0
+    assert loss(ObjectiveConfig(), is_identity=True) == pytest.approx(0.99)
+    assert loss(ObjectiveConfig(variance_weight=0.5), is_identity=False) == pytest.approx(0.495)
+    assert loss(ObjectiveConfig(variance_weight=0.0, covariance_weight=0.0), is_identity=True) == 0
 
 
 def test_equal_micro_batches_do_not_multiply_the_spread_terms(ragged):
     tokens = draw(24)
     objective = Objective(ObjectiveConfig(), is_identity=True)
-    once = objective(Prediction(tokens, tokens), tokens, index_of(ragged))
-    thrice = [objective(Prediction(tokens, tokens), tokens, index_of(ragged, total=72)) for _ in range(3)]
+    once = evaluate(objective, tokens, tokens, index_of(ragged))
+    thrice = [evaluate(objective, tokens, tokens, index_of(ragged, total=72)) for _ in range(3)]
     torch.testing.assert_close(sum(thrice), once)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_micro_batch_of_hardly_any_patches_has_a_finite_loss_and_gradient(ragged, rows):
     tokens = draw(rows).requires_grad_()
-    loss = Objective(ObjectiveConfig(), is_identity=True)(
-        Prediction(tokens, tokens), torch.zeros(rows, 16), index_of(ragged, [rows], total=9)
-    )
+    objective = Objective(ObjectiveConfig(), is_identity=True)
+    loss = evaluate(objective, tokens, torch.zeros(rows, 16), index_of(ragged, [rows], total=9))
     loss.backward()
     assert loss.isfinite() and tokens.grad.isfinite().all()
 
@@ -124,5 +129,5 @@ def test_pooling_is_by_image(ragged):
 
 
 def test_statistics_between_images_are_left_out_for_few_images(ragged):
-    index = replace(index_of(ragged, [12, 12]))
+    index = index_of(ragged, [12, 12])
     assert collapse_monitors(draw(24), draw(24), index).keys() == {"monitor/target_std", "monitor/loss_over_mean"}

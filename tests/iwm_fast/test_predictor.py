@@ -101,8 +101,8 @@ def test_depth_zero_hands_on_the_context_tokens_and_is_compared_there(student, m
     prediction = module(batch)
     assert isinstance(module.predictor, IdentityPredictor)
     assert torch.equal(prediction.predicted_tokens, prediction.context_tokens)
-    assert module.predictor.predicted_patches(batch.context, batch.target) is batch.context
-    assert student().predictor.predicted_patches(batch.context, batch.target) is batch.target
+    assert prediction.index is module.predictor.predicted_patches(batch.context, batch.target) is batch.context
+    assert student()(batch).index is batch.target
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -119,7 +119,7 @@ def test_a_hook_on_each_output_sees_every_path_once(student, make_batch, depth):
 
     def gradient(scale):
         module.zero_grad()
-        outputs = module(batch)
+        outputs = module(batch)[:2]
         for output in outputs:
             output.register_hook(lambda grad: grad * scale)
         sum(output.square().sum() for output in outputs).backward()
@@ -141,6 +141,6 @@ def test_weights_follow_from_the_seed_alone(tiny_config):
 def test_bf16_outputs_are_float32_and_near_those_of_fp32(student, make_batch):
     batch = make_batch(CONTEXT, TARGET)
     mixed, plain = student(precision="bf16")(batch), student(precision="fp32")(batch)
-    for got, wanted in zip(mixed, plain, strict=True):
+    for got, wanted in zip(mixed[:2], plain[:2], strict=True):
         assert got.dtype == torch.float32 and not torch.equal(got, wanted)
         torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.05)

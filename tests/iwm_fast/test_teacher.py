@@ -78,9 +78,9 @@ def test_state_survives_a_round_trip(encoder):
 
 def test_names_that_do_not_match_are_refused(encoder):
     teacher, given = Teacher(encoder, None), shifted(encoder, 0.1)
-    with pytest.raises(ValueError, match="unknown: .*'encoder.norm.bias'"):
+    with pytest.raises(ValueError, match=r"unknown: .*'encoder.norm.bias'"):
         teacher.update([("encoder.norm.bias", given[-1][1]), *given[:-1]], 0.9)
-    with pytest.raises(ValueError, match="missing: .*'patch_embed.proj.weight'"):
+    with pytest.raises(ValueError, match=r"missing: .*'patch_embed.proj.weight'"):
         teacher.update(given[1:], 0.9)
     with pytest.raises(ValueError, match="once, got"):
         teacher.update([*given, given[0]], 0.9)

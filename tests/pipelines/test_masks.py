@@ -35,7 +35,8 @@ def _line_cover(grid: int) -> np.ndarray:
     heights = np.rint(np.sqrt(area * ratio)).astype(int).ravel()
     widths = np.rint(np.sqrt(area / ratio)).astype(int).ravel()
     cover = np.zeros((grid, grid))
-    for (height, width), count in zip(*np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)):
+    sides, counts = np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)
+    for (height, width), count in zip(sides, counts, strict=True):
         cover += count * np.outer(_one_axis(grid, height), _one_axis(grid, width))
     return cover / len(heights)
 

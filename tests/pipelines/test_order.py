@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.order import SampleOrder
@@ -10,8 +10,11 @@ from pipelines.order import SampleOrder
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 seeds = st.integers(0, 2**32)
 windows = st.integers(1, 14)
+# a busy machine is no failure
+law = settings(deadline=None)
 
 
+@law
 @given(sizes, seeds, windows, st.integers(0, 1000))
 def test_each_sample_comes_once_per_epoch(shard_sizes, seed, window, epoch):
     count = sum(shard_sizes)
@@ -20,6 +23,7 @@ def test_each_sample_comes_once_per_epoch(shard_sizes, seed, window, epoch):
     assert sorted(samples.tolist()) == list(range(count)) and order.num_samples == count
 
 
+@law
 @given(sizes, seeds, windows, st.lists(st.integers(0, 10**6), min_size=1, max_size=40))
 def test_order_is_a_pure_function_of_seed_and_position(shard_sizes, seed, window, positions):
     asked = np.array(positions)
@@ -29,6 +33,7 @@ def test_order_is_a_pure_function_of_seed_and_position(shard_sizes, seed, window
     assert together.tolist() == one_by_one[::-1]
 
 
+@law
 @given(seeds, windows, st.integers(1, 4))
 def test_ranks_that_share_a_batch_read_what_one_rank_would(seed, window, world_size):
     order = SampleOrder([5, 7, 3, 8], seed, window)
@@ -41,6 +46,7 @@ def test_ranks_that_share_a_batch_read_what_one_rank_would(seed, window, world_s
         assert samples.tolist() == whole[rank::world_size].tolist()
 
 
+@law
 @given(seeds)
 def test_epochs_differ_and_seeds_differ(seed):
     def first_two_epochs(seed: int) -> tuple[list[int], list[int]]:
@@ -52,6 +58,7 @@ def test_epochs_differ_and_seeds_differ(seed):
     assert first != first_two_epochs(seed + 1)[0]
 
 
+@law
 @given(sizes, seeds, windows)
 def test_samples_of_a_window_come_from_as_many_shards_as_the_window_has(shard_sizes, seed, window):
     count = sum(shard_sizes)

@@ -76,13 +76,15 @@ def test_a_shard_removed_after_indexing_is_reported_with_its_path(folder, shards
     assert any("sample '3'" in note and "4.tar" in note for note in caught.value.__notes__)
 
 
-def test_errors_of_several_threads_become_one(folder, shards):
+def test_errors_of_several_threads_become_one(folder, shards, caplog):
     for shard in range(NUM_SHARDS):
         (folder / f"{shard}.tar").unlink()
     with Reader(shards, 8) as reader:
         for _ in range(20):
             with pytest.raises(FileNotFoundError):
                 reader.read(np.arange(40))
+    # what goes wrong in a callback is only logged
+    assert caplog.records == []
 
 
 def test_sample_numbers_outside_the_set_are_refused_at_once(shards):
@@ -90,13 +92,12 @@ def test_sample_numbers_outside_the_set_are_refused_at_once(shards):
         reader.submit(np.array([40]))
 
 
-def test_a_closed_reader_leaves_no_future_waiting(shards):
+def test_a_closed_reader_leaves_no_future_waiting_and_begins_none(shards):
     reader = Reader(shards, 1)
-    futures = [reader.submit(np.arange(40)) for _ in range(50)]
+    futures = [reader.submit(np.tile(np.arange(40), 50)) for _ in range(20)]
     reader.close()
-    for future in futures:
-        assert future.done()
-        assert isinstance(future.exception(), CancelledError | None)
+    assert all(future.done() for future in futures)
+    assert isinstance(futures[-1].exception(), CancelledError)
     with pytest.raises(RuntimeError, match="shutdown"):
         reader.submit(np.array([0]))
 

@@ -94,6 +94,10 @@ def test_a_path_that_exists_is_taken_literally(tmp_path):
     odd.mkdir()
     path = shard_at(odd / "s*.tar", {"a.jpg": JPEG})
     assert find_shards(str(path)) == [str(path)] == find_shards(str(odd))
+    brackets = tmp_path / "set [a]"
+    brackets.mkdir()
+    path = shard_at(brackets / "s.tar", {"a.jpg": JPEG})
+    assert find_shards(f"{brackets}/?.tar") == [str(path)]
 
 
 BAD_SPECS = {

@@ -94,6 +94,13 @@ def test_image_bytes_equal_those_of_tarfile_and_webdataset(tmp_path, dialect, pr
     assert images == images_by_webdataset(path)
 
 
+@pytest.mark.parametrize("dialect", ["gnu", "pax"])
+def test_a_long_name_is_not_kept_for_the_members_after_it(tmp_path, dialect):
+    members = {"c" * 150 + ".jpg": b"long", "short.jpg": b"short", "d" * 150 + ".jpg": b"again"}
+    path = write_tar(tmp_path / "s.tar", members, format=DIALECTS[dialect])
+    assert images_of(path) == {"c" * 150: b"long", "short": b"short", "d" * 150: b"again"}
+
+
 def test_fractional_times_in_pax_headers_do_not_move_offsets(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in two_samples().items():
