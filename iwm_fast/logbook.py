@@ -45,7 +45,9 @@ class LogWindow:
 
     def close(self, report: StepReport, progress: Progress) -> dict[str, float]:
         """Return the row's values, summed or averaged over ranks, and begin the next window; every rank takes part."""
-        monitors = collapse_monitors(report.prediction.predicted_tokens, report.target_tokens, report.prediction.index)
+        monitors = collapse_monitors(
+            report.prediction.predicted_tokens, report.target_tokens, report.prediction.patches
+        )
         shared = torch.stack([*monitors.values(), torch.tensor(self._wait_s, device=self._device)]).double()
         mean_over_ranks = distributed.mean_over_ranks(shared).tolist()
         loss = distributed.sum_over_ranks(torch.stack(self._losses).double()).mean().item()

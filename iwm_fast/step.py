@@ -67,8 +67,8 @@ def train_step(
         batch = next(loader)
         wait_s += time.perf_counter() - asked
         prediction = engine.forward(batch)
-        target_tokens = teacher.encode(batch.target_view, prediction.index)
-        loss = objective(prediction, target_tokens, prediction.index)
+        target_tokens = teacher.encode(batch.target_view, prediction.patches)
+        loss = objective(prediction, target_tokens, prediction.patches)
         engine.backward(loss)
         losses.append(loss.detach())
     outcome = engine.step()

@@ -6,13 +6,15 @@ what happened to the pixels. The same function builds the graph for CPU and GPU.
 
 # DALI's enums and graph nodes are typed too loosely to check
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, math, types
+from nvidia.dali import fn, math, types
+from nvidia.dali.pipeline import Pipeline
 
 from pipelines.actions import LUMA, Draws, blur_radius, color_matrix, gray_gain
 

@@ -24,8 +24,7 @@ class Prediction(NamedTuple):
     """The encoder's, float32."""
     predicted_tokens: Float[Tensor, "M D"]
     """The predictor's, float32."""
-    # hides tuple.index, which nobody calls on a prediction
-    index: RaggedIndex  # pyright: ignore[reportIncompatibleMethodOverride]
+    patches: RaggedIndex
     """The patches that were predicted: the context's for the identity predictor, otherwise the target's."""
 
 
@@ -44,10 +43,10 @@ class Student(nn.Module):
         with torch.autocast(batch.source_view.device.type, dtype=self.autocast_dtype, enabled=is_mixed):
             tokens = self.encoder(batch.source_view, batch.context)
             predicted = self.predictor(tokens, batch.action, batch.context, batch.target)
-        index = self.predictor.predicted_patches(batch.context, batch.target)
+        patches = self.predictor.predicted_patches(batch.context, batch.target)
         # views: the prediction is computed from the encoder's tokens, and a gradient hook that an engine puts on each
         # output would act twice on a tensor that is an output and on the way to the other
-        return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted), index)
+        return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted), patches)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:

@@ -101,8 +101,8 @@ def test_depth_zero_hands_on_the_context_tokens_and_is_compared_there(student, m
     prediction = module(batch)
     assert isinstance(module.predictor, IdentityPredictor)
     assert torch.equal(prediction.predicted_tokens, prediction.context_tokens)
-    assert prediction.index is module.predictor.predicted_patches(batch.context, batch.target) is batch.context
-    assert student()(batch).index is batch.target
+    assert prediction.patches is module.predictor.predicted_patches(batch.context, batch.target) is batch.context
+    assert student()(batch).patches is batch.target
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
