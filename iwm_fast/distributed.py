@@ -6,14 +6,17 @@ without it there is one, with a process group of its own, which DeepSpeed needs 
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Num
 from torch import Tensor
+
+Decision = TypeVar("Decision")
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +144,31 @@ def copy_from_rank_zero(tensor: Num[Tensor, "*shape"]) -> None:
     """Overwrite in place with what rank 0 has; collective."""
     if dist.is_initialized():
         dist.broadcast(tensor.detach(), src=0)
+
+
+def on_rank_zero(decide: Callable[[], Decision]) -> Decision:
+    """Return what rank 0 decides, on every rank; collective.
+
+    For what must not differ between ranks, such as what a shared disk shows. If it raises, rank 0 raises that, and
+    the others end: the message is rank 0's to give.
+    """
+    if not dist.is_initialized():
+        return decide()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = decide()
+        # whatever it was, the other ranks must not go on waiting
+        except Exception as error:
+            outcome[1] = error
+    told = [(outcome[0], outcome[1] is not None)]
+    dist.broadcast_object_list(told, src=0)
+    decision, has_failed = told[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    if has_failed:
+        raise SystemExit(2)
+    return decision
 
 
 def agree(flag: bool, device: torch.device) -> bool:

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed
-from iwm_fast.config import RunConfig, accumulation_steps
+from iwm_fast.config import OutputConfig, RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
@@ -39,7 +40,7 @@ class Trainer:
     config: RunConfig
     place: Place
     shards: ShardSet
-    fingerprint: dict[str, object]
+    fingerprint: dict[str, Any]
     engine: Engine
     teacher: Teacher
     objective: Objective
@@ -58,7 +59,8 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
     accumulation_steps(config, place.world_size)
-    shards = open_shards(config.data.train)
+    # indexed once, not by every rank
+    shards = distributed.on_rank_zero(lambda: open_shards(config.data.train))
     student = build_student(config, REFERENCE).to(place.device)
     teacher = Teacher(student.encoder, compute_dtype(config))
     engine = build_engine(config, student, build_optimizer(student, config.optim), place)
@@ -121,14 +123,7 @@ def resume(trainer: Trainer) -> Progress:
         ValueError: if the folder holds a run and output.resume is never.
         CheckpointError: if the checkpoint is damaged or belongs to other settings.
     """
-    output = trainer.config.output
-    newest = checkpoints.newest(trainer.folder)
-    is_used = newest is not None or (trainer.folder / "metrics.jsonl").exists()
-    if is_used and output.resume == "never":
-        raise ValueError(
-            f"output.folder = {output.folder!r} already holds a run; "
-            "name another folder, or say output.resume=auto to go on with it"
-        )
+    newest = distributed.on_rank_zero(lambda: find_start(trainer.config.output, trainer.fingerprint))
     if newest is None:
         return Progress()
     saved = checkpoints.read(newest, trainer.fingerprint)
@@ -136,6 +131,27 @@ def resume(trainer: Trainer) -> Progress:
     trainer.teacher.load_state_dict(saved.teacher_state)
     log.info("going on from %s", newest)
     return Progress(step=saved.step, applied_steps=saved.applied_steps)
+
+
+def find_start(output: OutputConfig, fingerprint: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from, None to start anew.
+
+    Raises:
+        ValueError: if the folder holds a run and output.resume is never.
+        CheckpointError: if the checkpoint is damaged or belongs to other settings.
+    """
+    folder = Path(output.folder)
+    newest = checkpoints.newest(folder)
+    is_used = newest is not None or (folder / "metrics.jsonl").exists()
+    if is_used and output.resume == "never":
+        raise ValueError(
+            f"output.folder = {output.folder!r} already holds a run; "
+            "name another folder, or say output.resume=auto to go on with it"
+        )
+    if newest is not None:
+        # read here for its errors: one message from rank 0 instead of one from each
+        checkpoints.read(newest, fingerprint)
+    return newest
 
 
 def save(trainer: Trainer, progress: Progress) -> None:
