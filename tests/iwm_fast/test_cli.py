@@ -1,0 +1,132 @@
+"""What a user sees: help, and one message for each thing that cannot work."""
+
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import yaml
+from samples import encode, photograph, write_tar
+
+from iwm_fast.cli import COMMANDS, main
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Return the one message a command ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.err.startswith("error: ") and "Traceback" not in printed.err and printed.out == ""
+    return printed.err
+
+
+@pytest.fixture
+def run_yaml(tmp_path, tiny_shards):
+    def write(**data) -> str:
+        settings = {
+            "data": {"train": tiny_shards.pattern, **data},
+            "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+            "model": {"encoder": {"dim": 16, "depth": 1, "num_heads": 1, "patch_size": 4},
+                      "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
+            "optim": {"global_batch_size": 16, "epochs": 1, "warmup_epochs": 0, "precision": "fp32"},
+            "runtime": {"engine": "plain", "device": "cpu"},
+            "output": {"folder": str(tmp_path / "run")},
+        }  # fmt: skip
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def test_help_of_every_command_answers_without_loading_torch():
+    names = [name.split() for name in COMMANDS]
+    script = (
+        "import sys\nfrom iwm_fast.cli import main\n"
+        f"for name in {names!r}:\n    main([*name, '--help'])\nmain([])\nmain(['--help'])\nmain(['shards'])\n"
+        "assert not {'torch', 'deepspeed', 'nvidia.dali', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "optim.lr (float, 0.001)\n      Peak learning rate." in done.stdout
+    assert "bank_size (int, 256)" in done.stdout
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    assert "unknown command 'trian run.yaml'; known are train, show" in refused(capsys, "trian", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optm.lr=1"], "unknown setting 'optm.lr'; did you mean 'optim.lr'?"),
+        (["data.train=absent-{000..002}.tar"], "absent-{000..002}.tar"),
+        (["runtime.micro_batch_size=5"], "runtime.micro_batch_size must satisfy micro_batch_size * 1 ranks"),
+        (["runtime.device=cuda"], "runtime.device=cuda needs a GPU"),
+        (["data.train="], "data.train must name the training shards"),
+    ],
+)
+def test_a_run_that_cannot_work_ends_with_one_message_and_writes_nothing(capsys, run_yaml, tmp_path, arguments, message):
+    path = run_yaml()
+    assert message in refused(capsys, "train", path, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_and_a_tar_without_images_are_refused(capsys, run_yaml, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, "train", run_yaml(train=str(tmp_path / "empty")))
+    write_tar(tmp_path / "texts.tar", [("a.txt", b"no image"), ("a.cls", b"1")])
+    message = refused(capsys, "train", run_yaml(train=str(tmp_path / "texts.tar")))
+    assert "texts.tar" in message and "jpg" in message
+    with tarfile.open(tmp_path / "nothing.tar", "w"):
+        pass
+    assert "nothing.tar" in refused(capsys, "train", run_yaml(train=str(tmp_path / "nothing.tar")))
+
+
+def test_a_run_is_trained_shown_evaluated_and_imagined_from_the_command_line(capsys, run_yaml, tmp_path, tiny_shards):
+    path = run_yaml(val=tiny_shards.pattern)
+    main(["show", path])
+    main(["train", path])
+    main(["evaluate", "mrr", f"run={tmp_path / 'run'}", "num_images=4", "bank_size=8"])
+    main(["evaluate", "knn", f"run={tmp_path / 'run'}"])
+    main(["imagine", f"run={tmp_path / 'run'}", "num_images=2", "bank_size=8"])
+    printed = capsys.readouterr().out
+    assert "mrr_chance             0.3397" in printed and "knn_untrained" in printed
+    for name in ("show.png", "imagine.png", "evaluations/mrr_default.json", "evaluations/knn.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    assert "already holds a run" in refused(capsys, "train", path)
+    assert "other settings" in refused(capsys, "train", path, "output.resume=auto", "model.encoder.dim=32")
+
+
+def test_a_label_is_asked_for_where_it_is_needed_only(capsys, run_yaml, tmp_path):
+    crop = photograph("coffee.png")[:60, :60]
+    write_tar(tmp_path / "unlabelled.tar", [(f"{n:02}.jpg", encode(crop + n)) for n in range(16)])
+    path = run_yaml(train=str(tmp_path / "unlabelled.tar"), val=str(tmp_path / "unlabelled.tar"))
+    main(["train", path])
+    main(["evaluate", "mrr", f"run={tmp_path / 'run'}", "num_images=2", "bank_size=4"])
+    capsys.readouterr()
+    message = refused(capsys, "evaluate", "knn", f"run={tmp_path / 'run'}")
+    assert "unlabelled.tar" in message and "'00'" in message
+
+
+def test_an_evaluation_without_run_or_validation_shards_says_what_is_missing(capsys, run_yaml, tmp_path):
+    assert "run must name the folder" in refused(capsys, "evaluate", "mrr")
+    assert "is no run folder" in refused(capsys, "evaluate", "mrr", f"run={tmp_path}")
+    assert "did you mean 'bank_size'?" in refused(capsys, "evaluate", "mrr", "run=x", "bank_sise=3")
+    main(["train", run_yaml()])
+    capsys.readouterr()
+    assert "data.val must name validation shards" in refused(capsys, "evaluate", "knn", f"run={tmp_path / 'run'}")
+
+
+def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
+    from PIL import Image
+
+    for name in ("cats", "cups"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(photograph("chelsea.png")[number : number + 50, :50]).save(tmp_path / "images" / name / f"{number}.png")
+    main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
+    assert "shard-000000.tar" in capsys.readouterr().out
+    main(["train", run_yaml(train=str(tmp_path / "shards"))])
+    assert "expected 2 arguments" in refused(capsys, "shards", "pack", str(tmp_path / "images"))
