@@ -117,7 +117,7 @@ class OptimConfig:
             0 <= self.warmup_epochs < self.epochs,
             "optim.warmup_epochs",
             self.warmup_epochs,
-            f"lie in [0, epochs = {self.epochs})",
+            f"lie in [0, epochs = {self.epochs:g})",
         )
         for name in ("lr", "lr_start", "lr_end"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")

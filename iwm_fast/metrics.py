@@ -41,7 +41,7 @@ class MetricWriter:
         self._board.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return a run's rows; a last line cut off by a crash is left out."""
     path = folder / "metrics.jsonl"
     if not path.is_file():

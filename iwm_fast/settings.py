@@ -52,6 +52,7 @@ def build(kind: type[Config], tree: dict[str, Any], overrides: Sequence[str] = (
     """
     for override in overrides:
         _apply_override(kind, tree, override)
+    _check_groups(kind, tree)
     data = tree.get("data")
     for name in ("train", "val"):
         if isinstance(data, dict) and isinstance(data.get(name), list):
@@ -67,6 +68,14 @@ def build(kind: type[Config], tree: dict[str, Any], overrides: Sequence[str] = (
         raise ValueError(place + str(error).splitlines()[0]) from error
     assert isinstance(config, kind)
     return config
+
+
+def _check_groups(kind: Any, tree: dict[str, Any], prefix: str = "") -> None:
+    for group in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(group.type) and group.name in tree:
+            name, value = f"{prefix}{group.name}", tree[group.name]
+            check(isinstance(value, dict), name, value, "hold settings as `key: value`")
+            _check_groups(group.type, value, f"{name}.")
 
 
 def _escape(node: Any) -> Any:

@@ -16,7 +16,7 @@ from iwm_fast.models.student import Prediction
 from iwm_fast.objective import Objective
 from iwm_fast.schedules import Schedules
 from iwm_fast.teacher import Teacher
-from pipelines.loader import Loader
+from pipelines.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def train_step(
     engine: Engine,
     teacher: Teacher,
     objective: Objective,
-    loader: Loader,
+    batches: Iterator[Batch],
     schedules: Schedules,
     *,
     applied_steps: int,
@@ -64,7 +64,7 @@ def train_step(
     losses, wait_s = [], 0.0
     for _ in range(accumulation):
         asked = time.perf_counter()
-        batch = next(loader)
+        batch = next(batches)
         wait_s += time.perf_counter() - asked
         prediction = engine.forward(batch)
         target_tokens = teacher.encode(batch.target_view, prediction.patches)

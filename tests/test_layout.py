@@ -51,11 +51,15 @@ def test_the_project_stands_on_its_own():
         path = PROJECT / name
         if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt") or name in ("Makefile", ".ci/run"):
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"\.\./shared|design\.md|method\.md|\bissue [A-G]\b", text) or path == Path(__file__), name
+            assert not re.search(r"\.\./shared|design\.md|method\.md|\bissue [A-G]\b", text) or path == Path(
+                __file__
+            ), name
 
 
 def run_tool(*command: str) -> None:
-    done = subprocess.run([str(TOOLS / command[0]), *command[1:]], cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(TOOLS / command[0]), *command[1:]], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -22,6 +22,17 @@ class FeatureConditioning(nn.Module):
         sizes = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.layers = nn.Sequential(sizes[0], nn.ReLU(), sizes[1], nn.ReLU(), sizes[2])
 
+    @torch.no_grad()
+    def initialize_(self, generator: torch.Generator) -> None:
+        """Overwrite the weights so that tokens leave about as large as they enter.
+
+        No residual leads around these layers. At 0.02, as everywhere else, positions and action would arrive 100 times
+        smaller than the visible tokens, and the LayerNorm behind would blow the first gradients up by as much.
+        """
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        for layer, gain in zip(linear, (2.0, 2.0, 1.0), strict=True):
+            nn.init.trunc_normal_(layer.weight, std=(gain / layer.in_features) ** 0.5, generator=generator)
+
     def forward(self, tokens: Float[Tensor, "T P"], action: Float[Tensor, "T A"]) -> Float[Tensor, "T P"]:
         return self.layers(torch.cat([tokens, action], dim=1))
 

@@ -67,4 +67,6 @@ def build_student(config: RunConfig, ops: Ops) -> Student:
     generator = torch.Generator().manual_seed(config.seed)
     initialize_(encoder, generator)
     initialize_(predictor, generator)
+    if isinstance(predictor, Predictor) and predictor.mixer is not None:
+        predictor.mixer.initialize_(generator)
     return Student(encoder, predictor, compute_dtype(config))

@@ -67,7 +67,9 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         (["data.train="], "data.train must name the training shards"),
     ],
 )
-def test_a_run_that_cannot_work_ends_with_one_message_and_writes_nothing(capsys, run_yaml, tmp_path, arguments, message):
+def test_a_run_that_cannot_work_ends_with_one_message_and_writes_nothing(
+    capsys, run_yaml, tmp_path, arguments, message
+):
     path = run_yaml()
     assert message in refused(capsys, "train", path, *arguments)
     assert not (tmp_path / "run").exists()
@@ -125,7 +127,9 @@ def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
     for name in ("cats", "cups"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(8):
-            Image.fromarray(photograph("chelsea.png")[number : number + 50, :50]).save(tmp_path / "images" / name / f"{number}.png")
+            Image.fromarray(photograph("chelsea.png")[number : number + 50, :50]).save(
+                tmp_path / "images" / name / f"{number}.png"
+            )
     main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
     assert "shard-000000.tar" in capsys.readouterr().out
     main(["train", run_yaml(train=str(tmp_path / "shards"))])

@@ -109,7 +109,10 @@ def test_knn_finds_clusters_and_ignores_a_common_offset():
     centres = torch.randn(3, 16, generator=generator) * 3
     label = torch.arange(60) % 3
     features = centres[label] + torch.randn(60, 16, generator=generator) + 100
-    bank, queries = Features(features=features[:45], label=label[:45]), Features(features=features[45:], label=label[45:])
+    bank, queries = (
+        Features(features=features[:45], label=label[:45]),
+        Features(features=features[45:], label=label[45:]),
+    )
     assert knn_accuracy(bank, queries, 5, 0.07) == 1.0
 
 

@@ -1,0 +1,147 @@
+"""The same run under the DeepSpeed launcher, torchrun and alone."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from iwm_fast.metrics import read_metrics
+
+pytestmark = pytest.mark.launcher
+
+TOOLS = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory, tiny_shards) -> Path:
+    settings = {
+        "data": {"train": tiny_shards.pattern, "val": tiny_shards.pattern, "shuffle_window": 2},
+        "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+        "model": {"encoder": {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4},
+                  "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
+        "optim": {"global_batch_size": 16, "epochs": 4, "warmup_epochs": 1, "precision": "fp32"},
+        "runtime": {"device": "cpu"},
+        "output": {"log_every": 4, "checkpoint_every": 5},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("launch") / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(launcher: list[str], path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*launcher, str(path), *overrides], capture_output=True, text=True, check=False, timeout=300)
+
+
+def deepspeed() -> list[str]:
+    launcher = [str(TOOLS / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()]
+    return [*launcher, "--module", "iwm_fast.train"]
+
+
+def torchrun() -> list[str]:
+    launcher = [str(TOOLS / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port()]
+    return [*launcher, "-m", "iwm_fast.train"]
+
+
+ALONE = [sys.executable, "-m", "iwm_fast.cli", "train"]
+
+
+def trained(launcher: list[str], path: Path, folder: Path, *overrides: str) -> Path:
+    done = start(launcher, path, f"output.folder={folder}", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(run_yaml, tmp_path_factory) -> Path:
+    return trained(ALONE, run_yaml, tmp_path_factory.mktemp("alone") / "run", "runtime.engine=plain")
+
+
+@pytest.fixture(scope="module")
+def launched(run_yaml, tmp_path_factory) -> Path:
+    return trained(deepspeed(), run_yaml, tmp_path_factory.mktemp("zero") / "run", "runtime.zero_stage=1")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss/prediction"] for row in read_metrics(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "step-00000012" / "model.safetensors")
+
+
+def test_two_ranks_under_the_deepspeed_launcher_train_what_one_process_trains(alone, launched):
+    torch.testing.assert_close(torch.tensor(losses(launched)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
+    assert json.loads((launched / "started.jsonl").read_text())["world_size"] == 2
+
+
+def test_two_ranks_under_torchrun_train_what_one_process_trains(alone, run_yaml, tmp_path):
+    folder = trained(torchrun(), run_yaml, tmp_path / "run", "runtime.zero_stage=2", "runtime.micro_batch_size=4")
+    torch.testing.assert_close(torch.tensor(losses(folder)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_go_on_bit_equal_from_the_middle_of_an_epoch(launched, run_yaml, tmp_path):
+    stopped = shutil.copytree(launched, tmp_path / "run")
+    for name in ("step-00000010", "step-00000012"):
+        shutil.rmtree(stopped / "checkpoints" / name)
+    trained(deepspeed(), run_yaml, stopped, "runtime.zero_stage=1", "output.resume=auto")
+    straight, resumed = weights(launched), weights(stopped)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    assert losses(stopped)[-1] == losses(launched)[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=absent.tar"], "absent.tar"),
+        (["optim.global_batch_size=15"], "optim.global_batch_size must be a multiple of the 2 ranks, got 15"),
+    ],
+)
+def test_a_fault_in_the_settings_is_one_message_under_the_launcher(run_yaml, tmp_path, overrides, message):
+    done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'run'}", *overrides)
+    assert done.returncode != 0
+    printed = done.stdout + done.stderr
+    assert printed.count("error (rank") == 1 and message in printed and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_does_what_it_has_to_in_one_command_and_little_the_second_time(tmp_path):
+    overrides = [
+        "optim.epochs=0.5",
+        "optim.warmup_epochs=0.1",
+        f"output.folder={tmp_path / 'run'}",
+        "output.log_every=8",
+    ]
+    overrides += [
+        f"data.{split}={tmp_path}/data/{split}-{{000000..{last}}}.tar"
+        for split, last in (("train", "000007"), ("val", "000001"))
+    ]
+    command = [sys.executable, "-m", "iwm_fast.cli", "demo", *overrides]
+    first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {
+        "mrr",
+        "mrr_chance",
+        "mrr_untrained",
+        "knn",
+        "knn_untrained",
+        "images_per_s",
+        "wait_share",
+    } <= summary.keys()
+    second = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "--module" in first.stdout and "--module" not in second.stdout
+    assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
