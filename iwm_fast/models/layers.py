@@ -9,6 +9,8 @@ from kernels.ops import Ops
 
 # timm's and I-JEPA's LayerNorm; torch's own default is 1e-5
 NORM_EPS = 1e-6
+# ViT-B's, for which the field's usual standard deviation of 0.02 was chosen
+BASE_WIDTH = 768
 
 
 class Attention(nn.Module):
@@ -84,7 +86,11 @@ def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
 
 @torch.no_grad()
 def initialize_(module: nn.Module, generator: torch.Generator) -> None:
-    """Overwrite all parameters in place: truncated normal 0.02, zero biases, LayerNorm one and zero.
+    """Overwrite all parameters in place: truncated normal, zero biases, LayerNorm one and zero.
+
+    The standard deviation is 0.02 for ViT-B's width of 768 and grows as the root of the width shrinks: a layer then
+    passes signals on in the same size at any width. At 0.02, a patch embedding of 48 pixel values leaves images 5 times
+    smaller than the positions added to them, and small models collapse to predicting positions.
 
     The residual projections of the l-th block (from 1) are then divided by sqrt(2 l), so that the residual stream
     does not grow with depth. (I-JEPA's code means to, but initialises again afterwards.) Nothing is drawn from the
@@ -101,7 +107,8 @@ def initialize_(module: nn.Module, generator: torch.Generator) -> None:
             elif isinstance(part, nn.LayerNorm):
                 parameter.fill_(1.0)
             else:
-                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                width = min(parameter.shape[0], parameter[0].numel()) if parameter.ndim > 1 else BASE_WIDTH
+                nn.init.trunc_normal_(parameter, std=0.02 * (BASE_WIDTH / width) ** 0.5, generator=generator)
     blocks = [part for part in module.modules() if isinstance(part, Block)]
     for layer, block in enumerate(blocks, start=1):
         block.attn.proj.weight.div_((2 * layer) ** 0.5)

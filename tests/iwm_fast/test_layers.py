@@ -40,12 +40,21 @@ def test_initial_weights_depend_on_the_generator_and_on_nothing_else():
 
 
 def test_residual_projections_shrink_with_depth_and_nothing_else_does():
+    std = 0.02 * math.sqrt(768 / 32)
     for layer, block in enumerate(build(), start=1):
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
-            assert weight.detach().std().item() == pytest.approx(0.02 / math.sqrt(2 * layer), rel=0.1)
+            assert weight.detach().std().item() == pytest.approx(std / math.sqrt(2 * layer), rel=0.1)
         for weight in (block.attn.qkv.weight, block.mlp.fc1.weight):
-            assert weight.detach().std().item() == pytest.approx(0.02, rel=0.1)
+            assert weight.detach().std().item() == pytest.approx(std, rel=0.1)
         assert block.norm1.weight.eq(1).all() and block.attn.qkv.bias.eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [96, 768])
+def test_a_layer_passes_signals_on_in_the_same_size_at_any_width(dim):
+    linear = torch.nn.Linear(dim, 4 * dim)
+    initialize_(linear, torch.Generator().manual_seed(0))
+    out = linear(torch.randn(256, dim, generator=torch.Generator().manual_seed(1)))
+    assert out.std().item() == pytest.approx(0.02 * math.sqrt(768), rel=0.05)
 
 
 def test_block_works_on_each_packed_sequence_alone():

@@ -1,9 +1,13 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+import iwm_fast
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.settings import build, describe_fields, digest, fingerprint, load_config, save_config
+
+CONFIGS = Path(iwm_fast.__file__).parent / "configs"
 
 
 @pytest.fixture
@@ -121,3 +125,11 @@ def test_accumulation_is_derived_and_a_remainder_refused():
 def test_build_refuses_a_group_given_as_a_value():
     with pytest.raises(ValueError, match="optim must hold settings as `key: value`, got 3"):
         build(RunConfig, {"optim": 3})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_named_run_reads_and_its_first_lines_say_how_to_start_it(path):
+    load_config(path)
+    head = path.read_text().splitlines()[:12]
+    assert any(f"iwm_fast/configs/{path.name}" in line for line in head)
+    assert any("machine" in line.lower() for line in head)
