@@ -49,8 +49,8 @@ class GraphSettings:
     """GPU number; None computes on the CPU."""
 
 
-def graph_inputs(encoded: list[np.ndarray], draws: Draws) -> tuple[Any, ...]:
-    """Lay out one batch in the order the graph takes it.
+def graph_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
+    """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images.
 
     Every operation runs on every sample, with parameters that leave uint8 pixels bit-equal where it was not drawn:
     the identity matrix, a window of one pixel, a threshold above all values.
@@ -61,7 +61,7 @@ def graph_inputs(encoded: list[np.ndarray], draws: Draws) -> tuple[Any, ...]:
     solarize_from = np.where(source.solarize, 128, 256).astype(np.int32)
     jitter = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
     flip = draws.flip.astype(np.int32)
-    return (encoded, draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
+    return (draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
 
 
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,20 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.dali_graph import GraphSettings, build_graph, graph_inputs
+from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
 from pipelines.plan import Plan, Request, assemble, undecodable
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
 from pipelines.views import UNDECODABLE, decode_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A request whose bytes are being read."""
+
+    request: Request
+    parameters: tuple[Any, ...]
+    reading: Future[list[np.ndarray]]
 
 
 class DaliLoader:
@@ -34,7 +44,7 @@ class DaliLoader:
         self._settings = settings
         self._reader = Reader(shards, num_threads=reader_threads)
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
-        self._planned: deque[Future[tuple[Request, Future[list[np.ndarray]]]]] = deque()
+        self._planned: deque[Future[_Planned]] = deque()
         self._in_graph: deque[Request] = deque()
         self._next = first
         # twice the graph's own queue: one half being read while the other is being rendered
@@ -46,20 +56,21 @@ class DaliLoader:
         self._planned.append(self._planner.submit(self._start_reading, self._next))
         self._next += 1
 
-    def _start_reading(self, index: int) -> tuple[Request, Future[list[np.ndarray]]]:
+    def _start_reading(self, index: int) -> "_Planned":
         request = self._plan.request(index)
-        return request, self._reader.submit(request.samples)
+        reading = self._reader.submit(request.samples)
+        return _Planned(request=request, parameters=graph_parameters(request.draws), reading=reading)
 
     def _feed(self) -> tuple[Any, ...]:
         """Hand the graph its next inputs; DALI calls this on the caller's thread."""
         try:
-            request, reading = self._planned.popleft().result()
+            planned = self._planned.popleft().result()
         except IndexError:
             raise StopIteration from None
         self._plan_ahead()
-        encoded = reading.result()
-        self._in_graph.append(request)
-        return graph_inputs(encoded, request.draws)
+        encoded = planned.reading.result()
+        self._in_graph.append(planned.request)
+        return encoded, *planned.parameters
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -33,8 +33,10 @@ DEMO_PHOTOGRAPHS = (
     *(f"sklearn/datasets/images/{name}.jpg" for name in ("china", "flower")),
     *(f"skimage/data/{name}.png" for name in ("brick", "camera", "coins", "grass", "gravel", "moon", "page")),
 )
-# a quarter of this width takes the largest crop, so both regions know the same sizes; no photograph is enlarged
-DEMO_WIDTH = 384
+# the right two fifths of this width take the largest crop, so both regions know the same sizes; at twice the width a
+# crop shows so little of a photograph that it is a smooth patch of one colour
+DEMO_WIDTH = 240
+DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
 DEMO_CROPS = {"train": 240, "val": 60}
 """Crops of each photograph."""
@@ -161,7 +163,7 @@ class DemoShards:
 def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
     """Write the demonstration set, or do nothing if it is already there with the same parameters.
 
-    Training crops come from the left three quarters of each photograph, validation crops from the right quarter.
+    Training crops come from the left three fifths of each photograph, validation crops from the rest.
     `.json` members hold photograph, hue_bin (see `hue_bin`), size (side of the crop in pixels), x and y (centre of the
     crop as a share of its region's width and height).
 
@@ -192,7 +194,13 @@ def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
 
 def _demo_manifest(demo: DemoShards, seed: int) -> str:
     """Describe the set without its place, so that it may be moved."""
-    recipe = {"seed": seed, "width": DEMO_WIDTH, "crop_side": DEMO_CROP_SIDE, "jpeg_quality": DEMO_JPEG_QUALITY}
+    recipe = {
+        "seed": seed,
+        "width": DEMO_WIDTH,
+        "train_share": DEMO_TRAIN_SHARE,
+        "crop_side": DEMO_CROP_SIDE,
+        "jpeg_quality": DEMO_JPEG_QUALITY,
+    }
     counts = {"num_train": demo.num_train, "num_val": demo.num_val, "num_shards": DEMO_SHARDS}
     return json.dumps({**recipe, **counts, "classes": demo.classes}, indent=1) + "\n"
 
@@ -222,8 +230,8 @@ def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def split_columns(width: int, split: str) -> range:
-    """Return the columns of a photograph that belong to "train" or "val": three quarters and the rest."""
-    border = width * 3 // 4
+    """Return the columns of a photograph that belong to "train" or "val": the left three fifths and the rest."""
+    border = round(width * DEMO_TRAIN_SHARE)
     return range(border) if split == "train" else range(border, width)
 
 

@@ -7,7 +7,7 @@ from samples import encode, photograph
 
 from pipelines.actions import Draws, clean_draws, crop_window, draw
 from pipelines.config import ViewConfig
-from pipelines.dali_graph import GraphSettings, build_graph, graph_inputs
+from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
 from pipelines.views import render
 
 SIZE = 64
@@ -23,7 +23,7 @@ def images() -> list[np.ndarray]:
 def run(images: list[np.ndarray], draws: Draws) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
     settings = GraphSettings(view_size=SIZE, max_batch_size=len(images), num_threads=1, prefetch=1, device_id=None)
-    graph = build_graph(settings, lambda: graph_inputs(encoded, draws))
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws)))
     source, target, window = (np.array(output.as_tensor()) for output in graph.run())
     return torch.from_numpy(source), torch.from_numpy(target), window
 
