@@ -18,12 +18,11 @@ from rich.table import Table
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.config import RunConfig
-from iwm_fast.distributed import choose_device
 from iwm_fast.evals.config import ImagineConfig, KnnConfig, MrrConfig
 from iwm_fast.evals.imagine import imagine
 from iwm_fast.evals.knn import evaluate_knn
 from iwm_fast.evals.mrr import evaluate_mrr
-from iwm_fast.metrics import commit, machine, read_metrics
+from iwm_fast.metrics import commit, read_metrics
 from iwm_fast.settings import digest, fingerprint, load_config
 from iwm_fast.show import show
 from pipelines.make_shards import write_demo_shards
@@ -39,27 +38,17 @@ def demo(overrides: Sequence[str]) -> None:
     config = load_config(CONFIG, overrides)
     folder = Path(config.output.folder)
     write_demo_shards(Path(config.data.train).parent)
-    settings = [*machine_settings(console), *overrides]
-    config = load_config(CONFIG, settings)
     identity = digest(fingerprint(config, open_shards(config.data.train).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:
         show(config)
-        launch(settings)
+        launch(overrides)
         summary = measure(config, identity)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print(table(summary, folder))
 
 
-def machine_settings(console: Console) -> list[str]:
-    """Choose the arithmetic that this machine does fast, and say so."""
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():
-        return []
-    console.print("this processor has no bf16 arithmetic: optim.precision=fp32")
-    return ["optim.precision=fp32"]
-
-
-def launch(settings: Sequence[str]) -> None:
+def launch(overrides: Sequence[str]) -> None:
     """Train on every GPU, or on two CPU ranks.
 
     Raises:
@@ -71,7 +60,7 @@ def launch(settings: Sequence[str]) -> None:
         port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
-    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *settings, "output.resume=auto"]
+    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "output.resume=auto"]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:
@@ -98,7 +87,7 @@ def measure(config: RunConfig, identity: str) -> dict[str, Any]:
         "step": own["step"],
         "settings": identity,
         "commit": commit(),
-        "machine": machine(choose_device(config.runtime.device)),
+        "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
     }
 
 

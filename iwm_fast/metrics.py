@@ -81,4 +81,4 @@ def machine(device: torch.device) -> str:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return f"{model}, {torch.get_num_threads()} thread per rank"
+    return f"{model}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} per rank"

@@ -25,23 +25,17 @@ class Panel:
     caption: str = ""
 
 
-def save_sheet(path: Path, headings: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
-    """Draw one row of panels per image under column headings; pixels stay sharp."""
-    figure, axes = plt.subplots(
-        len(rows),
-        len(headings),
-        figsize=(2.1 * len(headings), 2.6 * len(rows) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, panels in zip(axes, rows, strict=True):
-        for axis, panel in zip(row, panels, strict=True):
+def save_sheet(path: Path, labels: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
+    """Draw labelled rows of panels; pixels stay sharp."""
+    size = (2.1 * len(rows[0]) + 0.3, 2.55 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False, layout="constrained")
+    for line, label, panels in zip(axes, labels, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, panel in zip(line, panels, strict=True):
             axis.imshow(panel.pixels, interpolation="nearest")
             axis.set_xlabel("\n".join(textwrap.wrap(panel.caption, _CAPTION_WIDTH)), fontsize=7)
             axis.set_xticks([])
             axis.set_yticks([])
-    for axis, heading in zip(axes[0], headings, strict=True):
-        axis.set_title(heading, fontsize=9)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -14,7 +14,7 @@ from pipelines.actions import describe_action
 from pipelines.batch import Batch, RaggedIndex, denormalize_view
 from pipelines.shards import open_shards
 
-_MOST_ROWS = 8
+_MOST_IMAGES = 8
 
 
 def show(config: RunConfig) -> Path:
@@ -27,23 +27,24 @@ def show(config: RunConfig) -> Path:
     finally:
         loader.close()
     path = Path(config.output.folder) / "show.png"
-    headings = ("source view", "its visible patches", "target view", "patches to predict")
+    labels = ("source view", "its visible patches", "target view", "patches to predict")
     title = f"{config.data.train}: first samples of the stream, seed {config.seed}"
-    save_sheet(path, headings, _rows(batch, config), title)
+    columns = _columns(batch, config)
+    save_sheet(path, labels, list(zip(*columns, strict=True)), title)
     return path
 
 
-def _rows(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
+def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
     sources, targets = (
         denormalize_view(batch.source_view).cpu().numpy(),
         denormalize_view(batch.target_view).cpu().numpy(),
     )
-    rows = []
-    for image in range(min(_MOST_ROWS, len(batch.key))):
+    columns = []
+    for image in range(min(_MOST_IMAGES, len(batch.key))):
         context = _grid(batch.context, image, config.grid)
         target = _grid(batch.target, image, config.grid)
         words = describe_action(batch.action[image].cpu().numpy(), config.views)
-        rows.append(
+        columns.append(
             [
                 Panel(pixels=sources[image], caption=batch.key[image]),
                 Panel(pixels=shade(sources[image], ~context), caption=f"{context.sum()} of {context.size} patches"),
@@ -51,7 +52,7 @@ def _rows(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
                 Panel(pixels=shade(targets[image], ~target), caption=f"{target.sum()} of {target.size} patches"),
             ]
         )
-    return rows
+    return columns
 
 
 def _grid(index: RaggedIndex, image: int, grid: int) -> np.ndarray:

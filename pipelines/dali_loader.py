@@ -51,6 +51,9 @@ class DaliLoader:
         for _ in range(2 * settings.prefetch):
             self._plan_ahead()
         self._graph = build_graph(settings, self._feed)
+        # a thread of its own runs the graph and assembles, so that the caller's time goes into training
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        self._ready = deque(self._renderer.submit(self._render) for _ in range(settings.prefetch))
 
     def _plan_ahead(self) -> None:
         self._planned.append(self._planner.submit(self._start_reading, self._next))
@@ -62,7 +65,7 @@ class DaliLoader:
         return _Planned(request=request, parameters=graph_parameters(request.draws), reading=reading)
 
     def _feed(self) -> tuple[Any, ...]:
-        """Hand the graph its next inputs; DALI calls this on the caller's thread."""
+        """Hand the graph its next inputs; DALI calls this on the thread that runs it."""
         try:
             planned = self._planned.popleft().result()
         except IndexError:
@@ -76,6 +79,11 @@ class DaliLoader:
         return self
 
     def __next__(self) -> Batch:
+        batch = self._ready.popleft().result()
+        self._ready.append(self._renderer.submit(self._render))
+        return batch
+
+    def _render(self) -> Batch:
         try:
             source_view, target_view, window = self._graph.run()
         except RuntimeError as error:
@@ -111,6 +119,7 @@ class DaliLoader:
 
     def close(self) -> None:
         """Release threads, files and the graph."""
+        self._renderer.shutdown(cancel_futures=True)
         self._planner.shutdown(cancel_futures=True)
         self._reader.close()
         del self._graph

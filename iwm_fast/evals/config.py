@@ -73,7 +73,7 @@ class ImagineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     num_images: int = 6
-    """Validation images, one row each."""
+    """Validation images, one column each."""
     bank_size: int = 64
     """Jittered versions to retrieve from."""
     bank: Literal["default", "run"] = "run"

@@ -16,32 +16,31 @@ from iwm_fast.world_model import WorldModel
 from pipelines.actions import describe_action
 from pipelines.batch import denormalize_view
 
-_HEADINGS = ("source", "asked for: true rendering", "retrieved: nearest to prediction", "second nearest")
+_LABELS = ("source", "asked for", "retrieved")
 
 
 def imagine(config: ImagineConfig) -> Path:
-    """Draw one row per image; the change is the bank's first member, so nothing is picked by hand."""
+    """Draw one column per image; the change is the bank's first member, so nothing is picked by hand."""
     model = world_model.load(config.run, choose_device(config.device))
     shards = validation_shards(model, config.data)
-    rows = []
+    columns = []
     for batch in batches(model, shards, spread(shards.num_samples, config.num_images)):
         for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
-            rows.append(_row(model, pixels, sample, config))
+            columns.append(_column(model, pixels, sample, config))
     path = Path(config.picture or Path(config.run) / "imagine.png")
     title = f"{config.bank_size} jittered versions of each image ({config.bank} strengths), step {model.step}"
-    save_sheet(path, _HEADINGS, rows, title)
+    save_sheet(path, _LABELS, list(zip(*columns, strict=True)), title)
     return path
 
 
-def _row(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, config: ImagineConfig) -> list[Panel]:
+def _column(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, config: ImagineConfig) -> list[Panel]:
     bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
     distance = distances(predicted_map(model, pixels, bank), target_map(model, bank))
-    best, second = distance[0].argsort()[:2].tolist()
+    nearest = int(distance[0].argmin())
     images: UInt8[np.ndarray, "M H W 3"] = bank.pixels.cpu().numpy()
     words = describe_action(bank.action[0].numpy(), model.config.views)
     return [
         Panel(pixels=pixels.cpu().numpy()),
         Panel(pixels=images[0], caption=words),
-        Panel(pixels=images[best], caption=f"right answer at rank {float(ranks(distance)[0]):g}"),
-        Panel(pixels=images[second]),
+        Panel(pixels=images[nearest], caption=f"right answer at rank {float(ranks(distance)[0]):g}"),
     ]
