@@ -120,7 +120,7 @@ def decode_crop(encoded, window, size, *, is_gpu):
 def jitter_nodes(crop, matrix, gain, *, is_gpu):
     """Apply the affine colour map: matrix times pixel plus gain times the grey mean, one clamp."""
     channel_means = fn.reductions.mean(crop, axes=[0, 1], dtype=types.FLOAT)
-    gray_mean = fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA)))
+    gray_mean = fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))
     mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
     # operators take matrix as an argument from the CPU; arithmetic needs gain where the pixels are
     return fn.cast(mapped + (gain.gpu() if is_gpu else gain) * gray_mean, dtype=types.UINT8)

@@ -20,12 +20,18 @@ def images() -> list[np.ndarray]:
     return [pixels[:height, 100 : 100 + width] for height, width in SHAPES]
 
 
-def run(images: list[np.ndarray], draws: Draws) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def run(
+    images: list[np.ndarray], draws: Draws, device_id: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
-    settings = GraphSettings(view_size=SIZE, max_batch_size=len(images), num_threads=1, prefetch=1, device_id=None)
+    settings = GraphSettings(view_size=SIZE, max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id)
     graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws)))
-    source, target, window = (np.array(output.as_tensor()) for output in graph.run())
+    source, target, window = (np.array(as_cpu(output).as_tensor()) for output in graph.run())
     return torch.from_numpy(source), torch.from_numpy(target), window
+
+
+def as_cpu(output):
+    return output.as_cpu() if hasattr(output, "as_cpu") else output
 
 
 def without_crop(draws: Draws) -> Draws:
@@ -78,3 +84,15 @@ def test_a_sample_is_rendered_the_same_alone_and_in_a_batch(images):
     alone = run(images[5:6], alone_draws)
     for whole, single in zip(together, alone, strict=True):
         assert (np.asarray(whole[5]) == np.asarray(single[0])).all()
+
+
+@pytest.mark.gpu
+def test_the_graph_on_a_gpu_gives_the_views_of_the_graph_on_the_cpu(images):
+    config = ViewConfig(size=SIZE, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.0)
+    for step in range(4):
+        draws = draw(config, 0, step, np.arange(len(images)))
+        fast, plain = run(images, draws, device_id=0), run(images, draws)
+        assert (fast[2] == plain[2]).all()
+        for ours, theirs in zip(fast[:2], plain[:2], strict=True):
+            difference = (ours.int() - theirs.int()).abs().float()
+            assert difference.mean() < 0.5 and difference.quantile(0.999) <= 4

@@ -1,0 +1,26 @@
+"""The line on a GPU: the same commands, the same inputs, losses near those of the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from iwm_fast import distributed
+from runs import losses, tiny_run
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engine, loader):
+    config = tiny_run(tiny_shards, tmp_path, engine=engine, loader=loader)
+    measured = {}
+    for device in ("cpu", "cuda"):
+        place = distributed.start(device)
+        try:
+            measured[device] = losses(place, replace(config, runtime=replace(config.runtime, device=device)))[0]
+        finally:
+            distributed.stop()
+    # decoders on the GPU sample chroma differently
+    torch.testing.assert_close(torch.tensor(measured["cuda"]), torch.tensor(measured["cpu"]), rtol=2e-2, atol=0)
