@@ -182,5 +182,5 @@ def test_an_undecodable_image_is_named_with_shard_and_key(tmp_path, backend, dam
     loader = build_loader(plan, shards, settings(backend))
     with pytest.raises(ShardError, match=r"bad\.tar") as caught:
         next(loader)
-    assert "b" in str(caught.value) and "cannot decode" in str(caught.value)
+    assert "sample 'b'" in str(caught.value) and "cannot decode" in str(caught.value)
     loader.close()
