@@ -1,11 +1,15 @@
 """The line as a whole, in one process: from tiny shards to weights."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed, world_model
@@ -161,6 +165,20 @@ def test_the_teacher_is_what_is_loaded_and_it_lags_behind_the_encoder(tiny_shard
     untrained = world_model.untrained(config).encoder.state_dict()[name]
     moved = (state[f"weight/encoder.{name}"] - untrained).norm()
     assert 0 < (state[f"teacher/{name}"] - untrained).norm() < 0.2 * moved
+
+
+def test_the_example_of_the_readme_works_and_its_export_is_timms(tiny_shards, tmp_path):
+    run(tiny_run(tiny_shards, tmp_path / "run"))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/demo", str(tmp_path / "run")).replace("32, 32", "16, 16"), names)
+    assert names["imagined"].shape == names["tokens"].shape == (1, 16, 32)
+    described = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    encoder = timm.models.vision_transformer.VisionTransformer(**described["arguments"])
+    encoder.load_state_dict(load_file(tmp_path / "run" / "export" / "encoder.safetensors"), strict=True)
+    features = encoder.eval()(names["view"])
+    torch.testing.assert_close(features, names["tokens"].mean(dim=1), atol=1e-5, rtol=1e-4)
 
 
 def test_the_identity_predictor_trains_with_its_own_terms(place, tiny_shards, tmp_path):
