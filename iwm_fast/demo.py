@@ -130,7 +130,9 @@ def table(summary: dict[str, Any], folder: Path) -> Table:
     control = f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"
     rows.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
     rows.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in all")
-    limit = "" if summary["wait_share"] < 0.05 else "  above 5 %: decoding limits; more runtime.loader_threads or cores"
+    limit = (
+        "" if summary["wait_share"] < 0.05 else "above 5 %: the loader limits; give it runtime.loader_threads or cores"
+    )
     rows.add_row("waiting for data", f"{100 * summary['wait_share']:.1f} %", limit)
     rows.add_section()
     rows.add_row("pictures", f"{folder}/show.png", summary["picture"])

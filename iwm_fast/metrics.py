@@ -1,6 +1,7 @@
 """Numbers of a run: `metrics.jsonl` is the record of truth, TensorBoard shows the same."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -30,7 +31,9 @@ class MetricWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row; `step` is the number of steps done."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON knows no infinity, which is the gradient norm of a skipped step
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

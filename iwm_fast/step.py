@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def train_step(
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
     return StepReport(
-        loss=sum(losses[1:], start=losses[0]),
+        loss=torch.stack(losses).sum(),
         grad_norm=outcome.grad_norm,
         prediction=prediction,
         target_tokens=target_tokens,

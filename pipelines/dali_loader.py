@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
-from pipelines.plan import Plan, Request, assemble, undecodable
+from pipelines.plan import EndOfPlanError, Plan, Request, assemble, undecodable
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
 from pipelines.views import UNDECODABLE, decode_image
@@ -68,7 +68,7 @@ class DaliLoader:
         """Hand the graph its next inputs; DALI calls this on the thread that runs it."""
         try:
             planned = self._planned.popleft().result()
-        except IndexError:
+        except EndOfPlanError:
             raise StopIteration from None
         self._plan_ahead()
         encoded = planned.reading.result()

@@ -33,6 +33,10 @@ class Request:
     target: RaggedIndex
 
 
+class EndOfPlanError(Exception):
+    """There is no such micro-batch: the plan ends before it."""
+
+
 @runtime_checkable
 class Plan(Protocol):
     """The sequence of requests of one rank."""
@@ -43,7 +47,7 @@ class Plan(Protocol):
         ...
 
     def request(self, index: int) -> Request:
-        """Return micro-batch number `index`; raises IndexError behind the last one."""
+        """Return micro-batch number `index`; raises EndOfPlanError behind the last one."""
         ...
 
 
@@ -105,11 +109,11 @@ class EvaluationPlan:
         """Return micro-batch number `index`; the last may be smaller.
 
         Raises:
-            IndexError: behind the last sample.
+            EndOfPlanError: behind the last sample.
         """
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
-            raise IndexError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
+            raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
         draws = clean_draws(len(slots))
         everything = all_patches(len(slots), self.grid * self.grid)
         return Request(

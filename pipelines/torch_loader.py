@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.actions import crop_window
 from pipelines.batch import Batch
-from pipelines.plan import Plan, Request, assemble, undecodable
+from pipelines.plan import EndOfPlanError, Plan, Request, assemble, undecodable
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
 from pipelines.views import UNDECODABLE, decode_image, render, resized_crop
@@ -29,7 +29,7 @@ class TorchLoader:
     def __next__(self) -> Batch:
         try:
             request = self._plan.request(self._next)
-        except IndexError:
+        except EndOfPlanError:
             raise StopIteration from None
         self._next += 1
         images = self._decode(request)

@@ -1,6 +1,7 @@
 """The line as a whole, in one process: from tiny shards to weights."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -229,12 +230,13 @@ def test_a_fresh_folder_starts_at_step_zero(place, tiny_shards, tmp_path):
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
     writer = MetricWriter(tmp_path, first_step=0)
     for step in (5, 10, 15):
-        writer.write(step, {"loss/prediction": float(step)})
+        writer.write(step, {"loss/prediction": float(step), "optim/grad_norm": math.inf})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "loss/pred')  # cut off by a crash
     MetricWriter(tmp_path, first_step=10).close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10]
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("train_shards", ["", "absent-{000..003}.tar"])
