@@ -41,8 +41,8 @@ def demo(overrides: Sequence[str]) -> None:
     identity = digest(fingerprint(config, open_shards(config.data.train).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:
-        show(config)
         launch(overrides)
+        show(config)
         summary = measure(config, identity)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print(table(summary, folder))
@@ -64,7 +64,9 @@ def launch(overrides: Sequence[str]) -> None:
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:
-        raise RuntimeError(f"training ended with exit code {code}; its message stands above")
+        raise RuntimeError(
+            f"training ended with exit code {code}; its message stands above; `make clean-demo` starts anew"
+        )
 
 
 def measure(config: RunConfig, identity: str) -> dict[str, Any]:

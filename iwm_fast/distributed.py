@@ -106,7 +106,7 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
     if local_rank >= num_gpus:
         raise RuntimeError(
             f"runtime.device={setting} needs a GPU for local rank {local_rank}, but torch {torch.__version__} finds "
-            f"{num_gpus}; start at most {num_gpus} processes here, check the driver, or set runtime.device=cpu"
+            f"{num_gpus}; start one process per GPU, check the driver, or set runtime.device=cpu"
         )
     logger.info("computing on %s (runtime.device=%s)", torch.cuda.get_device_name(local_rank), setting)
     return torch.device("cuda", local_rank)
