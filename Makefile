@@ -9,11 +9,12 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/iwm demo
 
 test: $(VENV)/.installed
-	@$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not multi_rank and not launcher" -q
-	@$(RUN) -m pytest -m "(multi_rank or launcher) and not slow" -q
+	@$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not multi_rank and not launcher and not gpu" -q
+	@$(RUN) -m pytest -m "(multi_rank or launcher) and not slow and not gpu" -q
 
 test-all: test
 	@$(RUN) -m pytest -m slow -q
+	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(RUN) -m pytest -m gpu -q; fi
 
 # the demo keeps what it has done; this lets it start anew
 clean-demo:

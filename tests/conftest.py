@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 torch.set_num_threads(1)
+
+# machines are shared: a slow example is no failure
+hypothesis.settings.register_profile("shared", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

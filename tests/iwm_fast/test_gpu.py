@@ -1,4 +1,7 @@
-"""The line on a GPU: the same commands, the same inputs, losses near those of the CPU."""
+"""The line on a GPU: the same commands, the same inputs, losses near those of the CPU.
+
+Run them on their own (`pytest -m gpu`): DeepSpeed decides once per process where it computes.
+"""
 
 from dataclasses import replace
 
@@ -14,9 +17,9 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engine, loader):
-    config = tiny_run(tiny_shards, tmp_path, engine=engine, loader=loader)
     measured = {}
-    for device in ("cpu", "cuda"):
+    for device, chosen in (("cpu", "plain"), ("cuda", engine)):
+        config = tiny_run(tiny_shards, tmp_path, engine=chosen, loader=loader)
         place = distributed.start(device)
         try:
             measured[device] = losses(place, replace(config, runtime=replace(config.runtime, device=device)))[0]
