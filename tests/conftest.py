@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
 from samples import TinyShards, encode, photograph, write_tar
 
 if not torch.cuda.is_available():

@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from samples import photograph
 
 from iwm_fast import world_model
 from iwm_fast.evals.bank import Bank, bank_views, distances, draw_bank, predicted_map, ranks, target_map
@@ -13,6 +12,7 @@ from iwm_fast.evals.knn import knn_accuracy, vote
 from iwm_fast.evals.mrr import bank_ranks, chance
 from pipelines.batch import normalize_view
 from pipelines.shards import open_shards
+from samples import photograph
 
 
 @pytest.fixture

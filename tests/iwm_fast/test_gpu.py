@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iwm_fast import distributed
-from runs import losses, tiny_run
+from tiny_runs import losses, tiny_run
 
 pytestmark = pytest.mark.gpu
 

@@ -22,7 +22,7 @@ from iwm_fast.metrics import MetricWriter, read_metrics
 from iwm_fast.step import train_step
 from iwm_fast.train import build_trainer, resume, run, train
 from pipelines.config import DataConfig
-from runs import STEPS, losses, tiny_run
+from tiny_runs import STEPS, losses, tiny_run
 
 
 @pytest.fixture

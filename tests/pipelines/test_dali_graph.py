@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from samples import encode, photograph
 
 from pipelines.actions import Draws, clean_draws, crop_window, draw
 from pipelines.config import ViewConfig
 from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
 from pipelines.views import render
+from samples import encode, photograph
 
 SIZE = 64
 SHAPES = [(40, 300), (300, 40), (64, 64), (97, 131), (211, 59), (500, 333), (17, 23), (1, 90)]

@@ -3,7 +3,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from samples import encode, photograph, write_tar
 
 from pipelines.batch import Batch, RaggedIndex, denormalize_view, normalize_view
 from pipelines.config import MaskConfig, ViewConfig
@@ -11,6 +10,7 @@ from pipelines.loader import LoaderSettings, build_loader
 from pipelines.order import SampleOrder
 from pipelines.plan import EvaluationPlan, TrainingPlan
 from pipelines.shards import ShardError, ShardSet, open_shards
+from samples import encode, photograph, write_tar
 
 VIEWS = ViewConfig(size=32)
 GLOBAL_BATCH = 32

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import write_tar
 
 from pipelines.reader import FileCache, Reader
 from pipelines.shards import ShardError, ShardSet, open_shards
+from samples import write_tar
 
 NUM_SHARDS, PER_SHARD = 5, 8
 

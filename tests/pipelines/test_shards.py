@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import write_tar
 
 from pipelines.shards import ShardError, ShardFile, find_shards, index_shard, open_shards, split_name
+from samples import write_tar
 
 JPEG = b"\xff\xd8 some bytes that look like an image"
 

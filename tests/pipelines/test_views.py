@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from samples import photograph
 from torchvision.transforms import functional as reference
 
 from pipelines.actions import Photometry, neutral_photometry
 from pipelines.views import blur, decode_image, grayscale, jitter, render, resized_crop
+from samples import photograph
 
 
 def change(count: int = 1, **values: float) -> Photometry:
