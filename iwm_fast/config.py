@@ -146,11 +146,11 @@ class RuntimeConfig:
     micro_batch_size: int | None = None
     """Images per rank per forward; unset: global batch / ranks. Accumulation is derived."""
     reader_threads: int = 4
-    """Threads that read encoded images, per rank."""
+    """Threads that read encoded images, per rank; only for runtime.loader=dali."""
     loader_threads: int = 2
-    """DALI's threads (decoding on the CPU), per rank; not for runtime.loader=torch."""
+    """DALI's threads (decoding on the CPU), per rank; only for runtime.loader=dali."""
     prefetch: int = 2
-    """Micro-batches prepared ahead."""
+    """Micro-batches prepared ahead; only for runtime.loader=dali."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours; a conflict with ours is an error."""
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_SHARED = "found_by_every_rank"
 _OWN_PACKAGES = ("iwm_fast", "pipelines", "kernels")
 
 
@@ -21,11 +22,23 @@ def errors_as_messages() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("IWM_TRACEBACK") == "1" or not _is_for_the_user(error):
             raise
-        # each rank of a launch finds the same fault in the settings: one message is enough
-        is_repeated = isinstance(error, ValueError | FileNotFoundError) and os.environ.get("RANK", "0") != "0"
+        is_repeated = getattr(error, _SHARED, False) and os.environ.get("RANK", "0") != "0"
         if not is_repeated:
             _print(error)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def found_by_every_rank() -> Iterator[None]:
+    """Mark faults of the settings, which each rank of a launch finds alike: rank 0's message is enough.
+
+    Only for code that reads the same on every rank. What one rank alone runs into must be heard from that rank.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        setattr(error, _SHARED, True)
+        raise
 
 
 def _is_for_the_user(error: Exception) -> bool:

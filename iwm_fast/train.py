@@ -15,7 +15,7 @@ from iwm_fast.data import training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
 from iwm_fast.logbook import LogWindow, Progress, say
-from iwm_fast.messages import errors_as_messages
+from iwm_fast.messages import errors_as_messages, found_by_every_rank
 from iwm_fast.metrics import MetricWriter, describe_run
 from iwm_fast.models.student import build_student, compute_dtype
 from iwm_fast.objective import Objective
@@ -199,7 +199,9 @@ def run(config: RunConfig) -> Progress:
     level = logging.INFO if place.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[rank {place.rank}] %(message)s" if place.rank else "%(message)s")
     try:
-        return train(build_trainer(config, place))
+        with found_by_every_rank():
+            trainer = build_trainer(config, place)
+        return train(trainer)
     finally:
         distributed.stop()
 
@@ -209,9 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = [argument for argument in given if not argument.startswith("--local_rank")]
     with errors_as_messages():
-        if not given:
-            raise ValueError("which run? give the path of its YAML file, then settings as key=value")
-        run(load_config(given[0], given[1:]))
+        with found_by_every_rank():
+            if not given:
+                raise ValueError("which run? give the path of its YAML file, then settings as key=value")
+            config = load_config(given[0], given[1:])
+        run(config)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ def test_hue_keeps_luma_where_torchvision_does_not(crop):
 
 
 def test_jitter_clamps_once_so_that_bright_and_dark_cancel(crop):
-    assert torch.equal(jitter(crop, change(brightness=1.25, contrast=1.0)).clamp(max=254) <= 254, crop >= 0)
     back = jitter(crop, change(contrast=0.5, brightness=2.0)).float()
     direct = (crop.float() + (crop.float() @ torch.tensor([0.299, 0.587, 0.114])).mean()).clamp(0, 255)
     assert (back - direct).abs().max() <= 0.51

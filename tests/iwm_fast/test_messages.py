@@ -1,0 +1,41 @@
+"""Who says what when a launch of several ranks fails."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from iwm_fast.messages import errors_as_messages, found_by_every_rank
+from iwm_fast.settings import load_config
+
+
+def printed_by(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(SystemExit) as ended,
+        errors_as_messages(),
+        found_by_every_rank() if is_shared else nullcontext(),
+    ):
+        load_config("absent.yaml")
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_fault_that_every_rank_finds_is_told_by_rank_zero_alone(capsys, monkeypatch):
+    assert "error (rank 0): no configuration file" in printed_by(capsys, monkeypatch, 0, is_shared=True)
+    assert printed_by(capsys, monkeypatch, 1, is_shared=True) == ""
+
+
+def test_what_one_rank_alone_runs_into_is_heard_from_that_rank(capsys, monkeypatch):
+    assert "error (rank 1): no configuration file" in printed_by(capsys, monkeypatch, 1, is_shared=False)
+
+
+def test_an_error_of_a_library_keeps_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), errors_as_messages():
+        int("x")
+
+
+def test_our_own_message_keeps_its_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("IWM_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError), errors_as_messages():
+        load_config("absent.yaml")
