@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iwm_fast.messages import errors_as_messages
+from iwm_fast.messages import end_process, errors_as_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,13 @@ def _print_numbers(result: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Find the command in the arguments and carry it out."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Carry out the command in the arguments; without arguments given, in those of this process, which then ends."""
+    _carry_out(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        end_process()
+
+
+def _carry_out(given: list[str]) -> None:
     with errors_as_messages():
         for length in (2, 1):
             name = " ".join(given[:length])

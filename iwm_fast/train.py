@@ -15,7 +15,7 @@ from iwm_fast.data import training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
 from iwm_fast.logbook import LogWindow, Progress, say
-from iwm_fast.messages import errors_as_messages, found_by_every_rank
+from iwm_fast.messages import end_process, errors_as_messages, found_by_every_rank
 from iwm_fast.metrics import MetricWriter, describe_run
 from iwm_fast.models.student import build_student, compute_dtype
 from iwm_fast.objective import Objective
@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ValueError("which run? give the path of its YAML file, then settings as key=value")
             config = load_config(given[0], given[1:])
         run(config)
+    if arguments is None:
+        end_process()
 
 
 if __name__ == "__main__":

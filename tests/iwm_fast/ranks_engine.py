@@ -15,6 +15,7 @@ from torch import nn
 from iwm_fast import checkpoint, distributed
 from iwm_fast.config import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.engine import build_engine
+from iwm_fast.messages import end_process
 
 ENGINES = {"plain": ("plain", None), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
 GLOBAL_BATCH_SIZE = 8
@@ -142,3 +143,4 @@ def save(engine, place, path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    end_process()
