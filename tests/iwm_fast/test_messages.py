@@ -1,5 +1,7 @@
 """Who says what when a launch of several ranks fails."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -39,3 +41,12 @@ def test_our_own_message_keeps_its_traceback_on_request(monkeypatch):
     monkeypatch.setenv("IWM_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError), errors_as_messages():
         load_config("absent.yaml")
+
+
+def test_a_finished_process_ends_with_code_zero_though_a_thread_is_left_behind():
+    script = (
+        "import threading, time\nfrom iwm_fast.messages import end_process\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\nprint('done')\nend_process()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n")
