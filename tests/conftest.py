@@ -11,6 +11,8 @@ from samples import TinyShards, encode, photograph, write_tar
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # read when kernels are imported: without a GPU the fused operations are interpreted, with one they are compiled
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 
