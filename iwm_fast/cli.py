@@ -57,6 +57,13 @@ def _train(arguments: list[str]) -> None:
     train(arguments)
 
 
+def _warmup(arguments: list[str]) -> None:
+    config = _load(arguments)
+    from iwm_fast.warmup import warm_up
+
+    print(warm_up(config))
+
+
 def _show(arguments: list[str]) -> None:
     config = _load(arguments)
     from iwm_fast.show import show
@@ -113,6 +120,8 @@ def _demo(arguments: list[str]) -> None:
 COMMANDS = {
     "train": Command(usage="RUN.yaml [key=value ...]", act=_train, settings=_run_config,
                      summary="train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun"),
+    "warmup": Command(usage="RUN.yaml runtime.ops=fused [key=value ...]", act=_warmup, settings=_run_config,
+                      summary="compile the kernels a run needs, once per machine, before its ranks start"),
     "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
                     summary="draw what the model will see: views, masks and actions of a few samples"),
     "evaluate mrr": Command(usage="run=DIR [key=value ...]", act=_evaluate_mrr, settings=_eval_config("MrrConfig"),

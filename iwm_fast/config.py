@@ -137,8 +137,9 @@ class RuntimeConfig:
     """Where to compute; auto takes a GPU if there is one and says which it took."""
     loader: Backend = "dali"
     """dali: the fast path; torch: its plain twin."""
-    ops: Literal["reference"] = "reference"
-    """Attention and predictor input in plain PyTorch."""
+    ops: Literal["reference", "fused"] = "reference"
+    """reference: attention, residual norms and predictor input in plain PyTorch; fused: in Triton kernels, for NVIDIA
+    GPUs and heads of 32 or 64."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """deepspeed: ZeRO; plain: its twin in PyTorch alone."""
     zero_stage: Literal[1, 2] | None = None

@@ -17,14 +17,13 @@ from iwm_fast.engine import Engine, build_engine
 from iwm_fast.logbook import LogWindow, Progress, say
 from iwm_fast.messages import end_process, errors_as_messages, found_by_every_rank
 from iwm_fast.metrics import MetricWriter, describe_run
-from iwm_fast.models.student import build_student, compute_dtype
+from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.objective import Objective
 from iwm_fast.optim import build_optimizer
 from iwm_fast.schedules import Schedules, build_schedules
 from iwm_fast.settings import fingerprint, load_config, save_config
 from iwm_fast.step import StepReport, train_step
 from iwm_fast.teacher import Teacher
-from kernels.ops import REFERENCE
 from pipelines.shards import ShardSet, open_shards
 
 log = logging.getLogger("iwm_fast")
@@ -61,7 +60,7 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
     accumulation_steps(config, place.world_size)
     # indexed once, not by every rank
     shards = distributed.on_rank_zero(lambda: open_shards(config.data.train))
-    student = build_student(config, REFERENCE).to(place.device)
+    student = build_student(config, choose_ops(config, place.device)).to(place.device)
     teacher = Teacher(student.encoder, compute_dtype(config))
     engine = build_engine(config, student, build_optimizer(student, config.optim), place)
     return Trainer(

@@ -8,10 +8,11 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-IS_INTERPRETING = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETING = bool(knobs.runtime.interpret)
 """Whether kernels were decorated for the interpreter; decided when `kernels` is imported."""
 
 
@@ -38,7 +39,16 @@ class Launch(NamedTuple):
             return
         # Triton starts kernels on the current device, wherever the tensors are
         with torch.cuda.device(device):
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            self.kernel[self.grid](**self.arguments, **compilable(self.constants), **options)
+
+
+def compilable(constants: dict[str, Any]) -> dict[str, Any]:
+    """Return constants as Triton 3.6 takes them: the entries of a tuple are constants each, however deep."""
+    return {name: _constant(value) if isinstance(value, tuple) else value for name, value in constants.items()}
+
+
+def _constant(value: Any) -> Any:
+    return tuple(map(_constant, value)) if isinstance(value, tuple) else tl.constexpr(value)
 
 
 def architecture(device: torch.device) -> int:
@@ -51,7 +61,7 @@ def architecture(device: torch.device) -> int:
         return 90
     if device.type != "cuda":
         raise RuntimeError(
-            f"fused operations run on NVIDIA GPUs, got a tensor on {str(device)!r}; set runtime.ops=reference, "
+            f"fused operations run on NVIDIA GPUs, got device {str(device)!r}; set runtime.ops=reference, "
             "or TRITON_INTERPRET=1 in the environment to interpret them, slowly"
         )
     return _capability(device.index)
@@ -61,6 +71,11 @@ def architecture(device: torch.device) -> int:
 def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def cache_folder() -> str:
+    """Return where compiled kernels are kept; TRITON_CACHE_DIR sets it."""
+    return str(knobs.cache.dir)
 
 
 def interpretable(tensor: Tensor) -> Tensor:

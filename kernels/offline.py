@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.launch import Launch
+from kernels.launch import Launch, compilable
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory a program may have, by architecture."""
@@ -50,7 +50,7 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
     """Compile for an architecture (80, 90, 100); tensors give dtypes only and may be on the meta device."""
     arguments = {name: value for name, value in launch.arguments.items() if value is not None}
     absent = {name: None for name, value in launch.arguments.items() if value is None}
-    constants = launch.constants | absent
+    constants = compilable(launch.constants) | absent
     names = launch.kernel.arg_names
     signature = {name: _type(arguments[name]) if name in arguments else "constexpr" for name in names}
     # allocators align to 256 bytes; an offset tensor costs one more compilation, which is not what is examined here

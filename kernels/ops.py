@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.predictor_input import predictor_input_reference
-from kernels.ragged_attention import ragged_attention_reference
-from kernels.residual_norm import residual_norm_reference
+from kernels import predictor_input as predictor_inputs
+from kernels import ragged_attention as attention
+from kernels import residual_norm as norm
+from kernels.launch import Launch
 
 
 class Ops(NamedTuple):
@@ -15,11 +16,22 @@ class Ops(NamedTuple):
 
     ragged_attention: Callable[[Tensor, Tensor | None, int], Tensor]
     """(qkv, offsets, longest) -> out; see `kernels.ragged_attention`."""
-    predictor_input: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
-    """(context, targets, action_tokens, context_offsets, target_offsets) -> packed; see `kernels.predictor_input`."""
+    predictor_input: Callable[..., Tensor]
+    """(context, mask_token, positions, patches, places, *, action_tokens, mixer) -> packed; see
+    `kernels.predictor_input`."""
     residual_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(x, residual, weight, bias, eps) -> (sum, normed); see `kernels.residual_norm`."""
 
 
-REFERENCE = Ops(ragged_attention_reference, predictor_input_reference, residual_norm_reference)
+REFERENCE = Ops(
+    attention.ragged_attention_reference, predictor_inputs.predictor_input_reference, norm.residual_norm_reference
+)
 """Plain PyTorch: runs anywhere, and is what the fused operations are tested against."""
+
+FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.residual_norm)
+"""Triton kernels: on NVIDIA GPUs, and slowly in Triton's interpreter."""
+
+
+def shipped_launches(arch: int) -> dict[str, Launch]:
+    """Return every kernel setting for an architecture, by name, to be compiled offline; see `kernels.offline`."""
+    return attention.shipped_launches(arch) | predictor_inputs.shipped_launches(arch) | norm.shipped_launches(arch)

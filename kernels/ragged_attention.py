@@ -4,13 +4,36 @@ For every sequence b and head h, with Q, K, V of shape (n_b, d):
 
     out = softmax(Q K^T / sqrt(d)) V
 
-Shapes: `qkv` (sum N, 3, H, d), rows of sequence b are offsets[b] .. offsets[b + 1]; result (sum N, H, d).
-Precision: products in the dtype of `qkv`; the softmax of half-precision scores is computed in float32 and rounded once,
-float64 stays float64. Gradient: that of the formula, from autograd.
+Shapes: `qkv` (sum N, 3, H, d), rows of sequence b are offsets[b] .. offsets[b + 1]; result (sum N, H, d). Without
+offsets all sequences have `longest` rows, and nothing else changes.
+
+Bytes, with u those of one (sum N, H, d) tensor: forward 4u and 4 per row and head for the softmax's logarithm;
+backward 7u for sequences that `attention_whole` holds (queries, keys, values, d_out in; dQ, dK, dV out, straight into
+one gradient of `qkv`). The reference forms all scores, 4 u N / d and more of them; a fused attention on separate
+tensors adds 6u for stacking three gradients. At N = 196 and d = 64 half-precision arithmetic is 98 FLOP per byte
+forward: below what an H200 has (184), so that bytes, not products, are the floor for N below 368 forward and 294
+backward.
+
+Precision: products in the dtype of `qkv`, sums and softmax in float32 (float32 as three tf32 products; float64, which
+only the interpreter takes, throughout); weights are rounded to the dtype of `qkv` before they meet the values. The
+backward pass forms them again from the saved logarithm, which at a score of s costs |s| 2^-24 in relative terms:
+nothing below scores of 1,000. Gradient: P = softmax, dV = P^T dO, dS = P * (dO V^T - sum(P * dO V^T)), dQ = dS K /
+sqrt(d), dK = dS^T Q / sqrt(d); every number is summed by one program in a fixed order, the same bits in every run.
+
+Not offered: dropout, causal or other masks, heads of another size than 32 and 64, second derivatives.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
+
+from kernels import attention_tiled, attention_whole
+from kernels.attention_whole import Group
+from kernels.launch import Launch, architecture, check_contiguous, check_dtype, interpretable
+from kernels.packed_rows import Packed
+
+HEAD_DIMS = (32, 64)
 
 
 def ragged_attention_reference(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
@@ -86,3 +109,145 @@ def _key_bias(offsets: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
     lengths = offsets.diff().clamp(min=1)
     is_padding = torch.arange(longest, device=offsets.device) >= lengths[:, None]
     return torch.zeros_like(is_padding, dtype=dtype).masked_fill_(is_padding, float("-inf"))[:, None]
+
+
+def ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
+    """Attend within each sequence and nowhere else, fused.
+
+    Args:
+        qkv: (sum N, 3, H, d), contiguous; d is 32 or 64.
+        offsets: (B + 1,) int32, where each sequence begins; None if every sequence has exactly `longest` rows.
+        longest: an upper bound of the sequences' lengths (trusted: checking it would wait for the device).
+
+    Returns:
+        (sum N, H, d). Sequences may be empty.
+
+    Raises:
+        TypeError, ValueError: for a dtype, head size or layout that no kernel is written for.
+        RuntimeError: if `qkv` is not on a GPU, and kernels are not interpreted.
+    """
+    return _ragged_attention(qkv, offsets, longest)[0]
+
+
+def forward_launches(arch: int, packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
+    """Return what fills `out` and `lse` (H, sum N) on an architecture: a launch per group of lengths."""
+    groups = _groups(attention_whole.FORWARD, arch, packed)
+    launches = attention_whole.forward_launches(groups, packed, out, lse)
+    limit = attention_whole.longest_whole(groups)
+    if packed.longest > limit:
+        launches.append(
+            attention_tiled.forward_launch(attention_tiled.cut_for(arch, packed), packed, limit, out=out, lse=lse)
+        )
+    return launches
+
+
+def backward_launches(
+    arch: int, packed: Packed, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
+) -> list[Launch]:
+    """Return what fills `d_qkv` on an architecture."""
+    groups = _groups(attention_whole.BACKWARD, arch, packed)
+    launches = attention_whole.backward_launches(groups, packed, d_out, d_qkv, lse)
+    limit = attention_whole.longest_whole(groups)
+    if packed.longest > limit:
+        tensors = {"out": out, "lse": lse, "d_out": d_out, "d_qkv": d_qkv}
+        launches += attention_tiled.backward_launches(attention_tiled.cut_for(arch, packed), packed, limit, **tensors)
+    return launches
+
+
+def _groups(table: dict[int, dict[int, tuple[Group, ...]]], arch: int, packed: Packed) -> tuple[Group, ...]:
+    """Return which lengths are worked on whole; none in float32, which only the interpreter has room for."""
+    return table.get(arch, table[0])[packed.qkv.shape[3]] if packed.is_narrow else ()
+
+
+def shipped_launches(arch: int) -> dict[str, Launch]:
+    """Return every setting there is for an architecture, by name; tensors are on the meta device."""
+    launches = {}
+    for head_dim, (dtype, is_ragged) in itertools.product(HEAD_DIMS, _KINDS):
+        # packed, the longest takes the kernels of all lengths with it; dense, each length has its own
+        for longest in (1024,) if is_ragged else (128, 208, 256, 1024):
+            qkv = torch.empty(longest, 3, 1, head_dim, dtype=dtype, device="meta")
+            offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
+            packed, out, lse = Packed(qkv, offsets, longest), qkv[:, 0], _new_lse(qkv)
+            found = forward_launches(arch, packed, out, lse)
+            found += backward_launches(arch, packed, out=out, lse=lse, d_out=out, d_qkv=qkv)
+            kind = f"d={head_dim} {str(dtype).removeprefix('torch.')} {'ragged' if is_ragged else 'dense'}"
+            launches |= {f"{_name(launch)}, {kind}": launch for launch in found}
+    return launches
+
+
+_KINDS = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True))
+
+
+def _name(launch: Launch) -> str:
+    below, *limits = launch.constants["LIMITS"]
+    kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return f"attention {kernel} {below + 1}-{limits[-1] if limits else ''}"
+
+
+def _check_fused(qkv: Tensor, offsets: Tensor | None, longest: int) -> None:
+    _check(qkv, offsets, longest)
+    check_dtype("qkv", qkv)
+    check_contiguous("qkv", qkv)
+    if qkv.shape[3] not in HEAD_DIMS:
+        raise ValueError(
+            f"fused attention has heads of {' or '.join(map(str, HEAD_DIMS))}, got {qkv.shape[3]}; "
+            "choose num_heads = dim / 32 or dim / 64, or set runtime.ops=reference"
+        )
+
+
+@torch.library.custom_op("iwm_fast::ragged_attention", mutates_args=())
+def _ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    _check_fused(qkv, offsets, longest)
+    arch = architecture(qkv.device)
+    worked = interpretable(qkv)
+    out = worked.new_empty(worked.shape[0], *worked.shape[2:])
+    lse = _new_lse(worked)
+    if longest > 0:
+        for launch in forward_launches(arch, Packed(worked, offsets, longest), out, lse):
+            launch.run()
+    return out.to(qkv.dtype), lse
+
+
+@_ragged_attention.register_fake
+def _(qkv: Tensor, offsets: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:]), _new_lse(qkv)
+
+
+def _new_lse(qkv: Tensor) -> Tensor:
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("iwm_fast::ragged_attention_backward", mutates_args=())
+def _ragged_attention_backward(
+    d_out: Tensor, qkv: Tensor, offsets: Tensor | None, longest: int, out: Tensor, lse: Tensor
+) -> Tensor:
+    # gradients come as autograd made them: a sum's is expanded, a permutation's transposed
+    tensors = {"d_out": interpretable(d_out.contiguous()), "out": interpretable(out), "lse": lse}
+    worked = interpretable(qkv)
+    d_qkv = torch.empty_like(worked)
+    if longest > 0:
+        packed = Packed(worked, offsets, longest)
+        for launch in backward_launches(architecture(qkv.device), packed, **tensors, d_qkv=d_qkv):
+            launch.run()
+    return d_qkv.to(qkv.dtype)
+
+
+@_ragged_attention_backward.register_fake
+def _(d_out: Tensor, qkv: Tensor, offsets: Tensor | None, longest: int, out: Tensor, lse: Tensor) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, offsets, ctx.longest = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, offsets, out, lse)
+
+
+def _differentiate(ctx, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, None, None]:
+    qkv, offsets, out, lse = ctx.saved_tensors
+    return _ragged_attention_backward(d_out, qkv, offsets, ctx.longest, out, lse), None, None
+
+
+_ragged_attention.register_autograd(_differentiate, setup_context=_save)

@@ -38,6 +38,7 @@ def values_and_gradients(function, inputs: list[Tensor], seed: int = 1) -> list[
 
 def error(got: Tensor, wanted: Tensor) -> float:
     """Return ||got - wanted|| / ||wanted|| in float64; NaN anywhere gives NaN, which passes no comparison."""
+    got, wanted = got.detach(), wanted.detach()
     difference = (got.double() - wanted.double()).norm()
     return float(difference / wanted.double().norm().clamp(min=1e-30)) if wanted.numel() else 0.0
 

@@ -22,6 +22,9 @@ def test_files_and_functions_keep_their_size_budgets(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < limit, node.name
+            # Triton has no keyword-only parameters: a kernel lists its tensors and sizes
+            if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
             assert len(node.args.posonlyargs) + len(node.args.args) <= 6, node.name  # five and self
 
 

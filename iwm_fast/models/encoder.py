@@ -1,11 +1,12 @@
 """Vision transformer over all patches of an image, or over given ones; loads strictly into timm's."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwm_fast.config import EncoderConfig
-from iwm_fast.models.layers import NORM_EPS, Block, sincos_positions
+from iwm_fast.models.layers import Block, ResidualNorm, sincos_positions
 from kernels.ops import Ops
 from pipelines.batch import RaggedIndex
 
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
         self.pos_embed: Tensor
         blocks = (Block(config.dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self.norm = ResidualNorm(config.dim, ops)
 
     def forward(self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None) -> Float[Tensor, "M D"]:
         """Encode the patches of `index` as if there were no others, packed; or all patches, (B * N, D).
@@ -65,6 +66,9 @@ class Encoder(nn.Module):
         else:
             tokens = tokens + self.pos_embed[0, index.patch]
             offsets, longest = index.offsets, index.longest
+        update = None
         for block in self.blocks:
-            tokens = block(tokens, offsets, longest)
-        return self.norm(tokens)
+            tokens, update = block(tokens, update, offsets, longest)
+        # the last norm stays as exact as the stream: these are the teacher's targets
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.norm(tokens, update)[1]

@@ -13,6 +13,24 @@ NORM_EPS = 1e-6
 BASE_WIDTH = 768
 
 
+class ResidualNorm(nn.Module):
+    """LayerNorm of tokens to which an update is still to be added."""
+
+    def __init__(self, dim: int, ops: Ops) -> None:
+        super().__init__()
+        self.residual_norm = ops.residual_norm
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(
+        self, tokens: Float[Tensor, "M D"], update: Float[Tensor, "M D"] | None
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
+        """Return the sum and its norm; without an update, the tokens and theirs."""
+        if update is None:
+            return tokens, F.layer_norm(tokens, tokens.shape[-1:], self.weight, self.bias, NORM_EPS)
+        return self.residual_norm(update, tokens, self.weight, self.bias, NORM_EPS)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each packed sequence."""
 
@@ -45,23 +63,39 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; under autocast the residual stream keeps the dtype of the tokens given."""
+    """Pre-norm transformer block; under autocast the residual stream keeps the dtype of the tokens given.
+
+    The last update of a block is added where it is normalised, one pass over both: by the block or norm that follows.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, ops: Ops) -> None:
         super().__init__()
-        self.residual_norm = ops.residual_norm
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = ResidualNorm(dim, ops)
         self.attn = Attention(dim, num_heads, ops)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = ResidualNorm(dim, ops)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
-    ) -> Float[Tensor, "M D"]:
-        """Transform tokens of packed sequences; `offsets` and `longest` as in `kernels.ragged_attention`."""
-        update = self.attn(self.norm1(tokens), offsets, longest)
-        tokens, normed = self.residual_norm(update, tokens, self.norm2.weight, self.norm2.bias, NORM_EPS)
-        return tokens + self.mlp(normed)
+        self,
+        tokens: Float[Tensor, "M D"],
+        update: Float[Tensor, "M D"] | None,
+        offsets: Int32[Tensor, "images"] | None,
+        longest: int,
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
+        """Transform tokens of packed sequences.
+
+        Args:
+            tokens: the residual stream.
+            update: what the block before left to add to it; None for the first block.
+            offsets: where sequences begin, as in `kernels.ragged_attention`.
+            longest: likewise.
+
+        Returns:
+            The residual stream and the update that is still to be added to it.
+        """
+        tokens, normed = self.norm1(tokens, update)
+        tokens, normed = self.norm2(tokens, self.attn(normed, offsets, longest))
+        return tokens, self.mlp(normed)
 
 
 def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
@@ -86,7 +120,7 @@ def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
 
 @torch.no_grad()
 def initialize_(module: nn.Module, generator: torch.Generator) -> None:
-    """Overwrite all parameters in place: truncated normal, zero biases, LayerNorm one and zero.
+    """Overwrite all parameters in place: truncated normal, zero biases, norms one and zero.
 
     The standard deviation is 0.02 for ViT-B's width of 768 and grows as the root of the width shrinks: a layer then
     passes signals on in the same size at any width. At 0.02, a patch embedding of 48 pixel values leaves images 5 times
@@ -104,7 +138,7 @@ def initialize_(module: nn.Module, generator: torch.Generator) -> None:
         for name, parameter in part.named_parameters(recurse=False):
             if name.endswith("bias"):
                 parameter.zero_()
-            elif isinstance(part, nn.LayerNorm):
+            elif isinstance(part, ResidualNorm):
                 parameter.fill_(1.0)
             else:
                 width = min(parameter.shape[0], parameter[0].numel()) if parameter.ndim > 1 else BASE_WIDTH

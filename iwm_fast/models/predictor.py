@@ -5,9 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwm_fast.config import PredictorConfig
-from iwm_fast.models.layers import NORM_EPS, Block, sincos_positions
+from iwm_fast.models.layers import Block, ResidualNorm, sincos_positions
 from kernels.ops import Ops
-from kernels.predictor_input import sequence_rows
+from kernels.predictor_input import Mixer
+from kernels.sequence_rows import PatchRows, sequence_rows
 from pipelines.batch import RaggedIndex
 
 
@@ -33,8 +34,9 @@ class FeatureConditioning(nn.Module):
         for layer, gain in zip(linear, (2.0, 2.0, 1.0), strict=True):
             nn.init.trunc_normal_(layer.weight, std=(gain / layer.in_features) ** 0.5, generator=generator)
 
-    def forward(self, tokens: Float[Tensor, "T P"], action: Float[Tensor, "T A"]) -> Float[Tensor, "T P"]:
-        return self.layers(torch.cat([tokens, action], dim=1))
+    def forward(self, action: Float[Tensor, "B A"]) -> Mixer:
+        """Hand out action and layers; the mask tokens are mixed where they are packed."""
+        return Mixer(action, *self.layers.parameters())
 
 
 class SequenceConditioning(nn.Module):
@@ -58,7 +60,6 @@ class Predictor(nn.Module):
     def __init__(self, config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops) -> None:
         super().__init__()
         dim = config.dim
-        self.num_patches = grid * grid
         self.assemble = ops.predictor_input
         self.embed = nn.Linear(encoder_dim, dim)
         # not in the state dict: it follows from width and grid, and a finer grid may be used after training
@@ -70,7 +71,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth)
         )  # fmt: skip
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = ResidualNorm(dim, ops)
         self.project = nn.Linear(dim, encoder_dim)
 
     def forward(
@@ -81,19 +82,27 @@ class Predictor(nn.Module):
         target: RaggedIndex,
     ) -> Float[Tensor, "T D"]:
         """Predict the tokens at the target positions of the view that `action` leads to."""
-        visible = self.embed(context_tokens) + self.positions[context.patch]
-        hidden = self.mask_token + self.positions[target.patch]
-        if self.mixer is not None:
-            hidden = self.mixer(hidden, action[target.row // self.num_patches])
+        mixer = None if self.mixer is None else self.mixer(action)
         action_tokens = None if self.tokenizer is None else self.tokenizer(action)
         num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
-        tokens = self.assemble(visible, hidden, action_tokens, context.offsets, target.offsets)
-        sizes = {"num_context": len(visible), "num_targets": len(hidden)}
+        patches = PatchRows(context.row, target.row)
+        sizes = {"num_context": len(patches.context), "num_targets": len(patches.targets)}
         rows = sequence_rows(context.offsets, target.offsets, num_tokens, **sizes)
+        tokens = self.assemble(
+            self.embed(context_tokens),
+            self.mask_token,
+            self.positions,
+            patches,
+            rows,
+            action_tokens=action_tokens,
+            mixer=mixer,
+        )
         longest = context.longest + target.longest + num_tokens
+        update = None
         for block in self.blocks:
-            tokens = block(tokens, rows.offsets, longest)
-        return self.project(self.norm(tokens.index_select(0, rows.targets)))
+            tokens, update = block(tokens, update, rows.offsets, longest)
+        tokens, update = (part.index_select(0, rows.targets) for part in (tokens, update))
+        return self.project(self.norm(tokens, update)[1])
 
     def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
         """Return which patches the output's rows stand for."""

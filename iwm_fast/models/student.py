@@ -10,8 +10,11 @@ from iwm_fast.config import RunConfig
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
-from kernels.ops import Ops
+from kernels.launch import architecture
+from kernels.ops import FUSED, REFERENCE, Ops
+from kernels.ragged_attention import HEAD_DIMS
 from pipelines.batch import Batch, RaggedIndex
+from pipelines.config import check
 
 
 class Prediction(NamedTuple):
@@ -52,6 +55,25 @@ class Student(nn.Module):
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
     """Return the dtype of the networks' products; None for plain float32."""
     return torch.bfloat16 if config.optim.precision == "bf16" else None
+
+
+def choose_ops(config: RunConfig, device: torch.device) -> Ops:
+    """Return the operations that the settings name.
+
+    Raises:
+        RuntimeError: if they are fused and `device` is no GPU (nor are kernels interpreted).
+        ValueError: if they are fused and heads or widths have sizes no kernel is written for.
+    """
+    if config.runtime.ops == "reference":
+        return REFERENCE
+    architecture(device)
+    model = config.model
+    for name, part in (("encoder", model.encoder), ("predictor", model.predictor)):
+        accepted = f"divide the width into heads of {' or '.join(map(str, HEAD_DIMS))} with runtime.ops=fused"
+        is_built = part.depth > 0
+        check(not is_built or part.dim // part.num_heads in HEAD_DIMS, f"model.{name}.num_heads", part.num_heads,
+              f"{accepted} (model.{name}.dim is {part.dim})")  # fmt: skip
+    return FUSED
 
 
 def build_student(config: RunConfig, ops: Ops) -> Student:

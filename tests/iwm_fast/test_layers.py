@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from iwm_fast.models.layers import Block, initialize_, sincos_positions
+from iwm_fast.models.layers import Block, ResidualNorm, initialize_, sincos_positions
 from kernels.ops import REFERENCE
 
 
@@ -57,8 +57,45 @@ def test_a_layer_passes_signals_on_in_the_same_size_at_any_width(dim):
     assert out.std().item() == pytest.approx(0.02 * math.sqrt(768), rel=0.05)
 
 
-def test_block_works_on_each_packed_sequence_alone():
-    block, tokens = build()[0], torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    packed = block(tokens, torch.tensor([0, 4, 4, 9], dtype=torch.int32), 5)
-    alone = torch.cat([block(tokens[:4], None, 4), block(tokens[4:], None, 5)])
+def run(stack, tokens, offsets, longest):
+    update = None
+    for block in stack:
+        tokens, update = block(tokens, update, offsets, longest)
+    return tokens + update
+
+
+def draw(rows=9):
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_blocks_work_on_each_packed_sequence_alone():
+    stack, tokens = build(), draw()
+    packed = run(stack, tokens, torch.tensor([0, 4, 4, 9], dtype=torch.int32), 5)
+    alone = torch.cat([run(stack, tokens[:4], None, 4), run(stack, tokens[4:], None, 5)])
     torch.testing.assert_close(packed, alone)
+
+
+def test_an_update_handed_on_equals_one_added_before_bit_for_bit():
+    (_, block), tokens, update = build(depth=2), draw(), draw().flip(0)
+    handed_on = block(tokens, update, None, 9)
+    added = block(tokens + update, None, None, 9)
+    assert all(torch.equal(one, other) for one, other in zip(handed_on, added, strict=True))
+
+
+def test_a_norm_is_that_of_the_sum_and_hands_the_sum_on():
+    norm, tokens, update = ResidualNorm(32, REFERENCE), draw(), draw().flip(0)
+    total, normed = norm(tokens, update)
+    assert torch.equal(total, tokens + update)
+    torch.testing.assert_close(normed, torch.nn.LayerNorm(32, eps=1e-6)(tokens + update))
+
+
+def test_every_sum_of_a_stack_is_normalised_in_the_same_pass():
+    widths = []
+
+    def counted(x, residual, weight, bias, eps):
+        widths.append(x.shape[-1])
+        return REFERENCE.residual_norm(x, residual, weight, bias, eps)
+
+    ops = REFERENCE._replace(residual_norm=counted)
+    run([Block(32, 4, 4.0, ops) for _ in range(3)], draw(), None, 9)
+    assert widths == [32] * 5  # two of each block, but the first begins without an update

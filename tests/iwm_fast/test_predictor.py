@@ -59,6 +59,14 @@ def test_action_entries_are_told_apart(student, make_batch, conditioning):
     assert not torch.allclose(module(batch).predicted_tokens, module(swapped).predicted_tokens, atol=1e-4)
 
 
+def test_the_mixer_is_handed_out_by_layer(student, make_batch):
+    conditioning, action = student(conditioning="feature").predictor.mixer, make_batch(CONTEXT, TARGET).action
+    given, *layers = conditioning(action)
+    names = [f"layers.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert given is action
+    assert all(one is conditioning.get_parameter(name) for one, name in zip(layers, names, strict=True))
+
+
 def test_without_conditioning_the_action_does_not_reach_the_prediction(student, make_batch):
     batch = make_batch(CONTEXT, TARGET)
     batch.action.requires_grad_()
