@@ -41,7 +41,7 @@ class Cut(NamedTuple):
 # half precision, by architecture
 NARROW = {
     90: Cut(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    0: Cut(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
+    0: Cut(Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
 }
 # three tf32 products for one of float32 leave little room
 WIDE = Cut(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))

@@ -54,7 +54,7 @@ def test_help_of_every_command_answers_without_loading_torch():
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
-    assert "unknown command 'trian run.yaml'; known are train, show" in refused(capsys, "trian", "run.yaml")
+    assert "unknown command 'trian run.yaml'; known are train, warmup, show" in refused(capsys, "trian", "run.yaml")
 
 
 @pytest.mark.parametrize(
