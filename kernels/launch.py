@@ -44,7 +44,13 @@ class Launch(NamedTuple):
 
 def compilable(constants: dict[str, Any]) -> dict[str, Any]:
     """Return constants as Triton 3.6 takes them: the entries of a tuple are constants each, however deep."""
-    return {name: _constant(value) if isinstance(value, tuple) else value for name, value in constants.items()}
+    # a launch is made for every call, and this takes longer than starting it
+    return _compilable(tuple(constants.items()))
+
+
+@functools.cache
+def _compilable(constants: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: _constant(value) if isinstance(value, tuple) else value for name, value in constants}
 
 
 def _constant(value: Any) -> Any:

@@ -20,6 +20,8 @@ from kernel_cases import DEVICE, error
 from kernels.ops import FUSED, REFERENCE
 from tiny_runs import losses, tiny_run
 
+pytestmark = pytest.mark.fused
+
 DEVICE_OBJECT = torch.device(DEVICE)
 CONDITIONINGS = ("feature", "sequence", "none")
 

@@ -18,6 +18,8 @@ from kernels.assemble_rows import copied_input, mixed_input
 from kernels.predictor_input import Mixer, predictor_input, predictor_input_reference
 from kernels.sequence_rows import PatchRows, sequence_rows
 
+pytestmark = pytest.mark.fused
+
 CONDITIONINGS = ("feature", "sequence", "none")
 RAGGED = [3, 0, 2, 5], [4, 2, 0, 1]
 MANY = [9, 0, 25, 1], [36, 35, 34, 36]

@@ -14,6 +14,8 @@ from kernels.launch import IS_INTERPRETING
 from kernels.packed_rows import Packed
 from kernels.ragged_attention import ragged_attention, ragged_attention_reference
 
+pytestmark = pytest.mark.fused
+
 HEADS = 2
 # around every border of a tile, a piece of keys, a rung and a group
 LENGTHS = [[1, 15, 16, 17, 63, 64, 65], [127, 128, 129], list(range(191, 198)), [207, 208, 209], [255, 256, 257], [400]]
@@ -42,6 +44,23 @@ def test_output_and_gradient_are_the_references_at_every_border(lengths, head_di
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_and_empty_sequences_in_every_dtype(dtype, head_dim):
     compare(qkv_of(RAGGED, head_dim, dtype), offsets_of(RAGGED), max(RAGGED), TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("lengths", [[50, 130, 256, 7], [196] * 8, [400, 300]], ids=str)
+def test_in_bfloat16_errors_are_at_most_twice_those_of_plain_arithmetic(lengths, head_dim):
+    qkv, offsets = qkv_of(lengths, head_dim, torch.bfloat16), offsets_of(lengths)
+    fused, plain, exact = (
+        differentiate(lambda x, attend=attend: attend(x, offsets, max(lengths)), [tensor])
+        for attend, tensor in (
+            (ragged_attention, qkv),
+            (ragged_attention_reference, qkv),
+            (ragged_attention_reference, qkv.double()),
+        )
+    )
+    for one, other, wanted in zip(fused, plain, exact, strict=True):
+        assert error(one, wanted) <= 2 * error(other, wanted)
 
 
 @pytest.mark.parametrize("length", [7, 70, 196, 300])

@@ -6,8 +6,7 @@ from kernels import launch
 from kernels import residual_norm as module
 from kernels.residual_norm import residual_norm, residual_norm_reference, shipped_launches
 
-# a loop's bounds in the interpreter of Triton 3.6
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+pytestmark = pytest.mark.fused
 
 EPS = 1e-6
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64

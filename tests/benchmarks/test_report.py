@@ -1,0 +1,93 @@
+"""The report: tables from lines, and no number where none was measured."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import goals, report, tables
+from benchmarks.records import Record
+
+GPU = {"gpu": "NVIDIA X", "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_kernels"}
+SHAPE = {"N": 196, "d": 64, "H": 12, "B": 256}
+
+
+def timing(provider, median_ms, **values):
+    fields = {"what": "attention", "shape": SHAPE, "pass_": "forward", "machine": GPU}
+    return Record(provider=provider, median_ms=median_ms, **(fields | values))
+
+
+def figures(what, shape, **values):
+    return Record(what=what, provider="fused", shape=shape, figures=values, machine={"gpu": None, "torch": "2"})
+
+
+COUNTS = ("registers", "shared_bytes", "fast_products", "matrix_products", "warps", "stages", "programs")
+LAUNCH = dict.fromkeys(COUNTS, 7)
+SQUARES = {"128x128": 1.7, "192x192": 3.8}
+OFFLINE = [
+    figures("launch", {"arch": 90, "module": "ragged_attention", "launch": "some launch"}, spill_bytes=8, **LAUNCH),
+    figures("tile waste", {"arch": 90, "d": 64, "N": 196}, forward=1.39, backward=1.5, **SQUARES),
+    figures("binaries", {"arch": 90, "d": 64, "N": "50-400"}, kernels=8),
+    figures("floor", {"task": "attention", "N": 196}, bytes_ms=0.289, flops_ms=0.153),
+]
+
+
+def test_without_results_nothing_is_claimed():
+    text = report.render([])
+    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2
+
+
+def test_offline_figures_stand_beside_times_not_yet_measured():
+    text = report.render(OFFLINE)
+    assert "On a GPU: not yet measured." in text
+    assert "some launch" in text and "sm_90: 1 launches, 1 spill." in text
+    assert "1.39" in text and "8 kernels for N=50-400 at d=64" in text and "0.2890" in text
+
+
+def test_goals_are_ratios_of_one_run():
+    found = [timing("fused", 0.10, share_of_floor=0.8), timing("cuDNN", 0.15), timing("FA2", None, failure="no")]
+    rows = {(text, pass_): rest for text, pass_, *rest in goals.rows(found)}
+    assert rows["attention N=196 d=64: cuDNN / fused", "forward"] == ["at least 1.3", "1.50", "yes"]
+    assert rows["attention N=196 d=64: fused / byte floor", "forward"] == ["at most 1.4", "1.25", "yes"]
+    assert rows["attention N=196 d=64: cuDNN / fused", "backward"][1] == goals.NOT_YET
+    text = report.render(found)
+    assert "## NVIDIA X" in text and "0.100 (80 %)" in text and "raises" in text
+    assert "attention N=196 d=64 H=12 B=256 forward, FA2: no" in text
+    # a later run of the fused operation alone is not compared with an earlier run's peer
+    later = dataclasses.replace(found[0], machine=GPU | {"run": "2026-02-01T00:00:00"})
+    assert "| 1.50" not in report.render([*found, later])
+
+
+def test_a_failed_peer_or_a_missing_one_meets_no_goal():
+    assert goals.reached(goals.GOALS[0], [timing("fused", 0.1, shape=SHAPE | {"d": 32})]) is None
+    assert goals.reached(goals.GOALS[0], [timing("cuDNN", 0.1, shape=SHAPE | {"d": 32})]) is None
+
+
+@pytest.mark.parametrize(("error", "plain", "worst"), [(0.02, 0.01, 2.0), (0.004, 1e-7, 0.8)])
+def test_errors_are_told_relative_to_plain_bfloat16_and_rounding(error, plain, worst):
+    checks = [timing(name, None, what="attention error", pass_="", figures={"out": value})
+              for name, value in (("fused", error), ("plain", plain))]  # fmt: skip
+    assert goals.worst_error(checks) == pytest.approx(worst)
+    assert f"{error:.1e}" in tables.errors(checks)
+
+
+def test_a_new_length_tells_what_was_compiled():
+    values = {"mean_ms": 1.0, "longest_ms": 2.0, "first_calls_ms": 3.0, "calls": 200, "compilations": 0}
+    one = timing("fused", 0.9, p80_ms=1.1, what="new lengths", pass_="forward+backward", figures=values)
+    assert "|   200 |" in tables.section("new lengths", [one])
+    rows = {text: rest for text, _, *rest in goals.rows([one])}
+    assert rows["new length every call: compilations"] == ["at most 0", "0.00", "yes"]
+
+
+def test_numbers_stand_to_the_right_and_words_to_the_left():
+    text = tables.table(["name", "ms"], [["a", "1.5"], ["bcdef", "10.25"]])
+    assert text.splitlines() == [
+        "| name  |    ms |",
+        "| ----- | ----: |",
+        "| a     |   1.5 |",
+        "| bcdef | 10.25 |",
+    ]
+
+
+def test_the_committed_readme_is_what_the_results_say():
+    wanted = report.render(report.committed())
+    assert report.README.read_text(encoding="utf-8") == wanted, "run python -m benchmarks.report"
