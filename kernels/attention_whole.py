@@ -44,16 +44,17 @@ class Group(NamedTuple):
 
 _TO_128 = ((64,), (128,))
 _TO_208 = ((128, 64), (128, 64, 16))
+_TO_256 = ((128, 64, 32), (128, 64, 64))
 
 # by architecture and head size; what registers allow is another group, what they do not is left to attention_tiled
 FORWARD = {
     90: {
-        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208, 64, 4, 1), Group(((128, 64, 64),), 64, 4, 1)),
-        64: (Group(_TO_128, 64, 4, 1), Group((*_TO_208, (128, 64, 64)), 64, 4, 1)),
+        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208, 64, 4, 1), Group(_TO_256, 64, 4, 1)),
+        64: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256, 64, 4, 1)),
     },
     0: {
-        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208, 64, 4, 1)),
-        64: (Group(_TO_128, 64, 4, 1), Group(_TO_208, 64, 4, 1)),
+        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256[:1], 64, 4, 1)),
+        64: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256[:1], 64, 4, 1)),
     },
 }
 BACKWARD = {

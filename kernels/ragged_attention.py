@@ -164,7 +164,7 @@ def shipped_launches(arch: int) -> dict[str, Launch]:
     launches = {}
     for head_dim, (dtype, is_ragged) in itertools.product(HEAD_DIMS, _KINDS):
         # packed, the longest takes the kernels of all lengths with it; dense, each length has its own
-        for longest in (1024,) if is_ragged else (128, 208, 256, 1024):
+        for longest in (1024,) if is_ragged else (128, 208, 224, 256, 1024):
             qkv = torch.empty(longest, 3, 1, head_dim, dtype=dtype, device="meta")
             offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
             packed, out, lse = Packed(qkv, offsets, longest), qkv[:, 0], _new_lse(qkv)

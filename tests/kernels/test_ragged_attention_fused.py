@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fused
 
 HEADS = 2
 # around every border of a tile, a piece of keys, a rung and a group
-LENGTHS = [[1, 15, 16, 17, 63, 64, 65], [127, 128, 129], list(range(191, 198)), [207, 208, 209], [255, 256, 257], [400]]
+LENGTHS = [[1, 15, 16, 17, 63, 64, 65], [127, 128, 129], list(range(191, 198)), [207, 208, 209], [223, 224, 225], [255, 256, 257], [400]]
 RAGGED = [0, 5, 130, 0, 64, 1, 0]
 only_interpreted = pytest.mark.skipif(not IS_INTERPRETING, reason="float64 exists in the interpreter only")
 
@@ -212,7 +212,7 @@ def test_other_heads_and_layouts_are_refused_with_the_remedy():
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_length_has_exactly_one_kernel(architecture):
     for head_dim, is_ragged in itertools.product((32, 64), (True, False)):
-        for longest in (1, 64, 129, 208, 209, 256, 257, 600):
+        for longest in (1, 64, 129, 208, 209, 224, 225, 256, 257, 600):
             qkv = torch.empty(longest, 3, 1, head_dim, dtype=torch.bfloat16, device="meta")
             offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
             packed = Packed(qkv, offsets, longest)

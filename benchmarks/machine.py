@@ -1,0 +1,65 @@
+"""On what a number was measured: no number without its machine, command and commit."""
+
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+PROJECT = Path(__file__).parent.parent
+
+
+def describe(commit: str | None = None) -> dict[str, Any]:
+    """Return GPU, versions, commit, command and the time of starting; what there is not, is not said.
+
+    Args:
+        commit: what to say where there is no git, as in a copy of the working tree; otherwise git is asked.
+    """
+    properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    found = {
+        "gpu": properties.name if properties else None,
+        "multiprocessors": properties.multi_processor_count if properties else None,
+        "driver": _driver() if properties else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if properties else None,
+        "python": platform.python_version(),
+        "commit": commit or _commit(),
+        "command": _command(),
+        "run": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def slug(gpu: str) -> str:
+    """Return a GPU's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def _driver() -> str | None:
+    return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def _commit() -> str | None:
+    head = _answer("git", "rev-parse", "--short=12", "HEAD")
+    changed = _answer("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{head} dirty" if head and changed else head or None
+
+
+def _command() -> str:
+    # as it was typed, without the interpreter's folder
+    return " ".join(["python", *sys.orig_argv[1:]])
+
+
+def _answer(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

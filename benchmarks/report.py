@@ -1,0 +1,144 @@
+"""Turn the committed results into tables: `python -m benchmarks.report` writes benchmarks/README.md."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import goals, offline_figures, records, tables
+from benchmarks.records import Record
+
+RESULTS = Path(__file__).parent / "results"
+OFFLINE = RESULTS / "offline.jsonl"
+README = Path(__file__).parent / "README.md"
+ARCH = 90
+
+_HEAD = """\
+# Benchmarks of the fused operations
+
+Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
+
+```
+python -m benchmarks.gpu_check               on a GPU: tests first, then every timing
+python -m benchmarks.bench_kernels           the timings alone; without a GPU the offline figures
+python -m benchmarks.bench_kernels --sweep   other settings of the attention tables
+python -m benchmarks.bench_kernels --only offline --arch 80 90 100 --write
+python -m benchmarks.report                  this file
+```
+
+Times are medians of the device's, by events, out of the cache, providers in turns; in brackets the share of the time
+that the task's fewest bytes take at the copy bandwidth measured in the same run. A backward pass has its own forward
+before it, untimed. "eager" is the plain reference, "compiled" the same through torch.compile in its default mode.
+Peers take queries, keys and values as views of one tensor and their gradients are put into one again, as in a model.
+"""
+
+_OFFLINE_NOTE = """\
+Real output of the compiler, nothing was run: registers per thread, bytes per thread that did not fit into them, shared
+memory per program, matrix instructions (fast: wgmma) and how many programs fit on a multiprocessor.
+"""
+
+_WASTE_NOTE = """\
+Queries times keys that dense sequences of N cost in tiles, over N squared: by the shipped tables, and in the square
+tiles of FlashAttention 2 (128) and of FlashAttention 3's forward pass at these head sizes (192). A backward pass of two
+kernels counts by their mean.
+"""
+
+_FLOOR_NOTE = """\
+No kernel is faster than its bytes at 4.3 TB/s and its products at 790 TFLOP/s, what one H200 copies and multiplies;
+calculated, not measured.
+"""
+
+
+def main() -> None:
+    """Write the README."""
+    README.write_text(render(committed()), encoding="utf-8")
+    print(f"written to {README}")
+
+
+def committed() -> list[Record]:
+    """Return all committed records but those of sweeps."""
+    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith("-sweep")]
+    return [record for path in paths for record in records.read(path)]
+
+
+def newest_gpu(found: Sequence[Record]) -> list[Record]:
+    """Return the records of the GPU that was measured last."""
+    measured = [record for record in found if record.machine.get("gpu")]
+    if not measured:
+        return []
+    gpu = max(measured, key=lambda record: str(record.machine.get("run"))).machine["gpu"]
+    return [record for record in measured if record.machine["gpu"] == gpu]
+
+
+def render(found: Sequence[Record]) -> str:
+    """Return the README for records."""
+    parts = [_HEAD]
+    gpus = list(dict.fromkeys(record.machine["gpu"] for record in found if record.machine.get("gpu")))
+    for gpu in gpus:
+        parts += _of_gpu(gpu, records.latest(record for record in found if record.machine.get("gpu") == gpu))
+    if not gpus:
+        headings = ["goal", "pass", "wanted", "measured", "met"]
+        parts += ["## Times\n", f"On a GPU: {goals.NOT_YET}.\n", tables.table(headings, goals.rows([])) + "\n"]
+    parts += _offline([record for record in found if not record.machine.get("gpu")])
+    return "\n".join(parts)
+
+
+def _of_gpu(gpu: str, found: list[Record]) -> list[str]:
+    runs = {str(record.machine.get("run")): record.machine for record in found}
+    parts = [f"## {gpu}\n", *(f"- {machine_line(about)}" for _, about in sorted(runs.items())), ""]
+    headings = ["goal", "pass", "wanted", "measured", "met"]
+    parts += ["### Goals\n", tables.table(headings, goals.rows(found)) + "\n"]
+    checks = [record for record in found if record.what.endswith(" error")]
+    for what in dict.fromkeys(record.what for record in found if record.pass_):
+        chosen = [record for record in found if record.what == what]
+        parts += [f"### {what}, ms\n", tables.section(what, chosen) + "\n"]
+    if checks:
+        parts += ["### Relative errors to float64, of the output and of the worst\n", tables.errors(checks) + "\n"]
+    raised = tables.failures(found)
+    if raised:
+        parts += ["### Raised\n", *(f"- {line}" for line in raised), ""]
+    return parts
+
+
+def machine_line(about: dict[str, Any]) -> str:
+    """Return on what was measured, in words."""
+    ceilings = ""
+    if "matrix_flops_per_s" in about:
+        copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
+        ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
+    names = ("driver", "torch", "triton", "cuda", "cudnn", "python", "commit")
+    versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
+    return f"{about.get('gpu') or 'no GPU'}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"
+
+
+def _offline(found: list[Record]) -> list[str]:
+    if not found:
+        return ["## Without a GPU\n", f"Offline figures: {goals.NOT_YET}.\n"]
+    parts = ["## Without a GPU\n", machine_line(found[0].machine) + "\n"]
+    for module in offline_figures.MODULES:
+        table = offline_figures.launch_table(found, ARCH, module)
+        parts += [f"### {module} on sm_{ARCH}\n", _folded(table)]
+    parts.insert(2, _OFFLINE_NOTE)
+    parts.insert(3, spill_line(found) + "\n")
+    parts += [f"### Scores computed per score needed, sm_{ARCH}\n", _WASTE_NOTE]
+    parts += [offline_figures.waste_table(found, ARCH) + "\n", offline_figures.binaries_line(found, ARCH) + "\n"]
+    parts += ["### Floors\n", _FLOOR_NOTE, offline_figures.floor_table(found) + "\n"]
+    return parts
+
+
+def _folded(table: str) -> str:
+    return f"<details><summary>{table.count(chr(10)) - 1} launches</summary>\n\n{table}\n\n</details>\n"
+
+
+def spill_line(found: Sequence[Record]) -> str:
+    """Return per architecture how many launches there are and how many of them spill, in words."""
+    parts = []
+    launches = [record for record in found if record.what == "launch"]
+    for arch in dict.fromkeys(record.shape["arch"] for record in launches):
+        own = [record for record in launches if record.shape["arch"] == arch]
+        spilled = sum(record.figures["spill_bytes"] > 0 for record in own)
+        parts.append(f"sm_{arch}: {len(own)} launches, {spilled} spill")
+    return "; ".join(parts) + "."
+
+
+if __name__ == "__main__":
+    main()
