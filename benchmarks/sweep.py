@@ -197,8 +197,7 @@ def compile_all(launches: Sequence[Launch]) -> None:
 
 def warmed(launch: Launch) -> Any:
     """Return the compiled kernel without starting it."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    return launch.kernel.warmup(**launch.arguments, **compilable(launch.constants), **options, grid=launch.grid)
+    return launch.kernel.warmup(**launch.arguments, **compilable(launch.constants), **launch.options, grid=launch.grid)
 
 
 def spills(launch: Launch) -> bool:

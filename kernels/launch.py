@@ -28,18 +28,23 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 1
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside arguments and constants."""
+        # said aloud, as Triton is about to change the default
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Start the kernel on its tensors' device; a grid without programs starts nothing."""
         if 0 in self.grid:
             return
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         if device.type == "cpu":
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
             return
         # Triton starts kernels on the current device, wherever the tensors are
         with torch.cuda.device(device):
-            self.kernel[self.grid](**self.arguments, **compilable(self.constants), **options)
+            self.kernel[self.grid](**self.arguments, **compilable(self.constants), **self.options)
 
 
 def compilable(constants: dict[str, Any]) -> dict[str, Any]:

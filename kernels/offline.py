@@ -56,8 +56,7 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
     # allocators align to 256 bytes; an offset tensor costs one more compilation, which is not what is examined here
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
     source = ASTSource(launch.kernel, signature, constants, aligned)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    compiled: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     registers, spilled = _resources(compiled.asm["cubin"])
     fast = compiled.asm["ptx"].count(MATRIX_INSTRUCTION[architecture])
     other = 0 if architecture == 80 else compiled.asm["ptx"].count("mma.sync")

@@ -41,8 +41,7 @@ def figures(architecture: int) -> None:
 def specialize(launch: Launch) -> None:
     """Let Triton choose or make the binary it would start."""
     given = {name: MockTensor(v.dtype) if isinstance(v, torch.Tensor) else v for name, v in launch.arguments.items()}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    launch.kernel.warmup(**given, **compilable(launch.constants), grid=launch.grid, **options)
+    launch.kernel.warmup(**given, **compilable(launch.constants), grid=launch.grid, **launch.options)
 
 
 def binaries() -> None:

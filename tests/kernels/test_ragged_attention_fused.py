@@ -18,7 +18,15 @@ pytestmark = pytest.mark.fused
 
 HEADS = 2
 # around every border of a tile, a piece of keys, a rung and a group
-LENGTHS = [[1, 15, 16, 17, 63, 64, 65], [127, 128, 129], list(range(191, 198)), [207, 208, 209], [223, 224, 225], [255, 256, 257], [400]]
+LENGTHS = [
+    [1, 15, 16, 17, 63, 64, 65],
+    [127, 128, 129],
+    list(range(191, 198)),
+    [207, 208, 209],
+    [223, 224, 225],
+    [255, 256, 257],
+    [400],
+]
 RAGGED = [0, 5, 130, 0, 64, 1, 0]
 only_interpreted = pytest.mark.skipif(not IS_INTERPRETING, reason="float64 exists in the interpreter only")
 
