@@ -1,12 +1,15 @@
 """The model on fused operations against the same model on references; interpreted where there is no GPU."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from iwm_fast import distributed
 from iwm_fast.cli import main
@@ -16,7 +19,7 @@ from iwm_fast.models.student import build_student, choose_ops
 from iwm_fast.teacher import Teacher
 from iwm_fast.train import build_trainer
 from iwm_fast.warmup import noise, warm_up
-from kernel_cases import DEVICE, error
+from kernel_cases import DEVICE, error, values_and_gradients
 from kernels.ops import FUSED, REFERENCE
 from tiny_runs import losses, tiny_run
 
@@ -76,6 +79,27 @@ def test_under_autocast_the_fused_model_errs_no_more_than_twice_the_reference(co
     errors = {name: (error(got[name], exact[name]), error(reference[name], exact[name])) for name in exact}
     # where the reference happens to err little, ordinary rounding of bfloat16 is allowed
     assert {name: pair for name, pair in errors.items() if not pair[0] < 2 * max(pair[1], 4e-3)} == {}
+
+
+def test_under_autocast_the_whole_fused_model_compiles_into_one_graph_that_gives_the_same():
+    script = Path(__file__).parent / "compile_student.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout)
+    assert set(differences) == set(CONDITIONINGS) and max(differences.values()) < 1e-3, differences
+
+
+def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
+    student = build_student(with_fused(config), FUSED).to(DEVICE)
+    block, tokens = student.encoder.blocks[0], torch.randn(48, 64, device=DEVICE)
+    update, offsets = torch.randn(48, 64, device=DEVICE), torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE)
+
+    def through(*pair):
+        return block(*pair, offsets, 40)
+
+    got = values_and_gradients(lambda *pair: checkpoint(through, *pair, use_reentrant=False), [tokens, update])
+    wanted = values_and_gradients(through, [tokens, update])
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from iwm_fast import distributed
+from iwm_fast.demo import CONFIG
+from iwm_fast.settings import load_config
 from tiny_runs import losses, tiny_run
 
 pytestmark = pytest.mark.gpu
@@ -27,3 +29,18 @@ def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engin
             distributed.stop()
     # decoders on the GPU sample chroma differently
     torch.testing.assert_close(torch.tensor(measured["cuda"]), torch.tensor(measured["cpu"]), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_demo_on_fused_operations_has_the_losses_of_the_reference(tiny_shards, precision):
+    measured = []
+    for ops in ("fused", "reference"):
+        settings = [f"data.train={tiny_shards.pattern}", "optim.global_batch_size=16", f"optim.precision={precision}"]
+        config = load_config(CONFIG, [*settings, "runtime.device=cuda", f"runtime.ops={ops}"])
+        place = distributed.start("cuda")
+        try:
+            measured.append(losses(place, config, steps=6)[0])
+        finally:
+            distributed.stop()
+    tolerance = 1e-3 if precision == "fp32" else 1e-2
+    torch.testing.assert_close(torch.tensor(measured[0]), torch.tensor(measured[1]), rtol=tolerance, atol=0)
