@@ -34,6 +34,8 @@ from kernels.launch import Launch, architecture, check_contiguous, check_dtype, 
 from kernels.packed_rows import Packed
 
 HEAD_DIMS = (32, 64)
+# dtype and whether offsets are given: each has binaries of its own
+_KINDS = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, True))
 
 
 def ragged_attention_reference(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
@@ -175,9 +177,6 @@ def shipped_launches(arch: int) -> dict[str, Launch]:
     return launches
 
 
-_KINDS = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True))
-
-
 def _name(launch: Launch) -> str:
     below, *limits = launch.constants["LIMITS"]
     kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
@@ -192,6 +191,11 @@ def _check_fused(qkv: Tensor, offsets: Tensor | None, longest: int) -> None:
         raise ValueError(
             f"fused attention has heads of {' or '.join(map(str, HEAD_DIMS))}, got {qkv.shape[3]}; "
             "choose num_heads = dim / 32 or dim / 64, or set runtime.ops=reference"
+        )
+    if offsets is not None and (offsets.dtype, offsets.ndim, offsets.device) != (torch.int32, 1, qkv.device):
+        raise ValueError(
+            f"offsets must be an int32 vector on {qkv.device}, got {offsets.dtype} with {offsets.ndim} axes on "
+            f"{offsets.device}; pass offsets.to(qkv.device, torch.int32)"
         )
 
 

@@ -213,6 +213,8 @@ def test_other_heads_and_layouts_are_refused_with_the_remedy():
         ragged_attention(torch.zeros(4, 96, device=DEVICE), None, 4)
     with pytest.raises(ValueError, match=r"qkv must be contiguous, .*pass tensor.contiguous\(\)"):
         ragged_attention(torch.zeros(4, 3, 32, 2, device=DEVICE).transpose(2, 3), None, 4)
+    with pytest.raises(ValueError, match=r"offsets must be an int32 vector on .*got torch.int64"):
+        ragged_attention(torch.zeros(4, 3, 1, 32, device=DEVICE), torch.tensor([0, 4], device=DEVICE), 4)
     with pytest.raises(ValueError, match="multiple of longest = 3 rows, got 4"):
         ragged_attention(torch.zeros(4, 3, 1, 32, device=DEVICE), None, 3)
 
