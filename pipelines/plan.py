@@ -17,7 +17,8 @@ from pipelines.batch import Batch, RaggedIndex, normalize_view
 from pipelines.config import MaskConfig, ViewConfig
 from pipelines.masks import all_patches, draw_masks, ragged_index
 from pipelines.order import SampleOrder
-from pipelines.shards import ShardError, ShardSet
+from pipelines.shards import ShardSet
+from pipelines.tar_index import ShardError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from pipelines.config import check
-from pipelines.shards import ShardError, ShardFile, ShardSet
+from pipelines.shards import ShardSet
+from pipelines.tar_index import ShardError, ShardFile
 
 # far below the usual limit of 1024 descriptors per process, which DALI, sockets and logs share
 MAX_OPEN_FILES = 256

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 import hypothesis
 import numpy as np
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # read when kernels are imported: without a GPU the fused operations are interpreted, with one they are compiled
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# indexes that are not kept beside their shards must not end up in the user's cache
+os.environ["IWM_CACHE"] = tempfile.mkdtemp(prefix="iwm-cache-")
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,8 @@ from pipelines.config import MaskConfig, ViewConfig
 from pipelines.loader import LoaderSettings, build_loader
 from pipelines.order import SampleOrder
 from pipelines.plan import EvaluationPlan, TrainingPlan
-from pipelines.shards import ShardError, ShardSet, open_shards
+from pipelines.shards import ShardSet, open_shards
+from pipelines.tar_index import ShardError
 from samples import encode, photograph, write_tar
 
 VIEWS = ViewConfig(size=32)

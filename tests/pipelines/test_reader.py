@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipelines.reader import FileCache, Reader
-from pipelines.shards import ShardError, ShardSet, open_shards
+from pipelines.shards import ShardSet, open_shards
+from pipelines.tar_index import ShardError
 from samples import write_tar
 
 NUM_SHARDS, PER_SHARD = 5, 8

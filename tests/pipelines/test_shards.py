@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.shards import ShardError, ShardFile, find_shards, index_shard, open_shards, split_name
+from pipelines.shard_index import index_shard, split_name
+from pipelines.shards import find_shards, open_shards
+from pipelines.tar_index import ShardError, ShardFile
 from samples import write_tar
 
 JPEG = b"\xff\xd8 some bytes that look like an image"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines.shards import ShardError, ShardFile, index_shard
+from pipelines.shard_index import index_shard
+from pipelines.tar_index import ShardError, ShardFile
 
 JPEG = b"\xff\xd8 some bytes that look like an image"
 

@@ -1,0 +1,128 @@
+"""One shard's samples, read from its tar headers: which there are, where their files lie, which class they have."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int64
+
+from pipelines.config import IMAGE_EXTENSIONS
+from pipelines.tar_index import HeaderWindow, ShardError, ShardFile, TarMember, tar_members
+
+# top-level members like __meta__ or __meta__/note.txt are no samples (webdataset.tariterators)
+_METADATA = re.compile(r"__[^/]*__($|/)")
+# more digits than any int64 has, and still within the bytes read for the headers
+_LONGEST_LABEL = 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """One tar archive: which samples it holds and where their files lie, in the order of the archive."""
+
+    path: str
+    size_bytes: int
+    keys: tuple[str, ...]
+    """Name of each sample: its files' path up to the first dot of the file name."""
+    image_offset: Int64[np.ndarray, "samples"]
+    """Where each encoded image begins, in bytes."""
+    image_size: Int64[np.ndarray, "samples"]
+    """Length of each encoded image in bytes, at least 1."""
+    label: Int64[np.ndarray, "samples"]
+    """Class number from the `.cls` member, -1 where there is none."""
+    json_offset: Int64[np.ndarray, "samples"]
+    """Where each `.json` member begins, in bytes."""
+    json_size: Int64[np.ndarray, "samples"]
+    """Length of each `.json` member in bytes, 0 where there is none."""
+
+
+@dataclass(kw_only=True)
+class _Sample:
+    """A sample while its members are read."""
+
+    key: str
+    members: dict[str, TarMember] = field(default_factory=dict)
+    label: int = -1
+
+
+def index_shard(path: str) -> Shard:
+    """Read the headers and labels of one shard.
+
+    Raises:
+        ShardError: if the archive is damaged, holds no image, repeats a key, or a sample cannot be used.
+    """
+    with ShardFile(path) as file:
+        samples = list(_group_members(HeaderWindow(file)))
+        size_bytes = file.size_bytes
+    images = [_image(sample, path) for sample in samples]
+    kept = [(sample, image) for sample, image in zip(samples, images, strict=True) if image is not None]
+    if not kept:
+        extensions = sorted({extension for sample in samples for extension in sample.members})
+        what = f"holds no image: extensions found are {extensions or 'none'}"
+        raise ShardError(what, shard=path, remedy=f"accepted are {', '.join(IMAGE_EXTENSIONS)}")
+    described = [sample.members.get("json") for sample, _ in kept]
+    return Shard(
+        path=path,
+        size_bytes=size_bytes,
+        keys=tuple(sample.key for sample, _ in kept),
+        image_offset=np.array([image.offset for _, image in kept], np.int64),
+        image_size=np.array([image.size for _, image in kept], np.int64),
+        label=np.array([sample.label for sample, _ in kept], np.int64),
+        json_offset=np.array([member.offset if member else 0 for member in described], np.int64),
+        json_size=np.array([member.size if member else 0 for member in described], np.int64),
+    )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name into key and lower-case extension, at the first dot of the file name.
+
+    None where the member belongs to no sample: hidden files (macOS writes ._name), no extension, top-level metadata.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or _METADATA.match(name):
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
+    """Gather neighbours with the same key; labels are read on the way, while their bytes are at hand."""
+    seen: set[str] = set()
+    current = _Sample(key="")
+    for member in tar_members(window):
+        split = split_name(member.name)
+        if split is None:
+            continue
+        key, extension = split
+        if key != current.key:
+            if current.key:
+                yield current
+            if key in seen:
+                what, remedy = "comes twice, with other samples between", "write it again with tar --sort=name"
+                raise ShardError(what, shard=window.path, key=key, remedy=remedy)
+            seen.add(key)
+            current = _Sample(key=key)
+        if extension in current.members:
+            what = f"has two members with extension {extension!r}"
+            raise ShardError(what, shard=window.path, key=key, remedy="leave one of them out")
+        current.members[extension] = member
+        if extension == "cls":
+            content = window.read_at(member.offset, min(member.size, _LONGEST_LABEL))
+            current.label = _parse_label(content, window.path, key)
+    if current.key:
+        yield current
+
+
+def _parse_label(content: bytes, path: str, key: str) -> int:
+    digits = content.strip()
+    if not digits.isdigit() or int(digits) >= 2**63:
+        remedy = "write the class number as ASCII digits, or leave the member out"
+        raise ShardError(f".cls must hold an integer >= 0, got {content!r}", shard=path, key=key, remedy=remedy)
+    return int(digits)
+
+
+def _image(sample: _Sample, path: str) -> TarMember | None:
+    image = next((sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None)
+    if image is not None and image.size == 0:
+        raise ShardError("image has 0 bytes", shard=path, key=sample.key, remedy="replace it or leave the sample out")
+    return image
