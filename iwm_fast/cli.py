@@ -111,6 +111,13 @@ def _shards_pack(arguments: list[str]) -> None:
         print(path)
 
 
+def _shards_check(arguments: list[str]) -> None:
+    (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
+    from iwm_fast.check_shards import check_shards
+
+    check_shards(spec)
+
+
 def _demo(arguments: list[str]) -> None:
     from iwm_fast.demo import demo
 
@@ -134,6 +141,8 @@ COMMANDS = {
                            summary="write the demo's shards from photographs bundled with its dependencies"),
     "shards pack": Command(usage="IMAGE_FOLDER FOLDER", act=_shards_pack,
                            summary="write shards from an image folder with one subfolder per class"),
+    "shards check": Command(usage="SHARDS", act=_shards_check,
+                            summary="decode every sample once, report, and leave out what cannot be read"),
     "demo": Command(usage="[key=value ...]", act=_demo,
                     summary="photographs to a trained, measured world model; what `make demo` runs"),
 }  # fmt: skip

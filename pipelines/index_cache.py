@@ -11,6 +11,7 @@ import logging
 import os
 import time
 import zlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def load_or_index(path: str) -> Shard:
         ShardError: if the shard has to be read and cannot be used.
     """
     # before the headers: should the shard change meanwhile, the new index is out of date and not wrong
-    stamp = _stamp(path)
+    stamp = stamp_of(path)
     places = _places(path)
     for place in places:
         shard = _read(place, path, stamp)
@@ -57,7 +58,24 @@ def load_or_index(path: str) -> Shard:
     return shard
 
 
-def _stamp(path: str) -> Stamp:
+def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
+    """Keep an index without the samples at these positions; it holds until the shard changes.
+
+    Args:
+        shard: whole, as `index_shard` read it.
+        stamp: the shard's, from before it was read.
+        positions: what to leave out; not everything.
+    """
+    kept = np.delete(np.arange(len(shard.keys)), positions)
+    numbers = {name: getattr(shard, name)[kept] for name in _NUMBERS}
+    keys = tuple(shard.keys[position] for position in kept)
+    # what was left out once must not come back because the shard is young
+    time.sleep(max(0, stamp.changed_ns + YOUNGEST_NS - time.time_ns()) / 1e9)
+    _keep(replace(shard, keys=keys, num_left_out=len(positions), **numbers), stamp, _places(shard.path))
+
+
+def stamp_of(path: str) -> Stamp:
+    """Return what the shard looks like from outside."""
     if "://" in path:
         system, inner = remote_path(path)
         info = system.get_file_info(inner)
@@ -84,16 +102,17 @@ def _read(place: Path, path: str, stamp: Stamp) -> Shard | None:
             if about.get("format") != FORMAT or tuple(about["stamp"]) != stamp:
                 return None
             arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_NUMBERS)}
+            checksum, num_left_out = about["checksum"], int(about["num_left_out"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s is no whole index (%s); it is made anew", place, error)
         return None
-    if about["checksum"] != _checksum(arrays):
+    if checksum != _checksum(arrays):
         logger.warning("%s is damaged; it is made anew", place)
         return None
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
     numbers = {name: arrays[name] for name in _NUMBERS}
-    return Shard(path=path, size_bytes=stamp.size_bytes, keys=tuple(keys), **numbers)
+    return Shard(path=path, size_bytes=stamp.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **numbers)
 
 
 def _keep(shard: Shard, stamp: Stamp, places: list[Path]) -> None:
@@ -101,7 +120,12 @@ def _keep(shard: Shard, stamp: Stamp, places: list[Path]) -> None:
     arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _NUMBERS}
     arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)
     arrays["key_size"] = np.array([len(key) for key in keys], np.int64)
-    about = {"format": FORMAT, "stamp": stamp, "checksum": _checksum(arrays)}
+    about = {
+        "format": FORMAT,
+        "stamp": stamp,
+        "num_left_out": shard.num_left_out,
+        "checksum": _checksum(arrays),
+    }
     content = save(arrays, {"about": json.dumps(about)})
     errors = []
     for place in places:

@@ -34,6 +34,8 @@ class Shard:
     """Where each `.json` member begins, in bytes."""
     json_size: Int64[np.ndarray, "samples"]
     """Length of each `.json` member in bytes, 0 where there is none."""
+    num_left_out: int = 0
+    """Samples that are not listed because `iwm shards check` found that they cannot be decoded."""
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from pyarrow import fs
 from pipelines.index_cache import load_or_index
 from pipelines.shard_index import Shard
 from pipelines.tar_index import ShardError, remote_path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +106,13 @@ def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
     """
     paths = find_shards(spec)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
-        return ShardSet(shards=tuple(pool.map(load_or_index, paths)))
+        shards = tuple(pool.map(load_or_index, paths))
+    num_left_out = sum(shard.num_left_out for shard in shards)
+    if num_left_out:
+        logger.warning(
+            "%s: %d samples are left out, as iwm shards check found they cannot be decoded", spec, num_left_out
+        )
+    return ShardSet(shards=shards)
 
 
 def find_shards(spec: str) -> list[str]:

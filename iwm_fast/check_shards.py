@@ -1,0 +1,56 @@
+"""`iwm shards check`: what is in the shards, and what of it cannot be used."""
+
+from collections import Counter
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pipelines.shards import find_shards
+from pipelines.validate import ShardReport, validate
+
+# the rest is counted: a table of thousands helps nobody
+MOST_SHOWN = 20
+
+
+def check_shards(spec: str, num_processes: int | None = None) -> None:
+    """Decode every sample, print a report, and keep indexes without the samples that cannot be decoded.
+
+    Raises:
+        ValueError: after the report, if whole shards cannot be used.
+    """
+    console = Console()
+    num_shards = len(find_shards(spec))
+    found = track(validate(spec, num_processes), "checking", total=num_shards, console=console, transient=True)
+    reports = list(found)
+    console.print(_table(reports))
+    lines = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
+    refused = [report.refusal for report in reports if report.refusal]
+    for line in lines[:MOST_SHOWN]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(lines) > MOST_SHOWN:
+        console.print(f"... and {len(lines) - MOST_SHOWN} more")
+    if lines:
+        console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
+    if refused:
+        shown = "\n".join(refused[:MOST_SHOWN])
+        raise ValueError(f"{len(refused)} of {num_shards} shards cannot be used:\n{shown}")
+
+
+def _table(reports: list[ShardReport]) -> Table:
+    formats = sum((report.formats for report in reports), Counter[str]())
+    sizes = np.array([size for report in reports for size in report.sizes]).reshape(-1, 2)
+    num_bad = sum(len(report.bad) for report in reports)
+    table = Table("what", "found")
+    table.add_row("shards", f"{len(reports)}")
+    table.add_row("samples", f"{len(sizes) + num_bad}")
+    table.add_row("images", ", ".join(f"{count} {name}" for name, count in formats.most_common()) or "none")
+    if len(sizes):
+        pixels = sizes.prod(1)
+        smallest, middle, largest = (sizes[i] for i in np.argsort(pixels)[[0, len(pixels) // 2, -1]])
+        sides = (f"{width} x {height}" for width, height in (smallest, middle, largest))
+        table.add_row("smallest, median, largest", ", ".join(sides))
+    table.add_row("without a label", f"{sum(report.num_unlabelled for report in reports)}")
+    table.add_row("cannot be decoded", f"{num_bad}")
+    return table

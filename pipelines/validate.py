@@ -1,0 +1,108 @@
+"""Look at every sample once: decode each image, count what there is, and leave out of the index what cannot be read.
+
+Broken bytes in the middle of a JPEG are no error to any decoder here: they decode to grey or garbage, as in training.
+"""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.index_cache import keep_without, stamp_of
+from pipelines.shard_index import Shard, index_shard
+from pipelines.shards import find_shards
+from pipelines.tar_index import ShardError, ShardFile
+
+# what DALI's decoders and the torch loader both read, whatever the extension says
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample whose image cannot be decoded."""
+
+    key: str
+    reason: str
+
+
+@dataclass(kw_only=True)
+class ShardReport:
+    """What one shard holds."""
+
+    path: str
+    formats: Counter[str] = field(default_factory=Counter)
+    """Images by format."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height of each readable image, in pixels."""
+    num_unlabelled: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+    """Left out of the kept index, so that they are never drawn."""
+    refusal: str = ""
+    """Why the shard as a whole cannot be used; empty if it can."""
+
+
+def validate(spec: str, num_processes: int | None = None) -> Iterator[ShardReport]:
+    """Yield a report per shard, in their order; several at a time are worked on.
+
+    Args:
+        spec: as for `find_shards`.
+        num_processes: unset: one per core.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find_shards`.
+    """
+    paths = find_shards(spec)
+    num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
+    if num_processes == 1:
+        yield from map(validate_shard, paths)
+        return
+    # a forked process would inherit the locks that this one's threads happen to hold
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(validate_shard, paths)
+
+
+def validate_shard(path: str) -> ShardReport:
+    """Decode every image of a shard; keep an index that leaves out those that cannot be decoded."""
+    report, stamp = ShardReport(path=path), stamp_of(path)
+    try:
+        # from the headers and not from a kept index, which may lack samples already
+        shard = index_shard(path)
+    except ShardError as error:
+        report.refusal = str(error)
+        return report
+    bad = []
+    with ShardFile(path) as file:
+        for position, key in enumerate(shard.keys):
+            reason = _look_at(shard, position, file, report)
+            if reason:
+                bad.append(position)
+                report.bad.append(BadSample(key=key, reason=reason))
+    report.num_unlabelled = int((shard.label < 0).sum())
+    if len(bad) == len(shard.keys):
+        report.refusal = f"{path}: none of its {len(bad)} images can be decoded; write the shard again"
+        return report
+    keep_without(shard, stamp, bad)
+    return report
+
+
+def _look_at(shard: Shard, position: int, file: ShardFile, report: ShardReport) -> str:
+    """Return why the image cannot be used, empty if it can."""
+    content = file.read_at(int(shard.image_offset[position]), int(shard.image_size[position]))
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format not in FORMATS:
+                return f"is {image.format}, accepted are {', '.join(FORMATS)}"
+            image.convert("RGB")
+            report.formats[str(image.format)] += 1
+            report.sizes.append(image.size)
+    except UnidentifiedImageError:
+        return f"is no image, it begins with {content[:16]!r}"
+    # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
+        return f"cannot be decoded: {error or type(error).__name__}"
+    return ""

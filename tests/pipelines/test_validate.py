@@ -1,0 +1,120 @@
+"""Checking shards: everything bad is found and named, nothing good is lost, and what is bad is not drawn any more."""
+
+import io
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iwm_fast.cli import main
+from pipelines.shard_index import index_shard
+from pipelines.shards import open_shards
+from pipelines.validate import validate
+from samples import write_tar
+
+LONG_AGO_NS = 1_700_000_000 * 10**9
+
+
+def picture(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(content, kind)
+    return content.getvalue()
+
+
+BAD = {
+    "cut": picture(size=(60, 60))[:900],
+    "page": b"<!DOCTYPE html><html>not found</html>",
+    "noise": bytes(range(256)),
+    "movie": picture("GIF"),
+    "header": picture()[:20],
+}
+GOOD = {
+    "plain": picture(size=(20, 30)),
+    "print": picture(mode="CMYK"),
+    "gray": picture(mode="L"),
+    "other": picture("PNG", "RGBA"),
+    "web": picture("WEBP"),
+}
+
+
+def shard_at(path, images: dict[str, bytes], *, labelled=True) -> str:
+    members = [(f"{key}.{end}", content) for key, image in images.items()
+               for end, content in (("jpg", image), ("cls", b"1")) if end == "jpg" or labelled]  # fmt: skip
+    write_tar(path, members)
+    os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
+    return str(path)
+
+
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    """Good and bad samples in turns."""
+    pairs = zip(GOOD.items(), BAD.items(), strict=True)
+    return shard_at(tmp_path / "mixed.tar", dict(item for pair in pairs for item in pair))
+
+
+def test_every_bad_image_is_found_with_its_reason_and_every_good_one_counted(mixed):
+    (report,) = validate(mixed)
+    assert {bad.key for bad in report.bad} == set(BAD)
+    reasons = {bad.key: bad.reason for bad in report.bad}
+    assert "is GIF, accepted are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
+    assert reasons["page"] == "is no image, it begins with b'<!DOCTYPE html><'"
+    assert report.formats == {"JPEG": 3, "PNG": 1, "WEBP": 1}
+    assert sorted(report.sizes) == sorted([(20, 30), *[(12, 8)] * 4])
+    assert not report.refusal
+
+
+def test_what_is_bad_is_not_drawn_until_the_shard_changes(mixed, tmp_path, caplog):
+    list(validate(mixed))
+    with caplog.at_level(logging.WARNING):
+        shards = open_shards(mixed)
+    assert shards.shards[0].keys == tuple(GOOD)
+    assert "5 samples are left out" in caplog.text
+    whole = index_shard(mixed)
+    for position, key in enumerate(shards.shards[0].keys):
+        assert shards.shards[0].image_offset[position] == whole.image_offset[whole.keys.index(key)]
+    shard_at(tmp_path / "mixed.tar", BAD | {"x" * 90: picture(size=(200, 200))})
+    assert len(open_shards(mixed).shards[0].keys) == len(BAD) + 1
+
+
+def test_checking_again_finds_the_same(mixed):
+    first, second = (list(validate(mixed)) for _ in range(2))
+    assert first == second
+
+
+def test_a_shard_written_just_now_is_marked_all_the_same(tmp_path):
+    path = shard_at(tmp_path / "new.tar", GOOD | BAD)
+    os.utime(path)
+    list(validate(path))
+    assert set(open_shards(path).shards[0].keys) == set(GOOD)
+
+
+def test_several_processes_report_what_one_does(mixed, tmp_path):
+    shard_at(tmp_path / "more.tar", GOOD, labelled=False)
+    alone, together = (list(validate(str(tmp_path), number)) for number in (1, 2))
+    assert alone == together
+    assert [report.num_unlabelled for report in alone] == [0, len(GOOD)]
+
+
+def test_shards_that_cannot_be_used_are_named_and_the_others_are_still_checked(mixed, tmp_path, capsys):
+    shard_at(tmp_path / "hopeless.tar", BAD)
+    shard_at(tmp_path / "empty-image.tar", GOOD | {"nothing": b""})
+    (tmp_path / "torn.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
+    refused = {report.path: report.refusal for report in validate(str(tmp_path), 1) if report.refusal}
+    assert {os.path.basename(path) for path in refused} == {"hopeless.tar", "empty-image.tar", "torn.tar"}
+    with pytest.raises(SystemExit) as ended:
+        main(["shards", "check", str(tmp_path)])
+    output = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "3 of 4 shards cannot be used" in output.err and "sample 'nothing': image has 0 bytes" in output.err
+    assert "mixed.tar:page is no image" in output.out
+
+
+def test_the_report_counts_and_says_what_is_left_out(mixed, capsys):
+    main(["shards", "check", mixed])
+    output = capsys.readouterr().out
+    assert "3 JPEG, 1 PNG, 1 WEBP" in output and "will not be drawn" in output
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
+    assert rows["samples"] == "10" and rows["cannot be decoded"] == "5" and rows["without a label"] == "0"
