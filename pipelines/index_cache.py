@@ -48,10 +48,10 @@ def load_or_index(path: str) -> Shard:
     # before the headers: should the shard change meanwhile, the new index is out of date and not wrong
     stamp = stamp_of(path)
     places = _places(path)
-    for place in places:
-        shard = _read(place, path, stamp)
-        if shard is not None:
-            return shard
+    kept = [shard for shard in (_read(place, path, stamp) for place in places) if shard is not None]
+    if kept:
+        # of two, one was made where the other could not be replaced: whoever checked the shard knows more
+        return max(kept, key=lambda shard: shard.num_left_out)
     shard = index_shard(path)
     if time.time_ns() - stamp.changed_ns >= YOUNGEST_NS:
         _keep(shard, stamp, places)

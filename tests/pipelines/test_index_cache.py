@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.index_cache import YOUNGEST_NS, load_or_index
+from pipelines.index_cache import YOUNGEST_NS, keep_without, load_or_index, stamp_of
 from pipelines.shard_index import Shard, index_shard
 from pipelines.shards import open_shards
 from samples import write_tar
@@ -100,6 +100,18 @@ def test_where_the_folder_cannot_be_written_the_cache_keeps_the_index(path, cach
     assert len(list(cache.iterdir())) == 1
     spoil(path)
     assert_same(load_or_index(path), fresh)
+
+
+def test_what_was_left_out_stays_out_though_an_older_index_cannot_be_replaced(path, cache):
+    load_or_index(path)
+    beside = Path(f"{path}.index")
+    old = beside.read_bytes()
+    beside.unlink()
+    beside.mkdir()
+    keep_without(index_shard(path), stamp_of(path), [1])
+    beside.rmdir()
+    beside.write_bytes(old)
+    assert load_or_index(path).keys == ("a/one two", "plain") and load_or_index(path).num_left_out == 1
 
 
 def test_where_nothing_can_be_written_the_run_goes_on_and_says_so(path, cache, caplog):
