@@ -21,8 +21,8 @@ def check_shards(spec: str, num_processes: int | None = None) -> None:
         ValueError: after the report, if whole shards cannot be used.
     """
     console = Console()
-    num_shards = len(find_shards(spec))
-    found = track(validate(spec, num_processes), "checking", total=num_shards, console=console, transient=True)
+    paths = find_shards(spec)
+    found = track(validate(paths, num_processes), "checking", total=len(paths), console=console, transient=True)
     reports = list(found)
     console.print(_table(reports))
     lines = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
@@ -35,7 +35,7 @@ def check_shards(spec: str, num_processes: int | None = None) -> None:
         console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
     if refused:
         shown = "\n".join(refused[:MOST_SHOWN])
-        raise ValueError(f"{len(refused)} of {num_shards} shards cannot be used:\n{shown}")
+        raise ValueError(f"{len(refused)} of {len(paths)} shards cannot be used:\n{shown}")
 
 
 def _table(reports: list[ShardReport]) -> Table:

@@ -169,9 +169,9 @@ def _d_key_kernel(
     store_rows(d_query_ptr + 2 * width, d_value, begin, length, 3 * width)
 
 
-def cut_for(arch: int, packed: Packed) -> Cut:
+def cut_for(architecture: int, packed: Packed) -> Cut:
     """Return the tiles for an architecture and dtype."""
-    return NARROW.get(arch, NARROW[0]) if packed.is_narrow else WIDE
+    return NARROW.get(architecture, NARROW[0]) if packed.is_narrow else WIDE
 
 
 def forward_launch(cut: Cut, packed: Packed, limit: int, *, out: Tensor, lse: Tensor) -> Launch:

@@ -32,6 +32,10 @@ FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.r
 """Triton kernels: on NVIDIA GPUs, and slowly in Triton's interpreter."""
 
 
-def shipped_launches(arch: int) -> dict[str, Launch]:
+def shipped_launches(architecture: int) -> dict[str, Launch]:
     """Return every kernel setting for an architecture, by name, to be compiled offline; see `kernels.offline`."""
-    return attention.shipped_launches(arch) | predictor_inputs.shipped_launches(arch) | norm.shipped_launches(arch)
+    return (
+        attention.shipped_launches(architecture)
+        | predictor_inputs.shipped_launches(architecture)
+        | norm.shipped_launches(architecture)
+    )

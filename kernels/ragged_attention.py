@@ -131,37 +131,41 @@ def ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tenso
     return _ragged_attention(qkv, offsets, longest)[0]
 
 
-def forward_launches(arch: int, packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
+def forward_launches(architecture: int, packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
     """Return what fills `out` and `lse` (H, sum N) on an architecture: a launch per group of lengths."""
-    groups = _groups(attention_whole.FORWARD, arch, packed)
+    groups = _groups(attention_whole.FORWARD, architecture, packed)
     launches = attention_whole.forward_launches(groups, packed, out, lse)
     limit = attention_whole.longest_whole(groups)
     if packed.longest > limit:
         launches.append(
-            attention_tiled.forward_launch(attention_tiled.cut_for(arch, packed), packed, limit, out=out, lse=lse)
+            attention_tiled.forward_launch(
+                attention_tiled.cut_for(architecture, packed), packed, limit, out=out, lse=lse
+            )
         )
     return launches
 
 
 def backward_launches(
-    arch: int, packed: Packed, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
+    architecture: int, packed: Packed, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
 ) -> list[Launch]:
     """Return what fills `d_qkv` on an architecture."""
-    groups = _groups(attention_whole.BACKWARD, arch, packed)
+    groups = _groups(attention_whole.BACKWARD, architecture, packed)
     launches = attention_whole.backward_launches(groups, packed, d_out, d_qkv, lse)
     limit = attention_whole.longest_whole(groups)
     if packed.longest > limit:
         tensors = {"out": out, "lse": lse, "d_out": d_out, "d_qkv": d_qkv}
-        launches += attention_tiled.backward_launches(attention_tiled.cut_for(arch, packed), packed, limit, **tensors)
+        launches += attention_tiled.backward_launches(
+            attention_tiled.cut_for(architecture, packed), packed, limit, **tensors
+        )
     return launches
 
 
-def _groups(table: dict[int, dict[int, tuple[Group, ...]]], arch: int, packed: Packed) -> tuple[Group, ...]:
+def _groups(table: dict[int, dict[int, tuple[Group, ...]]], architecture: int, packed: Packed) -> tuple[Group, ...]:
     """Return which lengths are worked on whole; none in float32, which only the interpreter has room for."""
-    return table.get(arch, table[0])[packed.qkv.shape[3]] if packed.is_narrow else ()
+    return table.get(architecture, table[0])[packed.qkv.shape[3]] if packed.is_narrow else ()
 
 
-def shipped_launches(arch: int) -> dict[str, Launch]:
+def shipped_launches(architecture: int) -> dict[str, Launch]:
     """Return every setting there is for an architecture, by name; tensors are on the meta device."""
     launches = {}
     for head_dim, (dtype, is_ragged) in itertools.product(HEAD_DIMS, _KINDS):
@@ -170,8 +174,8 @@ def shipped_launches(arch: int) -> dict[str, Launch]:
             qkv = torch.empty(longest, 3, 1, head_dim, dtype=dtype, device="meta")
             offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
             packed, out, lse = Packed(qkv, offsets, longest), qkv[:, 0], _new_lse(qkv)
-            found = forward_launches(arch, packed, out, lse)
-            found += backward_launches(arch, packed, out=out, lse=lse, d_out=out, d_qkv=qkv)
+            found = forward_launches(architecture, packed, out, lse)
+            found += backward_launches(architecture, packed, out=out, lse=lse, d_out=out, d_qkv=qkv)
             kind = f"d={head_dim} {str(dtype).removeprefix('torch.')} {'ragged' if is_ragged else 'dense'}"
             launches |= {f"{_name(launch)}, {kind}": launch for launch in found}
     return launches
@@ -202,12 +206,12 @@ def _check_fused(qkv: Tensor, offsets: Tensor | None, longest: int) -> None:
 @torch.library.custom_op("iwm_fast::ragged_attention", mutates_args=())
 def _ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
     _check_fused(qkv, offsets, longest)
-    arch = architecture(qkv.device)
+    device_architecture = architecture(qkv.device)
     worked = interpretable(qkv)
     out = worked.new_empty(worked.shape[0], *worked.shape[2:])
     lse = _new_lse(worked)
     if longest > 0:
-        for launch in forward_launches(arch, Packed(worked, offsets, longest), out, lse):
+        for launch in forward_launches(device_architecture, Packed(worked, offsets, longest), out, lse):
             launch.run()
     return out.to(qkv.dtype), lse
 

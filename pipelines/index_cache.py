@@ -65,13 +65,26 @@ def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
         shard: whole, as `index_shard` read it.
         stamp: the shard's, from before it was read.
         positions: what to leave out; not everything.
+
+    Raises:
+        OSError: if what is left out would be drawn all the same, because no index can be kept.
     """
     kept = np.delete(np.arange(len(shard.keys)), positions)
     numbers = {name: getattr(shard, name)[kept] for name in _NUMBERS}
     keys = tuple(shard.keys[position] for position in kept)
     # what was left out once must not come back because the shard is young
     time.sleep(max(0, stamp.changed_ns + YOUNGEST_NS - time.time_ns()) / 1e9)
-    _keep(replace(shard, keys=keys, num_left_out=len(positions), **numbers), stamp, _places(shard.path))
+    places = _places(shard.path)
+    _keep(replace(shard, keys=keys, num_left_out=len(positions), **numbers), stamp, places)
+    # read back as a run will: a store may tell no time of change, the shard may have changed meanwhile
+    read = [_read(place, shard.path, stamp_of(shard.path)) for place in places]
+    if positions and max((found.num_left_out for found in read if found), default=0) != len(positions):
+        folders = " or ".join(str(place.parent) for place in places)
+        raise OSError(
+            f"{shard.path}: {len(positions)} samples cannot be decoded and would still be drawn, as no index without "
+            f"them can be kept in {folders}; set IWM_CACHE to a folder that can be written, and leave the shard as it "
+            "is while it is checked"
+        )
 
 
 def stamp_of(path: str) -> Stamp:

@@ -6,7 +6,7 @@ Broken bytes in the middle of a JPEG are no error to any decoder here: they deco
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -15,7 +15,6 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.index_cache import keep_without, stamp_of
 from pipelines.shard_index import Shard, index_shard
-from pipelines.shards import find_shards
 from pipelines.tar_index import ShardError, ShardFile
 
 # what DALI's decoders and the torch loader both read, whatever the extension says
@@ -46,17 +45,16 @@ class ShardReport:
     """Why the shard as a whole cannot be used; empty if it can."""
 
 
-def validate(spec: str, num_processes: int | None = None) -> Iterator[ShardReport]:
+def validate(paths: Sequence[str], num_processes: int | None = None) -> Iterator[ShardReport]:
     """Yield a report per shard, in their order; several at a time are worked on.
 
     Args:
-        spec: as for `find_shards`.
+        paths: the shards', from `find_shards`.
         num_processes: unset: one per core.
 
     Raises:
-        ValueError, FileNotFoundError: as `find_shards`.
+        OSError: if a shard cannot be read, or no index without its bad samples can be kept.
     """
-    paths = find_shards(spec)
     num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
     if num_processes == 1:
         yield from map(validate_shard, paths)

@@ -62,7 +62,7 @@ def choose_ops(config: RunConfig, device: torch.device) -> Ops:
 
     Raises:
         RuntimeError: if they are fused and `device` is no GPU (nor are kernels interpreted).
-        ValueError: if they are fused and heads or widths have sizes no kernel is written for.
+        ValueError: if they are fused and heads have a size no kernel is written for.
     """
     if config.runtime.ops == "reference":
         return REFERENCE

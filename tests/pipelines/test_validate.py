@@ -10,7 +10,7 @@ from PIL import Image
 
 from iwm_fast.cli import main
 from pipelines.shard_index import index_shard
-from pipelines.shards import open_shards
+from pipelines.shards import find_shards, open_shards
 from pipelines.validate import validate
 from samples import write_tar
 
@@ -56,7 +56,7 @@ def mixed(tmp_path) -> str:
 
 
 def test_every_bad_image_is_found_with_its_reason_and_every_good_one_counted(mixed):
-    (report,) = validate(mixed)
+    (report,) = validate([mixed])
     assert {bad.key for bad in report.bad} == set(BAD)
     reasons = {bad.key: bad.reason for bad in report.bad}
     assert "is GIF, accepted are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
@@ -67,7 +67,7 @@ def test_every_bad_image_is_found_with_its_reason_and_every_good_one_counted(mix
 
 
 def test_what_is_bad_is_not_drawn_until_the_shard_changes(mixed, tmp_path, caplog):
-    list(validate(mixed))
+    list(validate([mixed]))
     with caplog.at_level(logging.WARNING):
         shards = open_shards(mixed)
     assert shards.shards[0].keys == tuple(GOOD)
@@ -80,20 +80,32 @@ def test_what_is_bad_is_not_drawn_until_the_shard_changes(mixed, tmp_path, caplo
 
 
 def test_checking_again_finds_the_same(mixed):
-    first, second = (list(validate(mixed)) for _ in range(2))
+    first, second = (list(validate([mixed])) for _ in range(2))
     assert first == second
 
 
 def test_a_shard_written_just_now_is_marked_all_the_same(tmp_path):
     path = shard_at(tmp_path / "new.tar", GOOD | BAD)
     os.utime(path)
-    list(validate(path))
+    list(validate([path]))
     assert set(open_shards(path).shards[0].keys) == set(GOOD)
+
+
+def test_bad_samples_that_cannot_be_left_out_are_an_error_and_no_promise(mixed, tmp_path, monkeypatch, capsys):
+    # neither beside the shard nor in the cache
+    (tmp_path / "mixed.tar.index").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("IWM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SystemExit):
+        main(["shards", "check", mixed])
+    output = capsys.readouterr()
+    assert "5 samples cannot be decoded and would still be drawn" in output.err and "IWM_CACHE" in output.err
+    assert "will not be drawn" not in output.out
 
 
 def test_several_processes_report_what_one_does(mixed, tmp_path):
     shard_at(tmp_path / "more.tar", GOOD, labelled=False)
-    alone, together = (list(validate(str(tmp_path), number)) for number in (1, 2))
+    alone, together = (list(validate(find_shards(str(tmp_path)), number)) for number in (1, 2))
     assert alone == together
     assert [report.num_unlabelled for report in alone] == [0, len(GOOD)]
 
@@ -102,7 +114,7 @@ def test_shards_that_cannot_be_used_are_named_and_the_others_are_still_checked(m
     shard_at(tmp_path / "hopeless.tar", BAD)
     shard_at(tmp_path / "empty-image.tar", GOOD | {"nothing": b""})
     (tmp_path / "torn.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
-    refused = {report.path: report.refusal for report in validate(str(tmp_path), 1) if report.refusal}
+    refused = {report.path: report.refusal for report in validate(find_shards(str(tmp_path)), 1) if report.refusal}
     assert {os.path.basename(path) for path in refused} == {"hopeless.tar", "empty-image.tar", "torn.tar"}
     with pytest.raises(SystemExit) as ended:
         main(["shards", "check", str(tmp_path)])
