@@ -17,7 +17,7 @@ WIDTH = 384
 NUM_PATCHES = 196
 NUM_CONTEXT = 98
 IMAGES = 256
-NUM_ACTIONS = len(ViewConfig().action_entries)
+NUM_ACTIONS = len(ViewConfig().entries)
 
 
 def run(session: Session) -> None:

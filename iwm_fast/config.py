@@ -152,6 +152,15 @@ class RuntimeConfig:
     """DALI's threads (decoding on the CPU), per rank; only for runtime.loader=dali."""
     prefetch: int = 2
     """Micro-batches prepared ahead; only for runtime.loader=dali."""
+    read_ahead: int = 2
+    """Further micro-batches whose bytes are already asked for; only for runtime.loader=dali."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs that a GPU's own decoder takes, 0 to 1; unset: DALI's 0.65. Only where DALI has a GPU."""
+    decoder_preallocate: tuple[int, int] | None = None
+    """Width and height in pixels for which a GPU's own decoder makes room at the start; unset: as images come."""
+    max_bad_samples: float = 0.01
+    """How many undecodable samples a rank replaces by others of the same batch before it stops: a count from 1 on,
+    below 1 a share of all samples."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours; a conflict with ours is an error."""
 
@@ -161,6 +170,11 @@ class RuntimeConfig:
               "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
         for name in ("reader_threads", "loader_threads", "prefetch"):
             check(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
+        for name in ("read_ahead", "max_bad_samples"):
+            check(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
+        load, sides = self.hw_decoder_load, self.decoder_preallocate
+        check(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
+        check(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
         size = self.micro_batch_size
         check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
 

@@ -39,11 +39,15 @@ def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, 
 
 
 def _settings(config: RunConfig, device: torch.device) -> LoaderSettings:
+    runtime = config.runtime
     return LoaderSettings(
-        backend=config.runtime.loader,
-        view_size=config.views.size,
+        backend=runtime.loader,
         device=device,
-        reader_threads=config.runtime.reader_threads,
-        loader_threads=config.runtime.loader_threads,
-        prefetch=config.runtime.prefetch,
+        reader_threads=runtime.reader_threads,
+        loader_threads=runtime.loader_threads,
+        prefetch=runtime.prefetch,
+        read_ahead=runtime.read_ahead,
+        max_bad_samples=runtime.max_bad_samples,
+        hw_decoder_load=runtime.hw_decoder_load,
+        preallocate=runtime.decoder_preallocate,
     )

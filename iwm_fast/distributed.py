@@ -126,11 +126,6 @@ def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
     return total
 
 
-def mean_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
-    """Return the mean over all ranks; collective."""
-    return sum_over_ranks(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
-
-
 def join_over_ranks(part: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
     """Return every rank's part, of equal size, one after the other in order of rank; collective."""
     if not dist.is_initialized():

@@ -34,7 +34,7 @@ class LogWindow:
         self._begin()
 
     def _begin(self) -> None:
-        self._started, self._wait_s, self._skipped = time.perf_counter(), 0.0, 0
+        self._started, self._wait_s, self._skipped, self._num_replaced = time.perf_counter(), 0.0, 0, 0
         self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
@@ -42,20 +42,24 @@ class LogWindow:
         self._losses.append(report.loss)
         self._wait_s += report.wait_s
         self._skipped += not report.is_applied
+        self._num_replaced += report.num_replaced
 
     def close(self, report: StepReport, progress: Progress) -> dict[str, float]:
         """Return the row's values, summed or averaged over ranks, and begin the next window; every rank takes part."""
         monitors = collapse_monitors(
             report.prediction.predicted_tokens, report.target_tokens, report.prediction.patches
         )
-        shared = torch.stack([*monitors.values(), torch.tensor(self._wait_s, device=self._device)]).double()
-        mean_over_ranks = distributed.mean_over_ranks(shared).tolist()
+        # the last one counts the ranks
+        counted = torch.tensor([self._wait_s, self._num_replaced, 1.0], device=self._device, dtype=torch.float64)
+        shared = torch.cat([torch.stack(list(monitors.values())).double(), counted])
+        *summed, wait_s, num_replaced, num_ranks = distributed.sum_over_ranks(shared).tolist()
+        wait_s /= num_ranks
         loss = distributed.sum_over_ranks(torch.stack(self._losses).double()).mean().item()
         steps, time_s = len(self._losses), time.perf_counter() - self._started
         lasted = max(progress.applied_steps - 1, 0)
         values = {
             "loss/prediction": loss,
-            **dict(zip(monitors, mean_over_ranks, strict=False)),
+            **{name: value / num_ranks for name, value in zip(monitors, summed, strict=True)},
             "optim/lr": self._schedules.lr(lasted),
             "optim/weight_decay": self._schedules.weight_decay(lasted),
             "optim/teacher_momentum": self._schedules.teacher_momentum(lasted),
@@ -63,8 +67,9 @@ class LogWindow:
             "optim/skipped_steps": float(self._skipped),
             "speed/images_per_s": steps * self._global_batch_size / time_s,
             "speed/step_s": time_s / steps,
-            "data/wait_s": mean_over_ranks[-1],
-            "data/wait_share": mean_over_ranks[-1] / time_s,
+            "data/wait_s": wait_s,
+            "data/wait_share": wait_s / time_s,
+            "data/replaced_samples": num_replaced,
         }
         self._begin()
         return values

@@ -36,6 +36,8 @@ class StepReport:
     """False if a non-finite gradient left weights and teacher as they were."""
     wait_s: float
     """Seconds spent waiting for the loader."""
+    num_replaced: int
+    """Images of this rank that stand in for others that could not be decoded."""
     keys: tuple[str, ...]
     """Samples of the last micro-batch, to name in errors."""
 
@@ -62,11 +64,12 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
-    losses, wait_s = [], 0.0
+    losses, wait_s, num_replaced = [], 0.0, 0
     for _ in range(accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         wait_s += time.perf_counter() - asked
+        num_replaced += int((batch.sample != batch.planned).sum())
         prediction = engine.forward(batch)
         target_tokens = teacher.encode(batch.target_view, prediction.patches)
         loss = objective(prediction, target_tokens, prediction.patches)
@@ -82,5 +85,6 @@ def train_step(
         target_tokens=target_tokens,
         is_applied=outcome.applied,
         wait_s=wait_s,
+        num_replaced=num_replaced,
         keys=batch.key,
     )

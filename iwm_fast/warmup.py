@@ -9,6 +9,7 @@ from iwm_fast.config import RunConfig
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.teacher import Teacher
 from kernels.launch import cache_folder
+from pipelines.actions import clean_draws
 from pipelines.batch import Batch
 from pipelines.config import check
 from pipelines.masks import all_patches
@@ -47,13 +48,16 @@ def noise(config: RunConfig, device: torch.device) -> Batch:
     return Batch(
         source_view=torch.randn(NUM_IMAGES, 3, size, size, device=device),
         target_view=torch.randn(NUM_IMAGES, 3, size, size, device=device),
-        action=torch.randn(NUM_IMAGES, len(config.views.action_entries), device=device),
+        action=torch.randn(NUM_IMAGES, len(config.views.entries), device=device),
         context=patches,
         target=patches,
         crop_window=torch.zeros(NUM_IMAGES, 4, device=device),
+        source_window=torch.zeros(NUM_IMAGES, 4, device=device),
         label=numbers,
         sample=numbers,
+        planned=numbers,
         slot=numbers,
         key=("noise",) * NUM_IMAGES,
         step=0,
+        draws=clean_draws(NUM_IMAGES),
     )

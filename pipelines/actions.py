@@ -8,14 +8,18 @@ saturation s and hue h scale and rotate the chroma plane of YIQ:
 with G the projection on grey and R a quarter turn of chroma. T keeps the grey mean, so the four commute up to the one
 clamp at the end, and four numbers describe a view whatever their order. Hue therefore differs from torchvision's HSV
 hue, which changes luma. Neutral parameters give T = I exactly, and so bit-equal uint8 pixels.
+
+Geometry is shared by both views unless `views.source_crop` or `views.source_flip_probability` say otherwise; then the
+action also tells where in the target view the source view lies, and whether it is mirrored.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
-from pipelines.config import ViewConfig
+from pipelines.config import CROP_ENTRIES, FLIP_ENTRY, ViewConfig
 from pipelines.draws import uniforms
 
 LUMA = (0.299, 0.587, 0.114)
@@ -59,6 +63,10 @@ class Draws:
     """Width and height over the root of the image's area, then horizontal and vertical place in [0, 1)."""
     flip: Bool[np.ndarray, "B"]
     """Shared horizontal flip."""
+    source_crop: Float32[np.ndarray, "B 4"]
+    """The source's further crop: width and height as shares of the shared crop's, then place in it as in `crop`."""
+    source_flip: Bool[np.ndarray, "B"]
+    """Whether the source is mirrored against the target."""
     source: Photometry
     target: Photometry
 
@@ -72,16 +80,21 @@ def neutral_photometry(num_images: int) -> Photometry:
 
 def clean_draws(num_images: int) -> Draws:
     """Return the draws of evaluation: the largest centred square, nothing changed."""
-    crop = np.tile(np.array([1, 1, 0.5, 0.5], np.float32), (num_images, 1))
-    neutral = neutral_photometry(num_images)
-    return Draws(crop=crop, flip=np.zeros(num_images, bool), source=neutral, target=neutral)
+    crop, unflipped, neutral = _whole(num_images), np.zeros(num_images, bool), neutral_photometry(num_images)
+    return Draws(crop=crop, flip=unflipped, source_crop=crop, source_flip=unflipped, source=neutral, target=neutral)
+
+
+def _whole(num_images: int) -> Float32[np.ndarray, "B 4"]:
+    return np.tile(np.array([1, 1, 0.5, 0.5], np.float32), (num_images, 1))
 
 
 def draw(config: ViewConfig, seed: int, step: int, slots: np.ndarray) -> Draws:
     """Draw crop, flip and both views' photometry for the given slots of a step."""
     return Draws(
-        crop=_draw_crop(config, uniforms(seed, "crop", step, slots, 4)),
+        crop=_draw_crop(config, config.crop_scale, uniforms(seed, "crop", step, slots, 4)),
         flip=uniforms(seed, "flip", step, slots, 1)[:, 0] < config.flip_probability,
+        source_crop=_draw_source_crop(config, uniforms(seed, "source crop", step, slots, 4)),
+        source_flip=uniforms(seed, "source flip", step, slots, 1)[:, 0] < config.source_flip_probability,
         source=draw_photometry(config, uniforms(seed, "source", step, slots, 9), is_source=True),
         target=draw_photometry(config, uniforms(seed, "target", step, slots, 9), is_source=False),
     )
@@ -108,13 +121,24 @@ def draw_photometry(config: ViewConfig, uniform: Float64[np.ndarray, "B 9"], *, 
     )
 
 
-def _draw_crop(config: ViewConfig, uniform: Float64[np.ndarray, "B 4"]) -> Float32[np.ndarray, "B 4"]:
-    low, high = config.crop_scale
+def _draw_crop(
+    config: ViewConfig, scale: tuple[float, float], uniform: Float64[np.ndarray, "B 4"]
+) -> Float32[np.ndarray, "B 4"]:
+    low, high = scale
     area = low + (high - low) * uniform[:, 0]
     shortest, widest = np.log(config.crop_aspect)
     aspect = np.exp(shortest + (widest - shortest) * uniform[:, 1])
     columns = (np.sqrt(area * aspect), np.sqrt(area / aspect), uniform[:, 2], uniform[:, 3])
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _draw_source_crop(config: ViewConfig, uniform: Float64[np.ndarray, "B 4"]) -> Float32[np.ndarray, "B 4"]:
+    if config.source_crop is None:
+        return _whole(len(uniform))
+    crop = _draw_crop(config, config.source_crop, uniform)
+    # what does not fit into the square is shrunk with its aspect kept, as the shared crop is
+    crop[:, :2] /= np.maximum(crop[:, :2].max(axis=1, keepdims=True), 1)
+    return crop
 
 
 def crop_window(crop: Float32[np.ndarray, "B 4"], shape: np.ndarray) -> Float32[np.ndarray, "B 4"]:
@@ -132,6 +156,38 @@ def crop_window(crop: Float32[np.ndarray, "B 4"], shape: np.ndarray) -> Float32[
     left = np.minimum(np.floor(crop[:, 2] * (width - crop_width + np.float32(1))), width - crop_width)
     top = np.minimum(np.floor(crop[:, 3] * (height - crop_height + np.float32(1))), height - crop_height)
     return np.stack((top, left, crop_height, crop_width), axis=1).astype(np.float32)
+
+
+def source_window(
+    source_crop: Float32[np.ndarray, "B 4"], window: Float32[np.ndarray, "B 4"]
+) -> Float32[np.ndarray, "B 4"]:
+    """Return top, left, height, width of the source's further crop in the stored image, given the shared window.
+
+    The DALI graph has the same arithmetic, in the same order, in float32.
+    """
+    top, left, height, width = window.T
+    inner_width = np.clip(np.floor(source_crop[:, 0] * width + np.float32(0.5)), 1, width)
+    inner_height = np.clip(np.floor(source_crop[:, 1] * height + np.float32(0.5)), 1, height)
+    inner_left = np.minimum(np.floor(source_crop[:, 2] * (width - inner_width + np.float32(1))), width - inner_width)
+    inner_top = np.minimum(np.floor(source_crop[:, 3] * (height - inner_height + np.float32(1))), height - inner_height)
+    return np.stack((top + inner_top, left + inner_left, inner_height, inner_width), axis=1).astype(np.float32)
+
+
+def source_geometry(
+    draws: Draws, window: Float32[np.ndarray, "B 4"], source_window: Float32[np.ndarray, "B 4"]
+) -> Float32[np.ndarray, "B 5"]:
+    """Return where the source view lies in the target view: centre x and y, log width and log height, mirrored.
+
+    The centre is counted from the target's, in its widths and heights, to the right and down; windows are pixels of
+    the stored image. All five are 0 where both views show the same.
+    """
+    top, left, height, width = window.T.astype(np.float64)
+    inner_top, inner_left, inner_height, inner_width = source_window.T.astype(np.float64)
+    right = (inner_left + inner_width / 2 - left - width / 2) / width
+    down = (inner_top + inner_height / 2 - top - height / 2) / height
+    size = (np.log(inner_width / width), np.log(inner_height / height))
+    # windows lie in the stored image, the target view may be its mirror image
+    return np.stack((np.where(draws.flip, -right, right), down, *size, draws.source_flip), axis=1).astype(np.float32)
 
 
 def color_matrix(photometry: Photometry) -> Float32[np.ndarray, "B 3 3"]:
@@ -154,35 +210,56 @@ def blur_radius(sigma: Float32[np.ndarray, "*B"] | np.float32) -> Float32[np.nda
 
 
 def _entry_scale(config: ViewConfig, name: str) -> float:
-    # a strength of 0 leaves a difference of 0, whatever it is divided by
-    return (getattr(config, name) or 1.0) if name in JITTER else 1.0
+    if name in JITTER:
+        # a strength of 0 leaves a difference of 0, whatever it is divided by
+        return getattr(config, name) or 1.0
+    if name in CROP_ENTRIES and config.source_crop is not None:
+        smallest = config.source_crop[0] ** 0.5
+        return ((1 - smallest) / 2 if name in ("crop_x", "crop_y") else -math.log(smallest)) or 1.0
+    return 1.0
 
 
-def action_vector(source: Photometry, target: Photometry, config: ViewConfig) -> Float32[np.ndarray, "B A"]:
+def action_vector(
+    source: Photometry,
+    target: Photometry,
+    config: ViewConfig,
+    geometry: Float32[np.ndarray, "B 5"] | None = None,
+) -> Float32[np.ndarray, "B A"]:
     """Return what the predictor is told: target minus source of the jitter over its strength, flags of the source.
 
-    Zero means that nothing changed. Source: paper section 3 for the entries; scaling to order one is ours.
+    `geometry` comes from `source_geometry`; without it both views show the same place. Zero means that nothing changed.
+    Source: paper section 3 for the photometric entries; scaling to order one and the crop's entries are ours.
     """
+    place = dict(
+        zip((*CROP_ENTRIES, FLIP_ENTRY), (np.zeros((len(source), 5)) if geometry is None else geometry).T, strict=True)
+    )
     columns = []
-    for name in config.action_entries:
+    for name in config.entries:
         if name in JITTER:
             columns.append((getattr(target, name) - getattr(source, name)) / _entry_scale(config, name))
+        elif name in place:
+            columns.append(place[name] / _entry_scale(config, name))
         else:
             columns.append(getattr(source, name).astype(np.float32))
     return np.stack(columns, axis=1).astype(np.float32)
 
 
 def action_difference(action: Float32[np.ndarray, "B A"], config: ViewConfig) -> dict[str, np.ndarray]:
-    """Invert `action_vector`: each entry's name with its change in natural units (factors, turns, flags)."""
-    return {name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.action_entries)}
+    """Invert `action_vector`: each entry's name with its change in natural units (factors, turns, shares, flags)."""
+    return {name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.entries)}
 
 
 def describe_action(action: Float32[np.ndarray, "A"], config: ViewConfig) -> str:
     """Say in words what one action asks for, for pictures and logs."""
-    parts = []
-    for name, (value,) in action_difference(action[None], config).items():
-        if name in JITTER and abs(value) > 5e-3:
-            parts.append(f"{name} {value * 360:+.0f}°" if name == "hue" else f"{name} {value:+.2f}")
-        elif name not in JITTER and value > 0.5:
-            parts.append({"blur": "sharpen", "grayscale": "colour", "solarize": "undo solarize"}[name])
+    change = {name: float(value) for name, (value,) in action_difference(action[None], config).items()}
+    parts = [_describe_jitter(name, change[name]) for name in JITTER if abs(change.get(name, 0)) > 5e-3]
+    undo = {"blur": "sharpen", "grayscale": "colour", "solarize": "undo solarize", FLIP_ENTRY: "mirror"}
+    parts += [words for name, words in undo.items() if change.get(name, 0) > 0.5]
+    if any(abs(change.get(name, 0)) > 5e-3 for name in CROP_ENTRIES):
+        x, y, width, height = (change.get(name, 0.0) for name in CROP_ENTRIES)
+        parts.append(f"from a crop of {math.exp(width):.2f} x {math.exp(height):.2f} at {x:+.2f}, {y:+.2f}")
     return ", ".join(parts) or "no change"
+
+
+def _describe_jitter(name: str, value: float) -> str:
+    return f"{name} {value * 360:+.0f}°" if name == "hue" else f"{name} {value:+.2f}"

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
+from pipelines.actions import Draws
+
 # ImageNet statistics, as in I-JEPA and timm; the exported encoder expects them
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -48,16 +50,29 @@ class Batch:
     """Patches to predict."""
     crop_window: Float[Tensor, "B 4"]
     """Top, left, height, width of the shared crop in the stored image's pixels."""
+    source_window: Float[Tensor, "B 4"]
+    """The same of the source view; another place only with views.source_crop."""
     label: Int64[Tensor, "B"]
     """Class number, -1 where the sample has none."""
     sample: Int64[Tensor, "B"]
     """Number of the sample in the data set."""
+    planned: Int64[Tensor, "B"]
+    """Number of the sample that the order put here; another than `sample` where that one could not be decoded."""
     slot: Int64[Tensor, "B"]
     """Place in the global batch."""
     key: tuple[str, ...]
     """Name of each sample as its shard gives it."""
     step: int
     """Optimiser step this batch belongs to."""
+    draws: Draws
+    """All that was drawn for it, on the host."""
+
+    def tensors_on_device(self) -> list[Tensor]:
+        """Return what the device holds of it."""
+        indexes = [
+            getattr(index, name) for index in (self.context, self.target) for name in ("patch", "row", "offsets")
+        ]
+        return [self.source_view, self.target_view, self.action, *indexes]
 
 
 def normalize_view(view: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:

@@ -8,7 +8,13 @@ from typing import Literal
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 
-ACTION_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+"""What every decoder here reads, by Pillow's names, whatever the extension says."""
+
+PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
+CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
+FLIP_ENTRY = "flip"
+ACTION_ENTRIES = (*PHOTOMETRIC_ENTRIES, *CROP_ENTRIES, FLIP_ENTRY)
 
 
 def check(is_fine: bool, name: str, value: object, accepted: str) -> None:
@@ -75,14 +81,22 @@ class ViewConfig:
     """Range of the blur's standard deviation in pixels."""
     solarize_probability: float = 0.2
     """Probability that values of 128 and more of the source view are inverted."""
-    action_entries: tuple[str, ...] = ACTION_ENTRIES
-    """What the predictor is told, in this order. Leaving entries out makes an ablation."""
+    source_crop: tuple[float, float] | None = None
+    """If given, the source view is a further crop that covers this share of the shared crop; the action tells which."""
+    source_flip_probability: float = 0.0
+    """Probability that the source view is mirrored against the target view; the action tells."""
+    action_entries: tuple[str, ...] | None = None
+    """What the predictor is told, in this order; leaving entries out makes an ablation. Unset: brightness, contrast,
+    saturation, hue, blur, grayscale, solarize; with views.source_crop also crop_x, crop_y, crop_width, crop_height;
+    with views.source_flip_probability also flip."""
 
     def __post_init__(self) -> None:
         check(self.size >= 8, "views.size", self.size, "be at least 8 pixels")
         check_range("views.crop_scale", self.crop_scale, 1e-3, 1.0)
         check_range("views.crop_aspect", self.crop_aspect, 0.1, 10.0)
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        if self.source_crop is not None:
+            check_range("views.source_crop", self.source_crop, 1e-3, 1.0)
+        for name in ("flip", "source_flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
             check(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
         for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
@@ -90,10 +104,33 @@ class ViewConfig:
             check(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
         # the largest kernel reaches 3 sigma to each side and is reflected at the border
         check_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
-        unknown = [name for name in self.action_entries if name not in ACTION_ENTRIES]
+        self._check_entries()
+
+    def _check_entries(self) -> None:
+        given = self.action_entries
+        if given is None:
+            return
+        unknown = [name for name in given if name not in ACTION_ENTRIES]
         check(not unknown, "views.action_entries", unknown, f"name entries of {ACTION_ENTRIES}")
-        is_unique = len(set(self.action_entries)) == len(self.action_entries)
-        check(is_unique and bool(self.action_entries), "views.action_entries", self.action_entries, "name entries once")
+        check(len(set(given)) == len(given) > 0, "views.action_entries", given, "name entries once")
+        idle = [name for name in given if name not in self._all_entries]
+        remedy = "be left out while views.source_crop is unset (crop_*) or views.source_flip_probability is 0 (flip)"
+        check(not idle, "entries of views.action_entries", idle, remedy)
+
+    @property
+    def _all_entries(self) -> tuple[str, ...]:
+        crop = CROP_ENTRIES if self.source_crop is not None else ()
+        return (*PHOTOMETRIC_ENTRIES, *crop, *([FLIP_ENTRY] if self.source_flip_probability > 0 else []))
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """What the predictor is told, in this order."""
+        return self._all_entries if self.action_entries is None else self.action_entries
+
+    @property
+    def has_source_geometry(self) -> bool:
+        """Whether the source view may show another place, or its mirror image, than the target view."""
+        return self.source_crop is not None or self.source_flip_probability > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The DALI graph: encoded bytes and drawn parameters in, two rendered views and the crop window out.
+"""The DALI graph: encoded bytes and drawn parameters in, two rendered views and their windows out.
 
 No reader and no random operator: everything drawn enters as data, so what the predictor is told is by construction
 what happened to the pixels. The same function builds the graph for CPU and GPU. `pipelines.views` is its plain twin.
@@ -17,6 +17,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.actions import LUMA, Draws, blur_radius, color_matrix, gray_gain
+from pipelines.config import ViewConfig
 
 _JITTER = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
 _DESTROY = {
@@ -32,6 +33,8 @@ _INPUTS = {
     **{f"target_{name}": kind for name, kind in _JITTER.items()},
     **{f"source_{name}": kind for name, kind in (_JITTER | _DESTROY).items()},
 }
+# only where the source view has a place of its own
+_GEOMETRY = {"source_crop": (types.FLOAT, 1), "source_flip": (types.INT32, 0)}
 _TO_GRAY = np.tile(np.float32(LUMA), (3, 1))
 
 
@@ -39,17 +42,20 @@ _TO_GRAY = np.tile(np.float32(LUMA), (3, 1))
 class GraphSettings:
     """What is decided when the graph is built."""
 
-    view_size: int
-    """Side of both views in pixels."""
+    views: ViewConfig
     max_batch_size: int
     num_threads: int
     prefetch: int
     """Batches computed ahead."""
     device_id: int | None
     """GPU number; None computes on the CPU."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs that a GPU's own decoder takes; None: DALI's default."""
+    preallocate: tuple[int, int] | None = None
+    """Width and height for which a GPU's own decoder makes room at the start; None: as images come."""
 
 
-def graph_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
+def graph_parameters(draws: Draws, *, has_source_geometry: bool = False) -> tuple[np.ndarray, ...]:
     """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images.
 
     Every operation runs on every sample, with parameters that leave uint8 pixels bit-equal where it was not drawn:
@@ -60,39 +66,51 @@ def graph_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
     window = np.where(source.blur, 2 * blur_radius(source.blur_sigma) + 1, 1).astype(np.int32)
     solarize_from = np.where(source.solarize, 128, 256).astype(np.int32)
     jitter = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
-    flip = draws.flip.astype(np.int32)
-    return (draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
+    flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
+    photometry = (draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
+    return (*photometry, draws.source_crop, source_flip) if has_source_geometry else photometry
 
 
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:
-    """Build the pipeline; it calls `next_inputs` once per batch and returns (source view, target view, window)."""
+    """Build the pipeline; it calls `next_inputs` once per batch.
+
+    It returns source view, target view, window of the target view, and window of the source view in it.
+    """
     graph = Pipeline(
         batch_size=settings.max_batch_size,
         num_threads=settings.num_threads,
         device_id=settings.device_id,
         prefetch_queue_depth=settings.prefetch,
     )
-    dtypes, dimensions = zip(*_INPUTS.values(), strict=True)
+    inputs = _INPUTS | (_GEOMETRY if settings.views.has_source_geometry else {})
+    dtypes, dimensions = zip(*inputs.values(), strict=True)
     with graph:
         fed = fn.external_source(
-            source=next_inputs, num_outputs=len(_INPUTS), batch=True, dtype=list(dtypes), ndim=list(dimensions)
+            source=next_inputs, num_outputs=len(inputs), batch=True, dtype=list(dtypes), ndim=list(dimensions)
         )
-        data = dict(zip(_INPUTS, fed, strict=True))
-        graph.set_outputs(*_two_views(data, settings.view_size, is_gpu=settings.device_id is not None))
+        data = dict(zip(inputs, fed, strict=True))
+        graph.set_outputs(*_two_views(data, settings))
     graph.build()
     return graph
 
 
-def _two_views(data, size, *, is_gpu):
+def _two_views(data, settings):
+    size, is_gpu = settings.views.size, settings.device_id is not None
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    crop = decode_crop(data["encoded"], window, size, is_gpu=is_gpu)
-    crop = fn.flip(crop, horizontal=data["flip"])
-    target_view = jitter_nodes(crop, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
-    source_view = jitter_nodes(crop, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
+    pixels = decode_window(data["encoded"], window, settings)
+    inner, target = window, fn.flip(to_square(pixels, size), horizontal=data["flip"])
+    source = target
+    if settings.views.has_source_geometry:
+        inner = source_window_nodes(data["source_crop"], window)
+        corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
+        pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
+        source = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
+    target_view = jitter_nodes(target, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
+    source_view = jitter_nodes(source, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
     source_view = fn.coord_transform(source_view, M=data["source_gray_matrix"], dtype=types.UINT8)
     source_view = fn.gaussian_blur(source_view, sigma=data["source_blur_sigma"], window_size=data["source_blur_window"])
     source_view = solarize_nodes(source_view, data["source_solarize_from"], is_gpu=is_gpu)
-    return source_view, target_view, window
+    return source_view, target_view, window, inner
 
 
 def crop_window_nodes(crop, shape):
@@ -108,12 +126,34 @@ def crop_window_nodes(crop, shape):
     return fn.stack(top, left, crop_height, crop_width)
 
 
-def decode_crop(encoded, window, size, *, is_gpu):
-    """Decode only the window and resize it to a square, antialiased."""
+def source_window_nodes(crop, window):
+    """Compute the window as `pipelines.actions.source_window` does, in the same order of float32 operations."""
+    top, left, height, width = (window[place] for place in range(4))
+    inner_width = math.clamp(math.floor(crop[0] * width + 0.5), 1.0, width)
+    inner_height = math.clamp(math.floor(crop[1] * height + 0.5), 1.0, height)
+    inner_left = math.min(math.floor(crop[2] * (width - inner_width + 1.0)), width - inner_width)
+    inner_top = math.min(math.floor(crop[3] * (height - inner_height + 1.0)), height - inner_height)
+    return fn.stack(top + inner_top, left + inner_left, inner_height, inner_width)
+
+
+def decode_window(encoded, window, settings):
+    """Decode only the window."""
     corner = fn.cast(window[0:2], dtype=types.INT32)
     extent = fn.cast(window[2:4], dtype=types.INT32)
-    device = "mixed" if is_gpu else "cpu"
-    pixels = fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device)
+    hints = {}
+    if settings.device_id is not None:
+        # chroma is upsampled as libjpeg does it on the CPU, so that both see the same pixels
+        hints["jpeg_fancy_upsampling"] = True
+        if settings.hw_decoder_load is not None:
+            hints["hw_decoder_load"] = settings.hw_decoder_load
+        if settings.preallocate is not None:
+            hints |= dict(zip(("preallocate_width_hint", "preallocate_height_hint"), settings.preallocate, strict=True))
+    device = "cpu" if settings.device_id is None else "mixed"
+    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device, **hints)
+
+
+def to_square(pixels, size):
+    """Resize to a square, antialiased."""
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 

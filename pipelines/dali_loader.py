@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,114 +12,135 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
-from pipelines.plan import EndOfPlanError, Plan, Request, assemble, undecodable
+from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
-from pipelines.views import UNDECODABLE, decode_image
+from pipelines.substitutes import Encoded, Substitutes
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Planned:
-    """A request whose bytes are being read."""
+class DaliSettings:
+    """How far ahead and with how many hands the loader works."""
+
+    graph: GraphSettings
+    reader_threads: int
+    read_ahead: int
+    """Batches whose bytes are asked for before they are rendered."""
+    max_bad_samples: float
+    """How many different undecodable samples are replaced before it is an error: a count, or below 1 a share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """A request and the images it shows."""
 
     request: Request
-    parameters: tuple[Any, ...]
-    reading: Future[list[np.ndarray]]
+    encoded: list[Encoded]
 
 
 class DaliLoader:
-    """Carries out a plan's requests, `settings.prefetch` batches ahead of the caller."""
+    """Carries out a plan's requests, `settings.graph.prefetch` batches ahead of the caller."""
 
     def __init__(
-        self,
-        plan: Plan,
-        shards: ShardSet,
-        *,
-        first: int,
-        settings: GraphSettings,
-        reader_threads: int,
-        device: torch.device,
+        self, plan: Plan, shards: ShardSet, *, first: int, settings: DaliSettings, device: torch.device
     ) -> None:
         self._plan, self._shards, self._device = plan, shards, device
-        self._settings = settings
-        self._reader = Reader(shards, num_threads=reader_threads)
+        self._settings = settings.graph
+        self._reader = Reader(shards, num_threads=settings.reader_threads)
+        self._substitutes = Substitutes(plan, shards, self._reader, settings.max_bad_samples)
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
-        self._planned: deque[Future[_Planned]] = deque()
-        self._in_graph: deque[Request] = deque()
+        self._planned: deque[Future[tuple[Request, Future[list[Encoded]]]]] = deque()
+        self._in_graph: deque[_Read] = deque()
         self._next = first
-        # twice the graph's own queue: one half being read while the other is being rendered
-        for _ in range(2 * settings.prefetch):
+        for _ in range(settings.graph.prefetch + settings.read_ahead):
             self._plan_ahead()
-        self._graph = build_graph(settings, self._feed)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._graph = build_graph(self._settings, self._feed)
+        self._spare_graph: Any = None
         # a thread of its own runs the graph and assembles, so that the caller's time goes into training
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        self._ready = deque(self._renderer.submit(self._render) for _ in range(settings.prefetch))
+        self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(self._settings.prefetch))
 
     def _plan_ahead(self) -> None:
         self._planned.append(self._planner.submit(self._start_reading, self._next))
         self._next += 1
 
-    def _start_reading(self, index: int) -> "_Planned":
+    def _start_reading(self, index: int) -> tuple[Request, Future[list[Encoded]]]:
         request = self._plan.request(index)
-        reading = self._reader.submit(request.samples)
-        return _Planned(request=request, parameters=graph_parameters(request.draws), reading=reading)
+        return request, self._reader.submit(request.samples)
 
     def _feed(self) -> tuple[Any, ...]:
         """Hand the graph its next inputs; DALI calls this on the thread that runs it."""
         try:
-            planned = self._planned.popleft().result()
+            request, reading = self._planned.popleft().result()
         except EndOfPlanError:
             raise StopIteration from None
         self._plan_ahead()
-        encoded = planned.reading.result()
-        self._in_graph.append(planned.request)
-        return encoded, *planned.parameters
+        request, encoded = self._substitutes.screen(request, reading.result())
+        self._in_graph.append(_Read(request=request, encoded=encoded))
+        return self._inputs(self._in_graph[-1])
+
+    def _inputs(self, read: _Read) -> tuple[Any, ...]:
+        has_geometry = self._plan.views.has_source_geometry
+        return read.encoded, *graph_parameters(read.request.draws, has_source_geometry=has_geometry)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._ready.popleft().result()
-        self._ready.append(self._renderer.submit(self._render))
+        batch, is_ready = self._ready.popleft().result()
+        self._ready.append(self._renderer.submit(self._next_batch))
+        if is_ready is not None:
+            # training waits on the GPU, not on the host; the memory is free again once training has used it
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(is_ready)
+            for tensor in batch.tensors_on_device():
+                tensor.record_stream(stream)
         return batch
+
+    def _next_batch(self) -> tuple[Batch, torch.Event | None]:
+        """Render and assemble; on a GPU in a stream of its own, so that it overlaps with training."""
+        if self._stream is None:
+            return self._render(), None
+        with torch.cuda.stream(self._stream):
+            batch = self._render()
+            return batch, self._stream.record_event()
 
     def _render(self) -> Batch:
         try:
-            source_view, target_view, window = self._graph.run()
-        except RuntimeError as error:
-            raise self._name_the_culprit() from error
-        request = self._in_graph.popleft()
-        return assemble(
-            request,
-            self._shards,
+            outputs = self._run(self._graph)
+        except RuntimeError:
+            outputs = self._run_without_bad_samples()
+        request = self._in_graph.popleft().request
+        source_view, target_view, window, inner = outputs
+        rendered = Rendered(
             source_view=self._as_tensor(source_view),
             target_view=self._as_tensor(target_view),
             crop_window=np.array(window.as_tensor()),
-            device=self._device,
+            source_window=np.array(inner.as_tensor()),
         )
+        return assemble(request, rendered, self._shards, self._plan.views, self._device)
+
+    def _run(self, graph: Any) -> tuple[Any, ...]:
+        return graph.run() if self._stream is None else graph.run(self._stream)
+
+    def _run_without_bad_samples(self) -> tuple[Any, ...]:
+        """Render the batch that failed once more, in a graph of its own: the first has gone on to the next one."""
+        failed = self._in_graph[0]
+        request, encoded = self._substitutes.search(failed.request, failed.encoded)
+        self._in_graph[0] = _Read(request=request, encoded=encoded)
+        if self._spare_graph is None:
+            settings = replace(self._settings, prefetch=1)
+            self._spare_graph = build_graph(settings, lambda: self._inputs(self._in_graph[0]))
+        return self._run(self._spare_graph)
 
     def _as_tensor(self, outputs: Any) -> Tensor:
-        if self._settings.device_id is None:
-            # normalising copies these before DALI uses the buffer again
-            return torch.from_numpy(np.array(outputs.as_tensor(), copy=False))
+        """Hand over a view without copying; the graph makes new memory for its next batch."""
         return torch.from_dlpack(outputs.as_tensor())
 
-    def _name_the_culprit(self) -> Exception:
-        """Find the sample that broke the batch: DALI's message names the operator, not the file."""
-        for request in self._in_graph:
-            for sample, encoded in zip(request.samples, self._reader.read(request.samples), strict=True):
-                try:
-                    decode_image(encoded)
-                except UNDECODABLE:
-                    return undecodable(self._shards, int(sample), request.step)
-        request = self._in_graph[0]
-        return RuntimeError(
-            f"DALI cannot render a batch of step {request.step}; runtime.loader=torch shows whether it can be"
-        )
-
     def close(self) -> None:
-        """Release threads, files and the graph."""
+        """Release threads, files and the graphs."""
         self._renderer.shutdown(cancel_futures=True)
         self._planner.shutdown(cancel_futures=True)
         self._reader.close()
-        del self._graph
+        del self._graph, self._spare_graph

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from pipelines.batch import Batch
-from pipelines.config import Backend
+from pipelines.config import Backend, check
 from pipelines.plan import Plan
 from pipelines.shards import ShardSet
 
@@ -30,32 +30,50 @@ class LoaderSettings:
     """How batches are made; none of it changes what is in them."""
 
     backend: Backend
-    view_size: int
-    """Side of both views in pixels."""
     device: torch.device
     """Where batches are delivered; a GPU also decodes and renders them with backend dali."""
     reader_threads: int
     loader_threads: int
     prefetch: int
     """Micro-batches prepared ahead."""
+    read_ahead: int = 2
+    """Micro-batches whose bytes are asked for before those are prepared."""
+    max_bad_samples: float = 0.0
+    """Different undecodable samples that are replaced before it is an error: a count, or below 1 a share of all."""
+    hw_decoder_load: float | None = None
+    preallocate: tuple[int, int] | None = None
+    """See `pipelines.dali_graph.GraphSettings` for both; only for backend dali on a GPU."""
 
 
 def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: int = 0) -> Loader:
-    """Build a loader that delivers the plan's micro-batches from number `first` on."""
+    """Build a loader that delivers the plan's micro-batches from number `first` on.
+
+    Raises:
+        ValueError: if a setting of a GPU's decoder is given and no GPU decodes.
+    """
+    is_on_gpu = settings.backend == "dali" and settings.device.type == "cuda"
+    for name, value in (("hw_decoder_load", settings.hw_decoder_load), ("decoder_preallocate", settings.preallocate)):
+        check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     if settings.backend == "torch":
         from pipelines.torch_loader import TorchLoader
 
-        return TorchLoader(plan, shards, first=first, view_size=settings.view_size, device=settings.device)
+        return TorchLoader(plan, shards, first=first, max_bad_samples=settings.max_bad_samples, device=settings.device)
     from pipelines.dali_graph import GraphSettings
-    from pipelines.dali_loader import DaliLoader
+    from pipelines.dali_loader import DaliLoader, DaliSettings
 
     graph = GraphSettings(
-        view_size=settings.view_size,
+        views=plan.views,
         max_batch_size=plan.largest,
         num_threads=settings.loader_threads,
         prefetch=settings.prefetch,
-        device_id=settings.device.index or 0 if settings.device.type == "cuda" else None,
+        device_id=settings.device.index or 0 if is_on_gpu else None,
+        hw_decoder_load=settings.hw_decoder_load,
+        preallocate=settings.preallocate,
     )
-    return DaliLoader(
-        plan, shards, first=first, settings=graph, reader_threads=settings.reader_threads, device=settings.device
+    chosen = DaliSettings(
+        graph=graph,
+        reader_threads=settings.reader_threads,
+        read_ahead=settings.read_ahead,
+        max_bad_samples=settings.max_bad_samples,
     )
+    return DaliLoader(plan, shards, first=first, settings=chosen, device=settings.device)

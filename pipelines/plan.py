@@ -12,13 +12,12 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from pipelines.actions import Draws, action_vector, clean_draws, draw
+from pipelines.actions import Draws, action_vector, clean_draws, draw, source_geometry
 from pipelines.batch import Batch, RaggedIndex, normalize_view
 from pipelines.config import MaskConfig, ViewConfig
 from pipelines.masks import all_patches, draw_masks, ragged_index
 from pipelines.order import SampleOrder
 from pipelines.shards import ShardSet
-from pipelines.tar_index import ShardError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,10 @@ class Request:
     step: int
     slots: Int64[np.ndarray, "B"]
     samples: Int64[np.ndarray, "B"]
+    """What is shown."""
+    planned: Int64[np.ndarray, "B"]
+    """What the order put there; differs from `samples` where that cannot be decoded."""
     draws: Draws
-    action: Float32[np.ndarray, "B A"]
     context: RaggedIndex
     target: RaggedIndex
 
@@ -43,12 +44,21 @@ class Plan(Protocol):
     """The sequence of requests of one rank."""
 
     @property
+    def views(self) -> ViewConfig:
+        """How views are made."""
+        ...
+
+    @property
     def largest(self) -> int:
         """Most images of one request."""
         ...
 
     def request(self, index: int) -> Request:
         """Return micro-batch number `index`; raises EndOfPlanError behind the last one."""
+        ...
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return which samples may stand in for an image that cannot be decoded, the first choice first."""
         ...
 
 
@@ -78,18 +88,23 @@ class TrainingPlan:
         step, micro = divmod(index, accumulation)
         first = (micro * self.world_size + self.rank) * self.micro_batch_size
         slots = np.arange(first, first + self.micro_batch_size)
-        draws = draw(self.views, self.seed, step, slots)
+        samples = self.order.samples_at(step * self.global_batch_size + slots)
         # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
         masks = draw_masks(self.mask, self.grid, self.seed, step, np.arange(self.global_batch_size))
         return Request(
             step=step,
             slots=slots,
-            samples=self.order.samples_at(step * self.global_batch_size + slots),
-            draws=draws,
-            action=action_vector(draws.source, draws.target, self.views),
+            samples=samples,
+            planned=samples,
+            draws=draw(self.views, self.seed, step, slots),
             context=ragged_index(masks.context[slots], int(masks.context.sum())),
             target=ragged_index(masks.target[slots], int(masks.target.sum())),
         )
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the following slots of the global batch: ranks and micro-batches do not matter."""
+        following = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
+        return self.order.samples_at(request.step * self.global_batch_size + following)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,46 +130,50 @@ class EvaluationPlan:
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
-        draws = clean_draws(len(slots))
         everything = all_patches(len(slots), self.grid * self.grid)
         return Request(
             step=0,
             slots=slots,
             samples=self.samples[slots],
-            draws=draws,
-            action=action_vector(draws.source, draws.target, self.views),
+            planned=self.samples[slots],
+            draws=clean_draws(len(slots)),
             context=everything,
             target=everything,
         )
 
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return none: a measurement on other samples would be another measurement."""
+        return np.empty(0, np.int64)
 
-def assemble(
-    request: Request,
-    shards: ShardSet,
-    *,
-    source_view: UInt8[Tensor, "B H W 3"],
-    target_view: UInt8[Tensor, "B H W 3"],
-    crop_window: Float32[np.ndarray, "B 4"],
-    device: torch.device,
-) -> Batch:
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """What a backend makes of a request."""
+
+    source_view: UInt8[Tensor, "B H W 3"]
+    target_view: UInt8[Tensor, "B H W 3"]
+    crop_window: Float32[np.ndarray, "B 4"]
+    source_window: Float32[np.ndarray, "B 4"]
+
+
+def assemble(request: Request, rendered: Rendered, shards: ShardSet, views: ViewConfig, device: torch.device) -> Batch:
     """Put pixels and request together, on the device."""
+    draws = request.draws
+    geometry = source_geometry(draws, rendered.crop_window, rendered.source_window)
+    action = action_vector(draws.source, draws.target, views, geometry)
     return Batch(
-        source_view=normalize_view(source_view.to(device, non_blocking=True)),
-        target_view=normalize_view(target_view.to(device, non_blocking=True)),
-        action=torch.from_numpy(request.action).to(device, non_blocking=True),
+        source_view=normalize_view(rendered.source_view.to(device, non_blocking=True)),
+        target_view=normalize_view(rendered.target_view.to(device, non_blocking=True)),
+        action=torch.from_numpy(action).to(device, non_blocking=True),
         context=request.context.to(device),
         target=request.target.to(device),
-        crop_window=torch.tensor(crop_window),
+        crop_window=torch.tensor(rendered.crop_window),
+        source_window=torch.tensor(rendered.source_window),
         label=torch.from_numpy(shards.labels(request.samples)),
         sample=torch.from_numpy(request.samples),
+        planned=torch.from_numpy(request.planned),
         slot=torch.from_numpy(request.slots),
         key=tuple(shards.key(int(sample)) for sample in request.samples),
         step=request.step,
+        draws=draws,
     )
-
-
-def undecodable(shards: ShardSet, sample: int, step: int) -> ShardError:
-    """Name the sample whose bytes are no image."""
-    (number,), _ = shards.locate(np.array([sample]))
-    where = {"shard": shards.shards[number].path, "key": shards.key(sample)}
-    return ShardError(f"cannot decode the image, drawn at step {step}", **where, remedy="replace it or leave it out")

@@ -4,24 +4,28 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
-from pipelines.actions import crop_window
+from pipelines.actions import crop_window, source_window
 from pipelines.batch import Batch
-from pipelines.plan import EndOfPlanError, Plan, Request, assemble, undecodable
+from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
+from pipelines.substitutes import Substitutes
 from pipelines.views import UNDECODABLE, decode_image, render, resized_crop
 
 
 class TorchLoader:
     """Carries out a plan's requests one after the other."""
 
-    def __init__(self, plan: Plan, shards: ShardSet, *, first: int, view_size: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, shards: ShardSet, *, first: int, max_bad_samples: float, device: torch.device
+    ) -> None:
         self._plan, self._shards, self._next = plan, shards, first
-        self._view_size, self._device = view_size, device
+        self._views, self._device = plan.views, device
         self._reader = Reader(shards, num_threads=1)
+        self._substitutes = Substitutes(plan, shards, self._reader, max_bad_samples)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -32,30 +36,44 @@ class TorchLoader:
         except EndOfPlanError:
             raise StopIteration from None
         self._next += 1
-        images = self._decode(request)
-        window = crop_window(request.draws.crop, np.array([image.shape[:2] for image in images]))
-        crops = [resized_crop(*pair, self._view_size) for pair in zip(images, window, strict=True)]
-        crop = torch.stack(crops).to(self._device)
-        flip = torch.from_numpy(request.draws.flip).to(self._device)
-        crop = torch.where(flip[:, None, None, None], crop.flip(2), crop)
-        source_view, target_view = render(crop, request.draws.source), render(crop, request.draws.target)
-        return assemble(
-            request,
-            self._shards,
-            source_view=source_view,
-            target_view=target_view,
+        request, images = self._decode(*self._substitutes.screen(request, self._reader.read(request.samples)))
+        return assemble(request, self._render(request, images), self._shards, self._views, self._device)
+
+    def _decode(
+        self, request: Request, encoded: list[UInt8[np.ndarray, "_"]]
+    ) -> tuple[Request, list[UInt8[Tensor, "_ _ 3"]]]:
+        try:
+            return request, [decode_image(content) for content in encoded]
+        except UNDECODABLE:
+            request, encoded = self._substitutes.search(request, encoded)
+            return request, [decode_image(content) for content in encoded]
+
+    def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> Rendered:
+        draws = request.draws
+        window = crop_window(draws.crop, np.array([image.shape[:2] for image in images]))
+        inner = source_window(draws.source_crop, window)
+        target = self._crop(images, window, draws.flip)
+        # without a crop of its own the source shows the same place
+        source = (
+            self._crop(images, inner, draws.flip ^ draws.source_flip) if self._views.has_source_geometry else target
+        )
+        return Rendered(
+            source_view=render(source, draws.source),
+            target_view=render(target, draws.target),
             crop_window=window,
-            device=self._device,
+            source_window=inner,
         )
 
-    def _decode(self, request: Request) -> list[UInt8[Tensor, "H W 3"]]:
-        images = []
-        for sample, encoded in zip(request.samples, self._reader.read(request.samples), strict=True):
-            try:
-                images.append(decode_image(encoded))
-            except UNDECODABLE as error:
-                raise undecodable(self._shards, int(sample), request.step) from error
-        return images
+    def _crop(
+        self,
+        images: list[UInt8[Tensor, "_ _ 3"]],
+        window: Float32[np.ndarray, "B 4"],
+        flip: Bool[np.ndarray, "B"],
+    ) -> UInt8[Tensor, "B S S 3"]:
+        crops = [resized_crop(*pair, self._views.size) for pair in zip(images, window, strict=True)]
+        crop = torch.stack(crops).to(self._device)
+        is_flipped = torch.from_numpy(flip).to(self._device)[:, None, None, None]
+        return torch.where(is_flipped, crop.flip(2), crop)
 
     def close(self) -> None:
         """Release files and threads."""

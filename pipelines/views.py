@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipelines.actions import LUMA, Photometry, blur_radius, color_matrix, gray_gain
+from pipelines.config import IMAGE_FORMATS
 
 # what Pillow raises for bytes that are no (complete) image
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -19,10 +20,14 @@ def decode_image(encoded: UInt8[np.ndarray, "bytes"]) -> UInt8[Tensor, "H W 3"]:
     """Decode one image to RGB, turned upright as its EXIF tag says.
 
     Raises:
-        one of UNDECODABLE: if the bytes are no complete image.
+        one of UNDECODABLE: if the bytes are no complete image of an accepted format.
     """
-    with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    with Image.open(io.BytesIO(encoded.tobytes()), formats=IMAGE_FORMATS) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            # Pillow would clip 16 bits to 8 instead of scaling them
+            upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+        return torch.from_numpy(np.array(upright.convert("RGB")))
 
 
 def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:

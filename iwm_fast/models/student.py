@@ -83,7 +83,7 @@ def build_student(config: RunConfig, ops: Ops) -> Student:
         config.model.predictor,
         encoder_dim=config.model.encoder.dim,
         grid=config.grid,
-        num_actions=len(config.views.action_entries),
+        num_actions=len(config.views.entries),
         ops=ops,
     )
     generator = torch.Generator().manual_seed(config.seed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from iwm_fast.config import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
+from pipelines.actions import clean_draws
 from pipelines.batch import Batch, RaggedIndex
 from pipelines.config import ViewConfig
 
@@ -33,6 +34,9 @@ def _batch(context, target, seed=0):
         context=_ragged(context),
         target=_ragged(target),
         crop_window=torch.zeros(images, 4),
+        source_window=torch.zeros(images, 4),
+        planned=number,
+        draws=clean_draws(images),
         label=number,
         sample=number,
         slot=number,

@@ -80,7 +80,6 @@ def disagree(folder, place):
     report = {
         "agree": [distributed.agree(place.rank == 1, cpu), distributed.agree(False, cpu)],
         "sum": distributed.sum_over_ranks(number).tolist(),
-        "mean": distributed.mean_over_ranks(number).tolist(),
         "joined": distributed.join_over_ranks(number).tolist(),
     }
     (folder / "no-folder").write_text("a file where a run folder should be")

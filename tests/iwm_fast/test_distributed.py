@@ -84,7 +84,6 @@ def test_one_process_agrees_with_itself_and_sums_to_a_copy(is_started):
     total = distributed.sum_over_ranks(values)
     total += 1
     torch.testing.assert_close(values, torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(distributed.mean_over_ranks(values), values)
     torch.testing.assert_close(distributed.join_over_ranks(values), values)
     assert distributed.agree(True, torch.device("cpu"))
     assert not distributed.agree(False, torch.device("cpu"))

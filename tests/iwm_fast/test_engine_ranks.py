@@ -102,7 +102,6 @@ def test_ranks_agree_sum_and_join(folder):
         report = json.loads((folder / f"report-rank{rank}.json").read_text())
         assert report["agree"] == [True, False]
         assert report["sum"] == [3.0]
-        assert report["mean"] == [1.5]
         assert report["joined"] == [1.0, 2.0]
 
 

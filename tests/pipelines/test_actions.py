@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,12 @@ from pipelines.actions import (
     draw,
     gray_gain,
     neutral_photometry,
+    source_geometry,
+    source_window,
 )
-from pipelines.config import ACTION_ENTRIES, ViewConfig
+from pipelines.config import ViewConfig
+from pipelines.views import resized_crop
+from samples import photograph
 
 CONFIG = ViewConfig()
 
@@ -57,7 +62,7 @@ def test_action_keeps_the_asked_entries_in_their_order():
     drawn = draw(config, 0, 0, np.arange(32))
     whole = action_vector(drawn.source, drawn.target, CONFIG)
     chosen = action_vector(drawn.source, drawn.target, config)
-    columns = [ACTION_ENTRIES.index(name) for name in ("hue", "brightness")]
+    columns = [CONFIG.entries.index(name) for name in ("hue", "brightness")]
     assert (chosen == whole[:, columns]).all()
 
 
@@ -109,6 +114,74 @@ def test_the_crop_has_the_asked_area_and_reaches_every_border():
     assert (top == 0).any() and (top + height == 400).any() and (left == 0).any() and (left + width == 400).any()
 
 
+ZOOM = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 1000))
+def test_the_source_lies_inside_the_target(height: int, width: int, step: int):
+    drawn = draw(ZOOM, 0, step, np.arange(32))
+    window = crop_window(drawn.crop, np.tile([height, width], (32, 1)))
+    inner = source_window(drawn.source_crop, window)
+    assert (inner[:, 2:] >= 1).all() and (inner[:, :2] >= window[:, :2]).all()
+    assert (inner[:, :2] + inner[:, 2:] <= window[:, :2] + window[:, 2:]).all()
+
+
+def test_the_source_crop_has_the_asked_share_and_reaches_every_border():
+    drawn = draw(ZOOM, 0, 0, np.arange(20_000))
+    window = np.tile(np.array([100, 50, 400, 300], np.float32), (20_000, 1))
+    inner = source_window(drawn.source_crop, window)
+    share = inner[:, 2] * inner[:, 3] / (400 * 300)
+    assert 0.24 < share.min() and share.max() <= 1 and abs(share.mean() - 0.6) < 0.03
+    for side, first, last in ((0, 100, 500), (1, 50, 350)):
+        assert (inner[:, side] == first).any() and (inner[:, side] + inner[:, side + 2] == last).any()
+    assert abs(drawn.source_flip.mean() - 0.5) < 0.015
+
+
+def test_geometry_tells_where_in_the_target_view_the_source_view_lies():
+    """Cut the source out of a rendered target view by what the action says, and compare with the direct way."""
+    image = torch.from_numpy(photograph("astronaut.png")[:400, :400].copy())
+    drawn = draw(ZOOM, 3, 0, np.arange(16))
+    window = crop_window(drawn.crop, np.tile([400, 400], (16, 1)))
+    inner = source_window(drawn.source_crop, window)
+    action = action_vector(drawn.target, drawn.target, ZOOM, source_geometry(drawn, window, inner))
+    told = action_difference(action, ZOOM)
+    size = 256
+    for number in range(16):
+        target = resized_crop(image, window[number], size)
+        target = target.flip(1) if drawn.flip[number] else target
+        source = resized_crop(image, inner[number], size)
+        source = source.flip(1) if drawn.flip[number] ^ drawn.source_flip[number] else source
+        width, height = (size * np.exp(told[name][number]) for name in ("crop_width", "crop_height"))
+        left = size * (0.5 + told["crop_x"][number]) - width / 2
+        top = size * (0.5 + told["crop_y"][number]) - height / 2
+        found = resized_crop(target, np.round([top, left, height, width]).astype(np.float32), size)
+        found = found.flip(1) if told["flip"][number] > 0.5 else found
+        # the detour over the target's pixels blurs, and rounds the window; another place is another picture
+        assert (found.float() - source.float()).abs().mean() < 10
+        assert (found.flip(1).float() - source.float()).abs().mean() > 25
+
+
+def test_entries_of_the_crop_are_of_order_one_and_zero_where_there_is_none():
+    for low in (0.1, 0.6):
+        config = ViewConfig(source_crop=(low, 1.0), source_flip_probability=0.5)
+        drawn = draw(config, 0, 0, np.arange(4000))
+        window = np.tile(np.array([0, 0, 900, 900], np.float32), (4000, 1))
+        geometry = source_geometry(drawn, window, source_window(drawn.source_crop, window))
+        spread = action_vector(drawn.source, drawn.target, config, geometry)[:, 7:11].std(axis=0)
+        assert (spread > 0.2).all() and (spread < 1).all()
+    drawn = draw(CONFIG, 0, 0, np.arange(8))
+    window = crop_window(drawn.crop, np.tile([333, 500], (8, 1)))
+    assert (source_window(drawn.source_crop, window) == window).all()
+    assert (source_geometry(drawn, window, window) == 0).all()
+
+
+def test_an_action_is_put_into_words():
+    config = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+    action = np.zeros(12, np.float32)
+    action[[0, 7, 9, 10, 11]] = 0.5, 0.4, 0.5, 1.0, 1.0
+    assert describe_action(action, config) == "brightness +0.20, mirror, from a crop of 1.41 x 2.00 at +0.10, +0.00"
+
+
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
@@ -117,6 +190,11 @@ def test_the_crop_has_the_asked_area_and_reaches_every_border():
         ({"hue": 0.6}, "views.hue must be between 0 and 0.5, got 0.6"),
         ({"action_entries": ("brightness", "gamma")}, "views.action_entries must name entries of .*got \\['gamma'\\]"),
         ({"action_entries": ("hue", "hue")}, "views.action_entries must name entries once"),
+        (
+            {"action_entries": ("hue", "crop_x")},
+            "must be left out while views.source_crop is unset .*got \\['crop_x'\\]",
+        ),
+        ({"source_crop": (0.5, 1.5)}, "views.source_crop must satisfy 0.001 <= low <= high <= 1"),
         ({"size": 8, "blur_sigma": (0.1, 4.0)}, "views.blur_sigma must satisfy"),
     ],
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.actions import Draws
 from pipelines.batch import Batch, RaggedIndex, denormalize_view, normalize_view
 from pipelines.config import MaskConfig, ViewConfig
 from pipelines.loader import LoaderSettings, build_loader
@@ -17,9 +18,11 @@ VIEWS = ViewConfig(size=32)
 GLOBAL_BATCH = 32
 
 
-def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH, seed: int = 0):
+def training_plan(
+    shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH, seed: int = 0, views=VIEWS
+):
     return TrainingPlan(
-        views=VIEWS,
+        views=views,
         mask=MaskConfig(),
         seed=seed,
         grid=8,
@@ -33,7 +36,7 @@ def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro
 
 def settings(backend: str = "dali", **changes) -> LoaderSettings:
     chosen = {"reader_threads": 2, "loader_threads": 1, "prefetch": 2} | changes
-    return LoaderSettings(backend=backend, view_size=32, device=torch.device("cpu"), **chosen)
+    return LoaderSettings(backend=backend, device=torch.device("cpu"), **chosen)
 
 
 def take(plan, shards: ShardSet, count: int, first: int = 0, **changes) -> list[Batch]:
@@ -51,8 +54,18 @@ def flat(batch: Batch) -> dict[str, torch.Tensor | tuple | int]:
         value = getattr(batch, field.name)
         if isinstance(value, RaggedIndex):
             values |= {f"{field.name}.{name}": item for name, item in vars(value).items()}
+        elif isinstance(value, Draws):
+            values |= flat_draws(value, field.name)
         else:
             values[field.name] = value
+    return values
+
+
+def flat_draws(draws, prefix: str) -> dict[str, torch.Tensor]:
+    values = {}
+    for name, value in vars(draws).items():
+        is_array = isinstance(value, np.ndarray)
+        values |= {f"{prefix}.{name}": torch.from_numpy(value)} if is_array else flat_draws(value, f"{prefix}.{name}")
     return values
 
 
@@ -68,11 +81,28 @@ def join(parts: list[Batch]) -> Batch:
     parts = sorted(parts, key=lambda part: int(part.slot[0]))
     joined = {
         name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("source_view", "target_view", "action", "crop_window", "label", "sample", "slot")
+        for name in (
+            "source_view",
+            "target_view",
+            "action",
+            "crop_window",
+            "source_window",
+            "label",
+            "sample",
+            "planned",
+            "slot",
+        )
     }
     key = tuple(name for part in parts for name in part.key)
     indexes = {name: join_indexes([getattr(part, name) for part in parts]) for name in ("context", "target")}
-    return Batch(**joined, **indexes, key=key, step=parts[0].step)
+    return Batch(**joined, **indexes, key=key, step=parts[0].step, draws=join_draws([part.draws for part in parts]))
+
+
+def join_draws(parts: list) -> object:
+    """Put dataclasses of arrays together, whatever they hold."""
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return type(parts[0])(**{name: join_draws([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 def join_indexes(parts: list[RaggedIndex]) -> RaggedIndex:
@@ -135,18 +165,39 @@ def test_another_seed_gives_other_samples_views_actions_and_masks(shards):
 
 
 def test_the_dali_loader_gives_the_twins_batch_with_pixels_close(shards):
-    for fast, plain in zip(
-        take(training_plan(shards), shards, 2), take(training_plan(shards), shards, 2, backend="torch"), strict=True
-    ):
-        exact = {name for name in flat(fast) if not name.endswith("_view")}
-        for name in exact:
-            mine, other = flat(fast)[name], flat(plain)[name]
+    fast, plain = (take(training_plan(shards), shards, 2, backend=backend) for backend in ("dali", "torch"))
+    for batches in zip(fast, plain, strict=True):
+        assert_twins(*batches)
+
+
+def assert_twins(fast: Batch, plain: Batch) -> None:
+    """Everything but the pixels is the same; pixels are close."""
+    for name, mine in flat(fast).items():
+        other = flat(plain)[name]
+        if not name.endswith("_view"):
             assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other, name
-        for view in ("source_view", "target_view"):
-            pixels = [denormalize_view(getattr(batch, view)).int() for batch in (fast, plain)]
-            difference = (pixels[0] - pixels[1]).abs().float()
-            # JPEG decoders and antialiased resizing differ by a few grey levels at edges
-            assert difference.mean() < 1.0 and difference.quantile(0.99) <= 12
+    for view in ("source_view", "target_view"):
+        pixels = [denormalize_view(getattr(batch, view)).int() for batch in (fast, plain)]
+        difference = (pixels[0] - pixels[1]).abs().float()
+        # JPEG decoders and antialiased resizing differ by a few grey levels at edges
+        assert difference.mean() < 1.0 and difference.quantile(0.99) <= 12
+
+
+def test_a_source_with_a_place_of_its_own_is_the_same_on_both_loaders(shards):
+    views = ViewConfig(size=32, source_crop=(0.2, 0.8), source_flip_probability=0.5)
+    fast, plain = (
+        take(training_plan(shards, views=views), shards, 2, backend=backend) for backend in ("dali", "torch")
+    )
+    for batches in zip(fast, plain, strict=True):
+        assert_twins(*batches)
+    shared = take(training_plan(shards), shards, 2)
+    for batch, without in zip(fast, shared, strict=True):
+        assert batch.action.shape[1] == 12 and torch.equal(batch.action[:, :7], without.action)
+        # the target does not notice, the source does
+        assert torch.equal(batch.target_view, without.target_view)
+        assert not torch.equal(batch.source_view, without.source_view)
+        assert (batch.source_window[:, 2:] <= batch.crop_window[:, 2:]).all()
+        assert set(batch.action[:, 11].tolist()) == {0.0, 1.0}
 
 
 def test_keys_and_labels_belong_to_their_pixels(shards):
