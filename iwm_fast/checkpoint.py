@@ -20,9 +20,10 @@ from torch import Tensor
 from iwm_fast.commit import CheckpointError, publish, published, remove, remove_leftovers, save_json, verify
 from iwm_fast.distributed import Place, agree
 from iwm_fast.engine import Engine
+from iwm_fast.settings import is_of_the_stream
 from pipelines.batch import PIXEL_MEAN, PIXEL_STD
 
-FORMAT = 1
+FORMAT = 2
 MODEL, STATE = "model.safetensors", "state.json"
 TEACHER = "teacher/"
 
@@ -51,7 +52,7 @@ class Checkpoint:
     world_size: int
     """Ranks of the run that wrote it; any number may read it."""
     counters: dict[str, Any]
-    """Whatever else the loop wants to keep."""
+    """Whatever else the loop wants to keep, fit for JSON."""
     versions: dict[str, str]
     """Packages that wrote it."""
 
@@ -127,11 +128,11 @@ def newest(run_folder: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def read(folder: Path, expected_fingerprint: dict[str, Any] | None = None) -> Checkpoint:
-    """Read a checkpoint after comparing it with its manifest and, if given, with the settings of this run.
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint after comparing it with its manifest.
 
     Raises:
-        CheckpointError: if it is damaged, of another format, or belongs to other settings.
+        CheckpointError: if it is damaged or of another format.
     """
     verify(folder, (MODEL, STATE))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -140,8 +141,6 @@ def read(folder: Path, expected_fingerprint: dict[str, Any] | None = None) -> Ch
         raise CheckpointError(
             f"{folder} has format {saved_format}, not {FORMAT}; use the iwm-fast version that wrote it"
         )
-    if expected_fingerprint is not None:
-        require_same_fingerprint(state["fingerprint"], expected_fingerprint)
     tensors = load_file(folder / MODEL)
     return Checkpoint(
         folder=folder,
@@ -151,19 +150,27 @@ def read(folder: Path, expected_fingerprint: dict[str, Any] | None = None) -> Ch
     )
 
 
-def require_same_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Check that two runs have the same settings where they decide the result.
+def differing_settings(saved: dict[str, Any], current: dict[str, Any], *, may_restart: bool = False) -> list[str]:
+    """Return which settings differ between two fingerprints, none unless they may.
+
+    Args:
+        saved: the checkpoint's.
+        current: this run's.
+        may_restart: whether what only decides the data stream may differ.
 
     Raises:
-        CheckpointError: listing every setting that differs.
+        CheckpointError: listing every setting that differs and must not.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    if names:
-        rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
-        raise CheckpointError(
-            f"the checkpoint was made with other settings (saved -> now):\n{rows}\n"
-            f"set them back, or name another output.folder to start a new run"
-        )
+    of_the_stream = [name for name in names if is_of_the_stream(name)]
+    if not names or (may_restart and names == of_the_stream):
+        return names
+    rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
+    way_out = "data.restart_epoch=true goes on with these weights and begins the current epoch anew; otherwise "
+    raise CheckpointError(
+        f"the checkpoint was made with other settings (saved -> now):\n{rows}\n"
+        f"{way_out if names == of_the_stream else ''}set them back, or name another output.folder to start a new run"
+    )
 
 
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:

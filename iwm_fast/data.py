@@ -7,14 +7,16 @@ from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, TrainingPlan
+from pipelines.plan import EvaluationPlan, StreamStart, TrainingPlan
 from pipelines.shards import ShardSet
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
 EVALUATION_BATCH = 64
 
 
-def training_loader(config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0) -> Loader:
+def training_loader(
+    config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = StreamStart()
+) -> Loader:
     """Build this rank's endless stream from the given step on."""
     micro_batch_size, accumulation = accumulation_steps(config, place.world_size)
     sizes = [len(shard.keys) for shard in shards.shards]
@@ -28,6 +30,7 @@ def training_loader(config: RunConfig, shards: ShardSet, place: Place, first_ste
         micro_batch_size=micro_batch_size,
         rank=place.rank,
         world_size=place.world_size,
+        start=start,
     )
     return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
 

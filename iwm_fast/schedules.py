@@ -5,17 +5,21 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from iwm_fast.config import OptimConfig
+from pipelines.plan import StreamStart
 
 
-def total_steps(config: OptimConfig, num_samples: int) -> int:
+def total_steps(config: OptimConfig, num_samples: int, start: StreamStart = StreamStart()) -> int:
     """Return the optimiser steps of the run: its epochs in global batches, the last one begun counts whole.
+
+    Steps before the start of the stream were made with another data set or batch, and count as they are.
 
     Raises:
         ValueError: if there are no samples.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}; check data.train")
-    return math.ceil(_batches(config.epochs, num_samples, config))
+    done = Fraction(start.position, config.global_batch_size)
+    return start.step + max(0, math.ceil(_batches(config.epochs, num_samples, config) - done))
 
 
 def _batches(epochs: float, num_samples: int, config: OptimConfig) -> Fraction:
@@ -64,7 +68,7 @@ def _cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_schedules(config: OptimConfig, num_samples: int) -> Schedules:
+def build_schedules(config: OptimConfig, num_samples: int, start: StreamStart = StreamStart()) -> Schedules:
     """Lay the curves out for a number of training samples."""
     warmup = round(_batches(config.warmup_epochs, num_samples, config))
-    return Schedules(total_steps=total_steps(config, num_samples), warmup_steps=warmup, config=config)
+    return Schedules(total_steps=total_steps(config, num_samples, start), warmup_steps=warmup, config=config)

@@ -25,6 +25,8 @@ from pipelines.config import check
 Config = TypeVar("Config")
 
 FINGERPRINTED = ("seed", "data", "views", "mask", "model", "objective", "optim")
+# what of it decides the data stream and not the networks
+_STREAM = ("seed", "data.", "views.", "mask.", "optim.global_batch_size")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -146,9 +148,14 @@ def save_config(config: RunConfig, path: Path) -> None:
 def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     """Return what decides the run's result, flat: dotted names and values, shards by content instead of by path."""
     flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINTED}))
-    del flat["data.val"]
+    del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
     return flat
+
+
+def is_of_the_stream(name: str) -> bool:
+    """Return whether an entry of the fingerprint only decides which data comes: such may change with a new epoch."""
+    return name.startswith(_STREAM)
 
 
 def digest(flat: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Train one run: `python -m iwm_fast.train RUN.yaml key=value ...`, alone, under torchrun or the DeepSpeed launcher."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed
-from iwm_fast.config import OutputConfig, RunConfig, accumulation_steps
+from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
@@ -20,7 +21,8 @@ from iwm_fast.metrics import MetricWriter, describe_run
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.objective import Objective
 from iwm_fast.optim import build_optimizer
-from iwm_fast.schedules import Schedules, build_schedules
+from iwm_fast.resume import resume
+from iwm_fast.schedules import build_schedules
 from iwm_fast.settings import fingerprint, load_config, save_config
 from iwm_fast.step import StepReport, train_step
 from iwm_fast.teacher import Teacher
@@ -43,7 +45,6 @@ class Trainer:
     engine: Engine
     teacher: Teacher
     objective: Objective
-    schedules: Schedules
     folder: Path
 
 
@@ -71,7 +72,6 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),
-        schedules=build_schedules(config.optim, shards.num_samples),
         folder=Path(config.output.folder),
     )
 
@@ -79,20 +79,22 @@ def build_trainer(config: RunConfig, place: Place) -> Trainer:
 def train(trainer: Trainer) -> Progress:
     """Run from the newest checkpoint, or the start, to the last step."""
     config, place = trainer.config, trainer.place
-    progress = resume(trainer)
-    total_steps = trainer.schedules.total_steps
+    num_samples = trainer.shards.num_samples
+    progress = resume(config, trainer.fingerprint, num_samples, engine=trainer.engine, teacher=trainer.teacher)
+    schedules = build_schedules(config.optim, num_samples, progress.start)
+    total_steps = schedules.total_steps
     if progress.step >= total_steps:
         log.info("%s is finished: %d steps", trainer.folder, total_steps)
         return progress
     writer = open_folder(trainer, progress) if place.rank == 0 else None
     _, accumulation = accumulation_steps(config, place.world_size)
-    loader = training_loader(config, trainer.shards, place, progress.step)
-    window = LogWindow(trainer.schedules, config.optim.global_batch_size, place.device)
+    loader = training_loader(config, trainer.shards, place, progress.step, progress.start)
+    window = LogWindow(schedules, config.optim.global_batch_size, place.device)
     skipped_in_a_row = 0
     try:
         while progress.step < total_steps:
             report = train_step(
-                trainer.engine, trainer.teacher, trainer.objective, loader, trainer.schedules,
+                trainer.engine, trainer.teacher, trainer.objective, loader, schedules,
                 applied_steps=progress.applied_steps, accumulation=accumulation,
             )  # fmt: skip
             progress.step += 1
@@ -115,44 +117,6 @@ def train(trainer: Trainer) -> Progress:
     return progress
 
 
-def resume(trainer: Trainer) -> Progress:
-    """Load the newest checkpoint if there is one and the run may continue it.
-
-    Raises:
-        ValueError: if the folder holds a run and output.resume is never.
-        CheckpointError: if the checkpoint is damaged or belongs to other settings.
-    """
-    newest = distributed.on_rank_zero(lambda: find_start(trainer.config.output, trainer.fingerprint))
-    if newest is None:
-        return Progress()
-    saved = checkpoints.read(newest, trainer.fingerprint)
-    checkpoints.restore(saved, trainer.engine)
-    trainer.teacher.load_state_dict(saved.teacher_state)
-    log.info("going on from %s", newest)
-    return Progress(step=saved.step, applied_steps=saved.applied_steps)
-
-
-def find_start(output: OutputConfig, fingerprint: dict[str, Any]) -> Path | None:
-    """Return the checkpoint to go on from, None to start anew.
-
-    Raises:
-        ValueError: if the folder holds a run and output.resume is never.
-        CheckpointError: if the checkpoint is damaged or belongs to other settings.
-    """
-    folder = Path(output.folder)
-    newest = checkpoints.newest(folder)
-    is_used = newest is not None or (folder / "metrics.jsonl").exists()
-    if is_used and output.resume == "never":
-        raise ValueError(
-            f"output.folder = {output.folder!r} already holds a run; "
-            "name another folder, or say output.resume=auto to go on with it"
-        )
-    if newest is not None:
-        # read here for its errors: one message from rank 0 instead of one from each
-        checkpoints.read(newest, fingerprint)
-    return newest
-
-
 def save(trainer: Trainer, progress: Progress) -> None:
     """Write a checkpoint; every rank takes part."""
     checkpoints.write(
@@ -163,6 +127,7 @@ def save(trainer: Trainer, progress: Progress) -> None:
         applied_steps=progress.applied_steps,
         fingerprint=trainer.fingerprint,
         place=trainer.place,
+        counters={"stream": dataclasses.asdict(progress.start), "num_samples": trainer.shards.num_samples},
     )
 
 

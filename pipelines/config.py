@@ -46,6 +46,8 @@ class DataConfig:
     """Validation shards, written like data.train; only evaluations read them."""
     shuffle_window: int = 16
     """Shards whose samples are mixed together. Larger mixes better, smaller reads fewer files at a time."""
+    restart_epoch: bool = False
+    """Go on with a run though seed, global batch, shards, views or masks have changed: its current epoch begins anew."""
 
     def __post_init__(self) -> None:
         check(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")

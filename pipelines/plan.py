@@ -35,6 +35,16 @@ class Request:
     target: RaggedIndex
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamStart:
+    """Where the stream of samples begins: for ever at the beginning, unless an epoch was begun again."""
+
+    step: int = 0
+    """First step under the present settings."""
+    position: int = 0
+    """Its first position in the endless order: a multiple of the number of samples."""
+
+
 class EndOfPlanError(Exception):
     """There is no such micro-batch: the plan ends before it."""
 
@@ -64,7 +74,7 @@ class Plan(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """The endless stream: position = step * global batch + slot, whoever asks."""
+    """The endless stream: position = step * global batch + slot, counted from its start, whoever asks."""
 
     views: ViewConfig
     mask: MaskConfig
@@ -76,6 +86,7 @@ class TrainingPlan:
     micro_batch_size: int
     rank: int
     world_size: int
+    start: StreamStart = StreamStart()
 
     @property
     def largest(self) -> int:
@@ -88,7 +99,7 @@ class TrainingPlan:
         step, micro = divmod(index, accumulation)
         first = (micro * self.world_size + self.rank) * self.micro_batch_size
         slots = np.arange(first, first + self.micro_batch_size)
-        samples = self.order.samples_at(step * self.global_batch_size + slots)
+        samples = self._samples(step, slots)
         # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
         masks = draw_masks(self.mask, self.grid, self.seed, step, np.arange(self.global_batch_size))
         return Request(
@@ -104,7 +115,11 @@ class TrainingPlan:
     def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return the samples of the following slots of the global batch: ranks and micro-batches do not matter."""
         following = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
-        return self.order.samples_at(request.step * self.global_batch_size + following)
+        return self._samples(request.step, following)
+
+    def _samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
+        first = self.start.position + (step - self.start.step) * self.global_batch_size
+        return self.order.samples_at(first + slots)
 
 
 @dataclass(frozen=True, kw_only=True)

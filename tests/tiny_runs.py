@@ -12,6 +12,7 @@ from iwm_fast.config import (
     RuntimeConfig,
 )
 from iwm_fast.data import training_loader
+from iwm_fast.schedules import build_schedules
 from iwm_fast.step import train_step
 from iwm_fast.train import build_trainer
 from pipelines.config import DataConfig, ViewConfig
@@ -37,11 +38,12 @@ def tiny_run(shards, folder: Path, *, engine: str = "plain", depth: int = 1, **r
 def losses(place, config: RunConfig, steps: int = 3) -> tuple[list[float], list[float]]:
     """Return loss and gradient norm of the first steps, without writing anything."""
     trainer = build_trainer(config, place)
+    schedules = build_schedules(config.optim, trainer.shards.num_samples)
     loader = training_loader(config, trainer.shards, place)
     accumulation = config.optim.global_batch_size // (config.runtime.micro_batch_size or config.optim.global_batch_size)
     reports = [
         train_step(
-            trainer.engine, trainer.teacher, trainer.objective, loader, trainer.schedules,
+            trainer.engine, trainer.teacher, trainer.objective, loader, schedules,
             applied_steps=step, accumulation=accumulation,
         )
         for step in range(steps)

@@ -47,7 +47,7 @@ def write(folder, step, scale=1.0, **others):
 def test_what_was_written_is_read_back_bit_equal(tmp_path):
     odd = torch.tensor([1e-45, -0.0, 3.4e38, 1 / 3])
     folder = write(tmp_path, 7, engine_state={"weight/a.b": odd}, counters={"skipped": 2})
-    saved = checkpoint.read(folder, FINGERPRINT)
+    saved = checkpoint.read(folder)
     assert folder == tmp_path / "checkpoints" / "step-00000007" == saved.folder
     assert torch.equal(saved.engine_state["weight/a.b"].view(torch.int32), odd.view(torch.int32))
     assert saved.teacher_state.keys() == {"pos_embed"}
@@ -137,14 +137,23 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
 
 
 def test_other_settings_are_refused_with_every_key_that_differs(tmp_path):
-    folder = write(tmp_path, 1)
+    saved = checkpoint.read(write(tmp_path, 1)).fingerprint
+    assert checkpoint.differing_settings(saved, FINGERPRINT) == []
     current = FINGERPRINT | {"optim.lr": 2e-3, "seed": 5, "mask.new": 1}
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.read(folder, current)
+    for may_restart in (False, True):
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.differing_settings(saved, current, may_restart=may_restart)
     message = str(caught.value)
     for row in ("optim.lr: 0.001 -> 0.002", "seed: 0 -> 5", "mask.new: None -> 1", "output.folder"):
         assert row in message
-    assert "betas" not in message
+    assert "betas" not in message and "restart_epoch" not in message
+
+
+def test_settings_of_the_data_stream_may_differ_where_an_epoch_may_begin_anew():
+    current = FINGERPRINT | {"seed": 5, "views.new": 1}
+    with pytest.raises(CheckpointError, match=r"(?s)seed: 0 -> 5.*data.restart_epoch=true goes on"):
+        checkpoint.differing_settings(FINGERPRINT, current)
+    assert checkpoint.differing_settings(FINGERPRINT, current, may_restart=True) == ["seed", "views.new"]
 
 
 def test_another_format_is_refused(tmp_path):

@@ -17,10 +17,10 @@ from iwm_fast import distributed, world_model
 from iwm_fast.commit import CheckpointError
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
-from iwm_fast.logbook import Progress
 from iwm_fast.metrics import MetricWriter, read_metrics
+from iwm_fast.schedules import build_schedules
 from iwm_fast.step import train_step
-from iwm_fast.train import build_trainer, resume, run, train
+from iwm_fast.train import build_trainer, run, train
 from pipelines.config import DataConfig
 from tiny_runs import STEPS, losses, tiny_run
 
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_teacher(place, ti
             trainer.teacher,
             trainer.objective,
             batches,
-            trainer.schedules,
+            build_schedules(config.optim, trainer.shards.num_samples),
             applied_steps=0,
             accumulation=1,
         )
@@ -221,10 +221,6 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_teacher(place, ti
     assert not step(poisoned).is_applied
     assert_bit_equal(trainer.engine.state(), before)
     assert_bit_equal(trainer.teacher.state_dict(), teacher)
-
-
-def test_a_fresh_folder_starts_at_step_zero(place, tiny_shards, tmp_path):
-    assert resume(build_trainer(tiny_run(tiny_shards, tmp_path / "new"), place)) == Progress()
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):

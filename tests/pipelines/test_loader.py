@@ -150,6 +150,18 @@ def test_starting_in_the_middle_gives_the_batches_of_a_straight_run(shards, back
         assert_same_batch(first, second)
 
 
+def test_going_on_with_other_ranks_micro_batches_and_threads_gives_the_same_batches(shards):
+    straight = take(training_plan(shards), shards, 5)
+    parts = [
+        # two ranks of two micro-batches each, from step 3 on
+        take(training_plan(shards, rank=rank, world_size=2, micro=8), shards, 4, first=6, reader_threads=3, prefetch=1)
+        for rank in (0, 1)
+    ]
+    for step in (3, 4):
+        of_step = [part for rank in parts for part in rank if part.step == step]
+        assert_same_batch(straight[step], join(of_step))
+
+
 def test_every_sample_comes_once_per_epoch_though_batches_straddle_epochs(shards):
     batches = take(training_plan(shards), shards, 6)  # 192 = 4 epochs of 48
     seen = torch.cat([batch.sample for batch in batches]).view(4, 48)
