@@ -158,7 +158,7 @@ class RuntimeConfig:
     """Share of the JPEGs that a GPU's own decoder takes, 0 to 1; unset: DALI's 0.65. Only where DALI has a GPU."""
     decoder_preallocate: tuple[int, int] | None = None
     """Width and height in pixels for which a GPU's own decoder makes room at the start; unset: as images come."""
-    max_bad_samples: float = 0.01
+    max_bad_samples: float = 0.02
     """How many undecodable samples a rank replaces by others of the same batch before it stops: a count from 1 on,
     below 1 a share of all samples."""
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from iwm_fast.metrics import read_metrics
+from samples import encode, photograph, write_tar
 
 pytestmark = pytest.mark.launcher
 
@@ -115,6 +116,26 @@ def test_a_fault_in_the_settings_is_one_message_under_the_launcher(run_yaml, tmp
     printed = done.stdout + done.stderr
     assert printed.count("error (rank") == 1 and message in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_go_on_though_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
+    jpeg = [encode(photograph("coffee.png")[place : place + 64, place : place + 64]) for place in range(100)]
+    jpeg[17], jpeg[60] = jpeg[17][: len(jpeg[17]) // 2], b"<html>not found</html>"
+    for shard in range(2):
+        members = [(f"{shard}-{place:02}.jpg", content) for place, content in enumerate(jpeg) if place != 17 or shard]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    settings = [f"data.train={tmp_path}/{{0..1}}.tar", "optim.epochs=1", "optim.warmup_epochs=0.5"]
+    done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'run'}", "output.log_every=1", *settings)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    bad = ("0.tar:0-60", "1.tar:1-17", "1.tar:1-60")
+    assert all(printed.count(f"cannot decode {tmp_path}/{name}") == 1 for name in bad), printed
+    assert sum(row["data/replaced_samples"] for row in read_metrics(tmp_path / "run")) == 3
+    # which of the ranks met how many depends on the order: none may
+    done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'strict'}", "runtime.max_bad_samples=0", *settings)
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0 and "bad sample 1 and runtime.max_bad_samples = 0 allows 0 per rank" in printed
+    assert any(f"{name[:5]}: sample '{name[6:]}'" in printed for name in bad)
 
 
 @pytest.mark.slow
