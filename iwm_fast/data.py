@@ -7,7 +7,7 @@ from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, StreamStart, TrainingPlan
+from pipelines.plan import EvaluationPlan, Stream, StreamStart, TrainingPlan
 from pipelines.shards import ShardSet
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
@@ -18,21 +18,28 @@ def training_loader(
     config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = StreamStart()
 ) -> Loader:
     """Build this rank's endless stream from the given step on."""
-    micro_batch_size, accumulation = accumulation_steps(config, place.world_size)
-    sizes = [len(shard.keys) for shard in shards.shards]
+    _, accumulation = accumulation_steps(config, place.world_size)
     plan = TrainingPlan(
         views=config.views,
         mask=config.mask,
         seed=config.seed,
         grid=config.grid,
-        order=SampleOrder(sizes, config.seed, config.data.shuffle_window),
+        stream=training_stream(config, shards, place, start),
+    )
+    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+
+
+def training_stream(config: RunConfig, shards: ShardSet, place: Place, start: StreamStart) -> Stream:
+    """Return this rank's share of the order of the training samples."""
+    micro_batch_size, _ = accumulation_steps(config, place.world_size)
+    return Stream(
+        order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=micro_batch_size,
         rank=place.rank,
         world_size=place.world_size,
         start=start,
     )
-    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
 
 
 def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:

@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float32, Float64, Int32
 
-from pipelines.config import CROP_ENTRIES, FLIP_ENTRY, ViewConfig
+from pipelines.config import CROP_ENTRIES, FLIP_ENTRY, RandAugmentConfig, ViewConfig
 from pipelines.draws import uniforms
 
 LUMA = (0.299, 0.587, 0.114)
@@ -69,6 +69,29 @@ class Draws:
     """Whether the source is mirrored against the target."""
     source: Photometry
     target: Photometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentDraws:
+    """What RandAugment does to B images, n operations each."""
+
+    operation: Int32[np.ndarray, "B n"]
+    """Which of the operations."""
+    is_negated: Int32[np.ndarray, "B n"]
+    """1 where it goes the other way: left instead of right, darker instead of brighter."""
+
+
+NUM_OPERATIONS = 14
+"""Operations of RandAugment; the graph checks that DALI knows as many."""
+
+
+def draw_augment(config: RandAugmentConfig, seed: int, step: int, slots: np.ndarray) -> AugmentDraws:
+    """Draw operations and their directions for the given slots of a step."""
+    uniform = uniforms(seed, "rand augment", step, slots, 2 * config.num_operations)
+    operation, direction = uniform[:, : config.num_operations], uniform[:, config.num_operations :]
+    return AugmentDraws(
+        operation=(operation * NUM_OPERATIONS).astype(np.int32), is_negated=(direction < 0.5).astype(np.int32)
+    )
 
 
 def neutral_photometry(num_images: int) -> Photometry:

@@ -136,6 +136,20 @@ class ViewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandAugmentConfig:
+    """How an image is changed for finetuning, where nobody has to know what was done. Source: arXiv 1909.13719."""
+
+    num_operations: int = 2
+    """Operations applied one after the other, each drawn from 14."""
+    magnitude: int = 9
+    """Strength of all of them, 0 to 30."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.num_operations <= 14, "num_operations", self.num_operations, "be between 1 and 14")
+        check(0 <= self.magnitude <= 30, "magnitude", self.magnitude, "be between 0 and 30")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """Which patches of the source view are hidden and have to be predicted."""
 

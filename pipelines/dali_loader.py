@@ -1,7 +1,7 @@
 """The fast path: ranged reads in threads, DALI's graph, several batches ahead."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.augment_graph import augment_parameters, build_augment_graph
 from pipelines.batch import Batch
 from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
 from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
@@ -55,11 +56,16 @@ class DaliLoader:
         for _ in range(settings.graph.prefetch + settings.read_ahead):
             self._plan_ahead()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graph = build_graph(self._settings, self._feed)
+        self._graph = self._build(self._settings, self._feed)
         self._spare_graph: Any = None
         # a thread of its own runs the graph and assembles, so that the caller's time goes into training
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(self._settings.prefetch))
+
+    def _build(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
+        if self._plan.augment is not None:
+            return build_augment_graph(settings, self._plan.augment, next_inputs)
+        return build_graph(settings, next_inputs)
 
     def _plan_ahead(self) -> None:
         self._planned.append(self._planner.submit(self._start_reading, self._next))
@@ -81,8 +87,11 @@ class DaliLoader:
         return self._inputs(self._in_graph[-1])
 
     def _inputs(self, read: _Read) -> tuple[Any, ...]:
+        draws, augment = read.request.draws, read.request.augment
+        if augment is not None:
+            return read.encoded, *augment_parameters(draws, augment)
         has_geometry = self._plan.views.has_source_geometry
-        return read.encoded, *graph_parameters(read.request.draws, has_source_geometry=has_geometry)
+        return read.encoded, *graph_parameters(draws, has_source_geometry=has_geometry)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -131,7 +140,7 @@ class DaliLoader:
         self._in_graph[0] = _Read(request=request, encoded=encoded)
         if self._spare_graph is None:
             settings = replace(self._settings, prefetch=1)
-            self._spare_graph = build_graph(settings, lambda: self._inputs(self._in_graph[0]))
+            self._spare_graph = self._build(settings, lambda: self._inputs(self._in_graph[0]))
         return self._run(self._spare_graph)
 
     def _as_tensor(self, outputs: Any) -> Tensor:

@@ -49,12 +49,13 @@ def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: 
     """Build a loader that delivers the plan's micro-batches from number `first` on.
 
     Raises:
-        ValueError: if a setting of a GPU's decoder is given and no GPU decodes.
+        ValueError: if a setting of a GPU's decoder is given and no GPU decodes, or the torch loader has to augment.
     """
     is_on_gpu = settings.backend == "dali" and settings.device.type == "cuda"
     for name, value in (("hw_decoder_load", settings.hw_decoder_load), ("decoder_preallocate", settings.preallocate)):
         check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     if settings.backend == "torch":
+        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment")
         from pipelines.torch_loader import TorchLoader
 
         return TorchLoader(plan, shards, first=first, max_bad_samples=settings.max_bad_samples, device=settings.device)

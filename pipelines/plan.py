@@ -4,7 +4,7 @@ A plan is a pure function from the micro-batch's number to a `Request`; loaders 
 need no state, and the same request gives the same batch on any of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,9 +12,17 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from pipelines.actions import Draws, action_vector, clean_draws, draw, source_geometry
+from pipelines.actions import (
+    AugmentDraws,
+    Draws,
+    action_vector,
+    clean_draws,
+    draw,
+    draw_augment,
+    source_geometry,
+)
 from pipelines.batch import Batch, RaggedIndex, normalize_view
-from pipelines.config import MaskConfig, ViewConfig
+from pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
 from pipelines.masks import all_patches, draw_masks, ragged_index
 from pipelines.order import SampleOrder
 from pipelines.shards import ShardSet
@@ -33,6 +41,8 @@ class Request:
     draws: Draws
     context: RaggedIndex
     target: RaggedIndex
+    augment: AugmentDraws | None = None
+    """Given for finetuning: then source and target view are the same augmented image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,11 @@ class Plan(Protocol):
         ...
 
     @property
+    def augment(self) -> RandAugmentConfig | None:
+        """What RandAugment does, for finetuning only."""
+        ...
+
+    @property
     def largest(self) -> int:
         """Most images of one request."""
         ...
@@ -73,14 +88,9 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """The endless stream: position = step * global batch + slot, counted from its start, whoever asks."""
+class Stream:
+    """One rank's share of the endless order: position = step * global batch + slot, counted from its start."""
 
-    views: ViewConfig
-    mask: MaskConfig
-    seed: int
-    grid: int
-    """Patches along one side of a view."""
     order: SampleOrder
     global_batch_size: int
     micro_batch_size: int
@@ -88,20 +98,47 @@ class TrainingPlan:
     world_size: int
     start: StreamStart = StreamStart()
 
-    @property
-    def largest(self) -> int:
-        """Most images of one request."""
-        return self.micro_batch_size
-
-    def request(self, index: int) -> Request:
-        """Return micro-batch number `index` of this rank, counted from step 0."""
+    def place(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
+        """Return step and slots of this rank's micro-batch number `index`, counted from step 0."""
         accumulation = self.global_batch_size // (self.micro_batch_size * self.world_size)
         step, micro = divmod(index, accumulation)
         first = (micro * self.world_size + self.rank) * self.micro_batch_size
-        slots = np.arange(first, first + self.micro_batch_size)
-        samples = self._samples(step, slots)
+        return step, np.arange(first, first + self.micro_batch_size)
+
+    def samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
+        """Return what the order puts into slots of a step."""
+        first = self.start.position + (step - self.start.step) * self.global_batch_size
+        return self.order.samples_at(first + slots)
+
+    def following(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the slots behind an image's in the global batch: the same for any ranks."""
+        slots = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
+        return self.samples(request.step, slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Pretraining: two views and masks for every slot of the stream, whoever asks."""
+
+    views: ViewConfig
+    mask: MaskConfig
+    seed: int
+    grid: int
+    """Patches along one side of a view."""
+    stream: Stream
+    augment: None = None
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        return self.stream.micro_batch_size
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index` of this rank, counted from step 0."""
+        step, slots = self.stream.place(index)
+        samples = self.stream.samples(step, slots)
         # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
-        masks = draw_masks(self.mask, self.grid, self.seed, step, np.arange(self.global_batch_size))
+        masks = draw_masks(self.mask, self.grid, self.seed, step, np.arange(self.stream.global_batch_size))
         return Request(
             step=step,
             slots=slots,
@@ -113,13 +150,46 @@ class TrainingPlan:
         )
 
     def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return the samples of the following slots of the global batch: ranks and micro-batches do not matter."""
-        following = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
-        return self._samples(request.step, following)
+        """Return the samples of the following slots of the global batch."""
+        return self.stream.following(request, image)
 
-    def _samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
-        first = self.start.position + (step - self.start.step) * self.global_batch_size
-        return self.order.samples_at(first + slots)
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan:
+    """Finetuning: one augmented crop for every slot of the stream, all patches, no action."""
+
+    views: ViewConfig
+    """Size, crop and flip are used; photometry is RandAugment's."""
+    augment: RandAugmentConfig
+    seed: int
+    grid: int
+    stream: Stream
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        return self.stream.micro_batch_size
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index` of this rank, counted from step 0."""
+        step, slots = self.stream.place(index)
+        samples = self.stream.samples(step, slots)
+        drawn = draw(self.views, self.seed, step, slots)
+        everything = all_patches(len(slots), self.grid * self.grid)
+        return Request(
+            step=step,
+            slots=slots,
+            samples=samples,
+            planned=samples,
+            draws=replace(clean_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
+            context=everything,
+            target=everything,
+            augment=draw_augment(self.augment, self.seed, step, slots),
+        )
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the following slots of the global batch."""
+        return self.stream.following(request, image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +200,7 @@ class EvaluationPlan:
     grid: int
     samples: Int64[np.ndarray, "samples"]
     micro_batch_size: int
+    augment: None = None
 
     @property
     def largest(self) -> int:

@@ -9,7 +9,7 @@ from pipelines.batch import Batch, RaggedIndex, denormalize_view, normalize_view
 from pipelines.config import MaskConfig, ViewConfig
 from pipelines.loader import LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, TrainingPlan
+from pipelines.plan import EvaluationPlan, Stream, TrainingPlan
 from pipelines.shards import ShardSet, open_shards
 from pipelines.tar_index import ShardError
 from samples import encode, photograph, write_tar
@@ -26,11 +26,13 @@ def training_plan(
         mask=MaskConfig(),
         seed=seed,
         grid=8,
-        order=SampleOrder([len(shard.keys) for shard in shards.shards], seed, 2),
-        global_batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=world_size,
+        stream=Stream(
+            order=SampleOrder([len(shard.keys) for shard in shards.shards], seed, 2),
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=micro,
+            rank=rank,
+            world_size=world_size,
+        ),
     )
 
 

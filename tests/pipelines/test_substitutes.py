@@ -12,7 +12,7 @@ from pipelines.batch import Batch
 from pipelines.config import MaskConfig, ViewConfig
 from pipelines.loader import LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, TrainingPlan
+from pipelines.plan import EvaluationPlan, Stream, TrainingPlan
 from pipelines.shards import ShardSet, open_shards
 from pipelines.substitutes import looks_whole
 from pipelines.tar_index import ShardError
@@ -57,10 +57,10 @@ def shards_with(folder, bad: dict[int, bytes], count: int = 24) -> ShardSet:
 
 def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH) -> TrainingPlan:
     order = SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3)
-    return TrainingPlan(
-        views=ViewConfig(size=32), mask=MaskConfig(), seed=0, grid=4, order=order,
-        global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, rank=rank, world_size=world_size,
-    )  # fmt: skip
+    stream = Stream(
+        order=order, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, rank=rank, world_size=world_size
+    )
+    return TrainingPlan(views=ViewConfig(size=32), mask=MaskConfig(), seed=0, grid=4, stream=stream)
 
 
 def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float = 100.0) -> list[Batch]:

@@ -1,0 +1,82 @@
+"""The DALI graph of finetuning: encoded bytes and draws in, one crop changed by RandAugment out.
+
+DALI's operations, our draws: which operation and in which direction enters as data, so that a batch is a function of
+(seed, step, slot) here, too.
+"""
+
+# DALI's graph nodes are typed too loosely to check
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+
+import warnings
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from nvidia.dali.pipeline import Pipeline
+
+from pipelines.actions import NUM_OPERATIONS, AugmentDraws, Draws
+from pipelines.config import RandAugmentConfig
+from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, to_square
+
+_INPUTS = {
+    "encoded": (types.UINT8, 1),
+    "crop": (types.FLOAT, 1),
+    "flip": (types.INT32, 0),
+    "operation": (types.INT32, 1),
+    "is_negated": (types.INT32, 1),
+}
+_DTYPES, _DIMENSIONS = (list(column) for column in zip(*_INPUTS.values(), strict=True))
+# as the suite's own magnitudes: 31 steps; shifts go up to 100 of 224 pixels
+_NUM_MAGNITUDES, _LARGEST_SHIFT = 31, 100 / 224
+_FILL = 128
+
+
+def augment_parameters(draws: Draws, augment: AugmentDraws) -> tuple[np.ndarray, ...]:
+    """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images."""
+    return draws.crop, draws.flip.astype(np.int32), augment.operation, augment.is_negated
+
+
+def build_augment_graph(
+    settings: GraphSettings, augment: RandAugmentConfig, next_inputs: Callable[[], tuple[Any, ...]]
+) -> Pipeline:
+    """Build the pipeline; it calls `next_inputs` once per batch and returns what `build_graph`'s does, both views alike."""
+    # DALI's suite calls operators of its own library by their former names, and no filter hides that
+    with warnings.catch_warnings(record=True) as caught:
+        graph = _augmented_view(
+            next_inputs,
+            settings,
+            augment,
+            batch_size=settings.max_batch_size,
+            num_threads=settings.num_threads,
+            device_id=settings.device_id,
+            prefetch_queue_depth=settings.prefetch,
+        )
+    for other in (warning for warning in caught if warning.category is not DeprecationWarning):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    graph.build()
+    return graph
+
+
+@pipeline_def(enable_conditionals=True)
+@no_type_check  # DALI rewrites the function's code and wants it bare
+def _augmented_view(next_inputs, settings, augment):
+    encoded, crop, flip, operation, is_negated = fn.external_source(
+        source=next_inputs, num_outputs=len(_INPUTS), batch=True, dtype=_DTYPES, ndim=_DIMENSIONS
+    )
+    window = crop_window_nodes(crop, fn.peek_image_shape(encoded, dtype=types.FLOAT))
+    view = fn.flip(to_square(decode_window(encoded, window, settings), settings.views.size), horizontal=flip)
+    suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _LARGEST_SHIFT))
+    assert len(suite) == NUM_OPERATIONS, f"this DALI has {len(suite)} operations of RandAugment"
+    for number in range(augment.num_operations):
+        view = select(
+            suite,
+            operation[number],
+            data=view,
+            magnitude_bin=signed_bin(augment.magnitude, random_sign=is_negated[number]),
+            num_magnitude_bins=_NUM_MAGNITUDES,
+            fill_value=_FILL,
+        )
+    return view, view, window, window
