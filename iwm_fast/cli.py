@@ -25,6 +25,12 @@ def _run_config() -> Any:
     return RunConfig
 
 
+def _pack_config() -> Any:
+    from pipelines.config import PackConfig
+
+    return PackConfig
+
+
 def _eval_config(name: str) -> Callable[[], Any]:
     def find() -> Any:
         from iwm_fast.evals import config
@@ -92,6 +98,13 @@ def _imagine(arguments: list[str]) -> None:
     print(imagine(config))
 
 
+def _replay(arguments: list[str]) -> None:
+    config = _build("ReplayConfig", arguments)
+    from iwm_fast.replay import replay
+
+    print(replay(config))
+
+
 def _shards_demo(arguments: list[str]) -> None:
     (folder,) = _exactly(arguments, "a folder to write to")
     from pathlib import Path
@@ -102,12 +115,13 @@ def _shards_demo(arguments: list[str]) -> None:
 
 
 def _shards_pack(arguments: list[str]) -> None:
-    source, folder = _exactly(arguments, "an image folder with one subfolder per class", "a folder to write to")
+    source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
     from pathlib import Path
 
+    from iwm_fast.settings import build
     from pipelines.make_shards import pack_folder
 
-    for path in pack_folder(Path(source), Path(folder)):
+    for path in pack_folder(Path(source), Path(folder), build(_pack_config(), {}, arguments[2:])):
         print(path)
 
 
@@ -137,10 +151,12 @@ COMMANDS = {
                             summary="k nearest neighbours on frozen features, beside an untrained encoder"),
     "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),
                        summary="draw source, asked-for change and what the prediction retrieves"),
+    "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_eval_config("ReplayConfig"),
+                      summary="render the views of a logged step again, as training saw them"),
     "shards demo": Command(usage="FOLDER", act=_shards_demo,
                            summary="write the demo's shards from photographs bundled with its dependencies"),
-    "shards pack": Command(usage="IMAGE_FOLDER FOLDER", act=_shards_pack,
-                           summary="write shards from an image folder with one subfolder per class"),
+    "shards pack": Command(usage="IMAGE_FOLDER FOLDER [key=value ...]", act=_shards_pack, settings=_pack_config,
+                           summary="write shards from an image folder, with or without one subfolder per class"),
     "shards check": Command(usage="SHARDS", act=_shards_check,
                             summary="decode every sample once, report, and leave out what cannot be read"),
     "demo": Command(usage="[key=value ...]", act=_demo,

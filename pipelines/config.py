@@ -171,5 +171,18 @@ class MaskConfig:
             check_range("mask.context_scale", self.context_scale, 0.01, 1.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How an image folder becomes shards."""
+
+    samples_per_shard: int = 1000
+    """Images of one tar."""
+    classes: str = ""
+    """A classes.json written for other shards (train), whose class numbers are to be used (val); unset: by name."""
+
+    def __post_init__(self) -> None:
+        check(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
+
+
 Backend = Literal["dali", "torch"]
 """Which loader renders the views: DALI's graph, or the plain twin."""

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from webdataset.writer import ShardWriter
 
-from pipelines.config import IMAGE_EXTENSIONS, check
+from pipelines.config import IMAGE_EXTENSIONS, PackConfig, check
 from pipelines.draws import random_bits, uniforms
 
 LOG = logging.getLogger(__name__)
@@ -46,55 +46,63 @@ DEMO_JPEG_QUALITY = 90
 GREY_CHROMA = 6.0
 
 
-def pack_folder(source: Path, destination: Path, *, samples_per_shard: int = 1000, seed: int = 0) -> list[Path]:
-    """Pack an image folder (one subfolder per class) into shards; the image files' bytes stay as they are.
+def pack_folder(source: Path, destination: Path, config: PackConfig = PackConfig(), seed: int = 0) -> list[Path]:
+    """Pack an image folder into shards; the image files' bytes stay as they are.
 
-    Labels are 0 .. K-1 in the order of the subfolders' names, written to `classes.json`; `.json` members hold class and
-    file name. Images are written in a fixed random order, because shuffling in training mixes only a few shards.
+    With one subfolder per class, labels are 0 .. K-1 in the order of the subfolders' names, written to `classes.json`;
+    images that lie in the folder itself get none. `.json` members hold class and file name. Images are written in a
+    fixed random order, because shuffling in training mixes only a few shards.
 
     Raises:
-        FileNotFoundError: if the source, its subfolders or images in them are missing.
+        FileNotFoundError: if the source, or images in it, or the list of classes are missing.
         FileExistsError: if the destination already holds something.
-        ValueError: if images lie beside the class folders, or one is empty.
+        ValueError: if some images have classes and others none, one is empty, or a class is not in the list.
     """
-    check(samples_per_shard >= 1, "samples_per_shard", samples_per_shard, "be at least 1")
-    classes = _class_folders(source)
-    files = [(label, path) for label, name in enumerate(classes) for path in _images(source / name)]
+    classes = _class_names(source, config.classes)
+    folders = classes or [""]
+    present = [name for name in folders if (source / name).is_dir()]
+    files = [(folders.index(name), path) for name in present for path in _images(source / name)]
     if not files:
         accepted = ", ".join(IMAGE_EXTENSIONS)
-        raise FileNotFoundError(f"class folders of {source} hold no images: accepted extensions are {accepted}")
+        raise FileNotFoundError(f"{source} holds no images: accepted extensions are {accepted}")
     order = np.argsort(random_bits(seed, "pack order", np.arange(len(files))), kind="stable")
 
     def samples() -> Iterator[dict[str, str | bytes]]:
         for number, (label, path) in enumerate(files[index] for index in order):
             content = path.read_bytes()
             check(len(content) > 0, f"size of {path}", 0, "be at least 1 byte: replace or remove the file")
-            note = {"class": classes[label], "file": path.relative_to(source).as_posix()}
+            note = {"file": path.relative_to(source).as_posix()} | ({"class": classes[label]} if classes else {})
             extension = path.suffix[1:].lower()
-            yield _sample(f"{number:08d}_{_sanitize(path.stem)}", label, note, {extension: content})
+            key = f"{number:08d}_{_sanitize(path.stem)}"
+            yield _sample(key, label if classes else None, note, {extension: content})
 
     with _publish(destination) as staging:
-        _write_shards(staging / "shard", samples(), samples_per_shard)
-        (staging / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+        _write_shards(staging / "shard", samples(), config.samples_per_shard)
+        if classes:
+            (staging / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
     return sorted(destination.glob("shard-*.tar"))
 
 
-def _class_folders(source: Path) -> list[str]:
+def _class_names(source: Path, given: str) -> list[str]:
+    """Return the classes in the order of their numbers, none if the images lie in the folder itself."""
     if not source.is_dir():
         raise FileNotFoundError(f"image folder {source} does not exist or is no folder")
     entries = sorted(entry for entry in source.iterdir() if not entry.name.startswith("."))
     loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
-    where = f"{source}/CLASS/IMAGE"
-    if loose:
-        raise ValueError(f"images must lie in class folders, as {where}; {len(loose)} do not, the first is {loose[0]}")
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if not classes:
-        raise FileNotFoundError(f"image folder {source} has no class folders: images must lie in {where}")
-    return classes
+    names = [entry.name for entry in entries if entry.is_dir()]
+    if loose and (names or given):
+        what = f"{len(loose)} images lie in {source} itself, the first is {loose[0]}"
+        raise ValueError(f"{what}; either each lies in a class folder, {source}/CLASS/IMAGE, or none")
+    if not given:
+        return names
+    known = json.loads(Path(given).read_text())
+    unknown = [name for name in names if name not in known]
+    check(not unknown, f"class folders of {source}", unknown, f"be named in classes={given}, which lists {len(known)}")
+    return known
 
 
 def _images(folder: Path) -> list[Path]:
-    """List the images of a class, also in its subfolders, also behind links, by name."""
+    """List the images of a folder, also in its subfolders, also behind links, by name."""
     found = []
     for parent, _, names in os.walk(folder, followlinks=True):
         visible = [name for name in names if not name.startswith(".")]
@@ -103,7 +111,7 @@ def _images(folder: Path) -> list[Path]:
         if len(images) < len(visible):
             LOG.warning("%s: %d files that are no images left out", parent, len(visible) - len(images))
     if not found:
-        LOG.warning("class folder %s holds no images; its label stays unused", folder)
+        LOG.warning("folder %s holds no images", folder)
     return sorted(found)
 
 
@@ -116,8 +124,9 @@ def _sanitize(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:48]
 
 
-def _sample(key: str, label: int, note: dict, image: dict[str, bytes]) -> dict[str, str | bytes]:
-    return {"__key__": key, "cls": str(label).encode(), "json": json.dumps(note, sort_keys=True).encode(), **image}
+def _sample(key: str, label: int | None, note: dict, image: dict[str, bytes]) -> dict[str, str | bytes]:
+    members = {} if label is None else {"cls": str(label).encode()}
+    return {"__key__": key, **members, "json": json.dumps(note, sort_keys=True).encode(), **image}
 
 
 def _write_shards(prefix: Path, samples: Iterable[dict[str, str | bytes]], samples_per_shard: int) -> None:
