@@ -7,7 +7,8 @@ saturation s and hue h scale and rotate the chroma plane of YIQ:
 
 with G the projection on grey and R a quarter turn of chroma. T keeps the grey mean, so the four commute up to the one
 clamp at the end, and four numbers describe a view whatever their order. Hue therefore differs from torchvision's HSV
-hue, which changes luma. Neutral parameters give T = I exactly, and so bit-equal uint8 pixels.
+hue, which changes luma. Grayscale is the same map with s = 0: T = G. Neutral parameters give T = I exactly, and so
+bit-equal uint8 pixels.
 
 Geometry is shared by both views unless `views.source_crop` or `views.source_flip_probability` say otherwise; then the
 action also tells where in the target view the source view lies, and whether it is mirrored.
@@ -214,11 +215,12 @@ def source_geometry(
 
 
 def color_matrix(photometry: Photometry) -> Float32[np.ndarray, "B 3 3"]:
-    """Return b * c * T: the part of the jitter that multiplies a pixel (a column of red, green, blue)."""
+    """Return b * c * T: the part of jitter and grayscale that multiplies a pixel (a column of red, green, blue)."""
     parameters = {name: getattr(photometry, name).astype(np.float64)[:, None, None] for name in JITTER}
     angle = 2 * np.pi * parameters["hue"]
     turned = np.cos(angle) * (np.eye(3) - _GRAY) + np.sin(angle) * _QUARTER_TURN
-    matrix = _GRAY + parameters["saturation"] * turned
+    saturation = np.where(photometry.grayscale[:, None, None], 0.0, parameters["saturation"])
+    matrix = _GRAY + saturation * turned
     return (parameters["brightness"] * parameters["contrast"] * matrix).astype(np.float32)
 
 

@@ -19,9 +19,8 @@ from nvidia.dali.pipeline import Pipeline
 from pipelines.actions import LUMA, Draws, blur_radius, color_matrix, gray_gain
 from pipelines.config import ViewConfig
 
-_JITTER = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
+_COLOR = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
 _DESTROY = {
-    "gray_matrix": (types.FLOAT, 2),
     "blur_sigma": (types.FLOAT, 0),
     "blur_window": (types.INT32, 0),
     "solarize_from": (types.INT32, 0),
@@ -30,12 +29,11 @@ _INPUTS = {
     "encoded": (types.UINT8, 1),
     "crop": (types.FLOAT, 1),
     "flip": (types.INT32, 0),
-    **{f"target_{name}": kind for name, kind in _JITTER.items()},
-    **{f"source_{name}": kind for name, kind in (_JITTER | _DESTROY).items()},
+    **{f"target_{name}": kind for name, kind in _COLOR.items()},
+    **{f"source_{name}": kind for name, kind in (_COLOR | _DESTROY).items()},
 }
 # only where the source view has a place of its own
 _GEOMETRY = {"source_crop": (types.FLOAT, 1), "source_flip": (types.INT32, 0)}
-_TO_GRAY = np.tile(np.float32(LUMA), (3, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +60,11 @@ def graph_parameters(draws: Draws, *, has_source_geometry: bool = False) -> tupl
     the identity matrix, a window of one pixel, a threshold above all values.
     """
     source, target = draws.source, draws.target
-    gray_matrix = np.where(source.grayscale[:, None, None], _TO_GRAY, np.eye(3, dtype=np.float32))
     window = np.where(source.blur, 2 * blur_radius(source.blur_sigma) + 1, 1).astype(np.int32)
     solarize_from = np.where(source.solarize, 128, 256).astype(np.int32)
-    jitter = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
+    colors = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
-    photometry = (draws.crop, flip, *jitter, gray_matrix, source.blur_sigma, window, solarize_from)
+    photometry = (draws.crop, flip, *colors, source.blur_sigma, window, solarize_from)
     return (*photometry, draws.source_crop, source_flip) if has_source_geometry else photometry
 
 
@@ -105,9 +102,8 @@ def _two_views(data, settings):
         corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
         pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
         source = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
-    target_view = jitter_nodes(target, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
-    source_view = jitter_nodes(source, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
-    source_view = fn.coord_transform(source_view, M=data["source_gray_matrix"], dtype=types.UINT8)
+    target_view = recolor_nodes(target, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
+    source_view = recolor_nodes(source, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
     source_view = fn.gaussian_blur(source_view, sigma=data["source_blur_sigma"], window_size=data["source_blur_window"])
     source_view = solarize_nodes(source_view, data["source_solarize_from"], is_gpu=is_gpu)
     return source_view, target_view, window, inner
@@ -157,7 +153,7 @@ def to_square(pixels, size):
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
-def jitter_nodes(crop, matrix, gain, *, is_gpu):
+def recolor_nodes(crop, matrix, gain, *, is_gpu):
     """Apply the affine colour map: matrix times pixel plus gain times the grey mean, one clamp."""
     channel_means = fn.reductions.mean(crop, axes=[0, 1], dtype=types.FLOAT)
     gray_mean = fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))

@@ -39,9 +39,8 @@ def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"]
 
 
 def render(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
-    """Apply one view's parameters: jitter, then gray, blur and solarize where they are flagged."""
-    pixels = jitter(crop, photometry)
-    pixels = _where(photometry.grayscale, grayscale(pixels), pixels)
+    """Apply one view's parameters: jitter and grayscale, then blur and solarize where they are flagged."""
+    pixels = recolor(crop, photometry)
     flagged = np.flatnonzero(photometry.blur)
     if len(flagged):
         pixels = pixels.clone()
@@ -49,7 +48,7 @@ def render(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tens
     return _where(photometry.solarize, torch.where(pixels >= 128, 255 - pixels, pixels), pixels)
 
 
-def jitter(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
+def recolor(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
     """Apply the affine colour map of `pipelines.actions` with one clamp."""
     matrix = torch.from_numpy(color_matrix(photometry)).to(crop.device)
     gain = torch.from_numpy(gray_gain(photometry)).to(crop.device)
@@ -60,11 +59,6 @@ def jitter(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tens
     columns = matrix[:, None, None].unbind(dim=-1)
     mapped = red * columns[0] + green * columns[1] + blue * columns[2]
     return _to_uint8(mapped + (gain * gray_mean)[:, None, None, None])
-
-
-def grayscale(pixels: UInt8[Tensor, "B H W 3"]) -> UInt8[Tensor, "B H W 3"]:
-    """Replace each pixel by its luma, in three channels."""
-    return _to_uint8(_luma(pixels.float()))[..., None].expand_as(pixels).contiguous()
 
 
 def blur(pixels: UInt8[Tensor, "B H W 3"], sigma: Float32[np.ndarray, "B"]) -> UInt8[Tensor, "B H W 3"]:

@@ -89,8 +89,16 @@ def test_saturation_and_hue_keep_luma():
     np.testing.assert_allclose(np.array(LUMA) @ matrix, np.tile(LUMA, (64, 1)), atol=1e-6)
 
 
+def test_grayscale_is_the_color_map_without_chroma():
+    drawn = draw(ViewConfig(grayscale_probability=1.0, jitter_probability=1.0), 0, 0, np.arange(64)).source
+    factor = (drawn.brightness * drawn.contrast)[:, None, None]
+    np.testing.assert_allclose(color_matrix(drawn), factor * np.tile(LUMA, (64, 3, 1)), atol=1e-6)
+
+
 def test_a_full_turn_of_hue_is_two_half_turns():
-    config = ViewConfig(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, jitter_probability=1.0)
+    config = ViewConfig(
+        brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, jitter_probability=1.0, grayscale_probability=0.0
+    )
     turned = draw(config, 0, 0, np.arange(8)).source
     half = turned.__class__(**{**vars(turned), "hue": np.full(8, 0.5, np.float32)})
     np.testing.assert_allclose(color_matrix(half) @ color_matrix(half), np.tile(np.eye(3), (8, 1, 1)), atol=1e-5)
