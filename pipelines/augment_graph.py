@@ -19,7 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipelines.actions import NUM_OPERATIONS, AugmentDraws, Draws
 from pipelines.config import RandAugmentConfig
-from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, to_square
+from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, fed, to_square
 
 _INPUTS = {
     "encoded": (types.UINT8, 1),
@@ -28,7 +28,6 @@ _INPUTS = {
     "operation": (types.INT32, 1),
     "is_negated": (types.INT32, 1),
 }
-_DTYPES, _DIMENSIONS = (list(column) for column in zip(*_INPUTS.values(), strict=True))
 # as the suite's own magnitudes: 31 steps; shifts go up to 100 of 224 pixels
 _NUM_MAGNITUDES, _LARGEST_SHIFT = 31, 100 / 224
 _FILL = 128
@@ -42,7 +41,7 @@ def augment_parameters(draws: Draws, augment: AugmentDraws) -> tuple[np.ndarray,
 def build_augment_graph(
     settings: GraphSettings, augment: RandAugmentConfig, next_inputs: Callable[[], tuple[Any, ...]]
 ) -> Pipeline:
-    """Build the pipeline; it calls `next_inputs` once per batch and returns what `build_graph`'s does, both views alike."""
+    """Build the pipeline; it is fed and read like that of `build_graph`, and both views are the same."""
     # DALI's suite calls operators of its own library by their former names, and no filter hides that
     with warnings.catch_warnings(record=True) as caught:
         graph = _augmented_view(
@@ -63,19 +62,18 @@ def build_augment_graph(
 @pipeline_def(enable_conditionals=True)
 @no_type_check  # DALI rewrites the function's code and wants it bare
 def _augmented_view(next_inputs, settings, augment):
-    encoded, crop, flip, operation, is_negated = fn.external_source(
-        source=next_inputs, num_outputs=len(_INPUTS), batch=True, dtype=_DTYPES, ndim=_DIMENSIONS
-    )
-    window = crop_window_nodes(crop, fn.peek_image_shape(encoded, dtype=types.FLOAT))
-    view = fn.flip(to_square(decode_window(encoded, window, settings), settings.views.size), horizontal=flip)
+    data = fed(_INPUTS, next_inputs)
+    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
+    pixels = decode_window(data["encoded"], window, settings)
+    view = fn.flip(to_square(pixels, settings.views.size), horizontal=data["flip"])
     suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _LARGEST_SHIFT))
     assert len(suite) == NUM_OPERATIONS, f"this DALI has {len(suite)} operations of RandAugment"
     for number in range(augment.num_operations):
         view = select(
             suite,
-            operation[number],
+            data["operation"][number],
             data=view,
-            magnitude_bin=signed_bin(augment.magnitude, random_sign=is_negated[number]),
+            magnitude_bin=signed_bin(augment.magnitude, random_sign=data["is_negated"][number]),
             num_magnitude_bins=_NUM_MAGNITUDES,
             fill_value=_FILL,
         )
