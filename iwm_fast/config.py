@@ -191,6 +191,8 @@ class OutputConfig:
     """Steps between log rows."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
+    action_log: bool = False
+    """Keep what was drawn for every sample, about 100 bytes each, as Parquet in actions/; for `iwm replay`."""
 
     def __post_init__(self) -> None:
         check(bool(self.folder), "output.folder", self.folder, "name a folder")

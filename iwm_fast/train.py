@@ -26,6 +26,9 @@ from iwm_fast.schedules import build_schedules
 from iwm_fast.settings import fingerprint, load_config, save_config
 from iwm_fast.step import StepReport, train_step
 from iwm_fast.teacher import Teacher
+from pipelines.action_log import ActionLog
+from pipelines.action_parts import remove_from
+from pipelines.action_rows import LogHead
 from pipelines.shards import ShardSet, open_shards
 
 log = logging.getLogger("iwm_fast")
@@ -88,13 +91,15 @@ def train(trainer: Trainer) -> Progress:
         return progress
     writer = open_folder(trainer, progress) if place.rank == 0 else None
     _, accumulation = accumulation_steps(config, place.world_size)
+    actions = open_action_log(trainer, progress)
     loader = training_loader(config, trainer.shards, place, progress.step, progress.start)
+    batches = map(actions.add, loader) if actions else loader
     window = LogWindow(schedules, config.optim.global_batch_size, place.device)
     skipped_in_a_row = 0
     try:
         while progress.step < total_steps:
             report = train_step(
-                trainer.engine, trainer.teacher, trainer.objective, loader, schedules,
+                trainer.engine, trainer.teacher, trainer.objective, batches, schedules,
                 applied_steps=progress.applied_steps, accumulation=accumulation,
             )  # fmt: skip
             progress.step += 1
@@ -109,16 +114,20 @@ def train(trainer: Trainer) -> Progress:
                     writer.write(progress.step, values)
                     say(progress.step, total_steps, values)
             if progress.step % config.output.checkpoint_every == 0 or is_last:
-                save(trainer, progress)
+                save(trainer, progress, actions)
     finally:
         loader.close()
+        if actions:
+            actions.close()
         if writer:
             writer.close()
     return progress
 
 
-def save(trainer: Trainer, progress: Progress) -> None:
-    """Write a checkpoint; every rank takes part."""
+def save(trainer: Trainer, progress: Progress, actions: ActionLog | None) -> None:
+    """Write a checkpoint, never one that the action log does not reach; every rank takes part."""
+    if actions:
+        close_part(actions, trainer.place)
     checkpoints.write(
         trainer.folder,
         engine_state=trainer.engine.state(),
@@ -129,6 +138,37 @@ def save(trainer: Trainer, progress: Progress) -> None:
         place=trainer.place,
         counters={"stream": dataclasses.asdict(progress.start), "num_samples": trainer.shards.num_samples},
     )
+
+
+def open_action_log(trainer: Trainer, progress: Progress) -> ActionLog | None:
+    """Drop what a log holds from here on, and open it if one is asked for; every rank takes part."""
+    config, folder = trainer.config, trainer.folder / "actions"
+    distributed.on_rank_zero(lambda: remove_from(folder, progress.step))
+    if not config.output.action_log:
+        return None
+    head = LogHead(
+        views=config.views,
+        mask=config.mask,
+        seed=config.seed,
+        grid=config.grid,
+        global_batch_size=config.optim.global_batch_size,
+        shards=config.data.train,
+        shards_digest=trainer.shards.content_digest,
+    )
+    return ActionLog(folder, head=head, shards=trainer.shards, rank=trainer.place.rank)
+
+
+def close_part(actions: ActionLog, place: Place) -> None:
+    """Publish every rank's rows, or end the run on every rank."""
+    failure = None
+    try:
+        actions.close_part()
+    # whatever it was, the other ranks must hear of it
+    except Exception as error:
+        failure = error
+    if distributed.agree(failure is not None, place.device):
+        # the message is that rank's to give
+        raise failure or SystemExit(2)
 
 
 def open_folder(trainer: Trainer, progress: Progress) -> MetricWriter:

@@ -42,8 +42,9 @@ def test_every_setting_is_explained():
     from iwm_fast.config import RunConfig
     from iwm_fast.evals import config as evals
     from iwm_fast.settings import describe_fields
+    from pipelines.config import PackConfig
 
-    for kind in (RunConfig, evals.MrrConfig, evals.KnnConfig, evals.ImagineConfig):
+    for kind in (RunConfig, PackConfig, evals.MrrConfig, evals.KnnConfig, evals.ImagineConfig, evals.ReplayConfig):
         for name, _, _, text in describe_fields(kind):
             assert text.endswith("."), name
 

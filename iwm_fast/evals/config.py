@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.config import check
+from pipelines.config import Backend, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,16 @@ class EvalData:
     """Shards for probes to learn from; unset: those the run was trained on."""
     val: str = ""
     """Shards to report on; unset: the run's data.val."""
+    label: str = "cls"
+    """What probes compare: cls, or json.NAME for a field of the .json members, json.NAME.NAME for one inside it."""
+
+    def __post_init__(self) -> None:
+        is_name = self.label == "cls" or (self.label.startswith("json.") and all(self.label.split(".")))
+        check(is_name, "data.label", self.label, "be cls or json.NAME")
+
+
+def _check_no_label(data: EvalData) -> None:
+    check(data.label == "cls", "data.label", data.label, "be left unset: no labels are compared here")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ class MrrConfig:
     """Fixes the banks and the untrained control."""
 
     def __post_init__(self) -> None:
+        _check_no_label(self.data)
         check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
 
@@ -84,5 +95,35 @@ class ImagineConfig:
     """PNG file to write; unset: imagine.png in the run folder."""
 
     def __post_init__(self) -> None:
+        _check_no_label(self.data)
         check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The views of one step of training, rendered again from the run's action log."""
+
+    run: str = ""
+    """Run folder; the run was trained with output.action_log=true."""
+    step: int | None = None
+    """Which step, from 0: in metrics.jsonl step 100 stands behind step 99. If unset, you are told which there are."""
+    first_slot: int = 0
+    """Place in the global batch to begin with."""
+    num_images: int | None = None
+    """How many; unset: 8 for a picture, all of the step for tensors."""
+    format: Literal["png", "tensors"] = "png"
+    """png: a sheet of both views; tensors: source_view and target_view as uint8 (B, H, W, 3), action, slot, sample."""
+    out: str = ""
+    """File to write; unset: replay-step-00000099.png or .safetensors in the run folder."""
+    shards: str = ""
+    """Where the training shards are now, like data.train; unset: where they were."""
+    backend: Backend | None = None
+    """Which loader renders; unset: the run's runtime.loader, which gives the same pixels again."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to render; unset: the run's runtime.device."""
+
+    def __post_init__(self) -> None:
+        check(self.step is None or self.step >= 0, "step", self.step, "be at least 0")
+        check(self.first_slot >= 0, "first_slot", self.first_slot, "be at least 0")
+        check(self.num_images is None or self.num_images >= 1, "num_images", self.num_images, "be at least 1 or unset")
