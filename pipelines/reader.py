@@ -1,11 +1,11 @@
 """Encoded bytes of given samples: positioned reads in a thread pool, from local or remote shards."""
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -16,6 +16,9 @@ from pipelines.tar_index import ShardError, ShardFile
 
 # far below the usual limit of 1024 descriptors per process, which DALI, sockets and logs share
 MAX_OPEN_FILES = 256
+
+_CLOSED = "the reader was closed"
+_REMEDY = "restart to index it again"
 
 
 @dataclass(eq=False)
@@ -76,7 +79,10 @@ class FileCache:
 
 
 class Reader:
-    """Reads the encoded images of samples, several at a time."""
+    """Reads the encoded images of samples, several at a time and what was asked for first, first.
+
+    Bytes arrive at `num_threads` images per request time: 50 ms to a store and 64 threads make 1,280 images/s.
+    """
 
     def __init__(self, shards: ShardSet, num_threads: int) -> None:
         """Start the threads.
@@ -87,6 +93,7 @@ class Reader:
         check(num_threads >= 1, "num_threads", num_threads, "be at least 1")
         self._shards, self._num_threads, self._files = shards, num_threads, FileCache()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
+        self._is_closed = Event()
 
     def submit(self, samples: Int64[np.ndarray, "B"]) -> "Future[list[UInt8[np.ndarray, '_']]]":
         """Begin to read these samples; the result holds their encoded images in the order asked for.
@@ -95,38 +102,47 @@ class Reader:
             ShardError: if a shard has changed since it was indexed.
             OSError: if a shard cannot be read, with its path in a note.
         """
-        shard, position = self._shards.locate(samples)
-        # each thread reads forward through few files
-        order = np.lexsort((position, shard))
-        images: list[np.ndarray] = [np.empty(0, np.uint8)] * len(samples)
-
-        def read_share(share: np.ndarray) -> None:
-            for index in share:
-                images[index] = self._read_image(int(shard[index]), int(position[index]))
-
-        shares = np.array_split(order, min(self._num_threads, len(samples)) or 1)
-        return _gather([self._pool.submit(read_share, share) for share in shares], images)
+        return self._begin(samples).result
 
     def read(self, samples: Int64[np.ndarray, "B"]) -> list[UInt8[np.ndarray, "_"]]:
         """Read these samples and wait for them; raises as `submit`'s result."""
-        return self.submit(samples).result()
+        reading = self._begin(samples)
+        # whoever waits reads, too: the threads may be busy with what is wanted later
+        reading.work()
+        return reading.result.result()
+
+    def _begin(self, samples: Int64[np.ndarray, "B"]) -> "_Reading":
+        shard, position = self._shards.locate(samples)
+        # files are read forward, and few at a time
+        order = np.lexsort((position, shard)).tolist()
+        reading = _Reading(order, lambda index: self._read_image(int(shard[index]), int(position[index])))
+        # the pool takes tasks in their order, so no thread begins with a later request while an earlier one has images
+        for _ in range(min(self._num_threads, len(order))):
+            self._pool.submit(reading.work).add_done_callback(reading.fail_if_cancelled)
+        return reading
 
     def _read_image(self, number: int, position: int) -> np.ndarray:
         shard = self._shards.shards[number]
         offset, size = int(shard.image_offset[position]), int(shard.image_size[position])
+        if self._is_closed.is_set():
+            raise CancelledError(_CLOSED)
         try:
             with self._files.lease(shard.path) as file:
+                if file.size_bytes != shard.size_bytes:
+                    what = f"has changed since it was indexed, from {shard.size_bytes} to {file.size_bytes} bytes"
+                    raise ShardError(what, shard=shard.path, key=shard.keys[position], remedy=_REMEDY)
                 content = file.read_at(offset, size)
         except OSError as error:
             error.add_note(f"while reading sample {shard.keys[position]!r} of shard {shard.path}")
             raise
         if len(content) < size:
-            what = f"only {len(content)} of {size} bytes are left at byte {offset}: changed since it was indexed?"
-            raise ShardError(what, shard=shard.path, key=shard.keys[position], remedy="restart to index it again")
+            what = f"has changed since it was indexed: only {len(content)} of {size} bytes are left at byte {offset}"
+            raise ShardError(what, shard=shard.path, key=shard.keys[position], remedy=_REMEDY)
         return np.frombuffer(content, np.uint8)
 
     def close(self) -> None:
         """Stop the threads and close the files; reads that have not begun are cancelled."""
+        self._is_closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._files.close()
 
@@ -137,26 +153,50 @@ class Reader:
         self.close()
 
 
-def _gather(tasks: Sequence[Future], result: list[np.ndarray]) -> "Future[list[np.ndarray]]":
-    """Return a future that holds `result` once all tasks are done, or the error of the first that failed."""
-    gathered: Future[list[np.ndarray]] = Future()
-    gathered.set_running_or_notify_cancel()
-    lock, waiting, has_failed = Lock(), len(tasks), False
+class _Reading:
+    """The images of one request, taken one by one by whichever thread is free, so that none waits for a slow answer."""
 
-    def finish(task: Future) -> None:
-        nonlocal waiting, has_failed
-        error = CancelledError("the reader was closed") if task.cancelled() else task.exception()
-        with lock:
-            waiting -= 1
-            is_first_error = error is not None and not has_failed
-            has_failed = has_failed or error is not None
-            is_complete = waiting == 0 and not has_failed
+    def __init__(self, order: list[int], read_image: Callable[[int], np.ndarray]) -> None:
+        self.result: Future[list[np.ndarray]] = Future()
+        self.result.set_running_or_notify_cancel()
+        self._read_image, self._waiting = read_image, deque(order)
+        self._images, self._num_missing = [np.empty(0, np.uint8)] * len(order), len(order)
+        self._lock, self._has_failed = Lock(), False
+        if not order:
+            self.result.set_result([])
+
+    def work(self) -> None:
+        """Read images until none is left to begin with."""
+        while True:
+            try:
+                index = self._waiting.popleft()
+            except IndexError:
+                return
+            try:
+                image = self._read_image(index)
+            except Exception as error:
+                self._fail(error)
+                return
+            self._store(index, image)
+
+    def _store(self, index: int, image: np.ndarray) -> None:
+        with self._lock:
+            self._images[index] = image
+            self._num_missing -= 1
+            is_complete = self._num_missing == 0 and not self._has_failed
         # outside the lock: this runs the callbacks of whoever waits
-        if is_first_error:
-            gathered.set_exception(error)
-        elif is_complete:
-            gathered.set_result(result)
+        if is_complete:
+            self.result.set_result(self._images)
 
-    for task in tasks:
-        task.add_done_callback(finish)
-    return gathered
+    def fail_if_cancelled(self, task: Future) -> None:
+        """Let nobody wait for what is not read any more because the reader was closed."""
+        if task.cancelled():
+            self._fail(CancelledError(_CLOSED))
+
+    def _fail(self, error: Exception) -> None:
+        self._waiting.clear()
+        with self._lock:
+            is_first = not self._has_failed and self._num_missing > 0
+            self._has_failed = True
+        if is_first:
+            self.result.set_exception(error)

@@ -12,11 +12,12 @@ from functools import cached_property
 import numpy as np
 from braceexpand import braceexpand
 from jaxtyping import Int64
-from pyarrow import fs
+from pyarrow.fs import FileType
 
 from pipelines.index_cache import load_or_index
+from pipelines.remote import file_info, list_files
 from pipelines.shard_index import Shard
-from pipelines.tar_index import ShardError, remote_path
+from pipelines.tar_index import ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -171,14 +172,11 @@ def _list_shards(name: str) -> list[str]:
 
 
 def _list_remote(uri: str) -> list[str]:
-    system, inner = remote_path(uri)
-    kind = system.get_file_info(inner).type
-    if kind != fs.FileType.Directory:
-        return [uri] if kind == fs.FileType.File else []
-    entries = system.get_file_info(fs.FileSelector(inner))
-    inside = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.File)
-    wanted = (entry for entry in inside if entry.endswith(".tar") and not entry.startswith("."))
-    return _require_some([f"{uri.rstrip('/')}/{entry}" for entry in wanted], uri)
+    kind = file_info(uri).type
+    if kind != FileType.Directory:
+        return [uri] if kind == FileType.File else []
+    inside = (entry for entry in list_files(uri) if entry.endswith(".tar") and not entry.startswith("."))
+    return _require_some([f"{uri.rstrip('/')}/{entry}" for entry in inside], uri)
 
 
 def _require_some(paths: list[str], folder: str) -> list[str]:

@@ -6,11 +6,9 @@ base-256 sizes) and PAX (`path` and `size` records). Anything that could make an
 
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pyarrow import fs
+from pipelines.remote import ChangedError, RemoteFile
 
 BLOCK = 512
 # One local read holds the headers and labels between two images (webdataset writes up to 5.5 KiB of them).
@@ -34,19 +32,6 @@ class ShardError(Exception):
         self.shard, self.key = shard, key
 
 
-@lru_cache(maxsize=64)
-def _file_system(scheme: str, bucket: str, query: str) -> tuple[fs.FileSystem, str]:
-    # one client per bucket: each holds its own connections and looks up its own credentials
-    return fs.FileSystem.from_uri(urlunsplit((scheme, bucket, "/", query, "")))
-
-
-def remote_path(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of an address like s3://bucket/folder/name.tar, and the path in it."""
-    parts = urlsplit(uri)
-    system, root = _file_system(parts.scheme, parts.netloc, parts.query)
-    return system, root.rstrip("/") + unquote(parts.path)
-
-
 class ShardFile:
     """A shard open for positioned reads, local or remote ("://" in its path); safe to share between threads."""
 
@@ -54,17 +39,25 @@ class ShardFile:
         self.path = path
         self._remote, self._descriptor = None, -1
         if "://" in path:
-            system, inner = remote_path(path)
-            self._remote = system.open_input_file(inner)
-            self.size_bytes = int(self._remote.size())
+            self._remote = RemoteFile(path)
+            self.size_bytes = self._remote.size_bytes
         else:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size_bytes = os.fstat(self._descriptor).st_size
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        """Return `size` bytes from `offset`, fewer only at the end of the file.
+
+        Raises:
+            ShardError: if a remote shard has changed since it was opened.
+            OSError: if it cannot be read.
+        """
         if self._remote is not None:
-            return self._remote.read_at(size, offset)
+            try:
+                return self._remote.read_at(offset, size)
+            except ChangedError as error:
+                what = f"has changed since it was opened: {error}"
+                raise ShardError(what, shard=self.path, remedy="restart to index it again") from error
         content = os.pread(self._descriptor, size, offset)
         # the kernel may hand over less than asked, and never more than 2 GiB at once
         while len(content) < size and (more := os.pread(self._descriptor, size - len(content), offset + len(content))):
@@ -212,8 +205,9 @@ def _header_name(header: bytes) -> str:
 
 
 def _pax_size(window: HeaderWindow, value: str) -> int:
-    if not (value.isascii() and value.isdigit()):
-        raise window.error(f"is damaged: PAX size {value!r}")
+    # int() refuses thousands of digits with an error of its own
+    if not (value.isascii() and value.isdigit() and len(value) <= 20):
+        raise window.error(f"is damaged: PAX size {value[:40]!r}")
     return int(value)
 
 

@@ -59,15 +59,28 @@ def test_remote_shards_give_the_same_bytes(folder, shards):
         assert [image.tobytes() for image in reader.read(np.arange(40))] == [image_bytes(n) for n in range(40)]
 
 
-def test_a_shard_cut_after_indexing_is_reported_with_its_key(folder, shards):
+@pytest.mark.parametrize("change", [-3000, 512])
+def test_a_shard_of_another_size_than_indexed_is_reported_with_its_key(folder, shards, change):
     path = folder / "2.tar"
-    path.write_bytes(path.read_bytes()[:3000])
-    with Reader(shards, 3) as reader:
-        with pytest.raises(ShardError, match="changed since it was indexed") as caught:
-            reader.read(np.arange(shards.num_samples))
-        assert caught.value.shard == str(path) and caught.value.key == "1"
+    path.write_bytes(path.read_bytes()[:change] if change < 0 else path.read_bytes() + bytes(change))
+    with Reader(shards, 1) as reader:
+        with pytest.raises(ShardError, match=r"has changed since it was indexed, from .*; restart") as caught:
+            reader.submit(np.arange(shards.num_samples)).result()
+        assert caught.value.shard == str(path) and caught.value.key == "0"
         # the reader stays usable for the other shards
         assert len(reader.read(np.arange(8))) == 8
+
+
+def test_a_shard_cut_while_it_is_open_is_reported_with_its_key(folder, shards):
+    path = folder / "2.tar"
+    with Reader(shards, 3) as reader:
+        reader.read(np.arange(16, 24))
+        with path.open("r+b") as file:
+            file.truncate(3000)
+        assert reader.read(np.array([16]))[0].tobytes() == image_bytes(16)
+        with pytest.raises(ShardError, match=r"changed since it was indexed: only .* are left.*; restart") as caught:
+            reader.read(np.array([23]))
+        assert caught.value.shard == str(path) and caught.value.key == "7"
 
 
 def test_a_shard_removed_after_indexing_is_reported_with_its_path(folder, shards):
