@@ -113,14 +113,17 @@ def reached(goal: Goal, records: Sequence[Record]) -> float | None:
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
     """Return a row for each goal: text, pass, wanted, measured, whether it is met."""
-    found = []
-    for goal in [*GOALS, _ERRORS]:
-        value = worst_error(records) if goal is _ERRORS else reached(goal, records)
-        sign = "at most" if goal.is_at_most else "at least"
-        verdict = "" if value is None else "yes" if _is_met(goal, value) else "no"
-        measured = NOT_YET if value is None else f"{value:.2f}"
-        found.append([goal.text, goal.pass_, f"{sign} {goal.wanted:g}", measured, verdict])
-    return found
+    values = [*((goal, reached(goal, records)) for goal in GOALS), (_ERRORS, worst_error(records))]
+    return [[goal.text, goal.pass_, *verdict(goal, value)] for goal, value in values]
+
+
+def verdict(goal: Goal, value: float | None) -> list[str]:
+    """Return what was wanted, what was measured and whether that is enough; None was not measured."""
+    sign = "at most" if goal.is_at_most else "at least"
+    wanted = f"{sign} {goal.wanted:,g}"
+    if value is None:
+        return [wanted, NOT_YET, ""]
+    return [wanted, f"{value:.2f}", "yes" if _is_met(goal, value) else "no"]
 
 
 _ERRORS = Goal("largest error to float64: fused / plain bfloat16", "", {}, "", 2, None, True)

@@ -1,6 +1,7 @@
 """One command for a machine with a GPU: tests first, then every timing: `python -m benchmarks.gpu_check --help`.
 
-A red test ends it, because times of wrong results mean nothing. What follows `--` goes to `bench_kernels`.
+A red test ends it, because times of wrong results mean nothing. The fused operations come first, the data line in what
+is left of the time. What follows `--` goes to `bench_kernels`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 PROJECT = Path(__file__).parent.parent
 TESTS = (("-m", "gpu"), ("tests/kernels",))
 """Arguments of pytest, a process each: with a GPU, `tests/kernels` compiles what it interprets elsewhere."""
-_LEAST_BENCH_S = 30.0
+_LEAST_BENCH_S, _MARGIN_S = 30.0, 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,11 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.keep_going:
                 return red
     left_s = deadline - time.monotonic()
+    kept_s = min(options.pipelines_limit_s, left_s / 2)
+    statuses = [
+        bench("bench_kernels", left_s - kept_s, options.bench),
+        bench("bench_pipelines", deadline - time.monotonic(), commit_of(options.bench)),
+    ]
+    return next((status for status in statuses if status), red)
+
+
+def bench(name: str, left_s: float, arguments: list[str]) -> int:
+    """Run one of the benchmarks so that it ends by itself; return its status."""
     if left_s < _LEAST_BENCH_S:
-        print("no time is left for the benchmarks; raise --limit-s", file=sys.stderr)
-        return red or 1
-    command = [sys.executable, "-m", "benchmarks.bench_kernels", "--limit-s", f"{max(left_s - 60, 30):.0f}"]
-    return run([*command, *options.bench], left_s) or red
+        print(f"no time is left for {name}; raise --limit-s", file=sys.stderr)
+        return 1
+    # what has begun is finished after the limit
+    limit_s = max(left_s - _MARGIN_S, _LEAST_BENCH_S)
+    return run([sys.executable, "-m", f"benchmarks.{name}", "--limit-s", f"{limit_s:.0f}", *arguments], left_s)
+
+
+def commit_of(arguments: Sequence[str]) -> list[str]:
+    """Return what of the options of `bench_kernels` holds for the data line too: what is measured."""
+    place = arguments.index("--commit") if "--commit" in arguments else len(arguments)
+    return list(arguments[place : place + 2])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +67,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--limit-s", type=float, default=1800.0, help="for everything")
     parser.add_argument("--tests-limit-s", type=float, default=600.0, help="for each of the two runs of pytest")
+    parser.add_argument(
+        "--pipelines-limit-s", type=float, default=600.0, help="kept for the data line, half of what is left at most"
+    )
     parser.add_argument("--keep-going", action="store_true", help="time even what is red")
     parser.add_argument("--skip-tests", action="store_true", help="time only")
     parser.add_argument("bench", nargs="*", metavar="-- ...", help="options of bench_kernels")

@@ -1,9 +1,13 @@
 """On what a number was measured: no number without its machine, command and commit."""
 
+import importlib.metadata
+import math
+import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,24 +16,29 @@ import torch
 import triton
 
 PROJECT = Path(__file__).parent.parent
+PIPELINE_PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy")
 
 
-def describe(commit: str | None = None) -> dict[str, Any]:
-    """Return GPU, versions, commit, command and the time of starting; what there is not, is not said.
+def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return CPU, GPU, versions, commit, command and the time of starting; what there is not, is not said.
 
     Args:
         commit: what to say where there is no git, as in a copy of the working tree; otherwise git is asked.
+        packages: whose versions matter too.
     """
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     found = {
         "gpu": properties.name if properties else None,
         "multiprocessors": properties.multi_processor_count if properties else None,
         "driver": _driver() if properties else None,
+        "cpu": _cpu(),
+        "cores": num_cores(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
         "commit": commit or _commit(),
         "command": _command(),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,9 +46,22 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def slug(gpu: str) -> str:
-    """Return a GPU's name as a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+def slug(name: str) -> str:
+    """Return a processor's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use, by its affinity and its container's limit."""
+    allowed, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
+    return allowed if quota == "max" else min(allowed, max(math.floor(int(quota) / int(period)), 1))
+
+
+def _cpu() -> str | None:
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
+    return found[1].strip() if found else platform.processor() or None
 
 
 def _driver() -> str | None:

@@ -4,27 +4,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, offline_figures, records, tables
+from benchmarks import goals, machine, offline_figures, pipeline_goals, pipeline_tables, records, tables
 from benchmarks.records import Record
 
 RESULTS = Path(__file__).parent / "results"
 OFFLINE = RESULTS / "offline.jsonl"
+PIPELINES = "-pipelines"
+"""What names of files end with that hold measurements of the data line."""
 README = Path(__file__).parent / "README.md"
 ARCH = 90
 
 _HEAD = """\
-# Benchmarks of the fused operations
+# Benchmarks
 
 Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
 
 ```
 python -m benchmarks.gpu_check               on a GPU: tests first, then every timing
-python -m benchmarks.bench_kernels           the timings alone; without a GPU the offline figures
+python -m benchmarks.bench_pipelines         the data line, on a GPU or a CPU; --quick: in a minute or two
+python -m benchmarks.bench_kernels           the fused operations; without a GPU the offline figures
 python -m benchmarks.bench_kernels --sweep   other settings of the attention tables
 python -m benchmarks.bench_kernels --only offline --arch 80 90 100 --write
 python -m benchmarks.report                  this file
 ```
+"""
 
+_PIPELINES_NOTE = """\
+Everything reads the same shards of photographs in one run, in turns, one at a time: a turn opens a stream, leaves out
+what was made ahead and counts images for some seconds. Images/s are the median over turns; "turns" has their 20th and
+80th percentile; p50 and p99 tell how long a batch was waited for. From "memory": the kernel holds the shards; from
+"disk": it was made to forget them before each turn, what the disk itself keeps is out of reach. Two views are what a
+training gets: 224 x 224, jitter on both, gray, blur and solarize on the source, normalised. The peer draws from the
+same ranges, with a worker for each core, its images decoded and changed as tensors or by Pillow.
+"decode to views" is our graph alone, fed from memory: as it is, each operation only for the samples that want it, and
+with all operations for all samples, where some change nothing. Both give the same pixels, bit for bit.
+"""
+
+_KERNELS_NOTE = """\
 Times are medians of the device's, by events, out of the cache, providers in turns; in brackets the share of the time
 that the task's fewest bytes take at the copy bandwidth measured in the same run. A backward pass has its own forward
 before it, untimed. "eager" is the plain reference, "compiled" the same through torch.compile in its default mode.
@@ -50,14 +66,19 @@ calculated, not measured.
 
 def main() -> None:
     """Write the README."""
-    README.write_text(render(committed()), encoding="utf-8")
+    README.write_text(render(committed(), committed_pipelines()), encoding="utf-8")
     print(f"written to {README}")
 
 
 def committed() -> list[Record]:
-    """Return all committed records but those of sweeps."""
-    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith("-sweep")]
+    """Return all committed records of fused operations but those of sweeps."""
+    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith(("-sweep", PIPELINES))]
     return [record for path in paths for record in records.read(path)]
+
+
+def committed_pipelines() -> list[Record]:
+    """Return all committed records of the data line."""
+    return [record for path in sorted(RESULTS.glob(f"*{PIPELINES}.jsonl")) for record in records.read(path)]
 
 
 def newest_gpu(found: Sequence[Record]) -> list[Record]:
@@ -69,9 +90,9 @@ def newest_gpu(found: Sequence[Record]) -> list[Record]:
     return [record for record in measured if record.machine["gpu"] == gpu]
 
 
-def render(found: Sequence[Record]) -> str:
-    """Return the README for records."""
-    parts = [_HEAD]
+def render(found: Sequence[Record], pipelines: Sequence[Record] = ()) -> str:
+    """Return the README for records of fused operations and of the data line."""
+    parts = [_HEAD, "# Data line\n", _PIPELINES_NOTE, *_of_pipelines(pipelines), "# Fused operations\n", _KERNELS_NOTE]
     gpus = list(dict.fromkeys(record.machine["gpu"] for record in found if record.machine.get("gpu")))
     for gpu in gpus:
         parts += _of_gpu(gpu, records.latest(record for record in found if record.machine.get("gpu") == gpu))
@@ -82,9 +103,32 @@ def render(found: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _of_gpu(gpu: str, found: list[Record]) -> list[str]:
+def _of_pipelines(found: Sequence[Record]) -> list[str]:
+    if not found:
+        return [
+            f"On any machine: {goals.NOT_YET}.\n",
+            tables.table(pipeline_goals.HEADINGS, pipeline_goals.rows([])) + "\n",
+        ]
+    parts = []
+    for name in dict.fromkeys(processor(record.machine) for record in found):
+        own = records.latest(record for record in found if processor(record.machine) == name)
+        parts += [f"## {name}\n", *_machine_lines(own), "", pipeline_tables.sections(own) + "\n"]
+    return parts
+
+
+def processor(about: dict[str, Any]) -> str:
+    """Return a name for what does the work."""
+    cpu = f"{about.get('cpu') or 'CPU'}, {about.get('cores')} cores"
+    return f"{about['gpu']}, {cpu}" if about.get("gpu") else cpu
+
+
+def _machine_lines(found: Sequence[Record]) -> list[str]:
     runs = {str(record.machine.get("run")): record.machine for record in found}
-    parts = [f"## {gpu}\n", *(f"- {machine_line(about)}" for _, about in sorted(runs.items())), ""]
+    return [f"- {machine_line(about)}" for _, about in sorted(runs.items())]
+
+
+def _of_gpu(gpu: str, found: list[Record]) -> list[str]:
+    parts = [f"## {gpu}\n", *_machine_lines(found), ""]
     headings = ["goal", "pass", "wanted", "measured", "met"]
     parts += ["### Goals\n", tables.table(headings, goals.rows(found)) + "\n"]
     checks = [record for record in found if record.what.endswith(" error")]
@@ -105,9 +149,10 @@ def machine_line(about: dict[str, Any]) -> str:
     if "matrix_flops_per_s" in about:
         copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
-    names = ("driver", "torch", "triton", "cuda", "cudnn", "python", "commit")
+    names = ("driver", *machine.PIPELINE_PACKAGES, "torch", "triton", "cuda", "cudnn", "python", "commit")
     versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
-    return f"{about.get('gpu') or 'no GPU'}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"
+    cpu = f", {about['cpu']}, {about['cores']} cores" if about.get("cpu") else ""
+    return f"{about.get('gpu') or 'no GPU'}{cpu}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"
 
 
 def _offline(found: list[Record]) -> list[str]:

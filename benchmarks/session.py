@@ -69,6 +69,11 @@ class Session:
         self.left_out.append(str(what))
         return False
 
+    def deadline_of(self, share: float) -> float:
+        """Return when that share of the time left will be over, so that something is left for the rest."""
+        now = time.monotonic()
+        return now + share * (self.deadline - now)
+
     def note(self, case: Case, provider: str, pass_: str = "", **values: Any) -> None:
         """Write one record."""
         record = Record(

@@ -161,3 +161,10 @@ def test_a_command_that_takes_too_long_is_stopped(capsys):
     assert gpu_check.run(["sleep", "30"], 0.1) == 124
     options = gpu_check.parse(["--limit-s", "500", "--", "--quick", "--only", "norm"])
     assert options.bench == ["--quick", "--only", "norm"] and options.limit_s == 500
+    assert gpu_check.bench("bench_pipelines", 1.0, []) == 1
+    assert "no time is left for bench_pipelines" in capsys.readouterr().err
+
+
+def test_both_benchmarks_are_told_what_is_measured():
+    assert gpu_check.commit_of(["--quick", "--commit", "abc", "--only", "norm"]) == ["--commit", "abc"]
+    assert gpu_check.commit_of(["--quick"]) == []

@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 from benchmarks import machine, records
 from benchmarks.records import Record
 
@@ -44,5 +46,7 @@ def test_a_machine_is_described_with_versions_commit_and_command():
     about = machine.describe("0123abcd")
     assert about["commit"] == "0123abcd" and about["torch"] and about["triton"] and about["run"]
     assert about["command"].startswith("python ")
+    assert about["cpu"] and about["cores"] == machine.num_cores() >= 1
+    assert machine.describe("0", ["numpy"])["numpy"] == np.__version__
     json.dumps(about)
     assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import goals, report, tables
+from benchmarks import goals, pipeline_goals, report, tables
 from benchmarks.records import Record
 
 GPU = {"gpu": "NVIDIA X", "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_kernels"}
@@ -33,7 +33,8 @@ OFFLINE = [
 
 def test_without_results_nothing_is_claimed():
     text = report.render([])
-    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2
+    of_pipelines = len(pipeline_goals.rows([])) + 1
+    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2 + of_pipelines
 
 
 def test_offline_figures_stand_beside_times_not_yet_measured():
@@ -88,6 +89,72 @@ def test_numbers_stand_to_the_right_and_words_to_the_left():
     ]
 
 
+CPU = {"cpu": "AMD X", "cores": 16, "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_pipelines"}
+VIEWS = {"from": "memory", "B": 64, "threads": 16, "image": "500x375, 110 KB", "view": 224}
+
+
+def stream(provider, images_per_s, machine=CPU, what="two views", **shape):
+    figures = {"images_per_s": images_per_s, "images_per_s_per_core": images_per_s / 16}
+    figures |= {"batch_p50_ms": 1.0, "batch_p99_ms": 2.0}
+    times = {"median_ms": 64e3 / images_per_s, "p20_ms": 60e3 / images_per_s, "p80_ms": 70e3 / images_per_s}
+    return Record(what=what, provider=provider, shape=VIEWS | shape, figures=figures, machine=machine, **times)
+
+
+def goal(records, text):
+    ((_, wanted, measured, met),) = [row for row in pipeline_goals.rows(records) if text in row[0]]
+    return wanted, measured, met
+
+
+def test_ours_is_compared_with_the_fastest_peer_from_memory():
+    slow, fast = "webdataset + torchvision, tensors", "webdataset + torchvision, Pillow"
+    found = [stream("ours", 3200), stream(slow, 800), stream(fast, 1000), stream("ours", 10, **{"from": "disk"})]
+    assert goal(found, "two views: ours") == ("at least 3", "3.20", "yes")
+    assert goal(found[1:], "two views: ours")[1] == goals.NOT_YET
+    broken = dataclasses.replace(found[2], figures={}, median_ms=None, failure="RuntimeError: no")
+    assert goal([found[0], found[1], broken], "two views: ours")[1] == "4.00"
+
+
+def test_the_logs_share_is_its_time_over_that_of_all_cores():
+    log = Record(
+        what="action log", provider="ours, action log", shape={}, figures={"cpu_us_per_image": 40.0}, machine=CPU
+    )
+    # 200 images per second and core: 5000 us for each
+    assert goal([stream("ours", 3200), log], "action log") == ("at most 1", "0.80", "yes")
+    assert goal([log], "action log")[1] == goals.NOT_YET
+
+
+def test_a_gpus_goal_counts_only_there_and_only_with_so_many_cores():
+    gpu = CPU | {"gpu": "NVIDIA X"}
+    text = "two views on a GPU"
+    assert goal([stream("ours", 1e4)], text)[1] == goals.NOT_YET
+    assert goal([stream("ours", 1e4, gpu | {"cores": 17})], text)[1] == goals.NOT_YET
+    swept = stream("ours", 9500, gpu, what="two views, decoder sweep", hw_decoder_load="0.5")
+    assert goal([stream("ours", 8000, gpu), swept], text) == ("at least 9,000", "9500.00", "yes")
+
+
+def test_memory_and_opening_have_goals_of_their_own():
+    grown = Record(what="memory", provider="ours", shape={}, figures={"growth_percent": 2.5}, machine=CPU)
+    opened = Record(what="opening shards", provider="ours", shape={}, median_ms=1200.0, machine=CPU)
+    assert goal([grown], "growth") == ("at most 2", "2.50", "no")
+    assert goal([opened], "opening") == ("at most 5", "1.20", "yes")
+
+
+def test_every_machines_data_line_has_its_table_beside_the_fused_operations():
+    cold = stream("ours", 2000, **{"from": "disk"})
+    doubtful = dataclasses.replace(
+        cold, provider="DALI webdataset", figures=cold.figures | {"share_left_in_memory": 0.5}
+    )
+    failed = Record(what="two views", provider="peer", shape=VIEWS, failure="RuntimeError: no", machine=CPU)
+    elsewhere = stream("ours", 9000, CPU | {"gpu": "NVIDIA X"})
+    text = report.render([], [stream("ours", 3200), cold, doubtful, failed, elsewhere])
+    assert "## AMD X, 16 cores" in text and "## NVIDIA X, AMD X, 16 cores" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| two views | memory | ours | 3200 | 2926-3413 | 200 | 1.0 | 2.0 |" in lines
+    assert any(line.startswith("| two views | disk, or memory | DALI webdataset |") for line in lines)
+    assert any(line.startswith("- two views") and "RuntimeError: no" in line for line in lines)
+    assert "On a GPU: not yet measured." in text, "of the fused operations"
+
+
 def test_the_committed_readme_is_what_the_results_say():
-    wanted = report.render(report.committed())
+    wanted = report.render(report.committed(), report.committed_pipelines())
     assert report.README.read_text(encoding="utf-8") == wanted, "run python -m benchmarks.report"
