@@ -13,7 +13,15 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipelines.actions import Draws, blur_radius, color_matrix, gray_gain
 from pipelines.config import ViewConfig
-from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, fed, recolor_nodes, to_square
+from pipelines.dali_graph import (
+    GraphSettings,
+    crop_window_nodes,
+    decode_window,
+    fed,
+    gray_mean_nodes,
+    recolor_nodes,
+    to_square,
+)
 
 Feed = Callable[[], tuple[Any, ...]]
 """Returns a graph's next inputs."""
@@ -114,8 +122,11 @@ def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
         window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
         crop = to_square(decode_window(data["encoded"], window, settings), settings.views.size)
         crop = fn.flip(crop, horizontal=data["flip"])
-        target = recolor_nodes(crop, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
-        source = recolor_nodes(crop, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
+        gray = gray_mean_nodes(crop, is_gpu=is_gpu)
+        gains = [data["target_gain"], data["source_gain"]]
+        target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains
+        target = recolor_nodes(crop, data["target_matrix"], target_gain * gray)
+        source = recolor_nodes(crop, data["source_matrix"], source_gain * gray)
         source = fn.gaussian_blur(source, sigma=data["blur_sigma"], window_size=data["blur_window"])
         threshold = data["threshold"].gpu() if is_gpu else data["threshold"]
         inverted = (source >= threshold) * (255 - 2 * fn.cast(source, dtype=types.INT32))

@@ -15,7 +15,7 @@ MOST_SHOWN = 20
 
 
 def check_shards(spec: str, num_processes: int | None = None) -> None:
-    """Decode every sample, print a report, and keep indexes without the samples that cannot be decoded.
+    """Decode every image and mask, print a report, and keep indexes without the samples that cannot be decoded.
 
     Raises:
         ValueError: after the report, if whole shards cannot be used.
@@ -25,17 +25,38 @@ def check_shards(spec: str, num_processes: int | None = None) -> None:
     found = track(validate(paths, num_processes), "checking", total=len(paths), console=console, transient=True)
     reports = list(found)
     console.print(_table(reports))
-    lines = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
+    bad = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
     refused = [report.refusal for report in reports if report.refusal]
+    _print_some(console, bad)
+    if bad:
+        console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
+    _print_some(console, _remarks(reports))
+    if refused:
+        shown = "\n".join(refused[:MOST_SHOWN])
+        raise ValueError(f"{len(refused)} of {len(paths)} shards cannot be used:\n{shown}")
+
+
+def _print_some(console: Console, lines: list[str]) -> None:
     for line in lines[:MOST_SHOWN]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if len(lines) > MOST_SHOWN:
         console.print(f"... and {len(lines) - MOST_SHOWN} more")
-    if lines:
-        console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
-    if refused:
-        shown = "\n".join(refused[:MOST_SHOWN])
-        raise ValueError(f"{len(refused)} of {len(paths)} shards cannot be used:\n{shown}")
+
+
+def _remarks(reports: list[ShardReport]) -> list[str]:
+    """Say what no sample is left out for, but a task on labels will stumble over."""
+    remarks = []
+    if any(report.num_json for report in reports):
+        for report in reports:
+            if report.first_without_json:
+                missing = len(report.sizes) + len(report.bad) - report.num_json
+                what = f"the first of {missing} in its shard without .json, which others have"
+                remarks.append(f"{report.path}:{report.first_without_json} {what}")
+    for report in reports:
+        if report.no_masks:
+            first, what = report.no_masks[0], f"the first of {len(report.no_masks)} in its shard whose PNG is no mask"
+            remarks.append(f"{report.path}:{first.key} {what}: {first.reason}")
+    return remarks
 
 
 def _table(reports: list[ShardReport]) -> Table:
@@ -52,5 +73,7 @@ def _table(reports: list[ShardReport]) -> Table:
         sides = (f"{width} x {height}" for width, height in (smallest, middle, largest))
         table.add_row("smallest, median, largest", ", ".join(sides))
     table.add_row("without a label", f"{sum(report.num_unlabelled for report in reports)}")
+    table.add_row("with .json", f"{sum(report.num_json for report in reports)}")
+    table.add_row("with a segmentation map", f"{sum(report.num_masks for report in reports)}")
     table.add_row("cannot be decoded", f"{num_bad}")
     return table

@@ -7,7 +7,7 @@ from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, Stream, StreamStart, TrainingPlan
+from pipelines.plan import BEGINNING, EvaluationPlan, Stream, StreamStart, TrainingPlan
 from pipelines.shards import ShardSet
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
@@ -15,7 +15,7 @@ EVALUATION_BATCH = 64
 
 
 def training_loader(
-    config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = StreamStart()
+    config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = BEGINNING
 ) -> Loader:
     """Build this rank's endless stream from the given step on."""
     _, accumulation = accumulation_steps(config, place.world_size)

@@ -12,7 +12,7 @@ from iwm_fast import distributed
 from iwm_fast.objective import collapse_monitors, warnings_of
 from iwm_fast.schedules import Schedules
 from iwm_fast.step import StepReport
-from pipelines.plan import StreamStart
+from pipelines.plan import BEGINNING, StreamStart
 
 log = logging.getLogger("iwm_fast")
 
@@ -25,7 +25,7 @@ class Progress:
     """Optimiser steps attempted; drives the data."""
     applied_steps: int = 0
     """Those that changed the weights; drives schedules and teacher."""
-    start: StreamStart = StreamStart()
+    start: StreamStart = BEGINNING
     """Where the stream of samples began."""
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from iwm_fast.config import OptimConfig
-from pipelines.plan import StreamStart
+from pipelines.plan import BEGINNING, StreamStart
 
 
-def total_steps(config: OptimConfig, num_samples: int, start: StreamStart = StreamStart()) -> int:
+def total_steps(config: OptimConfig, num_samples: int, start: StreamStart = BEGINNING) -> int:
     """Return the optimiser steps of the run: its epochs in global batches, the last one begun counts whole.
 
     Steps before the start of the stream were made with another data set or batch, and count as they are.
@@ -68,7 +68,7 @@ def _cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_schedules(config: OptimConfig, num_samples: int, start: StreamStart = StreamStart()) -> Schedules:
+def build_schedules(config: OptimConfig, num_samples: int, start: StreamStart = BEGINNING) -> Schedules:
     """Lay the curves out for a number of training samples."""
     warmup = round(_batches(config.warmup_epochs, num_samples, config))
     return Schedules(total_steps=total_steps(config, num_samples, start), warmup_steps=warmup, config=config)

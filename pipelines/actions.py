@@ -28,7 +28,8 @@ LUMA = (0.299, 0.587, 0.114)
 _CHROMA = np.array([[0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _GRAY = np.outer(np.ones(3), LUMA)
 _FROM_CHROMA = np.linalg.inv(np.vstack([LUMA, _CHROMA]))[:, 1:]
-_QUARTER_TURN = _FROM_CHROMA @ np.array([[0.0, -1.0], [1.0, 0.0]]) @ _CHROMA
+# from red over yellow to green, as hue is counted elsewhere
+_QUARTER_TURN = _FROM_CHROMA @ np.array([[0.0, 1.0], [-1.0, 0.0]]) @ _CHROMA
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 _NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}

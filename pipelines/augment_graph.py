@@ -19,7 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipelines.actions import NUM_OPERATIONS, AugmentDraws, Draws
 from pipelines.config import RandAugmentConfig
-from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, fed, to_square
+from pipelines.dali_graph import GraphSettings, crop_window_nodes, decode_window, fed, normalize_nodes, to_square
 
 _INPUTS = {
     "encoded": (types.UINT8, 1),
@@ -77,4 +77,6 @@ def _augmented_view(next_inputs, settings, augment):
             num_magnitude_bins=_NUM_MAGNITUDES,
             fill_value=_FILL,
         )
+    if settings.is_normalized:
+        view = normalize_nodes(view)
     return view, view, window, window

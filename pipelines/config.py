@@ -47,7 +47,7 @@ class DataConfig:
     shuffle_window: int = 16
     """Shards whose samples are mixed together. Larger mixes better, smaller reads fewer files at a time."""
     restart_epoch: bool = False
-    """Go on with a run though seed, global batch, shards, views or masks have changed: its current epoch begins anew."""
+    """Go on with a run though seed, global batch, shards, views or masks differ: its current epoch begins anew."""
 
     def __post_init__(self) -> None:
         check(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
@@ -183,6 +183,8 @@ class PackConfig:
     def __post_init__(self) -> None:
         check(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
+
+PACK_DEFAULTS = PackConfig()
 
 Backend = Literal["dali", "torch"]
 """Which loader renders the views: DALI's graph, or the plain twin."""

@@ -20,6 +20,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from pipelines.actions import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
+from pipelines.batch import PIXEL_MEAN, PIXEL_STD
 from pipelines.config import ViewConfig
 
 _COLOR = {"is_recolored": (types.BOOL, 0), "matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
@@ -55,6 +56,8 @@ class GraphSettings:
     """Share of the JPEGs that a GPU's own decoder takes; None: DALI's default."""
     preallocate: tuple[int, int] | None = None
     """Width and height for which a GPU's own decoder makes room at the start; None: as images come."""
+    is_normalized: bool = False
+    """Whether views leave as the networks take them, (B, 3, H, W) float32, or as pixels, (B, H, W, 3) uint8."""
 
 
 def graph_parameters(draws: Draws, *, has_source_geometry: bool = False) -> tuple[np.ndarray, ...]:
@@ -104,15 +107,23 @@ def _two_views(next_inputs, settings):
         corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
         pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
         source_view = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
+    # one mean for both views where they show the same
+    target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
+    source_gray = gray_mean_nodes(source_view, is_gpu=is_gpu) if has_geometry else target_gray
+    # operators take a matrix as an argument from the CPU; arithmetic needs its gain where the pixels are
+    gains = [data["target_gain"], data["source_gain"]]
+    target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains
     if data["target_is_recolored"]:
-        target_view = recolor_nodes(target_view, data["target_matrix"], data["target_gain"], is_gpu=is_gpu)
+        target_view = recolor_nodes(target_view, data["target_matrix"], target_gain * target_gray)
     if data["source_is_recolored"]:
-        source_view = recolor_nodes(source_view, data["source_matrix"], data["source_gain"], is_gpu=is_gpu)
+        source_view = recolor_nodes(source_view, data["source_matrix"], source_gain * source_gray)
     if data["source_is_blurred"]:
         sigma, width = data["source_blur_sigma"], data["source_blur_window"]
         source_view = fn.gaussian_blur(source_view, sigma=sigma, window_size=width)
     if data["source_is_solarized"]:
         source_view = solarize_nodes(source_view)
+    if settings.is_normalized:
+        source_view, target_view = normalize_nodes(source_view), normalize_nodes(target_view)
     return source_view, target_view, window, inner
 
 
@@ -170,13 +181,15 @@ def to_square(pixels, size):
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
-def recolor_nodes(crop, matrix, gain, *, is_gpu):
-    """Apply the affine colour map: matrix times pixel plus gain times the grey mean, one clamp."""
-    channel_means = fn.reductions.mean(crop, axes=[0, 1], dtype=types.FLOAT)
-    gray_mean = fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))
-    mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
-    # operators take matrix as an argument from the CPU; arithmetic needs gain where the pixels are
-    return fn.cast(mapped + (gain.gpu() if is_gpu else gain) * gray_mean, dtype=types.UINT8)
+def gray_mean_nodes(pixels, *, is_gpu):
+    """Compute the mean luma of each image."""
+    channel_means = fn.reductions.mean(pixels, axes=[0, 1], dtype=types.FLOAT)
+    return fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))
+
+
+def recolor_nodes(pixels, matrix, offset):
+    """Apply the affine colour map: matrix times pixel plus offset, one clamp."""
+    return fn.cast(fn.coord_transform(pixels, M=matrix, dtype=types.FLOAT) + offset, dtype=types.UINT8)
 
 
 def solarize_nodes(pixels):
@@ -184,3 +197,9 @@ def solarize_nodes(pixels):
     # x + (x >= 128) * (255 - 2 x), in integers
     inverted = (pixels >= 128) * (255 - 2 * fn.cast(pixels, dtype=types.INT32))
     return fn.cast(pixels + inverted, dtype=types.UINT8)
+
+
+def normalize_nodes(pixels):
+    """Do what `pipelines.batch.normalize_view` does."""
+    mean, std = ([255 * value for value in values] for values in (PIXEL_MEAN, PIXEL_STD))
+    return fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)

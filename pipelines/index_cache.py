@@ -20,16 +20,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from pipelines.remote import file_info
 from pipelines.shard_index import Shard, index_shard
-from pipelines.tar_index import remote_path
 
 logger = logging.getLogger(__name__)
 
 # changes with the meaning of what is kept
-FORMAT = 1
+FORMAT = 2
 # a shard changed as lately as this may change again without showing it: file systems count time in steps
 YOUNGEST_NS = 2_000_000_000
-_NUMBERS = ("image_offset", "image_size", "label", "json_offset", "json_size")
+_NUMBERS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
 
 
 class Stamp(NamedTuple):
@@ -90,8 +90,7 @@ def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
 def stamp_of(path: str) -> Stamp:
     """Return what the shard looks like from outside."""
     if "://" in path:
-        system, inner = remote_path(path)
-        info = system.get_file_info(inner)
+        info = file_info(path)
         # a store that tells no time of change keeps no index: it would never be known to be out of date
         return Stamp(int(info.size or 0), int(info.mtime_ns or time.time_ns()))
     status = os.stat(path)

@@ -70,6 +70,7 @@ def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: 
         device_id=settings.device.index or 0 if is_on_gpu else None,
         hw_decoder_load=settings.hw_decoder_load,
         preallocate=settings.preallocate,
+        is_normalized=True,
     )
     chosen = DaliSettings(
         graph=graph,

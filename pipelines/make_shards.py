@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from webdataset.writer import ShardWriter
 
-from pipelines.config import IMAGE_EXTENSIONS, PackConfig, check
+from pipelines.config import IMAGE_EXTENSIONS, PACK_DEFAULTS, PackConfig, check
 from pipelines.draws import random_bits, uniforms
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ DEMO_JPEG_QUALITY = 90
 GREY_CHROMA = 6.0
 
 
-def pack_folder(source: Path, destination: Path, config: PackConfig = PackConfig(), seed: int = 0) -> list[Path]:
+def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAULTS, seed: int = 0) -> list[Path]:
     """Pack an image folder into shards; the image files' bytes stay as they are.
 
     With one subfolder per class, labels are 0 .. K-1 in the order of the subfolders' names, written to `classes.json`;

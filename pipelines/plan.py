@@ -5,11 +5,12 @@ need no state, and the same request gives the same batch on any of them.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from pipelines.actions import (
@@ -21,9 +22,9 @@ from pipelines.actions import (
     draw_augment,
     source_geometry,
 )
-from pipelines.batch import Batch, RaggedIndex, normalize_view
+from pipelines.batch import Batch, RaggedIndex
 from pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
-from pipelines.masks import all_patches, draw_masks, ragged_index
+from pipelines.masks import Masks, all_patches, draw_masks, ragged_index
 from pipelines.order import SampleOrder
 from pipelines.shards import ShardSet
 
@@ -53,6 +54,10 @@ class StreamStart:
     """First step under the present settings."""
     position: int = 0
     """Its first position in the endless order: a multiple of the number of samples."""
+
+
+BEGINNING = StreamStart()
+"""Of a run that never had other settings."""
 
 
 class EndOfPlanError(Exception):
@@ -96,7 +101,7 @@ class Stream:
     micro_batch_size: int
     rank: int
     world_size: int
-    start: StreamStart = StreamStart()
+    start: StreamStart = BEGINNING
 
     def place(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
         """Return step and slots of this rank's micro-batch number `index`, counted from step 0."""
@@ -114,6 +119,12 @@ class Stream:
         """Return the samples of the slots behind an image's in the global batch: the same for any ranks."""
         slots = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
         return self.samples(request.step, slots)
+
+
+# the micro-batches of one step follow each other
+@lru_cache(maxsize=2)
+def _masks_of_step(mask: MaskConfig, grid: int, seed: int, step: int, global_batch_size: int) -> Masks:
+    return draw_masks(mask, grid, seed, step, np.arange(global_batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +149,7 @@ class TrainingPlan:
         step, slots = self.stream.place(index)
         samples = self.stream.samples(step, slots)
         # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
-        masks = draw_masks(self.mask, self.grid, self.seed, step, np.arange(self.stream.global_batch_size))
+        masks = _masks_of_step(self.mask, self.grid, self.seed, step, self.stream.global_batch_size)
         return Request(
             step=step,
             slots=slots,
@@ -236,8 +247,9 @@ class EvaluationPlan:
 class Rendered:
     """What a backend makes of a request."""
 
-    source_view: UInt8[Tensor, "B H W 3"]
-    target_view: UInt8[Tensor, "B H W 3"]
+    source_view: Float32[Tensor, "B 3 H W"]
+    """Normalised, as in `Batch`."""
+    target_view: Float32[Tensor, "B 3 H W"]
     crop_window: Float32[np.ndarray, "B 4"]
     source_window: Float32[np.ndarray, "B 4"]
 
@@ -248,8 +260,8 @@ def assemble(request: Request, rendered: Rendered, shards: ShardSet, views: View
     geometry = source_geometry(draws, rendered.crop_window, rendered.source_window)
     action = action_vector(draws.source, draws.target, views, geometry)
     return Batch(
-        source_view=normalize_view(rendered.source_view.to(device, non_blocking=True)),
-        target_view=normalize_view(rendered.target_view.to(device, non_blocking=True)),
+        source_view=rendered.source_view.to(device, non_blocking=True),
+        target_view=rendered.target_view.to(device, non_blocking=True),
         action=torch.from_numpy(action).to(device, non_blocking=True),
         context=request.context.to(device),
         target=request.target.to(device),

@@ -12,6 +12,8 @@ from pipelines.tar_index import HeaderWindow, ShardError, ShardFile, TarMember, 
 
 # top-level members like __meta__ or __meta__/note.txt are no samples (webdataset.tariterators)
 _METADATA = re.compile(r"__[^/]*__($|/)")
+# a .png beside another image is its segmentation map, so it is looked for last
+_IMAGE_ORDER = sorted(IMAGE_EXTENSIONS, key=lambda extension: extension == "png")
 # more digits than any int64 has, and still within the bytes read for the headers
 _LONGEST_LABEL = 32
 
@@ -31,9 +33,13 @@ class Shard:
     label: Int64[np.ndarray, "samples"]
     """Class number from the `.cls` member, -1 where there is none."""
     json_offset: Int64[np.ndarray, "samples"]
-    """Where each `.json` member begins, in bytes."""
+    """Where each `.json` member begins, in bytes, 0 where there is none."""
     json_size: Int64[np.ndarray, "samples"]
     """Length of each `.json` member in bytes, 0 where there is none."""
+    mask_offset: Int64[np.ndarray, "samples"]
+    """Where each segmentation map begins (`.seg.png`, or `.png` beside another image), 0 where there is none."""
+    mask_size: Int64[np.ndarray, "samples"]
+    """Length of each segmentation map in bytes, 0 where there is none."""
     num_left_out: int = 0
     """Samples that are not listed because `iwm shards check` found that they cannot be decoded."""
 
@@ -62,7 +68,8 @@ def index_shard(path: str) -> Shard:
         extensions = sorted({extension for sample in samples for extension in sample.members})
         what = f"holds no image: extensions found are {extensions or 'none'}"
         raise ShardError(what, shard=path, remedy=f"accepted are {', '.join(IMAGE_EXTENSIONS)}")
-    described = [sample.members.get("json") for sample, _ in kept]
+    json_offset, json_size = _spans([sample.members.get("json") for sample, _ in kept])
+    mask_offset, mask_size = _spans([_mask(sample, image) for sample, image in kept])
     return Shard(
         path=path,
         size_bytes=size_bytes,
@@ -70,9 +77,22 @@ def index_shard(path: str) -> Shard:
         image_offset=np.array([image.offset for _, image in kept], np.int64),
         image_size=np.array([image.size for _, image in kept], np.int64),
         label=np.array([sample.label for sample, _ in kept], np.int64),
-        json_offset=np.array([member.offset if member else 0 for member in described], np.int64),
-        json_size=np.array([member.size if member else 0 for member in described], np.int64),
+        json_offset=json_offset,
+        json_size=json_size,
+        mask_offset=mask_offset,
+        mask_size=mask_size,
     )
+
+
+def require_unchanged(shard: Shard, file: ShardFile) -> None:
+    """Check that an open shard has the size it had when it was indexed.
+
+    Raises:
+        ShardError: if it has not.
+    """
+    if file.size_bytes != shard.size_bytes:
+        what = f"has changed since it was indexed, from {shard.size_bytes} to {file.size_bytes} bytes"
+        raise ShardError(what, shard=shard.path, remedy="restart to index it again")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -109,7 +129,7 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
             raise ShardError(what, shard=window.path, key=key, remedy="leave one of them out")
         current.members[extension] = member
         if extension == "cls":
-            content = window.read_at(member.offset, min(member.size, _LONGEST_LABEL))
+            content = window.read_at(member.offset, min(member.size, _LONGEST_LABEL + 1))
             current.label = _parse_label(content, window.path, key)
     if current.key:
         yield current
@@ -117,14 +137,26 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
 
 def _parse_label(content: bytes, path: str, key: str) -> int:
     digits = content.strip()
-    if not digits.isdigit() or int(digits) >= 2**63:
+    # longer content was not read to its end
+    if len(content) > _LONGEST_LABEL or not digits.isdigit() or int(digits) >= 2**63:
         remedy = "write the class number as ASCII digits, or leave the member out"
         raise ShardError(f".cls must hold an integer >= 0, got {content!r}", shard=path, key=key, remedy=remedy)
     return int(digits)
 
 
 def _image(sample: _Sample, path: str) -> TarMember | None:
-    image = next((sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None)
+    image = next((sample.members[extension] for extension in _IMAGE_ORDER if extension in sample.members), None)
     if image is not None and image.size == 0:
         raise ShardError("image has 0 bytes", shard=path, key=sample.key, remedy="replace it or leave the sample out")
     return image
+
+
+def _mask(sample: _Sample, image: TarMember) -> TarMember | None:
+    beside = sample.members.get("png")
+    return sample.members.get("seg.png") or (beside if beside is not image else None)
+
+
+def _spans(members: list[TarMember | None]) -> tuple[Int64[np.ndarray, "samples"], Int64[np.ndarray, "samples"]]:
+    spans = [(member.offset, member.size) if member else (0, 0) for member in members]
+    offset, size = np.array(spans, np.int64).reshape(-1, 2).T.copy()
+    return offset, size

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from pipelines.actions import crop_window, source_window
-from pipelines.batch import Batch
+from pipelines.batch import Batch, normalize_view
 from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
 from pipelines.reader import Reader
 from pipelines.shards import ShardSet
@@ -58,8 +58,8 @@ class TorchLoader:
             self._crop(images, inner, draws.flip ^ draws.source_flip) if self._views.has_source_geometry else target
         )
         return Rendered(
-            source_view=render(source, draws.source),
-            target_view=render(target, draws.target),
+            source_view=normalize_view(render(source, draws.source)),
+            target_view=normalize_view(render(target, draws.target)),
             crop_window=window,
             source_window=inner,
         )

@@ -15,6 +15,7 @@ from iwm_fast.data import evaluation_loader
 from iwm_fast.evals.config import EvalData
 from iwm_fast.world_model import WorldModel
 from pipelines.batch import Batch
+from pipelines.labels import Labels
 from pipelines.shards import ShardSet, open_shards
 
 
@@ -58,18 +59,15 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
         loader.close()
 
 
-def extract_features(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Features:
-    """Return mean-pooled tokens of the teacher.
-
-    Raises:
-        ShardError: if a sample has no label.
-    """
-    shards.require_labels("probes compare labels")
-    features, labels = [], []
+def extract_features(
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], labels: Labels
+) -> Features:
+    """Return mean-pooled tokens of the teacher, and the samples' class numbers."""
+    features, number = [], []
     for batch in batches(model, shards, samples):
         features.append(model.encode(batch.source_view).mean(dim=1).cpu())
-        labels.append(batch.label)
-    return Features(features=torch.cat(features), label=torch.cat(labels))
+        number.append(labels.of(batch.sample))
+    return Features(features=torch.cat(features), label=torch.cat(number))
 
 
 def save_result(run: str, name: str, result: dict[str, Any]) -> Path:

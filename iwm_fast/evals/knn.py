@@ -6,6 +6,7 @@ each of the k nearest training images votes with weight exp(similarity / tempera
 
 from dataclasses import asdict, replace
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,32 +24,42 @@ from iwm_fast.evals.features import (
     training_shards,
     validation_shards,
 )
+from pipelines.labels import read_labels
 
 _QUERIES = 1024
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
-    """Score a run beside its own untrained encoder; write the result."""
+    """Score a run beside its own untrained encoder; write the result.
+
+    Raises:
+        ShardError: if a sample has no label, or one that no training sample has.
+    """
     model = world_model.load(config.run, choose_device(config.device))
     control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
     train, val = training_shards(model, config.data), validation_shards(model, config.data)
+    train_labels = read_labels(train, config.data.label)
+    val_labels = read_labels(val, config.data.label, classes=train_labels.classes)
     train_samples = spread(train.num_samples, config.max_train_samples)
     val_samples = spread(val.num_samples, val.num_samples)
     accuracy = []
     for encoder in (model, control):
-        bank, queries = extract_features(encoder, train, train_samples), extract_features(encoder, val, val_samples)
+        bank = extract_features(encoder, train, train_samples, train_labels)
+        queries = extract_features(encoder, val, val_samples, val_labels)
         accuracy.append(knn_accuracy(bank, queries, config.num_neighbors, config.temperature))
-    num_classes = int(max(train.labels(train_samples).max(), val.labels(val_samples).max())) + 1
     result = {
         "knn": accuracy[0],
         "knn_untrained": accuracy[1],
-        "knn_chance": 1 / num_classes,
+        "knn_chance": 1 / len(train_labels.classes),
+        # where classes are of unequal size, what it takes to beat a guess
+        "knn_most_common": float((val_labels.number == train_labels.counts.argmax()).mean()),
         "num_train": len(train_samples),
         "num_val": len(val_samples),
         "step": model.step,
         "settings": asdict(config),
     }
-    save_result(config.run, "knn", result)
+    field = quote(config.data.label, safe="")
+    save_result(config.run, "knn" if field == "cls" else f"knn_{field}", result)
     return result
 
 

@@ -105,7 +105,7 @@ def test_a_finetuning_batch_is_the_same_for_other_ranks_and_after_a_restart(tiny
 
 def test_the_torch_loader_refuses_to_augment(tiny_shards):
     shards = open_shards(tiny_shards.pattern)
-    with pytest.raises(ValueError, match="runtime.loader must be dali for RandAugment"):
+    with pytest.raises(ValueError, match=r"runtime.loader must be dali for RandAugment"):
         take(plan(shards), shards, 1, backend="torch")
 
 

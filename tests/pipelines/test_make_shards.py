@@ -11,6 +11,8 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipelines import make_shards
+from pipelines.config import PackConfig
+from pipelines.labels import read_labels
 from pipelines.make_shards import (
     DEMO_CROP_SIDE,
     DEMO_PHOTOGRAPHS,
@@ -57,7 +59,7 @@ def source(tmp_path) -> Path:
 
 
 def test_packed_images_keep_bytes_class_and_name(source, tmp_path):
-    paths = pack_folder(source, tmp_path / "out", samples_per_shard=10)
+    paths = pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
     assert [path.name for path in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "cat"]
     packed = samples_of(f"{tmp_path}/out/shard-{{000000..000002}}.tar")
@@ -70,7 +72,7 @@ def test_packed_images_keep_bytes_class_and_name(source, tmp_path):
 
 
 def test_packed_shards_pass_our_index_with_unique_keys_without_dots(source, tmp_path):
-    pack_folder(source, tmp_path / "out", samples_per_shard=10)
+    pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
     shards = open_shards(str(tmp_path / "out"))
     keys = [key for shard in shards.shards for key in shard.keys]
     assert len(set(keys)) == shards.num_samples == 22
@@ -79,7 +81,7 @@ def test_packed_shards_pass_our_index_with_unique_keys_without_dots(source, tmp_
 
 
 def test_packed_classes_are_mixed(source, tmp_path):
-    pack_folder(source, tmp_path / "out", samples_per_shard=11)
+    pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=11))
     shards = open_shards(str(tmp_path / "out"))
     assert set(shards.shards[0].label.tolist()) == {0, 1}
 
@@ -92,7 +94,7 @@ def test_packing_twice_gives_the_same_bytes(source, tmp_path):
 
 
 def test_packing_works_under_any_folder_name(source, tmp_path):
-    paths = pack_folder(source, tmp_path / "100% of {a,b}: x", samples_per_shard=30)
+    paths = pack_folder(source, tmp_path / "100% of {a,b}: x", PackConfig(samples_per_shard=30))
     assert len(paths) == 1 and open_shards(str(paths[0])).num_samples == 22
 
 
@@ -119,16 +121,35 @@ def test_sources_that_are_no_image_folder_are_refused(tmp_path):
         pack_folder(tmp_path / "none", tmp_path / "out")
     source = tmp_path / "images"
     source.mkdir()
-    with pytest.raises(FileNotFoundError, match="no class folders"):
+    (source / "a.gif").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="holds no images: accepted extensions are jpg, jpeg, png"):
         pack_folder(source, tmp_path / "out")
-    (source / "cat").mkdir()
-    (source / "cat" / "a.gif").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="accepted extensions are jpg, jpeg, png"):
-        pack_folder(source, tmp_path / "out")
+    image_file(source / "cat" / "one.jpg", 0)
     image_file(source / "loose.jpg", 0)
-    with pytest.raises(ValueError, match=r"must lie in class folders.*loose\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images lie in .* itself, the first is loose\.jpg; either each"):
         pack_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_images_without_classes_becomes_shards_without_labels(tmp_path):
+    for number in range(5):
+        image_file(tmp_path / "images" / f"{number}.jpg", number)
+    paths = pack_folder(tmp_path / "images", tmp_path / "out")
+    shards = open_shards(str(tmp_path / "out"))
+    assert shards.num_samples == 5 and shards.labels(np.arange(5)).tolist() == [-1] * 5
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [path.name for path in paths]
+
+
+def test_validation_shards_take_the_class_numbers_of_training(source, tmp_path):
+    pack_folder(source, tmp_path / "train")
+    image_file(tmp_path / "val" / "cat" / "1.jpg", 1)
+    classes = PackConfig(classes=str(tmp_path / "train" / "classes.json"))
+    pack_folder(tmp_path / "val", tmp_path / "out", classes)
+    assert open_shards(str(tmp_path / "out")).labels(np.arange(1)).tolist() == [1]
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "cat"]
+    image_file(tmp_path / "val" / "dog" / "1.jpg", 1)
+    with pytest.raises(ValueError, match=r"must be named in classes=.*, which lists 2, got \['dog'\]"):
+        pack_folder(tmp_path / "val", tmp_path / "other", classes)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +171,15 @@ def test_demo_has_the_promised_counts_and_equal_classes(demo):
         assert np.bincount(labels).tolist() == [each] * 17 and len(demo.classes) == 17
     # every shard is a mixture: a loader sees few shards at a time
     assert min(len(set(shard.label.tolist())) for shard in train.shards) == 17
+
+
+def test_the_demo_has_several_tasks_in_its_json(demo):
+    train, val = open_shards(demo.train), open_shards(demo.val)
+    photograph = read_labels(train, "json.photograph")
+    names = [photograph.classes[number] for number in photograph.number]
+    assert names == [demo.classes[number] for number in read_labels(train, "cls").number]
+    hue = read_labels(val, "json.hue_bin", classes=read_labels(train, "json.hue_bin").classes)
+    assert set(hue.classes) <= set("01234567") and (hue.counts > 0).sum() >= 5
 
 
 def test_a_demo_that_is_there_is_not_written_again(demo, monkeypatch):

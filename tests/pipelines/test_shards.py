@@ -37,6 +37,20 @@ def test_labels_and_json_members_are_found(tmp_path):
     assert shard.size_bytes == path.stat().st_size
 
 
+def test_masks_are_found_and_a_png_is_the_image_only_where_no_other_is(tmp_path):
+    members = {
+        "a.jpg": JPEG, "a.seg.png": b"map of a", "b.png": b"map of b", "b.webp": JPEG, "c.png": JPEG, "d.tif": JPEG,
+        "e.seg.png": b"map of e", "e.png": JPEG, "f.PNG": b"other", "f.Seg.Png": b"map of f", "f.jpeg": JPEG,
+    }  # fmt: skip
+    path = shard_at(tmp_path / "s.tar", members)
+    assert images_of(path) == dict.fromkeys("abcdef", JPEG)
+    shard, content = index_shard(str(path)), path.read_bytes()
+    spans = zip(shard.keys, shard.mask_offset.tolist(), shard.mask_size.tolist(), strict=True)
+    found = {key: content[offset : offset + size].decode() for key, offset, size in spans if offset}
+    assert found == {key: f"map of {key}" for key in "abef"}
+    assert [shard.mask_size[place] for place in (2, 3)] == [0, 0]
+
+
 def test_extension_begins_at_the_first_dot_of_the_file_name_and_case_does_not_matter(tmp_path):
     assert split_name("v1.0/a.seg.PNG") == ("v1.0/a", "seg.png")
     members = {"a.seg.png": b"mask", "a.JPG": JPEG, "b.jpg.bak": b"no", "b.Png": b"png"}
@@ -44,8 +58,8 @@ def test_extension_begins_at_the_first_dot_of_the_file_name_and_case_does_not_ma
 
 
 def test_of_several_images_the_first_accepted_extension_is_taken(tmp_path):
-    path = shard_at(tmp_path / "s.tar", {"a.png": b"png", "a.jpg": b"jpg"})
-    assert images_of(path) == {"a": b"jpg"}
+    path = shard_at(tmp_path / "s.tar", {"a.tif": b"tif", "a.jpeg": b"jpeg", "b.bmp": b"bmp", "b.webp": b"webp"})
+    assert images_of(path) == {"a": b"jpeg", "b": b"webp"}
 
 
 def test_samples_without_an_image_are_not_counted(tmp_path):
@@ -60,6 +74,8 @@ UNUSABLE = {
     "label is a word": ({"a.jpg": JPEG, "a.cls": b"cat"}, "a", "integer >= 0, got b'cat'"),
     "label is negative": ({"a.jpg": JPEG, "a.cls": b"-1"}, "a", "integer >= 0"),
     "label is empty": ({"a.jpg": JPEG, "a.cls": b""}, "a", "integer >= 0"),
+    "label goes on behind many spaces": ({"a.jpg": JPEG, "a.cls": b"3" + b" " * 40 + b"x"}, "a", "integer >= 0"),
+    "label has more digits than are read": ({"a.jpg": JPEG, "a.cls": b"0" * 40 + b"5"}, "a", "integer >= 0"),
     "label is too large": ({"a.jpg": JPEG, "a.cls": b"9" * 20}, "a", "integer >= 0"),
     "no image": ({"a.txt": b"x", "a.jp2": b"x"}, "", r"extensions found are \['jp2', 'txt'\]"),
 }

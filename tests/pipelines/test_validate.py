@@ -130,3 +130,56 @@ def test_the_report_counts_and_says_what_is_left_out(mixed, capsys):
     assert "3 JPEG, 1 PNG, 1 WEBP" in output and "will not be drawn" in output
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
     assert rows["samples"] == "10" and rows["cannot be decoded"] == "5" and rows["without a label"] == "0"
+
+
+def mask(size: tuple[int, int] = (12, 8)) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 5, size[::-1], np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.fixture
+def described(tmp_path) -> str:
+    """Samples with .json and masks, good and bad, in two shards."""
+    members = [
+        ("both.jpg", picture()), ("both.json", b"{}"), ("both.seg.png", mask()),
+        ("beside.jpg", picture()), ("beside.png", mask()),
+        ("cut.jpg", picture()), ("cut.seg.png", mask()[:-30]), ("cut.json", b"{}"),
+        ("empty.jpg", picture()), ("empty.seg.png", b""),
+        ("large.jpg", picture()), ("large.png", mask((8, 12))),
+        ("none.jpg", picture()),
+        ("photo.jpg", picture()), ("photo.png", picture("PNG")),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "b.tar", [("b.jpg", picture())])
+    for name in ("a.tar", "b.tar"):
+        os.utime(tmp_path / name, ns=(LONG_AGO_NS, LONG_AGO_NS))
+    return str(tmp_path)
+
+
+def test_broken_masks_are_bad_samples_and_other_pictures_beside_an_image_are_not(described):
+    first, second = validate(find_shards(described), 1)
+    assert (first.num_json, first.num_masks, second.num_json, second.num_masks) == (2, 2, 0, 0)
+    assert (first.first_without_json, second.first_without_json) == ("beside", "b")
+    reasons = {bad.key: bad.reason for bad in first.bad}
+    assert set(reasons) == {"cut", "empty", "large"}
+    assert all("segmentation map cannot be decoded" in reasons[key] for key in ("cut", "empty"))
+    assert reasons["large"] == "segmentation map is 8 x 12, its image (turned upright) 12 x 8"
+    assert [(found.key, "RGB of 8 bits" in found.reason) for found in first.no_masks] == [("photo", True)]
+    assert open_shards(described).shards[0].keys == ("both", "beside", "none", "photo")
+    assert len(first.sizes) == sum(first.formats.values()) == 4
+
+
+def test_the_report_counts_json_and_masks_and_names_what_lacks_them(described, capsys):
+    main(["shards", "check", described])
+    output = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
+    assert (rows["samples"], rows["with .json"], rows["with a segmentation map"]) == ("8", "2", "2")
+    assert "a.tar:beside the first of 5 in its shard without .json, which others have" in output
+    assert "b.tar:b the first of 1 in its shard without .json" in output
+    assert "a.tar:photo the first of 1 in its shard whose PNG is no mask: PNG with RGB of 8 bits" in output
+
+
+def test_where_no_sample_has_json_none_is_missed(mixed, capsys):
+    main(["shards", "check", mixed])
+    assert "without .json" not in capsys.readouterr().out
