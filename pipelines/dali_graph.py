@@ -3,8 +3,8 @@
 No reader and no random operator: everything drawn enters as data, so what the predictor is told is by construction
 what happened to the pixels. The same function builds the graph for CPU and GPU. `pipelines.views` is its plain twin.
 
-An operation runs only for the samples it was drawn for (DALI's conditional execution): on a CPU that is a quarter faster
-than running it on all of them with parameters that change nothing, with the same pixels (benchmarks/README.md).
+An operation runs only for the samples it was drawn for (DALI's conditional execution): on a CPU that is a quarter
+faster than running it on all of them with parameters that change nothing, with the same pixels (benchmarks/README.md).
 """
 
 # DALI's enums and graph nodes are typed too loosely to check
