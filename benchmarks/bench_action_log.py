@@ -16,8 +16,8 @@ from benchmarks.pipeline_names import LOGGED, LOGGING
 from benchmarks.pipeline_streams import Workload, loader_stream
 from benchmarks.session import Case, Session
 from benchmarks.turns import Stream
+from iwm_fast.data import log_head
 from pipelines.action_log import GROUP_ROWS, ActionLog
-from pipelines.action_rows import LogHead
 from pipelines.actions import draw
 from pipelines.batch import Batch
 
@@ -81,14 +81,5 @@ def logged_stream(workload: Workload) -> Stream:
 
 def open_log(workload: Workload, folder: Path, group_rows: int) -> ActionLog:
     """Open a log of a single process."""
-    config = workload.config()
-    head = LogHead(
-        views=config.views,
-        mask=config.mask,
-        seed=config.seed,
-        grid=config.grid,
-        global_batch_size=config.optim.global_batch_size,
-        shards=config.data.train,
-        shards_digest=workload.shards.content_digest,
-    )
+    head = log_head(workload.config(), workload.shards)
     return ActionLog(folder, head=head, shards=workload.shards, rank=0, group_rows=group_rows)

@@ -110,12 +110,7 @@ def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
 
 def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
     """Build our graph with every operation executed for every sample."""
-    graph = Pipeline(
-        batch_size=settings.max_batch_size,
-        num_threads=settings.num_threads,
-        device_id=settings.device_id,
-        prefetch_queue_depth=settings.prefetch,
-    )
+    graph = Pipeline(**settings.of_pipeline)
     is_gpu = settings.device_id is not None
     with graph:
         data = fed(_NEUTRAL, feed)

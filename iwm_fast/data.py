@@ -5,6 +5,7 @@ import torch
 
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
+from pipelines.action_rows import LogHead
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
 from pipelines.plan import BEGINNING, EvaluationPlan, Stream, StreamStart, TrainingPlan
@@ -39,6 +40,19 @@ def training_stream(config: RunConfig, shards: ShardSet, place: Place, start: St
         rank=place.rank,
         world_size=place.world_size,
         start=start,
+    )
+
+
+def log_head(config: RunConfig, shards: ShardSet) -> LogHead:
+    """Return what an action log says of the run as a whole."""
+    return LogHead(
+        views=config.views,
+        mask=config.mask,
+        seed=config.seed,
+        grid=config.grid,
+        global_batch_size=config.optim.global_batch_size,
+        shards=config.data.train,
+        shards_digest=shards.content_digest,
     )
 
 

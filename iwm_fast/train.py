@@ -12,7 +12,7 @@ from typing import Any
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed
 from iwm_fast.config import RunConfig, accumulation_steps
-from iwm_fast.data import training_loader
+from iwm_fast.data import log_head, training_loader
 from iwm_fast.distributed import Place
 from iwm_fast.engine import Engine, build_engine
 from iwm_fast.logbook import LogWindow, Progress, say
@@ -28,7 +28,6 @@ from iwm_fast.step import StepReport, train_step
 from iwm_fast.teacher import Teacher
 from pipelines.action_log import ActionLog
 from pipelines.action_parts import remove_from
-from pipelines.action_rows import LogHead
 from pipelines.shards import ShardSet, open_shards
 
 log = logging.getLogger("iwm_fast")
@@ -146,15 +145,7 @@ def open_action_log(trainer: Trainer, progress: Progress) -> ActionLog | None:
     distributed.on_rank_zero(lambda: remove_from(folder, progress.step))
     if not config.output.action_log:
         return None
-    head = LogHead(
-        views=config.views,
-        mask=config.mask,
-        seed=config.seed,
-        grid=config.grid,
-        global_batch_size=config.optim.global_batch_size,
-        shards=config.data.train,
-        shards_digest=trainer.shards.content_digest,
-    )
+    head = log_head(config, trainer.shards)
     return ActionLog(folder, head=head, shards=trainer.shards, rank=trainer.place.rank)
 
 

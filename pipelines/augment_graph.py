@@ -44,15 +44,7 @@ def build_augment_graph(
     """Build the pipeline; it is fed and read like that of `build_graph`, and both views are the same."""
     # DALI's suite calls operators of its own library by their former names, and no filter hides that
     with warnings.catch_warnings(record=True) as caught:
-        graph = _augmented_view(
-            next_inputs,
-            settings,
-            augment,
-            batch_size=settings.max_batch_size,
-            num_threads=settings.num_threads,
-            device_id=settings.device_id,
-            prefetch_queue_depth=settings.prefetch,
-        )
+        graph = _augmented_view(next_inputs, settings, augment, **settings.of_pipeline)
     for other in (warning for warning in caught if warning.category is not DeprecationWarning):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     graph.build()

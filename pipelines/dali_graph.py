@@ -59,6 +59,16 @@ class GraphSettings:
     is_normalized: bool = False
     """Whether views leave as the networks take them, (B, 3, H, W) float32, or as pixels, (B, H, W, 3) uint8."""
 
+    @property
+    def of_pipeline(self) -> dict[str, Any]:
+        """Arguments of DALI's `Pipeline`."""
+        return {
+            "batch_size": self.max_batch_size,
+            "num_threads": self.num_threads,
+            "device_id": self.device_id,
+            "prefetch_queue_depth": self.prefetch,
+        }
+
 
 def graph_parameters(draws: Draws, *, has_source_geometry: bool = False) -> tuple[np.ndarray, ...]:
     """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images."""
@@ -81,14 +91,7 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
 
     It returns source view, target view, window of the target view, and window of the source view.
     """
-    graph = _two_views(
-        next_inputs,
-        settings,
-        batch_size=settings.max_batch_size,
-        num_threads=settings.num_threads,
-        device_id=settings.device_id,
-        prefetch_queue_depth=settings.prefetch,
-    )
+    graph = _two_views(next_inputs, settings, **settings.of_pipeline)
     graph.build()
     return graph
 
