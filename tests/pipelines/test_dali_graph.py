@@ -88,6 +88,23 @@ def test_a_sample_is_rendered_the_same_alone_and_in_a_batch(images):
         assert (np.asarray(whole[5]) == np.asarray(single[0])).all()
 
 
+def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
+    # left half dark, right half bright: the source shows the left quarter alone
+    pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
+    pixels[:, SIZE // 2 :] = 200
+    clean = clean_draws(1)
+    halved = replace(clean.source, contrast=np.array([0.5], np.float32))
+    draws = replace(clean, source_crop=np.array([[0.25, 1, 0, 0]], np.float32), source=halved, target=halved)
+    settings = GraphSettings(
+        views=ViewConfig(size=SIZE, source_crop=(0.2, 0.5)), max_batch_size=1, num_threads=1, prefetch=1, device_id=None
+    )
+    encoded = [np.frombuffer(encode(pixels, "PNG"), np.uint8)]
+    parameters = graph_parameters(draws, has_source_geometry=True)
+    source, target, *_ = build_graph(settings, lambda: (encoded, *parameters)).run()
+    assert set(np.unique(np.array(source.as_tensor()))) == {40}
+    assert set(np.unique(np.array(target.as_tensor()))) == {80, 160}
+
+
 @pytest.mark.gpu
 def test_the_graph_on_a_gpu_gives_the_views_of_the_graph_on_the_cpu(images):
     config = ViewConfig(size=SIZE, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.0)

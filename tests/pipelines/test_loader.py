@@ -171,6 +171,13 @@ def test_every_sample_comes_once_per_epoch_though_batches_straddle_epochs(shards
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_steps_differ_in_views_actions_and_masks_though_they_share_a_plan(shards):
+    first, second = take(training_plan(shards), shards, 2)
+    assert not torch.equal(first.action, second.action)
+    assert not torch.equal(first.context.offsets, second.context.offsets)
+    assert first.target.total != second.target.total
+
+
 def test_another_seed_gives_other_samples_views_actions_and_masks(shards):
     (first,), (second,) = take(training_plan(shards), shards, 1), take(training_plan(shards, seed=1), shards, 1)
     assert not torch.equal(first.sample, second.sample) and not torch.equal(first.action, second.action)
