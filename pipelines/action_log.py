@@ -141,6 +141,6 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         error.add_note(
             f"while writing the action log in {folder}; free space there, or do without it (output.action_log=false), "
-            "then go on from the last checkpoint with output.resume=auto"
+            "then go on from the last checkpoint with resume=auto"
         )
         raise

@@ -51,6 +51,8 @@ class LogHead:
     """Where the samples were, as data.train named them."""
     shards_digest: str
     """What they were, see `ShardSet.content_digest`."""
+    max_samples: int | None = None
+    """How many of them, from the first, were trained on; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

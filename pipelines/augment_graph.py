@@ -69,6 +69,6 @@ def _augmented_view(next_inputs, settings, augment):
             num_magnitude_bins=_NUM_MAGNITUDES,
             fill_value=_FILL,
         )
-    if settings.is_normalized:
+    if settings.output == "normalized":
         view = normalize_nodes(view)
     return view, view, window, window

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
 from pipelines.actions import Draws
@@ -75,10 +75,15 @@ class Batch:
         return [self.source_view, self.target_view, self.action, *indexes]
 
 
+def normalization() -> tuple[Float32[Tensor, "3 1 1"], Float32[Tensor, "3 1 1"]]:
+    """Return what pixels are multiplied with, and what is subtracted then."""
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    return (1 / (255 * std)).float(), (mean / std).float()
+
+
 def normalize_view(view: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
     """Turn pixels into the network's input: channels first, ImageNet mean and standard deviation."""
-    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-    scale, shift = (values.to(view.device, torch.float32) for values in (1 / (255 * std), mean / std))
+    scale, shift = (values.to(view.device) for values in normalization())
     batch, height, width, _ = view.shape
     # one pass that casts and turns, two in place: on a CPU a fifth of the time of the formula as it is written
     normalized = torch.empty((batch, 3, height, width), device=view.device)

@@ -46,11 +46,15 @@ class DataConfig:
     """Validation shards, written like data.train; only evaluations read them."""
     shuffle_window: int = 16
     """Shards whose samples are mixed together. Larger mixes better, smaller reads fewer files at a time."""
+    max_samples: int | None = None
+    """Train on the first so many samples only, for instance to overfit one batch; unset: on all."""
     restart_epoch: bool = False
     """Go on with a run though seed, global batch, shards, views or masks differ: its current epoch begins anew."""
 
     def __post_init__(self) -> None:
         check(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
+        check(self.max_samples is None or self.max_samples >= 1, "data.max_samples", self.max_samples,
+              "be at least 1 or unset")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

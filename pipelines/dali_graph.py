@@ -1,10 +1,13 @@
 """The DALI graph: encoded bytes and drawn parameters in, two rendered views and their windows out.
 
-No reader and no random operator: everything drawn enters as data, so what the predictor is told is by construction
-what happened to the pixels. The same function builds the graph for CPU and GPU. `pipelines.views` is its plain twin.
+One function makes it for CPU and GPU; where it runs on the CPU, loaders let it end at the crops, since DALI's operators
+for photometry are slow there, and `pipelines.cpu_photometry` does the rest.
 
-An operation runs only for the samples it was drawn for (DALI's conditional execution): on a CPU that is a quarter
-faster than running it on all of them with parameters that change nothing, with the same pixels (benchmarks/README.md).
+No reader and no random operator: everything drawn enters as data, so what the predictor is told is by construction
+what happened to the pixels. `pipelines.views` is its plain twin.
+
+An operation runs only for the samples it was drawn for (DALI's conditional execution): on a CPU that is faster than
+running it on all of them with parameters that change nothing, with the same pixels (benchmarks/README.md).
 """
 
 # DALI's enums and graph nodes are typed too loosely to check
@@ -13,7 +16,7 @@ faster than running it on all of them with parameters that change nothing, with 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
@@ -30,10 +33,8 @@ _DESTROY = {
     "blur_window": (types.INT32, 0),
     "is_solarized": (types.BOOL, 0),
 }
-_INPUTS = {
-    "encoded": (types.UINT8, 1),
-    "crop": (types.FLOAT, 1),
-    "flip": (types.INT32, 0),
+_CROP = {"encoded": (types.UINT8, 1), "crop": (types.FLOAT, 1), "flip": (types.INT32, 0)}
+_PHOTOMETRY = {
     **{f"target_{name}": kind for name, kind in _COLOR.items()},
     **{f"source_{name}": kind for name, kind in (_COLOR | _DESTROY).items()},
 }
@@ -56,8 +57,9 @@ class GraphSettings:
     """Share of the JPEGs that a GPU's own decoder takes; None: DALI's default."""
     preallocate: tuple[int, int] | None = None
     """Width and height for which a GPU's own decoder makes room at the start; None: as images come."""
-    is_normalized: bool = False
-    """Whether views leave as the networks take them, (B, 3, H, W) float32, or as pixels, (B, H, W, 3) uint8."""
+    output: Literal["crops", "pixels", "normalized"] = "pixels"
+    """What leaves as views: as the networks take them, (B, 3, H, W) float32; or as pixels, (B, H, W, 3) uint8;
+    or pixels before photometry, so that `pipelines.cpu_photometry` does the rest."""
 
     @property
     def of_pipeline(self) -> dict[str, Any]:
@@ -70,14 +72,16 @@ class GraphSettings:
         }
 
 
-def graph_parameters(draws: Draws, *, has_source_geometry: bool = False) -> tuple[np.ndarray, ...]:
+def graph_parameters(draws: Draws, settings: GraphSettings) -> tuple[np.ndarray, ...]:
     """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images."""
     source = draws.source
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
+    geometry = (draws.source_crop, source_flip) if settings.views.has_source_geometry else ()
+    if settings.output == "crops":
+        return (draws.crop, flip, *geometry)
     window = np.asarray(2 * blur_radius(source.blur_sigma) + 1, np.int32)
     destroy = (source.blur, source.blur_sigma, window, source.solarize)
-    photometry = (draws.crop, flip, *_color_parameters(draws.target), *_color_parameters(source), *destroy)
-    return (*photometry, draws.source_crop, source_flip) if has_source_geometry else photometry
+    return (draws.crop, flip, *geometry, *_color_parameters(draws.target), *_color_parameters(source), *destroy)
 
 
 def _color_parameters(photometry: Photometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,25 +95,24 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
 
     It returns source view, target view, window of the target view, and window of the source view.
     """
-    graph = _two_views(next_inputs, settings, **settings.of_pipeline)
+    build = _two_crops if settings.output == "crops" else _two_views
+    graph = build(next_inputs, settings, **settings.of_pipeline)
     graph.build()
     return graph
+
+
+@pipeline_def
+@no_type_check  # DALI calls it with other arguments than it is declared with
+def _two_crops(next_inputs, settings):
+    return crop_nodes(fed(crop_inputs(settings), next_inputs), settings)
 
 
 @pipeline_def(enable_conditionals=True)
 @no_type_check  # DALI rewrites the function's code, so that `if` splits a batch, and wants it bare
 def _two_views(next_inputs, settings):
-    size, is_gpu, has_geometry = settings.views.size, settings.device_id is not None, settings.views.has_source_geometry
-    data = fed(_INPUTS | (_GEOMETRY if has_geometry else {}), next_inputs)
-    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    pixels = decode_window(data["encoded"], window, settings)
-    inner, target_view = window, fn.flip(to_square(pixels, size), horizontal=data["flip"])
-    source_view = target_view
-    if has_geometry:
-        inner = source_window_nodes(data["source_crop"], window)
-        corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
-        pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
-        source_view = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
+    is_gpu, has_geometry = settings.device_id is not None, settings.views.has_source_geometry
+    data = fed(crop_inputs(settings) | _PHOTOMETRY, next_inputs)
+    source_view, target_view, window, inner = crop_nodes(data, settings)
     # one mean for both views where they show the same
     target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
     source_gray = gray_mean_nodes(source_view, is_gpu=is_gpu) if has_geometry else target_gray
@@ -125,9 +128,30 @@ def _two_views(next_inputs, settings):
         source_view = fn.gaussian_blur(source_view, sigma=sigma, window_size=width)
     if data["source_is_solarized"]:
         source_view = solarize_nodes(source_view)
-    if settings.is_normalized:
+    if settings.output == "normalized":
         source_view, target_view = normalize_nodes(source_view), normalize_nodes(target_view)
     return source_view, target_view, window, inner
+
+
+@do_not_convert
+def crop_inputs(settings):
+    """Return type and dimensions of what crops are made of, by name."""
+    return _CROP | (_GEOMETRY if settings.views.has_source_geometry else {})
+
+
+def crop_nodes(data, settings):
+    """Decode and crop: source, target, window of the target and of the source; without photometry."""
+    size = settings.views.size
+    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
+    pixels = decode_window(data["encoded"], window, settings)
+    target = fn.flip(to_square(pixels, size), horizontal=data["flip"])
+    if not settings.views.has_source_geometry:
+        return target, target, window, window
+    inner = source_window_nodes(data["source_crop"], window)
+    corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
+    pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
+    source = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
+    return source, target, window, inner
 
 
 @do_not_convert

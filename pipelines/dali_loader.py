@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.augment_graph import augment_parameters, build_augment_graph
 from pipelines.batch import Batch
+from pipelines.cpu_photometry import CpuPhotometry
 from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
 from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
 from pipelines.reader import Reader
@@ -58,6 +59,8 @@ class DaliLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph = self._build(self._settings, self._feed)
         self._spare_graph: Any = None
+        is_cropping = settings.graph.output == "crops"
+        self._photometry = CpuPhotometry(settings.graph.num_threads) if is_cropping else None
         # a thread of its own runs the graph and assembles, so that the caller's time goes into training
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(self._settings.prefetch))
@@ -90,8 +93,7 @@ class DaliLoader:
         draws, augment = read.request.draws, read.request.augment
         if augment is not None:
             return read.encoded, *augment_parameters(draws, augment)
-        has_geometry = self._plan.views.has_source_geometry
-        return read.encoded, *graph_parameters(draws, has_source_geometry=has_geometry)
+        return read.encoded, *graph_parameters(draws, self._settings)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -121,10 +123,15 @@ class DaliLoader:
         except RuntimeError:
             outputs = self._run_without_bad_samples()
         request = self._in_graph.popleft().request
-        source_view, target_view, window, inner = outputs
+        *shown, window, inner = outputs
+        source_view, target_view = (self._as_tensor(view) for view in shown)
+        if self._photometry is not None:
+            if not self._plan.views.has_source_geometry:
+                source_view = target_view
+            source_view, target_view = self._photometry.views(source_view, target_view, request.draws)
         rendered = Rendered(
-            source_view=self._as_tensor(source_view),
-            target_view=self._as_tensor(target_view),
+            source_view=source_view,
+            target_view=target_view,
             crop_window=np.array(window.as_tensor()),
             source_window=np.array(inner.as_tensor()),
         )
@@ -151,5 +158,7 @@ class DaliLoader:
         """Release threads, files and the graphs."""
         self._renderer.shutdown(cancel_futures=True)
         self._planner.shutdown(cancel_futures=True)
+        if self._photometry is not None:
+            self._photometry.close()
         self._reader.close()
         del self._graph, self._spare_graph

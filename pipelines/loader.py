@@ -70,7 +70,8 @@ def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: 
         device_id=settings.device.index or 0 if is_on_gpu else None,
         hw_decoder_load=settings.hw_decoder_load,
         preallocate=settings.preallocate,
-        is_normalized=True,
+        # RandAugment is DALI's; views are made in the graph on a GPU, behind it on a CPU
+        output="normalized" if is_on_gpu or plan.augment is not None else "crops",
     )
     chosen = DaliSettings(
         graph=graph,

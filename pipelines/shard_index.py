@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from jaxtyping import Int64
@@ -29,7 +29,7 @@ class Shard:
     image_offset: Int64[np.ndarray, "samples"]
     """Where each encoded image begins, in bytes."""
     image_size: Int64[np.ndarray, "samples"]
-    """Length of each encoded image in bytes, at least 1."""
+    """Length of each encoded image in bytes; one of 0 is bad like others that cannot be decoded."""
     label: Int64[np.ndarray, "samples"]
     """Class number from the `.cls` member, -1 where there is none."""
     json_offset: Int64[np.ndarray, "samples"]
@@ -62,7 +62,7 @@ def index_shard(path: str) -> Shard:
     with ShardFile(path) as file:
         samples = list(_group_members(HeaderWindow(file)))
         size_bytes = file.size_bytes
-    images = [_image(sample, path) for sample in samples]
+    images = [_image(sample) for sample in samples]
     kept = [(sample, image) for sample, image in zip(samples, images, strict=True) if image is not None]
     if not kept:
         extensions = sorted({extension for sample in samples for extension in sample.members})
@@ -82,6 +82,12 @@ def index_shard(path: str) -> Shard:
         mask_offset=mask_offset,
         mask_size=mask_size,
     )
+
+
+def first_samples(shard: Shard, count: int) -> Shard:
+    """Return a shard as if it held its first so many samples only."""
+    per_sample = (one.name for one in fields(Shard) if one.name not in ("path", "size_bytes", "num_left_out"))
+    return replace(shard, **{name: getattr(shard, name)[:count] for name in per_sample})
 
 
 def require_unchanged(shard: Shard, file: ShardFile) -> None:
@@ -144,11 +150,8 @@ def _parse_label(content: bytes, path: str, key: str) -> int:
     return int(digits)
 
 
-def _image(sample: _Sample, path: str) -> TarMember | None:
-    image = next((sample.members[extension] for extension in _IMAGE_ORDER if extension in sample.members), None)
-    if image is not None and image.size == 0:
-        raise ShardError("image has 0 bytes", shard=path, key=sample.key, remedy="replace it or leave the sample out")
-    return image
+def _image(sample: _Sample) -> TarMember | None:
+    return next((sample.members[extension] for extension in _IMAGE_ORDER if extension in sample.members), None)
 
 
 def _mask(sample: _Sample, image: TarMember) -> TarMember | None:

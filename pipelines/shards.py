@@ -14,9 +14,10 @@ from braceexpand import braceexpand
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
+from pipelines.config import check
 from pipelines.index_cache import load_or_index
 from pipelines.remote import file_info, list_files
-from pipelines.shard_index import Shard
+from pipelines.shard_index import Shard, first_samples
 from pipelines.tar_index import ShardError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,17 @@ class ShardSet:
     @cached_property
     def _label(self) -> Int64[np.ndarray, "samples"]:
         return np.concatenate([shard.label for shard in self.shards])
+
+    def first(self, num_samples: int) -> "ShardSet":
+        """Return the set of the first so many samples, in the order of the shards.
+
+        Raises:
+            ValueError: if there are fewer, or it asks for none.
+        """
+        check(1 <= num_samples <= self.num_samples, "num_samples", num_samples, f"lie in 1 .. {self.num_samples}")
+        num_shards = int(np.searchsorted(self.first_sample, num_samples))
+        whole, last = self.shards[: num_shards - 1], self.shards[num_shards - 1]
+        return ShardSet(shards=(*whole, first_samples(last, num_samples - int(self.first_sample[num_shards - 1]))))
 
     def locate(self, samples: Int64[np.ndarray, "B"]) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
         """Return each sample's shard number and its position in that shard.

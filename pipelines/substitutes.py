@@ -99,7 +99,7 @@ class Substitutes:
             decode_image(content)
         except UnidentifiedImageError:
             # its own message names a Python object
-            return f"no image, begins with {content[:16].tobytes()!r}"
+            return f"no image, begins with {content[:16].tobytes()!r}" if len(content) else "0 bytes"
         except UNDECODABLE as error:
             return str(error) or type(error).__name__
         return ""

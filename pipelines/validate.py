@@ -109,7 +109,7 @@ def _look_at(shard: Shard, position: int, file: ShardFile, report: ShardReport) 
             image.convert("RGB")
             kind, size, turned = str(image.format), image.size, upright_size(content)
     except UnidentifiedImageError:
-        return f"is no image, it begins with {content[:16]!r}"
+        return f"is no image, it begins with {content[:16]!r}" if content else "has 0 bytes"
     # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         return f"cannot be decoded: {error or type(error).__name__}"

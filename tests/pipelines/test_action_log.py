@@ -268,7 +268,7 @@ def test_what_cannot_be_written_is_heard_of_and_leaves_what_was_published(tmp_pa
         with pytest.raises(FileNotFoundError) as caught:
             call()
         (note,) = caught.value.__notes__
-        assert str(folder) in note and "output.action_log=false" in note and "output.resume=auto" in note
+        assert str(folder) in note and "output.action_log=false" in note and "resume=auto" in note
     log.close()
     assert "lacks its last rows" in caplog.text and not folder.exists()
     assert names(moved) == ["step-00000000-00000001-rank-000.parquet"]

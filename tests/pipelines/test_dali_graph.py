@@ -29,7 +29,7 @@ def run(
     settings = GraphSettings(
         views=ViewConfig(size=SIZE), max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id
     )
-    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws)))
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, settings)))
     source, target, window, _ = (np.array(as_cpu(output).as_tensor()) for output in graph.run())
     return torch.from_numpy(source), torch.from_numpy(target), window
 
@@ -99,7 +99,7 @@ def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
         views=ViewConfig(size=SIZE, source_crop=(0.2, 0.5)), max_batch_size=1, num_threads=1, prefetch=1, device_id=None
     )
     encoded = [np.frombuffer(encode(pixels, "PNG"), np.uint8)]
-    parameters = graph_parameters(draws, has_source_geometry=True)
+    parameters = graph_parameters(draws, settings)
     source, target, *_ = build_graph(settings, lambda: (encoded, *parameters)).run()
     assert set(np.unique(np.array(source.as_tensor()))) == {40}
     assert set(np.unique(np.array(target.as_tensor()))) == {80, 160}

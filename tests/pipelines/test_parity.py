@@ -113,7 +113,7 @@ def in_graph(encoded: list[np.ndarray], draws: Draws, size: int = SIZE) -> Views
     settings = GraphSettings(
         views=ViewConfig(size=size), max_batch_size=len(encoded), num_threads=1, prefetch=1, device_id=None
     )
-    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws)))
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, settings)))
     source, target, window, *_ = (np.array(output.as_tensor()) for output in graph.run())
     return Views(torch.from_numpy(source), torch.from_numpy(target), window)
 

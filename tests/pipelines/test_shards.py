@@ -70,7 +70,6 @@ def test_samples_without_an_image_are_not_counted(tmp_path):
 UNUSABLE = {
     "key comes twice": ({"a.jpg": JPEG, "b.jpg": JPEG, "a.cls": b"1"}, "a", "comes twice.*--sort=name"),
     "member comes twice": ({"a.jpg": JPEG, "a.JPG": JPEG}, "a", "two members with extension 'jpg'"),
-    "image without bytes": ({"a.jpg": JPEG, "b.jpg": b""}, "b", "0 bytes"),
     "label is a word": ({"a.jpg": JPEG, "a.cls": b"cat"}, "a", "integer >= 0, got b'cat'"),
     "label is negative": ({"a.jpg": JPEG, "a.cls": b"-1"}, "a", "integer >= 0"),
     "label is empty": ({"a.jpg": JPEG, "a.cls": b""}, "a", "integer >= 0"),
@@ -183,6 +182,23 @@ def test_a_missing_label_is_reported_with_its_address_where_labels_are_needed(nu
         open_shards(str(numbered)).require_labels("the linear probe")
     assert (caught.value.shard, caught.value.key) == (f"{numbered}/2.tar", "a")
     open_shards(f"{numbered}/{{0,1}}.tar").require_labels("the linear probe")
+
+
+@pytest.mark.parametrize("count", range(1, 49))
+def test_the_first_samples_of_a_set_are_a_set_of_their_own(tiny_shards, count):
+    whole = open_shards(tiny_shards.pattern)
+    first = whole.first(count)
+    assert first.num_samples == count
+    assert [first.address(sample) for sample in range(count)] == [whole.address(sample) for sample in range(count)]
+    assert first.labels(np.arange(count)).tolist() == whole.labels(np.arange(count)).tolist()
+    assert all(len(shard.keys) == len(shard.image_offset) == len(shard.json_size) > 0 for shard in first.shards)
+    assert (first.content_digest == whole.content_digest) == (count == 48)
+
+
+@pytest.mark.parametrize("count", [0, -1, 49])
+def test_no_samples_or_more_than_there_are_cannot_be_the_first(tiny_shards, count):
+    with pytest.raises(ValueError, match=rf"num_samples must lie in 1 \.\. 48, got {count}"):
+        open_shards(tiny_shards.pattern).first(count)
 
 
 def test_digest_follows_content_and_order_but_not_paths(tmp_path):

@@ -32,6 +32,7 @@ def damaged(kind: str) -> bytes:
     return {
         "truncated": jpeg[: len(jpeg) // 3],
         "one byte": b"\xff",
+        "no byte": b"",
         "html": b"<html>not found</html>",
         "truncated png": png[: len(png) // 2],
         # these two look whole, so that only the decoder finds them
@@ -40,7 +41,8 @@ def damaged(kind: str) -> bytes:
     }[kind]
 
 
-KINDS = ["truncated", "one byte", "html", "truncated png", "png with a wrong checksum", "jpeg with a broken header"]
+KINDS = ["truncated", "one byte", "no byte", "html", "truncated png", "png with a wrong checksum",
+         "jpeg with a broken header"]  # fmt: skip
 
 
 def shards_with(folder, bad: dict[int, bytes], count: int = 24) -> ShardSet:

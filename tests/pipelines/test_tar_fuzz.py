@@ -190,7 +190,6 @@ def obvious_reading(content: bytes) -> tuple[list[Sample], list[str]]:
     found = []
     for key, members in groups:
         image = next((members[extension] for extension in IMAGES if extension in members), None)
-        reasons += ["image has 0 bytes"] if image == b"" else []
         if image is not None:
             is_image_png = not set(IMAGES[:-1]) & set(members)
             mask = members.get("seg.png", None if is_image_png else members.get("png"))

@@ -30,6 +30,7 @@ BAD = {
     "noise": bytes(range(256)),
     "movie": picture("GIF"),
     "header": picture()[:20],
+    "nothing": b"",
 }
 GOOD = {
     "plain": picture(size=(20, 30)),
@@ -37,6 +38,7 @@ GOOD = {
     "gray": picture(mode="L"),
     "other": picture("PNG", "RGBA"),
     "web": picture("WEBP"),
+    "more": picture(),
 }
 
 
@@ -61,8 +63,9 @@ def test_every_bad_image_is_found_with_its_reason_and_every_good_one_counted(mix
     reasons = {bad.key: bad.reason for bad in report.bad}
     assert "is GIF, accepted are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
     assert reasons["page"] == "is no image, it begins with b'<!DOCTYPE html><'"
-    assert report.formats == {"JPEG": 3, "PNG": 1, "WEBP": 1}
-    assert sorted(report.sizes) == sorted([(20, 30), *[(12, 8)] * 4])
+    assert reasons["nothing"] == "has 0 bytes"
+    assert report.formats == {"JPEG": 4, "PNG": 1, "WEBP": 1}
+    assert sorted(report.sizes) == sorted([(20, 30), *[(12, 8)] * 5])
     assert not report.refusal
 
 
@@ -71,7 +74,7 @@ def test_what_is_bad_is_not_drawn_until_the_shard_changes(mixed, tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         shards = open_shards(mixed)
     assert shards.shards[0].keys == tuple(GOOD)
-    assert "5 samples are left out" in caplog.text
+    assert "6 samples are left out" in caplog.text
     whole = index_shard(mixed)
     for position, key in enumerate(shards.shards[0].keys):
         assert shards.shards[0].image_offset[position] == whole.image_offset[whole.keys.index(key)]
@@ -99,7 +102,7 @@ def test_bad_samples_that_cannot_be_left_out_are_an_error_and_no_promise(mixed, 
     with pytest.raises(SystemExit):
         main(["shards", "check", mixed])
     output = capsys.readouterr()
-    assert "5 samples cannot be decoded and would still be drawn" in output.err and "IWM_CACHE" in output.err
+    assert "6 samples cannot be decoded and would still be drawn" in output.err and "IWM_CACHE" in output.err
     assert "will not be drawn" not in output.out
 
 
@@ -112,24 +115,23 @@ def test_several_processes_report_what_one_does(mixed, tmp_path):
 
 def test_shards_that_cannot_be_used_are_named_and_the_others_are_still_checked(mixed, tmp_path, capsys):
     shard_at(tmp_path / "hopeless.tar", BAD)
-    shard_at(tmp_path / "empty-image.tar", GOOD | {"nothing": b""})
     (tmp_path / "torn.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
     refused = {report.path: report.refusal for report in validate(find_shards(str(tmp_path)), 1) if report.refusal}
-    assert {os.path.basename(path) for path in refused} == {"hopeless.tar", "empty-image.tar", "torn.tar"}
+    assert {os.path.basename(path) for path in refused} == {"hopeless.tar", "torn.tar"}
     with pytest.raises(SystemExit) as ended:
         main(["shards", "check", str(tmp_path)])
     output = capsys.readouterr()
     assert ended.value.code == 2
-    assert "3 of 4 shards cannot be used" in output.err and "sample 'nothing': image has 0 bytes" in output.err
+    assert "2 of 3 shards cannot be used" in output.err
     assert "mixed.tar:page is no image" in output.out
 
 
 def test_the_report_counts_and_says_what_is_left_out(mixed, capsys):
     main(["shards", "check", mixed])
     output = capsys.readouterr().out
-    assert "3 JPEG, 1 PNG, 1 WEBP" in output and "will not be drawn" in output
+    assert "4 JPEG, 1 PNG, 1 WEBP" in output and "will not be drawn" in output
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
-    assert rows["samples"] == "10" and rows["cannot be decoded"] == "5" and rows["without a label"] == "0"
+    assert rows["samples"] == "12" and rows["cannot be decoded"] == "6" and rows["without a label"] == "0"
 
 
 def mask(size: tuple[int, int] = (12, 8)) -> bytes:
