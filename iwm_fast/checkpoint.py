@@ -2,33 +2,35 @@
 
     <run>/checkpoints/step-00001000/
         model.safetensors   the engine's state (see engine_state) and teacher/<name>
-        state.json          progress, fingerprint, versions
-        manifest.json       size and SHA-256 of both (see commit)
+        state.json          progress, run_id, fingerprint, versions
+        config.yaml         every setting of the run that wrote it
+        manifest.json       size and SHA-256 of each (see commit)
 
-It knows nothing of ranks and ZeRO stages: any number of ranks and any engine continues from it.
+It knows nothing of ranks and ZeRO stages: any number of ranks and any engine continues from it. It holds no state of a
+random generator, because there is none: sample order, crops, actions and masks are pure functions of (seed, step,
+slot), and networks draw nothing once their weights are drawn. Torch's global generator is left out on purpose: a run
+that drew from rank 0's could not go on alike with other ranks.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from iwm_fast.commit import CheckpointError, publish, published, remove, remove_leftovers, save_json, verify
-from iwm_fast.distributed import Place, agree
+from iwm_fast.commit import CheckpointError, publish, save_json, verify
+from iwm_fast.config import RunConfig
 from iwm_fast.engine import Engine
-from iwm_fast.settings import is_of_the_stream
-from pipelines.batch import PIXEL_MEAN, PIXEL_STD
+from iwm_fast.settings import is_of_the_stream, save_config
 
-FORMAT = 2
-MODEL, STATE = "model.safetensors", "state.json"
+FORMAT = 3
+MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.yaml"
 TEACHER = "teacher/"
-
-# the newest may be damaged by a failing disk; two older ones leave a way back and bound the space to three
-NUM_OLDER_KEPT = 2
 
 _PACKAGES = ("iwm-fast", "torch", "deepspeed", "safetensors")
 
@@ -38,7 +40,7 @@ class Checkpoint:
     """What a checkpoint holds."""
 
     folder: Path
-    """Where it was read from."""
+    """Where it is."""
     engine_state: dict[str, Tensor]
     """For `Engine.load_state`."""
     teacher_state: dict[str, Tensor]
@@ -47,6 +49,8 @@ class Checkpoint:
     """Optimiser steps attempted."""
     applied_steps: int
     """Those that changed the weights."""
+    run_id: str
+    """The run's name for loggers, the same from its first start to its last."""
     fingerprint: dict[str, Any]
     """The settings that decide the result, flat."""
     world_size: int
@@ -63,56 +67,40 @@ class Checkpoint:
         return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
 
-def write(
-    run_folder: Path,
-    *,
-    engine_state: dict[str, Tensor],
-    teacher_state: dict[str, Tensor],
-    step: int,
-    applied_steps: int,
-    fingerprint: dict[str, Any],
-    place: Place,
-    counters: dict[str, Any] | None = None,
-) -> Path:
-    """Publish a checkpoint and remove the oldest; collective: rank 0 writes, the others wait for it.
+_IN_STATE = [one.name for one in fields(Checkpoint) if one.name not in ("folder", "engine_state", "teacher_state")]
+_NAME = re.compile(r"step-\d{8,}")
+
+_RESTART = "data.restart_epoch=true goes on with these weights and begins the current epoch anew"
+_EXTEND = "resume=extend goes on with schedules laid out over the other number of epochs"
+
+
+def write(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Publish a checkpoint in its folder, whole or not at all.
 
     Raises:
-        CheckpointError: on every rank, if writing failed or the step has a checkpoint already.
+        CheckpointError: if the folder exists.
+        OSError: if the disk is full or does not let us.
     """
-    folder = run_folder / "checkpoints" / f"step-{step:08d}"
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "applied_steps": applied_steps,
-        "world_size": place.world_size,
-        "fingerprint": fingerprint,
-        "counters": counters or {},
-        "versions": {name: _version(name) for name in _PACKAGES},
+    tensors = checkpoint.engine_state | {TEACHER + name: value for name, value in checkpoint.teacher_state.items()}
+    state = {"format": FORMAT} | {name: getattr(checkpoint, name) for name in _IN_STATE}
+    writers = {
+        MODEL: lambda path: _save_tensors(tensors, path),
+        STATE: lambda path: save_json(state, path),
+        CONFIG: lambda path: save_config(config, path),
     }
-    failure = None
-    if place.rank == 0:
-        tensors = engine_state | {TEACHER + name: tensor for name, tensor in teacher_state.items()}
-        failure = _write_and_tidy(folder, tensors, state)
-    # without this vote the other ranks would wait in the next step for one that is gone
-    if agree(failure is not None, place.device):
-        raise CheckpointError(f"rank 0 could not write {folder}: {failure or 'see its message'}") from failure
-    return folder
-
-
-def _write_and_tidy(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Exception | None:
-    try:
-        remove_leftovers(folder.parent)
-        publish(folder, {MODEL: lambda path: _save_tensors(tensors, path), STATE: lambda path: save_json(state, path)})
-        for old in published(folder.parent, "step-*")[: -1 - NUM_OLDER_KEPT]:
-            remove(old)
-    # whatever it was, the other ranks must hear of it; write() raises it on
-    except Exception as error:
-        return error
-    return None
+    publish(checkpoint.folder, writers)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what a checkpoint depends on."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(name: str) -> str:
@@ -122,10 +110,50 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def folder_of(run_folder: Path, step: int) -> Path:
+    """Return where a run's checkpoint of a step lies."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints in order of step, without looking whether they are whole."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+
+
 def newest(run_folder: Path) -> Path | None:
-    """Return the folder of a run's newest checkpoint, None if it has none."""
-    folders = published(run_folder / "checkpoints", "step-*")
+    """Return the folder of a run's newest checkpoint, None if it has none; `read` tells whether it is whole."""
+    folders = step_folders(run_folder)
     return folders[-1] if folders else None
+
+
+def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
+    """Return a run's newest whole checkpoint, None if it has none at all, and what is wrong with those behind it.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is whole, naming all.
+    """
+    refused: dict[Path, CheckpointError] = {}
+    for folder in reversed(step_folders(run_folder)):
+        try:
+            return read(folder), refused
+        except CheckpointError as error:
+            # a training run removes its old ones while others read
+            if not folder.exists():
+                return read_newest(run_folder)
+            refused[folder] = error
+    if refused:
+        rows = "\n".join(f"  {error}" for error in refused.values())
+        raise CheckpointError(
+            f"none of the checkpoints in {run_folder / 'checkpoints'} can be used:\n{rows}\n"
+            "put one back from a copy, or name another output.folder to start a new run"
+        )
+    return None, refused
 
 
 def read(folder: Path) -> Checkpoint:
@@ -134,13 +162,14 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it is damaged or of another format.
     """
-    verify(folder, (MODEL, STATE))
+    verify(folder, (STATE,))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    saved_format = state.pop("format")
+    saved_format = state.pop("format", None)
     if saved_format != FORMAT:
         raise CheckpointError(
             f"{folder} has format {saved_format}, not {FORMAT}; use the iwm-fast version that wrote it"
         )
+    verify(folder, (MODEL, CONFIG))
     tensors = load_file(folder / MODEL)
     return Checkpoint(
         folder=folder,
@@ -150,27 +179,36 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def differing_settings(saved: dict[str, Any], current: dict[str, Any], *, may_restart: bool = False) -> list[str]:
+def differing_settings(
+    saved: dict[str, Any], current: dict[str, Any], *, may_restart: bool = False, may_extend: bool = False
+) -> list[str]:
     """Return which settings differ between two fingerprints, none unless they may.
 
     Args:
         saved: the checkpoint's.
         current: this run's.
         may_restart: whether what only decides the data stream may differ.
+        may_extend: whether the number of epochs may differ.
 
     Raises:
         CheckpointError: listing every setting that differs and must not.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    of_the_stream = [name for name in names if is_of_the_stream(name)]
-    if not names or (may_restart and names == of_the_stream):
+    ways_out = {_way_out(name) for name in names}
+    if ways_out <= {way for way, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
         return names
     rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
-    way_out = "data.restart_epoch=true goes on with these weights and begins the current epoch anew; otherwise "
+    hint = "" if "" in ways_out else ", and ".join(sorted(ways_out)) + "; otherwise "
     raise CheckpointError(
         f"the checkpoint was made with other settings (saved -> now):\n{rows}\n"
-        f"{way_out if names == of_the_stream else ''}set them back, or name another output.folder to start a new run"
+        f"{hint}set them back, or name another output.folder to start a new run"
     )
+
+
+def _way_out(name: str) -> str:
+    if is_of_the_stream(name):
+        return _RESTART
+    return _EXTEND if name == "optim.epochs" else ""
 
 
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -183,44 +221,3 @@ def restore(checkpoint: Checkpoint, engine: Engine) -> None:
         engine.load_state(checkpoint.engine_state)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder} is of another model: {error}; set model back as it was") from error
-
-
-def export_encoder(checkpoint: Checkpoint, destination: Path) -> None:
-    """Write the teacher's encoder for timm: `encoder.safetensors`, and `config.json` with the call that loads it.
-
-    Raises:
-        CheckpointError: if the destination exists.
-    """
-    arguments = timm_arguments(checkpoint.fingerprint)
-    written_out = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    described = {
-        "call": f"timm.models.vision_transformer.VisionTransformer({written_out})",
-        "load": "safetensors.torch.load_model(model, 'encoder.safetensors')",
-        "arguments": arguments,
-        "pixel_mean": PIXEL_MEAN,
-        "pixel_std": PIXEL_STD,
-        "step": checkpoint.step,
-        "versions": checkpoint.versions,
-    }
-    writers = {
-        "encoder.safetensors": lambda path: _save_tensors(checkpoint.teacher_state, path),
-        "config.json": lambda path: save_json(described, path),
-    }
-    publish(destination, writers)
-
-
-def timm_arguments(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of timm's VisionTransformer that make this run's encoder: all patches, no class token."""
-    return {
-        "img_size": fingerprint["views.size"],
-        "patch_size": fingerprint["model.encoder.patch_size"],
-        "embed_dim": fingerprint["model.encoder.dim"],
-        "depth": fingerprint["model.encoder.depth"],
-        "num_heads": fingerprint["model.encoder.num_heads"],
-        "mlp_ratio": fingerprint["model.encoder.mlp_ratio"],
-        "class_token": False,
-        "num_classes": 0,
-        # features are the mean over patches after the final norm
-        "global_pool": "avg",
-        "fc_norm": False,
-    }

@@ -1,11 +1,13 @@
 """The `iwm` command: one subcommand per thing a user does; each imports its module when it is called."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iwm_fast.messages import end_process, errors_as_messages
+from iwm_fast.messages import be_the_process, errors_as_messages
+from iwm_fast.preemption import OF_PROCESS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,18 @@ def _run_config() -> Any:
     from iwm_fast.config import RunConfig
 
     return RunConfig
+
+
+def _check_config() -> Any:
+    from iwm_fast.command_config import CheckConfig
+
+    return CheckConfig
+
+
+def _export_config() -> Any:
+    from iwm_fast.command_config import ExportConfig
+
+    return ExportConfig
 
 
 def _pack_config() -> Any:
@@ -48,10 +62,10 @@ def _load(arguments: list[str]) -> Any:
     return load_config(arguments[0], arguments[1:])
 
 
-def _build(name: str, arguments: list[str]) -> Any:
+def _build(kind: Any, arguments: list[str]) -> Any:
     from iwm_fast.settings import build
 
-    config = build(_eval_config(name)(), {}, arguments)
+    config = build(kind, {}, arguments)
     if not config.run:
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
     return config
@@ -61,6 +75,27 @@ def _train(arguments: list[str]) -> None:
     from iwm_fast.train import main as train
 
     train(arguments)
+
+
+def _check(arguments: list[str]) -> None:
+    from dataclasses import fields
+
+    from iwm_fast.settings import build
+
+    own = {one.name for one in fields(_check_config())}
+    of_the_run = [argument for argument in arguments if argument.partition("=")[0] not in own]
+    config = _load(of_the_run)
+    asked = build(_check_config(), {}, [argument for argument in arguments if argument not in of_the_run])
+    from iwm_fast.check_run import check_run
+
+    check_run(config, asked)
+
+
+def _export(arguments: list[str]) -> None:
+    config = _build(_export_config(), arguments)
+    from iwm_fast.export import export
+
+    print(export(config))
 
 
 def _warmup(arguments: list[str]) -> None:
@@ -78,28 +113,28 @@ def _show(arguments: list[str]) -> None:
 
 
 def _evaluate_mrr(arguments: list[str]) -> None:
-    config = _build("MrrConfig", arguments)
+    config = _build(_eval_config("MrrConfig")(), arguments)
     from iwm_fast.evals.mrr import evaluate_mrr
 
     _print_numbers(evaluate_mrr(config))
 
 
 def _evaluate_knn(arguments: list[str]) -> None:
-    config = _build("KnnConfig", arguments)
+    config = _build(_eval_config("KnnConfig")(), arguments)
     from iwm_fast.evals.knn import evaluate_knn
 
     _print_numbers(evaluate_knn(config))
 
 
 def _imagine(arguments: list[str]) -> None:
-    config = _build("ImagineConfig", arguments)
+    config = _build(_eval_config("ImagineConfig")(), arguments)
     from iwm_fast.evals.imagine import imagine
 
     print(imagine(config))
 
 
 def _replay(arguments: list[str]) -> None:
-    config = _build("ReplayConfig", arguments)
+    config = _build(_eval_config("ReplayConfig")(), arguments)
     from iwm_fast.replay import replay
 
     print(replay(config))
@@ -141,6 +176,9 @@ def _demo(arguments: list[str]) -> None:
 COMMANDS = {
     "train": Command(usage="RUN.yaml [key=value ...]", act=_train, settings=_run_config,
                      summary="train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun"),
+    "check": Command(usage="RUN.yaml [key=value ...] [ranks=N] [gpu=NAME | images_per_s=R]", act=_check,
+                     settings=_check_config,
+                     summary="tell what a run will take and whether it can start: data, steps, memory, hours"),
     "warmup": Command(usage="RUN.yaml runtime.ops=fused [key=value ...]", act=_warmup, settings=_run_config,
                       summary="compile the kernels a run needs, once per machine, before its ranks start"),
     "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
@@ -149,6 +187,8 @@ COMMANDS = {
                             summary="mean reciprocal rank of the world model, beside chance and untrained"),
     "evaluate knn": Command(usage="run=DIR [key=value ...]", act=_evaluate_knn, settings=_eval_config("KnnConfig"),
                             summary="k nearest neighbours on frozen features, beside an untrained encoder"),
+    "export": Command(usage="run=DIR to=DIR", act=_export, settings=_export_config,
+                      summary="write encoder, world model and a model card as a folder for others"),
     "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),
                        summary="draw source, asked-for change and what the prediction retrieves"),
     "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_eval_config("ReplayConfig"),
@@ -178,9 +218,13 @@ def _print_numbers(result: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carry out the command in the arguments; without arguments given, in those of this process, which then ends."""
-    _carry_out(list(sys.argv[1:] if arguments is None else arguments))
-    if arguments is None:
-        end_process()
+    if arguments is not None:
+        _carry_out(list(arguments))
+        return
+    if sys.argv[1:2] == ["train"]:
+        # before anything that takes time is imported
+        OF_PROCESS.listen(has_launcher="RANK" in os.environ)
+    be_the_process(lambda: _carry_out(sys.argv[1:]))
 
 
 def _carry_out(given: list[str]) -> None:

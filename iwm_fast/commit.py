@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +33,41 @@ def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
         raise CheckpointError(f"{folder} exists already; move it away or choose another folder")
     draft = folder.parent / f"{_TEMPORARY}{folder.name}"
     shutil.rmtree(draft, ignore_errors=True)
+    is_first = not folder.parent.exists()
     draft.mkdir(parents=True)
-    for name, write_file in writers.items():
-        write_file(draft / name)
-        _force_to_disk(draft / name)
-    manifest = {name: _describe(draft / name) for name in writers}
-    save_json(manifest, draft / MANIFEST)
-    _force_to_disk(draft / MANIFEST)
-    _force_to_disk(draft)
-    draft.rename(folder)
+    try:
+        for name, write_file in writers.items():
+            write_file(draft / name)
+            _force_to_disk(draft / name)
+        save_json({name: _describe(draft / name) for name in writers}, draft / MANIFEST)
+        for name in writers:
+            # safetensors makes files that nobody else may read
+            (draft / name).chmod((draft / MANIFEST).stat().st_mode)
+        _force_to_disk(draft / MANIFEST)
+        _force_to_disk(draft)
+        draft.rename(folder)
+    except BaseException:
+        # on a full disk this gives the room back
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     _force_to_disk(folder.parent)
-
-
-def published(parent: Path, pattern: str) -> list[Path]:
-    """Return the published folders whose names fit the pattern, in order of name."""
-    return sorted(path.parent for path in parent.glob(f"{pattern}/{MANIFEST}"))
+    if is_first:
+        _force_to_disk(folder.parent.parent)
 
 
 def remove(folder: Path) -> None:
     """Remove a published folder so that half of it is never seen."""
     shutil.rmtree(folder.rename(folder.parent / f"{_TEMPORARY}removing-{folder.name}"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a folder that was refused another name, which leaves its own free, and return it; nothing is overwritten."""
+    endings = chain([""], (f"-{number}" for number in count(2)))
+    names = (folder.with_name(f"{folder.name}.refused{ending}") for ending in endings)
+    aside = next(path for path in names if not path.exists())
+    folder.rename(aside)
+    _force_to_disk(folder.parent)
+    return aside
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -64,9 +80,9 @@ def verify(folder: Path, names: tuple[str, ...]) -> None:
     """Compare files of a published folder with its manifest.
 
     Raises:
-        CheckpointError: naming the first file that differs and what to do.
+        CheckpointError: naming the first file that differs.
     """
-    remedy = f"it is damaged; move {folder} away, and the one before it is taken"
+    remedy = "it is damaged; the run's other checkpoints may be whole"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name in names:

@@ -141,9 +141,21 @@ class RuntimeConfig:
     """reference: attention, residual norms and predictor input in plain PyTorch; fused: in Triton kernels, for NVIDIA
     GPUs and heads of 32 or 64."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """deepspeed: ZeRO; plain: its twin in PyTorch alone."""
-    zero_stage: Literal[1, 2] | None = None
-    """DeepSpeed's stage: 1 shards the optimiser's state, 2 the gradients too; unset: 1. Not for engine=plain."""
+    """deepspeed: ZeRO; plain: its twin in PyTorch alone, DistributedDataParallel where there are several ranks."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed's stage: 0 shards nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights too; unset: 1.
+    Not for engine=plain."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more work."""
+    compile: bool = False
+    """Compile encoder, predictor and teacher block by block with torch.compile."""
+    rank_timeout_s: float = 3600.0
+    """How long a rank waits for the others before it takes them for hung and the run ends. They may be indexing,
+    saving or evaluating meanwhile."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite before the run ends."""
+    profile: str = ""
+    """FIRST:LAST writes a trace of these steps, counted from 0 and the last one left out, into the run folder."""
     micro_batch_size: int | None = None
     """Images per rank per forward; unset: global batch / ranks. Accumulation is derived."""
     reader_threads: int = 4
@@ -168,15 +180,29 @@ class RuntimeConfig:
         is_pointless = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
         check(not is_pointless, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
               "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
-        for name in ("reader_threads", "loader_threads", "prefetch"):
+        check(not (self.compile and self.zero_stage == 3), "runtime.compile", True,
+              "be false with runtime.zero_stage=3, whose weights come and go inside of what is compiled")  # fmt: skip
+        for name in ("reader_threads", "loader_threads", "prefetch", "max_skipped_steps"):
             check(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
         for name in ("read_ahead", "max_bad_samples"):
             check(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
+        check(self.rank_timeout_s > 0, "runtime.rank_timeout_s", self.rank_timeout_s, "be above 0")
         load, sides = self.hw_decoder_load, self.decoder_preallocate
         check(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
         check(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
         size = self.micro_batch_size
         check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
+        check(profiled_steps(self.profile) is not None, "runtime.profile", self.profile,
+              "be FIRST:LAST with 0 <= FIRST < LAST, such as 10:20, or empty")  # fmt: skip
+
+
+def profiled_steps(text: str) -> range | None:
+    """Return the steps that `runtime.profile` names, none for an empty text, None if it is wrong."""
+    first, colon, last = text.partition(":")
+    if not text:
+        return range(0)
+    is_range = bool(colon) and first.isdigit() and last.isdigit() and int(first) < int(last)
+    return range(int(first), int(last)) if is_range else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,19 +211,33 @@ class OutputConfig:
 
     folder: str = "runs/unnamed"
     """Run folder: resolved config, metrics.jsonl, TensorBoard, checkpoints, evaluations."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: go on from the folder's newest checkpoint, or start; never: refuse a folder that already holds a run."""
     log_every: int = 10
     """Steps between log rows."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
+    keep_last: int = 3
+    """How many of the newest checkpoints are kept: the newest may be damaged by a failing disk."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept for ever; unset: none is."""
+    evaluate_every: int | None = None
+    """Steps between quick evaluations on data.val, MRR and k-NN, written into metrics.jsonl; the last step always makes
+    one; unset: none."""
     action_log: bool = False
     """Keep what was drawn for every sample, about 100 bytes each, as Parquet in actions/; for `iwm replay`."""
 
     def __post_init__(self) -> None:
         check(bool(self.folder), "output.folder", self.folder, "name a folder")
-        for name in ("log_every", "checkpoint_every"):
+        for name in ("log_every", "checkpoint_every", "keep_last"):
             check(getattr(self, name) >= 1, f"output.{name}", getattr(self, name), "be at least 1")
+        for name in ("keep_every", "evaluate_every"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"output.{name}", value, "be at least 1 or unset")
+        every = self.evaluate_every
+        check(every is None or every % self.log_every == 0, "output.evaluate_every", every,
+              f"be a multiple of output.log_every = {self.log_every} or unset")  # fmt: skip
+        every = self.keep_every
+        check(every is None or every % self.checkpoint_every == 0, "output.keep_every", every,
+              f"be a multiple of output.checkpoint_every = {self.checkpoint_every} or unset")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +246,12 @@ class RunConfig:
 
     seed: int = 0
     """Fixes initial weights, order, crops, actions and masks."""
+    resume: Literal["never", "auto", "extend"] = "never"
+    """auto: go on from the newest checkpoint of output.folder, or start; never: refuse a folder that holds a run;
+    extend: as auto, and optim.epochs may differ: schedules are laid out anew over the new number."""
+    init_from: str = ""
+    """Where weights come from before the first step: a run's folder, an export folder, or a file of a ViT under timm's
+    names, such as timm's or I-JEPA's. A run that goes on does not read it again."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)

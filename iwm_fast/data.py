@@ -6,13 +6,34 @@ import torch
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
 from pipelines.action_rows import LogHead
+from pipelines.config import DataConfig, check
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
 from pipelines.plan import BEGINNING, EvaluationPlan, Stream, StreamStart, TrainingPlan
-from pipelines.shards import ShardSet
+from pipelines.shards import ShardSet, open_shards
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
 EVALUATION_BATCH = 64
+
+
+def open_training_shards(data: DataConfig) -> ShardSet:
+    """Open data.train, and of it the first data.max_samples samples if that is given: all that a run knows of.
+
+    Raises:
+        ValueError: if it names no shards, or fewer samples than that.
+        FileNotFoundError, ShardError: if there is no such shard, or one that cannot be used.
+    """
+    if not data.train:
+        raise ValueError(
+            "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
+        )
+    shards = open_shards(data.train)
+    if data.max_samples is None:
+        return shards
+    most = shards.num_samples
+    check(data.max_samples <= most, "data.max_samples", data.max_samples,
+          f"be at most the {most} samples of data.train, or unset")  # fmt: skip
+    return shards.first(data.max_samples)
 
 
 def training_loader(
@@ -52,6 +73,7 @@ def log_head(config: RunConfig, shards: ShardSet) -> LogHead:
         grid=config.grid,
         global_batch_size=config.optim.global_batch_size,
         shards=config.data.train,
+        max_samples=config.data.max_samples,
         shards_digest=shards.content_digest,
     )
 

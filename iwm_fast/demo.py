@@ -18,6 +18,7 @@ from rich.table import Table
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.config import RunConfig
+from iwm_fast.data import open_training_shards
 from iwm_fast.evals.config import ImagineConfig, KnnConfig, MrrConfig
 from iwm_fast.evals.imagine import imagine
 from iwm_fast.evals.knn import evaluate_knn
@@ -26,7 +27,6 @@ from iwm_fast.metrics import commit, read_metrics
 from iwm_fast.settings import digest, fingerprint, load_config
 from iwm_fast.show import show
 from pipelines.make_shards import write_demo_shards
-from pipelines.shards import open_shards
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 BANK = 64
@@ -38,7 +38,7 @@ def demo(overrides: Sequence[str]) -> None:
     config = load_config(CONFIG, overrides)
     folder = Path(config.output.folder)
     write_demo_shards(Path(config.data.train).parent)
-    identity = digest(fingerprint(config, open_shards(config.data.train).content_digest))
+    identity = digest(fingerprint(config, open_training_shards(config.data).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:
         launch(overrides)
@@ -60,7 +60,7 @@ def launch(overrides: Sequence[str]) -> None:
         port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
-    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "output.resume=auto"]
+    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "resume=auto"]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:

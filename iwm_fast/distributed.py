@@ -17,13 +17,14 @@ from jaxtyping import Num
 from torch import Tensor
 
 Decision = TypeVar("Decision")
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # the others wait while rank 0 looks at every sample or writes a checkpoint; DeepSpeed's 10 minutes kill that
-TIMEOUT = timedelta(minutes=60)
+TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class Place:
     """Where tensors live."""
 
 
-def start(device_setting: Literal["auto", "cpu", "cuda"]) -> Place:
+def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> Place:
     """Join the process group that the environment describes, or make one of a single process.
+
+    A rank that waits for the others longer than the timeout takes them for hung and raises.
 
     On a CPU torch is limited to one thread unless OMP_NUM_THREADS says otherwise.
 
@@ -58,20 +61,31 @@ def start(device_setting: Literal["auto", "cpu", "cuda"]) -> Place:
     elif "OMP_NUM_THREADS" not in os.environ:
         # launchers leave it unset and ranks then fight for the cores: 470 -> 88 ms per step, 2 ranks on 2 cores
         torch.set_num_threads(1)
-    _join(rank, world_size, device)
+    _join(rank, world_size, device, timedelta(seconds=timeout_s))
     return Place(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
-def _join(rank: int, world_size: int, device: torch.device) -> None:
+def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
         # a store inside the process needs no free port
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    logger.info("rank %d of %d meets the others at %s", rank, world_size, address)
     # binding the GPU lets a barrier know its device
     bound = device if device.type == "cuda" else None
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=bound)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """Let the process groups that a library has made meanwhile wait as long for a rank as ours."""
+    internals = dist.distributed_c10d
+    # torch 2.11 does not have the public name yet
+    set_timeout = getattr(dist, "set_timeout", None) or internals._set_pg_timeout
+    for group in list(internals._world.pg_map):
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _read_environment() -> tuple[int, int, int]:
@@ -166,7 +180,21 @@ def on_rank_zero(decide: Callable[[], Decision]) -> Decision:
     return decision
 
 
+def gather_objects(value: Value) -> list[Value]:
+    """Return what each rank has, in order of rank; collective, and slow: for what happens seldom."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def agree(flag: bool, device: torch.device) -> bool:
     """Return whether any rank says true; collective, so it is a barrier too."""
-    votes = torch.tensor(int(flag), device=device)
-    return bool(sum_over_ranks(votes) > 0)
+    return agree_on_each([flag], device)[0]
+
+
+def agree_on_each(flags: list[bool], device: torch.device) -> list[bool]:
+    """Do the same for several at once."""
+    votes = torch.tensor([int(flag) for flag in flags], device=device)
+    return [count > 0 for count in sum_over_ranks(votes).tolist()]

@@ -5,22 +5,20 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from iwm_fast.config import RunConfig, accumulation_steps
-from iwm_fast.distributed import Place, copy_from_rank_zero, sum_over_ranks
+from iwm_fast.distributed import Place, copy_from_rank_zero
 from iwm_fast.engine_state import (
-    MOMENTS,
     StepOutcome,
-    adam_steps,
+    WholeState,
+    check_num_backwards,
     check_optimizer,
-    check_state,
-    copy_to_host,
-    get_moment,
+    finish_gradient,
     poison_unless_finite,
-    set_moments,
 )
 from iwm_fast.optim import set_hyperparameters
 from iwm_fast.zero_engine import DeepSpeedEngine
@@ -51,8 +49,11 @@ class Engine(Protocol):
         """
         ...
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the module's whole float32 weights under its own names."""
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Yield the module's whole float32 weights under its own names, those that begin with the prefix; collective.
+
+        They are those of this moment: take them before the next step.
+        """
         ...
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
@@ -80,24 +81,29 @@ def build_engine(config: RunConfig, module: nn.Module, optimizer: Optimizer, pla
     """
     module.to(place.device)
     check_optimizer(optimizer, module.named_parameters())
-    if config.runtime.engine == "deepspeed":
-        return DeepSpeedEngine(config, module, optimizer, place)
-    return PlainEngine(config, module, optimizer, place)
+    for parameter in module.parameters():
+        copy_from_rank_zero(parameter)
+    kind = DeepSpeedEngine if config.runtime.engine == "deepspeed" else PlainEngine
+    return kind(config, module, optimizer, place)
 
 
 class PlainEngine:
-    """The plain twin of DeepSpeedEngine: every rank holds everything; see `Engine`."""
+    """The plain twin of DeepSpeedEngine: PyTorch alone, with DistributedDataParallel where there are several ranks."""
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
-        self._module, self._optimizer, self._rank = module, optimizer, place.rank
-        self._clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
+        self._optimizer, self._clip_norm = optimizer, config.optim.clip_norm
         self._accumulation = accumulation_steps(config, place.world_size)[1]
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._state = WholeState(module, optimizer, place.rank)
         self._num_backwards = 0
-        for parameter in module.parameters():
-            copy_from_rank_zero(parameter)
+        self._module = _in_parallel(module) if place.world_size > 1 else module
 
     def forward(self, batch: Any) -> Any:
+        is_last = self._num_backwards == self._accumulation - 1
+        if isinstance(self._module, DistributedDataParallel) and not is_last:
+            # gradients stay here until the last micro-batch
+            with self._module.no_sync():
+                return self._module(batch)
         return self._module(batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -105,50 +111,39 @@ class PlainEngine:
         poison_unless_finite(loss).backward()
 
     def step(self) -> StepOutcome:
-        if self._num_backwards != self._accumulation:
-            raise RuntimeError(f"step() after {self._num_backwards} micro-batches; it must follow {self._accumulation}")
+        check_num_backwards(self._num_backwards, self._accumulation)
         self._num_backwards = 0
-        gradient = self._summed_gradient()
-        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
         # the summed gradient has the same bits on every rank, so all decide alike
-        is_applied = math.isfinite(norm)
-        if is_applied:
-            self._put_gradient(gradient * min(1.0, self._clip_norm / (norm + 1e-6)))
+        norm = finish_gradient(self._trained, self._clip_norm)
+        if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(applied=is_applied, grad_norm=norm if is_applied else math.inf)
+        return StepOutcome(applied=math.isfinite(norm), grad_norm=norm)
 
-    def _summed_gradient(self) -> Float[Tensor, "parameters"]:
-        # a parameter that no loss reached counts as zero, as in ZeRO, and keeps being decayed
-        pieces = [torch.zeros_like(row) if row.grad is None else row.grad for row in self._trained]
-        return sum_over_ranks(torch.cat([piece.flatten() for piece in pieces]))
-
-    def _put_gradient(self, gradient: Float[Tensor, "parameters"]) -> None:
-        pieces = gradient.split([parameter.numel() for parameter in self._trained])
-        for parameter, piece in zip(self._trained, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._module.named_parameters()
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        return self._state.named_parameters(prefix)
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
         set_hyperparameters(self._optimizer, lr, weight_decay)
 
     def state(self) -> dict[str, Tensor]:
-        if self._rank != 0:
-            return {}
-        state = {"adam_step": torch.tensor(float(adam_steps(self._optimizer)))}
-        for name, parameter in self._module.named_parameters():
-            state[f"weight/{name}"] = copy_to_host(parameter)
-            for moment in MOMENTS if parameter.requires_grad else ():
-                state[f"{moment}/{name}"] = copy_to_host(get_moment(self._optimizer, parameter, moment))
-        return state
+        return self._state.state()
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        check_state(state, self._module.named_parameters())
-        for name, parameter in self._module.named_parameters():
-            parameter.copy_(state[f"weight/{name}"])
-            if parameter.requires_grad:
-                moments = {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
-                set_moments(self._optimizer, parameter, int(state["adam_step"]), moments)
+        self._state.load_state(state)
+
+
+def _in_parallel(module: nn.Module) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, _sum_bucket)
+    return wrapped
+
+
+def _sum_bucket(
+    _: None,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[Tensor]:
+    """Sum over ranks, where DistributedDataParallel would take the mean."""
+    summing = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert summing is not None
+    return summing.get_future().then(lambda future: future.value()[0])

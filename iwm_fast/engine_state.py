@@ -1,15 +1,16 @@
-"""What every engine shares: its state by parameter name, what a step reports, what it does with a bad loss.
+"""What every engine shares: its state by parameter name, what a step reports, what it does with a bad loss or gradient.
 
 The portable state of a training run is a flat dict of float32 CPU tensors: `weight/<name>` for every parameter,
 `exp_avg/<name>` and `exp_avg_sq/<name>` (Adam's moments) for every trained one, and `adam_step`, a scalar.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,6 +53,33 @@ def poison_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return loss * (loss.detach() * 0 + 1)
 
 
+def check_num_backwards(found: int, wanted: int) -> None:
+    """Check that a step follows all of its micro-batches.
+
+    Raises:
+        RuntimeError: if it does not.
+    """
+    if found != wanted:
+        raise RuntimeError(f"step() after {found} micro-batches; it must follow {wanted}")
+
+
+def finish_gradient(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> float:
+    """Clip gradients in place and return their norm before, infinite if one is not finite: they must not be used then.
+
+    A parameter that no loss reached counts as zero, as in ZeRO, and keeps being decayed.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    value = float(norm)
+    if not math.isfinite(value):
+        return math.inf
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return value
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU."""
     return tensor.detach().to("cpu", copy=True).contiguous()
@@ -72,9 +100,8 @@ def get_moment(optimizer: Optimizer, parameter: Tensor, moment: str) -> Tensor:
 
 def set_moments(optimizer: Optimizer, parameter: Tensor, steps: int, moments: dict[str, Tensor]) -> None:
     """Give a parameter of the optimiser a copy of the moments, and the number of updates they come from."""
-    group = next(row for row in optimizer.param_groups if any(parameter is held for held in row["params"]))
     # torch keeps the counter where its kernels read it
-    is_on_device = bool(group.get("fused")) or bool(group.get("capturable"))
+    is_on_device = bool(optimizer.defaults.get("fused")) or bool(optimizer.defaults.get("capturable"))
     counter = torch.tensor(float(steps), device=parameter.device if is_on_device else "cpu")
     copies = {name: torch.empty_like(parameter, requires_grad=False).copy_(moments[name]) for name in MOMENTS}
     optimizer.state[parameter] = {"step": counter, **copies}
@@ -98,3 +125,35 @@ def check_state(state: dict[str, Tensor], named_parameters: Iterable[tuple[str, 
     superfluous = [name for name in state if name not in expected]
     if superfluous:
         raise ValueError(f"the saved state has {superfluous[0]}, which this model does not have")
+
+
+class WholeState:
+    """The state where every rank holds whole weights, gradients and moments."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, rank: int) -> None:
+        self._module, self._optimizer, self._rank = module, optimizer, rank
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """See `iwm_fast.engine.Engine`, as for the others."""
+        for name, parameter in self._module.named_parameters():
+            if name.startswith(prefix):
+                yield name, parameter
+
+    def state(self) -> dict[str, Tensor]:
+        if self._rank != 0:
+            return {}
+        state = {"adam_step": torch.tensor(float(adam_steps(self._optimizer)))}
+        for name, parameter in self._module.named_parameters():
+            state[f"weight/{name}"] = copy_to_host(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                state[f"{moment}/{name}"] = copy_to_host(get_moment(self._optimizer, parameter, moment))
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        check_state(state, self._module.named_parameters())
+        for name, parameter in self._module.named_parameters():
+            parameter.copy_(state[f"weight/{name}"])
+            if parameter.requires_grad:
+                moments = {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
+                set_moments(self._optimizer, parameter, int(state["adam_step"]), moments)

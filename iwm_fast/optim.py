@@ -20,7 +20,9 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
             is_offset = parameter.ndim < 2 or name.endswith("bias")
             groups["no_decay" if is_offset else "decay"].append(parameter)
     settings = [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters]
-    optimizer = torch.optim.AdamW(settings, lr=config.lr_start, betas=config.betas, weight_decay=0.0)
+    # one pass over weights and moments; step by step, a flat vector of ZeRO's needs fresh memory of its size twice,
+    # which on a CPU takes longer than the arithmetic
+    optimizer = torch.optim.AdamW(settings, lr=config.lr_start, betas=config.betas, weight_decay=0.0, fused=True)
     set_hyperparameters(optimizer, config.lr_start, config.weight_decay[0])
     return optimizer
 

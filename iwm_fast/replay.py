@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from iwm_fast.config import RuntimeConfig
+from iwm_fast.data import open_training_shards
 from iwm_fast.distributed import choose_device
 from iwm_fast.evals.config import ReplayConfig
 from iwm_fast.pictures import Panel, save_sheet
@@ -18,10 +19,10 @@ from pipelines.action_parts import ActionLogError, describe_steps, parts, read_s
 from pipelines.action_rows import LogHead, column, head_of, legible
 from pipelines.actions import describe_action
 from pipelines.batch import Batch, denormalize_view
-from pipelines.config import check
+from pipelines.config import DataConfig, check
 from pipelines.loader import LoaderSettings, build_loader
 from pipelines.replay import ReplayPlan
-from pipelines.shards import ShardSet, open_shards
+from pipelines.shards import ShardSet
 
 _PICTURED = 8
 
@@ -45,7 +46,7 @@ def replay(config: ReplayConfig) -> Path:
     head = head_of(rows.schema)
     check(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
     rows = rows.slice(config.first_slot, config.num_images or (_PICTURED if config.format == "png" else None))
-    shards = open_shards(config.shards or head.shards)
+    shards = open_training_shards(DataConfig(train=config.shards or head.shards, max_samples=head.max_samples))
     require_same_samples(rows, head, shards)
     settings = _settings(config, load_config(run / "config.yaml").runtime)
     suffix, save = ("png", _save_picture) if config.format == "png" else ("safetensors", _save_tensors)

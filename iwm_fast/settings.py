@@ -150,6 +150,8 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINTED}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
+    # unset is as if there were no such setting: checkpoints from before it can be gone on from
+    flat["init_from"] = config.init_from or None
     return flat
 
 

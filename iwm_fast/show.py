@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from iwm_fast.config import RunConfig
-from iwm_fast.data import training_loader
+from iwm_fast.data import open_training_shards, training_loader
 from iwm_fast.distributed import Place, choose_device
 from iwm_fast.pictures import Panel, save_sheet, shade
 from pipelines.actions import describe_action
 from pipelines.batch import Batch, RaggedIndex, denormalize_view
-from pipelines.shards import open_shards
 
 _MOST_IMAGES = 8
 
@@ -20,7 +19,7 @@ _MOST_IMAGES = 8
 def show(config: RunConfig) -> Path:
     """Write `show.png` into the run folder: source, what of it is visible, target, what of it is predicted, action."""
     device = choose_device(config.runtime.device)
-    shards = open_shards(config.data.train)
+    shards = open_training_shards(config.data)
     loader = training_loader(config, shards, Place(rank=0, local_rank=0, world_size=1, device=device))
     try:
         batch = next(loader)

@@ -5,7 +5,8 @@ tokens = world_model.encode(view)                        # (B, N, D) what is the
 imagined = world_model.predict(tokens, action)           # (B, N, D) what would be there after the change
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from torch.nn import functional
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.config import RunConfig
+from iwm_fast.export import is_export, read_export
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
 from iwm_fast.settings import load_config
 from kernels.ops import REFERENCE
 from pipelines.masks import all_patches
+
+log = logging.getLogger("iwm_fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +60,41 @@ class WorldModel:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> WorldModel:
-    """Load a run's newest checkpoint.
+    """Load a run's newest whole checkpoint, or an export folder.
 
     Raises:
-        FileNotFoundError: if the folder holds no run or no checkpoint yet.
-        CheckpointError: if the checkpoint is damaged.
+        FileNotFoundError: if the folder holds neither, or no checkpoint yet.
+        CheckpointError: if no checkpoint is whole, or the export is damaged.
     """
     folder = Path(folder)
+    if is_export(folder):
+        found = read_export(folder)
+        return _trained(found.config, found.encoder_state, found.predictor_state, step=found.step, device=device)
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} is no run folder: it has no config.yaml; give run=DIR of a training run"
+            f"{str(folder)!r} is no run folder: it has no config.yaml; give run=DIR of a training run or an export"
         )
-    newest = checkpoints.newest(folder)
-    if newest is None:
+    saved, refused = checkpoints.read_newest(folder)
+    if saved is None:
         raise FileNotFoundError(f"{str(folder)!r} has no checkpoint yet; wait for output.checkpoint_every steps")
-    saved = checkpoints.read(newest)
-    model = untrained(load_config(folder / "config.yaml"), device)
-    model.encoder.load_state_dict(saved.teacher_state)
-    weights = saved.weights("predictor.")
-    model.predictor.load_state_dict(weights)
-    return WorldModel(
-        config=model.config, encoder=model.encoder, predictor=model.predictor, step=saved.step, device=model.device
-    )
+    for reason in refused.values():
+        log.warning("%s; loading step %d instead", reason, saved.step)
+    config, predictor_state = load_config(folder / "config.yaml"), saved.weights("predictor.")
+    return _trained(config, saved.teacher_state, predictor_state, step=saved.step, device=device)
+
+
+def _trained(
+    config: RunConfig,
+    encoder_state: dict[str, Tensor],
+    predictor_state: dict[str, Tensor],
+    *,
+    step: int,
+    device: str | torch.device,
+) -> WorldModel:
+    model = untrained(config, device)
+    model.encoder.load_state_dict(encoder_state)
+    model.predictor.load_state_dict(predictor_state)
+    return replace(model, step=step)
 
 
 def untrained(config: RunConfig, device: str | torch.device = "cpu") -> WorldModel:

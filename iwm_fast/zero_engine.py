@@ -1,10 +1,9 @@
-"""The DeepSpeed engine: ZeRO stages 1 and 2 over float32 parameters; the only file that imports deepspeed.
+"""The DeepSpeed engine: ZeRO stages 0 to 3 over float32 parameters; the only file that imports deepspeed.
 
-Stage 1 and 2 keep whole weights on every rank and shard Adam's moments: per parameter group one flat float32 vector,
-cut into equal parts, one per rank. The portable state is read from and written to these parts directly; DeepSpeed's
-own accessors fail with two parameter groups ("exp_avg not found") and leave the model's copy of a weight stale.
+Stage 0 shards nothing, 1 Adam's moments, 2 the gradients too, 3 the weights too; see `iwm_fast.zero_state`.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,23 +11,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from iwm_fast.config import RunConfig, accumulation_steps
-from iwm_fast.distributed import Place, join_over_ranks
+from iwm_fast.distributed import Place
 from iwm_fast.engine_state import (
-    MOMENTS,
     StepOutcome,
-    adam_steps,
-    check_state,
-    copy_to_host,
-    get_moment,
+    WholeState,
+    check_num_backwards,
+    finish_gradient,
     poison_unless_finite,
-    set_moments,
 )
 from iwm_fast.optim import set_hyperparameters
+from iwm_fast.zero_state import FlatState, ShardedState
 
 # elements; DeepSpeed's 5e8 allocates 2 GB per backward. 64 MiB is past the size at which all-reduce saturates
 REDUCE_BUCKET_SIZE = 2**24
@@ -41,15 +37,17 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         ValueError: if `runtime.deepspeed` contradicts a setting of ours, or batch, ranks and micro-batch do not divide.
     """
     micro_batch_size, accumulation = accumulation_steps(config, world_size)
+    stage = 1 if config.runtime.zero_stage is None else config.runtime.zero_stage
     ours = {
         "train_batch_size": config.optim.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         # the loss is already divided by the global number of targets
-        "gradient_allreduce_op": "sum",
-        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        # at stage 0 the engine does it itself
+        "gradient_clipping": (stage > 0 and config.optim.clip_norm) or 0.0,
         "zero_optimization": {
-            "stage": config.runtime.zero_stage or 1,
+            "stage": stage,
             # a step that is not finite is recognised by its norm
             "compute_grad_norm": True,
             # state() and load_state() expect the moments on the device, in the order of the parameters
@@ -101,78 +99,73 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
         settings = deepspeed_config(config, place.world_size)
+        self._stage = settings["zero_optimization"]["stage"]
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         deepspeed = _import_deepspeed(place.device)
+        self._local_rank = place.local_rank
         with _local_rank_in_environment(place.local_rank):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self._module = module
-        self._rank = place.rank
+        self._state = self._choose_state(module, place.rank)
+        self._clip_norm = config.optim.clip_norm
         self._accumulation = settings["gradient_accumulation_steps"]
         self._num_backwards = 0
+        # stage 3 knows no sums and takes the mean over ranks
+        self._loss_scale = place.world_size if self._stage == 3 else 1
+        if self._stage == 3:
+            for part in module.modules():
+                for parameter in getattr(part, "borrowed_parameters", tuple)():
+                    deepspeed.zero.register_external_parameter(part, parameter)
+
+    def _choose_state(self, module: nn.Module, rank: int) -> WholeState | FlatState | ShardedState:
+        if self._stage == 0:
+            return WholeState(module, self._engine.optimizer, rank)
+        kind = ShardedState if self._stage == 3 else FlatState
+        return kind(module, self._engine.optimizer, rank)
 
     def forward(self, batch: Any) -> Any:
-        return self._engine(batch)
+        with _local_rank_in_environment(self._local_rank):
+            return self._engine(batch)
 
     def backward(self, loss: Tensor) -> None:
         self._num_backwards += 1
         # DeepSpeed counts calls of its step(); we call it once per optimiser step
         self._engine.set_gradient_accumulation_boundary(self._num_backwards == self._accumulation)
-        self._engine.backward(poison_unless_finite(loss), scale_wrt_gas=False)
+        with _local_rank_in_environment(self._local_rank):
+            self._engine.backward(poison_unless_finite(loss) * self._loss_scale, scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
-        if self._num_backwards != self._accumulation:
-            raise RuntimeError(f"step() after {self._num_backwards} micro-batches; it must follow {self._accumulation}")
+        check_num_backwards(self._num_backwards, self._accumulation)
         self._num_backwards = 0
+        if self._stage == 0:
+            return self._step_unsharded()
         self._engine.step()
         # a skip is silent otherwise
         return StepOutcome(
             applied=self._engine.was_step_applied(), grad_norm=float(self._engine.get_global_grad_norm())
         )
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._module.named_parameters()
+    def _step_unsharded(self) -> StepOutcome:
+        # at this stage DeepSpeed would take what is not finite into the weights
+        norm = finish_gradient(self._trained, self._clip_norm)
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return StepOutcome(applied=math.isfinite(norm), grad_norm=norm)
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        return self._state.named_parameters(prefix)
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        set_hyperparameters(self._zero.optimizer, lr, weight_decay)
+        # ZeRO wraps the optimiser
+        optimizer = self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+        set_hyperparameters(optimizer, lr, weight_decay)
 
     def state(self) -> dict[str, Tensor]:
-        state = {}
-        if self._rank == 0:
-            state |= {f"weight/{name}": copy_to_host(weight) for name, weight in self._module.named_parameters()}
-            state["adam_step"] = torch.tensor(float(adam_steps(self._zero.optimizer)))
-        for group, part in enumerate(self._zero.single_partition_of_fp32_groups):
-            for moment in MOMENTS:
-                whole = join_over_ranks(get_moment(self._zero.optimizer, part, moment))
-                if self._rank == 0:
-                    state |= {f"{moment}/{name}": copy_to_host(row) for name, row in self._split(whole, group)}
-        return state
+        return self._state.state()
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        check_state(state, self._module.named_parameters())
-        for name, parameter in self._module.named_parameters():
-            parameter.copy_(state[f"weight/{name}"])
-        # the model's copy is written; this brings each rank's own part of it up to date
-        self._zero.refresh_fp32_params()
-        for group, part in enumerate(self._zero.single_partition_of_fp32_groups):
-            moments = {}
-            for moment in MOMENTS:
-                # what pads the vector to equal parts stays zero
-                whole = torch.zeros(self._zero.bit16_groups_flat[group].numel())
-                for name, row in self._split(whole, group):
-                    row.copy_(state[f"{moment}/{name}"])
-                moments[moment] = whole.split(part.numel())[self._rank]
-            set_moments(self._zero.optimizer, part, int(state["adam_step"]), moments)
-
-    @property
-    def _zero(self) -> Any:
-        return self._engine.optimizer
-
-    def _split(self, whole: Float[Tensor, "padded"], group: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name of each parameter of a group and a view of its piece of the group's flat vector."""
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
-        offsets = self._zero.round_robin_bit16_offsets[group]
-        for parameter, offset in zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True):
-            yield names[id(parameter)], whole[offset : offset + parameter.numel()].view(parameter.shape)
+        self._state.load_state(state)
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
@@ -194,7 +187,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
 @contextmanager
 def _local_rank_in_environment(local_rank: int) -> Iterator[None]:
-    """DeepSpeed insists on this variable while it starts, also with one process."""
+    """DeepSpeed insists on this variable, also with one process."""
     is_missing = "LOCAL_RANK" not in os.environ
     os.environ["LOCAL_RANK"] = str(local_rank)
     try:

@@ -39,12 +39,12 @@ def test_public_names_have_docstrings_and_files_have_names_of_the_subject(path):
 
 
 def test_every_setting_is_explained():
-    from iwm_fast.config import RunConfig
-    from iwm_fast.evals import config as evals
+    from iwm_fast.cli import COMMANDS
     from iwm_fast.settings import describe_fields
-    from pipelines.config import PackConfig
 
-    for kind in (RunConfig, PackConfig, evals.MrrConfig, evals.KnnConfig, evals.ImagineConfig, evals.ReplayConfig):
+    kinds = {command.settings() for command in COMMANDS.values() if command.settings}
+    assert len(kinds) >= 8
+    for kind in kinds:
         for name, _, _, text in describe_fields(kind):
             assert text.endswith("."), name
 

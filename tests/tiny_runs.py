@@ -14,7 +14,7 @@ from iwm_fast.config import (
 from iwm_fast.data import training_loader
 from iwm_fast.schedules import build_schedules
 from iwm_fast.step import train_step
-from iwm_fast.train import build_trainer
+from iwm_fast.trainer import build_trainer
 from pipelines.config import DataConfig, ViewConfig
 
 # tiny shards hold 48 samples, so 12 steps of 16 are 4 epochs and a step often straddles two

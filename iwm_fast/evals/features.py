@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from iwm_fast.data import evaluation_loader
+from iwm_fast.data import evaluation_loader, open_training_shards
 from iwm_fast.evals.config import EvalData
 from iwm_fast.world_model import WorldModel
 from pipelines.batch import Batch
@@ -40,8 +40,8 @@ def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
 
 
 def training_shards(model: WorldModel, data: EvalData) -> ShardSet:
-    """Open data.train, or the shards of the run."""
-    return open_shards(data.train or model.config.data.train)
+    """Open data.train, or what the run was trained on."""
+    return open_shards(data.train) if data.train else open_training_shards(model.config.data)
 
 
 def spread(num_samples: int, count: int) -> Int64[np.ndarray, "samples"]:

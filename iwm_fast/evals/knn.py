@@ -4,10 +4,11 @@ Features are the teacher's mean-pooled tokens, centred on the training set's mea
 each of the k nearest training images votes with weight exp(similarity / temperature).
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -24,9 +25,20 @@ from iwm_fast.evals.features import (
     training_shards,
     validation_shards,
 )
-from pipelines.labels import read_labels
+from iwm_fast.world_model import WorldModel
+from pipelines.labels import Labels, read_labels
+from pipelines.shards import ShardSet
 
 _QUERIES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Some samples of a set, and the classes of all of it."""
+
+    shards: ShardSet
+    labels: Labels
+    samples: Int64[np.ndarray, "samples"]
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
@@ -38,29 +50,49 @@ def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
     model = world_model.load(config.run, choose_device(config.device))
     control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
     train, val = training_shards(model, config.data), validation_shards(model, config.data)
-    train_labels = read_labels(train, config.data.label)
-    val_labels = read_labels(val, config.data.label, classes=train_labels.classes)
-    train_samples = spread(train.num_samples, config.max_train_samples)
-    val_samples = spread(val.num_samples, val.num_samples)
-    accuracy = []
-    for encoder in (model, control):
-        bank = extract_features(encoder, train, train_samples, train_labels)
-        queries = extract_features(encoder, val, val_samples, val_labels)
-        accuracy.append(knn_accuracy(bank, queries, config.num_neighbors, config.temperature))
+    bank, queries = labelled_samples(train, val, config)
+    accuracy, control_accuracy = knn_accuracies([model, control], bank, queries, config)
     result = {
-        "knn": accuracy[0],
-        "knn_untrained": accuracy[1],
-        "knn_chance": 1 / len(train_labels.classes),
+        "knn": accuracy,
+        "knn_untrained": control_accuracy,
+        "knn_chance": 1 / len(bank.labels.classes),
         # where classes are of unequal size, what it takes to beat a guess
-        "knn_most_common": float((val_labels.number == train_labels.counts.argmax()).mean()),
-        "num_train": len(train_samples),
-        "num_val": len(val_samples),
+        "knn_most_common": float((queries.labels.number == bank.labels.counts.argmax()).mean()),
+        "num_train": len(bank.samples),
+        "num_val": len(queries.samples),
         "step": model.step,
         "settings": asdict(config),
     }
     field = quote(config.data.label, safe="")
     save_result(config.run, "knn" if field == "cls" else f"knn_{field}", result)
     return result
+
+
+def labelled_samples(
+    train: ShardSet, val: ShardSet, config: KnnConfig, max_val_samples: int | None = None
+) -> tuple[Labelled, Labelled]:
+    """Return the samples to vote and to be named, spread over their sets, with classes numbered by the first.
+
+    Raises:
+        ShardError: if a sample has no label, or one that no training sample has.
+    """
+    labels = read_labels(train, config.data.label)
+    val_labels = read_labels(val, config.data.label, classes=labels.classes)
+    samples = spread(train.num_samples, config.max_train_samples)
+    val_samples = spread(val.num_samples, max_val_samples or val.num_samples)
+    return (
+        Labelled(shards=train, labels=labels, samples=samples),
+        Labelled(shards=val, labels=val_labels, samples=val_samples),
+    )
+
+
+def knn_accuracies(models: list[WorldModel], bank: Labelled, queries: Labelled, config: KnnConfig) -> list[float]:
+    """Return for each model the share of queries that their nearest samples of the bank name rightly."""
+    accuracies = []
+    for model in models:
+        known, asked = (extract_features(model, part.shards, part.samples, part.labels) for part in (bank, queries))
+        accuracies.append(knn_accuracy(known, asked, config.num_neighbors, config.temperature))
+    return accuracies
 
 
 def knn_accuracy(bank: Features, queries: Features, num_neighbors: int, temperature: float) -> float:

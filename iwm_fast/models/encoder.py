@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwm_fast.config import EncoderConfig
-from iwm_fast.models.layers import Block, ResidualNorm, sincos_positions
+from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
 from kernels.ops import Ops
 from pipelines.batch import RaggedIndex
 
@@ -18,6 +18,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Return what `forward` takes from a layer that it does not call: ZeRO-3 must fetch it."""
+        return list(self.proj.parameters())
 
     def forward(self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None) -> Float[Tensor, "M D"]:
         """Embed the patches of `index`, or all; pixels of other patches are not read."""
@@ -35,7 +39,7 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT without class token: fixed 2-D sine-cosine positions, pre-norm blocks, final LayerNorm."""
 
-    def __init__(self, config: EncoderConfig, image_size: int, ops: Ops) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int, ops: Ops, *, recompute: bool = False) -> None:
         super().__init__()
         self.image_size = image_size
         self.dim = config.dim
@@ -44,7 +48,7 @@ class Encoder(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(config.dim, self.grid)[None])
         self.pos_embed: Tensor
         blocks = (Block(config.dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(blocks, recompute=recompute)
         self.norm = ResidualNorm(config.dim, ops)
 
     def forward(self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None) -> Float[Tensor, "M D"]:
@@ -66,9 +70,7 @@ class Encoder(nn.Module):
         else:
             tokens = tokens + self.pos_embed[0, index.patch]
             offsets, longest = index.offsets, index.longest
-        update = None
-        for block in self.blocks:
-            tokens, update = block(tokens, update, offsets, longest)
+        tokens, update = self.blocks(tokens, offsets, longest)
         # the last norm stays as exact as the stream: these are the teacher's targets
         with torch.autocast(tokens.device.type, enabled=False):
             return self.norm(tokens, update)[1]

@@ -1,9 +1,12 @@
 """Transformer blocks on packed tokens, positions and initial weights; parameter names are timm's."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.ops import Ops
 
@@ -96,6 +99,40 @@ class Block(nn.Module):
         tokens, normed = self.norm1(tokens, update)
         tokens, normed = self.norm2(tokens, self.attn(normed, offsets, longest))
         return tokens, self.mlp(normed)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other."""
+
+    def __init__(self, blocks: Iterable[Block], *, recompute: bool = False) -> None:
+        """Take the blocks, and whether each is to keep only its input for the backward pass, which then computes it."""
+        super().__init__(blocks)
+        self.recompute = recompute
+
+    def forward(
+        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"] | None]:
+        """Transform tokens; arguments and results are those of `Block`."""
+        update = None
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                # nothing is drawn in a block
+                tokens, update = checkpoint(
+                    block, tokens, update, offsets, longest, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens, update = block(tokens, update, offsets, longest)
+        return tokens, update
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Have every block of a module compiled when it is first called; names of parameters stay as they are.
+
+    Blocks of one width share one compiled code, for any number of rows.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
 
 
 def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:

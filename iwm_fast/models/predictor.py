@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwm_fast.config import PredictorConfig
-from iwm_fast.models.layers import Block, ResidualNorm, sincos_positions
+from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
 from kernels.ops import Ops
 from kernels.predictor_input import Mixer
 from kernels.sequence_rows import PatchRows, sequence_rows
@@ -57,7 +57,16 @@ class SequenceConditioning(nn.Module):
 class Predictor(nn.Module):
     """Transformer over [context | mask tokens | action tokens] of each image."""
 
-    def __init__(self, config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops) -> None:
+    def __init__(
+        self,
+        config: PredictorConfig,
+        *,
+        encoder_dim: int,
+        grid: int,
+        num_actions: int,
+        ops: Ops,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         dim = config.dim
         self.assemble = ops.predictor_input
@@ -68,11 +77,14 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.mixer = FeatureConditioning(dim, num_actions) if config.conditioning == "feature" else None
         self.tokenizer = SequenceConditioning(dim, num_actions) if config.conditioning == "sequence" else None
-        self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth)
-        )  # fmt: skip
+        blocks = (Block(dim, config.num_heads, config.mlp_ratio, ops) for _ in range(config.depth))
+        self.blocks = Blocks(blocks, recompute=recompute)
         self.norm = ResidualNorm(dim, ops)
         self.project = nn.Linear(dim, encoder_dim)
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Return what `forward` takes from layers that it does not call itself: ZeRO-3 must fetch it."""
+        return [] if self.mixer is None else list(self.mixer.parameters())
 
     def forward(
         self,
@@ -98,9 +110,7 @@ class Predictor(nn.Module):
             mixer=mixer,
         )
         longest = context.longest + target.longest + num_tokens
-        update = None
-        for block in self.blocks:
-            tokens, update = block(tokens, update, rows.offsets, longest)
+        tokens, update = self.blocks(tokens, rows.offsets, longest)
         tokens, update = (part.index_select(0, rows.targets) for part in (tokens, update))
         return self.project(self.norm(tokens, update)[1])
 
@@ -128,9 +138,10 @@ class IdentityPredictor(nn.Module):
 
 
 def build_predictor(
-    config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops
+    config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops, recompute: bool = False
 ) -> Predictor | IdentityPredictor:
     """Build the predictor that the settings name; depth 0 is the identity."""
     if config.depth == 0:
         return IdentityPredictor()
-    return Predictor(config, encoder_dim=encoder_dim, grid=grid, num_actions=num_actions, ops=ops)
+    sizes = {"encoder_dim": encoder_dim, "grid": grid, "num_actions": num_actions}
+    return Predictor(config, **sizes, ops=ops, recompute=recompute)

@@ -78,13 +78,15 @@ def choose_ops(config: RunConfig, device: torch.device) -> Ops:
 
 def build_student(config: RunConfig, ops: Ops) -> Student:
     """Build encoder and predictor on the CPU; their weights follow from `config.seed` alone."""
-    encoder = Encoder(config.model.encoder, config.views.size, ops)
+    recompute = config.runtime.activation_checkpointing
+    encoder = Encoder(config.model.encoder, config.views.size, ops, recompute=recompute)
     predictor = build_predictor(
         config.model.predictor,
         encoder_dim=config.model.encoder.dim,
         grid=config.grid,
         num_actions=len(config.views.entries),
         ops=ops,
+        recompute=recompute,
     )
     generator = torch.Generator().manual_seed(config.seed)
     initialize_(encoder, generator)

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from iwm_fast import checkpoint, distributed
-from iwm_fast.config import OptimConfig, RunConfig, RuntimeConfig
+from iwm_fast import distributed
+from iwm_fast.checkpoint_writer import CheckpointWriter
+from iwm_fast.commit import CheckpointError
+from iwm_fast.config import OptimConfig, OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engine import build_engine
 from iwm_fast.messages import end_process
 
-ENGINES = {"plain": ("plain", None), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
+ENGINES = {"plain": ("plain", None), **{f"zero{stage}": ("deepspeed", stage) for stage in range(4)}}
 GLOBAL_BATCH_SIZE = 8
 
 
@@ -83,18 +85,20 @@ def disagree(folder, place):
         "joined": distributed.join_over_ranks(number).tolist(),
     }
     (folder / "no-folder").write_text("a file where a run folder should be")
+    config = RunConfig(output=OutputConfig(folder=str(folder / "no-folder")))
+    writer = CheckpointWriter(config, place, fingerprint={}, run_id="")
+    # written beside training: only the next call can tell, on both ranks alike
+    writer.write(engine_state={}, teacher_state={}, step=1, applied_steps=1)
     try:
-        checkpoint.write(
-            folder / "no-folder",
-            engine_state={},
-            teacher_state={},
-            step=1,
-            applied_steps=1,
-            fingerprint={},
-            place=place,
-        )
-    except checkpoint.CheckpointError as error:
+        writer.wait()
+    except CheckpointError as error:
         report["error"] = str(error)
+    report["has_failed"] = writer.has_failed
+    try:
+        writer.write(engine_state={}, teacher_state={}, step=2, applied_steps=2)
+    except CheckpointError as error:
+        report["error again"] = str(error)
+    writer.close()
     (folder / f"report-rank{place.rank}.json").write_text(json.dumps(report))
 
 

@@ -1,22 +1,21 @@
 import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_model
 from torch import nn
 
 from iwm_fast import checkpoint
-from iwm_fast.checkpoint import CheckpointError
-from iwm_fast.config import EncoderConfig, OptimConfig, RunConfig, RuntimeConfig
+from iwm_fast.checkpoint import Checkpoint
+from iwm_fast.commit import CheckpointError, remove_leftovers, set_aside
+from iwm_fast.config import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.distributed import Place
 from iwm_fast.engine import build_engine
-from iwm_fast.models.encoder import Encoder
-from iwm_fast.models.layers import initialize_
-from kernels.ops import REFERENCE
+from iwm_fast.settings import load_config
 
 PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 FINGERPRINT = {
@@ -39,9 +38,14 @@ def write(folder, step, scale=1.0, **others):
         "step": step,
         "applied_steps": step - 1,
         "fingerprint": FINGERPRINT,
-        "place": PLACE,
+        "run_id": "0f0f",
+        "world_size": 1,
+        "counters": {},
+        "versions": checkpoint.package_versions(),
     }
-    return checkpoint.write(folder, **values | others)
+    saved = Checkpoint(folder=checkpoint.folder_of(folder, step), **values | others)
+    checkpoint.write(saved, RunConfig())
+    return saved.folder
 
 
 def test_what_was_written_is_read_back_bit_equal(tmp_path):
@@ -52,6 +56,9 @@ def test_what_was_written_is_read_back_bit_equal(tmp_path):
     assert torch.equal(saved.engine_state["weight/a.b"].view(torch.int32), odd.view(torch.int32))
     assert saved.teacher_state.keys() == {"pos_embed"}
     assert (saved.step, saved.applied_steps, saved.world_size, saved.counters) == (7, 6, 1, {"skipped": 2})
+    assert (saved.run_id, saved.fingerprint) == ("0f0f", FINGERPRINT)
+    assert load_config(folder / "config.yaml") == RunConfig()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "whoever may read one may read all"
     assert (
         saved.versions["torch"] == torch.__version__.partition("+")[0] or saved.versions["torch"] == torch.__version__
     )
@@ -67,12 +74,13 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_the_newest_is_found_and_two_older_ones_are_kept(tmp_path):
-    for step in (2, 10, 100, 1000):
-        write(tmp_path, step)
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00001000"
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000010", "step-00000100", "step-00001000"]
+def test_checkpoints_stand_in_order_of_step_and_nothing_else_counts_as_one(tmp_path):
+    steps = (2, 1000, 10, 123_456_789, 99_999_999)
+    folders = {step: write(tmp_path, step) for step in steps}
+    for name in (".unfinished-step-200000000", "step-200000000.refused", "step-2", "stepping"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.step_folders(tmp_path) == [folders[step] for step in sorted(steps)]
+    assert checkpoint.newest(tmp_path) == folders[123_456_789]
 
 
 @pytest.mark.parametrize("files_before_death", [0, 1])
@@ -96,20 +104,58 @@ publish(Path({str(tmp_path)!r}) / "checkpoints" / "step-00000002", writers)
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -signal.SIGKILL
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "the torso is there"
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
-    # and it is cleared away by the next
+    # and it is cleared away
+    remove_leftovers(tmp_path / "checkpoints")
     write(tmp_path, 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+FILES = ["model.safetensors", "state.json", "config.yaml", "manifest.json"]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
 def test_one_flipped_bit_is_refused_with_the_file_and_what_to_do(tmp_path, name):
     folder = write(tmp_path, 1)
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name} is .*sha256.*move .*step-00000001 away"):
+    flip_a_bit(folder / name)
+    with pytest.raises(CheckpointError, match=rf"step-00000001/{name} is .*sha256.*is damaged; the run's other"):
         checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: os.truncate(path, 20)])
+def test_behind_a_damaged_one_the_one_before_it_is_the_newest(tmp_path, name, damage):
+    whole = write(tmp_path, 1)
+    damaged = write(tmp_path, 2, scale=2.0)
+    damage(damaged / name)
+    saved, refused = checkpoint.read_newest(tmp_path)
+    assert saved.folder == whole and saved.engine_state["weight/encoder.norm"][1] == 1
+    assert list(refused) == [damaged] and str(damaged) in str(refused[damaged])
+
+
+def test_where_no_checkpoint_is_whole_all_are_named(tmp_path):
+    assert checkpoint.read_newest(tmp_path) == (None, {})
+    for step in (1, 2):
+        flip_a_bit(write(tmp_path, step) / "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)none of the .*step-00000002/state.*step-00000001/state.*a copy, or"
+    ):
+        checkpoint.read_newest(tmp_path)
+
+
+def test_what_is_set_aside_leaves_its_name_free_and_overwrites_nothing(tmp_path):
+    for number, ending in enumerate((".refused", ".refused-2", ".refused-3")):
+        folder = write(tmp_path, 1, applied_steps=number)
+        aside = set_aside(folder)
+        assert not folder.exists() and aside.name == folder.name + ending
+        assert checkpoint.step_folders(tmp_path) == []
+        assert checkpoint.read(aside).applied_steps == number
 
 
 def test_a_cut_off_file_is_refused(tmp_path):
@@ -120,11 +166,11 @@ def test_a_cut_off_file_is_refused(tmp_path):
         checkpoint.read(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_refused(tmp_path, name):
     folder = write(tmp_path, 1)
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match="damaged; move"):
+    with pytest.raises(CheckpointError, match="damaged; the run's other"):
         checkpoint.read(folder)
 
 
@@ -132,7 +178,7 @@ def test_a_missing_file_is_refused(tmp_path, name):
 def test_a_damaged_manifest_is_refused(tmp_path, content):
     folder = write(tmp_path, 1)
     (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged; move"):
+    with pytest.raises(CheckpointError, match="damaged; the run's other"):
         checkpoint.read(folder)
 
 
@@ -154,6 +200,23 @@ def test_settings_of_the_data_stream_may_differ_where_an_epoch_may_begin_anew():
     with pytest.raises(CheckpointError, match=r"(?s)seed: 0 -> 5.*data.restart_epoch=true goes on"):
         checkpoint.differing_settings(FINGERPRINT, current)
     assert checkpoint.differing_settings(FINGERPRINT, current, may_restart=True) == ["seed", "views.new"]
+
+
+def test_the_number_of_epochs_may_differ_where_a_run_is_extended():
+    saved = FINGERPRINT | {"optim.epochs": 4.0}
+    longer, other = saved | {"optim.epochs": 6.0}, saved | {"optim.epochs": 6.0, "seed": 5}
+    with pytest.raises(CheckpointError, match=r"(?s)optim.epochs: 4.0 -> 6.0\nresume=extend goes on .*; otherwise set"):
+        checkpoint.differing_settings(saved, longer, may_restart=True)
+    assert checkpoint.differing_settings(saved, longer, may_extend=True) == ["optim.epochs"]
+    # both must be allowed
+    for may in ({}, {"may_restart": True}, {"may_extend": True}):
+        with pytest.raises(
+            CheckpointError, match=r"(?s)data.restart_epoch=true goes on .*, and resume=extend goes on "
+        ):
+            checkpoint.differing_settings(saved, other, **may)
+    assert checkpoint.differing_settings(saved, other, may_restart=True, may_extend=True) == ["optim.epochs", "seed"]
+    with pytest.raises(CheckpointError, match=r"optim.lr: 0.001 -> 1\nset them back"):
+        checkpoint.differing_settings(saved, saved | {"optim.lr": 1}, may_restart=True, may_extend=True)
 
 
 def test_another_format_is_refused(tmp_path):
@@ -193,31 +256,3 @@ def test_an_engine_is_restored_and_a_model_of_other_shapes_is_refused_with_both(
     assert all(torch.equal(tensor, saved.engine_state[name]) for name, tensor in other.state().items())
     with pytest.raises(CheckpointError, match=r"weight/weight has shape \(4, 3\) in the saved state, \(5, 3\) in this"):
         checkpoint.restore(saved, make_engine(5))
-
-
-@pytest.fixture
-def teacher():
-    config = EncoderConfig(dim=24, depth=2, num_heads=3, patch_size=8, mlp_ratio=2.0)
-    encoder = Encoder(config, FINGERPRINT["views.size"], REFERENCE).eval()
-    initialize_(encoder, torch.Generator().manual_seed(0))
-    return encoder
-
-
-def test_the_exported_encoder_in_timm_computes_the_mean_of_the_teachers_tokens(tmp_path, teacher):
-    saved = checkpoint.read(write(tmp_path, 1, teacher_state=teacher.state_dict()))
-    checkpoint.export_encoder(saved, tmp_path / "exported")
-    config = json.loads((tmp_path / "exported" / "config.json").read_text())
-    model = eval(config["call"], {"timm": timm}).eval()
-    load_model(model, tmp_path / "exported" / "encoder.safetensors")
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        tokens = teacher(images, None).unflatten(0, (2, 16))
-        torch.testing.assert_close(model(images), tokens.mean(1), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.forward_features(images), tokens, atol=1e-5, rtol=1e-5)
-
-
-def test_an_export_overwrites_nothing(tmp_path, teacher):
-    saved = checkpoint.read(write(tmp_path, 1, teacher_state=teacher.state_dict()))
-    (tmp_path / "exported").mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
-        checkpoint.export_encoder(saved, tmp_path / "exported")

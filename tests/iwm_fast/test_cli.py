@@ -54,7 +54,9 @@ def test_help_of_every_command_answers_without_loading_torch():
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
-    assert "unknown command 'trian run.yaml'; known are train, warmup, show" in refused(capsys, "trian", "run.yaml")
+    assert "unknown command 'trian run.yaml'; known are train, check, warmup, show" in refused(
+        capsys, "trian", "run.yaml"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,12 +95,17 @@ def test_a_run_is_trained_shown_evaluated_and_imagined_from_the_command_line(cap
     main(["evaluate", "mrr", f"run={tmp_path / 'run'}", "num_images=4", "bank_size=8"])
     main(["evaluate", "knn", f"run={tmp_path / 'run'}"])
     main(["imagine", f"run={tmp_path / 'run'}", "num_images=2", "bank_size=8"])
+    main(["export", f"run={tmp_path / 'run'}", f"to={tmp_path / 'export'}"])
+    main(["imagine", f"run={tmp_path / 'export'}", f"data.val={tiny_shards.pattern}", "num_images=2", "bank_size=8"])
     printed = capsys.readouterr().out
     assert "mrr_chance             0.3397" in printed and "knn_untrained" in printed
     for name in ("show.png", "imagine.png", "evaluations/mrr_default.json", "evaluations/knn.json"):
         assert (tmp_path / "run" / name).stat().st_size > 100
+    assert (tmp_path / "export" / "README.md").is_file() and (tmp_path / "export" / "imagine.png").is_file()
+    assert "exists already" in refused(capsys, "export", f"run={tmp_path / 'run'}", f"to={tmp_path / 'export'}")
+    assert "to must name a folder to write, got ''" in refused(capsys, "export", f"run={tmp_path / 'run'}")
     assert "already holds a run" in refused(capsys, "train", path)
-    assert "other settings" in refused(capsys, "train", path, "output.resume=auto", "model.encoder.dim=32")
+    assert "other settings" in refused(capsys, "train", path, "resume=auto", "model.encoder.dim=32")
 
 
 def test_a_label_is_asked_for_where_it_is_needed_only(capsys, run_yaml, tmp_path):

@@ -12,7 +12,7 @@ from iwm_fast.config import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.engine import build_engine
 from iwm_fast.zero_engine import deepspeed_config
 
-ENGINES = (("plain", None), ("deepspeed", 1), ("deepspeed", 2))
+ENGINES = (("plain", None), *(("deepspeed", stage) for stage in range(4)))
 NUM_MICRO_BATCHES = 2
 
 
@@ -229,8 +229,8 @@ def test_a_state_of_another_model_is_refused_with_both_shapes(place, engine, sta
         tried.load_state(state | {"weight/more": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("source", range(3))
-@pytest.mark.parametrize("target", range(3))
+@pytest.mark.parametrize("source", range(len(ENGINES)))
+@pytest.mark.parametrize("target", range(len(ENGINES)))
 def test_a_state_moves_between_engines(place, source, target):
     straight = make_engine(place, *ENGINES[source])
     train(straight, range(2))

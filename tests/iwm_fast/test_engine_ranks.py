@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.multi_rank
 
-ENGINES = ("plain", "zero1", "zero2")
+ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
 WORKER = Path(__file__).with_name("ranks_engine.py")
 
 
@@ -107,4 +107,7 @@ def test_ranks_agree_sum_and_join(folder):
 
 def test_a_checkpoint_that_rank_zero_cannot_write_is_an_error_on_every_rank(folder):
     for rank in range(2):
-        assert "could not write" in json.loads((folder / f"report-rank{rank}.json").read_text())["error"]
+        report = json.loads((folder / f"report-rank{rank}.json").read_text())
+        assert "rank 0 could not write" in report["error"] and "step-00000001" in report["error"]
+        assert report["error again"] == report["error"]
+        assert report["has_failed"] == (rank == 0)

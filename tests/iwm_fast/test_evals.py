@@ -12,7 +12,7 @@ from iwm_fast.evals.config import EvalData, ImagineConfig, MrrConfig
 from iwm_fast.evals.features import Features, spread
 from iwm_fast.evals.knn import knn_accuracy, vote
 from iwm_fast.evals.mrr import bank_ranks, chance
-from iwm_fast.train import run
+from iwm_fast.loop import run
 from pipelines.batch import normalize_view
 from pipelines.shards import open_shards
 from samples import TinyShards, encode, photograph, write_tar

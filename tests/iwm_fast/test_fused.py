@@ -17,7 +17,7 @@ from iwm_fast.config import EncoderConfig, ModelConfig, PredictorConfig, Runtime
 from iwm_fast.models.layers import Attention
 from iwm_fast.models.student import build_student, choose_ops
 from iwm_fast.teacher import Teacher
-from iwm_fast.train import build_trainer
+from iwm_fast.trainer import build_trainer
 from iwm_fast.warmup import noise, warm_up
 from kernel_cases import DEVICE, error, values_and_gradients
 from kernels.ops import FUSED, REFERENCE

@@ -93,14 +93,48 @@ def test_two_ranks_under_torchrun_train_what_one_process_trains(alone, run_yaml,
     torch.testing.assert_close(torch.tensor(losses(folder)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
 
 
-def test_two_ranks_go_on_bit_equal_from_the_middle_of_an_epoch(launched, run_yaml, tmp_path):
-    stopped = shutil.copytree(launched, tmp_path / "run")
+def stopped_at_5(run: Path, folder: Path) -> Path:
+    """Copy a run, without what it did behind step 5, in the middle of its second epoch."""
+    stopped = shutil.copytree(run, folder)
     for name in ("step-00000010", "step-00000012"):
         shutil.rmtree(stopped / "checkpoints" / name)
-    trained(deepspeed(), run_yaml, stopped, "runtime.zero_stage=1", "output.resume=auto")
-    straight, resumed = weights(launched), weights(stopped)
+    return stopped
+
+
+def test_two_ranks_go_on_bit_equal_from_the_middle_of_an_epoch(launched, run_yaml, tmp_path):
+    assert_goes_on_bit_equal(launched, run_yaml, tmp_path, "runtime.zero_stage=1")
+
+
+def assert_goes_on_bit_equal(run: Path, run_yaml: Path, tmp_path: Path, *settings: str) -> None:
+    stopped = stopped_at_5(run, tmp_path / "run")
+    trained(deepspeed(), run_yaml, stopped, *settings, "resume=auto")
+    straight, resumed = weights(run), weights(stopped)
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
-    assert losses(stopped)[-1] == losses(launched)[-1]
+    assert losses(stopped)[-1] == losses(run)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero_stage=0", "zero_stage=2", "zero_stage=3", "engine=plain"])
+def test_every_engine_trains_the_same_and_goes_on_bit_equal(alone, run_yaml, tmp_path, engine):
+    settings = [f"runtime.{engine}", "runtime.micro_batch_size=4", "runtime.activation_checkpointing=true"]
+    straight = trained(deepspeed(), run_yaml, tmp_path / "straight", *settings)
+    torch.testing.assert_close(torch.tensor(losses(straight)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
+    teachers = [
+        {name: value for name, value in weights(run).items() if "teacher/" in name} for run in (straight, alone)
+    ]
+    for name, value in teachers[1].items():
+        torch.testing.assert_close(teachers[0][name], value, rtol=1e-5, atol=1e-6)
+    assert_goes_on_bit_equal(straight, run_yaml, tmp_path, *settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [["runtime.zero_stage=3"], ["runtime.zero_stage=0"], ["runtime.engine=plain"]])
+def test_a_run_goes_on_in_another_engine_and_with_another_number_of_ranks(launched, run_yaml, tmp_path, settings):
+    for name, launcher in (("two", deepspeed()), ("one", ALONE)):
+        stopped = stopped_at_5(launched, tmp_path / name)
+        trained(launcher, run_yaml, stopped, *settings, "resume=auto")
+        # the row before is the mean of fewer steps
+        assert losses(stopped)[-1] == pytest.approx(losses(launched)[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

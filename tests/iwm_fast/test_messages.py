@@ -32,6 +32,32 @@ def test_what_one_rank_alone_runs_into_is_heard_from_that_rank(capsys, monkeypat
     assert "error (rank 1): no configuration file" in printed_by(capsys, monkeypatch, 1, is_shared=False)
 
 
+GONE = (
+    "[enforce fail at /gloo/transport/tcp/pair.cc:550] . Connection closed by peer [10.0.0.7]:5123. Check the logs.",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    "NCCL error: ncclRemoteError: remote process exited or there was a network error",
+    "[/gloo/transport/tcp/pair.cc:446] writev [10.0.0.7]:5123: Broken pipe",
+)
+
+
+@pytest.mark.parametrize("said", GONE)
+def test_a_rank_that_finds_another_gone_says_so_in_one_line(capsys, monkeypatch, said):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("iwm_fast.messages._GRACE_S", 0.0)
+    with pytest.raises(SystemExit) as ended, errors_as_messages():
+        raise RuntimeError(said)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rank 0 ends: another rank is gone or hangs (") and "Check the logs" not in line
+
+
+def test_a_process_that_is_alone_has_lost_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RuntimeError, match="Connection closed"), errors_as_messages():
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_an_error_of_a_library_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"), errors_as_messages():
         int("x")

@@ -19,9 +19,10 @@ from iwm_fast import distributed
 from iwm_fast.cli import main
 from iwm_fast.config import RunConfig
 from iwm_fast.evals.config import ReplayConfig
+from iwm_fast.loop import run, train
 from iwm_fast.replay import rendered_again, replay
 from iwm_fast.settings import describe_fields, save_config
-from iwm_fast.train import build_trainer, run, train
+from iwm_fast.trainer import build_trainer
 from pipelines.action_parts import ActionLogError, parts, read_rows, read_step
 from pipelines.action_rows import column, head_of
 from pipelines.batch import Batch, denormalize_view
@@ -52,7 +53,7 @@ def damaged_shards(tmp_path) -> TinyShards:
 
 def logged_run(shards, folder: Path, **runtime) -> RunConfig:
     config = tiny_run(shards, folder, **runtime)
-    return replace(config, output=replace(config.output, action_log=True, resume="auto"))
+    return replace(config, output=replace(config.output, action_log=True), resume="auto")
 
 
 def with_source_geometry(config: RunConfig) -> RunConfig:
@@ -213,7 +214,8 @@ import os, resource, signal, sys
 from iwm_fast import distributed
 from iwm_fast.messages import errors_as_messages
 from iwm_fast.settings import load_config
-from iwm_fast.train import build_trainer, train
+from iwm_fast.loop import train
+from iwm_fast.trainer import build_trainer
 
 with errors_as_messages():
     trainer = build_trainer(load_config(sys.argv[1]), distributed.start("cpu"))
@@ -264,7 +266,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on_from_the_check
     assert "File too large" in ended.stderr and "Traceback" not in ended.stderr
     actions = tmp_path / "full" / "actions"
     assert f"while writing the action log in {actions}; free space there" in ended.stderr
-    assert "output.action_log=false" in ended.stderr and "output.resume=auto" in ended.stderr
+    assert "output.action_log=false" in ended.stderr and "resume=auto" in ended.stderr
     # nothing half written, and no checkpoint that the log does not reach
     assert sorted(path.name for path in actions.iterdir()) == ["step-00000000-00000005-rank-000.parquet"]
     assert checkpoints.newest(tmp_path / "full").name == "step-00000005"

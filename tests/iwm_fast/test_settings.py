@@ -105,11 +105,12 @@ def test_what_cannot_change_the_result_is_not_in_the_fingerprint(name, value):
 
 def test_every_other_setting_is_in_the_fingerprint():
     flat = fingerprint(RunConfig(), "content")
-    groups = ("seed", "data.", "views.", "mask.", "model.", "objective.", "optim.")
+    groups = ("seed", "init_from", "data.", "views.", "mask.", "model.", "objective.", "optim.")
     expected = {name for name, *_ in describe_fields(RunConfig) if name.startswith(groups)}
     expected -= {"data.val", "data.restart_epoch"}
     assert set(flat) == expected and flat["data.train"] == "content"
-    assert digest(fingerprint(changed(RunConfig(), "optim.lr", 0.5), "x")) != digest(fingerprint(RunConfig(), "x"))
+    for name, value in (("optim.lr", 0.5), ("init_from", "runs/other"), ("data.max_samples", 8)):
+        assert digest(fingerprint(changed(RunConfig(), name, value), "x")) != digest(fingerprint(RunConfig(), "x"))
 
 
 def test_accumulation_is_derived_and_a_remainder_refused():

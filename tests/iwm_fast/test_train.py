@@ -17,10 +17,11 @@ from iwm_fast import distributed, world_model
 from iwm_fast.commit import CheckpointError
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
+from iwm_fast.loop import run, train
 from iwm_fast.metrics import MetricWriter, read_metrics
 from iwm_fast.schedules import build_schedules
 from iwm_fast.step import train_step
-from iwm_fast.train import build_trainer, run, train
+from iwm_fast.trainer import build_trainer
 from pipelines.config import DataConfig
 from tiny_runs import STEPS, losses, tiny_run
 
@@ -81,7 +82,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(tiny_shards
     straight = tiny_run(tiny_shards, tmp_path / "straight", engine=engine, **runtime)
     run(straight)
     stopped = tiny_run(tiny_shards, tmp_path / "stopped", engine=engine, **runtime)
-    stopped = replace(stopped, output=replace(stopped.output, resume="auto"))
+    stopped = replace(stopped, resume="auto")
     crash_after(stopped, step=7)  # the newest checkpoint is that of step 5, in the middle of the second epoch
     assert checkpoints.newest(tmp_path / "stopped").name == "step-00000005"
     assert run(stopped).step == STEPS
@@ -121,21 +122,21 @@ def test_a_finished_run_is_left_as_it_is(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    run(replace(config, output=replace(config.output, resume="auto")))
+    run(replace(config, resume="auto"))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
-    with pytest.raises(ValueError, match=r"already holds a run; name another folder, or say output.resume=auto"):
+    with pytest.raises(ValueError, match=r"already holds a run; name another folder, or say resume=auto"):
         run(config)
 
 
 def test_a_run_goes_on_only_with_its_own_settings(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
-    other = replace(config, seed=1, output=replace(config.output, resume="auto"))
+    other = replace(config, seed=1, resume="auto")
     other = replace(other, optim=replace(other.optim, lr=1e-3))
     with pytest.raises(CheckpointError, match=r"(?s)optim.lr: 0.002 -> 0.001.*seed: 0 -> 1") as caught:
         run(other)
@@ -176,7 +177,7 @@ def test_the_example_of_the_readme_works_and_its_export_is_timms(tiny_shards, tm
     exec(example.replace("runs/demo", str(tmp_path / "run")).replace("32, 32", "16, 16"), names)
     assert names["imagined"].shape == names["tokens"].shape == (1, 16, 32)
     described = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
-    encoder = timm.models.vision_transformer.VisionTransformer(**described["arguments"])
+    encoder = eval(described["encoder"]["call"], {"timm": timm})
     encoder.load_state_dict(load_file(tmp_path / "run" / "export" / "encoder.safetensors"), strict=True)
     features = encoder.eval()(names["view"])
     torch.testing.assert_close(features, names["tokens"].mean(dim=1), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,128 @@
+"""Stopping in order: a signal or the launcher's death ends a run at its next step, with one checkpoint.
+
+    RUN/status.json     running -> finished | preempted | failed
+
+A rank that is told to stop tells the others at the end of the step; all save together and end with code 75. Whatever
+keeps them from getting there (a shard that does not answer, a rank that is gone) has 30 s and the time of one step:
+then the process ends all the same, and the last checkpoint stands.
+"""
+
+import json
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
+from typing import Any, NoReturn
+
+log = logging.getLogger("iwm_fast")
+
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: start it again."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE_S = 30.0
+_LOOK_EVERY_S = 1.0
+STATUS = "status.json"
+
+
+class Preemption:
+    """Whether this process has been told to stop; never, unless `listen` has been called."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        """Why it has to stop; empty if it need not."""
+        self.before_giving_up: Callable[[], None] = lambda: None
+        """Called when time is over, before the process ends."""
+        self._longest_step_s = 0.0
+        self._asked, self._deadline = math.inf, math.inf
+
+    def listen(self, *, has_launcher: bool) -> None:
+        """From now on take notice of signals and, under a launcher, of its end; on the main thread, once."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        # the handler in C writes here at once, also while the main thread waits for other ranks
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        parent = os.getppid() if has_launcher else None
+        Thread(target=self._watch, args=(read_end, parent), name="preemption", daemon=True).start()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        # a second Ctrl-C means it
+        if number == signal.SIGINT and self.reason and time.monotonic() > self._asked + _LOOK_EVERY_S:
+            raise KeyboardInterrupt
+
+    def _watch(self, read_end: int, parent: int | None) -> None:
+        while True:
+            ready, _, _ = select.select([read_end], [], [], _LOOK_EVERY_S)
+            numbers = os.read(read_end, 64) if ready else b""
+            if numbers:
+                self._request(signal.Signals(numbers[0]).name)
+            elif parent is not None and os.getppid() != parent:
+                self._request("the launcher ended")
+            if self.reason and time.monotonic() > self._deadline:
+                self._give_up()
+
+    def _request(self, reason: str) -> None:
+        if not self.reason:
+            self._asked = time.monotonic()
+            self._deadline = self._asked + GRACE_S + self._longest_step_s
+            self.reason = reason
+            log.warning("%s: stopping behind this step", reason)
+
+    def note_step(self, step_s: float) -> None:
+        """Take notice of how long a step takes: so much longer a stop may take."""
+        self._longest_step_s = max(self._longest_step_s, step_s)
+
+    def _give_up(self) -> NoReturn:
+        waited = time.monotonic() - self._asked
+        print(f"{self.reason}: no end of the step after {waited:.0f} s, leaving without a checkpoint", file=sys.stderr)
+        try:
+            self.before_giving_up()
+        finally:
+            os._exit(EXIT_PREEMPTED)
+
+
+class PreemptedError(Exception):
+    """A run was told to stop, and has."""
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"{reason}: stopped behind step {step}")
+
+
+OF_PROCESS = Preemption()
+"""Signals are a process's own, so there is one of these."""
+
+
+def write_status(folder: Path, state: str, **more: Any) -> None:
+    """Say how a run stands, for whoever starts it again; whole or not at all.
+
+    A failure is not overwritten by the preemption that it brings upon the other ranks.
+    """
+    if state == "preempted" and read_status(folder).get("state") == "failed":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {
+        "state": state,
+        **more,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    draft = folder / f"{STATUS}.{os.getpid()}.draft"
+    draft.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    draft.replace(folder / STATUS)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Return what was last written; empty if nothing was."""
+    path = folder / STATUS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
