@@ -59,7 +59,7 @@ def graph_streams(workload: Workload, images: list[list[np.ndarray]], draws: lis
         return Stream(begin, lambda outputs: _take(outputs, workload.device), ahead=2)
 
     return {
-        OURS: stream(lambda: build_graph(settings, feed_of(graph_parameters))),
+        OURS: stream(lambda: build_graph(settings, feed_of(lambda drawn: graph_parameters(drawn, settings)))),
         NEUTRAL: stream(lambda: neutral_graph(settings, feed_of(neutral_parameters))),
     }
 

@@ -1,7 +1,7 @@
 """One command for a machine with a GPU: tests first, then every timing: `python -m benchmarks.gpu_check --help`.
 
-A red test ends it, because times of wrong results mean nothing. The fused operations come first, the data line in what
-is left of the time. What follows `--` goes to `bench_kernels`.
+A red test ends it, because times of wrong results mean nothing. The fused operations come first, then the data line,
+then the training step in what is left of the time. What follows `--` goes to `bench_kernels`.
 """
 
 import argparse
@@ -38,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.keep_going:
                 return red
     left_s = deadline - time.monotonic()
-    kept_s = min(options.pipelines_limit_s, left_s / 2)
+    pipelines_s, steps_s = min(options.pipelines_limit_s, left_s / 3), min(options.steps_limit_s, left_s / 3)
+    commit = commit_of(options.bench)
     statuses = [
-        bench("bench_kernels", left_s - kept_s, options.bench),
-        bench("bench_pipelines", deadline - time.monotonic(), commit_of(options.bench)),
+        bench("bench_kernels", left_s - pipelines_s - steps_s, options.bench),
+        bench("bench_pipelines", deadline - time.monotonic() - steps_s, commit),
+        bench("bench_train_step", deadline - time.monotonic(), commit),
     ]
     return next((status for status in statuses if status), red)
 
@@ -57,7 +59,7 @@ def bench(name: str, left_s: float, arguments: list[str]) -> int:
 
 
 def commit_of(arguments: Sequence[str]) -> list[str]:
-    """Return what of the options of `bench_kernels` holds for the data line too: what is measured."""
+    """Return what of the options of `bench_kernels` holds for the others too: what is measured."""
     place = arguments.index("--commit") if "--commit" in arguments else len(arguments)
     return list(arguments[place : place + 2])
 
@@ -68,8 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=1800.0, help="for everything")
     parser.add_argument("--tests-limit-s", type=float, default=600.0, help="for each of the two runs of pytest")
     parser.add_argument(
-        "--pipelines-limit-s", type=float, default=600.0, help="kept for the data line, half of what is left at most"
+        "--pipelines-limit-s", type=float, default=600.0, help="kept for the data line, a third of what is left at most"
     )
+    parser.add_argument("--steps-limit-s", type=float, default=450.0, help="the same for the training step")
     parser.add_argument("--keep-going", action="store_true", help="time even what is red")
     parser.add_argument("--skip-tests", action="store_true", help="time only")
     parser.add_argument("bench", nargs="*", metavar="-- ...", help="options of bench_kernels")

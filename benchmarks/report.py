@@ -1,16 +1,28 @@
 """Turn the committed results into tables: `python -m benchmarks.report` writes benchmarks/README.md."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, machine, offline_figures, pipeline_goals, pipeline_tables, records, tables
+from benchmarks import (
+    goals,
+    machine,
+    offline_figures,
+    pipeline_goals,
+    pipeline_tables,
+    records,
+    step_goals,
+    step_tables,
+    tables,
+)
 from benchmarks.records import Record
 
 RESULTS = Path(__file__).parent / "results"
 OFFLINE = RESULTS / "offline.jsonl"
 PIPELINES = "-pipelines"
 """What names of files end with that hold measurements of the data line."""
+STEPS = "-train-step"
+"""The same of the training step."""
 README = Path(__file__).parent / "README.md"
 ARCH = 90
 
@@ -22,6 +34,7 @@ Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
 ```
 python -m benchmarks.gpu_check               on a GPU: tests first, then every timing
 python -m benchmarks.bench_pipelines         the data line, on a GPU or a CPU; --quick: in a minute or two
+python -m benchmarks.bench_train_step        the step under every engine, on a GPU or a CPU; --quick: does it run?
 python -m benchmarks.bench_kernels           the fused operations; without a GPU the offline figures
 python -m benchmarks.bench_kernels --sweep   other settings of the attention tables
 python -m benchmarks.bench_kernels --only offline --arch 80 90 100 --write
@@ -36,8 +49,18 @@ what was made ahead and counts images for some seconds. Images/s are the median 
 "disk": it was made to forget them before each turn, what the disk itself keeps is out of reach. Two views are what a
 training gets: 224 x 224, jitter on both, gray, blur and solarize on the source, normalised. The peer draws from the
 same ranges, with a worker for each core, its images decoded and changed as tensors or by Pillow.
-"decode to views" is our graph alone, fed from memory: as it is, each operation only for the samples that want it, and
-with all operations for all samples, where some change nothing. Both give the same pixels, bit for bit.
+"decode to views" is the graph as a GPU runs it, on a CPU and fed from memory: as it is, each operation only for the
+samples that want it, and with all operations for all samples, where some change nothing. Both give the same pixels,
+bit for bit.
+"""
+
+_STEPS_NOTE = """\
+Everyone trains the same networks on the same batch; all are built first and then step in turns, one at a time.
+Images/s follow from the median over turns, "turns" has their 20th and 80th percentile; "by" is the median over rounds
+of how much longer a step is than that of "over" in the same round. The bare loop is forward, backward, clip and step as
+anyone writes them, on one rank, without a look at what is not finite. "Wait" is what a step waits for its batch:
+nothing with a cached one. On two ranks "backward" and "optimizer" hold their exchange. MFU counts what the model needs,
+a multiply-add as two.
 """
 
 _KERNELS_NOTE = """\
@@ -66,19 +89,25 @@ calculated, not measured.
 
 def main() -> None:
     """Write the README."""
-    README.write_text(render(committed(), committed_pipelines()), encoding="utf-8")
+    README.write_text(render(committed(), committed_pipelines(), committed_steps()), encoding="utf-8")
     print(f"written to {README}")
 
 
 def committed() -> list[Record]:
     """Return all committed records of fused operations but those of sweeps."""
-    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith(("-sweep", PIPELINES))]
+    others = ("-sweep", PIPELINES, STEPS)
+    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith(others)]
     return [record for path in paths for record in records.read(path)]
 
 
 def committed_pipelines() -> list[Record]:
     """Return all committed records of the data line."""
     return [record for path in sorted(RESULTS.glob(f"*{PIPELINES}.jsonl")) for record in records.read(path)]
+
+
+def committed_steps() -> list[Record]:
+    """Return all committed records of the training step."""
+    return [record for path in sorted(RESULTS.glob(f"*{STEPS}.jsonl")) for record in records.read(path)]
 
 
 def newest_gpu(found: Sequence[Record]) -> list[Record]:
@@ -90,9 +119,12 @@ def newest_gpu(found: Sequence[Record]) -> list[Record]:
     return [record for record in measured if record.machine["gpu"] == gpu]
 
 
-def render(found: Sequence[Record], pipelines: Sequence[Record] = ()) -> str:
-    """Return the README for records of fused operations and of the data line."""
-    parts = [_HEAD, "# Data line\n", _PIPELINES_NOTE, *_of_pipelines(pipelines), "# Fused operations\n", _KERNELS_NOTE]
+def render(found: Sequence[Record], pipelines: Sequence[Record] = (), steps: Sequence[Record] = ()) -> str:
+    """Return the README for records of fused operations, of the data line and of the training step."""
+    parts = [_HEAD, "# Data line\n", _PIPELINES_NOTE]
+    parts += _of_machines(pipelines, pipeline_tables.sections, pipeline_goals.rows)
+    parts += ["# Training step\n", _STEPS_NOTE, *_of_machines(steps, step_tables.sections, step_goals.rows)]
+    parts += ["# Fused operations\n", _KERNELS_NOTE]
     gpus = list(dict.fromkeys(record.machine["gpu"] for record in found if record.machine.get("gpu")))
     for gpu in gpus:
         parts += _of_gpu(gpu, records.latest(record for record in found if record.machine.get("gpu") == gpu))
@@ -103,16 +135,20 @@ def render(found: Sequence[Record], pipelines: Sequence[Record] = ()) -> str:
     return "\n".join(parts)
 
 
-def _of_pipelines(found: Sequence[Record]) -> list[str]:
+def _of_machines(
+    found: Sequence[Record],
+    sections: Callable[[Sequence[Record]], str],
+    goal_rows: Callable[[Sequence[Record]], list[list[str]]],
+) -> list[str]:
     if not found:
         return [
             f"On any machine: {goals.NOT_YET}.\n",
-            tables.table(pipeline_goals.HEADINGS, pipeline_goals.rows([])) + "\n",
+            tables.table(pipeline_goals.HEADINGS, goal_rows([])) + "\n",
         ]
     parts = []
     for name in dict.fromkeys(processor(record.machine) for record in found):
         own = records.latest(record for record in found if processor(record.machine) == name)
-        parts += [f"## {name}\n", *_machine_lines(own), "", pipeline_tables.sections(own) + "\n"]
+        parts += [f"## {name}\n", *_machine_lines(own), "", sections(own) + "\n"]
     return parts
 
 
@@ -149,7 +185,7 @@ def machine_line(about: dict[str, Any]) -> str:
     if "matrix_flops_per_s" in about:
         copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
-    names = ("driver", *machine.PIPELINE_PACKAGES, "torch", "triton", "cuda", "cudnn", "python", "commit")
+    names = ("driver", *machine.PIPELINE_PACKAGES, "deepspeed", "torch", "triton", "cuda", "cudnn", "python", "commit")
     versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
     cpu = f", {about['cpu']}, {about['cores']} cores" if about.get("cpu") else ""
     return f"{about.get('gpu') or 'no GPU'}{cpu}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"

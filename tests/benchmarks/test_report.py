@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import goals, pipeline_goals, report, tables
+from benchmarks import goals, pipeline_goals, report, step_goals, tables
 from benchmarks.records import Record
 
 GPU = {"gpu": "NVIDIA X", "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_kernels"}
@@ -33,8 +33,8 @@ OFFLINE = [
 
 def test_without_results_nothing_is_claimed():
     text = report.render([])
-    of_pipelines = len(pipeline_goals.rows([])) + 1
-    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2 + of_pipelines
+    of_others = len(pipeline_goals.rows([])) + 1 + len(step_goals.rows([])) + 1
+    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2 + of_others
 
 
 def test_offline_figures_stand_beside_times_not_yet_measured():
@@ -156,5 +156,5 @@ def test_every_machines_data_line_has_its_table_beside_the_fused_operations():
 
 
 def test_the_committed_readme_is_what_the_results_say():
-    wanted = report.render(report.committed(), report.committed_pipelines())
+    wanted = report.render(report.committed(), report.committed_pipelines(), report.committed_steps())
     assert report.README.read_text(encoding="utf-8") == wanted, "run python -m benchmarks.report"
