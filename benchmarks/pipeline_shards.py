@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import ShardWriter
 
+from pipelines.demo_shards import DEMO_PHOTOGRAPHS
 from pipelines.draws import uniforms
-from pipelines.make_shards import DEMO_PHOTOGRAPHS
 from pipelines.shards import find_shards
 
 NUM_PHOTOGRAPHS = 10

@@ -144,7 +144,7 @@ def _shards_demo(arguments: list[str]) -> None:
     (folder,) = _exactly(arguments, "a folder to write to")
     from pathlib import Path
 
-    from pipelines.make_shards import write_demo_shards
+    from pipelines.demo_shards import write_demo_shards
 
     print(write_demo_shards(Path(folder)))
 

@@ -26,7 +26,7 @@ from iwm_fast.evals.mrr import evaluate_mrr
 from iwm_fast.metrics import commit, read_metrics
 from iwm_fast.settings import digest, fingerprint, load_config
 from iwm_fast.show import show
-from pipelines.make_shards import write_demo_shards
+from pipelines.demo_shards import write_demo_shards
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 BANK = 64

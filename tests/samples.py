@@ -1,5 +1,6 @@
 """Real photographs and plain tars for tests."""
 
+import hashlib
 import io
 import tarfile
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import skimage
 from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipelines.shards import find_shards
 
 
 def photograph(name: str) -> np.ndarray:
@@ -38,3 +42,16 @@ class TinyShards:
     pattern: str
     folder: Path
     num_samples: int = 48
+
+
+def samples_of(spec: str) -> list[dict]:
+    """Read samples as the webdataset library does, but close the files, which it leaves open."""
+    samples = []
+    for path in find_shards(spec):
+        with open(path, "rb") as stream:
+            samples += group_by_keys(tar_file_expander([{"url": path, "stream": stream}]))
+    return samples
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -1,49 +1,22 @@
-"""Making shards: bytes untouched, the same every time, nothing overwritten, regions of the demonstration set apart."""
+"""Making shards: bytes untouched, the same every time, nothing overwritten."""
 
-import hashlib
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines import make_shards
 from pipelines.config import PackConfig
-from pipelines.labels import read_labels
-from pipelines.make_shards import (
-    DEMO_CROP_SIDE,
-    DEMO_PHOTOGRAPHS,
-    DEMO_WIDTH,
-    DemoShards,
-    hue_bin,
-    load_photograph,
-    pack_folder,
-    split_columns,
-    write_demo_shards,
-)
-from pipelines.shards import find_shards, open_shards
+from pipelines.make_shards import pack_folder
+from pipelines.shards import open_shards
+from samples import digests, samples_of
 
 
 def image_file(path: Path, grey: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
     return path
-
-
-def samples_of(spec: str) -> list[dict]:
-    """Read samples as the webdataset library does, but close the files, which it leaves open."""
-    samples = []
-    for path in find_shards(spec):
-        with open(path, "rb") as stream:
-            samples += group_by_keys(tar_file_expander([{"url": path, "stream": stream}]))
-    return samples
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture
@@ -104,8 +77,6 @@ def test_nothing_is_overwritten(source, tmp_path):
     before = digests(destination)
     with pytest.raises(FileExistsError, match=r"holds 1 shards.*nothing is overwritten"):
         pack_folder(source, destination)
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        write_demo_shards(destination)
     assert digests(destination) == before
 
 
@@ -150,108 +121,3 @@ def test_validation_shards_take_the_class_numbers_of_training(source, tmp_path):
     image_file(tmp_path / "val" / "dog" / "1.jpg", 1)
     with pytest.raises(ValueError, match=r"must be named in classes=.*, which lists 2, got \['dog'\]"):
         pack_folder(tmp_path / "val", tmp_path / "other", classes)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> DemoShards:
-    return write_demo_shards(tmp_path_factory.mktemp("demo") / "shards")
-
-
-def folder_of(demo: DemoShards) -> Path:
-    return Path(demo.train).parent
-
-
-def test_demo_has_the_promised_counts_and_equal_classes(demo):
-    train, val = open_shards(demo.train), open_shards(demo.val)
-    assert [len(shard.keys) for shard in train.shards] == [510] * 8
-    assert [len(shard.keys) for shard in val.shards] == [510] * 2
-    assert (train.num_samples, val.num_samples) == (demo.num_train, demo.num_val) == (4080, 1020)
-    for shards, each in ((train, 240), (val, 60)):
-        labels = shards.labels(np.arange(shards.num_samples))
-        assert np.bincount(labels).tolist() == [each] * 17 and len(demo.classes) == 17
-    # every shard is a mixture: a loader sees few shards at a time
-    assert min(len(set(shard.label.tolist())) for shard in train.shards) == 17
-
-
-def test_the_demo_has_several_tasks_in_its_json(demo):
-    train, val = open_shards(demo.train), open_shards(demo.val)
-    photograph = read_labels(train, "json.photograph")
-    names = [photograph.classes[number] for number in photograph.number]
-    assert names == [demo.classes[number] for number in read_labels(train, "cls").number]
-    hue = read_labels(val, "json.hue_bin", classes=read_labels(train, "json.hue_bin").classes)
-    assert set(hue.classes) <= set("01234567") and (hue.counts > 0).sum() >= 5
-
-
-def test_a_demo_that_is_there_is_not_written_again(demo, monkeypatch):
-    monkeypatch.setattr(make_shards, "_write_shards", lambda *_: pytest.fail("written again"))
-    assert write_demo_shards(folder_of(demo)) == demo
-    with pytest.raises(FileExistsError):
-        write_demo_shards(folder_of(demo), seed=1)
-
-
-@pytest.fixture
-def small_demo(monkeypatch):
-    monkeypatch.setattr(make_shards, "DEMO_CROPS", {"train": 8, "val": 2})
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_bytes_depend_on_the_seed_but_not_on_time_and_place(tmp_path):
-    write_demo_shards(tmp_path / "one")
-    write_demo_shards(tmp_path / "two")
-    write_demo_shards(tmp_path / "other", seed=1)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "other")
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_an_incomplete_demo_is_not_taken_for_a_whole_one(tmp_path):
-    demo = write_demo_shards(tmp_path / "small")
-    (tmp_path / "small" / "train-000003.tar").unlink()
-    with pytest.raises(FileExistsError):
-        write_demo_shards(tmp_path / "small")
-    assert demo.num_train == 8 * 17
-
-
-def test_training_and_validation_columns_are_disjoint_and_complete():
-    for width in (DEMO_WIDTH, 5, 101):
-        train, val = split_columns(width, "train"), split_columns(width, "val")
-        assert [*train, *val] == list(range(width))
-    assert len(split_columns(DEMO_WIDTH, "val")) >= DEMO_CROP_SIDE[1]
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_demo_crops_show_the_pixels_of_their_own_region(demo, split):
-    photographs = {Path(path).stem: load_photograph(path) for path in DEMO_PHOTOGRAPHS}
-    for sample in samples_of({"train": demo.train, "val": demo.val}[split])[::5]:
-        note = json.loads(sample["json"])
-        photograph, size = photographs[note["photograph"]], note["size"]
-        assert demo.classes[int(sample["cls"])] == note["photograph"]
-        columns = split_columns(photograph.shape[1], split)
-        left = columns.start + round(note["x"] * len(columns) - size / 2)
-        top = round(note["y"] * len(photograph) - size / 2)
-        assert columns.start <= left and left + size <= columns.stop
-        image = np.asarray(Image.open(io.BytesIO(sample["jpg"])))
-        assert image.shape == (size, size, 3) and DEMO_CROP_SIDE[0] <= size <= DEMO_CROP_SIDE[1]
-        shown = photograph[top : top + size, left : left + size]
-        # JPEG of quality 90 with halved chroma stays this near; any other place of a texture does not
-        assert np.abs(image.astype(float) - shown).mean() < 8
-        assert note["hue_bin"] == hue_bin(shown)
-
-
-def test_hue_bins_tell_colours_apart_and_grey_is_its_own():
-    colours = {
-        "grey": (90, 90, 90),
-        "red": (255, 0, 0),
-        "green": (0, 255, 0),
-        "blue": (0, 0, 255),
-        "cyan": (0, 255, 255),
-    }
-    bins = {name: hue_bin(np.full((4, 4, 3), colour, np.uint8)) for name, colour in colours.items()}
-    assert bins["grey"] == 0
-    assert len(set(bins.values())) == 5 and all(0 <= number <= 7 for number in bins.values())
-
-
-def test_a_photograph_that_is_not_installed_is_named():
-    with pytest.raises(FileNotFoundError, match=r"skimage/data/none\.png is not installed.*pip install"):
-        load_photograph("skimage/data/none.png")
-    with pytest.raises(FileNotFoundError, match="is not installed"):
-        load_photograph("no_such_package/none.png")
