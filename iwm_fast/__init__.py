@@ -1,1 +1,17 @@
 """Image World Models: model, method, training, and what one does with the result."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iwm_fast.world_model import WorldModel, load
+
+__all__ = ["WorldModel", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what users take from here when they take it: the command line must not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from iwm_fast import world_model  # noqa: PLC0415
+
+    return getattr(world_model, name)

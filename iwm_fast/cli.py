@@ -4,8 +4,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from iwm_fast.evaluate import TASKS, listen_if_training, read_settings
+from iwm_fast.evaluate import main as evaluate
 from iwm_fast.messages import be_the_process, errors_as_messages
 from iwm_fast.preemption import OF_PROCESS
 
@@ -62,15 +65,6 @@ def _load(arguments: list[str]) -> Any:
     return load_config(arguments[0], arguments[1:])
 
 
-def _build(kind: Any, arguments: list[str]) -> Any:
-    from iwm_fast.settings import build
-
-    config = build(kind, {}, arguments)
-    if not config.run:
-        raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
-    return config
-
-
 def _train(arguments: list[str]) -> None:
     from iwm_fast.train import main as train
 
@@ -92,7 +86,7 @@ def _check(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    config = _build(_export_config(), arguments)
+    config = read_settings(_export_config(), arguments)
     from iwm_fast.export import export
 
     print(export(config))
@@ -112,29 +106,30 @@ def _show(arguments: list[str]) -> None:
     print(show(config))
 
 
-def _evaluate_mrr(arguments: list[str]) -> None:
-    config = _build(_eval_config("MrrConfig")(), arguments)
-    from iwm_fast.evals.mrr import evaluate_mrr
+def _evaluate(name: str) -> Callable[[list[str]], None]:
+    def act(arguments: list[str]) -> None:
+        evaluate([name, *arguments])
 
-    _print_numbers(evaluate_mrr(config))
-
-
-def _evaluate_knn(arguments: list[str]) -> None:
-    config = _build(_eval_config("KnnConfig")(), arguments)
-    from iwm_fast.evals.knn import evaluate_knn
-
-    _print_numbers(evaluate_knn(config))
+    return act
 
 
 def _imagine(arguments: list[str]) -> None:
-    config = _build(_eval_config("ImagineConfig")(), arguments)
+    config = read_settings(_eval_config("ImagineConfig")(), arguments)
     from iwm_fast.evals.imagine import imagine
 
     print(imagine(config))
 
 
+def _plan(arguments: list[str]) -> None:
+    if not read_settings(TASKS["plan"].settings, arguments).source:
+        return _evaluate("plan")(arguments)
+    from iwm_fast.evals.plan import plan_images
+
+    print(plan_images(read_settings(TASKS["plan"].settings, arguments)))
+
+
 def _replay(arguments: list[str]) -> None:
-    config = _build(_eval_config("ReplayConfig")(), arguments)
+    config = read_settings(_eval_config("ReplayConfig")(), arguments)
     from iwm_fast.replay import replay
 
     print(replay(config))
@@ -183,14 +178,15 @@ COMMANDS = {
                       summary="compile the kernels a run needs, once per machine, before its ranks start"),
     "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
                     summary="draw what the model will see: views, masks and actions of a few samples"),
-    "evaluate mrr": Command(usage="run=DIR [key=value ...]", act=_evaluate_mrr, settings=_eval_config("MrrConfig"),
-                            summary="mean reciprocal rank of the world model, beside chance and untrained"),
-    "evaluate knn": Command(usage="run=DIR [key=value ...]", act=_evaluate_knn, settings=_eval_config("KnnConfig"),
-                            summary="k nearest neighbours on frozen features, beside an untrained encoder"),
+    **{f"evaluate {name}": Command(usage="run=DIR [key=value ...]", act=_evaluate(name),
+                                   settings=partial(getattr, task, "settings"), summary=task.summary)
+       for name, task in TASKS.items() if name != "plan"},
     "export": Command(usage="run=DIR to=DIR", act=_export, settings=_export_config,
                       summary="write encoder, world model and a model card as a folder for others"),
     "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),
                        summary="draw source, asked-for change and what the prediction retrieves"),
+    "plan": Command(usage="run=DIR [source=IMAGE target=IMAGE] [key=value ...]", act=_plan,
+                    settings=lambda: TASKS["plan"].settings, summary=TASKS["plan"].summary),
     "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_eval_config("ReplayConfig"),
                       summary="render the views of a logged step again, as training saw them"),
     "shards demo": Command(usage="FOLDER", act=_shards_demo,
@@ -210,12 +206,6 @@ def _exactly(arguments: list[str], *names: str) -> list[str]:
     return arguments
 
 
-def _print_numbers(result: dict[str, Any]) -> None:
-    for name, value in result.items():
-        if name != "settings":
-            print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carry out the command in the arguments; without arguments given, in those of this process, which then ends."""
     if arguments is not None:
@@ -224,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if sys.argv[1:2] == ["train"]:
         # before anything that takes time is imported
         OF_PROCESS.listen(has_launcher="RANK" in os.environ)
+    if sys.argv[1:2] == ["evaluate"]:
+        listen_if_training(sys.argv[2:])
     be_the_process(lambda: _carry_out(sys.argv[1:]))
 
 

@@ -65,10 +65,11 @@ def _use(described: dict[str, Any]) -> str:
         return text
     return (
         f"{text}\n\nThe world model, with iwm-fast:\n\n"
-        "```python\nimport torch\nfrom iwm_fast import world_model\n"
-        'model = world_model.load(".")\n'
-        f"tokens = model.encode(torch.randn(1, 3, {size}, {size}))  # (1, patches, {dim})\n"
-        f"imagined = model.predict(tokens, torch.zeros(1, {len(described['action'])}))  # after the change\n```"
+        "```python\nimport iwm_fast\n"
+        'model = iwm_fast.load(".")\n'
+        f'image = model.open("photo.jpg")  # (1, 3, {size}, {size})\n'
+        f"action = model.action({described['action'][0]['name']}=0.5)\n"
+        f"imagined = model.predict(image, action)  # (1, patches, {dim})\n```"
     )
 
 
@@ -102,10 +103,9 @@ def _training(described: dict[str, Any]) -> str:
 
 def _measured(step: int, evaluations: dict[str, dict[str, Any]], last_row: dict[str, Any]) -> str:
     rows = [
-        (name, key, value, result.get("step", "unknown"))
+        (name, f"{row['subject']}, {row['metric']}", row["value"], result["step"])
         for name, result in sorted(evaluations.items())
-        for key, value in result.items()
-        if isinstance(value, int | float) and key != "step"
+        for row in result["rows"]
     ]
     rows += [
         ("training", key, value, last_row["step"])

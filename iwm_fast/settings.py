@@ -126,6 +126,15 @@ def describe_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Any
 
 
 def _field_texts(kind: type) -> dict[str, str]:
+    """Return the string under each field, inherited ones included."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            texts |= _own_field_texts(base)
+    return texts
+
+
+def _own_field_texts(kind: Any) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     texts = {}
     for statement, after in pairwise(body):

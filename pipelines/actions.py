@@ -275,6 +275,12 @@ def action_difference(action: Float32[np.ndarray, "B A"], config: ViewConfig) ->
     return {name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.entries)}
 
 
+def action_of(change: dict[str, float], config: ViewConfig) -> Float32[np.ndarray, "1 A"]:
+    """Return the action of a change in natural units; what is not named does not change."""
+    row = [change.get(name, 0.0) / _entry_scale(config, name) for name in config.entries]
+    return np.array([row], np.float32)
+
+
 def describe_action(action: Float32[np.ndarray, "A"], config: ViewConfig) -> str:
     """Say in words what one action asks for, for pictures and logs."""
     change = {name: float(value) for name, (value,) in action_difference(action[None], config).items()}

@@ -62,7 +62,8 @@ def predicted_map(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], bank: Bank)
     """
     tokens = model.encode(normalize_view(pixels[None].to(model.device)))
     maps = [
-        model.predict(tokens.expand(len(action), -1, -1), action).flatten(1) for action in bank.action.split(_CHUNK)
+        model.predict_from(tokens.expand(len(action), -1, -1), action).flatten(1)
+        for action in bank.action.split(_CHUNK)
     ]
     return torch.cat(maps)
 

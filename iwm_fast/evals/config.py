@@ -1,9 +1,11 @@
-"""Settings of the evaluations, for the command line and for Python; cheap to import."""
+"""Settings of the evaluations that need no long training, for the command line and for Python; cheap to import."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config import Backend, check
+
+Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class MrrConfig:
     """How well the predictor applies a transformation: mean reciprocal rank of the right image in a bank."""
 
     run: str = ""
-    """Run folder."""
+    """Run folder, or export."""
     data: EvalData = field(default_factory=EvalData)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -41,13 +43,17 @@ class MrrConfig:
     """Jittered versions of an image to choose from, every one asked for once. Chance depends on it."""
     bank: Literal["default", "run"] = "default"
     """Jitter strengths of the bank: brightness, contrast 0.4, saturation 0.2, hue 0.1, or the run's own."""
+    families: tuple[Family, ...] = ("jitter", "grayscale", "blur", "solarize")
+    """What is asked for: jitter forward, clean image to bank member; the others backward, from the destroyed image to
+    the bank member, as training shows them."""
     seed: int = 0
-    """Fixes the banks and the untrained control."""
+    """Fixes the banks, the untrained control and the intervals."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
         check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        check(len(set(self.families)) == len(self.families) > 0, "families", self.families, "name families once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,103 @@ class KnnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What is the same for both probes: data, and how hyperparameters are chosen."""
+
+    run: str = ""
+    """Run folder, or export."""
+    data: EvalData = field(default_factory=EvalData)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    max_train_samples: int | None = None
+    """At most so many training images, spread evenly over the set; unset: all."""
+    holdout: float = 0.1
+    """Share of the training images on which hyperparameters are chosen; validation is looked at once, at the end."""
+    epochs: int = 100
+    """Passes over the features of the remaining training images."""
+    batch_size: int = 1024
+    """Images of one step."""
+    lrs: tuple[float, ...] = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
+    """Peak learning rates, AdamW, all trained together; cosine to 0."""
+    weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-1)
+    """Weight decays, each with each learning rate."""
+    seed: int = 0
+    """Fixes held-out part, heads, order, intervals and the untrained control."""
+
+    def __post_init__(self) -> None:
+        most = self.max_train_samples
+        check(most is None or most >= 2, "max_train_samples", most, "be at least 2 or unset")
+        check(0 < self.holdout < 1, "holdout", self.holdout, "lie between 0 and 1")
+        check(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        check(bool(self.lrs) and min(self.lrs) > 0, "lrs", self.lrs, "name learning rates above 0")
+        fine = bool(self.weight_decays) and min(self.weight_decays) >= 0
+        check(fine, "weight_decays", self.weight_decays, "name weight decays of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(ProbeConfig):
+    """A linear classifier on frozen, mean-pooled features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentiveConfig(ProbeConfig):
+    """An attentive classifier on frozen tokens: one learned query looks at all patches."""
+
+    epochs: int = 20
+    """Passes over the tokens of the remaining training images."""
+    batch_size: int = 256
+    """Images of one step."""
+    lrs: tuple[float, ...] = (3e-3, 1e-3, 3e-4)
+    """Peak learning rates, AdamW, all trained together; cosine to 0."""
+    weight_decays: tuple[float, ...] = (0.01,)
+    """Weight decays, each with each learning rate."""
+    max_cache_gb: float = 200.0
+    """Room that the tokens of all images may take on the disk, in GB, two bytes a number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.max_cache_gb > 0, "max_cache_gb", self.max_cache_gb, "be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Which change leads from one image to another: the world model searched by the cross-entropy method."""
+
+    run: str = ""
+    """Run folder, or export."""
+    data: EvalData = field(default_factory=EvalData)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    source: str = ""
+    """An image file to start from; with target, their change is looked for and nothing is measured."""
+    target: str = ""
+    """The image file that it should become."""
+    num_images: int = 128
+    """Validation images, spread evenly over the set, each with a change to be found."""
+    num_train_images: int = 2048
+    """Training images that the regression on frozen features learns from."""
+    population: int = 256
+    """Actions tried in each round."""
+    rounds: int = 10
+    """Rounds of the search."""
+    elite_share: float = 0.1
+    """Share of the actions that the next round is drawn from."""
+    seed: int = 0
+    """Fixes changes, search and guesses."""
+
+    def __post_init__(self) -> None:
+        _check_no_label(self.data)
+        check(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
+              "both name image files, or both be unset")  # fmt: skip
+        for name in ("num_images", "rounds"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        check(self.num_train_images >= 2, "num_train_images", self.num_train_images, "be at least 2")
+        check(self.population >= 4, "population", self.population, "be at least 4")
+        check(0 < self.elite_share < 1, "elite_share", self.elite_share, "lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImagineConfig:
     """A picture of the world model at work: source, asked-for change, true rendering, retrieved image."""
 
@@ -91,8 +194,10 @@ class ImagineConfig:
     """Jitter strengths of the bank: the defaults of views, or the run's own."""
     seed: int = 0
     """Fixes images and banks."""
+    steps: int = 7
+    """Values of each entry of the action in the sweeps, from its lower to its upper end."""
     picture: str = ""
-    """PNG file to write; unset: imagine.png in the run folder."""
+    """PNG file to write, and the page beside it under .html; unset: imagine.png in the run folder."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)

@@ -65,7 +65,7 @@ def test_an_export_is_loaded_like_the_run_it_came_from(trained, exported):
     view, action = torch.randn(2, 3, 16, 16), torch.randn(2, 7)
     tokens = ours.encode(view)
     assert torch.equal(theirs.encode(view), tokens)
-    assert torch.equal(theirs.predict(tokens, action), ours.predict(tokens, action))
+    assert torch.equal(theirs.predict(view, action), ours.predict(view, action))
     assert theirs.step == ours.step == 12
     assert theirs.config.views == ours.config.views and theirs.config.model == ours.config.model
 
