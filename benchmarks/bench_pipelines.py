@@ -5,10 +5,8 @@ rest ends the run with status 1. Without a GPU everything runs on the CPU but th
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -20,15 +18,15 @@ from benchmarks import (
     bench_shuffle,
     bench_startup,
     bench_streams,
+    command,
     machine,
     pipeline_tables,
     report,
-    timing,
     turns,
 )
 from benchmarks.pipeline_shards import PhotographShards
 from benchmarks.pipeline_streams import Workload
-from benchmarks.session import Session, WrongResultError
+from benchmarks.session import Session
 from pipelines.config import ViewConfig
 
 SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
@@ -46,43 +44,22 @@ _FULL_BATCH, _QUICK_BATCH = 64, 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
     options = parse(arguments)
-    about = machine.describe(options.commit, machine.PIPELINE_PACKAGES)
-    out = options.out or report.RESULTS / f"{machine.slug(report.processor(about))}{report.PIPELINES}.jsonl"
-    session = Session(
-        about,
-        effort=timing.QUICK if options.quick else timing.FULL,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        out=out,
-        limit_s=options.limit_s,
-    )
-    if session.device == "cpu":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    session = command.open_session(options, device, machine.PIPELINE_PACKAGES, suffix=report.PIPELINES)
+    if device == "cpu":
         # as a run does, so that decoding threads and torch's do not fight for the same cores
         torch.set_num_threads(1)
-    print(report.machine_line(about))
-    status = 0
-    try:
-        measure(session, workload_of(options, session.device), options.only)
-    except WrongResultError as error:
-        print(f"\nwrong result: {error}", file=sys.stderr)
-        status = 1
-    print(f"\n{pipeline_tables.sections(session.records, level='##')}\n")
-    for label in session.left_out:
-        print(f"left out: {label}")
-    print(f"written to {out}")
-    return status
+    return command.conduct(
+        session,
+        lambda: measure(session, workload_of(options, device), options.only),
+        lambda found: pipeline_tables.sections(found, level="##"),
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    cache = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pipelines", description=__doc__)
-    parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
+    parser = command.parser("bench_pipelines", __doc__, SECTIONS, suffix=report.PIPELINES)
     parser.add_argument("--memory", dest="only", action="store_const", const="memory", help="short for --only memory")
-    parser.add_argument("--quick", action="store_true", help="fewer, shorter turns of smaller batches")
-    parser.add_argument("--limit-s", type=float, default=1e9, help="start nothing new after so many seconds")
-    parser.add_argument("--out", type=Path, help="append here; default benchmarks/results/<GPU or CPU>-pipelines.jsonl")
-    parser.add_argument("--commit", help="what was measured, where there is no git to ask")
-    parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="where the shards are kept: 0.6 GB")
     parser.add_argument("--batch-size", type=int, help=f"images of a batch; {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
     return parser.parse_args(arguments)
 

@@ -4,18 +4,15 @@ All train the same networks on the same batch, step in turns in one process, and
 another than the bare loop's ends the run with status 1. Without a GPU a ViT-S/16 trains on one core.
 """
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report, step_tables, timing
-from benchmarks.session import Case, Session, WrongResultError
+from benchmarks import command, report, step_tables
+from benchmarks.session import Case, Session
 from benchmarks.step_contestants import Contestant, Training, contestants_of
 from benchmarks.step_names import BARE, CACHED, COMPILED, DDP, DEFAULT, FUSED, LOADING, SHARDS, STEP
 from benchmarks.step_ranks import NUM_RANKS, compare_on_ranks
@@ -33,41 +30,17 @@ _LOADER_STEPS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
-    options = parse(arguments)
-    about = machine.describe(options.commit, PACKAGES)
-    out = options.out or report.RESULTS / f"{machine.slug(report.processor(about))}{report.STEPS}.jsonl"
+    options = command.parser("bench_train_step", __doc__, SECTIONS, suffix=report.STEPS).parse_args(arguments)
     place = distributed.start("cuda" if torch.cuda.is_available() else "cpu")
-    effort = timing.QUICK if options.quick else timing.FULL
-    session = Session(about, effort=effort, device=place.device.type, out=out, limit_s=options.limit_s)
-    print(report.machine_line(about))
-    status = 0
+    session = command.open_session(options, place.device.type, PACKAGES, suffix=report.STEPS)
     try:
-        measure(session, build_workload(options.data, place.device, options.quick), place, options.only)
-    except WrongResultError as error:
-        print(f"\nwrong result: {error}", file=sys.stderr)
-        status = 1
+        return command.conduct(
+            session,
+            lambda: measure(session, build_workload(options.data, place.device, options.quick), place, options.only),
+            lambda found: step_tables.sections(found, level="##"),
+        )
     finally:
         distributed.stop()
-    print(f"\n{step_tables.sections(session.records, level='##')}\n")
-    for label in session.left_out:
-        print(f"left out: {label}")
-    print(f"written to {out}")
-    return status
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    cache = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train_step", description=__doc__)
-    parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, nothing compiled: does it run?")
-    parser.add_argument("--limit-s", type=float, default=1e9, help="start nothing new after so many seconds")
-    parser.add_argument(
-        "--out", type=Path, help="append here; default benchmarks/results/<GPU or CPU>-train-step.jsonl"
-    )
-    parser.add_argument("--commit", help="what was measured, where there is no git to ask")
-    parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="where the shards are kept")
-    return parser.parse_args(arguments)
 
 
 def measure(session: Session, workload: StepWorkload, place: Place, only: str | None) -> None:
