@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from iwm_fast.evaluate import TASKS, listen_if_training, read_settings
@@ -24,37 +25,18 @@ class Command:
     """Returns the dataclass whose fields `--help` explains."""
 
 
-def _run_config() -> Any:
-    from iwm_fast.config import RunConfig
-
-    return RunConfig
-
-
-def _check_config() -> Any:
-    from iwm_fast.command_config import CheckConfig
-
-    return CheckConfig
+def _settings(module: str, name: str) -> Callable[[], Any]:
+    """Return what imports a class of settings when it is asked for."""
+    return lambda: getattr(import_module(module), name)
 
 
-def _export_config() -> Any:
-    from iwm_fast.command_config import ExportConfig
-
-    return ExportConfig
-
-
-def _pack_config() -> Any:
-    from pipelines.config import PackConfig
-
-    return PackConfig
-
-
-def _eval_config(name: str) -> Callable[[], Any]:
-    def find() -> Any:
-        from iwm_fast.evals import config
-
-        return getattr(config, name)
-
-    return find
+_run_config = _settings("iwm_fast.config", "RunConfig")
+_check_config = _settings("iwm_fast.command_config", "CheckConfig")
+_export_config = _settings("iwm_fast.command_config", "ExportConfig")
+_report_config = _settings("iwm_fast.command_config", "ReportConfig")
+_imagine_config = _settings("iwm_fast.evals.config", "ImagineConfig")
+_replay_config = _settings("iwm_fast.evals.config", "ReplayConfig")
+_pack_config = _settings("pipelines.config", "PackConfig")
 
 
 def _load(arguments: list[str]) -> Any:
@@ -114,7 +96,7 @@ def _evaluate(name: str) -> Callable[[list[str]], None]:
 
 
 def _imagine(arguments: list[str]) -> None:
-    config = read_settings(_eval_config("ImagineConfig")(), arguments)
+    config = read_settings(_imagine_config(), arguments)
     from iwm_fast.evals.imagine import imagine
 
     print(imagine(config))
@@ -129,10 +111,37 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _replay(arguments: list[str]) -> None:
-    config = read_settings(_eval_config("ReplayConfig")(), arguments)
+    config = read_settings(_replay_config(), arguments)
     from iwm_fast.replay import replay
 
     print(replay(config))
+
+
+def _lab(arguments: list[str]) -> None:
+    (path,) = _exactly(arguments, "the lab's YAML file")
+    import logging
+    from pathlib import Path
+
+    from iwm_fast.lab import run_lab
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(run_lab(Path(path)))
+
+
+def _report(arguments: list[str]) -> None:
+    from pathlib import Path
+
+    from iwm_fast.settings import build
+
+    config = build(_report_config(), {}, arguments)
+    if config.lab:
+        from iwm_fast.lab import report_lab
+
+        print(report_lab(Path(config.lab)))
+        return
+    from iwm_fast.report import write_run_report
+
+    print(write_run_report(Path(config.run)))
 
 
 def _shards_demo(arguments: list[str]) -> None:
@@ -183,11 +192,15 @@ COMMANDS = {
        for name, task in TASKS.items() if name != "plan"},
     "export": Command(usage="run=DIR to=DIR", act=_export, settings=_export_config,
                       summary="write encoder, world model and a model card as a folder for others"),
-    "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_eval_config("ImagineConfig"),
+    "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_imagine_config,
                        summary="draw source, asked-for change and what the prediction retrieves"),
     "plan": Command(usage="run=DIR [source=IMAGE target=IMAGE] [key=value ...]", act=_plan,
                     settings=lambda: TASKS["plan"].settings, summary=TASKS["plan"].summary),
-    "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_eval_config("ReplayConfig"),
+    "report": Command(usage="run=DIR | lab=DIR", act=_report, settings=_report_config,
+                      summary="write one HTML page of a run or a lab: curves, tables, pictures, settings"),
+    "lab": Command(usage="LAB.yaml", act=_lab,
+                   summary="make a grid of small runs, measure them and judge the claims they are for; goes on"),
+    "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_replay_config,
                       summary="render the views of a logged step again, as training saw them"),
     "shards demo": Command(usage="FOLDER", act=_shards_demo,
                            summary="write the demo's shards from photographs bundled with its dependencies"),

@@ -34,3 +34,16 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.to), "to", self.to, "name a folder to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """One HTML page of a run or of a lab."""
+
+    run: str = ""
+    """Run folder."""
+    lab: str = ""
+    """Folder of a lab, instead."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.run) != bool(self.lab), "run and lab", (self.run, self.lab), "name one folder, in one of them")

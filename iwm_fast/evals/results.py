@@ -115,10 +115,13 @@ def read_result(path: Path) -> Result:
 
     Raises:
         FileNotFoundError: if the task has not been evaluated.
+        ValueError: if it is of an older version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `iwm evaluate {path.stem.partition('_')[0]}` first")
     tree = json.loads(path.read_text(encoding="utf-8"))
+    if "rows" not in tree:
+        raise ValueError(f"{path} was written by an older iwm-fast, without rows; delete it, or evaluate again")
     tree.pop("commit")
     return Result(**tree | {"rows": tuple(Row(**row) for row in tree["rows"])})
 

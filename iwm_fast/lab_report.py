@@ -1,0 +1,104 @@
+"""The page of a lab: each claim with its verdict, its figure and the paper's, then every number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.claims import Comparison, Outcome
+from iwm_fast.figures import Dots, dot_plot, save_dot_plots
+from iwm_fast.lab_config import LabConfig, Number
+from iwm_fast.metrics import commit
+from iwm_fast.page import card, escape, folded, page, section, table, tiles
+
+
+def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Path:
+    """Write LAB/report.html and LAB/claims.png, of what is there, and return the page."""
+    path = lab.folder / "report.html"
+    count = {verdict: sum(one.verdict == verdict for one in outcomes) for verdict in ("holds", "undecided", "fails")}
+    done = {(row["cell"], row["seed"]) for row in rows}
+    parts = [
+        f"<h1>{escape(lab.folder.name)}</h1>",
+        f'<p class="soft">commit {escape(commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
+        f"{', '.join(map(str, lab.seeds))}</p>",
+        tiles({**{f"claims: {name}": str(number) for name, number in count.items()},
+               "runs measured": f"{len(done)} of {len(lab.cells) * len(lab.seeds)}"}),
+        section("Claims", _rule(), *(_claim(one) for one in outcomes)),
+        section("Every number", _numbers(lab, rows)),
+        section("Cells", table(["cell", "changes"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
+                folded("what all of them share", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
+    ]  # fmt: skip
+    path.write_text(page(f"iwm-fast: {lab.folder.name}", parts), encoding="utf-8")
+    measured = [one for one in outcomes if one.verdict != "not measured"]
+    if measured:
+        save_dot_plots(lab.folder / "claims.png", {
+            f"{one.claim.name}: {one.verdict}": (_unit(one), _dots(one)) for one in measured
+        })  # fmt: skip
+    return path
+
+
+def _rule() -> str:
+    return (
+        '<p class="soft">A comparison holds if the 95 % interval (Student, over seeds, paired) of its difference lies '
+        "above zero. A claim holds if all its comparisons do, fails if one lies below zero, and is undecided "
+        "otherwise. The rule and the comparisons were written down before the runs.</p>"
+    )
+
+
+def _claim(outcome: Outcome) -> str:
+    claim, verdict = outcome.claim, outcome.verdict
+    rows = [_comparison(one) for one in outcome.comparisons]
+    return card(
+        claim.name,
+        f"<p>{escape(claim.text)}</p>",
+        f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
+        f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
+        dot_plot(_dots(outcome), unit=_unit(outcome)),
+        table(["larger", "mean", "smaller", "mean", "difference", "95 % interval", "seeds"], rows),
+    )
+
+
+def _comparison(one: Comparison) -> tuple[object, ...]:
+    found = one.difference
+    means = [f"{sum(values) / len(values):.3f}" if values else "" for values in one.values]
+    difference = ("", "") if found is None else (f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}")
+    return (_short(one.better), means[0], _short(one.worse), means[1], *difference, len(one.values[0]))
+
+
+def _short(number: Number) -> str:
+    return f"{number.cell}, {number.subject}" if number.subject else number.cell
+
+
+def _unit(outcome: Outcome) -> str:
+    number = outcome.comparisons[0].better
+    return f"{number.metric} ({number.result})"
+
+
+def _dots(outcome: Outcome) -> list[Dots]:
+    """Return one line for each number of a claim, in the order in which they come."""
+    found: dict[str, Sequence[float]] = {}
+    for one in outcome.comparisons:
+        several = len({(number.result, number.metric) for pair in outcome.claim.compare for number in pair}) > 1
+        for number, values in zip((one.better, one.worse), one.values, strict=True):
+            label = f"{_short(number)}, {number.result}" if several else _short(number)
+            found.setdefault(label, values)
+    return [Dots(label=label, values=values) for label, values in found.items()]
+
+
+def _numbers(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:
+    """Show mean and range over seeds of whatever was measured."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["cell"], row["result"], row["subject"], row["metric"]), []).append(row["value"])
+    order = {name: place for place, name in enumerate(lab.cells)}
+    keys = sorted(found, key=lambda key: (key[1], key[2], key[3], order[key[0]]))
+    body = [
+        (
+            *key[1:],
+            key[0],
+            f"{sum(found[key]) / len(found[key]):.4f}",
+            f"{min(found[key]):.4f}",
+            f"{max(found[key]):.4f}",
+        )
+        for key in keys
+    ]
+    return table(["result", "subject", "measured", "cell", "mean", "least", "most"], body)

@@ -1,0 +1,98 @@
+"""Self-contained HTML pages: one look for all, light and dark, from a phone to a desktop, no network needed."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fcfcfb; --card: #ffffff; --ink: #1c1c1a; --soft: #63625d; --line: #dddcd6;
+  --series-1: #2a6fc9; --series-2: #d06a1f; --series-3: #16876a; --series-4: #9a4bb5; --good: #16794f; --bad: #b3341f;
+  --open: #8a6a12; }
+@media (prefers-color-scheme: dark) { :root { --paper: #191918; --card: #222220; --ink: #ecebe6; --soft: #a5a49d;
+  --line: #3b3a36; --series-1: #6ea8f2; --series-2: #f0995a; --series-3: #4cc29f; --series-4: #c78ae0; --good: #5cc795;
+  --bad: #f08a76; --open: #d9b65a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 0 0 .4rem; } p { margin: .3rem 0; max-width: 46rem; } .soft { color: var(--soft); }
+small, .small { font-size: .85rem; }
+.grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); margin-top: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; min-width: 0; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } svg { display: block; width: 100%; max-width: 34rem; height: auto; }
+img { display: block; width: 100%; min-width: 40rem; height: auto; } section > .card + .card { margin-top: .8rem; }
+svg text { fill: var(--ink); font-family: system-ui, sans-serif; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: var(--soft); }
+th, td { padding: .3rem .7rem .3rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+ td.number, th.number { text-align: right; }
+pre { overflow-x: auto; font-size: .8rem; margin: .5rem 0; } summary { cursor: pointer; }
+.holds { color: var(--good); } .fails { color: var(--bad); } .undecided, .not-measured { color: var(--open); }
+.verdict { font-weight: 600; }
+"""
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """Return a whole HTML document."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def escape(text: object) -> str:
+    """Return text as it may stand in HTML."""
+    return html.escape(str(text))
+
+
+def section(title: str, *parts: str) -> str:
+    """Return a heading and what stands under it."""
+    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
+
+
+def card(title: str, *parts: str) -> str:
+    """Return a framed piece with a small heading."""
+    return f'<div class="card"><h3>{escape(title)}</h3>\n' + "\n".join(parts) + "</div>"
+
+
+def tiles(values: dict[str, str]) -> str:
+    """Return the few numbers that one looks for first, by what they are."""
+    rows = "".join(
+        f'<div class="card tile"><b>{escape(value)}</b><span class="soft small">{escape(name)}</span></div>'
+        for name, value in values.items()
+    )
+    return f'<div class="tiles">{rows}</div>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table that scrolls where it is too wide; numbers are set to the right."""
+    filled = [list(row) for row in rows]
+    is_number = [bool(filled) and all(_is_numeric(row[place]) for row in filled) for place in range(len(columns))]
+    kinds = [' class="number"' if numeric else "" for numeric in is_number]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>\n"
+        for row in filled
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _is_numeric(cell: object) -> bool:
+    return str(cell) == "" or str(cell)[0] in "0123456789-+±"
+
+
+def picture(path: Path, description: str) -> str:
+    """Return a PNG file as part of the page; it scrolls where it would be too small to see."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<div class="scroll"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></div>'
+
+
+def folded(title: str, text: str) -> str:
+    """Return long text that opens on a click."""
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
