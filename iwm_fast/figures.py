@@ -34,7 +34,7 @@ _VARIABLES = dict(
 )
 
 
-def _style(colours: Palette) -> dict[str, Any]:
+def _style(colours: Palette) -> Any:
     quiet = ("axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor", "ytick.labelcolor")
     return {
         "svg.fonttype": "none",
@@ -82,7 +82,7 @@ def _to_svg(figure: Figure) -> str:
     return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
 
 
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, unit: str) -> str:
+def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, unit: str) -> str:
     """Draw some curves over steps.
 
     Args:

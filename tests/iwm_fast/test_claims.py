@@ -1,0 +1,65 @@
+"""Claims are judged by the interval of paired differences, and by nothing else."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iwm_fast.claims import interval, judge
+from iwm_fast.lab_config import Claim, Number
+
+
+def number(cell):
+    return Number(cell=cell, result="mrr_default", subject="jitter", metric="mrr")
+
+
+def claim(*pairs):
+    return Claim(name="c", text="t", paper="p", compare=tuple((number(a), number(b)) for a, b in pairs))
+
+
+def verdict(values, *pairs):
+    return judge(claim(*pairs), lambda one: dict(enumerate(values.get(one.cell, ())))).verdict
+
+
+def test_the_interval_is_students_by_hand():
+    found = interval([1.0, 2.0, 3.0])
+    # t(0.975, 2) = 4.302653, standard error 1 / sqrt(3)
+    assert found.mean == 2.0 and found.high - found.mean == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_one_seed_decides_nothing():
+    assert interval([0.3]).low == -math.inf and interval([0.3]).high == math.inf
+    assert verdict({"a": [0.9], "b": [0.1]}, ("a", "b")) == "undecided"
+    with pytest.raises(ValueError, match="at least one number"):
+        interval([])
+
+
+def test_verdicts():
+    values = {"a": [0.50, 0.52, 0.51], "b": [0.10, 0.11, 0.12], "noisy": [0.1, 0.9, 0.5]}
+    assert verdict(values, ("a", "b")) == "holds"
+    assert verdict(values, ("b", "a")) == "fails"
+    assert verdict(values, ("noisy", "b")) == "undecided"
+    assert verdict(values, ("a", "b"), ("noisy", "b")) == "undecided"
+    assert verdict(values, ("a", "b"), ("b", "a")) == "fails"
+    assert verdict(values, ("a", "b"), ("a", "absent")) == "not measured"
+
+
+def test_differences_are_paired_by_seed():
+    # seeds differ much, cells little, always in one direction
+    values = {"a": [0.11, 0.51, 0.91], "b": [0.10, 0.50, 0.90]}
+    assert verdict(values, ("a", "b")) == "holds"
+
+
+def test_seeds_that_only_one_of_both_has_are_left_out():
+    found = judge(claim(("a", "b")), lambda one: {"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {1: 1.0, 2: 7.0}}[one.cell])
+    assert found.comparisons[0].values == ((2.0, 9.0), (1.0, 7.0))
+    assert found.comparisons[0].difference is not None and found.comparisons[0].difference.mean == 1.5
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.floats(-1, 1))
+def test_an_interval_moves_with_its_values_and_holds_their_mean(values, shift):
+    one, moved = interval(values), interval([value + shift for value in values])
+    assert one.low <= one.mean + 1e-12 and one.mean <= one.high + 1e-12
+    assert moved.low == pytest.approx(one.low + shift, abs=1e-9)

@@ -1,0 +1,74 @@
+"""A lab's YAML file: what it means, and what is refused before anything runs."""
+
+import pytest
+import yaml
+
+from iwm_fast.evaluate import TASKS
+from iwm_fast.lab_config import Number, read_lab
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "base.yaml").write_text("{}")
+
+    def act(**changes):
+        tree = {
+            "folder": str(tmp_path / "lab"),
+            "base": str(tmp_path / "base.yaml"),
+            "settings": {"optim.epochs": 2, "views.crop_scale": [0.3, 1.0]},
+            "seeds": [3, 4],
+            "cells": {"a": {}, "b": {"model.predictor.conditioning": "none"}},
+            "evaluations": [{"task": "mrr", "cells": ["a"], "settings": {"bank_size": 8}}, {"task": "knn"}],
+            "claims": {"c": {"text": "t", "paper": "p", "compare": [["a mrr_default jitter mrr", "b knn x accuracy"]]}},
+        }  # fmt: skip
+        path = tmp_path / "lab.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in (tree | changes).items() if value is not None}))
+        return path
+
+    return act
+
+
+def read(path):
+    return read_lab(path, set(TASKS))
+
+
+def test_a_lab_is_read(write):
+    lab = read(write())
+    assert lab.settings == ("optim.epochs=2", "views.crop_scale=[0.3, 1.0]") and lab.seeds == (3, 4)
+    assert lab.cells == {"a": (), "b": ("model.predictor.conditioning=none",)}
+    assert [(one.task, one.cells, one.settings) for one in lab.evaluations] == [
+        ("mrr", ("a",), ("bank_size=8",)),
+        ("knn", ("a", "b"), ()),
+    ]
+    (claim,) = lab.claims
+    assert claim.compare[0][1] == Number(cell="b", result="knn", subject="x", metric="accuracy")
+    assert not lab.has_demo_data and lab.workers is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folders": "x"}, "keys of .*must be among base, cells, claims.*got .'folders'"),
+        ({"cells": None}, "must name cells"),
+        ({"seeds": [1, 1]}, "seeds must name at least one seed, each once"),
+        ({"cells": {"a": ["x"]}}, "cells.a must hold"),
+        ({"evaluations": [{"task": "mrrr"}]}, "task of evaluations must be one of"),
+        ({"evaluations": [{"task": "mrr", "cells": ["z"]}]}, "cells of evaluation mrr must be among a, b"),
+        ({"claims": {"c": {"text": "t"}}}, "claims.c must have compare, paper, text"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["z m s x", "a m s x"]]}}}, "CELL RESULT SUBJECT"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s x"]]}}}, "hold pairs"),
+    ],
+)
+def test_what_cannot_work_is_refused(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(**changes))
+
+
+def test_missing_files_are_named(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no lab file"):
+        read(tmp_path / "absent.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no run file 'other\.yaml'"):
+        read(write(base="other.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        read(tmp_path / "broken.yaml")
