@@ -1,4 +1,4 @@
-"""The run's settings turned into loaders: training stream and evaluation pass."""
+"""The run's settings turned into loaders: training stream, finetuning stream and evaluation pass."""
 
 import numpy as np
 import torch
@@ -6,10 +6,10 @@ import torch
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.distributed import Place
 from pipelines.action_rows import LogHead
-from pipelines.config import DataConfig, check
+from pipelines.config import DataConfig, RandAugmentConfig, check
 from pipelines.loader import Loader, LoaderSettings, build_loader
 from pipelines.order import SampleOrder
-from pipelines.plan import BEGINNING, EvaluationPlan, Stream, StreamStart, TrainingPlan
+from pipelines.plan import BEGINNING, EvaluationPlan, FinetunePlan, Stream, StreamStart, TrainingPlan
 from pipelines.shards import ShardSet, open_shards
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
@@ -47,6 +47,21 @@ def training_loader(
         seed=config.seed,
         grid=config.grid,
         stream=training_stream(config, shards, place, start),
+    )
+    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+
+
+def finetune_loader(
+    config: RunConfig, augment: RandAugmentConfig | None, shards: ShardSet, place: Place, first_step: int = 0
+) -> Loader:
+    """Build this rank's endless stream of single crops, mirrored or not, changed by RandAugment if that is given."""
+    _, accumulation = accumulation_steps(config, place.world_size)
+    plan = FinetunePlan(
+        views=config.views,
+        augment=augment,
+        seed=config.seed,
+        grid=config.grid,
+        stream=training_stream(config, shards, place, BEGINNING),
     )
     return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
 

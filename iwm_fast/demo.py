@@ -74,19 +74,23 @@ def measure(config: RunConfig, identity: str) -> dict[str, Any]:
     run, started = config.output.folder, time.perf_counter()
     # the bank of the strengths the run was trained with comes first; the default one is weaker and so harder
     own = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="run"))
-    weak = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="default"))
+    weak = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="default", families=("jitter",)))
+    mrr, weak_mrr = (result.row("jitter", "mrr") for result in (own, weak))
     knn = evaluate_knn(KnnConfig(run=run))
-    picture = imagine(ImagineConfig(run=run, bank_size=BANK))
+    picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK))
     return {
-        **{name: own[name] for name in ("mrr", "mrr_standard_error", "mrr_chance", "mrr_untrained")},
-        "mrr_bank": {"size": BANK, "jitter": own["bank_strengths"]},
-        "mrr_default_bank": weak["mrr"],
-        "mrr_default_bank_untrained": weak["mrr_untrained"],
+        "mrr": mrr.value,
+        "mrr_interval": [mrr.low, mrr.high],
+        "mrr_chance": mrr.chance,
+        "mrr_untrained": mrr.control,
+        "mrr_bank": {"size": BANK, "jitter": own.details["bank_strengths"]},
+        "mrr_default_bank": weak_mrr.value,
+        "mrr_default_bank_untrained": weak_mrr.control,
         **{name: knn[name] for name in ("knn", "knn_untrained", "knn_chance")},
         **speed(run),
         "evaluation_s": time.perf_counter() - started,
         "picture": str(picture),
-        "step": own["step"],
+        "step": own.step,
         "settings": identity,
         "commit": commit(),
         "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
@@ -124,7 +128,7 @@ def table(summary: dict[str, Any], folder: Path) -> Table:
     chance = f"chance {summary['mrr_chance']:.3f}, untrained predictor "
     rows.add_row(
         f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter}",
-        f"{summary['mrr']:.3f} ± {summary['mrr_standard_error']:.3f}",
+        "{:.3f} ({:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
         chance + f"{summary['mrr_untrained']:.3f}",
     )
     weak = f"{summary['mrr_default_bank']:.3f}"

@@ -72,6 +72,13 @@ class Engine(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give the module back with whole weights on every rank, for use without the engine, which ends; collective.
+
+        With ZeRO stage 3 its parameters are new objects.
+        """
+        ...
+
 
 def build_engine(config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> Engine:
     """Return the engine that `runtime.engine` names; moves the module to its device and starts all ranks from rank 0.
@@ -131,6 +138,11 @@ class PlainEngine:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._state.load_state(state)
+
+    def release(self) -> None:
+        # it has hooks on the parameters
+        if isinstance(self._module, DistributedDataParallel):
+            self._module = self._module.module
 
 
 def _in_parallel(module: nn.Module) -> DistributedDataParallel:

@@ -16,8 +16,9 @@ from iwm_fast import distributed, world_model
 from iwm_fast.config import RunConfig
 from iwm_fast.distributed import Place
 from iwm_fast.evals.config import KnnConfig, MrrConfig
-from iwm_fast.evals.knn import Labelled, knn_accuracies, labelled_samples
-from iwm_fast.evals.mrr import bank_ranks, chance
+from iwm_fast.evals.features import Labelled, spread
+from iwm_fast.evals.knn import knn_accuracies, labelled_samples
+from iwm_fast.evals.mrr import bank_ranks, chance, mean_reciprocal
 from iwm_fast.teacher import Teacher
 from iwm_fast.world_model import WorldModel
 from pipelines.config import check
@@ -26,7 +27,7 @@ from pipelines.shards import ShardSet, open_shards
 log = logging.getLogger("iwm_fast")
 
 # some 400 TFLOP for a ViT-B/16: half a minute of a GPU's float32
-_MRR = MrrConfig(num_images=64, bank_size=64, bank="run")
+_MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))
 _KNN = KnnConfig(max_train_samples=2000)
 _MAX_VAL_SAMPLES = 2000
 _PREDICTOR = "predictor."
@@ -46,6 +47,8 @@ class OnlineEvaluation:
             FileNotFoundError, ShardError: if they are not there, cannot be read, or have labels that data.train lacks.
         """
         self._config, self._place = config, place
+        # the identity predictor applies no change, so there is nothing to rank
+        self._has_world_model = config.model.predictor.depth > 0
         self._controls = distributed.on_rank_zero(lambda: self._prepare(train))
 
     def _prepare(self, train: ShardSet) -> dict[str, float]:
@@ -55,7 +58,9 @@ class OnlineEvaluation:
         self._val = open_shards(val)
         self._labelled = _labelled_samples(train, self._val)
         measured = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        controls = measured | {"eval/mrr_chance": chance(_MRR.bank_size)}
+        controls = dict(measured)
+        if self._has_world_model:
+            controls["eval/mrr_chance"] = chance(_MRR.bank_size)
         if self._labelled:
             controls["eval/knn_chance"] = 1 / len(self._labelled[0].labels.classes)
         return controls
@@ -89,8 +94,11 @@ class OnlineEvaluation:
         return self._measure(model)
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
-        (rank,) = bank_ranks([model], self._val, _MRR)
-        measured = {"eval/mrr": float((1 / rank).mean())}
+        measured = {}
+        if self._has_world_model:
+            samples = spread(self._val.num_samples, _MRR.num_images)
+            rank = np.stack(list(bank_ranks([model], self._val, samples, _MRR)))
+            measured["eval/mrr"] = mean_reciprocal(rank)
         if self._labelled:
             (measured["eval/knn"],) = knn_accuracies([model], *self._labelled, _KNN)
         if self._place.device.type == "cuda":

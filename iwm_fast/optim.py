@@ -1,4 +1,7 @@
-"""AdamW and its two parameter groups."""
+"""AdamW and its parameter groups."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,21 +17,38 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     decays its mask token, because there it happens to be stored with three axes.) Positions are fixed and no
     parameters.
     """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    return scaled_optimizer(module, config, lambda _: 1.0)
+
+
+def scaled_optimizer(module: nn.Module, config: OptimConfig, lr_scale: Callable[[str], float]) -> torch.optim.AdamW:
+    """Do the same where parameters differ in what the learning rate is multiplied with.
+
+    Args:
+        module: whose trainable parameters are held.
+        config: hyperparameters.
+        lr_scale: factor for a parameter's name; there is a group "decay" and a group "no_decay" for each.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_offset = parameter.ndim < 2 or name.endswith("bias")
-            groups["no_decay" if is_offset else "decay"].append(parameter)
-    settings = [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters]
+            is_offset, scale = parameter.ndim < 2 or name.endswith("bias"), lr_scale(name)
+            new = {"params": [], "name": "no_decay" if is_offset else "decay", "lr_scale": scale}
+            groups.setdefault((is_offset, scale), new)["params"].append(parameter)
+    # those that decay first; among them as they come in the module
+    return adamw([groups[key] for key in sorted(groups, key=lambda key: key[0])], config)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW over groups of parameters, whose "name" begins with decay or no_decay, with "lr_scale" if not 1."""
     # one pass over weights and moments; step by step, a flat vector of ZeRO's needs fresh memory of its size twice,
     # which on a CPU takes longer than the arithmetic
-    optimizer = torch.optim.AdamW(settings, lr=config.lr_start, betas=config.betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr_start, betas=config.betas, weight_decay=0.0, fused=True)
     set_hyperparameters(optimizer, config.lr_start, config.weight_decay[0])
     return optimizer
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all groups and the weight decay of the group "decay", in place."""
+    """Set in place the learning rate of all groups, times each one's "lr_scale", and the decay of "decay..." groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["name"] == "decay" else 0.0
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["weight_decay"] = weight_decay if group["name"].startswith("decay") else 0.0

@@ -24,7 +24,7 @@ from iwm_fast.engine_state import (
     poison_unless_finite,
 )
 from iwm_fast.optim import set_hyperparameters
-from iwm_fast.zero_state import FlatState, ShardedState
+from iwm_fast.zero_state import FlatState, ShardedState, replace_parameters
 
 # elements; DeepSpeed's 5e8 allocates 2 GB per backward. 64 MiB is past the size at which all-reduce saturates
 REDUCE_BUCKET_SIZE = 2**24
@@ -100,6 +100,7 @@ class DeepSpeedEngine:
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
         settings = deepspeed_config(config, place.world_size)
         self._stage = settings["zero_optimization"]["stage"]
+        self._module = module
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         deepspeed = _import_deepspeed(place.device)
         self._local_rank = place.local_rank
@@ -166,6 +167,12 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._state.load_state(state)
+
+    def release(self) -> None:
+        whole = {name: weight.clone() for name, weight in self.named_parameters()} if self._stage == 3 else {}
+        self._engine.destroy()
+        if whole:
+            replace_parameters(self._module, whole)
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:

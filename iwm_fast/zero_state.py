@@ -144,3 +144,15 @@ class ShardedState:
         """Copy this rank's piece of a whole tensor; what pads the last one stays as it is."""
         piece = whole.flatten()[self._rank * part.numel() : (self._rank + 1) * part.numel()]
         part.view(-1)[: piece.numel()].copy_(piece)
+
+
+def replace_parameters(module: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Give a module that stage 3 has cut up whole parameters again, new ones in the place of its own."""
+    for prefix, part in module.named_modules():
+        # DeepSpeed keeps them in a dictionary of its own, which would fetch what is cut up
+        part._parameters = {
+            name: parameter
+            if parameter is None
+            else nn.Parameter(whole[f"{prefix}.{name}" if prefix else name], requires_grad=parameter.requires_grad)
+            for name, parameter in part._parameters.items()
+        }

@@ -55,7 +55,7 @@ def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: 
     for name, value in (("hw_decoder_load", settings.hw_decoder_load), ("decoder_preallocate", settings.preallocate)):
         check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     if settings.backend == "torch":
-        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment")
+        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or that be left out")
         from pipelines.torch_loader import TorchLoader
 
         return TorchLoader(plan, shards, first=first, max_bad_samples=settings.max_bad_samples, device=settings.device)

@@ -43,7 +43,7 @@ class Request:
     context: RaggedIndex
     target: RaggedIndex
     augment: AugmentDraws | None = None
-    """Given for finetuning: then source and target view are the same augmented image."""
+    """Given where RandAugment is wanted: then source and target view are the same augmented image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +167,12 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunePlan:
-    """Finetuning: one augmented crop for every slot of the stream, all patches, no action."""
+    """Finetuning: one crop for every slot of the stream, augmented or as it is, all patches, no action."""
 
     views: ViewConfig
     """Size, crop and flip are used; photometry is RandAugment's."""
-    augment: RandAugmentConfig
+    augment: RandAugmentConfig | None
+    """None: crop and flip are all that is done."""
     seed: int
     grid: int
     stream: Stream
@@ -195,7 +196,7 @@ class FinetunePlan:
             draws=replace(clean_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
             context=everything,
             target=everything,
-            augment=draw_augment(self.augment, self.seed, step, slots),
+            augment=None if self.augment is None else draw_augment(self.augment, self.seed, step, slots),
         )
 
     def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:

@@ -1,74 +1,130 @@
-"""Banks of jittered versions of one image: what a predicted change is looked up in."""
+"""Banks of jittered versions of one image: what a predicted change is looked up in.
+
+The answers are always the same bank. What is asked differs by family: `jitter` leads forward, from the untouched image
+to a member; `grayscale`, `blur` and `solarize` lead backward, from the destroyed image to a member.
+"""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from iwm_fast import world_model
+from iwm_fast.distributed import choose_device
+from iwm_fast.evals.config import Family
 from iwm_fast.world_model import WorldModel
-from pipelines.actions import Photometry, action_vector, draw_photometry, neutral_photometry
+from pipelines.actions import JITTER, Photometry, action_vector, draw_photometry, neutral_photometry
 from pipelines.batch import normalize_view
 from pipelines.config import ViewConfig
 from pipelines.draws import uniforms
 from pipelines.views import render
 
-# sequences of one forward: keeps explicit attention of the predictor within some hundred megabytes
-_CHUNK = 512
+# explicit attention of one forward of the predictor, in numbers: some hundred megabytes with what softmax needs
+_MOST_SCORES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
-    """M jittered versions of one image and the actions that ask for them."""
+    """M jittered versions of one image."""
 
     pixels: UInt8[Tensor, "M H W 3"]
+    photometry: Photometry
+    """What made each of them of the untouched image."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One source image and the actions that lead from it to each member of a bank."""
+
+    source: UInt8[Tensor, "H W 3"]
     action: Float[Tensor, "M A"]
-    """Change from the untouched image to each version."""
+
+
+def open_world_model(run: str, device: str) -> WorldModel:
+    """Load a run that has a predictor, onto this rank's device.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `world_model.load`.
+        ValueError: if its predictor is the identity.
+    """
+    # where there is a process group, its start has chosen this rank's GPU
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    model = world_model.load(run, choose_device(device, local_rank))
+    model.require_predictor()
+    return model
+
+
+def with_untrained_predictor(model: WorldModel, seed: int) -> WorldModel:
+    """Return the control: the same trained encoder under a predictor that has seen nothing."""
+    untrained = world_model.untrained(replace(model.config, seed=seed), model.device)
+    return replace(model, predictor=untrained.predictor)
 
 
 def bank_views(views: ViewConfig, strengths: str) -> ViewConfig:
     """Return the settings a bank is drawn with: every member jittered, so that no two are the same image."""
-    default = ViewConfig()
-    own = views if strengths == "run" else default
-    jitter = {name: getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
-    return replace(views, jitter_probability=1.0, **jitter)
+    own = views if strengths == "run" else ViewConfig()
+    return replace(views, jitter_probability=1.0, **{name: getattr(own, name) for name in JITTER})
 
 
 def draw_bank(
     pixels: UInt8[Tensor, "H W 3"], sample: int, size: int, *, model: WorldModel, strengths: str, seed: int
 ) -> Bank:
     """Render `size` jittered versions of an untouched image; a pure function of seed and sample number."""
-    config = bank_views(model.config.views, strengths)
-    target: Photometry = draw_photometry(config, uniforms(seed, "bank", sample, np.arange(size), 9), is_source=False)
-    # the action is written with the run's own entries and scales: that is the language the predictor knows
-    action = action_vector(neutral_photometry(size), target, model.config.views)
-    copies = pixels.to(model.device)[None].expand(size, -1, -1, -1)
-    return Bank(pixels=render(copies, target), action=torch.from_numpy(action))
+    views = bank_views(model.config.views, strengths)
+    photometry = draw_photometry(views, uniforms(seed, "bank", sample, np.arange(size), 9), is_source=False)
+    return render_bank(pixels, photometry, model)
+
+
+def render_bank(pixels: UInt8[Tensor, "H W 3"], photometry: Photometry, model: WorldModel) -> Bank:
+    """Render one version of an untouched image for each row of the parameters."""
+    copies = pixels.to(model.device)[None].expand(len(photometry), -1, -1, -1)
+    return Bank(pixels=render(copies, photometry), photometry=photometry)
+
+
+def source_photometry(family: Family, views: ViewConfig, num_images: int = 1) -> Photometry:
+    """Return what a family's source is made with: nothing, or one destruction; blur in the middle of its range."""
+    neutral = neutral_photometry(num_images)
+    if family == "jitter":
+        return neutral
+    middle = np.full(num_images, sum(views.blur_sigma) / 2, np.float32)
+    return replace(neutral, blur_sigma=middle, **{family: np.ones(num_images, bool)})
+
+
+def ask(pixels: UInt8[Tensor, "H W 3"], bank: Bank, family: Family, model: WorldModel) -> Question:
+    """Ask for each member of a bank, in the run's own entries and scales: that is the language the predictor knows."""
+    views = model.config.views
+    source = render(pixels.to(model.device)[None], source_photometry(family, views))[0]
+    action = action_vector(source_photometry(family, views, len(bank)), bank.photometry, views)
+    return Question(source=source, action=torch.from_numpy(action))
+
+
+def sequences_at_once(model: WorldModel) -> int:
+    """Return how many predictions fit into one forward; a function of the model alone, so that ranks agree."""
+    length = 2 * model.config.grid**2 + len(model.config.views.entries)
+    return max(1, _MOST_SCORES // (model.config.model.predictor.num_heads * length**2))
 
 
 @torch.no_grad()
 def target_map(model: WorldModel, bank: Bank) -> Float[Tensor, "M ND"]:
     """Return each member's target tokens, flat: what a prediction is compared with."""
-    maps = [model.targets(normalize_view(members)).flatten(1) for members in bank.pixels.split(_CHUNK)]
-    return torch.cat(maps)
+    parts = bank.pixels.split(sequences_at_once(model))
+    return torch.cat([model.targets(normalize_view(members)).flatten(1) for members in parts])
 
 
 @torch.no_grad()
-def predicted_map(model: WorldModel, pixels: UInt8[Tensor, "H W 3"], bank: Bank) -> Float[Tensor, "M ND"]:
-    """Return the prediction for each member's action, flat.
-
-    The untouched image is the source, all its patches are visible and all positions are predicted.
-    """
-    tokens = model.encode(normalize_view(pixels[None].to(model.device)))
-    maps = [
-        model.predict_from(tokens.expand(len(action), -1, -1), action).flatten(1)
-        for action in bank.action.split(_CHUNK)
-    ]
-    return torch.cat(maps)
+def predicted_map(model: WorldModel, question: Question) -> Float[Tensor, "M ND"]:
+    """Return the prediction for each action, flat: all patches of the source are visible, all positions predicted."""
+    tokens = model.encode(normalize_view(question.source[None]))
+    parts = question.action.split(sequences_at_once(model))
+    return torch.cat([model.predict_from(tokens.expand(len(part), -1, -1), part).flatten(1) for part in parts])
 
 
-def distances(predicted: Float[Tensor, "M ND"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "M M"]:
+def distances(predicted: Float[Tensor, "Q ND"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "Q M"]:
     """Return the mean squared difference of each prediction (row) and each target (column)."""
     # the expanded square cancels badly where all tokens share a large offset: centre, and add up in float64
     offset = target.mean(dim=0)
@@ -77,9 +133,9 @@ def distances(predicted: Float[Tensor, "M ND"], target: Float[Tensor, "M ND"]) -
     return (squared / predicted.shape[1]).float()
 
 
-def ranks(distance: Float[Tensor, "M M"]) -> Float[Tensor, "M"]:
+def ranks(distance: Float[Tensor, "Q M"]) -> Float32[np.ndarray, "Q"]:
     """Return the rank of the right answer (the diagonal) in each row, from 1; ties share their middle rank."""
     right = distance.diagonal()[:, None]
     closer = (distance < right).sum(dim=1)
     tied = (distance == right).sum(dim=1) - 1
-    return 1 + closer.float() + tied.float() / 2
+    return (1 + closer.float() + tied.float() / 2).cpu().numpy()

@@ -157,9 +157,9 @@ class PlanConfig:
     """Validation images, spread evenly over the set, each with a change to be found."""
     num_train_images: int = 2048
     """Training images that the regression on frozen features learns from."""
-    population: int = 256
-    """Actions tried in each round."""
-    rounds: int = 10
+    population: int = 128
+    """Actions tried in each round. On the demo's training images more of them, or more rounds, found nothing nearer."""
+    rounds: int = 8
     """Rounds of the search."""
     elite_share: float = 0.1
     """Share of the actions that the next round is drawn from."""
@@ -197,12 +197,14 @@ class ImagineConfig:
     steps: int = 7
     """Values of each entry of the action in the sweeps, from its lower to its upper end."""
     picture: str = ""
-    """PNG file to write, and the page beside it under .html; unset: imagine.png in the run folder."""
+    """PNG file to write, NAME_sweeps.png and the page NAME.html beside it; unset: imagine.png in the run folder."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
         check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        check(self.steps >= 2, "steps", self.steps, "be at least 2")
+        check(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
 
 
 @dataclass(frozen=True, kw_only=True)

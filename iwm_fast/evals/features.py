@@ -1,22 +1,28 @@
-"""Shared by the evaluations: shards of a run, spread-out samples, pooled frozen features."""
+"""Shared by the evaluations: a run beside its control, shards, spread-out labelled samples, frozen features."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from iwm_fast import world_model
 from iwm_fast.data import evaluation_loader, open_training_shards
-from iwm_fast.evals.config import EvalData
+from iwm_fast.distributed import choose_device, on_rank_zero
+from iwm_fast.evals.config import EvalData, KnnConfig, ProbeConfig
+from iwm_fast.evals.results import Row, bootstrap
+from iwm_fast.messages import found_by_every_rank
 from iwm_fast.world_model import WorldModel
 from pipelines.batch import Batch
-from pipelines.labels import Labels
+from pipelines.labels import Labels, read_labels
 from pipelines.shards import ShardSet, open_shards
+
+Kind = Literal["pooled", "tokens"]
+"""The mean over an image's patches, (D,) float32; or all its tokens, (N, D) float16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,98 @@ class Features:
 
     features: Float[Tensor, "images D"]
     label: Int64[Tensor, "images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Some samples of a set, and the classes of all of it."""
+
+    shards: ShardSet
+    labels: Labels
+    samples: Int64[np.ndarray, "samples"]
+
+    @property
+    def number(self) -> Int64[np.ndarray, "samples"]:
+        """Class number of each of the samples."""
+        return self.labels.number[self.samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A run's encoder, its control, and the labelled samples that both are measured on."""
+
+    model: WorldModel
+    control: WorldModel
+    """The same networks as they are before training."""
+    train: Labelled
+    val: Labelled
+
+    @property
+    def chance(self) -> float:
+        """Share of a guess that takes each class for equally common."""
+        return 1 / len(self.train.labels.classes)
+
+    @property
+    def most_common(self) -> float:
+        """Share of the validation images in the class that most training images have: what a better guess names."""
+        return float((self.val.number == self.train.labels.counts.argmax()).mean())
+
+    def row(
+        self, correct: Bool[np.ndarray, "images"], control: Bool[np.ndarray, "images"], seed: int, **more: Any
+    ) -> Row:
+        """Return the accuracy of the run's encoder beside the control's, from what is right of each image."""
+        low, high = bootstrap(correct.astype(np.float64), seed)
+        return Row(
+            subject="encoder",
+            metric="accuracy",
+            value=float(correct.mean()),
+            low=low,
+            high=high,
+            control=float(control.mean()),
+            control_name="untrained encoder",
+            chance=self.chance,
+            num_samples=len(correct),
+            **more,
+        )
+
+
+def open_comparison(config: KnnConfig | ProbeConfig) -> Comparison:
+    """Load the run and open its shards, or those of the settings; collective.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
+        ValueError: if no shards are named.
+        ShardError: if a sample has no label, or a validation sample one that no training sample has.
+    """
+    # where there is a process group, its start has chosen this rank's GPU
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    with found_by_every_rank():
+        model = world_model.load(config.run, choose_device(config.device, local_rank))
+        train, val = training_shards(model, config.data), validation_shards(model, config.data)
+    # labels in .json members cost a read of all shards: once is enough
+    known, asked = on_rank_zero(lambda: read_both_labels(train, val, config.data.label))
+    most = config.max_train_samples or train.num_samples
+    return Comparison(
+        model=model,
+        control=world_model.untrained(replace(model.config, seed=config.seed), model.device),
+        train=Labelled(shards=train, labels=known, samples=spread(train.num_samples, most)),
+        val=Labelled(shards=val, labels=asked, samples=spread(val.num_samples, val.num_samples)),
+    )
+
+
+def read_both_labels(train: ShardSet, val: ShardSet, label: str) -> tuple[Labels, Labels]:
+    """Return the labels of both sets, with classes numbered by the training set.
+
+    Raises:
+        ShardError: if a sample has no label, or a validation sample one that no training sample has.
+    """
+    known = read_labels(train, label)
+    return known, read_labels(val, label, classes=known.classes)
+
+
+def result_name(task: str, data: EvalData) -> str:
+    """Return the name of a task's result: each label has its own."""
+    return task if data.label == "cls" else f"{task}_{quote(data.label, safe='')}"
 
 
 def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
@@ -59,21 +157,43 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
         loader.close()
 
 
-def extract_features(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], labels: Labels
-) -> Features:
-    """Return mean-pooled tokens of the teacher, and the samples' class numbers."""
-    features, number = [], []
+def encoded(
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: Kind
+) -> Iterator[Float[Tensor, "B *rest"]]:
+    """Yield the samples' features, batch after batch, on the CPU; a GPU goes on with the next batch meanwhile.
+
+    Raises:
+        ShardError: if an image cannot be decoded, with shard and key.
+    """
+    before = None
     for batch in batches(model, shards, samples):
-        features.append(model.encode(batch.source_view).mean(dim=1).cpu())
-        number.append(labels.of(batch.sample))
-    return Features(features=torch.cat(features), label=torch.cat(number))
+        tokens = model.encode(batch.source_view)
+        begun = _Copy(tokens.mean(dim=1) if kind == "pooled" else tokens.half())
+        if before is not None:
+            yield before.wait()
+        before = begun
+    if before is not None:
+        yield before.wait()
 
 
-def save_result(run: str, name: str, result: dict[str, Any]) -> Path:
-    """Write an evaluation's numbers into the run folder; the same evaluation of a later checkpoint replaces it."""
-    path = Path(run) / "evaluations" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return draft.replace(path)
+class _Copy:
+    """A tensor on its way to the CPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
+
+
+def extract_features(model: WorldModel, part: Labelled) -> Features:
+    """Return pooled features and class numbers of the samples, held in memory; waits for no other rank."""
+    features = list(encoded(model, part.shards, part.samples, "pooled"))
+    return Features(features=torch.cat(features), label=torch.from_numpy(part.number))

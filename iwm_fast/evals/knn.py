@@ -4,68 +4,78 @@ Features are the teacher's mean-pooled tokens, centred on the training set's mea
 each of the k nearest training images votes with weight exp(similarity / temperature).
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-from urllib.parse import quote
+import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast import world_model
-from iwm_fast.distributed import choose_device
+from iwm_fast.distributed import on_rank_zero
 from iwm_fast.evals.config import KnnConfig
+from iwm_fast.evals.feature_cache import FeatureCache
 from iwm_fast.evals.features import (
+    Comparison,
     Features,
+    Labelled,
     extract_features,
-    save_result,
+    open_comparison,
+    read_both_labels,
+    result_name,
     spread,
-    training_shards,
-    validation_shards,
 )
+from iwm_fast.evals.results import Result, save_result
 from iwm_fast.world_model import WorldModel
-from pipelines.labels import Labels, read_labels
 from pipelines.shards import ShardSet
 
-_QUERIES = 1024
+# similarities held at a time, 256 MB: so many queries are compared that memory does not grow with their number
+_SIMILARITIES = 2**26
 
 
-@dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """Some samples of a set, and the classes of all of it."""
-
-    shards: ShardSet
-    labels: Labels
-    samples: Int64[np.ndarray, "samples"]
-
-
-def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
-    """Score a run beside its own untrained encoder; write the result.
+def evaluate_knn(config: KnnConfig) -> Result:
+    """Score a run beside its own untrained encoder; write the result; collective.
 
     Raises:
-        ShardError: if a sample has no label, or one that no training sample has.
+        FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
+        ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
     """
-    model = world_model.load(config.run, choose_device(config.device))
-    control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
-    train, val = training_shards(model, config.data), validation_shards(model, config.data)
-    bank, queries = labelled_samples(train, val, config)
-    accuracy, control_accuracy = knn_accuracies([model, control], bank, queries, config)
-    result = {
-        "knn": accuracy,
-        "knn_untrained": control_accuracy,
-        "knn_chance": 1 / len(bank.labels.classes),
-        # where classes are of unequal size, what it takes to beat a guess
-        "knn_most_common": float((queries.labels.number == bank.labels.counts.argmax()).mean()),
-        "num_train": len(bank.samples),
-        "num_val": len(queries.samples),
-        "step": model.step,
-        "settings": asdict(config),
-    }
-    field = quote(config.data.label, safe="")
-    save_result(config.run, "knn" if field == "cls" else f"knn_{field}", result)
+    compared = open_comparison(config)
+    train, val = compared.train, compared.val
+    models = (compared.model, compared.control)
+    cache = FeatureCache(config.run, models)
+    rows = [[cache.rows(model, part, "pooled") for part in (train, val)] for model in models]
+    return on_rank_zero(lambda: _report(config, compared, rows))
+
+
+def _report(config: KnnConfig, compared: Comparison, rows: list[list[np.ndarray]]) -> Result:
+    begin = time.perf_counter()
+    correct, control = (_correct(config, compared, *pair) for pair in rows)
+    row = compared.row(correct, control, config.seed, time_s=time.perf_counter() - begin)
+    result = Result(
+        task="knn",
+        name=result_name("knn", config.data),
+        rows=(row,),
+        step=compared.model.step,
+        seed=config.seed,
+        settings=asdict(config),
+        details={
+            "num_train": len(compared.train.samples),
+            "num_classes": len(compared.train.labels.classes),
+            "most_common_class": compared.most_common,
+        },
+    )
+    save_result(config.run, result)
     return result
+
+
+def _correct(config: KnnConfig, compared: Comparison, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    # copies, because torch wants memory that it may write to
+    bank = Features(features=torch.from_numpy(np.array(known)), label=torch.from_numpy(compared.train.number))
+    queries = Features(features=torch.from_numpy(np.array(asked)), label=torch.from_numpy(compared.val.number))
+    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=compared.model.device)
+    return correct.numpy()
 
 
 def labelled_samples(
@@ -76,8 +86,7 @@ def labelled_samples(
     Raises:
         ShardError: if a sample has no label, or one that no training sample has.
     """
-    labels = read_labels(train, config.data.label)
-    val_labels = read_labels(val, config.data.label, classes=labels.classes)
+    labels, val_labels = read_both_labels(train, val, config.data.label)
     samples = spread(train.num_samples, config.max_train_samples)
     val_samples = spread(val.num_samples, max_val_samples or val.num_samples)
     return (
@@ -87,32 +96,39 @@ def labelled_samples(
 
 
 def knn_accuracies(models: list[WorldModel], bank: Labelled, queries: Labelled, config: KnnConfig) -> list[float]:
-    """Return for each model the share of queries that their nearest samples of the bank name rightly."""
+    """Return for each model the share of queries that their nearest samples of the bank name rightly.
+
+    Nothing is cached and no other rank is waited for: this is for evaluation while a run goes on.
+    """
     accuracies = []
     for model in models:
-        known, asked = (extract_features(model, part.shards, part.samples, part.labels) for part in (bank, queries))
-        accuracies.append(knn_accuracy(known, asked, config.num_neighbors, config.temperature))
+        known, asked = (extract_features(model, part) for part in (bank, queries))
+        correct = knn_correct(known, asked, config.num_neighbors, config.temperature, device=model.device)
+        accuracies.append(float(correct.double().mean()))
     return accuracies
 
 
-def knn_accuracy(bank: Features, queries: Features, num_neighbors: int, temperature: float) -> float:
-    """Return the share of queries whose weighted vote names their label."""
+def knn_correct(
+    bank: Features, queries: Features, num_neighbors: int, temperature: float, *, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "queries"]:
+    """Return of each query whether the weighted vote names its label."""
     mean = bank.features.mean(dim=0)
-    keys = functional.normalize(bank.features - mean, dim=1)
-    right = 0
-    chunks = zip(queries.features.split(_QUERIES), queries.label.split(_QUERIES), strict=True)
-    for features, label in chunks:
-        similarity = functional.normalize(features - mean, dim=1) @ keys.T
-        voted = vote(similarity, bank.label, num_neighbors, temperature)
-        right += int((voted == label).sum())
-    return right / len(queries.label)
+    keys = functional.normalize(bank.features - mean, dim=1).to(device)
+    size = max(1, _SIMILARITIES // len(keys))
+    correct = []
+    for features, label in zip(queries.features.split(size), queries.label.split(size), strict=True):
+        similarity = functional.normalize(features - mean, dim=1).to(device) @ keys.T
+        correct.append(vote(similarity, bank.label, num_neighbors, temperature) == label)
+    return torch.cat(correct)
 
 
 def vote(
     similarity: Float[Tensor, "Q images"], label: Int64[Tensor, "images"], num_neighbors: int, temperature: float
 ) -> Int64[Tensor, "Q"]:
-    """Return each query's class by the weighted vote of its nearest images."""
+    """Return each query's class by the weighted vote of its nearest images, on the CPU."""
     nearest, index = similarity.topk(min(num_neighbors, similarity.shape[1]), dim=1)
+    # sums on a GPU have no fixed order
+    nearest, index = nearest.cpu(), index.cpu()
     # relative to the nearest: the same winner, and no overflow at small temperatures
     weight = ((nearest - nearest[:, :1]) / temperature).exp()
     votes = torch.zeros(len(similarity), int(label.max()) + 1).scatter_add_(1, label[index], weight)

@@ -60,6 +60,8 @@ class AugmentConfig:
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a crop covers."""
+    flip: float = 0.5
+    """Probability that an image is mirrored; 0 where left and right matter to the labels."""
     rand_augment: bool = True
     """Whether RandAugment is applied."""
     operations: RandAugmentConfig = field(default_factory=RandAugmentConfig)
@@ -76,10 +78,41 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "satisfy 0 < low <= high <= 1")
+        check(0 <= self.flip <= 1, "augment.flip", self.flip, "lie between 0 and 1")
         check(self.mixup >= 0, "augment.mixup", self.mixup, "be at least 0")
         check(self.cutmix >= 0, "augment.cutmix", self.cutmix, "be at least 0")
         check(0 <= self.erasing <= 1, "augment.erasing", self.erasing, "lie between 0 and 1")
         check(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAugmentConfig(AugmentConfig):
+    """How training images are changed where each pixel has a label: crop and flip, which labels follow, nothing else.
+
+    The other settings are there because tasks share them, and must stay as they are.
+    """
+
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Share of the image's area that a crop covers."""
+    rand_augment: bool = False
+    """Not here: it turns and shears images, and labels would stay where they are."""
+    mixup: float = 0.0
+    """Not here: a pixel has one class."""
+    cutmix: float = 0.0
+    """Not here, likewise."""
+    erasing: float = 0.0
+    """Not here: what is erased has no class."""
+    label_smoothing: float = 0.0
+    """Not here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rand_augment", "mixup", "cutmix", "erasing", "label_smoothing"):
+            value = getattr(self, name)
+            check(not value, f"augment.{name}", value,
+                  "be off where each pixel has a label; crop_scale and flip may be set")  # fmt: skip
+        check(self.operations == RandAugmentConfig(), "augment.operations", self.operations,
+              "be left unset: RandAugment is off here")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,28 +179,47 @@ class FinetuneConfig(TuneTask):
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskConfig(TuneTask):
-    """One predictor for several tasks, a token for each, beside one predictor per task."""
+    """One predictor for several tasks, a token for each, beside one predictor per task.
+
+    Each batch is split between the tasks, so one of T tasks sees tune.global_batch_size / T images per step. A
+    predictor of one task alone gets as many steps and as many images of its task: a T-th of batch and epochs.
+    """
 
     tasks: str = ""
     """YAML file that names the tasks: `NAME: {label: cls, weight: 1.0}`; label as in data.label."""
     single: bool = True
     """Whether the predictors of one task each are trained, too."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.data.label == "cls", "data.label", self.data.label, "be left unset: the file of tasks names labels")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(TuneTask):
     """A linear classifier of patches, on the encoder's tokens or the predictor's; labels are PNGs in the shards."""
 
-    arms: str = "head,predictor,random_predictor,encoder"
-    """Which, joined by commas. head: a linear head alone on the frozen encoder; predictor and random_predictor: with a
-    world model under the head; encoder: encoder and head."""
+    augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
+    arms: str = "head,untrained_head,predictor,random_predictor,encoder"
+    """Which, joined by commas. head: a linear head alone on the frozen encoder; untrained_head: on an encoder as it was
+    before training, head's control; predictor and random_predictor: with a world model under the head, from the run's
+    weights or new ones; encoder: encoder and head."""
+    num_classes: int | None = None
+    """Classes are numbered from 0 in the masks; unset: all masks are read once to find out, about 2 minutes for 20,000
+    on few cores."""
     ignore_index: int = 255
     """Mask value that counts neither in the loss nor in the measure."""
+    num_shown: int = 6
+    """Validation images in the picture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("head", "predictor", "random_predictor", "encoder")
+        known = ("head", "untrained_head", "predictor", "random_predictor", "encoder")
         given = self.arms.split(",")
         check(set(given) <= set(known) and len(set(given)) == len(given), "arms", self.arms,
               f"name some of {', '.join(known)} once each, joined by commas")  # fmt: skip
+        check(self.data.label == "cls", "data.label", self.data.label, "be left unset: labels are masks here")
         check(0 <= self.ignore_index <= 255, "ignore_index", self.ignore_index, "be between 0 and 255")
+        classes = self.num_classes
+        check(classes is None or 1 <= classes <= 256, "num_classes", classes, "be between 1 and 256, or unset")
+        check(self.num_shown >= 1, "num_shown", self.num_shown, "be at least 1")

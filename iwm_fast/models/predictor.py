@@ -1,7 +1,7 @@
 """The world model: context tokens of the source view and an action in, tokens of the target view out."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from iwm_fast.config import PredictorConfig
@@ -92,8 +92,19 @@ class Predictor(nn.Module):
         action: Float[Tensor, "B A"],
         context: RaggedIndex,
         target: RaggedIndex,
+        *,
+        extra_tokens: Float[Tensor, "B E P"] | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Predict the tokens at the target positions of the view that `action` leads to."""
+        """Predict the tokens at the target positions of the view that `action` leads to.
+
+        Args:
+            context_tokens: the encoder's, of the visible patches.
+            action: the change to be applied; zero means none.
+            context: the visible patches.
+            target: the patches to predict.
+            extra_tokens: of the predictor's width, such as one that names a task; they stand at the end of each image's
+                sequence, behind action tokens if there are some, and have no output.
+        """
         mixer = None if self.mixer is None else self.mixer(action)
         action_tokens = None if self.tokenizer is None else self.tokenizer(action)
         num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
@@ -109,6 +120,10 @@ class Predictor(nn.Module):
             action_tokens=action_tokens,
             mixer=mixer,
         )
+        if extra_tokens is not None:
+            tokens = _append(tokens, rows.offsets, extra_tokens)
+            num_tokens += extra_tokens.shape[1]
+            rows = sequence_rows(context.offsets, target.offsets, num_tokens, **sizes)
         longest = context.longest + target.longest + num_tokens
         tokens, update = self.blocks(tokens, rows.offsets, longest)
         tokens, update = (part.index_select(0, rows.targets) for part in (tokens, update))
@@ -117,6 +132,20 @@ class Predictor(nn.Module):
     def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
         """Return which patches the output's rows stand for."""
         return target
+
+
+def _append(
+    tokens: Float[Tensor, "L P"], offsets: Int32[Tensor, "images"], extra: Float[Tensor, "B E P"]
+) -> Float[Tensor, "M P"]:
+    """Lengthen the sequence of each image: one more pass over the rows, which pretraining does not have."""
+    num_images, num_extra, _ = extra.shape
+    image = torch.arange(num_images, device=tokens.device)
+    of_row = torch.repeat_interleave(image, offsets.diff(), output_size=len(tokens))
+    row = torch.arange(len(tokens), device=tokens.device) + num_extra * of_row
+    token = torch.arange(num_extra, device=tokens.device)
+    extra_row = (offsets[1:] + num_extra * image)[:, None] + token
+    stacked = torch.cat([tokens, extra.flatten(0, 1).to(tokens.dtype)])
+    return torch.empty_like(stacked).index_copy_(0, torch.cat([row, extra_row.flatten()]), stacked)
 
 
 class IdentityPredictor(nn.Module):

@@ -85,7 +85,7 @@ def test_a_lab_is_made_judged_not_made_twice_and_grown(write, tmp_path):
 
 @pytest.mark.launcher
 def test_a_cell_that_fails_is_shown_with_the_end_of_its_log_and_the_others_are_made(write, tmp_path):
-    path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}})
+    path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}}, claims={})
     with pytest.raises(RuntimeError, match=r"(?s)bad, seed 0: train ended with 2.*num_heads must divide.*it goes on"):
         run_lab(path)
     assert read_status(tmp_path / "lab" / "cells" / "a-seed0")["state"] == "finished"

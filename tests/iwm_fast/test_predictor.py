@@ -5,7 +5,8 @@ import torch
 
 from iwm_fast.models.predictor import IdentityPredictor
 from iwm_fast.models.student import build_student
-from kernels.ops import REFERENCE
+from kernel_cases import DEVICE
+from kernels.ops import FUSED, REFERENCE
 
 CONTEXT, TARGET = [[0, 1, 5], [2, 3, 7, 10], [4]], [[6, 9], [11], [12, 13, 14]]
 CONDITIONINGS = ("feature", "sequence", "none")
@@ -148,3 +149,77 @@ def test_bf16_outputs_are_float32_and_near_those_of_fp32(student, make_batch):
     for got, wanted in zip(mixed[:2], plain[:2], strict=True):
         assert got.dtype == torch.float32 and not torch.equal(got, wanted)
         torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.05)
+
+
+EXTRA = torch.linspace(-1, 1, 3 * 2 * 8).view(3, 2, 8)
+
+
+def predict(module, batch, **given):
+    tokens = module.encoder(batch.source_view, batch.context)
+    return module.predictor(tokens, batch.action, batch.context, batch.target, **given)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_extra_tokens_reach_their_own_images_and_have_no_output(student, make_batch, conditioning):
+    module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
+    extra = EXTRA.clone().requires_grad_()
+    without, predicted = predict(module, batch), predict(module, batch, extra_tokens=extra)
+    assert predicted.shape == without.shape and not torch.allclose(predicted, without, atol=1e-4)
+    predicted[2].square().sum().backward()  # the only row of the second image
+    reached = extra.grad.abs().sum(-1)
+    assert (reached > 0).tolist() == [[False, False], [True, True], [False, False]]
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_with_extra_tokens_packed_images_equal_one_at_a_time_in_any_order(student, make_batch, ragged, conditioning):
+    module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
+    alone = []
+    for i in range(3):
+        fields = {"source_view": batch.source_view[i : i + 1], "action": batch.action[i : i + 1]}
+        one = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
+        one = replace(one, context=ragged(CONTEXT[i : i + 1]), target=ragged(TARGET[i : i + 1]))
+        alone.append(predict(module, one, extra_tokens=EXTRA[i : i + 1].flip(1)))
+    torch.testing.assert_close(predict(module, batch, extra_tokens=EXTRA), torch.cat(alone))
+
+
+def test_extra_tokens_stand_where_further_action_tokens_would(student, make_batch):
+    # an action token of weight 0 is its bias: one that every image shares
+    module, batch = student(conditioning="sequence"), make_batch(CONTEXT, TARGET)
+    tokenizer = module.predictor.tokenizer
+    extra = tokenizer.bias.new_tensor([0.5, -1, 2, 0, 1, 0, 0, 3])
+    wanted = predict(module, batch, extra_tokens=extra.expand(3, 1, 8))
+    tokenizer.weight = torch.nn.Parameter(torch.cat([tokenizer.weight, torch.zeros(1, 8)]))
+    tokenizer.bias = torch.nn.Parameter(torch.cat([tokenizer.bias, extra[None]]))
+    longer = replace(batch, action=torch.cat([batch.action, torch.ones(3, 1)], dim=1))
+    assert torch.equal(predict(module, longer), wanted)
+
+
+def test_extra_tokens_take_the_dtype_of_the_stream(student, make_batch):
+    module, batch = student(precision="bf16"), make_batch(CONTEXT, TARGET)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = predict(module, batch, extra_tokens=EXTRA)
+    torch.testing.assert_close(mixed.float(), predict(module, batch, extra_tokens=EXTRA), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_extra_tokens_work_the_same_with_fused_operations(tiny_config, make_batch, conditioning):
+    small = tiny_config(conditioning=conditioning)
+    # fused attention needs heads of 32
+    parts = {"encoder": {"dim": 32, "num_heads": 1}, "predictor": {"dim": 32, "num_heads": 1, "depth": 1}}
+    model = replace(small.model, **{name: replace(getattr(small.model, name), **part) for name, part in parts.items()})
+    batch, extra = on_device(make_batch(CONTEXT, TARGET)), torch.linspace(-1, 1, 3 * 2 * 32, device=DEVICE)
+    outputs = {}
+    for ops in (REFERENCE, FUSED):
+        module = build_student(replace(small, model=model), ops).to(DEVICE)
+        tokens = extra.view(3, 2, 32).clone().requires_grad_()
+        predicted = predict(module, batch, extra_tokens=tokens)
+        predicted.square().sum().backward()
+        outputs[ops] = [predicted, tokens.grad, module.predictor.mask_token.grad]
+    torch.testing.assert_close(outputs[FUSED], outputs[REFERENCE], atol=1e-4, rtol=1e-3)
+
+
+def on_device(batch):
+    device = torch.device(DEVICE)
+    moved = {name: getattr(batch, name).to(device) for name in ("source_view", "action", "context", "target")}
+    return replace(batch, **moved)

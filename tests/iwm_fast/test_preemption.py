@@ -1,146 +1,47 @@
 """Told to stop, at any moment and by whatever process: one checkpoint, a status, no orphans, and it goes on."""
 
-import base64
-import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import EXIT_PREEMPTED, read_status, write_status
-from samples import encode, photograph, write_tar
-
-TOOLS = Path(sys.executable).parent
-# a launcher's own 30 s before it kills, and room for two busy cores
-PATIENCE_S = 120
+from launchers import (
+    PATIENCE_S,
+    Started,
+    alone,
+    catches,
+    checkpoints_in,
+    deepspeed,
+    launch_process,
+    starting,
+    tiny_yaml,
+    torchrun,
+)
 
 
 @pytest.fixture(scope="module")
 def run_yaml(tmp_path_factory, tiny_shards) -> Path:
-    settings = {
-        "data": {"train": tiny_shards.pattern, "val": tiny_shards.pattern},
-        "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
-        "model": {"encoder": {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4},
-                  "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
-        "optim": {"global_batch_size": 16, "epochs": 20000, "warmup_epochs": 1, "precision": "fp32"},
-        "runtime": {"device": "cpu", "loader_threads": 1},
-        "output": {"log_every": 1, "checkpoint_every": 100000},
-    }  # fmt: skip
-    path = tmp_path_factory.mktemp("preempted") / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def torchrun() -> list[str]:
-    return [str(TOOLS / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), "-m", "iwm_fast.train"]
-
-
-def deepspeed() -> list[str]:
-    ranks = ["--num_accelerators", "2", "--master_port", free_port()]
-    return [str(TOOLS / "deepspeed"), *ranks, "--module", "iwm_fast.train"]
-
-
-def deepspeeds_launch_process() -> list[str]:
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
-    place = ["--world_info", world, "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    return [sys.executable, "-m", "deepspeed.launcher.launch", *place, "--module", "iwm_fast.train"]
-
-
-def alone() -> list[str]:
-    return [sys.executable, "-m", "iwm_fast.cli", "train"]
-
-
-class Started:
-    """A run whose processes all carry a mark, so that everything it leaves behind can be found."""
-
-    def __init__(self, launcher: list[str], *arguments: str, folder: Path) -> None:
-        self.folder, self.log = folder, folder.with_suffix(".log")
-        self.mark = f"IWM_TEST_RUN={uuid.uuid4().hex}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([self.mark.split("=")])
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*launcher, *arguments, f"output.folder={folder}"],
-                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-            )  # fmt: skip
-
-    def ranks(self) -> list[int]:
-        """Return the process ids of the ranks, in their order."""
-        return [process for _, process in sorted(found(self.mark))]
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def wait_for_steps(self, count: int = 3) -> None:
-        self.wait_for(lambda: len(read_metrics(self.folder)) >= count)
-
-    def end(self) -> int:
-        """Wait for the end of everything, and return the exit code of what was started."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self.process.poll() is None or found(self.mark, everything=True):
-            assert time.monotonic() < deadline, f"{found(self.mark, everything=True)} {self.log.read_text()}"
-            time.sleep(0.1)
-        return self.process.returncode
-
-    def kill(self) -> None:
-        for _, process in found(self.mark, everything=True):
-            os.kill(process, signal.SIGKILL)
-        self.process.wait()
-
-
-def found(mark: str, *, everything: bool = False) -> list[tuple[int, int]]:
-    """Return (rank, process id) of the ranks that a run consists of, or of all its processes that still run."""
-    rows = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        # what ended has no command line any more
-        if not command or mark.encode() not in environment:
-            continue
-        rank = re.search(rb"(?:^|\0)RANK=(\d+)", environment)
-        if everything or (rank and b"iwm_fast.train" in command):
-            rows.append((int(rank[1]) if rank else -1, int(entry.name)))
-    return rows
+    return tiny_yaml(
+        tmp_path_factory.mktemp("preempted") / "run.yaml",
+        tiny_shards,
+        optim={"epochs": 20000},
+        runtime={"loader_threads": 1},
+        output={"log_every": 1, "checkpoint_every": 100000},
+    )
 
 
 @pytest.fixture
 def start(run_yaml, tmp_path):
-    runs = []
-
-    def begin(launcher: list[str], *overrides: str) -> Started:
-        runs.append(Started(launcher, str(run_yaml), *overrides, folder=tmp_path / "run"))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.kill()
-
-
-def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in (folder / "checkpoints").glob("step-*/manifest.json"))
+    with starting(run_yaml, tmp_path / "run") as begin:
+        yield begin
 
 
 def assert_preempted(run: Started, reason: str) -> int:
@@ -148,7 +49,7 @@ def assert_preempted(run: Started, reason: str) -> int:
     status = read_status(run.folder)
     log = run.log.read_text()
     assert status["state"] == "preempted" and reason in status["reason"], (status, log)
-    assert checkpoints(run.folder) == [f"step-{status['step']:08d}"], log
+    assert checkpoints_in(run.folder) == [f"step-{status['step']:08d}"], log
     return status["step"]
 
 
@@ -172,11 +73,11 @@ SIGNALLED = {
     # launcher, who is told, by what, what the status says
     "torchrun, its agent": (torchrun, "launcher", signal.SIGTERM, "SIGTERM"),
     "torchrun, rank 1": (torchrun, "rank 1", signal.SIGUSR1, ""),
-    "launch process": (deepspeeds_launch_process, "launcher", signal.SIGTERM, ""),
+    "launch process": (launch_process, "launcher", signal.SIGTERM, ""),
     "rank 0 under deepspeed": (deepspeed, "rank 0", signal.SIGUSR1, "SIGUSR1"),
     "a scheduler's group": (deepspeed, "group", signal.SIGTERM, "SIGTERM"),
-    "launch process dies of it": (deepspeeds_launch_process, "launcher", signal.SIGUSR1, "launcher"),
-    "launch process is killed": (deepspeeds_launch_process, "launcher", signal.SIGKILL, "launcher"),
+    "launch process dies of it": (launch_process, "launcher", signal.SIGUSR1, "launcher"),
+    "launch process is killed": (launch_process, "launcher", signal.SIGKILL, "launcher"),
 }
 OFTEN = ("torchrun, its agent", "rank 0 under deepspeed")
 
@@ -207,42 +108,8 @@ def test_a_stop_while_the_run_starts_leaves_a_status_and_no_checkpoint(start):
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED
     assert read_status(run.folder)["state"] == "preempted", run.log.read_text()
-    assert not checkpoints(run.folder)
+    assert not checkpoints_in(run.folder)
     start(alone(), "resume=auto").wait_for_steps()
-
-
-def catches(process: int, number: signal.Signals) -> bool:
-    mask = re.search(rb"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{process}/status").read_bytes())
-    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
-
-
-def write_large_images(path: Path) -> None:
-    """Write images that take a hundred times longer to decode than the networks take for them."""
-    pixels = np.kron(photograph("coffee.png")[:300, :300], np.ones((8, 8, 1), np.uint8))
-    write_tar(path, [(f"{number:02}.jpg", encode(pixels)) for number in range(16)])
-
-
-@pytest.mark.launcher
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["save", "evaluation", "wait for data"])
-def test_a_stop_is_in_order_whatever_it_interrupts(start, moment, tmp_path):
-    if moment == "wait for data":
-        write_large_images(tmp_path / "large.tar")
-    # most of the time goes into one of these
-    busy = {
-        "save": ["output.checkpoint_every=1"],
-        "evaluation": ["output.evaluate_every=1"],
-        "wait for data": [f"data.train={tmp_path}/large.tar", "data.val="],
-    }[moment]
-    run = start(alone(), *busy)
-    run.wait_for_steps()
-    if moment == "wait for data":
-        assert read_metrics(run.folder)[-1]["data/wait_share"] > 0.8
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() == EXIT_PREEMPTED
-    status = read_status(run.folder)
-    assert status["state"] == "preempted" and checkpoints(run.folder)[-1] == f"step-{status['step']:08d}"
-    assert not list((run.folder / "checkpoints").glob(".unfinished-*"))
 
 
 @pytest.mark.launcher
@@ -250,12 +117,12 @@ def test_a_stop_is_in_order_whatever_it_interrupts(start, moment, tmp_path):
 @pytest.mark.parametrize("launcher", [torchrun, deepspeed])
 def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(start, launcher):
     run = start(launcher(), "output.checkpoint_every=2")
-    run.wait_for(lambda: len(checkpoints(run.folder)) > 1)
+    run.wait_for(lambda: len(checkpoints_in(run.folder)) > 1)
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert run.end() != 0
     status = read_status(run.folder)
     assert status["state"] == "failed" and "another rank is gone or hangs" in status["reason"], run.log.read_text()
-    saved = int(checkpoints(run.folder)[-1].removeprefix("step-"))
+    saved = int(checkpoints_in(run.folder)[-1].removeprefix("step-"))
     assert_goes_on(run, launcher(), start, saved)
 
 
@@ -290,7 +157,7 @@ def test_a_run_that_ends_says_finished(start):
     run = start(alone(), "optim.epochs=2", "optim.warmup_epochs=0.5")
     assert run.end() == 0
     status = read_status(run.folder)
-    assert status["state"] == "finished" and checkpoints(run.folder) == [f"step-{status['step']:08d}"]
+    assert status["state"] == "finished" and checkpoints_in(run.folder) == [f"step-{status['step']:08d}"]
     weights = load_file(run.folder / "checkpoints" / f"step-{status['step']:08d}" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 

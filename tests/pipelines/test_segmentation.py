@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data
 
 from pipelines.reader import FileCache
-from pipelines.segmentation import crop_mask, read_mask
+from pipelines.segmentation import crop_mask, read_mask, read_mask_values, require_masks
 from pipelines.shards import open_shards
 from pipelines.tar_index import ShardError
 from pipelines.views import decode_image, resized_crop
@@ -197,3 +197,29 @@ def test_borders_of_a_map_stand_where_the_antialiased_image_changes(extent, size
 def test_a_window_beyond_the_map_is_refused(indices, window):
     with pytest.raises(ValueError, match=r"window must lie inside a mask of height, width \(50, 70\)"):
         crop_mask(indices, np.array(window, np.float32), False, 8)
+
+
+def test_the_values_of_all_maps_are_found_sample_by_sample(tmp_path, indices, pixels):
+    maps = [indices, np.where(indices == 255, 0, 7).astype(np.uint8), np.full_like(indices, 9)]
+    for number, part in enumerate((maps[:2], maps[2:])):
+        members = [(f"{key}.{end}", content) for key, mask in enumerate(part)
+                   for end, content in (("jpg", encode(pixels)), ("png", gray_png(mask)))]  # fmt: skip
+        write_tar(tmp_path / f"s{number}.tar", members)
+    shards = open_shards(str(tmp_path))
+    require_masks(shards)
+    found = read_mask_values(shards, num_threads=2)
+    assert [np.flatnonzero(row).tolist() for row in found] == [np.unique(mask).tolist() for mask in maps]
+
+
+def test_a_missing_or_broken_map_among_many_is_named(tmp_path, indices, pixels):
+    members = [(f"{key}.{end}", content) for key in range(20)
+               for end, content in (("jpg", encode(pixels)), ("png", gray_png(indices)))]  # fmt: skip
+    members[25] = ("12.png", gray_png(indices)[:-100])
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(ShardError, match="segmentation map cannot be used") as caught:
+        read_mask_values(open_shards(str(tmp_path)), num_threads=2)
+    assert caught.value.key == "12"
+    write_tar(tmp_path / "s.tar", members[:25] + members[26:])
+    with pytest.raises(ShardError, match="no segmentation map, like 1 of 20 samples of this shard") as caught:
+        require_masks(open_shards(str(tmp_path)))
+    assert caught.value.key == "12"
