@@ -110,6 +110,7 @@ class Loop:
         self._skipped = SkippedSteps(trainer.folder, place, config.runtime.max_skipped_steps)
         self._profiler = StepProfiler(config.runtime.profile, trainer.folder / "profile", place)
         self._display = open_display(place, progress.step, self._total_steps)
+        self._is_stopping = False
         self._note("running")
 
     def go(self) -> None:
@@ -184,6 +185,8 @@ class Loop:
             self._saver.wait()
 
     def _stop(self) -> None:
+        self._is_stopping = True
+        self._preemption.save_in_peace()
         self._save(must_be_published=True)
         reasons = distributed.gather_objects(self._preemption.reason)
         reason = next(reason for reason in reasons if reason)
@@ -203,7 +206,11 @@ class Loop:
         if isinstance(error, PreemptedError) or (lost and read_status(folder).get("state") != "running"):
             return
         reason = f"another rank is gone or hangs: {lost}" if lost else f"{type(error).__name__}: {error}"
-        write_status(folder, "failed", step=self._progress.step, reason=reason)
+        if lost and self._is_stopping:
+            # all had agreed to stop; whoever told them was tired of waiting, and has killed one
+            write_status(folder, "preempted", reason=f"{self._preemption.reason or 'told to stop'}; {reason}")
+        else:
+            write_status(folder, "failed", step=self._progress.step, reason=reason)
 
     def close(self) -> None:
         """Finish what is open."""

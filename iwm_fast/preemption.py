@@ -3,8 +3,8 @@
     RUN/status.json     running -> finished | preempted | failed
 
 A rank that is told to stop tells the others at the end of the step; all save together and end with code 75. Whatever
-keeps them from getting there (a shard that does not answer, a rank that is gone) has 30 s and the time of one step:
-then the process ends all the same, and the last checkpoint stands.
+keeps them from getting there (a shard that does not answer, a rank that is gone) has 25 s and the time of one step:
+then the process ends all the same, and the last checkpoint stands. Once there, saving has all the time it needs.
 """
 
 import json
@@ -28,7 +28,8 @@ EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: start it again."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-GRACE_S = 30.0
+# launchers kill after 30 s, and a status is to be written before
+GRACE_S = 25.0
 _LOOK_EVERY_S = 1.0
 STATUS = "status.json"
 
@@ -43,6 +44,8 @@ class Preemption:
         """Called when time is over, before the process ends."""
         self._longest_step_s = 0.0
         self._asked, self._deadline = math.inf, math.inf
+        self._is_saving = False
+        self._parent: int | None = None
 
     def listen(self, *, has_launcher: bool) -> None:
         """From now on take notice of signals and, under a launcher, of its end; on the main thread, once."""
@@ -52,24 +55,31 @@ class Preemption:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        parent = os.getppid() if has_launcher else None
-        Thread(target=self._watch, args=(read_end, parent), name="preemption", daemon=True).start()
+        self._parent = os.getppid() if has_launcher else None
+        Thread(target=self._watch, args=(read_end,), name="preemption", daemon=True).start()
 
     def _on_signal(self, number: int, _: object) -> None:
         # a second Ctrl-C means it
         if number == signal.SIGINT and self.reason and time.monotonic() > self._asked + _LOOK_EVERY_S:
             raise KeyboardInterrupt
 
-    def _watch(self, read_end: int, parent: int | None) -> None:
+    def _watch(self, read_end: int) -> None:
         while True:
             ready, _, _ = select.select([read_end], [], [], _LOOK_EVERY_S)
-            numbers = os.read(read_end, 64) if ready else b""
+            # every signal that anyone in this process has a handler for comes here
+            numbers = [number for number in os.read(read_end, 64) if number in SIGNALS] if ready else []
             if numbers:
                 self._request(signal.Signals(numbers[0]).name)
-            elif parent is not None and os.getppid() != parent:
-                self._request("the launcher ended")
-            if self.reason and time.monotonic() > self._deadline:
+            self.has_lost_launcher()
+            if time.monotonic() > self._deadline and not self._is_saving:
                 self._give_up()
+
+    def has_lost_launcher(self) -> bool:
+        """Return whether the launcher is gone, which is taken notice of at once."""
+        is_gone = self._parent is not None and os.getppid() != self._parent
+        if is_gone:
+            self._request("the launcher ended")
+        return is_gone
 
     def _request(self, reason: str) -> None:
         if not self.reason:
@@ -81,6 +91,10 @@ class Preemption:
     def note_step(self, step_s: float) -> None:
         """Take notice of how long a step takes: so much longer a stop may take."""
         self._longest_step_s = max(self._longest_step_s, step_s)
+
+    def save_in_peace(self) -> None:
+        """Wait for as long as a checkpoint takes: every rank has stopped, and only the disk is to be waited for."""
+        self._is_saving = True
 
     def _give_up(self) -> NoReturn:
         waited = time.monotonic() - self._asked
@@ -102,12 +116,19 @@ OF_PROCESS = Preemption()
 """Signals are a process's own, so there is one of these."""
 
 
-def write_status(folder: Path, state: str, **more: Any) -> None:
+def write_status(folder: Path, state: str, *, earlier: dict[str, Any] | None = None, **more: Any) -> None:
     """Say how a run stands, for whoever starts it again; whole or not at all.
 
     A failure is not overwritten by the preemption that it brings upon the other ranks.
+
+    Args:
+        folder: the run's.
+        state: see above.
+        earlier: what `read_status` returned when this start began; such a failure is an earlier start's.
+        more: whatever else is to be said.
     """
-    if state == "preempted" and read_status(folder).get("state") == "failed":
+    found = read_status(folder)
+    if state == "preempted" and found.get("state") == "failed" and found != earlier:
         return
     folder.mkdir(parents=True, exist_ok=True)
     row = {

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Point = tuple[float, float]
 """Peak learning rate and weight decay."""
 
 
+@runtime_checkable
 class Grid(Protocol):
     """One classifier for each point of the grid, all on the same features: an nn.Module."""
 

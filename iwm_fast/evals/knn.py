@@ -30,8 +30,8 @@ from iwm_fast.evals.results import Result, save_result
 from iwm_fast.world_model import WorldModel
 from pipelines.shards import ShardSet
 
-# similarities held at a time, 256 MB: so many queries are compared that memory does not grow with their number
-_SIMILARITIES = 2**26
+# 256 MB
+SIMILARITIES = 2**26
 
 
 def evaluate_knn(config: KnnConfig) -> Result:
@@ -109,12 +109,18 @@ def knn_accuracies(models: list[WorldModel], bank: Labelled, queries: Labelled, 
 
 
 def knn_correct(
-    bank: Features, queries: Features, num_neighbors: int, temperature: float, *, device: torch.device | str = "cpu"
+    bank: Features,
+    queries: Features,
+    num_neighbors: int,
+    temperature: float,
+    *,
+    device: torch.device | str = "cpu",
+    most_similarities: int = SIMILARITIES,
 ) -> Bool[Tensor, "queries"]:
-    """Return of each query whether the weighted vote names its label."""
+    """Return of each query whether the weighted vote names its label; so many similarities are held at a time."""
     mean = bank.features.mean(dim=0)
     keys = functional.normalize(bank.features - mean, dim=1).to(device)
-    size = max(1, _SIMILARITIES // len(keys))
+    size = max(1, most_similarities // len(keys))
     correct = []
     for features, label in zip(queries.features.split(size), queries.label.split(size), strict=True):
         similarity = functional.normalize(features - mean, dim=1).to(device) @ keys.T

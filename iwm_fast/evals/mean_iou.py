@@ -6,7 +6,7 @@ intervals. They are the diagonal and both margins of an image's confusion matrix
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Float, Float64, Int64, Integer
 from torch import Tensor
 
 from iwm_fast.evals.results import NUM_RESAMPLES
@@ -66,10 +66,11 @@ def guessed(counts: Int64[np.ndarray, "images 3 K"]) -> Int64[np.ndarray, "image
     return guess
 
 
-def bootstrap_mean_iou(counts: Int64[np.ndarray, "images 3 K"], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the mean IoU, by drawing the images anew with replacement.
+def resampled_mean_iou(counts: Int64[np.ndarray, "images 3 K"], seed: int = 0) -> Float64[np.ndarray, "draws"]:
+    """Return the mean IoU of images that are drawn anew with replacement, many times.
 
-    A class that no drawn image shows does not enter that draw's mean.
+    A class that no drawn image shows does not enter that draw's mean. Another set of numbers for as many images is
+    drawn alike, so that differences are those on the same images.
     """
     generator, num_images = np.random.default_rng(seed), len(counts)
     flat = counts.reshape(num_images, -1).astype(np.float64)
@@ -78,8 +79,12 @@ def bootstrap_mean_iou(counts: Int64[np.ndarray, "images 3 K"], seed: int = 0) -
         size = (min(_DRAWS, NUM_RESAMPLES - first), num_images)
         times = [np.bincount(draw, minlength=num_images) for draw in generator.integers(0, num_images, size)]
         found.append(_mean_iou((np.stack(times) @ flat).reshape(size[0], 3, -1)))
-    # a draw of images without any pixel that counts says nothing
-    low, high = np.nanquantile(np.concatenate(found), (0.025, 0.975))
+    return np.concatenate(found)
+
+
+def interval(draws: Float64[np.ndarray, "draws"]) -> tuple[float, float]:
+    """Return the middle 95 %; a draw of images without any pixel that counts says nothing."""
+    low, high = np.nanquantile(draws, (0.025, 0.975))
     return float(low), float(high)
 
 

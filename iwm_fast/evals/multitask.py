@@ -6,56 +6,45 @@ predictor of one task alone gets the same images per step of its task and as man
 it sees of its task is the same.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+import gc
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.distributed import Place, on_rank_zero
+from iwm_fast.evals.arms import tensors_digest
 from iwm_fast.evals.features import training_shards, validation_shards
-from iwm_fast.evals.multitask_network import TaskInputs, TaskPredictor, task_losses, task_rows
-from iwm_fast.evals.parts import frozen, here, networks, seeded
-from iwm_fast.evals.results import Result, Row, bootstrap, save_result
-from iwm_fast.evals.task_list import MEAN, TaskSpec, read_task_list
+from iwm_fast.evals.multitask_network import Division, TaskInputs, TaskPredictor, weighted_loss
+from iwm_fast.evals.multitask_report import LabelledTask, Learnt, report
+from iwm_fast.evals.parts import Encode, frozen, here, networks, seeded
+from iwm_fast.evals.results import Result, save_result
+from iwm_fast.evals.task_list import TaskSpec, read_task_list
 from iwm_fast.evals.tune_config import MultitaskConfig
-from iwm_fast.evals.tuning import Job, Tuned, micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.tuning import Job, micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.messages import found_by_every_rank
-from iwm_fast.models.encoder import Encoder
+from iwm_fast.models.layers import set_drop_path_
+from iwm_fast.models.predictor import Predictor
 from iwm_fast.optim import scaled_optimizer
+from iwm_fast.settings import to_tree
 from iwm_fast.world_model import WorldModel
 from pipelines.batch import Batch
 from pipelines.config import check
-from pipelines.labels import Labels, read_labels
+from pipelines.labels import read_labels
 from pipelines.shards import ShardSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledTask:
-    """A task and the labels of both sets."""
+class _Bench:
+    """What all predictors are trained and measured with."""
 
-    spec: TaskSpec
-    train: Labels
-    val: Labels
-
-    @property
-    def chance(self) -> float:
-        """What a guess would give that takes each class for equally common."""
-        return 1 / len(self.train.classes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learnt:
-    """What a predictor of one or several tasks has come to."""
-
-    correct: Bool[np.ndarray, "images tasks"]
-    """Whether it names each validation image rightly."""
-    tuned: Tuned
+    model: WorldModel
+    place: Place
+    train: ShardSet
+    val: ShardSet
 
 
 def evaluate_multitask(config: MultitaskConfig) -> Result:
@@ -75,10 +64,11 @@ def evaluate_multitask(config: MultitaskConfig) -> Result:
         model.require_predictor()
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
     tasks = on_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
-    learn = Learner(config, model, place, train=train, val=val)
-    together = learn("multitask", tasks)
-    alone = [learn(f"alone_{task.spec.name}", [task]) for task in tasks] if config.single else []
-    result = _report(config, model, tasks, together, alone)
+    bench = _Bench(model=model, place=place, train=train, val=val)
+    together = _learn("multitask", tasks, config, bench)
+    few = share_of_one(config, len(tasks))
+    alone = [_learn(f"alone_{task.spec.name}", [task], few, bench) for task in tasks] if config.single else []
+    result = report(config, model.step, tasks, together, alone)
     on_rank_zero(lambda: save_result(config.run, result))
     return result
 
@@ -92,8 +82,11 @@ def check_split(config: MultitaskConfig, num_tasks: int, world_size: int) -> Non
     total = config.tune.global_batch_size
     check(total % num_tasks == 0, "tune.global_batch_size", total, f"be a multiple of the {num_tasks} tasks")
     micro, _ = micro_batches(config, world_size)
-    name = "runtime.micro_batch_size" if config.runtime.micro_batch_size else "tune.global_batch_size / ranks"
+    name = "runtime.micro_batch_size (tune.global_batch_size / ranks where unset)"
     check(micro % num_tasks == 0, name, micro, f"be a multiple of the {num_tasks} tasks")
+    is_mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
+    check(not is_mixed or micro % (2 * num_tasks) == 0, name, micro,
+          f"be a multiple of twice the {num_tasks} tasks where augment.mixup or augment.cutmix is above 0")  # fmt: skip
 
 
 def share_of_one(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
@@ -114,22 +107,51 @@ def _labelled(spec: TaskSpec, train: ShardSet, val: ShardSet) -> LabelledTask:
     return LabelledTask(spec=spec, train=known, val=read_labels(val, spec.label, classes=known.classes))
 
 
-class Learner:
-    """Trains predictors of one or several tasks on one run and one set of shards."""
+def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench: _Bench) -> Learnt:
+    """Train a predictor, or go on with it, and ask it about the validation images; collective."""
+    model, place = bench.model, bench.place
+    student = networks(model, config, place)
+    assert isinstance(student.predictor, Predictor)
+    encode = frozen(student.encoder, place)
+    with seeded(config.seed):
+        module = TaskPredictor(student.predictor, [len(task.train.classes) for task in tasks])
+    set_drop_path_(module, config.tune.drop_path)
+    folder = task_folder(config.run, "multitask", config.name)
+    settings, factor = run_config(config, model.config, folder), config.tune.pretrained_lr_factor
+    weights = (*model.encoder.state_dict().values(), *model.predictor.state_dict().values())
+    # weights tell tasks of one predictor from each other
+    of_tasks = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
+    job = Job(
+        name=name,
+        module=module,
+        prepare=Division([task.train for task in tasks], share_of_one(config, len(tasks)), encode, place),
+        loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, of_tasks),
+        optimizer=scaled_optimizer(
+            module, settings.optim, lambda part: factor if part.startswith("predictor.") else 1.0
+        ),
+        origin={
+            "run.step": model.step,
+            "run.weights": tensors_digest(weights),
+            "tasks": [to_tree(task.spec) for task in tasks],
+        },
+    )
+    tuned = tune(job, config, model_config=model.config, shards=bench.train, place=place, folder=folder)
+    everyone = np.arange(bench.val.num_samples)
+    named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, place)
+    true = np.stack([task.val.number for task in tasks], axis=1)
+    # engines hold on to themselves in circles, and on to memory
+    del job, module
+    gc.collect()
+    return Learnt(correct=named.numpy() == true, tuned=tuned)
 
-    def __init__(
-        self, config: MultitaskConfig, model: WorldModel, place: Place, *, train: ShardSet, val: ShardSet
-    ) -> None:
-        self._config, self._model, self._place = config, model, place
-        self._train, self._val = train, val
 
-    def __call__(self, name: str, tasks: list[LabelledTask]) -> Learnt:
-        """Train one predictor, or go on with it, and ask it about the validation images; collective."""
-        config, model, place = self._config, self._model, self._place
-        student = networks(model, config, place)
-        encoder = frozen(student.encoder, place)
-        with seeded(config.seed):
-            module = TaskPredictor(student.predictor, [len(task.train.classes) for task in tasks])
-        folder = task_folder(config.run, "multitask", config.name)
-        settings = config if name == "multitask" else share_of_one(config, self._num_tasks)
-'''
+def _answers(module: TaskPredictor, batch: Batch, encode: Encode) -> Int64[Tensor, "B tasks"]:
+    """Return the class that each task's token and head give each image; the encoder sees it once."""
+    tokens, answers = encode(batch.source_view), []
+    for number, head in enumerate(module.heads):
+        task = torch.full((len(tokens),), number, device=tokens.device)
+        inputs = TaskInputs(
+            tokens=tokens, action=torch.zeros_like(batch.action), everything=batch.context, task=task, rows=()
+        )
+        answers.append(head(module.predicted(inputs)).argmax(dim=1))
+    return torch.stack(answers, dim=1)

@@ -1,15 +1,20 @@
 """One predictor for several tasks: a learned token names the task, and each task has a head and a loss of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 
+from iwm_fast.distributed import Place
+from iwm_fast.evals.mixing import Mixing, soft_cross_entropy
+from iwm_fast.evals.parts import Encode
+from iwm_fast.evals.tune_config import TuneTask
 from iwm_fast.models.heads import AttentiveHead
 from iwm_fast.models.predictor import Predictor
-from pipelines.batch import RaggedIndex
+from pipelines.batch import Batch, RaggedIndex
+from pipelines.labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,8 @@ class TaskInputs:
     """Number of each image's task."""
     rows: tuple[Int64[Tensor, "_"], ...]
     """Of each task: which images are its."""
-    labels: tuple[Int64[Tensor, "_"], ...] = ()
-    """Of each task: the classes of these images."""
+    labels: tuple[Float[Tensor, "_ K"], ...] = ()
+    """Of each task, in training: these images' shares of its classes."""
 
 
 class TaskPredictor(nn.Module):
@@ -65,16 +70,44 @@ class TaskPredictor(nn.Module):
         return predicted.unflatten(0, (num_images, num_patches))
 
 
-def task_rows(task: Int64[Tensor, "B"], num_tasks: int) -> tuple[Int64[Tensor, "_"], ...]:
-    """Return of each task which images are its; waits for no device if `task` is on the host."""
-    return tuple((task == number).nonzero().flatten() for number in range(num_tasks))
+class Division:
+    """Divides micro-batches between tasks, by slot, whatever the ranks; images are mixed with those of their task."""
+
+    def __init__(self, labels: list[Labels], few: TuneTask, encode: Encode, place: Place) -> None:
+        """Get ready.
+
+        Args:
+            labels: of each task.
+            few: settings whose batches are a task's share.
+            encode: the frozen encoder.
+            place: this process.
+        """
+        self._labels, self._encode = labels, encode
+        self._mixings = [Mixing(few, len(labels.classes), place.world_size) for labels in self._labels]
+
+    def __call__(self, batch: Batch) -> TaskInputs:
+        """Return the frozen encoder's tokens of the changed images, and each task's rows and labels."""
+        task, device = batch.slot % len(self._labels), batch.source_view.device
+        view, all_rows, all_labels = batch.source_view.clone(), [], []
+        for number, (labels, mixing) in enumerate(zip(self._labels, self._mixings, strict=True)):
+            chosen = (task == number).nonzero().flatten()
+            rows = chosen.to(device)
+            view[rows], shares = mixing(view[rows], labels.of(batch.sample[chosen]))
+            all_rows.append(rows)
+            all_labels.append(shares)
+        return TaskInputs(
+            tokens=self._encode(view),
+            action=torch.zeros_like(batch.action),
+            everything=batch.context,
+            task=task.to(device),
+            rows=tuple(all_rows),
+            labels=tuple(all_labels),
+        )
 
 
-def task_losses(
-    scores: list[Float[Tensor, "_ K"]], labels: tuple[Int64[Tensor, "_"], ...], label_smoothing: float = 0.0
-) -> Float[Tensor, "tasks"]:
-    """Return the cross-entropy of each task, summed over its images."""
-    pairs = zip(scores, labels, strict=True)
-    return torch.stack(
-        [functional.cross_entropy(*pair, reduction="sum", label_smoothing=label_smoothing) for pair in pairs]
-    )
+def weighted_loss(
+    scores: Sequence[Float[Tensor, "_ K"]], labels: Sequence[Float[Tensor, "_ K"]], weights: list[float]
+) -> Float[Tensor, ""]:
+    """Return the sum over images of each one's cross-entropy times the weight of its task."""
+    losses = [soft_cross_entropy(*pair) for pair in zip(scores, labels, strict=True)]
+    return sum((loss * weight for loss, weight in zip(losses, weights, strict=True)), start=losses[0].new_zeros(()))

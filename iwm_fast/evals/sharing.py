@@ -17,7 +17,7 @@ PADDING = -1
 
 def share(samples: Int64[np.ndarray, "samples"]) -> Int64[np.ndarray, "share"]:
     """Return this rank's samples, every world_size-th one, filled up with PADDING to the size of the largest share."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = (dist.get_rank() if dist.is_initialized() else 0), _world_size()
     own = samples[rank::world_size]
     return np.pad(own, (0, -(-len(samples) // world_size) - len(own)), constant_values=PADDING)
 
@@ -36,7 +36,12 @@ def join(part: Int64[np.ndarray, "share"], values: Shaped[Tensor, "real *rest"])
     """
     padded = values.new_zeros(len(part), *values.shape[1:])
     padded[: len(values)] = values
-    ranks = join_over_ranks(padded.flatten()).view(-1, *padded.shape)
+    # told, because where there are no values their number does not tell
+    ranks = join_over_ranks(padded.flatten()).view(_world_size(), *padded.shape)
     is_real = join_over_ranks(torch.from_numpy(part != PADDING).to(values.device, torch.uint8)).view(len(ranks), -1)
     # row r of rank k was sample number r * world_size + k
     return ranks.transpose(0, 1).flatten(0, 1)[is_real.T.flatten().bool()]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

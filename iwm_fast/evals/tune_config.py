@@ -29,7 +29,10 @@ class TuneConfig:
     encoder_lr: float = 2e-3
     """Peak learning rate of the encoder finetuned without a predictor, and of its linear head."""
     layer_decay: float = 0.65
-    """What each block's learning rate is multiplied with per block above it, in an encoder that is finetuned."""
+    """What each layer's learning rate is multiplied with per layer above it, the head being the topmost, in an encoder
+    that is finetuned."""
+    end_to_end_layer_decay: float = 0.9
+    """The same in encoder and predictor, one above the other, where both are finetuned."""
     weight_decay: float = 0.05
     """Of matrices; biases, norms and tokens have none."""
     drop_path: float = 0.2
@@ -48,10 +51,12 @@ class TuneConfig:
         check(0 <= self.warmup_epochs < self.epochs, "tune.warmup_epochs", self.warmup_epochs, accepted)
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
             check(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
-        check(0 < self.layer_decay <= 1, "tune.layer_decay", self.layer_decay, "lie in (0, 1]")
+        for name in ("layer_decay", "end_to_end_layer_decay"):
+            check(0 < getattr(self, name) <= 1, f"tune.{name}", getattr(self, name), "lie in (0, 1]")
         check(self.weight_decay >= 0, "tune.weight_decay", self.weight_decay, "be at least 0")
         check(0 <= self.drop_path < 1, "tune.drop_path", self.drop_path, "lie in [0, 1)")
         check(self.clip_norm is None or self.clip_norm > 0, "tune.clip_norm", self.clip_norm, "be above 0 or unset")
+        check(all(0 <= beta < 1 for beta in self.betas), "tune.betas", self.betas, "lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

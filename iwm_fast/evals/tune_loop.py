@@ -66,7 +66,10 @@ def in_float32(outputs: Any) -> Any:
 
 @contextmanager
 def drawing_from(*counters: int, seed: int, device: torch.device) -> Iterator[None]:
-    """Let torch, numpy and Python draw what follows from the seed and the counters alone, and forget it afterwards."""
+    """Let torch, numpy and Python draw what follows from the seed and the counters alone, and forget it afterwards.
+
+    Their generators are the process's: other threads must not draw meanwhile, and none of ours ever does.
+    """
     (bits,) = (int(value) for value in random_bits(seed, "tuning", *counters))
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -3,10 +3,7 @@
 import os
 import signal
 import sys
-import threading
-import time
 from dataclasses import asdict
-from pathlib import Path
 
 from iwm_fast import distributed
 from iwm_fast.evals.attentive import evaluate_attentive
@@ -27,15 +24,15 @@ def main(run):
         print(rows, {name: value for name, value in result.details.items()}, flush=True)
 
 
-def die_while_writing(run):
-    while not list((Path(run) / "features").glob(".unfinished-*/rows.npy")):
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_before_writing(event, arguments):
+    # the file has its full size by now
+    if event == "open" and str(arguments[0]).endswith("rows.npy") and arguments[1] == "r+b":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     distributed.start("cpu")
     if sys.argv[2:]:
-        threading.Thread(target=die_while_writing, args=sys.argv[1:2], daemon=True).start()
+        sys.addaudithook(die_before_writing)
     main(sys.argv[1])
     distributed.stop()

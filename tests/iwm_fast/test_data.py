@@ -28,7 +28,7 @@ def test_a_run_on_the_first_samples_trains_evaluates_and_replays_those_only(tiny
     assert run(config).step == 3
     seen = read_rows(tmp_path / "run" / "actions", 0, 3).column("sample").to_pylist()
     assert sorted(seen) == sorted([*range(24), *range(24)])
-    assert evaluate_knn(KnnConfig(run=str(tmp_path / "run")))["num_train"] == 24
+    assert evaluate_knn(KnnConfig(run=str(tmp_path / "run"))).details["num_train"] == 24
     assert replay(ReplayConfig(run=str(tmp_path / "run"), step=2)).is_file()
 
 

@@ -1,22 +1,15 @@
-import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from iwm_fast import world_model
-from iwm_fast.cli import main
 from iwm_fast.evals.bank import Bank, bank_views, distances, draw_bank, predicted_map, ranks, target_map
 from iwm_fast.evals.config import EvalData, ImagineConfig, MrrConfig
-from iwm_fast.evals.features import Features, spread
-from iwm_fast.evals.knn import knn_accuracy, vote
 from iwm_fast.evals.mrr import bank_ranks, chance
-from iwm_fast.loop import run
 from pipelines.batch import normalize_view
 from pipelines.shards import open_shards
-from samples import TinyShards, encode, photograph, write_tar
-from tiny_runs import tiny_run
+from samples import photograph
 
 
 @pytest.fixture
@@ -93,75 +86,6 @@ def test_prediction_uses_the_whole_image_and_the_asked_action(model, pixels):
     assert predicted.shape == (2, 16 * 16) and not torch.allclose(predicted[0], predicted[1])
     tokens = model.encode(normalize_view(pixels[None]))
     torch.testing.assert_close(model.predict(tokens, action[:1]).flatten(1)[0], predicted[0])
-
-
-def test_samples_are_spread_over_the_whole_set():
-    assert spread(10, 5).tolist() == [0, 2, 4, 6, 8] and spread(3, 10).tolist() == [0, 1, 2]
-    assert np.diff(spread(1000, 64)).max() <= 16
-
-
-def test_votes_are_weighted_by_similarity__four_images():
-    similarity = torch.tensor([[0.9, 0.8, 0.8, -1.0]])
-    label = torch.tensor([0, 1, 1, 2])
-    assert vote(similarity, label, 3, temperature=1.0).item() == 1  # two against one
-    assert vote(similarity, label, 3, temperature=0.01).item() == 0  # the nearest alone counts
-    assert vote(similarity, label, 1, temperature=1.0).item() == 0
-
-
-def test_knn_finds_clusters_and_ignores_a_common_offset():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(3, 16, generator=generator) * 3
-    label = torch.arange(60) % 3
-    features = centres[label] + torch.randn(60, 16, generator=generator) + 100
-    bank, queries = (
-        Features(features=features[:45], label=label[:45]),
-        Features(features=features[45:], label=label[45:]),
-    )
-    assert knn_accuracy(bank, queries, 5, 0.07) == 1.0
-
-
-TINTS = {"red": (150, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 150)}
-
-
-def tinted(path, count: int, first: int, tints=TINTS) -> None:
-    """Crops in one of three tints, named in .json; .cls counts on and says nothing about the image."""
-    members = []
-    for number in range(first, first + count):
-        name = list(tints)[number % len(tints)]
-        crop = photograph("coffee.png")[number : number + 40, number : number + 40] * 0.4 + np.array(tints[name])
-        note = {"name": number, "look": {"tint": name, "hue_bin": list(TINTS).index(name) + 4}}
-        members += [
-            (f"{number:03}.jpg", encode(crop.astype(np.uint8))),
-            (f"{number:03}.json", json.dumps(note).encode()),
-        ]
-        members += [(f"{number:03}.cls", b"%d" % (number // 3 % 2))]
-    write_tar(path, members)
-
-
-def test_knn_compares_the_field_it_is_told_to(tmp_path, capsys):
-    tinted(tmp_path / "train.tar", 48, 0)
-    tinted(tmp_path / "val.tar", 12, 100, {"blue": TINTS["blue"], "red": TINTS["red"]})
-    shards = TinyShards(pattern=str(tmp_path / "train.tar"), folder=tmp_path)
-    config = tiny_run(shards, tmp_path / "run")
-    run(replace(config, optim=replace(config.optim, epochs=1.0, warmup_epochs=0.0)))
-    found = {}
-    for label, name in (
-        ("cls", "knn"),
-        ("json.look.tint", "knn_json.look.tint"),
-        ("json.look.hue_bin", "knn_json.look.hue_bin"),
-    ):
-        main(["evaluate", "knn", f"run={tmp_path / 'run'}", f"data.val={tmp_path / 'val.tar'}", f"data.label={label}"])
-        found[label] = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())
-    assert found["json.look.tint"]["knn"] == found["json.look.hue_bin"]["knn"] == 1.0
-    assert found["json.look.tint"]["knn_chance"] == pytest.approx(1 / 3)
-    assert found["cls"]["knn"] < 0.9 and found["cls"]["knn_chance"] == 0.5
-    # of equally common classes the first: blue, which half of the validation images are; the first bin is red's
-    assert [found[label]["knn_most_common"] for label in ("json.look.tint", "json.look.hue_bin")] == [0.5, 0.5]
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["evaluate", "knn", f"run={tmp_path / 'run'}", f"data.val={tmp_path / 'val.tar'}", "data.label=json.name"])
-    message = capsys.readouterr().err
-    assert "val.tar: sample '100': json.name is integer 100, no class that is known; known are 0, 1, 2" in message
 
 
 def test_a_label_is_refused_where_none_is_compared_and_where_it_is_no_name():

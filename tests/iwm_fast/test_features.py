@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,8 +220,6 @@ def start_ranks(*arguments: str) -> list[subprocess.Popen]:
 
 @pytest.mark.multi_rank
 def test_two_ranks_keep_the_features_of_one_and_report_the_same(tmp_path):
-    import shutil
-
     run_folder = tinted_run(tmp_path, num_train=150, num_val=66)
     twin = shutil.copytree(run_folder, tmp_path / "twin")
     # three blocks of training images and two of validation: one rank has nothing to do for the last

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.evals.mean_iou import bootstrap_mean_iou, guessed, mean_iou, pixel_accuracy, pixel_counts
+from iwm_fast.evals.mean_iou import guessed, interval, mean_iou, pixel_accuracy, pixel_counts, resampled_mean_iou
 
 IGNORE = 255
 # two images of 2 x 3 pixels, three classes and a fourth that never occurs
@@ -48,7 +48,7 @@ def test_a_perfect_answer_is_one_and_the_most_common_class_is_the_guess():
     assert pixel_accuracy(guessed(counts())) == pytest.approx(3 / 9)
     perfect = pixel_counts(MASK, MASK, 256, IGNORE).numpy()
     assert mean_iou(perfect) == pixel_accuracy(perfect) == 1.0
-    assert bootstrap_mean_iou(perfect) == (1.0, 1.0)
+    assert interval(resampled_mean_iou(perfect)) == (1.0, 1.0)
 
 
 def test_guessing_is_what_counting_a_constant_gives():
@@ -62,10 +62,16 @@ def test_the_interval_holds_the_value_and_shrinks_with_more_images():
     mask = torch.randint(0, 3, (400, 8, 8), generator=generator)
     is_wrong = torch.rand(400, 1, 1, generator=generator) * torch.rand(mask.shape, generator=generator) > 0.3
     found = pixel_counts(torch.where(is_wrong, (mask + 1) % 3, mask), mask, 3, IGNORE).numpy()
-    wide, narrow = bootstrap_mean_iou(found[:25], seed=1), bootstrap_mean_iou(found, seed=1)
+    wide, narrow = (interval(resampled_mean_iou(part, seed=1)) for part in (found[:25], found))
     assert narrow[0] < mean_iou(found) < narrow[1] and wide[0] < mean_iou(found[:25]) < wide[1]
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
-    assert bootstrap_mean_iou(found, seed=1) == narrow != bootstrap_mean_iou(found, seed=2)
+    assert interval(resampled_mean_iou(found, seed=1)) == narrow != interval(resampled_mean_iou(found, seed=2))
+
+
+def test_two_answers_are_compared_on_the_same_drawn_images():
+    once, twice = resampled_mean_iou(counts(), seed=1), resampled_mean_iou(2 * counts(), seed=1)
+    np.testing.assert_allclose(once, twice)
+    assert once.std() > 0.01
 
 
 def test_masks_of_nothing_but_ignored_pixels_are_refused():

@@ -60,8 +60,9 @@ def test_a_run_writes_the_numbers_that_the_commands_give(tiny_shards, tmp_path):
     mrr = evaluate_mrr(MrrConfig(run=str(tmp_path / "run"), num_images=64, bank_size=64, bank="run", data=data))
     knn = evaluate_knn(KnnConfig(run=str(tmp_path / "run"), max_train_samples=2000, data=data))
     assert last["eval/mrr"] == mrr["mrr"] and last["eval/mrr_chance"] == mrr["mrr_chance"]
-    assert last["eval/knn"] == knn["knn"] and last["eval/knn_chance"] == knn["knn_chance"]
-    assert last["eval/knn_untrained"] == knn["knn_untrained"]
+    named = knn.row("encoder", "accuracy")
+    assert last["eval/knn"] == named.value and last["eval/knn_chance"] == named.chance
+    assert last["eval/knn_untrained"] == named.control
     # of the weights of the moment
     assert len({row["eval/mrr"] for row in (first, second, last)} | {last["eval/mrr_untrained"]}) == 4
 

@@ -5,6 +5,7 @@ signal in every phase, and both ranks in every phase, one by each; under deepspe
 one phase after the other, and its launch process in every phase.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -102,7 +103,8 @@ def start(tiny_shards, tmp_path):
 def stack_of(process: int, path: Path) -> str:
     """Return what the main thread of a watched process is doing."""
     begin, deadline = path.stat().st_size, time.monotonic() + PATIENCE_S
-    os.kill(process, signal.SIGUSR2)
+    # to that thread; a signal for a process may reach any of its threads
+    ctypes.CDLL(None).tgkill(process, process, signal.SIGUSR2)
     while not (text := path.read_text()[begin:]).endswith("in <module>\n"):
         assert time.monotonic() < deadline, text
         time.sleep(0.001)
@@ -157,7 +159,8 @@ def test_a_stop_is_in_order_whatever_it_interrupts_and_whoever_is_told(start, la
         assert read_status(run.folder)["state"] == "running" and run.process.poll() == -number
         os.killpg(run.process.pid, TERM)
         reason = "SIGTERM"
-    assert run.end() != 0
+    # deepspeed takes no notice of what its launch process died of
+    assert run.end() != 0 or case[:3] in DIES
     step = assert_ended_in_order(run, reason)
     if case in GO_ON:
         assert_goes_on(run, start(alone(), *settings, "resume=auto"), step)
