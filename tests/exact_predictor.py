@@ -25,7 +25,7 @@ class Pair:
 class Exact(nn.Module):
     """Recognises a source by its tokens, makes of the clean image what the action says, and encodes that.
 
-    Where the action's flags are not what the source has suffered, it predicts the opposite.
+    Each flag of the action that is not what the source has suffered adds 1 to all tokens.
     """
 
     def __init__(self, model: WorldModel, pairs: list[Pair]) -> None:
@@ -42,9 +42,8 @@ class Exact(nn.Module):
         jitter = {name: getattr(neutral, name) + change[name] for name in JITTER if name in change}
         images = render(pair.clean[None].expand(len(action), -1, -1, -1), replace(neutral, **jitter))
         told = {name: torch.from_numpy(change[name] > 0.5) for name in FLAGS if name in change}
-        is_right = torch.stack([flag == (name in pair.flags) for name, flag in told.items()]).all(dim=0)
-        sign = torch.where(is_right, 1.0, -1.0)
-        return (self.model.targets(normalize_view(images)) * sign[:, None, None]).flatten(0, 1)
+        num_wrong = torch.stack([flag != (name in pair.flags) for name, flag in told.items()]).sum(dim=0)
+        return (self.model.targets(normalize_view(images)) + num_wrong[:, None, None]).flatten(0, 1)
 
 
 class Deaf(nn.Module):

@@ -23,6 +23,7 @@ TOOLS = Path(sys.executable).parent
 # a launcher's own 30 s before it kills, and room for two busy cores
 PATIENCE_S = 120
 TRAIN = "iwm_fast.train"
+WATCHED = str(Path(__file__).parent / "iwm_fast" / "watched_train.py")
 
 
 def tiny_yaml(path: Path, shards, **groups: dict[str, Any]) -> Path:
@@ -48,8 +49,9 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def alone() -> list[str]:
-    return [sys.executable, "-m", "iwm_fast.cli", "train"]
+def alone(target: str = "") -> list[str]:
+    """Start one process of a script, or of the command."""
+    return [sys.executable, *([target] if target else ["-m", "iwm_fast.cli", "train"])]
 
 
 def torchrun(*options: str, target: str = TRAIN) -> list[str]:

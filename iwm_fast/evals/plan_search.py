@@ -1,7 +1,8 @@
 """The cross-entropy method over actions: draw many, keep the best, draw the next ones like those.
 
 Jitter is drawn from a normal distribution for each entry, starting as wide as training's, and flags from a coin of
-their own, so that each action tried is one that training could have shown. Draws are functions of (seed, sample,
+their own, so that each action tried is one that training could have shown. The spread of the next round is that of the
+best about the mean they were drawn around. Draws are functions of (seed, sample,
 round), and each image's actions are predicted in forwards of their own: so the outcome does not depend on which rank
 an image is searched on, nor on which others are.
 """
@@ -96,7 +97,9 @@ def search(distance: Distance, prior: Prior, config: PlanConfig, sample: int) ->
         if found[order[0]] < best.distance:
             best = Found(action=tried[order[0]], distance=float(found[order[0]]))
         kept = tried[order[:num_kept]].astype(np.float64)
-        mean, std = kept.mean(axis=0), np.where(prior.is_flag, 0.0, kept.std(axis=0))
+        # not about their own mean: the search would narrow while it is still on its way
+        std = np.where(prior.is_flag, 0.0, np.sqrt(((kept - mean) ** 2).mean(axis=0)))
+        mean = kept.mean(axis=0)
     return best
 
 

@@ -19,16 +19,16 @@ import pytest
 import torch
 
 from iwm_fast import world_model
+from iwm_fast.evals.config import EvalData
 from iwm_fast.evals.feature_cache import FeatureCache
 from iwm_fast.evals.feature_files import CHECKSUMS, ROWS
 from iwm_fast.evals.features import Labelled, encoded, extract_features, result_name, spread
-from iwm_fast.evals.config import EvalData
 from pipelines.labels import read_labels
 from pipelines.shards import open_shards
 from pipelines.tar_index import ShardError
 from samples import digests
-from tiny_runs import tiny_run
 from tinted import tinted_run, write_tinted
+from tiny_runs import tiny_run
 
 WORKER = Path(__file__).with_name("ranks_features.py")
 

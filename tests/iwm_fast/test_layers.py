@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from iwm_fast.models.layers import Block, ResidualNorm, initialize_, sincos_positions
+from iwm_fast.models.layers import Block, Blocks, ResidualNorm, initialize_, set_drop_path_, sincos_positions
 from kernels.ops import REFERENCE
 
 
@@ -99,3 +99,73 @@ def test_every_sum_of_a_stack_is_normalised_in_the_same_pass():
     ops = REFERENCE._replace(residual_norm=counted)
     run([Block(32, 4, 4.0, ops) for _ in range(3)], draw(), None, 9)
     assert widths == [32] * 5  # two of each block, but the first begins without an update
+
+
+PACKED = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+
+def blocks(depth=3, *, rate=0.0, recompute=False):
+    stack = Blocks(build(depth=depth), recompute=recompute)
+    set_drop_path_(torch.nn.Sequential(stack), rate)
+    return stack
+
+
+def finished(stack, offsets=PACKED, longest=5):
+    tokens, update = stack(draw(), offsets, longest)
+    return tokens + update
+
+
+def test_without_drop_path_and_outside_of_training_blocks_draw_nothing_and_are_bit_equal():
+    training, evaluated = blocks(), blocks(rate=0.9).eval()
+    state = torch.get_rng_state()
+    undropped = finished(training)
+    assert torch.equal(finished(evaluated), undropped)
+    assert torch.equal(run(training, draw(), PACKED, 5), undropped)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(finished(evaluated.train()), undropped)
+
+
+def test_drop_path_takes_or_leaves_an_image_s_update_whole_and_grows_what_is_kept():
+    # of two blocks only the last one drops: each of both updates of each image is there twice as large, or not at all
+    first, last = stack = blocks(depth=2, rate=0.5)
+    tokens, update = first(draw(), None, PACKED, 5)
+    before = tokens + update
+    attended = last.attn(last.norm1(before, None)[1], PACKED, 5)
+    wanted = {}
+    for attention in (0, 2):
+        middle = before + attention * attended
+        for mlp in (0, 2):
+            wanted[attention, mlp] = middle + mlp * last.mlp(last.norm1.residual_norm(
+                attention * attended, before, last.norm2.weight, last.norm2.bias, 1e-6)[1])  # fmt: skip
+    found = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        total = finished(stack)
+        for rows in (slice(0, 4), slice(4, 9)):
+            close = [kind for kind, one in wanted.items() if torch.allclose(total[rows], one[rows], atol=1e-5)]
+            assert len(close) == 1
+            found.add((rows.start, *close[0]))
+    assert len(found) == 8, "images and updates are drawn independently"
+
+
+def test_drop_path_rises_linearly_and_leaves_the_mean_update():
+    stack = blocks(depth=5, rate=0.4)
+    torch.manual_seed(0)
+    scales = stack._draw_scales(torch.zeros(40_000, 32), None, 2)
+    assert scales.shape == (5, 2, 40_000)
+    assert torch.equal(scales[:, :, 0::2], scales[:, :, 1::2]), "both tokens of an image share its fate"
+    torch.testing.assert_close(
+        (scales == 0).float().mean((1, 2)), torch.tensor([0, 0.1, 0.2, 0.3, 0.4]), atol=0.01, rtol=0
+    )
+    torch.testing.assert_close(scales.mean((1, 2)), torch.ones(5), atol=0.02, rtol=0)
+
+
+def test_recomputed_blocks_drop_the_same_paths_again():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        stack = blocks(rate=0.5, recompute=recompute)
+        finished(stack).square().sum().backward()
+        grads.append([parameter.grad for parameter in stack.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert any((grad != 0).any() for grad in grads[0])

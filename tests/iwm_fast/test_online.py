@@ -57,9 +57,12 @@ def test_a_run_writes_the_numbers_that_the_commands_give(tiny_shards, tmp_path):
     run(measured(tiny_shards, tmp_path / "run", val))
     first, second, last = read_metrics(tmp_path / "run")
     data = EvalData(val=val)
-    mrr = evaluate_mrr(MrrConfig(run=str(tmp_path / "run"), num_images=64, bank_size=64, bank="run", data=data))
+    mrr = evaluate_mrr(
+        MrrConfig(run=str(tmp_path / "run"), num_images=64, bank_size=64, bank="run", families=("jitter",), data=data)
+    ).row("jitter", "mrr")
     knn = evaluate_knn(KnnConfig(run=str(tmp_path / "run"), max_train_samples=2000, data=data))
-    assert last["eval/mrr"] == mrr["mrr"] and last["eval/mrr_chance"] == mrr["mrr_chance"]
+    assert last["eval/mrr"] == mrr.value and last["eval/mrr_chance"] == mrr.chance
+    assert last["eval/mrr_untrained"] == mrr.control
     named = knn.row("encoder", "accuracy")
     assert last["eval/knn"] == named.value and last["eval/knn_chance"] == named.chance
     assert last["eval/knn_untrained"] == named.control
@@ -128,6 +131,14 @@ def test_without_labels_the_world_model_alone_is_measured_and_one_line_says_so(p
         row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
     assert caplog.text.count("without k-NN: 2 of 3 samples of data.val have no .cls") == 1
+
+
+def test_without_a_world_model_the_encoder_alone_is_measured(place, tiny_shards, tmp_path):
+    config = measured(tiny_shards, tmp_path / "run", with_labels(tmp_path / "val.tar", [0, 1]), depth=0)
+    trainer = build_trainer(config, place)
+    evaluation = OnlineEvaluation(config, trainer.shards, place)
+    row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+    assert set(row) == {"eval/knn", "eval/knn_untrained", "eval/knn_chance", "eval/time_s"}
 
 
 @pytest.mark.multi_rank

@@ -3,7 +3,7 @@ import torch
 
 from iwm_fast.config import OptimConfig
 from iwm_fast.models.student import build_student
-from iwm_fast.optim import build_optimizer, set_hyperparameters
+from iwm_fast.optim import build_optimizer, scaled_optimizer, set_hyperparameters
 from kernels.ops import REFERENCE
 
 
@@ -56,3 +56,22 @@ def test_weight_decay_shrinks_matrices_and_leaves_offsets(student):
         after["encoder.patch_embed.proj.weight"], before["encoder.patch_embed.proj.weight"] * 0.95
     )
     assert torch.equal(after["predictor.mask_token"], before["predictor.mask_token"])
+
+
+def test_groups_of_one_factor_learn_at_that_multiple_and_decay_by_name(student):
+    optimizer = scaled_optimizer(student, OptimConfig(), lambda name: 0.5 if name.startswith("encoder.") else 1.0)
+    set_hyperparameters(optimizer, 0.1, 0.25)
+    rates = {
+        (group["name"], group["lr_scale"]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups
+    }
+    assert rates == {
+        ("decay", 0.5): (0.05, 0.25), ("decay", 1.0): (0.1, 0.25),
+        ("no_decay", 0.5): (0.05, 0.0), ("no_decay", 1.0): (0.1, 0.0),
+    }  # fmt: skip
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in student.parameters())
+
+
+def test_pretraining_has_two_groups_at_one_rate(student):
+    groups = build_optimizer(student, OptimConfig()).param_groups
+    assert [(group["name"], group["lr_scale"]) for group in groups] == [("decay", 1.0), ("no_decay", 1.0)]

@@ -68,7 +68,8 @@ def test_the_search_finds_the_action_that_the_tokens_tell(model):
     wanted = model.predict_from(tokens, torch.from_numpy(done[None]))
 
     def distance(action):
-        return (model.predict_from(tokens, torch.from_numpy(action)) - wanted).square().mean((1, 2)).double().numpy()
+        predicted = model.predict_from(tokens.expand(len(action), -1, -1), torch.from_numpy(action))
+        return (predicted - wanted).square().mean((1, 2)).double().numpy()
 
     found = search(distance, training_prior(model.config.views), small(population=256, rounds=25), 0)
     np.testing.assert_allclose(found.action, done, atol=1e-3)
@@ -134,19 +135,15 @@ def pairs_of(model, shards, samples, kind, config):
 
 @pytest.mark.parametrize("kind", ["clean", "destroyed"])
 def test_through_the_exact_predictor_the_change_of_real_images_is_recovered(model, tiny_shards, kind):
-    shards, config = open_shards(tiny_shards.pattern), small(population=64, rounds=10)
+    shards, config = open_shards(tiny_shards.pattern), small(population=128, rounds=8)
     samples = spread(shards.num_samples, 3)
     perfect = exact(model, *pairs_of(model, shards, samples, kind, config))
     outcome = measure(perfect, shards, shards, kind, config)
-    rows = {(row.subject, row.metric): row for row in parameter_rows(outcome, ("brightness", "contrast", "blur"), model.config, 0)}
-    if kind == "clean":
-        assert rows["brightness", "error"].value < 0.03 < rows["brightness", "error"].chance / 4
-        assert rows["contrast", "error"].value < 0.1
-        assert not outcome.done[:, 4:].any()
-    else:
-        assert outcome.done[:, 4:].any() and not outcome.done[:, 4:].all()
+    brightness, *_ = parameter_rows(outcome, JITTER, model.config, 0)
+    assert brightness.value < 0.03 < brightness.chance / 4
+    assert outcome.done[:, 4:].any() == (kind == "destroyed")
     np.testing.assert_array_equal(outcome.found[:, 4:], outcome.done[:, 4:])
-    # to the rounding of pixels, and doing nothing is worse
+    # the true action is exact to the rounding of pixels, and doing nothing is worse than what was found
     assert (outcome.distance[:, 1] < 1e-3).all() and (outcome.distance[:, 2] > 10 * outcome.distance[:, 0]).all()
 
 

@@ -15,6 +15,7 @@ from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import EXIT_PREEMPTED, read_status, write_status
 from launchers import (
     PATIENCE_S,
+    WATCHED,
     Started,
     alone,
     catches,
@@ -71,15 +72,13 @@ def test_a_process_alone_stops_behind_its_step_and_goes_on(start):
 
 SIGNALLED = {
     # launcher, who is told, by what, what the status says
-    "torchrun, its agent": (torchrun, "launcher", signal.SIGTERM, "SIGTERM"),
-    "torchrun, rank 1": (torchrun, "rank 1", signal.SIGUSR1, ""),
     "launch process": (launch_process, "launcher", signal.SIGTERM, ""),
     "rank 0 under deepspeed": (deepspeed, "rank 0", signal.SIGUSR1, "SIGUSR1"),
     "a scheduler's group": (deepspeed, "group", signal.SIGTERM, "SIGTERM"),
     "launch process dies of it": (launch_process, "launcher", signal.SIGUSR1, "launcher"),
     "launch process is killed": (launch_process, "launcher", signal.SIGKILL, "launcher"),
 }
-OFTEN = ("torchrun, its agent", "rank 0 under deepspeed")
+OFTEN = ("rank 0 under deepspeed",)
 
 
 @pytest.mark.launcher
@@ -188,10 +187,92 @@ def test_what_cannot_reach_the_end_of_its_step_ends_all_the_same(tmp_path):
     assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
 
 
+@pytest.mark.launcher
+def test_a_checkpoint_is_finished_however_long_the_disk_takes(start):
+    # its six files and folders take longer than a stop may take to reach the end of its step
+    run = start(alone(WATCHED), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
+    run.wait_for_steps()
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
+    # whoever told it to stop may say so again
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == EXIT_PREEMPTED
+    assert_preempted(run, "SIGTERM")
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_saves_its_stop_was_preempted_and_has_not_failed(start):
+    run = start(torchrun(target=WATCHED), "output.checkpoint_every=20", IWM_TEST_DISK_S="1")
+    run.wait_for(lambda: bool(checkpoints_in(run.folder)))
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGTERM)
+    run.wait_for(lambda: "stopping behind this step" in run.log.read_text())
+    run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
+    time.sleep(0.5)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert run.end() != 0
+    status = read_status(run.folder)
+    assert status["state"] == "preempted" and "another rank is gone" in status["reason"], run.log.read_text()
+    assert "step" not in status, "it names no checkpoint that is not there"
+    assert_goes_on(run, alone(), start, int(checkpoints_in(run.folder)[-1].removeprefix("step-")))
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_what_cannot_reach_the_end_of_its_step_says_so_before_its_launcher_kills_it(start):
+    run = start(torchrun(), "output.checkpoint_every=2")
+    run.wait_for(lambda: bool(checkpoints_in(run.folder)))
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() != 0
+    status = read_status(run.folder)
+    assert status["state"] == "preempted" and status["reason"] == "SIGTERM", (status, run.log.read_text())
+    assert "leaving without a checkpoint" in run.log.read_text()
+
+
+@pytest.mark.launcher
+def test_a_failure_of_an_earlier_start_does_not_hide_that_this_one_was_stopped(start, tmp_path):
+    write_status(tmp_path / "run", "failed", step=4, reason="disk full")
+    # gives up at once, as a start would that hangs
+    run = start(alone(WATCHED), IWM_TEST_GRACE_S="0")
+    run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.end() == EXIT_PREEMPTED
+    assert "leaving without a checkpoint" in run.log.read_text()
+    status = read_status(run.folder)
+    assert status["state"] == "preempted" and status["reason"] == "SIGUSR1"
+
+
+OTHERS_SIGNAL = """
+import signal, sys, time
+from iwm_fast import preemption
+preemption.OF_PROCESS.listen(has_launcher=False)
+signal.signal(signal.SIGUSR2, lambda *_: print("heard", flush=True))
+print("listening", flush=True)
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    signal.raise_signal(number)
+    time.sleep(2 * preemption._LOOK_EVERY_S)
+    print(f"told: {preemption.OF_PROCESS.reason}", flush=True)
+"""
+
+
+def test_a_signal_that_something_else_listens_to_stops_no_run():
+    done = subprocess.run([sys.executable, "-c", OTHERS_SIGNAL], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["listening", "heard", "told: ", "told: SIGTERM"]
+
+
 def test_a_failure_is_not_overwritten_by_the_preemption_it_brings(tmp_path):
     write_status(tmp_path, "running", step=3)
     write_status(tmp_path, "failed", step=4, reason="disk full")
     write_status(tmp_path, "preempted", step=4, reason="SIGTERM")
     assert read_status(tmp_path)["state"] == "failed" and read_status(tmp_path)["reason"] == "disk full"
+    # unless it is what the start found
+    earlier = read_status(tmp_path)
+    write_status(tmp_path, "preempted", earlier=earlier, reason="SIGTERM")
+    assert read_status(tmp_path)["state"] == "preempted"
+    write_status(tmp_path, "failed", step=5, reason="disk full again")
+    write_status(tmp_path, "preempted", earlier=earlier, reason="SIGTERM")
+    assert read_status(tmp_path)["reason"] == "disk full again"
     write_status(tmp_path, "running", step=4)
     assert read_status(tmp_path)["state"] == "running"

@@ -18,12 +18,11 @@ import pytest
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import read_status
-from launchers import PATIENCE_S, Started, alone, catches, deepspeed, starting, tiny_yaml, torchrun
+from launchers import PATIENCE_S, WATCHED, Started, alone, catches, deepspeed, starting, tiny_yaml, torchrun
 from samples import encode, photograph, write_tar
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(600)]
 
-WATCHED = str(Path(__file__).with_name("watched_train.py"))
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed}
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 

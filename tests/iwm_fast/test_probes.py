@@ -66,7 +66,7 @@ def test_hyperparameters_are_chosen_on_the_held_out_part_though_others_are_bette
     settings = replace(SETTINGS, lrs=(1e-60, 0.1), weight_decays=(0.0,))
     found = probe(train, val, 3, LinearGrid, settings)
     idle, learnt = found.tried
-    assert found.chosen == learnt and learnt.accuracy > 0.9 > 0.5 > idle.accuracy
+    assert found.chosen == learnt and learnt.accuracy > 0.9 and idle.accuracy < 0.5
     assert found.correct.mean() < 0.1
     alone = probe(train, val, 3, LinearGrid, replace(settings, lrs=(1e-60,)))
     assert alone.correct.mean() > 0.2, "the trap is none"
@@ -214,7 +214,7 @@ def test_a_mixed_epoch_has_each_example_once_with_its_label_in_an_order_of_its_o
     assert all(sorted(epoch) == list(range(0, 600, 20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     again, other = (torch.cat([label for _, label in part.mixed(4, 3, seed)]).tolist() for seed in (0, 1))
-    assert again == sum(epochs, []) != other
+    assert again == [label for epoch in epochs for label in epoch] != other
 
 
 def test_examples_in_order_come_once_and_in_order():

@@ -1,5 +1,6 @@
 """Rows of numbers: written whole, read back the same, laid out; and evaluations shared among ranks."""
 
+import io
 import json
 import os
 import socket
@@ -28,7 +29,8 @@ FULL = Row(
 )  # fmt: skip
 BARE = Row(subject="encoder", metric="error", value=2.0)
 RESULT = Result(
-    task="knn", name="knn_json.a", rows=(FULL, BARE), step=1000, seed=3, settings={"lrs": [0.1, 1e-3], "data": {"a": ""}},
+    task="knn", name="knn_json.a", rows=(FULL, BARE), step=1000, seed=3,
+    settings={"lrs": [0.1, 1e-3], "data": {"a": ""}},
     details={"chosen": None, "names": ["ä"]},
 )  # fmt: skip
 
@@ -67,14 +69,13 @@ def test_what_has_not_been_evaluated_is_asked_for_by_its_command(tmp_path):
 
 def test_a_number_is_found_by_its_names():
     assert RESULT.value("predictor", "accuracy") == 0.5 and RESULT.row("encoder", "error") is BARE
-    with pytest.raises(KeyError, match="knn_json.a has no row 'encoder', 'accuracy'"):
+    with pytest.raises(KeyError, match=r"knn_json\.a has no row 'encoder', 'accuracy'"):
         RESULT.value("encoder", "accuracy")
 
 
 def lines_of(result: Result) -> list[str]:
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))
-    with console.file:
-        console.print(table(result))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(result))
     return console.export_text().splitlines()
 
 
@@ -84,7 +85,8 @@ def test_a_table_shows_what_rows_have_and_no_empty_columns():
     cells = [[cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]] for line in (heading, first, second)]
     assert cells == [
         ["", "measured", "value", "95 % interval", "control", "chance", "tuned", "images/s", "s", "images"],
-        ["predictor", "accuracy", "0.5000", "0.2500 .. 0.7500", "0.1250 untrained", "0.1000", "1,234", "100", "0.0", "20,000"],
+        ["predictor", "accuracy", "0.5000", "0.2500 .. 0.7500", "0.1250 untrained", "0.1000", "1,234", "100", "0.0",
+         "20,000"],
         ["encoder", "error", "2.0000", *[""] * 7],
     ]  # fmt: skip
     heading = lines_of(replace(RESULT, rows=(BARE,)))[2]

@@ -21,7 +21,7 @@ def test_each_answer_has_a_penalty_of_its_own__noise_is_answered_by_its_mean():
     noise = torch.randn(100, 1, generator=torch.Generator().manual_seed(2))
     found = ridge(features, torch.cat([answers[:, :1], noise], dim=1), features)
     assert (found[:, 0] - answers[:, 0]).abs().max() < 0.1
-    assert found[:, 1].std() < 0.2
+    assert found[:, 1].std() < 0.4 * noise.std()
 
 
 def test_more_features_than_examples_and_constant_features_are_fine():

@@ -12,8 +12,8 @@ from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed
 from iwm_fast.commit import CheckpointError
 from iwm_fast.config import RuntimeConfig
-from iwm_fast.evals.tune_loop import drawing_from, in_float32
-from iwm_fast.evals.tuning import micro_batches, predict, run_config, task_folder
+from iwm_fast.evals.tune_loop import InPrecision, drawing_from, in_float32
+from iwm_fast.evals.tuning import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.folder_lock import FolderLock
 from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import OF_PROCESS, PreemptedError, read_status
@@ -163,12 +163,10 @@ def test_what_changes_nothing_of_the_outcome_may_change(place, tiny_shards, tmp_
 
 
 def test_another_origin_is_refused(place, tiny_shards, tmp_path):
-    from iwm_fast.evals.tuning import tune
-
     train_toy(place, tiny_shards, tmp_path)
     task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
     job = replace(toy_job(task, config), origin={"run.step": 7})
-    with pytest.raises(CheckpointError, match="run.step: None -> 7"):
+    with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
         tune(job, task, model_config=config, shards=open_shards(tiny_shards.pattern), place=place, folder=tmp_path)
 
 
@@ -237,8 +235,6 @@ def test_draws_follow_from_seed_and_counters_and_leave_no_trace():
 
 
 def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(place, tiny_shards, tmp_path):
-    from iwm_fast.evals.tune_loop import InPrecision
-
     seen = []
 
     class Watched(torch.nn.Linear):

@@ -12,7 +12,9 @@ from pipelines.dali_graph import GraphSettings
 from pipelines.loader import LoaderSettings, build_loader
 from pipelines.order import SampleOrder
 from pipelines.plan import FinetunePlan, Stream
+from pipelines.reader import Reader
 from pipelines.shards import ShardSet, open_shards
+from pipelines.views import decode_image, resized_crop
 from samples import encode, photograph
 
 SIZE = 64
@@ -65,13 +67,18 @@ def test_draws_are_uniform_and_a_function_of_the_slot():
     assert (alone.operation[0] == drawn.operation[77]).all() and (alone.is_negated[0] == drawn.is_negated[77]).all()
 
 
-def plan(shards: ShardSet, rank: int = 0, world_size: int = 1) -> FinetunePlan:
+AUGMENT = RandAugmentConfig()
+
+
+def plan(
+    shards: ShardSet, rank: int = 0, world_size: int = 1, augment: RandAugmentConfig | None = AUGMENT
+) -> FinetunePlan:
     stream = Stream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 2),
         global_batch_size=16, micro_batch_size=16 // world_size, rank=rank, world_size=world_size,
     )  # fmt: skip
     views = ViewConfig(size=SIZE, crop_scale=(0.5, 1.0))
-    return FinetunePlan(views=views, augment=RandAugmentConfig(), seed=0, grid=8, stream=stream)
+    return FinetunePlan(views=views, augment=augment, seed=0, grid=8, stream=stream)
 
 
 def take(plan: FinetunePlan, shards: ShardSet, count: int, first: int = 0, backend: str = "dali") -> list:
@@ -101,6 +108,30 @@ def test_a_finetuning_batch_is_the_same_for_other_ranks_and_after_a_restart(tiny
     assert torch.equal(straight[2].source_view, resumed.source_view) and straight[2].key == resumed.key
     ranks = [take(plan(shards, rank, 2), shards, 3)[2] for rank in (0, 1)]
     assert torch.equal(straight[2].source_view, torch.cat([part.source_view for part in ranks]))
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_without_randaugment_images_are_cropped_and_mirrored_and_nothing_else(tiny_shards, backend):
+    shards = open_shards(tiny_shards.pattern)
+    (batch,) = take(plan(shards, augment=None), shards, 1, backend=backend)
+    assert torch.equal(batch.source_view, batch.target_view) and (batch.action == 0).all()
+    flips = batch.draws.flip
+    assert 0 < flips.sum() < 16
+    for image, (window, sample) in enumerate(zip(batch.crop_window, batch.sample, strict=True)):
+        pixels = decode_image(Reader(shards, num_threads=1).read(sample[None].numpy())[0])
+        wanted = resized_crop(pixels, window.numpy(), SIZE)
+        wanted = wanted.flip(1) if flips[image] else wanted
+        shown = denormalize_view(batch.source_view[image : image + 1])[0]
+        # decoders and resizing differ by little, colours by much
+        assert (shown.int() - wanted.int()).abs().float().mean() < (2.0 if backend == "dali" else 0.5)
+
+
+def test_crops_and_order_do_not_depend_on_randaugment(tiny_shards):
+    shards = open_shards(tiny_shards.pattern)
+    (changed,), (plain,) = (take(plan(shards, augment=augment), shards, 1) for augment in (AUGMENT, None))
+    assert changed.key == plain.key and torch.equal(changed.crop_window, plain.crop_window)
+    assert (changed.draws.flip == plain.draws.flip).all()
+    assert not torch.equal(changed.source_view, plain.source_view)
 
 
 def test_the_torch_loader_refuses_to_augment(tiny_shards):
