@@ -1,8 +1,9 @@
 """Whether a lab's numbers bear out its claims, by a rule that was fixed before: intervals of differences.
 
-A comparison holds if the 95 % interval of the mean difference lies above zero; differences are taken seed by seed,
+A comparison holds if the 95 % interval of the mean difference lies above zero, or above minus the margin of a claim
+that says "no worse than"; differences are taken seed by seed,
 because cells of one seed share their order of samples and their crops, and the interval is Student's over seeds. A
-claim holds if all of its comparisons do, fails if one of them lies below zero, and is undecided otherwise.
+claim holds if all of its comparisons do, fails if one of them lies below that bound, and is undecided otherwise.
 """
 
 import math
@@ -75,10 +76,10 @@ def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome
     known = [one for one in differences if one is not None]
     if len(known) < len(differences):
         verdict: Verdict = "not measured"
-    elif all(one.low > 0 for one in known):
+    elif all(one.low > -claim.margin for one in known):
         verdict = "holds"
     else:
-        verdict = "fails" if any(one.high < 0 for one in known) else "undecided"
+        verdict = "fails" if any(one.high < -claim.margin for one in known) else "undecided"
     return Outcome(claim=claim, comparisons=comparisons, verdict=verdict)
 
 

@@ -28,7 +28,7 @@ import yaml
 from pipelines.config import check
 
 _TOP = {"folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
-_CLAIM = {"text", "paper", "compare"}
+_CLAIM, _MAY = {"text", "paper", "compare"}, {"margin"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Claim:
     text: str
     paper: str
     compare: tuple[tuple[Number, Number], ...]
+    margin: float = 0.0
+    """By how much the first may be below the second all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +148,13 @@ def _evaluation(row: Any, cells: dict[str, Any], tasks: set[str]) -> Evaluation:
 
 
 def _claim(name: str, row: Any, cells: dict[str, Any]) -> Claim:
-    check(isinstance(row, dict) and set(row) == _CLAIM, f"claims.{name}", row, f"have {', '.join(sorted(_CLAIM))}")
+    is_whole = isinstance(row, dict) and _CLAIM <= set(row) <= _CLAIM | _MAY
+    check(is_whole, f"claims.{name}", row, f"have {', '.join(sorted(_CLAIM))}, and may have margin")
+    margin = row.get("margin", 0.0)
+    check(isinstance(margin, int | float) and margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
     pairs = tuple(tuple(_number(text, name, cells) for text in pair) for pair in row["compare"])
     check(all(len(pair) == 2 for pair in pairs), f"claims.{name}.compare", row["compare"], "hold pairs: better, worse")
-    return Claim(name=name, text=row["text"], paper=row["paper"], compare=pairs)  # type: ignore[arg-type]
+    return Claim(name=name, text=row["text"], paper=row["paper"], compare=pairs, margin=float(margin))  # type: ignore[arg-type]
 
 
 def _number(text: str, claim: str, cells: dict[str, Any]) -> Number:

@@ -50,6 +50,7 @@ def _claim(outcome: Outcome) -> str:
     return card(
         claim.name,
         f"<p>{escape(claim.text)}</p>",
+        f'<p class="small soft">Holds above {-claim.margin:g}: no worse than.</p>' if claim.margin else "",
         f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
         f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
         dot_plot(_dots(outcome), unit=_unit(outcome)),

@@ -42,6 +42,7 @@ def painted(path: Path, count: int, *, seed: int, classes: int = 4, has_masks: b
 
 def painted_run(folder: Path, *, num_train: int = 48, num_val: int = 18, depth: int = 1) -> str:
     """Write both sets and train for a moment; return the run's folder."""
+    folder.mkdir(exist_ok=True)
     train, val = painted(folder / "train.tar", num_train, seed=0), painted(folder / "val.tar", num_val, seed=1)
     config = tiny_run(TinyShards(pattern=train, folder=folder), folder / "run", loader="torch")
     predictor = PredictorConfig(dim=16, depth=depth, num_heads=1)

@@ -18,7 +18,7 @@ from iwm_fast import world_model
 from iwm_fast.config import RunConfig
 from iwm_fast.distributed import Place, on_rank_zero
 from iwm_fast.evals.arms import WITH_PREDICTOR, Arm, Lesson, build_arm
-from iwm_fast.evals.features import training_shards, validation_shards
+from iwm_fast.evals.features import read_both_labels, result_name, training_shards, validation_shards
 from iwm_fast.evals.parts import here
 from iwm_fast.evals.results import Result, Row, bootstrap, save_result
 from iwm_fast.evals.timm_arm import build_timm_arm, build_vit, vit_config
@@ -26,7 +26,7 @@ from iwm_fast.evals.tune_config import ARMS, FinetuneConfig
 from iwm_fast.evals.tuning import Tuned, micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.messages import found_by_every_rank
 from pipelines.config import check
-from pipelines.labels import Labels, read_labels
+from pipelines.labels import Labels
 from pipelines.shards import ShardSet, open_shards
 
 log = logging.getLogger("iwm_fast")
@@ -119,14 +119,13 @@ def _timm_model(config: FinetuneConfig) -> Subject:
 
 def _open(config: FinetuneConfig, subject: Subject) -> Sets:
     train, val = subject.shards()
-    known = read_labels(train, config.data.label)
-    asked = read_labels(val, config.data.label, classes=known.classes)
+    known, asked = read_both_labels(train, val, config.data.label)
     check(len(known.classes) >= 2, "data.label", config.data.label, f"tell classes apart: all are {known.classes}")
     return Sets(train=train, val=val, known=known, asked=asked)
 
 
 def _learn(name: str, config: FinetuneConfig, subject: Subject, sets: Sets, place: Place) -> Learnt:
-    folder = task_folder(subject.folder, "finetune", config.name)
+    folder = task_folder(subject.folder, result_name("finetune", config.data), config.name)
     settings = run_config(config, subject.config, folder / name)
     arm = subject.build(name, Lesson(task=config, config=settings, labels=sets.known, place=place))
     tuned = tune(arm.job, config, model_config=subject.config, shards=sets.train, place=place, folder=folder)
@@ -143,7 +142,6 @@ def _learn(name: str, config: FinetuneConfig, subject: Subject, sets: Sets, plac
 
 def _report(config: FinetuneConfig, subject: Subject, sets: Sets, learnt: dict[str, Learnt]) -> Result:
     rows = [_row(arm, learnt, sets, config.seed) for arm in learnt]
-    task = "finetune"
     details: dict[str, Any] = {
         "num_train_samples": sets.train.num_samples,
         "classes": list(sets.known.classes),
@@ -155,8 +153,9 @@ def _report(config: FinetuneConfig, subject: Subject, sets: Sets, learnt: dict[s
         low, high = bootstrap(gain, config.seed)
         details["gain_of_pretraining"] = {"accuracy": float(gain.mean()), "low": low, "high": high}
     return Result(
-        task=task,
-        name=f"{task}_{config.name}" if config.name else task,
+        task="finetune",
+        # as its folder is called
+        name=task_folder(subject.folder, result_name("finetune", config.data), config.name).name,
         rows=tuple(rows),
         step=subject.step,
         seed=config.seed,

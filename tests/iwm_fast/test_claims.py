@@ -14,12 +14,13 @@ def number(cell):
     return Number(cell=cell, result="mrr_default", subject="jitter", metric="mrr")
 
 
-def claim(*pairs):
-    return Claim(name="c", text="t", paper="p", compare=tuple((number(a), number(b)) for a, b in pairs))
+def claim(*pairs, margin=0.0):
+    compare = tuple((number(a), number(b)) for a, b in pairs)
+    return Claim(name="c", text="t", paper="p", compare=compare, margin=margin)
 
 
-def verdict(values, *pairs):
-    return judge(claim(*pairs), lambda one: dict(enumerate(values.get(one.cell, ())))).verdict
+def verdict(values, *pairs, margin=0.0):
+    return judge(claim(*pairs, margin=margin), lambda one: dict(enumerate(values.get(one.cell, ())))).verdict
 
 
 def test_the_interval_is_students_by_hand():
@@ -50,6 +51,13 @@ def test_differences_are_paired_by_seed():
     # seeds differ much, cells little, always in one direction
     values = {"a": [0.11, 0.51, 0.91], "b": [0.10, 0.50, 0.90]}
     assert verdict(values, ("a", "b")) == "holds"
+
+
+def test_no_worse_than_leaves_a_margin():
+    values = {"a": [0.50, 0.51, 0.52], "b": [0.51, 0.52, 0.53]}
+    assert verdict(values, ("a", "b")) == "fails"
+    assert verdict(values, ("a", "b"), margin=0.02) == "holds"
+    assert verdict(values, ("a", "b"), margin=0.005) == "fails"
 
 
 def test_seeds_that_only_one_of_both_has_are_left_out():

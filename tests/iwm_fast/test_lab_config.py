@@ -57,6 +57,7 @@ def test_a_lab_is_read(write):
         ({"claims": {"c": {"text": "t"}}}, "claims.c must have compare, paper, text"),
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["z m s x", "a m s x"]]}}}, "CELL RESULT SUBJECT"),
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s x"]]}}}, "hold pairs"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [], "margin": -1}}}, "margin must be at least 0"),
     ],
 )
 def test_what_cannot_work_is_refused(write, changes, message):

@@ -74,16 +74,15 @@ def test_colours_tell_classes_apart_and_what_is_ignored_is_black():
 
 
 def test_arms_learn_what_the_maps_say_beside_their_controls(place, run_folder):
-    config = SegmentConfig(run=run_folder, **tuning(), num_shown=3)
+    config = SegmentConfig(run=run_folder, **tuning(epochs=8.0), num_shown=3)
     result = evaluate_segment(config)
     assert [(row.subject, row.metric) for row in result.rows] == [
         (arm, metric) for metric in ("mean_iou", "pixel_accuracy") for arm in ARMS.split(",")
     ]
     rows = {arm: result.row(arm, "mean_iou") for arm in ARMS.split(",")}
-    assert all(row.low < row.value < row.high and row.num_samples == 18 for row in rows.values())
+    assert all(row.low <= row.value <= row.high and row.num_samples == 18 for row in rows.values())
     # a guess knows one class of four, a quarter of the pixels or somewhat more
-    assert all(0.05 < row.chance < 0.12 and row.value > 3 * row.chance for row in rows.values())
-    assert rows["encoder"].value > 0.6
+    assert all(0.05 < row.chance < 0.12 and row.value > 0.7 for row in rows.values())
     for arm, control in (("predictor", "random_predictor"), ("head", "untrained_head")):
         assert rows[arm].control_name == control and rows[arm].control == rows[control].value
     assert rows["head"].num_tuned == 33 * 4 < rows["predictor"].num_tuned < rows["encoder"].num_tuned
