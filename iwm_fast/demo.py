@@ -76,7 +76,7 @@ def measure(config: RunConfig, identity: str) -> dict[str, Any]:
     own = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="run"))
     weak = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="default", families=("jitter",)))
     mrr, weak_mrr = (result.row("jitter", "mrr") for result in (own, weak))
-    knn = evaluate_knn(KnnConfig(run=run))
+    knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
     picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK))
     return {
         "mrr": mrr.value,
@@ -86,7 +86,9 @@ def measure(config: RunConfig, identity: str) -> dict[str, Any]:
         "mrr_bank": {"size": BANK, "jitter": own.details["bank_strengths"]},
         "mrr_default_bank": weak_mrr.value,
         "mrr_default_bank_untrained": weak_mrr.control,
-        **{name: knn[name] for name in ("knn", "knn_untrained", "knn_chance")},
+        "knn": knn.value,
+        "knn_untrained": knn.control,
+        "knn_chance": knn.chance,
         **speed(run),
         "evaluation_s": time.perf_counter() - started,
         "picture": str(picture),
@@ -128,7 +130,7 @@ def table(summary: dict[str, Any], folder: Path) -> Table:
     chance = f"chance {summary['mrr_chance']:.3f}, untrained predictor "
     rows.add_row(
         f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter}",
-        "{:.3f} ({:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
+        "{:.3f} (95 %: {:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
         chance + f"{summary['mrr_untrained']:.3f}",
     )
     weak = f"{summary['mrr_default_bank']:.3f}"

@@ -32,6 +32,8 @@ class Task:
         return getattr(import_module(f"iwm_fast.evals.{'tune_config' if self.trains else 'config'}"), self.config)
 
 
+_PIPE_WIDTH = 160
+
 TASKS = {
     "mrr": Task(config="MrrConfig", summary="mean reciprocal rank of the world model, beside chance and untrained"),
     "knn": Task(config="KnnConfig", summary="k nearest neighbours on frozen features, beside an untrained encoder"),
@@ -115,7 +117,8 @@ def _run(name: str, config: Any) -> None:
     finally:
         distributed.stop()
     if is_first:
-        Console().print(table(result))
+        # in a pipe rich would fold everything into 80 columns
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table(result))
 
 
 if __name__ == "__main__":

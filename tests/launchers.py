@@ -49,7 +49,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def alone(target: str = "") -> list[str]:
+def one_process(target: str = "") -> list[str]:
     """Start one process of a script, or of the command."""
     return [sys.executable, *([target] if target else ["-m", "iwm_fast.cli", "train"])]
 

@@ -7,6 +7,7 @@ it sees of its task is the same.
 """
 
 import gc
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,11 +96,16 @@ def share_of_one(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
     smaller = replace(
         tune,
         global_batch_size=tune.global_batch_size // num_tasks,
-        epochs=tune.epochs / num_tasks,
-        warmup_epochs=tune.warmup_epochs / num_tasks,
+        epochs=_part(tune.epochs, num_tasks),
+        warmup_epochs=_part(tune.warmup_epochs, num_tasks),
     )
     runtime = replace(config.runtime, micro_batch_size=micro // num_tasks if micro else None)
     return replace(config, tune=smaller, runtime=runtime)
+
+
+def _part(epochs: float, num_tasks: int) -> float:
+    # rounded down: steps are the ceiling of what these epochs are exactly, and a third as a float may be above a third
+    return epochs if num_tasks == 1 else math.floor(epochs / num_tasks * 1e12) / 1e12
 
 
 def _labelled(spec: TaskSpec, train: ShardSet, val: ShardSet) -> LabelledTask:

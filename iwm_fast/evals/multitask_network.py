@@ -31,7 +31,7 @@ class TaskInputs:
     """Number of each image's task."""
     rows: tuple[Int64[Tensor, "_"], ...]
     """Of each task: which images are its."""
-    labels: tuple[Float[Tensor, "_ K"], ...] = ()
+    labels: tuple[Float[Tensor, "_ _"], ...] = ()
     """Of each task, in training: these images' shares of its classes."""
 
 
@@ -56,7 +56,7 @@ class TaskPredictor(nn.Module):
         """Return what `forward` takes from a list that is never called: ZeRO-3 must fetch it."""
         return list(self.tokens)
 
-    def forward(self, inputs: TaskInputs) -> list[Float[Tensor, "_ K"]]:
+    def forward(self, inputs: TaskInputs) -> list[Float[Tensor, "_ _"]]:
         """Return of each task the scores of its images; the predictor sees all images in one pass."""
         predicted = self.predicted(inputs)
         return [head(predicted[rows]) for head, rows in zip(self.heads, inputs.rows, strict=True)]
@@ -106,7 +106,7 @@ class Division:
 
 
 def weighted_loss(
-    scores: Sequence[Float[Tensor, "_ K"]], labels: Sequence[Float[Tensor, "_ K"]], weights: list[float]
+    scores: Sequence[Float[Tensor, "_ _"]], labels: Sequence[Float[Tensor, "_ _"]], weights: list[float]
 ) -> Float[Tensor, ""]:
     """Return the sum over images of each one's cross-entropy times the weight of its task."""
     losses = [soft_cross_entropy(*pair) for pair in zip(scores, labels, strict=True)]

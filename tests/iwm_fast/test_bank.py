@@ -36,8 +36,8 @@ def pixels() -> torch.Tensor:
     return torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
 
 
-def bank_of(model, pixels, size=8, sample=0, seed=0, strengths="default"):
-    return draw_bank(pixels, sample, size, model=model, strengths=strengths, seed=seed)
+def bank_of(model, pixels, *, size=8, sample=0, seed=0):
+    return draw_bank(pixels, sample, size, model=model, strengths="default", seed=seed)
 
 
 def test_the_right_answer_first_is_rank_one_and_last_is_the_bank():

@@ -17,18 +17,22 @@ from iwm_fast import distributed, world_model
 from iwm_fast.command_config import ExportConfig
 from iwm_fast.commit import CheckpointError
 from iwm_fast.config import RuntimeConfig
-from iwm_fast.evals.arms import Lesson, build_arm, lr_scale
+from iwm_fast.evals.arms import ArmInputs, Lesson, build_arm, lr_scale
 from iwm_fast.evals.config import EvalData
 from iwm_fast.evals.finetune import evaluate_finetune
 from iwm_fast.evals.results import read_result
+from iwm_fast.evals.timm_arm import TimmNetwork, build_vit
 from iwm_fast.evals.tune_config import ARMS, FinetuneConfig, TuneConfig
 from iwm_fast.evals.tuning import predict, run_config, tune
 from iwm_fast.export import export
 from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import OF_PROCESS, PreemptedError
+from painted import painted_run
+from pipelines.batch import normalize_view
 from pipelines.labels import read_labels
+from pipelines.masks import all_patches
 from pipelines.shards import open_shards
-from tinted import tinted_run
+from tinted import tinted_run, write_tinted
 from tiny_jobs import plain_augment, weights_of
 
 LABEL = "json.look.tint"
@@ -59,10 +63,10 @@ def _undisturbed():
 
 
 def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
-    of_tune = {"epochs": 6.0, "warmup_epochs": 0.5, "global_batch_size": 8, "lr": 5e-3, "encoder_lr": 5e-3,
+    of_tune = {"epochs": 4.0, "warmup_epochs": 0.5, "global_batch_size": 8, "lr": 5e-3, "encoder_lr": 5e-3,
                "precision": "fp32", "drop_path": 0.1}  # fmt: skip
     of_runtime = {"device": "cpu", "engine": "plain", "loader": "torch"}
-    given = {"run": run, "data": EvalData(label=LABEL), "log_every": 12, "augment": plain_augment()}
+    given = {"run": run, "data": EvalData(label=LABEL), "log_every": 6, "augment": plain_augment()}
     return FinetuneConfig(
         tune=TuneConfig(**of_tune | (tune or {})),
         runtime=RuntimeConfig(**of_runtime | (runtime or {})),
@@ -91,12 +95,12 @@ def num_parameters(module):
 
 
 def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(place, run):
-    result = evaluate_finetune(settings(run))
+    result = evaluate_finetune(settings(run, tune={"epochs": 6.0}))
     assert [row.subject for row in result.rows] == list(ARMS)
     for row in result.rows:
         losses = [line["loss/train"] for line in read_metrics(Path(run) / "evaluations" / FOLDER / row.subject)]
         # with label smoothing of 0.1 over three classes no loss lies below 0.29
-        assert losses[0] > 0.5 > losses[-1], row.subject
+        assert losses[0] > 0.8 and losses[-1] < 0.5, row.subject
         assert row.value > 0.8 and row.low <= row.value <= row.high, row.subject
         assert row.chance == pytest.approx(1 / 3) and row.num_samples == 12
         assert row.images_per_s > 0 and row.time_s > 0
@@ -279,10 +283,13 @@ def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(place, run, tmp_
         assert all(torch.equal(first[name], second[name]) for name in second), arm
 
 
-def test_arms_that_need_a_predictor_are_refused_where_there_is_none(place, tmp_path):
-    from painted import painted_run
+@pytest.fixture
+def without_predictor(tmp_path) -> str:
+    return painted_run(tmp_path, depth=0)
 
-    run = painted_run(tmp_path, depth=0)
+
+def test_arms_that_need_a_predictor_are_refused_where_there_is_none(without_predictor, place):
+    run = without_predictor
     for arms in ("all", "predictor,attentive"):
         with pytest.raises(ValueError, match=r"arms must be encoder, attentive or both: .*identity predictor, got"):
             evaluate_finetune(settings(run, arms=arms, data=EvalData()))
@@ -311,17 +318,13 @@ def test_odd_micro_batches_are_refused_where_images_are_mixed(place, run):
         evaluate_finetune(odd)
 
 
-def test_a_label_that_tells_nothing_apart_is_refused(place, run):
+def test_a_label_that_tells_nothing_apart_is_refused(place, run, tmp_path):
+    alike = write_tinted(tmp_path / "alike.tar", 2, 0)
     with pytest.raises(ValueError, match=r"data\.label must tell classes apart: all are"):
-        evaluate_finetune(settings(run, data=EvalData(train=one_class(Path(run)), label="cls")))
+        evaluate_finetune(settings(run, data=EvalData(train=alike, val=alike, label="cls")))
 
 
-def one_class(folder: Path) -> str:
-    from tinted import write_tinted
-
-    return write_tinted(folder / "one.tar", 2, 0)
-
-
+@pytest.mark.slow
 def test_randaugment_and_dali_train_an_arm(place, run):
     task = settings(
         run, arms="attentive", augment=plain_augment(rand_augment=True), tune={"epochs": 1.0},
@@ -372,16 +375,11 @@ def test_timm_settings_that_cannot_be_are_refused(place, run, tmp_path):
     for message, changes in wrong.items():
         with pytest.raises(ValueError, match=message):
             evaluate_finetune(timm_settings(run, tmp_path, **changes))
-    with pytest.raises(FileNotFoundError, match="weights = .*does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"weights = .*does not exist"):
         evaluate_finetune(timm_settings(run, tmp_path, weights="nowhere.pth"))
 
 
 def test_views_reach_a_timm_vit_as_its_weights_know_them(run, tmp_path):
-    from iwm_fast.evals.arms import ArmInputs
-    from iwm_fast.evals.timm_arm import TimmNetwork, build_vit
-    from pipelines.batch import normalize_view
-    from pipelines.masks import all_patches
-
     vit = build_vit(timm_settings(run, tmp_path)).eval()
     assert vit.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -103,7 +103,9 @@ def test_sweeps_go_from_end_to_end_and_their_middle_is_the_image_itself():
 
 
 def test_only_what_training_varied_and_the_action_tells_is_swept_and_undone():
-    views = ViewConfig(saturation=0.0, blur_probability=0.0, action_entries=("brightness", "saturation", "blur", "solarize"))
+    views = ViewConfig(
+        saturation=0.0, blur_probability=0.0, action_entries=("brightness", "saturation", "blur", "solarize")
+    )
     assert swept_entries(views, "run") == ("brightness",) and undone_flags(views) == ("solarize",)
     assert swept_entries(ViewConfig(), "default") == JITTER
     assert undone_flags(ViewConfig()) == ("grayscale", "blur", "solarize")
@@ -122,7 +124,10 @@ def test_the_exact_predictor_retrieves_each_step_of_a_sweep(model, scene, entry)
 
 def test_a_deaf_predictor_retrieves_the_same_whatever_is_asked_for(model, scene):
     asked, retrieved = sweep("brightness", scene, 5, deaf(model), "default").rows
-    assert len({panel.pixels.tobytes() for panel in retrieved}) == 1 and len({panel.pixels.tobytes() for panel in asked}) == 5
+    assert (
+        len({panel.pixels.tobytes() for panel in retrieved}) == 1
+        and len({panel.pixels.tobytes() for panel in asked}) == 5
+    )
     assert sum(panel.is_right for panel in retrieved) <= 1
     wrong = next(panel for panel in retrieved if not panel.is_right)
     assert re.fullmatch(r"(as it is|× \d\.\d\d)( of another version)?; right one at rank \d+", wrong.caption)

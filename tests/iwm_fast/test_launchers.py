@@ -2,61 +2,28 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from iwm_fast.metrics import read_metrics
+from launchers import deepspeed, one_process, tiny_yaml, torchrun
 from samples import encode, photograph, write_tar
 
 pytestmark = pytest.mark.launcher
 
-TOOLS = Path(sys.executable).parent
-
 
 @pytest.fixture(scope="module")
 def run_yaml(tmp_path_factory, tiny_shards) -> Path:
-    settings = {
-        "data": {"train": tiny_shards.pattern, "val": tiny_shards.pattern, "shuffle_window": 2},
-        "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
-        "model": {"encoder": {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4},
-                  "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
-        "optim": {"global_batch_size": 16, "epochs": 4, "warmup_epochs": 1, "precision": "fp32"},
-        "runtime": {"device": "cpu"},
-        "output": {"log_every": 4, "checkpoint_every": 5},
-    }  # fmt: skip
-    path = tmp_path_factory.mktemp("launch") / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return tiny_yaml(tmp_path_factory.mktemp("launch") / "run.yaml", tiny_shards)
 
 
 def start(launcher: list[str], path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launcher, str(path), *overrides], capture_output=True, text=True, check=False, timeout=300)
-
-
-def deepspeed() -> list[str]:
-    launcher = [str(TOOLS / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()]
-    return [*launcher, "--module", "iwm_fast.train"]
-
-
-def torchrun() -> list[str]:
-    launcher = [str(TOOLS / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port()]
-    return [*launcher, "-m", "iwm_fast.train"]
-
-
-ALONE = [sys.executable, "-m", "iwm_fast.cli", "train"]
 
 
 def trained(launcher: list[str], path: Path, folder: Path, *overrides: str) -> Path:
@@ -67,7 +34,7 @@ def trained(launcher: list[str], path: Path, folder: Path, *overrides: str) -> P
 
 @pytest.fixture(scope="module")
 def alone(run_yaml, tmp_path_factory) -> Path:
-    return trained(ALONE, run_yaml, tmp_path_factory.mktemp("alone") / "run", "runtime.engine=plain")
+    return trained(one_process(), run_yaml, tmp_path_factory.mktemp("alone") / "run", "runtime.engine=plain")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +97,7 @@ def test_every_engine_trains_the_same_and_goes_on_bit_equal(alone, run_yaml, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [["runtime.zero_stage=3"], ["runtime.zero_stage=0"], ["runtime.engine=plain"]])
 def test_a_run_goes_on_in_another_engine_and_with_another_number_of_ranks(launched, run_yaml, tmp_path, settings):
-    for name, launcher in (("two", deepspeed()), ("one", ALONE)):
+    for name, launcher in (("two", deepspeed()), ("one", one_process())):
         stopped = stopped_at_5(launched, tmp_path / name)
         trained(launcher, run_yaml, stopped, *settings, "resume=auto")
         # the row before is the mean of fewer steps

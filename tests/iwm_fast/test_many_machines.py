@@ -17,19 +17,13 @@ from iwm_fast.config import RunConfig
 from iwm_fast.loop import run
 from iwm_fast.metrics import read_metrics
 from iwm_fast.settings import save_config
+from launchers import TOOLS, free_port
 from samples import encode, photograph, write_tar
 from tiny_runs import tiny_run
 
 pytestmark = pytest.mark.launcher
 
-TOOLS = Path(sys.executable).parent
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def is_free(number: int) -> bool:
@@ -37,18 +31,16 @@ def is_free(number: int) -> bool:
         return probe.connect_ex(("127.0.0.1", number)) != 0
 
 
-def deepspeed(folder: Path) -> list[list[str]]:
+def deepspeeds(folder: Path) -> list[list[str]]:
     hosts = folder / "hosts"
     hosts.write_text("node-0 slots=1\nnode-1 slots=1\n")
-    command = [str(TOOLS / "deepspeed"), "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", port()]
-    return [[*command, "--node_rank", node, "--module", "iwm_fast.train"] for node in "01"]
+    place = ["--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    return [[str(TOOLS / "deepspeed"), *place, "--node_rank", node, "--module", "iwm_fast.train"] for node in "01"]
 
 
-def torchrun(_: Path) -> list[list[str]]:
-    command = [str(TOOLS / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", port()]
-    return [[*command, "--node-rank", node, "-m", "iwm_fast.train"] for node in "01"]
+def torchruns(_: Path) -> list[list[str]]:
+    place = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    return [[str(TOOLS / "torchrun"), *place, "--node-rank", node, "-m", "iwm_fast.train"] for node in "01"]
 
 
 def start(machines: list[list[str]], settings: Path, log: Path) -> list[subprocess.Popen]:
@@ -80,7 +72,7 @@ def alone(tiny_shards, tmp_path_factory) -> torch.Tensor:
     return losses(folder)
 
 
-@pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", [deepspeeds, pytest.param(torchruns, marks=pytest.mark.slow)])
 def test_two_machines_train_what_one_process_trains(alone, tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", zero_stage=2)
     log = tmp_path / "log"
@@ -96,7 +88,7 @@ def one_bad_image(folder: Path) -> str:
     return str(folder / "bad.tar")
 
 
-@pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", [deepspeeds, pytest.param(torchruns, marks=pytest.mark.slow)])
 def test_an_error_on_one_rank_ends_all_machines_and_is_the_only_one_shown(tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", max_bad_samples=0.0)
     config = replace(config, data=replace(config.data, train=one_bad_image(tmp_path)))
@@ -111,7 +103,7 @@ def test_an_error_on_one_rank_ends_all_machines_and_is_the_only_one_shown(tiny_s
     assert printed.count("error (rank") == 1 and "bad.tar: sample '17': cannot decode the image" in printed
     assert printed.count("ends: another rank is gone or hangs") == 1 and "RuntimeError" not in printed, printed
     # torchrun closes with a traceback of its own
-    assert printed.count("Traceback") == (2 if launcher is torchrun else 0), printed
+    assert printed.count("Traceback") == (2 if launcher is torchruns else 0), printed
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from exact_predictor import FLAGS, Pair, deaf, exact
 from iwm_fast import world_model
 from iwm_fast.evals.bank import Bank, ask, draw_bank
-from iwm_fast.evals.config import EvalData, MrrConfig
+from iwm_fast.evals.config import EvalData, ImagineConfig, MrrConfig, PlanConfig
 from iwm_fast.evals.mrr import bank_ranks, chance, evaluate_mrr, ranks_in_bank
 from iwm_fast.evals.results import read_result
 from iwm_fast.loop import run
@@ -103,9 +103,7 @@ def test_a_set_that_is_smaller_than_asked_for_is_taken_whole(tiny_folder):
 
 def test_the_exact_predictor_ranks_first_in_each_family_and_a_deaf_one_at_chance(model, pixels):
     bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
-    suffered = [
-        Pair(source=ask(pixels, bank, flag, model).source, clean=pixels, flags=(flag,)) for flag in FLAGS
-    ]
+    suffered = [Pair(source=ask(pixels, bank, flag, model).source, clean=pixels, flags=(flag,)) for flag in FLAGS]
     models = [exact(model, Pair(source=pixels, clean=pixels), *suffered), deaf(model)]
     right, guessed = ranks_in_bank(models, pixels, bank, small("x"))
     assert right.shape == (4, 12) and (right == 1).all()
@@ -156,3 +154,11 @@ def test_a_run_without_a_world_model_is_refused_at_once(tiny_shards, tmp_path):
     folder = trained(tiny_shards, tmp_path / "run", depth=0)
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
         evaluate_mrr(small(folder, data=EvalData(val="/absent.tar")))
+
+
+def test_a_label_is_refused_where_none_is_compared_and_where_it_is_no_name():
+    for config in (MrrConfig, ImagineConfig, PlanConfig):
+        with pytest.raises(ValueError, match=r"data\.label must be left unset"):
+            config(run="x", data=EvalData(label="json.hue_bin"))
+    with pytest.raises(ValueError, match=r"data\.label must be cls or json\.NAME, got 'hue_bin'"):
+        EvalData(label="hue_bin")

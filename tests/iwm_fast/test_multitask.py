@@ -1,4 +1,4 @@
-"""Several tasks in one predictor: what belongs to one task reaches no other, and budgets are what they are said to be."""
+"""Several tasks in one predictor: what belongs to one reaches no other, and budgets are what they are said to be."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_a_batch_is_divided_by_slot_and_mixed_within_tasks(config, make_batch, a
     batch = replace(batch, source_view=task.float()[:, None, None, None].expand(-1, 3, 16, 16).contiguous())
     labels = [labels_of(np.arange(12) % 2, 2), labels_of(np.arange(12) % 3, 3), labels_of(np.arange(12) % 4, 4)]
     changes = {} if augment == "plain" else {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-    few = share_of_one(config(augment=replace(PLAIN, label_smoothing=0.0, **changes), global_batch_size=12), 3)
+    few = share_of_one(config(augment=replace(PLAIN, **{"label_smoothing": 0.0} | changes), global_batch_size=12), 3)
     seen = []
     divide = Division(labels, few, lambda view: (seen.append(view), view.flatten(2).transpose(1, 2))[1], PLACE)
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def test_what_cannot_be_learnt_is_said_before_anything_is_trained(place, config,
     assert "no 'size'" in refusal(ShardError, tasks="a: {label: json.size}")
     assert "no class that is known" in refusal(ShardError, tasks="a: {label: json.right, classes: [red, green]}")
     assert "weight must be a number above 0" in refusal(ValueError, tasks="a: {label: cls, weight: -1}")
-    with pytest.raises(ValueError, match="data.label must be left unset: the file of tasks names labels"):
+    with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names labels"):
         config(data=EvalData(label="json.right"))
     assert not (Path(run_folder) / "evaluations" / "multitask_wrong").exists()
 

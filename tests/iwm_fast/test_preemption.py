@@ -17,11 +17,11 @@ from launchers import (
     PATIENCE_S,
     WATCHED,
     Started,
-    alone,
     catches,
     checkpoints_in,
     deepspeed,
     launch_process,
+    one_process,
     starting,
     tiny_yaml,
     torchrun,
@@ -56,6 +56,8 @@ def assert_preempted(run: Started, reason: str) -> int:
 
 def assert_goes_on(run: Started, launcher: list[str], start, step: int) -> None:
     resumed = start(launcher, "resume=auto")
+    # which it says when rows behind the checkpoint are gone
+    resumed.wait_for(lambda: read_status(run.folder)["state"] == "running")
     resumed.wait_for(lambda: any(row["step"] >= step + 3 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
     assert [row["step"] for row in read_metrics(run.folder)][:step] == list(range(1, step + 1))
@@ -63,11 +65,11 @@ def assert_goes_on(run: Started, launcher: list[str], start, step: int) -> None:
 
 @pytest.mark.launcher
 def test_a_process_alone_stops_behind_its_step_and_goes_on(start):
-    run = start(alone())
+    run = start(one_process())
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == EXIT_PREEMPTED
-    assert_goes_on(run, alone(), start, assert_preempted(run, "SIGTERM"))
+    assert_goes_on(run, one_process(), start, assert_preempted(run, "SIGTERM"))
 
 
 SIGNALLED = {
@@ -101,14 +103,14 @@ def test_all_ranks_stop_together_whoever_is_told(start, case):
 
 @pytest.mark.launcher
 def test_a_stop_while_the_run_starts_leaves_a_status_and_no_checkpoint(start):
-    run = start(alone())
+    run = start(one_process())
     # as soon as the process listens: before its data and networks are there
     run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED
     assert read_status(run.folder)["state"] == "preempted", run.log.read_text()
     assert not checkpoints_in(run.folder)
-    start(alone(), "resume=auto").wait_for_steps()
+    start(one_process(), "resume=auto").wait_for_steps()
 
 
 @pytest.mark.launcher
@@ -138,11 +140,11 @@ def test_a_rank_that_hangs_ends_the_run_after_the_time_that_ranks_wait(start):
 
 @pytest.mark.launcher
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(start):
-    run = start(alone())
+    run = start(one_process())
     run.wait_for_steps()
     log = run.log.read_text
     second = subprocess.run(
-        [*alone(), str(run.folder / "config.yaml"), "resume=auto"], capture_output=True, text=True, check=False
+        [*one_process(), str(run.folder / "config.yaml"), "resume=auto"], capture_output=True, text=True, check=False
     )
     assert second.returncode == 2 and "Traceback" not in second.stderr
     assert f"is in use by another run (last heard of as process {run.process.pid}" in second.stderr
@@ -153,7 +155,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(start)
 
 @pytest.mark.launcher
 def test_a_run_that_ends_says_finished(start):
-    run = start(alone(), "optim.epochs=2", "optim.warmup_epochs=0.5")
+    run = start(one_process(), "optim.epochs=2", "optim.warmup_epochs=0.5")
     assert run.end() == 0
     status = read_status(run.folder)
     assert status["state"] == "finished" and checkpoints_in(run.folder) == [f"step-{status['step']:08d}"]
@@ -190,7 +192,7 @@ def test_what_cannot_reach_the_end_of_its_step_ends_all_the_same(tmp_path):
 @pytest.mark.launcher
 def test_a_checkpoint_is_finished_however_long_the_disk_takes(start):
     # its six files and folders take longer than a stop may take to reach the end of its step
-    run = start(alone(WATCHED), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
+    run = start(one_process(WATCHED), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
     run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
@@ -215,7 +217,7 @@ def test_a_run_that_is_killed_while_it_saves_its_stop_was_preempted_and_has_not_
     status = read_status(run.folder)
     assert status["state"] == "preempted" and "another rank is gone" in status["reason"], run.log.read_text()
     assert "step" not in status, "it names no checkpoint that is not there"
-    assert_goes_on(run, alone(), start, int(checkpoints_in(run.folder)[-1].removeprefix("step-")))
+    assert_goes_on(run, one_process(), start, int(checkpoints_in(run.folder)[-1].removeprefix("step-")))
 
 
 @pytest.mark.launcher
@@ -234,8 +236,8 @@ def test_what_cannot_reach_the_end_of_its_step_says_so_before_its_launcher_kills
 @pytest.mark.launcher
 def test_a_failure_of_an_earlier_start_does_not_hide_that_this_one_was_stopped(start, tmp_path):
     write_status(tmp_path / "run", "failed", step=4, reason="disk full")
-    # gives up at once, as a start would that hangs
-    run = start(alone(WATCHED), IWM_TEST_GRACE_S="0")
+    # gives up while torch is imported, as a start would that hangs
+    run = start(one_process(WATCHED), IWM_TEST_GRACE_S="1")
     run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED

@@ -18,7 +18,7 @@ import pytest
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast.metrics import read_metrics
 from iwm_fast.preemption import read_status
-from launchers import PATIENCE_S, WATCHED, Started, alone, catches, deepspeed, starting, tiny_yaml, torchrun
+from launchers import PATIENCE_S, WATCHED, Started, catches, deepspeed, one_process, starting, tiny_yaml, torchrun
 from samples import encode, photograph, write_tar
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(600)]
@@ -137,6 +137,7 @@ def assert_ended_in_order(run: Started, reason: str) -> int:
 
 
 def assert_goes_on(run: Started, again: Started, step: int) -> None:
+    again.wait_for(lambda: read_status(run.folder)["state"] == "running")
     again.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
     assert f"going on from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
@@ -162,4 +163,4 @@ def test_a_stop_is_in_order_whatever_it_interrupts_and_whoever_is_told(start, la
     assert run.end() != 0 or case[:3] in DIES
     step = assert_ended_in_order(run, reason)
     if case in GO_ON:
-        assert_goes_on(run, start(alone(), *settings, "resume=auto"), step)
+        assert_goes_on(run, start(one_process(), *settings, "resume=auto"), step)

@@ -213,6 +213,8 @@ def test_a_mixed_epoch_has_each_example_once_with_its_label_in_an_order_of_its_o
     epochs = [torch.cat([label for _, label in batches[first : first + 8]]).tolist() for first in (0, 8, 16)]
     assert all(sorted(epoch) == list(range(0, 600, 20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+    # runs of three are mixed, too
+    assert all((np.diff(epoch) == 20).sum() < 10 for epoch in epochs)
     again, other = (torch.cat([label for _, label in part.mixed(4, 3, seed)]).tolist() for seed in (0, 1))
     assert again == [label for epoch in epochs for label in epoch] != other
 

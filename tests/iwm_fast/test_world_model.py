@@ -96,7 +96,9 @@ def test_a_change_that_the_actions_do_not_have_is_refused_with_those_they_have(t
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0), action_entries=("hue", "blur"))
     model = world_model.untrained(replace(tiny_config(), views=views))
     assert model.action(hue=0.1).shape == (1, 2)
-    with pytest.raises(ValueError, match=r"action must name entries of this run's actions, which are hue, blur, got 'brightness'"):
+    with pytest.raises(
+        ValueError, match=r"action must name entries of this run's actions, which are hue, blur, got 'brightness'"
+    ):
         model.action(brightness=0.5)
 
 
