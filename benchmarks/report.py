@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    feature_tables,
     goals,
     machine,
     offline_figures,
@@ -23,6 +24,8 @@ PIPELINES = "-pipelines"
 """What names of files end with that hold measurements of the data line."""
 STEPS = "-train-step"
 """The same of the training step."""
+FEATURES = "-features"
+"""The same of frozen features."""
 README = Path(__file__).parent / "README.md"
 ARCH = 90
 
@@ -35,6 +38,7 @@ Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
 python -m benchmarks.gpu_check               on a GPU: tests first, then every timing
 python -m benchmarks.bench_pipelines         the data line, on a GPU or a CPU; --quick: in a minute or two
 python -m benchmarks.bench_train_step        the step under every engine, on a GPU or a CPU; --quick: does it run?
+python -m benchmarks.bench_features          frozen features beside the encoder's forward, on a GPU or a CPU
 python -m benchmarks.bench_kernels           the fused operations; without a GPU the offline figures
 python -m benchmarks.bench_kernels --sweep   other settings of the attention tables
 python -m benchmarks.bench_kernels --only offline --arch 80 90 100 --write
@@ -63,6 +67,12 @@ nothing with a cached one. On two ranks "backward" and "optimizer" hold their ex
 a multiply-add as two.
 """
 
+_FEATURES_NOTE = """\
+An untrained encoder in float32 looks at each photograph once. "Forward alone" has its batches in memory; an extraction
+begins with a closed loader and ends with a published file. They take turns over all images; "over forward" is the
+median over rounds of how much longer an extraction takes than the forward of the same round.
+"""
+
 _KERNELS_NOTE = """\
 Times are medians of the device's, by events, out of the cache, providers in turns; in brackets the share of the time
 that the task's fewest bytes take at the copy bandwidth measured in the same run. A backward pass has its own forward
@@ -89,13 +99,15 @@ calculated, not measured.
 
 def main() -> None:
     """Write the README."""
-    README.write_text(render(committed(), committed_pipelines(), committed_steps()), encoding="utf-8")
+    README.write_text(
+        render(committed(), committed_pipelines(), committed_steps(), committed_features()), encoding="utf-8"
+    )
     print(f"written to {README}")
 
 
 def committed() -> list[Record]:
     """Return all committed records of fused operations but those of sweeps."""
-    others = ("-sweep", PIPELINES, STEPS)
+    others = ("-sweep", PIPELINES, STEPS, FEATURES)
     paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith(others)]
     return [record for path in paths for record in records.read(path)]
 
@@ -110,6 +122,11 @@ def committed_steps() -> list[Record]:
     return [record for path in sorted(RESULTS.glob(f"*{STEPS}.jsonl")) for record in records.read(path)]
 
 
+def committed_features() -> list[Record]:
+    """Return all committed records of frozen features."""
+    return [record for path in sorted(RESULTS.glob(f"*{FEATURES}.jsonl")) for record in records.read(path)]
+
+
 def newest_gpu(found: Sequence[Record]) -> list[Record]:
     """Return the records of the GPU that was measured last."""
     measured = [record for record in found if record.machine.get("gpu")]
@@ -119,11 +136,19 @@ def newest_gpu(found: Sequence[Record]) -> list[Record]:
     return [record for record in measured if record.machine["gpu"] == gpu]
 
 
-def render(found: Sequence[Record], pipelines: Sequence[Record] = (), steps: Sequence[Record] = ()) -> str:
-    """Return the README for records of fused operations, of the data line and of the training step."""
+def render(
+    found: Sequence[Record],
+    pipelines: Sequence[Record] = (),
+    steps: Sequence[Record] = (),
+    features: Sequence[Record] = (),
+) -> str:
+    """Return the README for records of fused operations, of the data line, the training step and frozen features."""
     parts = [_HEAD, "# Data line\n", _PIPELINES_NOTE]
     parts += _of_machines(pipelines, pipeline_tables.sections, pipeline_goals.rows)
     parts += ["# Training step\n", _STEPS_NOTE, *_of_machines(steps, step_tables.sections, step_goals.rows)]
+    if features:
+        parts += ["# Frozen features\n", _FEATURES_NOTE]
+        parts += _of_machines(features, feature_tables.sections, lambda _: [])
     parts += ["# Fused operations\n", _KERNELS_NOTE]
     gpus = list(dict.fromkeys(record.machine["gpu"] for record in found if record.machine.get("gpu")))
     for gpu in gpus:

@@ -21,8 +21,8 @@ IGNORED = 255
 def painted(path: Path, count: int, *, seed: int, classes: int = 4, has_masks: bool = True) -> str:
     """Write a shard of images of two halves of two classes each, whose upper and lower rims are ignored.
 
-    `cls` is the class of the left half, json.right the name of the right one's, json.wide whether the image is wider
-    than high.
+    `cls` is the class of the left half, json.right the name of the right one's; json.red and json.blue say whether that
+    is the colour of any.
     """
     generator, content = np.random.default_rng(seed), []
     for number in range(count):
@@ -32,7 +32,7 @@ def painted(path: Path, count: int, *, seed: int, classes: int = 4, has_masks: b
         mask[:, width // 2 :] = right
         pixels = np.clip(COLOURS[mask] + generator.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8)
         mask[:2], mask[-2:] = IGNORED, IGNORED
-        note = {"right": NAMES[right], "wide": bool(width > height)}
+        note = {"right": NAMES[right], "red": 1 in (left, right), "blue": 3 in (left, right)}
         parts = {"jpg": encode(pixels), "cls": str(left).encode(), "json": json.dumps(note).encode()}
         parts |= {"seg.png": encode(mask, "PNG")} if has_masks else {}
         content += [(f"{number:04}.{end}", part) for end, part in parts.items()]

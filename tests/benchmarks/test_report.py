@@ -156,5 +156,7 @@ def test_every_machines_data_line_has_its_table_beside_the_fused_operations():
 
 
 def test_the_committed_readme_is_what_the_results_say():
-    wanted = report.render(report.committed(), report.committed_pipelines(), report.committed_steps())
+    wanted = report.render(
+        report.committed(), report.committed_pipelines(), report.committed_steps(), report.committed_features()
+    )
     assert report.README.read_text(encoding="utf-8") == wanted, "run python -m benchmarks.report"

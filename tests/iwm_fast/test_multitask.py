@@ -147,19 +147,21 @@ def test_a_task_alone_has_as_many_steps_and_its_share_of_each_batch(config):
 
 
 def test_one_predictor_learns_both_tasks_beside_one_each(place, config):
-    result = evaluate_multitask(config(global_batch_size=16, epochs=16.0))
-    names = ["left", "right", "mean", "left alone", "right alone", "mean alone"]
+    tasks = "red: {label: json.red}\nblue: {label: json.blue}"
+    result = evaluate_multitask(config(tasks=tasks, global_batch_size=32, epochs=16.0))
+    names = ["red", "blue", "mean", "red alone", "blue alone", "mean alone"]
     assert [row.subject for row in result.rows] == names and {row.metric for row in result.rows} == {"accuracy"}
     rows = {row.subject: row for row in result.rows}
-    assert all(row.low <= row.value <= row.high and row.chance == 0.25 for row in result.rows)
-    assert all(row.value > 0.6 for row in result.rows), rows
-    for name in ("left", "right", "mean"):
+    assert all(row.low <= row.value <= row.high and row.chance == 0.5 for row in result.rows)
+    assert rows["mean"].value > 0.75 and rows["mean alone"].value > 0.75
+    for name in ("red", "blue", "mean"):
         assert rows[name].control == rows[f"{name} alone"].value and rows[name].control_name == "alone"
-    assert rows["mean"].value == pytest.approx((rows["left"].value + rows["right"].value) / 2)
-    assert rows["mean alone"].num_tuned == rows["left alone"].num_tuned + rows["right alone"].num_tuned
-    shared = rows["left alone"].num_tuned + rows["right alone"].num_tuned - rows["left"].num_tuned
-    assert shared == sum(p.numel() for p in world_model.load(result.settings["run"]).predictor.parameters())
-    assert result.details["images_of_each_task"] == result.details["steps"] * 8 == 48 * 8
+    assert rows["mean"].value == pytest.approx((rows["red"].value + rows["blue"].value) / 2)
+    assert rows["mean alone"].num_tuned == rows["red alone"].num_tuned + rows["blue alone"].num_tuned
+    shared = rows["mean alone"].num_tuned - rows["mean"].num_tuned
+    predictor = world_model.load(result.settings["run"]).predictor
+    assert shared == sum(parameter.numel() for parameter in predictor.parameters())
+    assert result.details["images_of_each_task"] == result.details["steps"] * 16 == 24 * 16
     path = Path(result.settings["run"]) / "evaluations" / "multitask.json"
     assert read_result(path).rows == result.rows
 

@@ -336,3 +336,15 @@ def test_a_weak_choice_of_hyperparameters_is_said(run_folder, caplog):
     evaluate_linear(config)
     assert "hyperparameters of 3 classes are chosen on 1 images: raise holdout" in caplog.text
     assert "ones may be better still" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(run_folder):
+    for evaluate, config in TASKS.values():
+        found = [
+            evaluate(replace(config, run=str(run_folder), data=TINT, device=device)).row("encoder", "accuracy")
+            for device in ("cpu", "cuda")
+        ]
+        assert [row.value for row in found] == [1.0, 1.0]
+    rows = sorted((run_folder / "features").glob("*/rows.npy"), key=lambda path: path.stat().st_size)
+    assert len(rows) == 16, "each device has its own"
