@@ -85,6 +85,9 @@ class BareEngine:
     def load_state(self, state: dict[str, Tensor]) -> None:
         raise NotImplementedError("a bare loop loads nothing")
 
+    def release(self) -> None:
+        raise NotImplementedError("a bare loop holds nothing that it could give back")
+
 
 class Training:
     """A run that has been built and goes on step by step."""

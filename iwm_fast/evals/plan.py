@@ -115,6 +115,12 @@ class Plan:
     distance_after: float
     """Of the target's tokens and the prediction for the change."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.words}\n"
+            f"distance to the target's tokens: {self.distance_before:.4f} for no change, {self.distance_after:.4f} for this"
+        )
+
 
 def plan_images(config: PlanConfig) -> Plan:
     """Search the change from `source` to `target`, both cut to their largest centred square.

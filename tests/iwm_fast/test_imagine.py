@@ -139,7 +139,9 @@ def test_the_exact_predictor_undoes_what_a_source_has_suffered(model, scene, fla
     case = undo(flag, scene, exact(model, Pair(source=source, clean=scene.pixels, flags=(flag,))))
     shown, asked, retrieved = case.panels
     assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(asked.pixels, scene.pixels.numpy())
-    assert retrieved.is_right and case.rank == 1 and case.num_candidates == 13
+    assert retrieved.is_right and retrieved.caption == "right" and case.rank == 1 and case.num_candidates == 13
+    missed = undo(flag, scene, deaf(model))
+    assert missed.panels[2].is_right == (missed.rank == 1) == (missed.panels[2].caption == "right")
 
 
 def test_the_first_member_of_the_bank_is_asked_for(model, scene):

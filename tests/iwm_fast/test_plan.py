@@ -266,6 +266,7 @@ def test_the_change_between_two_image_files_is_said_in_natural_units(folder, fil
     assert plan.distance_before == pytest.approx(distance(model.action()), rel=1e-4)
     assert plan.distance_after == pytest.approx(distance(model.action(**plan.change)), rel=1e-4)
     assert plan.distance_after < plan.distance_before and "brightness" in plan.words
+    assert str(plan).startswith(plan.words) and f"{plan.distance_after:.4f} for this" in str(plan)
 
 
 def test_files_that_are_missing_or_no_images_are_refused_by_name(folder, files, tmp_path):
