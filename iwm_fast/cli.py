@@ -99,7 +99,7 @@ def _imagine(arguments: list[str]) -> None:
     config = read_settings(_imagine_config(), arguments)
     from iwm_fast.evals.imagine import imagine
 
-    print(imagine(config))
+    print(*imagine(config), sep="\n")
 
 
 def _plan(arguments: list[str]) -> None:

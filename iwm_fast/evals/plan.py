@@ -116,10 +116,8 @@ class Plan:
     """Of the target's tokens and the prediction for the change."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.words}\n"
-            f"distance to the target's tokens: {self.distance_before:.4f} for no change, {self.distance_after:.4f} for this"
-        )
+        distances = f"{self.distance_before:.4f} for no change, {self.distance_after:.4f} for this"
+        return f"{self.words}\ndistance to the target's tokens: {distances}"
 
 
 def plan_images(config: PlanConfig) -> Plan:

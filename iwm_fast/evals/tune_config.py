@@ -154,7 +154,8 @@ class FinetuneConfig(TuneTask):
     arms: str = "all"
     """Which, joined by commas: encoder, predictor, random_predictor, attentive, end_to_end."""
     timm: str = ""
-    """Name of a timm ViT whose encoder arm is measured instead of a run's; then give `to` instead of `run`."""
+    """Name of a timm ViT whose encoder arm is measured instead of a run's, with its tag if it has one, which says how
+    pixels are normalised (vit_base_patch16_224.mae); then give `to` instead of `run`."""
     weights: str = ""
     """Its weights, a .safetensors or .pth file; unset: new ones."""
     to: str = ""

@@ -199,10 +199,10 @@ def losses(run, folder, arm, **runtime):
 
 @pytest.mark.parametrize(
     ("arm", "stage"),
-    [("end_to_end", 1), ("end_to_end", 3), ("encoder", 2)]
+    [("end_to_end", 1), ("end_to_end", 3)]
     + [
         pytest.param(arm, stage, marks=pytest.mark.slow)
-        for arm, stages in (("end_to_end", (0, 2)), ("encoder", (0, 1, 3)), ("predictor", (0, 1, 2, 3)))
+        for arm, stages in (("end_to_end", (0, 2)), ("encoder", (0, 1, 2, 3)), ("predictor", (0, 1, 2, 3)))
         for stage in stages
     ],
 )
