@@ -112,7 +112,7 @@ def test_value_and_control_are_the_run_and_the_networks_before_training(run_fold
     names = ("tiny-000000.tar", "tiny-{000001..000002}.tar")
     data = EvalData(**{of: str(tiny_shards.folder / name) for of, name in zip(("train", "val"), names, strict=True)})
     controls = set()
-    for seed in range(4):
+    for seed in (0, 2):
         config = KnnConfig(run=str(run_folder), seed=seed, data=data)
         row = evaluate_knn(config).row("encoder", "accuracy")
         compared = open_comparison(config)

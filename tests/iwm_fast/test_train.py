@@ -14,15 +14,18 @@ from safetensors.torch import load_file
 
 from iwm_fast import checkpoint as checkpoints
 from iwm_fast import distributed, world_model
+from iwm_fast.command_config import ExportConfig
 from iwm_fast.commit import CheckpointError
 from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.data import training_loader
+from iwm_fast.export import export
 from iwm_fast.loop import run, train
 from iwm_fast.metrics import MetricWriter, read_metrics
 from iwm_fast.schedules import build_schedules
 from iwm_fast.step import train_step
 from iwm_fast.trainer import build_trainer
 from pipelines.config import DataConfig
+from samples import encode, photograph
 from tiny_runs import STEPS, losses, tiny_run
 
 
@@ -169,18 +172,22 @@ def test_the_teacher_is_what_is_loaded_and_it_lags_behind_the_encoder(tiny_shard
     assert 0 < (state[f"teacher/{name}"] - untrained).norm() < 0.2 * moved
 
 
-def test_the_example_of_the_readme_works_and_its_export_is_timms(tiny_shards, tmp_path):
+def test_the_example_of_the_readme_works_and_the_runs_export_is_timms(tiny_shards, tmp_path, monkeypatch):
     run(tiny_run(tiny_shards, tmp_path / "run"))
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    assert len([line for line in example.splitlines() if line]) == 5
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").write_bytes(encode(photograph("coffee.png")))
     names: dict[str, Any] = {}
-    exec(example.replace("runs/demo", str(tmp_path / "run")).replace("32, 32", "16, 16"), names)
-    assert names["imagined"].shape == names["tokens"].shape == (1, 16, 32)
-    described = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    exec(example.replace("runs/demo", "run"), names)
+    assert names["imagined"].shape == (1, 16, 32)
+    folder = export(ExportConfig(run="run", to="export"))
+    described = json.loads((folder / "config.json").read_text())
     encoder = eval(described["encoder"]["call"], {"timm": timm})
-    encoder.load_state_dict(load_file(tmp_path / "run" / "export" / "encoder.safetensors"), strict=True)
-    features = encoder.eval()(names["view"])
-    torch.testing.assert_close(features, names["tokens"].mean(dim=1), atol=1e-5, rtol=1e-4)
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"), strict=True)
+    features = encoder.eval()(names["image"])
+    torch.testing.assert_close(features, names["model"].encode(names["image"]).mean(dim=1), atol=1e-5, rtol=1e-4)
 
 
 def test_the_identity_predictor_trains_with_its_own_terms(place, tiny_shards, tmp_path):
