@@ -158,7 +158,8 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
         loader.close()
         # DALI's graph is in a cycle: its memory, a quarter of a GB, would stay until Python clears up
         del loader
-        gc.collect()
+        if model.config.runtime.loader == "dali":
+            gc.collect()
 
 
 def encoded(

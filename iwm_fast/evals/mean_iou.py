@@ -47,6 +47,13 @@ def mean_iou(counts: Int64[np.ndarray, "images 3 K"]) -> float:
     return float(_mean_iou(_require_some(counts.sum(axis=0))))
 
 
+def class_iou(counts: Int64[np.ndarray, "images 3 K"]) -> list[float | None]:
+    """Return each class's intersection over union, of all images together; None for a class that does not occur."""
+    right, predicted, true = counts.sum(axis=0)
+    union = np.maximum(predicted + true - right, 1)
+    return [float(share) if occurs else None for share, occurs in zip(right / union, true > 0, strict=True)]
+
+
 def pixel_accuracy(counts: Int64[np.ndarray, "images 3 K"]) -> float:
     """Return the share of the pixels, of all images together, whose class was found.
 

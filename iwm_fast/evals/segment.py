@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.distributed import Place, on_rank_zero
-from iwm_fast.evals.features import training_shards, validation_shards
+from iwm_fast.evals.features import spread, training_shards, validation_shards
 from iwm_fast.evals.mean_iou import mean_iou, pixel_counts
 from iwm_fast.evals.parts import here
 from iwm_fast.evals.results import Result, save_result
@@ -31,6 +31,9 @@ from pipelines.segmentation import require_masks
 
 log = logging.getLogger("iwm_fast")
 
+# images that are looked at for each one in the picture
+_CANDIDATES = 16
+
 
 def evaluate_segment(config: SegmentConfig) -> Result:
     """Train the arms, or go on with them, and report each one's mean IoU; draws a picture; collective.
@@ -42,16 +45,17 @@ def evaluate_segment(config: SegmentConfig) -> Result:
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
     bench = _open(config, here(config))
+    chosen = choose_shown(bench)
     learnt, answers = {}, {}
     for name in config.arms.split(","):
-        learnt[name], answers[name] = _learn(name, bench)
+        learnt[name], answers[name] = _learn(name, bench, chosen)
         gc.collect()
     result = report(config, bench.model.step, bench.num_classes, learnt)
-    shown = _show(bench)
+    shown = _show(bench, chosen)
 
     def save() -> None:
         save_result(config.run, result)
-        title = f"{result.name}, step {result.step}: validation images, their maps, and what each arm finds"
+        title = f"{result.name}, step {result.step}: validation images of several classes, their maps, and what each arm finds"
         save_picture(bench.folder.with_name(f"{result.name}.png"), shown, answers, config.ignore_index, title)
 
     on_rank_zero(save)
@@ -75,7 +79,25 @@ def _open(config: SegmentConfig, place: Place) -> Bench:
     )
 
 
-def _learn(name: str, bench: Bench) -> tuple[Learnt, Answer]:
+def choose_shown(bench: Bench) -> Int64[np.ndarray, "samples"]:
+    """Choose validation images for the picture, those with most classes of some at equal distances; collective.
+
+    What covers less than a twentieth of an image is not counted.
+    """
+    candidates = spread(bench.val.num_samples, _CANDIDATES * bench.config.num_shown)
+    with bench.masks(bench.val) as masks:
+
+        def sizes(batch: Batch) -> Int64[Tensor, "B K"]:
+            mask = masks.begin(batch)()
+            return pixel_counts(mask, mask, bench.num_classes, bench.config.ignore_index)[:, 2]
+
+        pixels = predict(sizes, bench.settings, bench.val, candidates, bench.place).numpy()
+    num_seen = (pixels > bench.settings.views.size**2 / 20).sum(axis=1)
+    order = np.argsort(-num_seen, kind="stable")
+    return np.sort(candidates[order[: bench.config.num_shown]])
+
+
+def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tuple[Learnt, Answer]:
     """Train an arm, or go on with it, and ask it about the validation images; collective."""
     config, settings, place = bench.config, bench.settings, bench.place
     arm, size = build_arm(name, bench), settings.views.size
@@ -93,15 +115,15 @@ def _learn(name: str, bench: Bench) -> tuple[Learnt, Answer]:
             return pixel_classes(arm.module(arm.inputs(batch, masks)), size).to(torch.uint8)
 
         counts = predict(found, settings, bench.val, np.arange(bench.val.num_samples), place).numpy()
-        classes = predict(painted, settings, bench.val, bench.shown, place).numpy()
+        classes = predict(painted, settings, bench.val, chosen, place).numpy()
     measured = mean_iou(counts)
     log.info("%s: mean IoU %.4f, %d steps, %.0f s", name, measured, tuned.steps, tuned.time_s)
-    return Learnt(counts=counts, tuned=tuned), Answer(classes=classes, counts=counts[bench.shown], mean_iou=measured)
+    return Learnt(counts=counts, tuned=tuned), Answer(classes=classes, counts=counts[chosen], mean_iou=measured)
 
 
-def _show(bench: Bench) -> Shown:
+def _show(bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> Shown:
     with bench.masks(bench.val) as masks:
-        given = bench.settings, bench.val, bench.shown, bench.place
+        given = bench.settings, bench.val, chosen, bench.place
         pixels = predict(lambda batch: denormalize_view(batch.source_view), *given)
         mask = predict(lambda batch: masks.begin(batch)(), *given)
     return Shown(pixels=pixels.numpy(), mask=mask.numpy())

@@ -4,15 +4,13 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from iwm_fast.config import RunConfig
 from iwm_fast.distributed import Place
 from iwm_fast.evals.arms import lr_scale, tensors_digest
-from iwm_fast.evals.features import spread
 from iwm_fast.evals.job import Job
 from iwm_fast.evals.parts import Encode, frozen, networks, seeded
 from iwm_fast.evals.segment_network import SegmentInputs, SegmentNetwork, pixel_loss
@@ -47,11 +45,6 @@ class Bench:
     def folder(self) -> Path:
         """Where the task keeps its jobs."""
         return task_folder(self.config.run, "segment", self.config.name)
-
-    @property
-    def shown(self) -> Int64[np.ndarray, "samples"]:
-        """The validation images of the picture."""
-        return spread(self.val.num_samples, self.config.num_shown)
 
     def masks(self, shards: ShardSet) -> ViewMasks:
         """Start to read maps for views of these samples."""

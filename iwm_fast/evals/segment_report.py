@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from iwm_fast.evals.mean_iou import guessed, interval, mean_iou, pixel_accuracy, resampled_mean_iou
+from iwm_fast.evals.mean_iou import class_iou, guessed, interval, mean_iou, pixel_accuracy, resampled_mean_iou
 from iwm_fast.evals.results import Result, Row
 from iwm_fast.evals.tune_config import SegmentConfig
 from iwm_fast.evals.tuning import Tuned, task_folder
@@ -43,6 +43,7 @@ def report(config: SegmentConfig, step: int, num_classes: int, learnt: dict[str,
     details: dict[str, Any] = {
         "num_classes": num_classes,
         "pixels_of_each_class": some.counts[:, 2].sum(axis=0).tolist(),
+        "iou_of_each_class": {arm: class_iou(one.counts) for arm, one in learnt.items()},
         "steps": {arm: one.tuned.steps for arm, one in learnt.items()},
     }
     if {"predictor", "random_predictor"} <= learnt.keys():

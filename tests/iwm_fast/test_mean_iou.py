@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.evals.mean_iou import guessed, interval, mean_iou, pixel_accuracy, pixel_counts, resampled_mean_iou
+from iwm_fast.evals.mean_iou import (
+    class_iou,
+    guessed,
+    interval,
+    mean_iou,
+    pixel_accuracy,
+    pixel_counts,
+    resampled_mean_iou,
+)
 
 IGNORE = 255
 # two images of 2 x 3 pixels, three classes and a fourth that never occurs
@@ -23,6 +31,7 @@ def test_pixels_are_counted_by_image_and_class__by_hand():
 def test_mean_iou_is_over_the_classes_that_occur__by_hand():
     # class 0: 2 of 3 + 3 - 2; class 1: 2 of 3 + 3 - 2; class 2: 2 of 2 + 3 - 2; class 3 does not occur
     assert mean_iou(counts()) == pytest.approx((2 / 4 + 2 / 4 + 2 / 3) / 3)
+    assert class_iou(counts()) == [2 / 4, 2 / 4, 2 / 3, None]
     assert pixel_accuracy(counts()) == pytest.approx(6 / 9)
 
 

@@ -16,9 +16,10 @@ from iwm_fast.evals.segment import evaluate_segment
 from iwm_fast.evals.segment_network import pixel_classes, pixel_loss, pixel_scores
 from iwm_fast.evals.segment_picture import paint
 from iwm_fast.evals.tune_config import DenseAugmentConfig, SegmentConfig
-from painted import painted, painted_run, tuning
+from painted import COLOURS, painted, painted_run, tuning
 from pipelines.config import RandAugmentConfig
 from pipelines.tar_index import ShardError
+from samples import encode, write_tar
 
 ARMS = "head,untrained_head,predictor,random_predictor,encoder"
 
@@ -86,6 +87,8 @@ def test_arms_learn_what_the_maps_say_beside_their_controls(place, run_folder):
     for arm, control in (("predictor", "random_predictor"), ("head", "untrained_head")):
         assert rows[arm].control_name == control and rows[arm].control == rows[control].value
     assert rows["head"].num_tuned == 33 * 4 < rows["predictor"].num_tuned < rows["encoder"].num_tuned
+    of_classes = result.details["iou_of_each_class"]
+    assert all(np.mean(of_classes[arm]) == pytest.approx(row.value) for arm, row in rows.items())
     gain = result.details["gain_of_pretraining"]
     assert gain["mean_iou"] == rows["predictor"].value - rows["random_predictor"].value
     assert result.details["num_classes"] == 4 and gain["low"] <= gain["mean_iou"] <= gain["high"]
@@ -96,6 +99,22 @@ def test_arms_learn_what_the_maps_say_beside_their_controls(place, run_folder):
         assert sheet.height > 1.8 * sheet.width
     # nothing is trained again: the same times
     assert evaluate_segment(config).rows == result.rows
+
+
+def test_the_picture_shows_images_of_several_classes(place, run_folder, tmp_path):
+    from iwm_fast.evals.segment import _open, choose_shown
+
+    content = []
+    for number in range(10):
+        # two classes, four in images 3 and 8, and a pixel of a third in image 5
+        mask = np.repeat(np.arange(4 if number in (3, 8) else 2, dtype=np.uint8), 10 if number in (3, 8) else 20)
+        mask = np.tile(mask, (40, 1))
+        mask[0, 0] = 2 if number == 5 else 0
+        content += [(f"{number}.jpg", encode(COLOURS[mask])), (f"{number}.seg.png", encode(mask, "PNG"))]
+    write_tar(tmp_path / "val.tar", content)
+    data = EvalData(val=str(tmp_path / "val.tar"))
+    bench = _open(SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning()), place)
+    assert choose_shown(bench).tolist() == [0, 3, 8]
 
 
 def test_micro_batches_do_not_change_the_outcome(place, run_folder):
