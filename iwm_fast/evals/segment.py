@@ -55,7 +55,7 @@ def evaluate_segment(config: SegmentConfig) -> Result:
 
     def save() -> None:
         save_result(config.run, result)
-        title = f"{result.name}, step {result.step}: validation images of several classes, their maps, and what each arm finds"
+        title = f"{result.name}, step {result.step}: validation images, their maps, and what each arm finds"
         save_picture(bench.folder.with_name(f"{result.name}.png"), shown, answers, config.ignore_index, title)
 
     on_rank_zero(save)
