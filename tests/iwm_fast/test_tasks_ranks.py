@@ -43,6 +43,7 @@ def values(lines: list[str]) -> list[float]:
 
 
 @pytest.mark.multi_rank
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path):
     folder = painted_run(tmp_path)
     tasks = tmp_path / "tasks.yaml"
