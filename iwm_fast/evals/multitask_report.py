@@ -63,7 +63,11 @@ def report(
     control = np.mean(single, axis=0) if alone else None
     chance = float(np.mean(chances))
     rows.append(_row(MEAN, shares, chance, config.seed, together.tuned, control=control))
+    gain = {}
     if control is not None:
+        # on the same images: their differences vary less than two means
+        low, high = bootstrap(shares - control, config.seed)
+        gain = {"gain_of_sharing": {"accuracy": float(np.mean(shares - control)), "low": low, "high": high}}
         found = zip(names, single, chances, alone, strict=True)
         rows += [_row(f"{name} alone", right, guess, config.seed, one.tuned) for name, right, guess, one in found]
         rows.append(_row(f"{MEAN} alone", control, chance, config.seed, _sum([one.tuned for one in alone])))
@@ -79,6 +83,7 @@ def report(
             "most_common_class": {task.spec.name: task.most_common for task in tasks},
             "steps": together.tuned.steps,
             "images_of_each_task": together.tuned.steps * config.tune.global_batch_size // len(tasks),
+            **gain,
         },
     )
 

@@ -157,6 +157,9 @@ def test_one_predictor_learns_both_tasks_beside_one_each(place, config):
     for name in ("red", "blue", "mean"):
         assert rows[name].control == rows[f"{name} alone"].value and rows[name].control_name == "alone"
     assert rows["mean"].value == pytest.approx((rows["red"].value + rows["blue"].value) / 2)
+    gain = result.details["gain_of_sharing"]
+    assert gain["accuracy"] == pytest.approx(rows["mean"].value - rows["mean alone"].value)
+    assert gain["low"] <= gain["accuracy"] <= gain["high"]
     assert rows["mean alone"].num_tuned == rows["red alone"].num_tuned + rows["blue alone"].num_tuned
     shared = rows["mean alone"].num_tuned - rows["mean"].num_tuned
     predictor = world_model.load(result.settings["run"]).predictor
