@@ -24,7 +24,7 @@ from iwm_fast.evals.parts import Encode, frozen, networks, seeded
 from iwm_fast.evals.tune_config import TuneTask
 from iwm_fast.evals.tuning import Job
 from iwm_fast.models.encoder import Encoder
-from iwm_fast.models.heads import AttentiveHead, LinearHead
+from iwm_fast.models.heads import AttentiveHead, LinearHead, PatchHead
 from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor
 from iwm_fast.models.student import Student
@@ -32,6 +32,8 @@ from iwm_fast.optim import scaled_optimizer
 from iwm_fast.world_model import WorldModel
 from pipelines.batch import Batch, RaggedIndex
 from pipelines.labels import Labels
+
+Head = LinearHead | AttentiveHead | PatchHead
 
 WITH_PREDICTOR = ("predictor", "random_predictor", "end_to_end")
 WITH_ENCODER = ("encoder", "end_to_end")
@@ -56,14 +58,12 @@ class ArmInputs:
 class ArmNetwork(nn.Module):
     """What an arm trains: a head, on a predictor or none, on an encoder or frozen tokens."""
 
-    def __init__(
-        self, head: LinearHead | AttentiveHead, *, predictor: Predictor | None = None, encoder: Encoder | None = None
-    ) -> None:
+    def __init__(self, head: Head, *, predictor: Predictor | None = None, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.encoder, self.predictor, self.head = encoder, predictor, head
 
-    def forward(self, inputs: ArmInputs) -> Float[Tensor, "B K"]:
-        """Return one score for each class."""
+    def forward(self, inputs: ArmInputs) -> Float[Tensor, "B *rest"]:
+        """Return what the head says of each image: one score for each class, or that of each patch."""
         tokens = inputs.tokens
         if self.encoder is not None:
             assert inputs.view is not None
@@ -117,8 +117,7 @@ def build_arm(name: str, model: WorldModel, lesson: Lesson) -> Arm:
     encode = None if name in WITH_ENCODER else frozen(student.encoder, place)
     scales = functools.partial(lr_scale, arm=name, task=task, model=model)
     optimizer = scaled_optimizer(module, lesson.config.optim, scales)
-    weights = (*model.encoder.state_dict().values(), *model.predictor.state_dict().values())
-    origin = {"run.step": model.step, "run.weights": tensors_digest(weights)}
+    origin = origin_of(model.step, model.encoder, model.predictor)
     return arm_of(name, module, optimizer, lesson, encode=encode, origin=origin)
 
 
@@ -187,6 +186,12 @@ def lr_scale(parameter: str, *, arm: str, task: TuneTask, model: WorldModel) -> 
         below = top_layer(*depths) - layer_of(parameter, *depths)
         return (1.0 if is_head else tune.pretrained_lr_factor) * tune.end_to_end_layer_decay**below
     return tune.pretrained_lr_factor if arm == "predictor" and not is_head else 1.0
+
+
+def origin_of(step: int, *networks: nn.Module) -> dict[str, Any]:
+    """Return which networks a job starts from: the step of their checkpoint and a digest of their weights."""
+    weights = (tensor for network in networks for tensor in network.state_dict().values())
+    return {"run.step": step, "run.weights": tensors_digest(weights)}
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:

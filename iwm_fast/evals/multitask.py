@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.distributed import Place, on_rank_zero
-from iwm_fast.evals.arms import tensors_digest
+from iwm_fast.evals.arms import origin_of
 from iwm_fast.evals.features import training_shards, validation_shards
 from iwm_fast.evals.multitask_network import Division, TaskInputs, TaskPredictor, weighted_loss
 from iwm_fast.evals.multitask_report import LabelledTask, Learnt, report
@@ -124,7 +124,6 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
     set_drop_path_(module, config.tune.drop_path)
     folder = task_folder(config.run, "multitask", config.name)
     settings, factor = run_config(config, model.config, folder), config.tune.pretrained_lr_factor
-    weights = (*model.encoder.state_dict().values(), *model.predictor.state_dict().values())
     # weights tell tasks of one predictor from each other
     of_tasks = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
     job = Job(
@@ -135,11 +134,8 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
         optimizer=scaled_optimizer(
             module, settings.optim, lambda part: factor if part.startswith("predictor.") else 1.0
         ),
-        origin={
-            "run.step": model.step,
-            "run.weights": tensors_digest(weights),
-            "tasks": [to_tree(task.spec) for task in tasks],
-        },
+        origin=origin_of(model.step, model.encoder, model.predictor)
+        | {"tasks": [to_tree(task.spec) for task in tasks]},
     )
     tuned = tune(job, config, model_config=model.config, shards=bench.train, place=place, folder=folder)
     everyone = np.arange(bench.val.num_samples)

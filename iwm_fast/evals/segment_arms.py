@@ -10,10 +10,10 @@ from torch import Tensor
 
 from iwm_fast.config import RunConfig
 from iwm_fast.distributed import Place
-from iwm_fast.evals.arms import lr_scale, tensors_digest
+from iwm_fast.evals.arms import ArmNetwork, lr_scale, origin_of
 from iwm_fast.evals.job import Job
 from iwm_fast.evals.parts import Encode, frozen, networks, seeded
-from iwm_fast.evals.segment_network import SegmentInputs, SegmentNetwork, pixel_loss
+from iwm_fast.evals.segment_network import SegmentInputs, pixel_loss
 from iwm_fast.evals.tune_config import SegmentConfig
 from iwm_fast.evals.tuning import task_folder
 from iwm_fast.evals.view_masks import ViewMasks
@@ -62,7 +62,7 @@ class Arm:
     """One way to learn the task."""
 
     name: str
-    module: SegmentNetwork
+    module: ArmNetwork
     encode: Encode | None
     """The frozen encoder; None where it is trained."""
     origin: dict[str, str | int]
@@ -112,12 +112,9 @@ def build_arm(name: str, bench: Bench) -> Arm:
     predictor = student.predictor if name in WITH_PREDICTOR else None
     assert predictor is None or isinstance(predictor, Predictor)
     is_trained = name == "encoder"
-    module = SegmentNetwork(head, predictor=predictor, encoder=student.encoder if is_trained else None)
+    module = ArmNetwork(head, predictor=predictor, encoder=student.encoder if is_trained else None)
     set_drop_path_(module, config.tune.drop_path)
-    weights = (*student.encoder.state_dict().values(), *student.predictor.state_dict().values())
-    origin = {
-        "run.step": model.step,
-        "run.weights": tensors_digest(weights),
+    origin = origin_of(model.step, student.encoder, student.predictor) | {
         "num_classes": bench.num_classes,
         "ignore_index": config.ignore_index,
     }

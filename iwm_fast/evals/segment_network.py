@@ -5,53 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.models.encoder import Encoder
-from iwm_fast.models.heads import PatchHead
-from iwm_fast.models.predictor import Predictor
-from pipelines.batch import RaggedIndex
+from iwm_fast.evals.arms import ArmInputs
 
 # images whose pixels' scores are in memory at once without a gradient: of 150 classes at 512 x 512, 160 MB each
 _IMAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentInputs:
-    """A micro-batch as an arm's network takes it."""
+class SegmentInputs(ArmInputs):
+    """A micro-batch as an arm's network takes it, and its maps."""
 
-    view: Float[Tensor, "B 3 H W"] | None
-    """Normalised images, where the encoder is trained."""
-    tokens: Float[Tensor, "B N D"] | None
-    """The frozen encoder's, where it is not."""
-    action: Float[Tensor, "B A"]
-    """Null: nothing is to change."""
-    everything: RaggedIndex
-    """All patches: context and target alike."""
     wait_for_masks: Callable[[], UInt8[Tensor, "B H W"]]
     """Gives the maps, which are read meanwhile."""
-
-
-class SegmentNetwork(nn.Module):
-    """A classifier of patches, on a predictor or none, on an encoder or frozen tokens."""
-
-    def __init__(self, head: PatchHead, *, predictor: Predictor | None = None, encoder: Encoder | None = None) -> None:
-        super().__init__()
-        self.encoder, self.predictor, self.head = encoder, predictor, head
-
-    def forward(self, inputs: SegmentInputs) -> Float[Tensor, "B N K"]:
-        """Return one score for each patch and class."""
-        tokens = inputs.tokens
-        if self.encoder is not None:
-            assert inputs.view is not None
-            tokens = self.encoder(inputs.view, None).unflatten(0, (len(inputs.view), -1))
-        assert tokens is not None
-        if self.predictor is not None:
-            everything = inputs.everything
-            predicted = self.predictor(tokens.flatten(0, 1), inputs.action, everything, everything)
-            tokens = predicted.unflatten(0, tokens.shape[:2])
-        return self.head(tokens)
 
 
 def pixel_scores(scores: Float[Tensor, "B N K"], size: int) -> Float[Tensor, "B K H W"]:
