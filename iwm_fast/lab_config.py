@@ -159,6 +159,7 @@ def _claim(name: str, row: Any, cells: dict[str, Any]) -> Claim:
 
 def _number(text: str, claim: str, cells: dict[str, Any]) -> Number:
     parts = str(text).split()
-    check(len(parts) == 4 and parts[0] in cells, f"claims.{claim}.compare", text,
+    check(len(parts) >= 4 and parts[0] in cells, f"claims.{claim}.compare", text,
           f"be CELL RESULT SUBJECT METRIC with one of the cells {', '.join(cells)}")  # fmt: skip
-    return Number(cell=parts[0], result=parts[1], subject=parts[2], metric=parts[3])
+    cell, result, *subject, metric = parts
+    return Number(cell=cell, result=result, subject=" ".join(subject), metric=metric)

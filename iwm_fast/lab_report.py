@@ -10,19 +10,23 @@ from iwm_fast.lab_config import LabConfig, Number
 from iwm_fast.metrics import commit
 from iwm_fast.page import card, escape, folded, page, section, table, tiles
 
+_Tuned = dict[tuple[str, ...], int]
+"""Parameters trained for a number, by its cell, result, subject and metric."""
+
 
 def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Path:
     """Write LAB/report.html and LAB/claims.png, of what is there, and return the page."""
     path = lab.folder / "report.html"
     count = {verdict: sum(one.verdict == verdict for one in outcomes) for verdict in ("holds", "undecided", "fails")}
     done = {(row["cell"], row["seed"]) for row in rows}
+    tuned = {tuple(row[name] for name in ("cell", "result", "subject", "metric")): row["num_tuned"] for row in rows}
     parts = [
         f"<h1>{escape(lab.folder.name)}</h1>",
         f'<p class="soft">commit {escape(commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
         f"{', '.join(map(str, lab.seeds))}</p>",
         tiles({**{f"claims: {name}": str(number) for name, number in count.items()},
                "runs measured": f"{len(done)} of {len(lab.cells) * len(lab.seeds)}"}),
-        section("Claims", _rule(), *(_claim(one) for one in outcomes)),
+        section("Claims", _rule(), *(_claim(one, tuned) for one in outcomes)),
         section("Every number", _numbers(lab, rows)),
         section("Cells", table(["cell", "changes"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
                 folded("what all of them share", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
@@ -31,7 +35,7 @@ def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence
     measured = [one for one in outcomes if one.verdict != "not measured"]
     if measured:
         save_dot_plots(lab.folder / "claims.png", {
-            f"{one.claim.name}: {one.verdict}": (_unit(one), _dots(one)) for one in measured
+            f"{one.claim.name}: {one.verdict}": (_unit(one), _dots(one, tuned)) for one in measured
         })  # fmt: skip
     return path
 
@@ -44,29 +48,32 @@ def _rule() -> str:
     )
 
 
-def _claim(outcome: Outcome) -> str:
+def _claim(outcome: Outcome, tuned: _Tuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [_comparison(one) for one in outcome.comparisons]
+    rows = [_comparison(one, tuned) for one in outcome.comparisons]
     return card(
         claim.name,
         f"<p>{escape(claim.text)}</p>",
         f'<p class="small soft">Holds above {-claim.margin:g}: no worse than.</p>' if claim.margin else "",
         f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
         f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
-        dot_plot(_dots(outcome), unit=_unit(outcome)),
+        dot_plot(_dots(outcome, tuned), unit=_unit(outcome)),
         table(["larger", "mean", "smaller", "mean", "difference", "95 % interval", "seeds"], rows),
     )
 
 
-def _comparison(one: Comparison) -> tuple[object, ...]:
+def _comparison(one: Comparison, tuned: _Tuned) -> tuple[object, ...]:
     found = one.difference
     means = [f"{sum(values) / len(values):.3f}" if values else "" for values in one.values]
     difference = ("", "") if found is None else (f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}")
-    return (_short(one.better), means[0], _short(one.worse), means[1], *difference, len(one.values[0]))
+    return (_short(one.better, tuned), means[0], _short(one.worse, tuned), means[1], *difference, len(one.values[0]))
 
 
-def _short(number: Number) -> str:
-    return f"{number.cell}, {number.subject}" if number.subject else number.cell
+def _short(number: Number, tuned: _Tuned) -> str:
+    """Return cell and subject, and how many parameters were trained for the number where any were."""
+    name = f"{number.cell}, {number.subject}" if number.subject else number.cell
+    count = tuned.get((number.cell, number.result, number.subject, number.metric))
+    return f"{name} ({count:,} tuned)" if count else name
 
 
 def _unit(outcome: Outcome) -> str:
@@ -74,13 +81,14 @@ def _unit(outcome: Outcome) -> str:
     return f"{number.metric} ({number.result})"
 
 
-def _dots(outcome: Outcome) -> list[Dots]:
+def _dots(outcome: Outcome, tuned: _Tuned) -> list[Dots]:
     """Return one line for each number of a claim, in the order in which they come."""
     found: dict[str, Sequence[float]] = {}
     for one in outcome.comparisons:
         several = len({(number.result, number.metric) for pair in outcome.claim.compare for number in pair}) > 1
         for number, values in zip((one.better, one.worse), one.values, strict=True):
-            label = f"{_short(number)}, {number.result}" if several else _short(number)
+            name = _short(number, tuned)
+            label = f"{name}, {number.result}" if several else name
             found.setdefault(label, values)
     return [Dots(label=label, values=values) for label, values in found.items()]
 

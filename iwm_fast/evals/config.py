@@ -97,7 +97,7 @@ class ProbeConfig:
     """Passes over the features of the remaining training images."""
     batch_size: int = 1024
     """Images of one step."""
-    lrs: tuple[float, ...] = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
+    lrs: tuple[float, ...] = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3)
     """Peak learning rates, AdamW, all trained together; cosine to 0."""
     weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-1)
     """Weight decays, each with each learning rate."""
@@ -128,7 +128,7 @@ class AttentiveConfig(ProbeConfig):
     """Passes over the tokens of the remaining training images."""
     batch_size: int = 256
     """Images of one step."""
-    lrs: tuple[float, ...] = (3e-3, 1e-3, 3e-4)
+    lrs: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     """Peak learning rates, AdamW, all trained together; cosine to 0."""
     weight_decays: tuple[float, ...] = (0.01,)
     """Weight decays, each with each learning rate."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iwm_fast import distributed
+from iwm_fast.messages import end_process
 from tiny_runs import losses, tiny_run
 
 
@@ -19,3 +20,4 @@ if __name__ == "__main__":
     compiled = replace(config, runtime=replace(config.runtime, compile=True))
     print(json.dumps([losses(place, chosen, steps=6) for chosen in (config, compiled)]))
     distributed.stop()
+    end_process()

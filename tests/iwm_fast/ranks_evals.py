@@ -9,7 +9,7 @@ from iwm_fast import distributed
 from iwm_fast.evals.config import MrrConfig, PlanConfig
 from iwm_fast.evals.mrr import evaluate_mrr
 from iwm_fast.evals.plan import evaluate_plan
-from iwm_fast.messages import errors_as_messages
+from iwm_fast.messages import end_process, errors_as_messages
 
 
 def main(folder: str, mrr: str, plan: str) -> None:
@@ -23,3 +23,4 @@ def main(folder: str, mrr: str, plan: str) -> None:
 if __name__ == "__main__":
     with errors_as_messages():
         main(*sys.argv[1:])
+    end_process()

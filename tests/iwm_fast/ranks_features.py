@@ -10,6 +10,7 @@ from iwm_fast.evals.attentive import evaluate_attentive
 from iwm_fast.evals.config import AttentiveConfig, KnnConfig, LinearConfig
 from iwm_fast.evals.knn import evaluate_knn
 from iwm_fast.evals.linear import evaluate_linear
+from iwm_fast.messages import end_process
 
 
 def main(run):
@@ -40,3 +41,4 @@ if __name__ == "__main__":
         sys.addaudithook(die_before_writing)
     main(sys.argv[1])
     distributed.stop()
+    end_process()

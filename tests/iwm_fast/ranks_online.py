@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iwm_fast import distributed
-from iwm_fast.messages import errors_as_messages
+from iwm_fast.messages import end_process, errors_as_messages
 from iwm_fast.online import OnlineEvaluation
 from iwm_fast.trainer import build_trainer
 
@@ -31,3 +31,4 @@ def main(folder, train, val):
 if __name__ == "__main__":
     with errors_as_messages():
         main(Path(sys.argv[1]), *sys.argv[2:])
+    end_process()

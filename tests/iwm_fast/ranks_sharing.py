@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from iwm_fast import distributed
 from iwm_fast.evals.sharing import join, real, share
+from iwm_fast.messages import end_process
 
 # what each of three ranks has of 0, 10, 20, ...
 SHARES = {
@@ -36,3 +37,4 @@ if __name__ == "__main__":
     distributed.start("cpu")
     main()
     distributed.stop()
+    end_process()

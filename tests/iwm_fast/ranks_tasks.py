@@ -7,6 +7,7 @@ from iwm_fast import distributed
 from iwm_fast.evals.multitask import evaluate_multitask
 from iwm_fast.evals.segment import evaluate_segment
 from iwm_fast.evals.tune_config import AugmentConfig, MultitaskConfig, SegmentConfig
+from iwm_fast.messages import end_process
 from painted import tuning
 
 
@@ -27,3 +28,4 @@ if __name__ == "__main__":
     distributed.start("cpu")
     main(*sys.argv[1:])
     distributed.stop()
+    end_process()

@@ -19,7 +19,7 @@ def write(tmp_path):
             "seeds": [3, 4],
             "cells": {"a": {}, "b": {"model.predictor.conditioning": "none"}},
             "evaluations": [{"task": "mrr", "cells": ["a"], "settings": {"bank_size": 8}}, {"task": "knn"}],
-            "claims": {"c": {"text": "t", "paper": "p", "compare": [["a mrr_default jitter mrr", "b knn x accuracy"]]}},
+            "claims": {"c": {"text": "t", "paper": "p", "compare": [["a mrr_default jitter mrr", "b m x y accuracy"]]}},
         }  # fmt: skip
         path = tmp_path / "lab.yaml"
         path.write_text(yaml.safe_dump({name: value for name, value in (tree | changes).items() if value is not None}))
@@ -41,7 +41,7 @@ def test_a_lab_is_read(write):
         ("knn", ("a", "b"), ()),
     ]
     (claim,) = lab.claims
-    assert claim.compare[0][1] == Number(cell="b", result="knn", subject="x", metric="accuracy")
+    assert claim.compare[0][1] == Number(cell="b", result="m", subject="x y", metric="accuracy")
     assert not lab.has_demo_data and lab.workers is None
 
 
