@@ -1,5 +1,6 @@
 """A lab's settings: which runs, what is measured on each, and which claims the numbers have to bear out.
 
+like: other.yaml                      a lab whose keys hold where this one does not give its own; `settings` are joined
 folder: runs/lab                      one folder per cell and seed in it
 base: iwm_fast/configs/demo.yaml      the run that all cells start from
 settings: {optim.epochs: 20}          what all cells change in it
@@ -27,7 +28,7 @@ import yaml
 
 from pipelines.config import check
 
-_TOP = {"folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
+_TOP = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
 _CLAIM, _MAY = {"text", "paper", "compare"}, {"margin"}
 
 
@@ -95,15 +96,7 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
         FileNotFoundError: if there is no such file, or no base run.
         ValueError: for what is missing, unknown or of the wrong kind.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no lab file {str(path)!r}; give the path of a YAML file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
-    unknown = sorted(set(tree) - _TOP)
-    check(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_TOP))}")
+    tree = _tree(path)
     for name in ("folder", "base", "cells"):
         check(name in tree, str(path), sorted(tree), f"name {name}")
     cells = {str(name): _settings(changes or {}, f"cells.{name}") for name, changes in tree["cells"].items()}
@@ -124,6 +117,22 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
         evaluations=evaluations,
         claims=claims,
     )
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no lab file {str(path)!r}; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
+    unknown = sorted(set(tree) - _TOP)
+    check(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_TOP))}")
+    if "like" not in tree:
+        return tree
+    other = _tree(Path(tree["like"]))
+    return other | tree | {"settings": other.get("settings", {}) | tree.get("settings", {})}
 
 
 def _settings(changes: Any, where: str) -> tuple[str, ...]:

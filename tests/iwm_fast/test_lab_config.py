@@ -1,10 +1,15 @@
 """A lab's YAML file: what it means, and what is refused before anything runs."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from iwm_fast.evaluate import TASKS
+import iwm_fast
+from iwm_fast.evaluate import TASKS, read_settings
+from iwm_fast.lab import cells_of, steps_of
 from iwm_fast.lab_config import Number, read_lab
+from iwm_fast.settings import load_config
 
 
 @pytest.fixture
@@ -73,3 +78,29 @@ def test_missing_files_are_named(write, tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):
         read(tmp_path / "broken.yaml")
+
+
+def test_a_lab_may_be_like_another_but_for_what_it_names(write, tmp_path):
+    given = {"like": str(write()), "folder": "elsewhere", "settings": {"optim.epochs": 4}, "workers": 6}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(given))
+    first, other = read(write()), read(tmp_path / "other.yaml")
+    assert (str(other.folder), other.workers) == ("elsewhere", 6)
+    assert other.settings == ("optim.epochs=4", "views.crop_scale=[0.3, 1.0]")
+    assert (other.cells, other.evaluations, other.claims) == (first.cells, first.evaluations, first.claims)
+
+
+@pytest.mark.parametrize("name", ["lab_cpu", "lab_gpu"])
+def test_every_step_of_the_shipped_labs_has_settings_that_there_are(name, monkeypatch):
+    monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
+    lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
+    assert len(lab.seeds) >= 3
+    measured = set()
+    for cell in cells_of(lab)[: len(lab.cells)]:
+        train, *evaluations = steps_of(lab, cell)
+        config = load_config(train.arguments[1], train.arguments[2:])
+        for step in evaluations:
+            read_settings(TASKS[step.what].settings, list(step.arguments[2:]))
+            measured.add((cell.name, step.what))
+        assert config.model.predictor.depth > 0 or not {"mrr", "finetune"} & {step.what for step in evaluations}
+    compared = {(number.cell, number.result) for claim in lab.claims for pair in claim.compare for number in pair}
+    assert {(cell, result.partition("_")[0]) for cell, result in compared} <= measured
