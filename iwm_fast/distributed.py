@@ -56,6 +56,8 @@ def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIM
         raise RuntimeError("a process group exists already; call distributed.stop() before starting another")
     rank, local_rank, world_size = _read_environment()
     device = choose_device(device_setting, local_rank)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    logger.info("computing on %s (runtime.device=%s)", name, device_setting)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -115,14 +117,12 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
     """
     num_gpus = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and num_gpus == 0):
-        logger.info("computing on the CPU (runtime.device=%s)", setting)
         return torch.device("cpu")
     if local_rank >= num_gpus:
         raise RuntimeError(
             f"runtime.device={setting} needs a GPU for local rank {local_rank}, but torch {torch.__version__} finds "
             f"{num_gpus}; start one process per GPU, check the driver, or set runtime.device=cpu"
         )
-    logger.info("computing on %s (runtime.device=%s)", torch.cuda.get_device_name(local_rank), setting)
     return torch.device("cuda", local_rank)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,21 +135,36 @@ def _draw_dots(axis: Axes, rows: Sequence[Dots], unit: str, colours: Palette) ->
     axis.grid(axis="x", linewidth=0.6)
 
 
-def save_dot_plots(path: Path, plots: Mapping[str, tuple[str, Sequence[Dots]]]) -> None:
-    """Write several dot plots below each other as one PNG in light colours.
+@dataclass(frozen=True, kw_only=True)
+class DotPlot:
+    """One panel of a figure."""
 
-    Args:
-        path: the file.
-        plots: unit and rows by title.
-    """
-    heights = [0.9 + 0.36 * len(rows) for _, rows in plots.values()]
+    title: str
+    note: str
+    """Below the title, in soft letters."""
+    unit: str
+    rows: Sequence[Dots]
+
+
+def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
+    """Write dot plots in two columns as one PNG in light colours, in rows as high as the higher of their two."""
+    num_columns = min(2, len(plots))
+    pairs = [plots[first : first + num_columns] for first in range(0, len(plots), num_columns)]
+    heights = [1.4 + 0.3 * max(len(plot.rows) for plot in pair) for pair in pairs]
     with plt.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
         figure, axes = plt.subplots(
-            len(plots), 1, figsize=(7.2, sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
-        )
-        for axis, (title, (unit, rows)) in zip(axes[:, 0], plots.items(), strict=True):
-            _draw_dots(axis, rows, unit, _LIGHT)
-            axis.set_title(title, fontsize=10, loc="left")
+            len(pairs), num_columns, figsize=(6.2 * num_columns, sum(heights)), squeeze=False, layout="constrained",
+            height_ratios=heights,
+        )  # fmt: skip
+        for axis in axes.flat[len(plots) :]:
+            axis.set_visible(False)
+        for axis, plot in zip(axes.flat, plots, strict=False):
+            _draw_dots(axis, plot.rows, plot.unit, _LIGHT)
+            note = textwrap.fill(plot.note, 72)
+            axis.set_title(plot.title, fontsize=10, loc="left", pad=9 + 10 * len(note.splitlines()))
+            axis.annotate(
+                note, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7.5, color=_LIGHT.soft, va="bottom"
+            ).set_in_layout(False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
         plt.close(figure)

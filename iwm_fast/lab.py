@@ -31,7 +31,6 @@ from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import TASKS, read_settings
 from iwm_fast.lab_config import LabConfig, Number, read_lab
 from iwm_fast.lab_report import write_lab_report
-from iwm_fast.metrics import commit, machine
 from iwm_fast.preemption import EXIT_PREEMPTED, read_status
 from iwm_fast.settings import load_config, to_tree
 from pipelines.demo_shards import write_demo_shards
@@ -260,8 +259,7 @@ def write_outcome(lab: LabConfig) -> Path:
     ]
     outcomes = outcomes_of(lab)
     tree = {
-        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "commit": commit(),
+        **_made_by(lab),
         "verdicts": {one.claim.name: one.verdict for one in outcomes},
         "rows": rows,
     }
@@ -269,6 +267,13 @@ def write_outcome(lab: LabConfig) -> Path:
     draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     draft.replace(lab.folder / "lab.json")
     return write_lab_report(lab, outcomes, rows)
+
+
+def _made_by(lab: LabConfig) -> dict[str, list[str]]:
+    """Return machines and commits of the runs that there are."""
+    files = [cell.folder / "started.jsonl" for cell in cells_of(lab)]
+    starts = [json.loads(line) for file in files if file.is_file() for line in file.read_text("utf-8").splitlines()]
+    return {name: sorted({one[name] for one in starts}) for name in ("machine", "commit")}
 
 
 def report_lab(folder: Path) -> Path:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.claims import Comparison, Outcome
-from iwm_fast.figures import Dots, dot_plot, save_dot_plots
-from iwm_fast.lab_config import LabConfig, Number
+from iwm_fast.figures import DotPlot, Dots, dot_plot, save_dot_plots
+from iwm_fast.lab_config import Claim, LabConfig, Number
 from iwm_fast.metrics import commit
 from iwm_fast.page import card, escape, folded, page, section, table, tiles
 
-_Tuned = dict[tuple[str, ...], int]
-"""Parameters trained for a number, by its cell, result, subject and metric."""
+_Tuned = dict[str, int]
+"""Parameters trained for a number, by its name."""
 
 
 def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Path:
@@ -19,7 +19,10 @@ def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence
     path = lab.folder / "report.html"
     count = {verdict: sum(one.verdict == verdict for one in outcomes) for verdict in ("holds", "undecided", "fails")}
     done = {(row["cell"], row["seed"]) for row in rows}
-    tuned = {tuple(row[name] for name in ("cell", "result", "subject", "metric")): row["num_tuned"] for row in rows}
+    tuned = {
+        str(Number(**{part: row[part] for part in ("cell", "result", "subject", "metric")})): row["num_tuned"]
+        for row in rows
+    }
     parts = [
         f"<h1>{escape(lab.folder.name)}</h1>",
         f'<p class="soft">commit {escape(commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
@@ -34,9 +37,11 @@ def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence
     path.write_text(page(f"iwm-fast: {lab.folder.name}", parts), encoding="utf-8")
     measured = [one for one in outcomes if one.verdict != "not measured"]
     if measured:
-        save_dot_plots(lab.folder / "claims.png", {
-            f"{one.claim.name}: {one.verdict}": (_unit(one), _dots(one, tuned)) for one in measured
-        })  # fmt: skip
+        save_dot_plots(lab.folder / "claims.png", [
+            DotPlot(title=f"{one.claim.name}: {one.verdict}", note=f"the paper: {one.claim.paper}", unit=_unit(one),
+                    rows=_dots(one, tuned))
+            for one in measured
+        ])  # fmt: skip
     return path
 
 
@@ -50,7 +55,7 @@ def _rule() -> str:
 
 def _claim(outcome: Outcome, tuned: _Tuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [_comparison(one, tuned) for one in outcome.comparisons]
+    rows = [_comparison(one, claim, tuned) for one in outcome.comparisons]
     return card(
         claim.name,
         f"<p>{escape(claim.text)}</p>",
@@ -62,18 +67,21 @@ def _claim(outcome: Outcome, tuned: _Tuned) -> str:
     )
 
 
-def _comparison(one: Comparison, tuned: _Tuned) -> tuple[object, ...]:
+def _comparison(one: Comparison, claim: Claim, tuned: _Tuned) -> tuple[object, ...]:
     found = one.difference
+    better, worse = (label(number, claim, tuned.get(str(number), 0)) for number in (one.better, one.worse))
     means = [f"{sum(values) / len(values):.3f}" if values else "" for values in one.values]
     difference = ("", "") if found is None else (f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}")
-    return (_short(one.better, tuned), means[0], _short(one.worse, tuned), means[1], *difference, len(one.values[0]))
+    return (better, means[0], worse, means[1], *difference, len(one.values[0]))
 
 
-def _short(number: Number, tuned: _Tuned) -> str:
-    """Return cell and subject, and how many parameters were trained for the number where any were."""
-    name = f"{number.cell}, {number.subject}" if number.subject else number.cell
-    count = tuned.get((number.cell, number.result, number.subject, number.metric))
-    return f"{name} ({count:,} tuned)" if count else name
+def label(number: Number, claim: Claim, num_tuned: int) -> str:
+    """Return what tells a number from the others of its claim, and how many parameters were trained for it, if any."""
+    numbers = [number for pair in claim.compare for number in pair]
+    parts = ("cell", "subject", "result", "metric")
+    own = [part for part in parts if len({getattr(one, part) for one in numbers}) > 1]
+    name = ", ".join(filter(None, (getattr(number, part) for part in own)))
+    return f"{name}, {num_tuned:,} tuned" if num_tuned else name
 
 
 def _unit(outcome: Outcome) -> str:
@@ -85,12 +93,9 @@ def _dots(outcome: Outcome, tuned: _Tuned) -> list[Dots]:
     """Return one line for each number of a claim, in the order in which they come."""
     found: dict[str, Sequence[float]] = {}
     for one in outcome.comparisons:
-        several = len({(number.result, number.metric) for pair in outcome.claim.compare for number in pair}) > 1
         for number, values in zip((one.better, one.worse), one.values, strict=True):
-            name = _short(number, tuned)
-            label = f"{name}, {number.result}" if several else name
-            found.setdefault(label, values)
-    return [Dots(label=label, values=values) for label, values in found.items()]
+            found.setdefault(label(number, outcome.claim, tuned.get(str(number), 0)), values)
+    return [Dots(label=name, values=values) for name, values in found.items()]
 
 
 def _numbers(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from iwm_fast.evals.results import Result, Row, save_result
-from iwm_fast.figures import Dots, curves, dot_plot, save_dot_plots, shares
+from iwm_fast.figures import DotPlot, Dots, curves, dot_plot, save_dot_plots, shares
 from iwm_fast.loop import run
 from iwm_fast.page import page, table, tiles
 from iwm_fast.report import write_run_report
@@ -110,7 +110,8 @@ def test_figures_are_whole_svg_elements_and_the_same_every_time():
 
 def test_dot_plots_become_one_picture(tmp_path):
     rows = [Dots(label="a", values=[0.1, 0.2, 0.3]), Dots(label="b", values=[0.5])]
-    save_dot_plots(tmp_path / "deep" / "claims.png", {"one": ("MRR", rows), "two": ("accuracy", rows)})
+    plots = [DotPlot(title=title, note="the paper: 0.8", unit="MRR", rows=rows) for title in ("one", "two", "three")]
+    save_dot_plots(tmp_path / "deep" / "claims.png", plots)
     assert (tmp_path / "deep" / "claims.png").read_bytes().startswith(b"\x89PNG")
 
 

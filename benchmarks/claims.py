@@ -1,0 +1,134 @@
+"""Bring a lab's outcome into the repository: `python -m benchmarks.claims iwm_fast/configs/lab_cpu.yaml`.
+
+    docs/claims.json    every number that a claim compares, by seed, with command, machine and commit
+    docs/claims.png     the lab's figure
+    README.md           the table of claims, between its marks
+
+Without a lab the table is written anew from docs/claims.json.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.claims import Comparison, Outcome, judge
+from iwm_fast.evaluate import TASKS
+from iwm_fast.lab_config import Claim, LabConfig, Number, parse_claim, read_lab
+from iwm_fast.lab_report import label
+
+PROJECT = Path(__file__).parent.parent
+README = PROJECT / "README.md"
+NUMBERS = PROJECT / "docs" / "claims.json"
+FIGURE = "claims.png"
+BEGIN, END = "<!-- claims: written by python -m benchmarks.claims -->", "<!-- end of claims -->"
+_VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lab", type=Path, nargs="?", help="YAML file of a lab that has run")
+    path = parser.parse_args(arguments).lab
+    if path is not None:
+        lab = read_lab(path, set(TASKS))
+        tree = {"command": f"iwm lab {path}", **numbers_of(lab)}
+        NUMBERS.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(lab.folder / FIGURE, NUMBERS.with_name(FIGURE))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(with_section(text, json.loads(NUMBERS.read_text(encoding="utf-8"))), encoding="utf-8")
+    print(f"written to {README}")
+
+
+def numbers_of(lab: LabConfig) -> dict[str, Any]:
+    """Return what is kept of a lab: its claims as they were written down, and the numbers that they compare.
+
+    Raises:
+        FileNotFoundError: if it has not run.
+    """
+    found = json.loads((lab.folder / "lab.json").read_text(encoding="utf-8"))
+    wanted = {str(number) for claim in lab.claims for pair in claim.compare for number in pair}
+    values: dict[str, dict[str, float]] = {}
+    tuned: dict[str, int] = {}
+    for row in found["rows"]:
+        name = str(Number(**{part: row[part] for part in ("cell", "result", "subject", "metric")}))
+        if name in wanted:
+            values.setdefault(name, {})[str(row["seed"])] = row["value"]
+            tuned[name] = row["num_tuned"]
+    claims = {
+        claim.name: {
+            "text": claim.text,
+            "paper": claim.paper,
+            "margin": claim.margin,
+            "compare": [[str(number) for number in pair] for pair in claim.compare],
+        }
+        for claim in lab.claims
+    }
+    about = {name: found[name] for name in ("machine", "commit")}
+    return about | {"claims": claims, "tuned": tuned, "values": values}
+
+
+def outcomes_of(tree: dict[str, Any]) -> list[Outcome]:
+    """Judge the claims by the numbers that were kept."""
+    claims = [parse_claim(name, row) for name, row in tree["claims"].items()]
+    values = tree["values"]
+    return [
+        judge(claim, lambda number: {int(seed): value for seed, value in values.get(str(number), {}).items()})
+        for claim in claims
+    ]
+
+
+def with_section(text: str, tree: dict[str, Any]) -> str:
+    """Return a README with the table of claims between its marks.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README must hold the lines {BEGIN!r} and {END!r}, each once")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section(tree)}{END}{rest.split(END)[1]}"
+
+
+def section(tree: dict[str, Any]) -> str:
+    """Return the table of claims and what made it."""
+    lines = [
+        "| claim | here, mean over seeds | difference, 95 % interval | the paper | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(outcome, tree["tuned"]) for outcome in outcomes_of(tree)]
+    seeds = {seed for values in tree["values"].values() for seed in values}
+    where = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
+    about = f"`{tree['command']}`, {len(seeds)} seeds; {where}. Student's interval, seeds paired."
+    return "\n".join([*lines, "", about, ""])
+
+
+def _line(outcome: Outcome, tuned: dict[str, int]) -> str:
+    claim = outcome.claim
+    cells = (
+        claim.text,
+        "; ".join(_means(claim, one, tuned) for one in outcome.comparisons),
+        "; ".join(_difference(one) for one in outcome.comparisons),
+        claim.paper,
+        _VERDICTS.get(outcome.verdict, outcome.verdict),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _means(claim: Claim, one: Comparison, tuned: dict[str, int]) -> str:
+    sides = []
+    for number, values in zip((one.better, one.worse), one.values, strict=True):
+        mean = f"{sum(values) / len(values):.3f}" if values else "not measured"
+        sides.append(f"{label(number, claim, tuned.get(str(number), 0))} {mean}")
+    return ", ".join(sides)
+
+
+def _difference(one: Comparison) -> str:
+    found = one.difference
+    return "" if found is None else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+if __name__ == "__main__":
+    main()
