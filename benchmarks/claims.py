@@ -9,6 +9,7 @@ Without a lab the table is written anew from docs/claims.json.
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def section(tree: dict[str, Any]) -> str:
     lines += [_line(outcome, tree["tuned"]) for outcome in outcomes_of(tree)]
     seeds = {seed for values in tree["values"].values() for seed in values}
     where = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
-    about = f"`{tree['command']}`, {len(seeds)} seeds; {where}. Student's interval, seeds paired."
+    about = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}; {where}. Student's interval, seeds paired."
     return "\n".join([*lines, "", about, ""])
 
 
@@ -127,7 +128,10 @@ def _means(claim: Claim, one: Comparison, tuned: dict[str, int]) -> str:
 
 def _difference(one: Comparison) -> str:
     found = one.difference
-    return "" if found is None else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    if found is None:
+        return ""
+    ends = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else "one seed"
+    return f"{found.mean:+.3f} ({ends})"
 
 
 if __name__ == "__main__":

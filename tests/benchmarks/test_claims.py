@@ -52,7 +52,7 @@ def test_a_line_holds_means_difference_the_paper_and_the_verdict(lab):
         "| It listens. | a, 1,234 tuned 0.510, b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0 | **holds** |"
         in said
     )
-    assert "`iwm lab x.yaml`, 3 seeds; M; commit 1a2b." in said
+    assert "`iwm lab x.yaml`, seeds 0, 1, 2; M; commit 1a2b." in said
     other = replace(lab, claims=(replace(CLAIM, compare=((WORSE, BETTER),)),))
     assert "**fails**" in claims.section(tree | claims.numbers_of(other))
     del tree["values"]["b mrr jitter mrr"]
