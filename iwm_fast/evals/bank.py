@@ -24,6 +24,9 @@ from pipelines.views import render
 # explicit attention of one forward of the predictor, in numbers: some hundred megabytes with what softmax needs
 _MOST_SCORES = 2**26
 
+STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+"""The paper's strong jitter; its weak one is the default of views."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
@@ -67,8 +70,8 @@ def with_untrained_predictor(model: WorldModel, seed: int) -> WorldModel:
 
 def bank_views(views: ViewConfig, strengths: str) -> ViewConfig:
     """Return the settings a bank is drawn with: every member jittered, so that no two are the same image."""
-    own = views if strengths == "run" else ViewConfig()
-    return replace(views, jitter_probability=1.0, **{name: getattr(own, name) for name in JITTER})
+    own = {name: getattr(views if strengths == "run" else ViewConfig(), name) for name in JITTER}
+    return replace(views, jitter_probability=1.0, **(STRONG_JITTER if strengths == "strong" else own))
 
 
 def draw_bank(

@@ -41,8 +41,9 @@ class MrrConfig:
     """Validation images, spread evenly over the set; each has a bank of its own."""
     bank_size: int = 256
     """Jittered versions of an image to choose from, every one asked for once. Chance depends on it."""
-    bank: Literal["default", "run"] = "default"
-    """Jitter strengths of the bank: brightness, contrast 0.4, saturation 0.2, hue 0.1, or the run's own."""
+    bank: Literal["default", "strong", "run"] = "default"
+    """Jitter strengths of the bank: brightness, contrast 0.4, saturation 0.2, hue 0.1; 0.8, 0.8, 0.8, 0.2; or the
+    run's own."""
     families: tuple[Family, ...] = ("jitter", "grayscale", "blur", "solarize")
     """What is asked for: jitter forward, clean image to bank member; the others backward, from the destroyed image to
     the bank member, as training shows them."""
@@ -190,8 +191,8 @@ class ImagineConfig:
     """Validation images, one column each."""
     bank_size: int = 64
     """Jittered versions to retrieve from."""
-    bank: Literal["default", "run"] = "run"
-    """Jitter strengths of the bank: the defaults of views, or the run's own."""
+    bank: Literal["default", "strong", "run"] = "run"
+    """Jitter strengths of the bank: the defaults of views, strong ones, or the run's own."""
     seed: int = 0
     """Fixes images and banks."""
     steps: int = 7

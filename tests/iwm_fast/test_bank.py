@@ -22,6 +22,7 @@ from iwm_fast.evals.bank import (
 from iwm_fast.evals.mrr import chance
 from pipelines.actions import JITTER, action_difference, neutral_photometry
 from pipelines.batch import normalize_view
+from pipelines.config import ViewConfig
 from pipelines.views import render
 from samples import photograph
 
@@ -72,6 +73,8 @@ def test_bank_strengths_are_the_defaults_or_the_runs_own(tiny_config):
     views = replace(tiny_config().views, brightness=0.8)
     assert bank_views(views, "default").brightness == 0.4 and bank_views(views, "run").brightness == 0.8
     assert bank_views(views, "run").jitter_probability == 1.0
+    strong = bank_views(ViewConfig(), "strong")
+    assert [getattr(strong, name) for name in JITTER] == [0.8, 0.8, 0.8, 0.2] and strong.jitter_probability == 1.0
 
 
 def test_jitter_is_asked_of_the_untouched_image_and_says_what_each_member_differs_by(model, pixels):
