@@ -8,6 +8,7 @@ from iwm_fast.config import RunConfig, accumulation_steps
 from iwm_fast.settings import build, describe_fields, digest, fingerprint, load_config, save_config
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
+NAMED_RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("lab_*.yaml")))
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_build_refuses_a_group_given_as_a_value():
         build(RunConfig, {"optim": 3})
 
 
-@pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("lab_*.yaml"))), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NAMED_RUNS, ids=lambda path: path.stem)
 def test_a_named_run_reads_and_its_first_lines_say_how_to_start_it(path):
     load_config(path)
     head = path.read_text().splitlines()[:12]
