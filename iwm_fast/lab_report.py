@@ -49,7 +49,7 @@ def _rule() -> str:
     return (
         '<p class="soft">A comparison holds if the 95 % interval (Student, over seeds, paired) of its difference lies '
         "above zero. A claim holds if all its comparisons do, fails if one lies below zero, and is undecided "
-        "otherwise. The rule and the comparisons were written down before the runs.</p>"
+        "otherwise. The rule is the same for every lab.</p>"
     )
 
 

@@ -72,6 +72,8 @@ def test_a_lab_is_made_judged_not_made_twice_and_grown(write, tmp_path):
         ("a", 0, "jitter"),
         ("b", 0, "jitter"),
     }
+    # whatever has made it, once
+    assert len(said["machine"]) == len(said["commit"]) == 1 and all(said["machine"] + said["commit"])
     # one seed decides nothing
     assert said["verdicts"] == {"conditioning": "undecided"}
     assert "It listens." in page.read_text() and (folder / "claims.png").stat().st_size > 1000
