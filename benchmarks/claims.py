@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.claims import Comparison, Outcome, judge
+from iwm_fast.claims import Comparison, Outcome, judge, tuned_for, values_of
 from iwm_fast.evaluate import TASKS
-from iwm_fast.lab_config import Claim, LabConfig, Number, parse_claim, read_lab
+from iwm_fast.lab_config import Claim, LabConfig, parse_claim, read_lab
 from iwm_fast.lab_report import label
 
 PROJECT = Path(__file__).parent.parent
@@ -50,14 +50,12 @@ def numbers_of(lab: LabConfig) -> dict[str, Any]:
         FileNotFoundError: if it has not run.
     """
     found = json.loads((lab.folder / "lab.json").read_text(encoding="utf-8"))
-    wanted = {str(number) for claim in lab.claims for pair in claim.compare for number in pair}
-    values: dict[str, dict[str, float]] = {}
-    tuned: dict[str, int] = {}
-    for row in found["rows"]:
-        name = str(Number(**{part: row[part] for part in ("cell", "result", "subject", "metric")}))
-        if name in wanted:
-            values.setdefault(name, {})[str(row["seed"])] = row["value"]
-            tuned[name] = row["num_tuned"]
+    numbers = {str(number): number for claim in lab.claims for pair in claim.compare for number in pair}
+    rows = found["rows"]
+    # keys as JSON has them
+    values = {name: {str(seed): value for seed, value in values_of(one, rows).items()} for name, one in numbers.items()}
+    measured = {name: by_seed for name, by_seed in values.items() if by_seed}
+    tuned = {name: tuned_for(numbers[name], rows) for name in measured}
     claims = {
         claim.name: {
             "text": claim.text,
@@ -68,7 +66,7 @@ def numbers_of(lab: LabConfig) -> dict[str, Any]:
         for claim in lab.claims
     }
     about = {name: found[name] for name in ("machine", "commit")}
-    return about | {"claims": claims, "tuned": tuned, "values": values}
+    return about | {"claims": claims, "tuned": tuned, "values": measured}
 
 
 def outcomes_of(tree: dict[str, Any]) -> list[Outcome]:

@@ -26,10 +26,10 @@ from threading import Event, Lock
 import torch
 
 from iwm_fast import checkpoint as checkpoints
-from iwm_fast.claims import Outcome, judge
+from iwm_fast.claims import judge, values_of
 from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import TASKS, read_settings
-from iwm_fast.lab_config import LabConfig, Number, read_lab
+from iwm_fast.lab_config import LabConfig, read_lab
 from iwm_fast.lab_report import write_lab_report
 from iwm_fast.preemption import EXIT_PREEMPTED, read_status
 from iwm_fast.settings import load_config, to_tree
@@ -232,23 +232,6 @@ def run_lab(path: Path) -> Path:
     return page
 
 
-def values_of(lab: LabConfig, number: Number) -> dict[int, float]:
-    """Return one of the lab's numbers by seed, for the seeds that have it."""
-    found = {}
-    for cell in cells_of(lab):
-        path = cell.folder / "evaluations" / f"{number.result}.json"
-        if cell.name == number.cell and path.is_file():
-            for row in read_result(path).rows:
-                if (row.subject, row.metric) == (number.subject, number.metric):
-                    found[cell.seed] = row.value
-    return found
-
-
-def outcomes_of(lab: LabConfig) -> list[Outcome]:
-    """Judge every claim by what is there."""
-    return [judge(claim, lambda number: values_of(lab, number)) for claim in lab.claims]
-
-
 def write_outcome(lab: LabConfig) -> Path:
     """Write the numbers and the page of a lab, finished or not."""
     rows = [
@@ -257,7 +240,7 @@ def write_outcome(lab: LabConfig) -> Path:
         for result in results_of(cell.folder)
         for row in result.rows
     ]
-    outcomes = outcomes_of(lab)
+    outcomes = [judge(claim, lambda number: values_of(number, rows)) for claim in lab.claims]
     tree = {
         **_made_by(lab),
         "verdicts": {one.claim.name: one.verdict for one in outcomes},

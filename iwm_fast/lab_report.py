@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.claims import Comparison, Outcome
+from iwm_fast.claims import Comparison, Outcome, tuned_for
 from iwm_fast.figures import DotPlot, Dots, dot_plot, save_dot_plots
 from iwm_fast.lab_config import Claim, LabConfig, Number
 from iwm_fast.metrics import commit
@@ -19,10 +19,8 @@ def write_lab_report(lab: LabConfig, outcomes: Sequence[Outcome], rows: Sequence
     path = lab.folder / "report.html"
     count = {verdict: sum(one.verdict == verdict for one in outcomes) for verdict in ("holds", "undecided", "fails")}
     done = {(row["cell"], row["seed"]) for row in rows}
-    tuned = {
-        str(Number(**{part: row[part] for part in ("cell", "result", "subject", "metric")})): row["num_tuned"]
-        for row in rows
-    }
+    numbers = (number for one in outcomes for pair in one.claim.compare for number in pair)
+    tuned = {str(number): tuned_for(number, rows) for number in numbers}
     parts = [
         f"<h1>{escape(lab.folder.name)}</h1>",
         f'<p class="soft">commit {escape(commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '

@@ -1,12 +1,13 @@
 """Claims are judged by the interval of paired differences, and by nothing else."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwm_fast.claims import interval, judge
+from iwm_fast.claims import interval, judge, tuned_for, values_of
 from iwm_fast.lab_config import Claim, Number
 
 
@@ -71,3 +72,17 @@ def test_an_interval_moves_with_its_values_and_holds_their_mean(values, shift):
     one, moved = interval(values), interval([value + shift for value in values])
     assert one.low <= one.mean + 1e-12 and one.mean <= one.high + 1e-12
     assert moved.low == pytest.approx(one.low + shift, abs=1e-9)
+
+
+def test_a_star_takes_the_mean_over_results_of_seeds_that_have_all_of_them():
+    said = [(0, "mrr_default", 0.2), (0, "mrr_strong", 0.4), (1, "mrr_default", 0.9), (0, "knn", 1.0)]
+    rows = [
+        {"cell": cell, "seed": seed, "result": result, "subject": "jitter", "metric": "mrr", "value": value,
+         "num_tuned": 7 if cell == "a" else 0}
+        for cell in "ab" for seed, result, value in said
+    ]  # fmt: skip
+    both = replace(number("a"), result="mrr_*")
+    assert values_of(both, rows) == {0: pytest.approx(0.3)}
+    assert values_of(number("a"), rows) == {0: 0.2, 1: 0.9}
+    assert values_of(number("c"), rows) == {}
+    assert [tuned_for(number(cell), rows) for cell in "abc"] == [7, 0, 0]
