@@ -9,16 +9,15 @@ Without a lab the table is written anew from docs/claims.json.
 
 import argparse
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.claims import Comparison, Outcome, judge, tuned_for, values_of
+from iwm_fast.claims import Outcome, judge, tuned_for, values_of
 from iwm_fast.evaluate import TASKS
-from iwm_fast.lab_config import Claim, LabConfig, parse_claim, read_lab
-from iwm_fast.lab_report import label
+from iwm_fast.lab_config import LabConfig, parse_claim, read_lab
+from iwm_fast.lab_report import difference, means
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
@@ -108,28 +107,12 @@ def _line(outcome: Outcome, tuned: dict[str, int]) -> str:
     claim = outcome.claim
     cells = (
         claim.text,
-        "; ".join(_means(claim, one, tuned) for one in outcome.comparisons),
-        "; ".join(_difference(one) for one in outcome.comparisons),
+        "; ".join(means(one, claim, tuned) for one in outcome.comparisons),
+        "; ".join(difference(one) for one in outcome.comparisons),
         claim.paper,
         _VERDICTS.get(outcome.verdict, outcome.verdict),
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _means(claim: Claim, one: Comparison, tuned: dict[str, int]) -> str:
-    sides = []
-    for number, values in zip((one.better, one.worse), one.values, strict=True):
-        mean = f"{sum(values) / len(values):.3f}" if values else "not measured"
-        sides.append(f"{label(number, claim, tuned.get(str(number), 0))} {mean}")
-    return ", ".join(sides)
-
-
-def _difference(one: Comparison) -> str:
-    found = one.difference
-    if found is None:
-        return ""
-    ends = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else "one seed"
-    return f"{found.mean:+.3f} ({ends})"
 
 
 if __name__ == "__main__":

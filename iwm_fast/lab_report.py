@@ -1,5 +1,6 @@
 """The page of a lab: each claim with its verdict, its figure and the paper's, then every number."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,35 @@ def _rule() -> str:
 
 def _claim(outcome: Outcome, tuned: _Tuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [_comparison(one, claim, tuned) for one in outcome.comparisons]
+    rows = [(means(one, claim, tuned), difference(one), len(one.values[0])) for one in outcome.comparisons]
+    is_measured = any(one.difference for one in outcome.comparisons)
     return card(
         claim.name,
         f"<p>{escape(claim.text)}</p>",
         f'<p class="small soft">Holds above {-claim.margin:g}: no worse than.</p>' if claim.margin else "",
         f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
         f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
-        dot_plot(_dots(outcome, tuned), unit=_unit(outcome)),
-        table(["larger", "mean", "smaller", "mean", "difference", "95 % interval", "seeds"], rows),
+        dot_plot(_dots(outcome, tuned), unit=_unit(outcome)) if is_measured else "",
+        table(["compared, mean over seeds", "difference, 95 % interval", "seeds"], rows),
     )
 
 
-def _comparison(one: Comparison, claim: Claim, tuned: _Tuned) -> tuple[object, ...]:
+def means(one: Comparison, claim: Claim, tuned: _Tuned) -> str:
+    """Return the names and means of both sides of a comparison."""
+    sides = []
+    for number, values in zip((one.better, one.worse), one.values, strict=True):
+        mean = f"{sum(values) / len(values):.3f}" if values else "not measured"
+        sides.append(f"{label(number, claim, tuned.get(str(number), 0))} {mean}")
+    return ", ".join(sides)
+
+
+def difference(one: Comparison) -> str:
+    """Return the mean difference of a comparison and its interval; nothing if no seed has both sides."""
     found = one.difference
-    better, worse = (label(number, claim, tuned.get(str(number), 0)) for number in (one.better, one.worse))
-    means = [f"{sum(values) / len(values):.3f}" if values else "" for values in one.values]
-    difference = ("", "") if found is None else (f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}")
-    return (better, means[0], worse, means[1], *difference, len(one.values[0]))
+    if found is None:
+        return ""
+    ends = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else "one seed"
+    return f"{found.mean:+.3f} ({ends})"
 
 
 def label(number: Number, claim: Claim, num_tuned: int) -> str:
@@ -83,8 +95,9 @@ def label(number: Number, claim: Claim, num_tuned: int) -> str:
 
 
 def _unit(outcome: Outcome) -> str:
-    number = outcome.comparisons[0].better
-    return f"{number.metric} ({number.result})"
+    numbers = [number for pair in outcome.claim.compare for number in pair]
+    metrics, results = ({getattr(one, part): None for one in numbers} for part in ("metric", "result"))
+    return ", ".join(metrics) + (f" ({numbers[0].result})" if len(results) == 1 else "")
 
 
 def _dots(outcome: Outcome, tuned: _Tuned) -> list[Dots]:
