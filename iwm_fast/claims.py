@@ -8,8 +8,7 @@ claim holds if all of its comparisons do, fails if one of them lies below that b
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -65,25 +64,18 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
-def rows_of(number: Number, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return what of a lab's rows (cell, seed, result, subject, metric, value, ...) a number is made of."""
-    named = [row for row in rows if fnmatchcase(row["result"], number.result)]
-    wanted = number.cell, number.subject, number.metric
-    return [row for row in named if (row["cell"], row["subject"], row["metric"]) == wanted]
-
-
 def values_of(number: Number, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return a number by seed: the mean over all results that it names, for the seeds that have all of them."""
-    found: dict[int, list[float]] = {}
-    for row in rows_of(number, rows):
-        found.setdefault(row["seed"], []).append(row["value"])
-    most = max(map(len, found.values()), default=0)
-    return {seed: float(np.mean(values)) for seed, values in found.items() if len(values) == most}
+    """Return a number by seed out of a lab's rows (cell, seed, result, subject, metric, value, ...)."""
+    return {row["seed"]: row["value"] for row in rows if _is_of(row, number)}
 
 
 def tuned_for(number: Number, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many parameters were trained for a number."""
-    return max((row["num_tuned"] for row in rows_of(number, rows)), default=0)
+    """Return how many parameters were trained for a number; 0 if it was not measured."""
+    return max((row["num_tuned"] for row in rows if _is_of(row, number)), default=0)
+
+
+def _is_of(row: Mapping[str, Any], number: Number) -> bool:
+    return all(row[part] == name for part, name in asdict(number).items())
 
 
 def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome:

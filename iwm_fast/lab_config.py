@@ -16,7 +16,7 @@ claims:
   conditioning:
     text: what is claimed, in one sentence
     paper: its figures
-    compare:                          better, worse; each is CELL RESULT SUBJECT METRIC; a * in RESULT takes a mean
+    compare:                          better, worse; each is CELL RESULT SUBJECT METRIC
       - [feature mrr_default jitter mrr, none mrr_default jitter mrr]
 """
 
@@ -38,7 +38,7 @@ class Number:
 
     cell: str
     result: str
-    """Name of the evaluation's result: mrr_default, knn, finetune, ...; with a `*` the mean over all that match."""
+    """Name of the evaluation's result: mrr_default, knn, finetune, ..."""
     subject: str
     metric: str
 

@@ -74,15 +74,15 @@ def test_an_interval_moves_with_its_values_and_holds_their_mean(values, shift):
     assert moved.low == pytest.approx(one.low + shift, abs=1e-9)
 
 
-def test_a_star_takes_the_mean_over_results_of_seeds_that_have_all_of_them():
-    said = [(0, "mrr_default", 0.2), (0, "mrr_strong", 0.4), (1, "mrr_default", 0.9), (0, "knn", 1.0)]
+def test_a_number_is_found_among_the_rows_of_a_lab_by_seed():
+    said = [(0, "mrr_default", 0.2), (0, "mrr_strong", 0.4), (1, "mrr_default", 0.9)]
     rows = [
-        {"cell": cell, "seed": seed, "result": result, "subject": "jitter", "metric": "mrr", "value": value,
-         "num_tuned": 7 if cell == "a" else 0}
-        for cell in "ab" for seed, result, value in said
+        {"cell": cell, "seed": seed, "result": result, "subject": "jitter", "metric": metric, "value": value + extra,
+         "num_tuned": tuned}
+        for cell, tuned, extra in (("a", 7, 0.0), ("b", 0, 1.0)) for metric in ("mrr", "recall_at_1")
+        for seed, result, value in said if (cell, metric) != ("b", "recall_at_1")
     ]  # fmt: skip
-    both = replace(number("a"), result="mrr_*")
-    assert values_of(both, rows) == {0: pytest.approx(0.3)}
     assert values_of(number("a"), rows) == {0: 0.2, 1: 0.9}
-    assert values_of(number("c"), rows) == {}
+    assert values_of(replace(number("b"), result="mrr_strong"), rows) == {0: 1.4}
+    assert values_of(replace(number("b"), metric="recall_at_1"), rows) == {}
     assert [tuned_for(number(cell), rows) for cell in "abc"] == [7, 0, 0]
