@@ -132,6 +132,7 @@ def _draw_dots(axis: Axes, rows: Sequence[Dots], unit: str, colours: Palette) ->
     axis.set_yticks(range(len(rows)), [row.label for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(unit)
+    axis.locator_params(axis="x", nbins=5)
     axis.grid(axis="x", linewidth=0.6)
 
 
@@ -150,7 +151,7 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
     """Write dot plots in two columns as one PNG in light colours, in rows as high as the higher of their two."""
     num_columns = min(2, len(plots))
     pairs = [plots[first : first + num_columns] for first in range(0, len(plots), num_columns)]
-    heights = [1.4 + 0.3 * max(len(plot.rows) for plot in pair) for pair in pairs]
+    heights = [1.4 + 0.34 * max(len(plot.rows) for plot in pair) for pair in pairs]
     with plt.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
         figure, axes = plt.subplots(
             len(pairs), num_columns, figsize=(6.2 * num_columns, sum(heights)), squeeze=False, layout="constrained",
@@ -160,7 +161,7 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
             axis.set_visible(False)
         for axis, plot in zip(axes.flat, plots, strict=False):
             _draw_dots(axis, plot.rows, plot.unit, _LIGHT)
-            note = textwrap.fill(plot.note, 72)
+            note = textwrap.fill(plot.note, 64)
             axis.set_title(plot.title, fontsize=10, loc="left", pad=9 + 10 * len(note.splitlines()))
             axis.annotate(
                 note, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7.5, color=_LIGHT.soft, va="bottom"

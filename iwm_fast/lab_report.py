@@ -72,7 +72,7 @@ def means(one: Comparison, claim: Claim, tuned: _Tuned) -> str:
     sides = []
     for number, values in zip((one.better, one.worse), one.values, strict=True):
         mean = f"{sum(values) / len(values):.3f}" if values else "not measured"
-        sides.append(f"{label(number, claim, tuned.get(str(number), 0))} {mean}")
+        sides.append(f"{_label(number, claim, tuned, ', ')} {mean}")
     return ", ".join(sides)
 
 
@@ -85,13 +85,17 @@ def difference(one: Comparison) -> str:
     return f"{found.mean:+.3f} ({ends})"
 
 
-def label(number: Number, claim: Claim, num_tuned: int) -> str:
+def _label(number: Number, claim: Claim, tuned: _Tuned, between: str) -> str:
     """Return what tells a number from the others of its claim, and how many parameters were trained for it, if any."""
-    numbers = [number for pair in claim.compare for number in pair]
-    parts = ("cell", "subject", "result", "metric")
-    own = [part for part in parts if len({getattr(one, part) for one in numbers}) > 1]
-    name = ", ".join(filter(None, (getattr(number, part) for part in own)))
-    return f"{name}, {num_tuned:,} tuned" if num_tuned else name
+    numbers = {number for pair in claim.compare for number in pair}
+    own: list[str] = []
+    for part in ("cell", "subject", "metric", "result"):
+        is_told = len({tuple(getattr(one, part) for part in own) for one in numbers}) == len(numbers)
+        if not is_told and len({getattr(one, part) for one in numbers}) > 1:
+            own.append(part)
+    name = ", ".join(getattr(number, part) for part in own)
+    num_tuned = tuned.get(str(number), 0)
+    return f"{name}{between}{num_tuned:,} tuned" if num_tuned else name
 
 
 def _unit(outcome: Outcome) -> str:
@@ -105,7 +109,7 @@ def _dots(outcome: Outcome, tuned: _Tuned) -> list[Dots]:
     found: dict[str, Sequence[float]] = {}
     for one in outcome.comparisons:
         for number, values in zip((one.better, one.worse), one.values, strict=True):
-            found.setdefault(label(number, outcome.claim, tuned.get(str(number), 0)), values)
+            found.setdefault(_label(number, outcome.claim, tuned, "\n"), values)
     return [Dots(label=name, values=values) for name, values in found.items()]
 
 
