@@ -1,10 +1,10 @@
 """Bring a lab's outcome into the repository: `python -m benchmarks.claims iwm_fast/configs/lab_cpu.yaml`.
 
-    docs/claims.json    every number that a claim compares, by seed, with command, machine and commit
-    docs/claims.png     the lab's figure
-    README.md           the table of claims, between its marks
+    docs/lab_cpu.json    every number that a claim compares, by seed, with command, machine and commit
+    docs/lab_cpu.png     the lab's figure
+    README.md            the table of claims, between the marks of this lab
 
-Without a lab the table is written anew from docs/claims.json.
+Without a lab the tables are written anew from what docs/ holds.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from iwm_fast.lab_report import difference, means
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
-NUMBERS = PROJECT / "docs" / "claims.json"
+DOCS = PROJECT / "docs"
 FIGURE = "claims.png"
-BEGIN, END = "<!-- claims: written by python -m benchmarks.claims -->", "<!-- end of claims -->"
 _VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
 
 
@@ -35,11 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path is not None:
         lab = read_lab(path, set(TASKS))
         tree = {"command": f"iwm lab {path}", **numbers_of(lab)}
-        NUMBERS.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(lab.folder / FIGURE, NUMBERS.with_name(FIGURE))
-    text = README.read_text(encoding="utf-8")
-    README.write_text(with_section(text, json.loads(NUMBERS.read_text(encoding="utf-8"))), encoding="utf-8")
+        (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
+    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"written to {README}")
+
+
+def with_sections(text: str) -> str:
+    """Return a README with the tables of all labs that docs/ holds."""
+    for path in sorted(DOCS.glob("lab_*.json")):
+        text = with_section(text, path.stem, json.loads(path.read_text(encoding="utf-8")))
+    return text
 
 
 def numbers_of(lab: LabConfig) -> dict[str, Any]:
@@ -78,16 +83,22 @@ def outcomes_of(tree: dict[str, Any]) -> list[Outcome]:
     ]
 
 
-def with_section(text: str, tree: dict[str, Any]) -> str:
-    """Return a README with the table of claims between its marks.
+def marks(lab: str) -> tuple[str, str]:
+    """Return the lines of a README between which a lab's table stands."""
+    return f"<!-- {lab}: written by python -m benchmarks.claims -->", f"<!-- end of {lab} -->"
+
+
+def with_section(text: str, lab: str, tree: dict[str, Any]) -> str:
+    """Return a README with a lab's table of claims between its marks.
 
     Raises:
         ValueError: if the marks are not there.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README must hold the lines {BEGIN!r} and {END!r}, each once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section(tree)}{END}{rest.split(END)[1]}"
+    begin, end = marks(lab)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README must hold the lines {begin!r} and {end!r}, each once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{section(tree)}{end}{rest.split(end)[1]}"
 
 
 def section(tree: dict[str, Any]) -> str:
