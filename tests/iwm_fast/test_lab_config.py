@@ -90,7 +90,7 @@ def test_a_lab_may_be_like_another_but_for_what_it_names(write, tmp_path):
     assert (other.cells, other.evaluations, other.claims) == (first.cells, first.evaluations, first.claims)
 
 
-@pytest.mark.parametrize("name", ["lab_cpu", "lab_gpu"])
+@pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping", "lab_gpu"])
 def test_every_step_of_the_shipped_labs_has_settings_that_there_are(name, monkeypatch):
     monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
     lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
