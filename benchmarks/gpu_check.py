@@ -1,7 +1,7 @@
 """One command for a machine with a GPU: tests first, then every timing: `python -m benchmarks.gpu_check --help`.
 
 A red test ends it, because times of wrong results mean nothing. The fused operations come first, then the data line,
-then the training step in what is left of the time. What follows `--` goes to `bench_kernels`.
+then the training step in what is left of the time. What follows `--` goes to benchmarks.kernels.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run tests and benchmarks; return the exit status."""
     options = parse(arguments)
     if not torch.cuda.is_available():
-        print("error: there is no GPU here; offline figures: python -m benchmarks.bench_kernels", file=sys.stderr)
+        print("error: there is no GPU here; offline figures: python -m benchmarks.kernels", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.limit_s
     red = 0
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pipelines_s, steps_s = min(options.pipelines_limit_s, left_s / 3), min(options.steps_limit_s, left_s / 3)
     commit = commit_of(options.bench)
     statuses = [
-        bench("bench_kernels", left_s - pipelines_s - steps_s, options.bench),
-        bench("bench_pipelines", deadline - time.monotonic() - steps_s, commit),
-        bench("bench_train_step", deadline - time.monotonic(), commit),
+        bench("kernels", left_s - pipelines_s - steps_s, options.bench),
+        bench("pipelines", deadline - time.monotonic() - steps_s, commit),
+        bench("train_step", deadline - time.monotonic(), commit),
     ]
     return next((status for status in statuses if status), red)
 
@@ -59,7 +59,7 @@ def bench(name: str, left_s: float, arguments: list[str]) -> int:
 
 
 def commit_of(arguments: Sequence[str]) -> list[str]:
-    """Return what of the options of `bench_kernels` holds for the others too: what is measured."""
+    """Return what of the options of benchmarks.kernels holds for the others too: what is measured."""
     place = arguments.index("--commit") if "--commit" in arguments else len(arguments)
     return list(arguments[place : place + 2])
 
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps-limit-s", type=float, default=450.0, help="the same for the training step")
     parser.add_argument("--keep-going", action="store_true", help="time even what is red")
     parser.add_argument("--skip-tests", action="store_true", help="time only")
-    parser.add_argument("bench", nargs="*", metavar="-- ...", help="options of bench_kernels")
+    parser.add_argument("bench", nargs="*", metavar="-- ...", help="options of benchmarks.kernels")
     return parser.parse_args(arguments)
 
 

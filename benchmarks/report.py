@@ -2,30 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import (
-    feature_tables,
-    goals,
-    machine,
-    offline_figures,
-    pipeline_goals,
-    pipeline_tables,
-    records,
-    step_goals,
-    step_tables,
-    tables,
-)
-from benchmarks.records import Record
+from benchmarks.features import report as feature_tables
+from benchmarks.harness import goals, records, results, tables
+from benchmarks.harness.machine import machine_line, processor
+from benchmarks.harness.records import Record
+from benchmarks.kernels import compiler_report
+from benchmarks.pipelines import report as pipeline_tables
+from benchmarks.train_step import report as step_tables
 
-RESULTS = Path(__file__).parent / "results"
-OFFLINE = RESULTS / "offline.jsonl"
-PIPELINES = "-pipelines"
-"""What names of files end with that hold measurements of the data line."""
-STEPS = "-train-step"
-"""The same of the training step."""
-FEATURES = "-features"
-"""The same of frozen features."""
 README = Path(__file__).parent / "README.md"
 ARCH = 90
 
@@ -35,14 +20,14 @@ _HEAD = """\
 Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
 
 ```
-python -m benchmarks.gpu_check               on a GPU: tests first, then every timing
-python -m benchmarks.bench_pipelines         the data line, on a GPU or a CPU; --quick: in a minute or two
-python -m benchmarks.bench_train_step        the step under every engine, on a GPU or a CPU; --quick: does it run?
-python -m benchmarks.bench_features          frozen features beside the encoder's forward, on a GPU or a CPU
-python -m benchmarks.bench_kernels           the fused operations; without a GPU the offline figures
-python -m benchmarks.bench_kernels --sweep   other settings of the attention tables
-python -m benchmarks.bench_kernels --only offline --arch 80 90 100 --write
-python -m benchmarks.report                  this file
+python -m benchmarks.gpu_check           on a GPU: tests first, then every timing
+python -m benchmarks.pipelines           the data line, on a GPU or a CPU; --quick: in a minute or two
+python -m benchmarks.train_step          the step under every engine, on a GPU or a CPU; --quick: does it run?
+python -m benchmarks.features            frozen features beside the encoder's forward, on a GPU or a CPU
+python -m benchmarks.kernels             the fused operations; without a GPU the offline figures
+python -m benchmarks.kernels --sweep   other settings of the attention tables
+python -m benchmarks.kernels --only offline --arch 80 90 100 --write
+python -m benchmarks.report              this file
 ```
 """
 
@@ -99,41 +84,18 @@ calculated, not measured.
 
 def main() -> None:
     """Write the README."""
-    README.write_text(
-        render(committed(), committed_pipelines(), committed_steps(), committed_features()), encoding="utf-8"
-    )
+    README.write_text(committed_readme(), encoding="utf-8")
     print(f"written to {README}")
 
 
-def committed() -> list[Record]:
-    """Return all committed records of fused operations but those of sweeps."""
-    others = ("-sweep", PIPELINES, STEPS, FEATURES)
-    paths = [path for path in sorted(RESULTS.glob("*.jsonl")) if not path.stem.endswith(others)]
-    return [record for path in paths for record in records.read(path)]
-
-
-def committed_pipelines() -> list[Record]:
-    """Return all committed records of the data line."""
-    return [record for path in sorted(RESULTS.glob(f"*{PIPELINES}.jsonl")) for record in records.read(path)]
-
-
-def committed_steps() -> list[Record]:
-    """Return all committed records of the training step."""
-    return [record for path in sorted(RESULTS.glob(f"*{STEPS}.jsonl")) for record in records.read(path)]
-
-
-def committed_features() -> list[Record]:
-    """Return all committed records of frozen features."""
-    return [record for path in sorted(RESULTS.glob(f"*{FEATURES}.jsonl")) for record in records.read(path)]
-
-
-def newest_gpu(found: Sequence[Record]) -> list[Record]:
-    """Return the records of the GPU that was measured last."""
-    measured = [record for record in found if record.machine.get("gpu")]
-    if not measured:
-        return []
-    gpu = max(measured, key=lambda record: str(record.machine.get("run"))).machine["gpu"]
-    return [record for record in measured if record.machine["gpu"] == gpu]
+def committed_readme() -> str:
+    """Return the README of the committed results."""
+    return render(
+        results.committed_kernels(),
+        results.committed(results.PIPELINES),
+        results.committed(results.STEPS),
+        results.committed(results.FEATURES),
+    )
 
 
 def render(
@@ -144,8 +106,8 @@ def render(
 ) -> str:
     """Return the README for records of fused operations, of the data line, the training step and frozen features."""
     parts = [_HEAD, "# Data line\n", _PIPELINES_NOTE]
-    parts += _of_machines(pipelines, pipeline_tables.sections, pipeline_goals.rows)
-    parts += ["# Training step\n", _STEPS_NOTE, *_of_machines(steps, step_tables.sections, step_goals.rows)]
+    parts += _of_machines(pipelines, pipeline_tables.sections, pipeline_tables.goal_rows)
+    parts += ["# Training step\n", _STEPS_NOTE, *_of_machines(steps, step_tables.sections, step_tables.goal_rows)]
     if features:
         parts += ["# Frozen features\n", _FEATURES_NOTE]
         parts += _of_machines(features, feature_tables.sections, lambda _: [])
@@ -168,19 +130,13 @@ def _of_machines(
     if not found:
         return [
             f"On any machine: {goals.NOT_YET}.\n",
-            tables.table(pipeline_goals.HEADINGS, goal_rows([])) + "\n",
+            tables.table(goals.HEADINGS, goal_rows([])) + "\n",
         ]
     parts = []
     for name in dict.fromkeys(processor(record.machine) for record in found):
         own = records.latest(record for record in found if processor(record.machine) == name)
         parts += [f"## {name}\n", *_machine_lines(own), "", sections(own) + "\n"]
     return parts
-
-
-def processor(about: dict[str, Any]) -> str:
-    """Return a name for what does the work."""
-    cpu = f"{about.get('cpu') or 'CPU'}, {about.get('cores')} cores"
-    return f"{about['gpu']}, {cpu}" if about.get("gpu") else cpu
 
 
 def _machine_lines(found: Sequence[Record]) -> list[str]:
@@ -204,30 +160,18 @@ def _of_gpu(gpu: str, found: list[Record]) -> list[str]:
     return parts
 
 
-def machine_line(about: dict[str, Any]) -> str:
-    """Return on what was measured, in words."""
-    ceilings = ""
-    if "matrix_flops_per_s" in about:
-        copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
-        ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
-    names = ("driver", *machine.PIPELINE_PACKAGES, "deepspeed", "torch", "triton", "cuda", "cudnn", "python", "commit")
-    versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
-    cpu = f", {about['cpu']}, {about['cores']} cores" if about.get("cpu") else ""
-    return f"{about.get('gpu') or 'no GPU'}{cpu}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"
-
-
 def _offline(found: list[Record]) -> list[str]:
     if not found:
         return ["## Without a GPU\n", f"Offline figures: {goals.NOT_YET}.\n"]
     parts = ["## Without a GPU\n", machine_line(found[0].machine) + "\n"]
-    for module in offline_figures.MODULES:
-        table = offline_figures.launch_table(found, ARCH, module)
+    for module in compiler_report.MODULES:
+        table = compiler_report.launch_table(found, ARCH, module)
         parts += [f"### {module} on sm_{ARCH}\n", _folded(table)]
     parts.insert(2, _OFFLINE_NOTE)
     parts.insert(3, spill_line(found) + "\n")
     parts += [f"### Scores computed per score needed, sm_{ARCH}\n", _WASTE_NOTE]
-    parts += [offline_figures.waste_table(found, ARCH) + "\n", offline_figures.binaries_line(found, ARCH) + "\n"]
-    parts += ["### Floors\n", _FLOOR_NOTE, offline_figures.floor_table(found) + "\n"]
+    parts += [compiler_report.waste_table(found, ARCH) + "\n", compiler_report.binaries_line(found, ARCH) + "\n"]
+    parts += ["### Floors\n", _FLOOR_NOTE, compiler_report.floor_table(found) + "\n"]
     return parts
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from iwm_fast.evaluate import TASKS, listen_if_training, read_settings
 from iwm_fast.evaluate import main as evaluate
-from iwm_fast.messages import be_the_process, errors_as_messages
-from iwm_fast.preemption import OF_PROCESS
+from iwm_fast.runtime.error_reporting import be_the_process, errors_as_messages
+from iwm_fast.runtime.preemption import OF_PROCESS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ def _settings(module: str, name: str) -> Callable[[], Any]:
     return lambda: getattr(import_module(module), name)
 
 
-_run_config = _settings("iwm_fast.config", "RunConfig")
-_check_config = _settings("iwm_fast.command_config", "CheckConfig")
-_export_config = _settings("iwm_fast.command_config", "ExportConfig")
-_report_config = _settings("iwm_fast.command_config", "ReportConfig")
-_imagine_config = _settings("iwm_fast.evals.config", "ImagineConfig")
-_replay_config = _settings("iwm_fast.evals.config", "ReplayConfig")
-_pack_config = _settings("pipelines.config", "PackConfig")
+_run_config = _settings("iwm_fast.config.run", "RunConfig")
+_check_config = _settings("iwm_fast.config.commands", "CheckConfig")
+_export_config = _settings("iwm_fast.config.commands", "ExportConfig")
+_report_config = _settings("iwm_fast.config.commands", "ReportConfig")
+_imagine_config = _settings("iwm_fast.config.evaluation", "ImagineConfig")
+_replay_config = _settings("iwm_fast.config.commands", "ReplayConfig")
+_pack_config = _settings("iwm_fast.pipelines.config", "PackConfig")
 
 
 def _load(arguments: list[str]) -> Any:
-    from iwm_fast.settings import load_config
+    from iwm_fast.config.loading import load_config
 
     if not arguments:
         raise ValueError("which run? give the path of its YAML file, then settings as key=value")
@@ -56,34 +56,34 @@ def _train(arguments: list[str]) -> None:
 def _check(arguments: list[str]) -> None:
     from dataclasses import fields
 
-    from iwm_fast.settings import build
+    from iwm_fast.config.loading import build
 
     own = {one.name for one in fields(_check_config())}
     of_the_run = [argument for argument in arguments if argument.partition("=")[0] not in own]
     config = _load(of_the_run)
     asked = build(_check_config(), {}, [argument for argument in arguments if argument not in of_the_run])
-    from iwm_fast.check_run import check_run
+    from iwm_fast.commands.check_run import check_run
 
     check_run(config, asked)
 
 
 def _export(arguments: list[str]) -> None:
     config = read_settings(_export_config(), arguments)
-    from iwm_fast.export import export
+    from iwm_fast.checkpoints.export import export
 
     print(export(config))
 
 
 def _warmup(arguments: list[str]) -> None:
     config = _load(arguments)
-    from iwm_fast.warmup import warm_up
+    from iwm_fast.commands.compile_kernels import warm_up
 
     print(warm_up(config))
 
 
 def _show(arguments: list[str]) -> None:
     config = _load(arguments)
-    from iwm_fast.show import show
+    from iwm_fast.commands.show_batch import show
 
     print(show(config))
 
@@ -97,7 +97,7 @@ def _evaluate(name: str) -> Callable[[list[str]], None]:
 
 def _imagine(arguments: list[str]) -> None:
     config = read_settings(_imagine_config(), arguments)
-    from iwm_fast.evals.imagine import imagine
+    from iwm_fast.evals.retrieval.visualize import imagine
 
     print(*imagine(config), sep="\n")
 
@@ -105,14 +105,14 @@ def _imagine(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     if not read_settings(TASKS["plan"].settings, arguments).source:
         return _evaluate("plan")(arguments)
-    from iwm_fast.evals.plan import plan_images
+    from iwm_fast.evals.planning.evaluate import plan_images
 
     print(plan_images(read_settings(TASKS["plan"].settings, arguments)))
 
 
 def _replay(arguments: list[str]) -> None:
     config = read_settings(_replay_config(), arguments)
-    from iwm_fast.replay import replay
+    from iwm_fast.commands.replay_step import replay
 
     print(replay(config))
 
@@ -122,7 +122,7 @@ def _lab(arguments: list[str]) -> None:
     import logging
     from pathlib import Path
 
-    from iwm_fast.lab import run_lab
+    from iwm_fast.lab.runner import run_lab
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(run_lab(Path(path)))
@@ -131,15 +131,15 @@ def _lab(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from pathlib import Path
 
-    from iwm_fast.settings import build
+    from iwm_fast.config.loading import build
 
     config = build(_report_config(), {}, arguments)
     if config.lab:
-        from iwm_fast.lab import report_lab
+        from iwm_fast.lab.runner import report_lab
 
         print(report_lab(Path(config.lab)))
         return
-    from iwm_fast.report import write_run_report
+    from iwm_fast.commands.report_run import write_run_report
 
     print(write_run_report(Path(config.run)))
 
@@ -148,7 +148,7 @@ def _shards_demo(arguments: list[str]) -> None:
     (folder,) = _exactly(arguments, "a folder to write to")
     from pathlib import Path
 
-    from pipelines.demo_shards import write_demo_shards
+    from iwm_fast.pipelines.demo_data import write_demo_shards
 
     print(write_demo_shards(Path(folder)))
 
@@ -157,8 +157,8 @@ def _shards_pack(arguments: list[str]) -> None:
     source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
     from pathlib import Path
 
-    from iwm_fast.settings import build
-    from pipelines.make_shards import pack_folder
+    from iwm_fast.config.loading import build
+    from iwm_fast.pipelines.storage.shard_writer import pack_folder
 
     for path in pack_folder(Path(source), Path(folder), build(_pack_config(), {}, arguments[2:])):
         print(path)
@@ -166,13 +166,13 @@ def _shards_pack(arguments: list[str]) -> None:
 
 def _shards_check(arguments: list[str]) -> None:
     (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
-    from iwm_fast.check_shards import check_shards
+    from iwm_fast.commands.check_shards import check_shards
 
     check_shards(spec)
 
 
 def _demo(arguments: list[str]) -> None:
-    from iwm_fast.demo import demo
+    from iwm_fast.commands.demo import demo
 
     demo(arguments)
 
@@ -263,11 +263,9 @@ def _help(name: str) -> None:
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
     if command.settings is None:
         return
-    from iwm_fast.settings import describe_fields
+    from iwm_fast.config.loading import settings_text
 
-    print("\nsettings (type, default):")
-    for setting, kind, default, text in describe_fields(command.settings()):
-        print(f"  {setting} ({kind}, {default!r})\n      {text}")
+    print("\n" + settings_text(command.settings()))
 
 
 if __name__ == "__main__":

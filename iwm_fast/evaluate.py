@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from iwm_fast.messages import be_the_process, errors_as_messages, found_by_every_rank
-from iwm_fast.preemption import EXIT_PREEMPTED, OF_PROCESS, PreemptedError
+from iwm_fast.runtime.error_reporting import be_the_process, errors_as_messages, found_by_every_rank
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED, OF_PROCESS, PreemptedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,33 +21,65 @@ class Task:
     """One kind of evaluation, named so that nothing is imported before it is wanted."""
 
     summary: str
+    module: str
+    """Module below `iwm_fast.evals` with the function `evaluate_NAME`."""
     config: str
-    """Class of its settings in `iwm_fast.evals.config` or `.tune_config`."""
+    """Class of its settings in `iwm_fast.config.evaluation`, or in `iwm_fast.config.finetuning` if it trains."""
     trains: bool = False
     """Whether it trains networks for long: then it goes on where it was stopped."""
 
     @property
     def settings(self) -> Any:
         """The class of its settings."""
-        return getattr(import_module(f"iwm_fast.evals.{'tune_config' if self.trains else 'config'}"), self.config)
+        return getattr(import_module(f"iwm_fast.config.{'finetuning' if self.trains else 'evaluation'}"), self.config)
 
 
 _PIPE_WIDTH = 160
 
 TASKS = {
-    "mrr": Task(config="MrrConfig", summary="mean reciprocal rank of the world model, beside chance and untrained"),
-    "knn": Task(config="KnnConfig", summary="k nearest neighbours on frozen features, beside an untrained encoder"),
-    "linear": Task(config="LinearConfig", summary="linear probe on frozen features, beside an untrained encoder"),
-    "attentive": Task(config="AttentiveConfig", summary="attentive probe on frozen tokens, likewise"),
-    "plan": Task(config="PlanConfig", summary="find the change between two images through the world model"),
-    "finetune": Task(config="FinetuneConfig", trains=True,
-                     summary="five arms: encoder, world model, new predictor, head alone, end to end"),
-    "multitask": Task(config="MultitaskConfig", trains=True,
-                      summary="one predictor for several tasks, beside one predictor each"),
-    "segment": Task(config="SegmentConfig", trains=True,
-                    summary="segmentation from encoder or predictor tokens by a linear head, mean IoU"),
-}  # fmt: skip
-"""By name; task NAME is `evaluate_NAME` in `iwm_fast.evals.NAME`."""
+    "mrr": Task(
+        module="retrieval.mrr",
+        config="MrrConfig",
+        summary="mean reciprocal rank of the world model, beside chance and untrained",
+    ),
+    "knn": Task(
+        module="probing.knn",
+        config="KnnConfig",
+        summary="k nearest neighbours on frozen features, beside an untrained encoder",
+    ),
+    "linear": Task(
+        module="probing.linear",
+        config="LinearConfig",
+        summary="linear probe on frozen features, beside an untrained encoder",
+    ),
+    "attentive": Task(
+        module="probing.attentive", config="AttentiveConfig", summary="attentive probe on frozen tokens, likewise"
+    ),
+    "plan": Task(
+        module="planning.evaluate",
+        config="PlanConfig",
+        summary="find the change between two images through the world model",
+    ),
+    "finetune": Task(
+        module="finetuning.classification",
+        config="FinetuneConfig",
+        trains=True,
+        summary="five arms: encoder, world model, new predictor, head alone, end to end",
+    ),
+    "multitask": Task(
+        module="multitask.evaluate",
+        config="MultitaskConfig",
+        trains=True,
+        summary="one predictor for several tasks, beside one predictor each",
+    ),
+    "segment": Task(
+        module="segmentation.evaluate",
+        config="SegmentConfig",
+        trains=True,
+        summary="segmentation from encoder or predictor tokens by a linear head, mean IoU",
+    ),
+}
+"""By name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +108,7 @@ def read_settings(kind: Any, arguments: list[str]) -> Any:
         ValueError: for an unknown or unfit setting, or if no run is named.
     """
     # a third of a second
-    from iwm_fast.settings import build  # noqa: PLC0415
+    from iwm_fast.config.loading import build  # noqa: PLC0415
 
     config = build(kind, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
@@ -103,12 +135,12 @@ def _run(name: str, config: Any) -> None:
     # seconds, in which a signal must not be lost
     from rich.console import Console  # noqa: PLC0415
 
-    from iwm_fast import distributed  # noqa: PLC0415
     from iwm_fast.evals.results import table  # noqa: PLC0415
+    from iwm_fast.runtime import distributed  # noqa: PLC0415
 
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
-    act = getattr(import_module(f"iwm_fast.evals.{name}"), f"evaluate_{name}")
+    act = getattr(import_module(f"iwm_fast.evals.{TASKS[name].module}"), f"evaluate_{name}")
     runtime = getattr(config, "runtime", None)
     waiting = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
     distributed.start(config.device if runtime is None else runtime.device, **waiting)

@@ -3,15 +3,18 @@
 It listens to signals before it imports anything that takes time.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.messages import be_the_process, errors_as_messages, found_by_every_rank, lost_rank
-from iwm_fast.preemption import EXIT_PREEMPTED, OF_PROCESS, PreemptedError, read_status, write_status
-from iwm_fast.settings import load_config
+from iwm_fast.config.loading import load_config, settings_text
+from iwm_fast.config.run import RunConfig
+from iwm_fast.runtime.error_reporting import be_the_process, errors_as_messages, found_by_every_rank, lost_rank
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED, OF_PROCESS, PreemptedError, Preemption
+from iwm_fast.runtime.run_status import read_status, write_status
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,8 +25,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is not None:
         _train(list(arguments))
         return
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{settings_text(RunConfig)}")
+        return
     OF_PROCESS.listen(has_launcher="RANK" in os.environ)
     be_the_process(lambda: _train(sys.argv[1:]))
+
+
+def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
+    """Start the process group, train, stop; return the `Progress` at the end.
+
+    Raises:
+        PreemptedError: on every rank, if one was told to stop.
+    """
+    # seconds, in which a signal must not be lost
+    from iwm_fast.evals.online import OnlineEvaluation  # noqa: PLC0415
+    from iwm_fast.runtime import distributed  # noqa: PLC0415
+    from iwm_fast.training.components import build_components  # noqa: PLC0415
+    from iwm_fast.training.trainer import train  # noqa: PLC0415
+
+    rank = os.environ.get("RANK", "0")
+    level, mark = (logging.INFO, "") if rank == "0" else (logging.WARNING, f"[rank {rank}] ")
+    logging.basicConfig(level=level, format=f"{mark}%(message)s")
+    place = distributed.start(config.runtime.device, config.runtime.rank_timeout_s)
+    try:
+        with found_by_every_rank():
+            components = build_components(config, place)
+        online = OnlineEvaluation(config, components.shards, place)
+        return train(components, preemption, [online] if config.output.evaluate_every else [])
+    finally:
+        distributed.stop()
 
 
 def _train(given: list[str]) -> None:
@@ -36,8 +67,6 @@ def _train(given: list[str]) -> None:
         folder = Path(config.output.folder)
         earlier = read_status(folder)
         OF_PROCESS.before_giving_up = lambda: _note_stop(folder, earlier)
-        from iwm_fast.loop import run  # noqa: PLC0415 (seconds, in which a signal must not be lost)
-
         try:
             run(config, OF_PROCESS)
         except PreemptedError as stopped:

@@ -17,19 +17,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from iwm_fast import checkpoint as checkpoints
-from iwm_fast.config import RunConfig
-from iwm_fast.export import is_export, read_export
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.export import is_export, read_export
+from iwm_fast.config.loading import load_config
+from iwm_fast.config.run import RunConfig
+from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
-from iwm_fast.settings import load_config
-from kernels.ops import REFERENCE
-from pipelines.actions import action_of, clean_draws, crop_window
-from pipelines.batch import normalize_view
-from pipelines.config import check
-from pipelines.masks import all_patches
-from pipelines.views import UNDECODABLE, decode_image, resized_crop
+from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.sampling.masks import all_patches
+from iwm_fast.pipelines.transforms.action import action_of
+from iwm_fast.pipelines.transforms.geometry import crop_window
+from iwm_fast.pipelines.transforms.normalization import normalize_view
+from iwm_fast.pipelines.transforms.parameters import clean_draws
+from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop
 
 log = logging.getLogger("iwm_fast")
 

@@ -5,22 +5,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels import predictor_input as predictor_inputs
-from kernels import ragged_attention as attention
-from kernels import residual_norm as norm
-from kernels.launch import Launch
+from iwm_fast.kernels import residual_norm as norm
+from iwm_fast.kernels.attention import op as attention
+from iwm_fast.kernels.launch import Launch
+from iwm_fast.kernels.predictor_input import op as predictor_inputs
 
 
 class Ops(NamedTuple):
     """Functions of the same signature as their references."""
 
     ragged_attention: Callable[[Tensor, Tensor | None, int], Tensor]
-    """(qkv, offsets, longest) -> out; see `kernels.ragged_attention`."""
+    """(qkv, offsets, longest) -> out; see `iwm_fast.kernels.attention.op`."""
     predictor_input: Callable[..., Tensor]
     """(context, mask_token, positions, patches, places, *, action_tokens, mixer) -> packed; see
-    `kernels.predictor_input`."""
+    `iwm_fast.kernels.predictor_input.op`."""
     residual_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(x, residual, weight, bias, eps) -> (sum, normed); see `kernels.residual_norm`."""
+    """(x, residual, weight, bias, eps) -> (sum, normed); see `iwm_fast.kernels.residual_norm`."""
 
 
 REFERENCE = Ops(
@@ -33,7 +33,7 @@ FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.r
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Return every kernel setting for an architecture, by name, to be compiled offline; see `kernels.offline`."""
+    """Return every kernel setting for an architecture, by name, for `offline_compile`."""
     return (
         attention.shipped_launches(architecture)
         | predictor_inputs.shipped_launches(architecture)

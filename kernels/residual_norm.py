@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, architecture, check_contiguous, check_dtype, interpretable
+from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, interpretable
 
 
 def residual_norm_reference(

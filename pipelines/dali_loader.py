@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment_graph import augment_parameters, build_augment_graph
-from pipelines.batch import Batch
-from pipelines.cpu_photometry import CpuPhotometry
-from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
-from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
-from pipelines.reader import Reader
-from pipelines.shards import ShardSet
-from pipelines.substitutes import Encoded, Substitutes
+from iwm_fast.pipelines.assemble import Rendered, assemble
+from iwm_fast.pipelines.bad_samples import Encoded, Substitutes
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
+from iwm_fast.pipelines.storage.reader import Reader
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from pipelines.batch import Batch
-from pipelines.config import Backend, check
-from pipelines.plan import Plan
-from pipelines.shards import ShardSet
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import Backend, check
+from iwm_fast.pipelines.sampling.batch_plan import Plan
+from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class LoaderSettings:
     """Different undecodable samples that are replaced before it is an error: a count, or below 1 a share of all."""
     hw_decoder_load: float | None = None
     preallocate: tuple[int, int] | None = None
-    """See `pipelines.dali_graph.GraphSettings` for both; only for backend dali on a GPU."""
+    """See `iwm_fast.pipelines.transforms.dali_graph.GraphSettings` for both; only for backend dali on a GPU."""
 
 
 def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: int = 0) -> Loader:
@@ -56,11 +56,11 @@ def build_loader(plan: Plan, shards: ShardSet, settings: LoaderSettings, first: 
         check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     if settings.backend == "torch":
         check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or that be left out")
-        from pipelines.torch_loader import TorchLoader
+        from iwm_fast.pipelines.torch_loader import TorchLoader
 
         return TorchLoader(plan, shards, first=first, max_bad_samples=settings.max_bad_samples, device=settings.device)
-    from pipelines.dali_graph import GraphSettings
-    from pipelines.dali_loader import DaliLoader, DaliSettings
+    from iwm_fast.pipelines.dali_loader import DaliLoader, DaliSettings
+    from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 
     graph = GraphSettings(
         views=plan.views,

@@ -1,4 +1,4 @@
-"""The plain twin: Pillow decodes, `pipelines.views` renders, nothing runs ahead."""
+"""The plain twin: Pillow decodes, `iwm_fast.pipelines.transforms.torch_renderer` renders, nothing runs ahead."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
-from pipelines.actions import crop_window, source_window
-from pipelines.batch import Batch, normalize_view
-from pipelines.plan import EndOfPlanError, Plan, Rendered, Request, assemble
-from pipelines.reader import Reader
-from pipelines.shards import ShardSet
-from pipelines.substitutes import Substitutes
-from pipelines.views import UNDECODABLE, decode_image, render, resized_crop
+from iwm_fast.pipelines.assemble import Rendered, assemble
+from iwm_fast.pipelines.bad_samples import Substitutes
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
+from iwm_fast.pipelines.storage.reader import Reader
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.geometry import crop_window, source_window
+from iwm_fast.pipelines.transforms.normalization import normalize_view
+from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, render, resized_crop
 
 
 class TorchLoader:

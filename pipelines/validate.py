@@ -14,11 +14,12 @@ from multiprocessing import get_context
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.config import IMAGE_FORMATS
-from pipelines.index_cache import keep_without, stamp_of
-from pipelines.segmentation import NoMaskError, decode_mask, size_difference, upright_size
-from pipelines.shard_index import Shard, index_shard
-from pipelines.tar_index import ShardError, ShardFile
+from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, size_difference, upright_size
+from iwm_fast.pipelines.config import IMAGE_FORMATS
+from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.storage.index_cache import keep_without, stamp_of
+from iwm_fast.pipelines.storage.shard import Shard, index_shard
+from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
 
 @dataclass(frozen=True, kw_only=True)

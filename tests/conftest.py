@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from samples import TinyShards, encode, photograph, write_tar
+from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

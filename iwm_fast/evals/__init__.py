@@ -1,1 +1,1 @@
-"""What a trained world model is worth: each task with its chance level or control."""
+"""What is a trained model worth? One folder for each kind of evaluation."""

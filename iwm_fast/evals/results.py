@@ -15,7 +15,7 @@ from jaxtyping import Float
 from pyarrow import parquet
 from rich.table import Table
 
-from iwm_fast.metrics import commit
+from iwm_fast.runtime.provenance import commit
 
 NUM_RESAMPLES = 2000
 

@@ -1,1 +1,1 @@
-"""Encoder, predictor, and the two together as the trained student."""
+"""Which networks are trained? Encoder, predictor, heads, and the first two together as the student."""

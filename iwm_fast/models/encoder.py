@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwm_fast.config import EncoderConfig
+from iwm_fast.config.run import EncoderConfig
+from iwm_fast.kernels.ops import Ops
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
-from kernels.ops import Ops
-from pipelines.batch import RaggedIndex
+from iwm_fast.pipelines.batch import RaggedIndex
 
 
 class PatchEmbed(nn.Module):

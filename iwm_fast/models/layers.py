@@ -8,7 +8,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.ops import Ops
+from iwm_fast.kernels.ops import Ops
 
 # timm's and I-JEPA's LayerNorm; torch's own default is 1e-5
 NORM_EPS = 1e-6
@@ -91,7 +91,7 @@ class Block(nn.Module):
         Args:
             tokens: the residual stream.
             update: what the block before left to add to it; None for the first block.
-            offsets: where sequences begin, as in `kernels.ragged_attention`.
+            offsets: where sequences begin, as in `iwm_fast.kernels.attention.op`.
             longest: likewise.
             scale: what each row's update by the attention and by the MLP is multiplied with, for stochastic depth.
 

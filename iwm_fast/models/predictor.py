@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from iwm_fast.config import PredictorConfig
+from iwm_fast.config.run import PredictorConfig
+from iwm_fast.kernels.ops import Ops
+from iwm_fast.kernels.predictor_input.layout import PatchRows, sequence_rows
+from iwm_fast.kernels.predictor_input.op import Mixer
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
-from kernels.ops import Ops
-from kernels.predictor_input import Mixer
-from kernels.sequence_rows import PatchRows, sequence_rows
-from pipelines.batch import RaggedIndex
+from iwm_fast.pipelines.batch import RaggedIndex
 
 
 class FeatureConditioning(nn.Module):

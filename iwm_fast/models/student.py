@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwm_fast.config import RunConfig
+from iwm_fast.config.run import RunConfig
+from iwm_fast.kernels.attention.op import HEAD_DIMS
+from iwm_fast.kernels.launch import architecture
+from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
-from kernels.launch import architecture
-from kernels.ops import FUSED, REFERENCE, Ops
-from kernels.ragged_attention import HEAD_DIMS
-from pipelines.batch import Batch, RaggedIndex
-from pipelines.config import check
+from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.config import check
 
 
 class Prediction(NamedTuple):

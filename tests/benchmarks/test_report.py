@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 
-from benchmarks import goals, pipeline_goals, report, step_goals, tables
-from benchmarks.records import Record
+from benchmarks import report
+from benchmarks.harness import goals, tables
+from benchmarks.harness.records import Record
+from benchmarks.pipelines import report as pipeline_tables
+from benchmarks.train_step import report as step_tables
 
-GPU = {"gpu": "NVIDIA X", "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_kernels"}
+GPU = {"gpu": "NVIDIA X", "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.kernels"}
 SHAPE = {"N": 196, "d": 64, "H": 12, "B": 256}
 
 
@@ -33,7 +36,7 @@ OFFLINE = [
 
 def test_without_results_nothing_is_claimed():
     text = report.render([])
-    of_others = len(pipeline_goals.rows([])) + 1 + len(step_goals.rows([])) + 1
+    of_others = len(pipeline_tables.goal_rows([])) + 1 + len(step_tables.goal_rows([])) + 1
     assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2 + of_others
 
 
@@ -89,7 +92,7 @@ def test_numbers_stand_to_the_right_and_words_to_the_left():
     ]
 
 
-CPU = {"cpu": "AMD X", "cores": 16, "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.bench_pipelines"}
+CPU = {"cpu": "AMD X", "cores": 16, "run": "2026-01-01T00:00:00", "command": "python -m benchmarks.pipelines"}
 VIEWS = {"from": "memory", "B": 64, "threads": 16, "image": "500x375, 110 KB", "view": 224}
 
 
@@ -101,7 +104,7 @@ def stream(provider, images_per_s, machine=CPU, what="two views", **shape):
 
 
 def goal(records, text):
-    ((_, wanted, measured, met),) = [row for row in pipeline_goals.rows(records) if text in row[0]]
+    ((_, wanted, measured, met),) = [row for row in pipeline_tables.goal_rows(records) if text in row[0]]
     return wanted, measured, met
 
 
@@ -156,7 +159,4 @@ def test_every_machines_data_line_has_its_table_beside_the_fused_operations():
 
 
 def test_the_committed_readme_is_what_the_results_say():
-    wanted = report.render(
-        report.committed(), report.committed_pipelines(), report.committed_steps(), report.committed_features()
-    )
-    assert report.README.read_text(encoding="utf-8") == wanted, "run python -m benchmarks.report"
+    assert report.README.read_text(encoding="utf-8") == report.committed_readme(), "run python -m benchmarks.report"

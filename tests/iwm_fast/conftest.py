@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from iwm_fast.config import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
-from pipelines.actions import clean_draws
-from pipelines.batch import Batch, RaggedIndex
-from pipelines.config import ViewConfig
+from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
+from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.parameters import clean_draws
 
 GRID, PATCH = 4, 4
 

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 import yaml
 
+from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.cli import COMMANDS, main
-from samples import encode, photograph, write_tar
 
 
 def refused(capsys, *arguments: str) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
+from fixtures.launchers import deepspeed, torchrun
+from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
+from iwm_fast.config.loading import describe_fields
 from iwm_fast.evals.results import read_result
 from iwm_fast.evaluate import TASKS
-from iwm_fast.loop import run
-from iwm_fast.settings import describe_fields
-from launchers import deepspeed, torchrun
-from tiny_runs import tiny_run
+from iwm_fast.train import run
 
 
 @pytest.fixture(scope="module")

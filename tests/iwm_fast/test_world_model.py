@@ -10,16 +10,17 @@ import torch
 from torch.nn import functional
 
 import iwm_fast
+from fixtures.tar_files import encode, photograph, samples_of, write_tar
+from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.evals.features import batches
-from iwm_fast.loop import run
-from pipelines.actions import action_difference, action_vector, draw_photometry, neutral_photometry
-from pipelines.config import ViewConfig
-from pipelines.draws import uniforms
-from pipelines.masks import all_patches
-from pipelines.shards import open_shards
-from samples import encode, photograph, samples_of, write_tar
-from tiny_runs import tiny_run
+from iwm_fast.evals.datasets import batches
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.counter_rng import uniforms
+from iwm_fast.pipelines.sampling.masks import all_patches
+from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.action import action_difference, action_vector
+from iwm_fast.pipelines.transforms.parameters import draw_photometry, neutral_photometry
+from iwm_fast.train import run
 
 
 @pytest.fixture

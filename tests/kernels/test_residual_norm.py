@@ -1,10 +1,19 @@
 import pytest
 import torch
 
-from kernel_cases import AWKWARD_GRADIENTS, DEVICE, DTYPES, TOLERANCE, awkward, draw, error, values_and_gradients
-from kernels import launch
-from kernels import residual_norm as module
-from kernels.residual_norm import residual_norm, residual_norm_reference, shipped_launches
+from fixtures.kernel_cases import (
+    AWKWARD_GRADIENTS,
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    awkward,
+    draw,
+    error,
+    values_and_gradients,
+)
+from iwm_fast.kernels import launch
+from iwm_fast.kernels import residual_norm as module
+from iwm_fast.kernels.residual_norm import residual_norm, residual_norm_reference, shipped_launches
 
 pytestmark = pytest.mark.fused
 

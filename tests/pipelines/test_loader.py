@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.actions import Draws
-from pipelines.batch import Batch, RaggedIndex, denormalize_view, normalize_view
-from pipelines.config import MaskConfig, ViewConfig
-from pipelines.loader import LoaderSettings, build_loader
-from pipelines.order import SampleOrder
-from pipelines.plan import EvaluationPlan, Stream, TrainingPlan
-from pipelines.shards import ShardSet, open_shards
-from pipelines.tar_index import ShardError
-from samples import encode, photograph, write_tar
+from fixtures.tar_files import encode, photograph, write_tar
+from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
+from iwm_fast.pipelines.transforms.parameters import Draws
 
 VIEWS = ViewConfig(size=32)
 GLOBAL_BATCH = 32

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batch import Batch, denormalize_view
-from pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
-from pipelines.loader import LoaderSettings, build_loader
-from pipelines.order import SampleOrder
-from pipelines.plan import FinetunePlan, Plan, Stream, TrainingPlan
-from pipelines.shards import ShardSet, open_shards
-from samples import encode, photograph, write_tar
+from fixtures.tar_files import encode, photograph, write_tar
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, Plan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.normalization import denormalize_view
 
 pytestmark = pytest.mark.gpu
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from pipelines.actions import LUMA, Draws, Photometry, clean_draws, neutral_photometry
-from pipelines.config import ViewConfig
-from pipelines.dali_graph import GraphSettings, build_graph, graph_parameters
-from pipelines.views import decode_image, render, resized_crop
-from samples import encode, photograph
+from fixtures.tar_files import encode, photograph
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, clean_draws, neutral_photometry
+from iwm_fast.pipelines.transforms.torch_renderer import decode_image, render, resized_crop
 
 SIZE = 224
 # name, top and left of a crop that shows objects and not only background

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fixtures.tar_files import write_tar
 from iwm_fast.cli import main
-from pipelines.shard_index import index_shard
-from pipelines.shards import find_shards, open_shards
-from pipelines.validate import validate
-from samples import write_tar
+from iwm_fast.pipelines.storage.shard import index_shard
+from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
+from iwm_fast.pipelines.validate import validate
 
 LONG_AGO_NS = 1_700_000_000 * 10**9
 

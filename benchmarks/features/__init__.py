@@ -1,0 +1,1 @@
+"""How fast are frozen features extracted? `python -m benchmarks.features`."""

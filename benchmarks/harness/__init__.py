@@ -1,0 +1,1 @@
+"""How is something measured? In turns, with its machine, against goals and limits."""

@@ -1,0 +1,105 @@
+"""On what a number was measured: no number without its machine, command and commit."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+PROJECT = Path(__file__).parents[2]
+PIPELINE_PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy")
+
+
+def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return CPU, GPU, versions, commit, command and the time of starting; what there is not, is not said.
+
+    Args:
+        commit: what to say where there is no git, as in a copy of the working tree; otherwise git is asked.
+        packages: whose versions matter too.
+    """
+    properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    found = {
+        "gpu": properties.name if properties else None,
+        "multiprocessors": properties.multi_processor_count if properties else None,
+        "driver": _driver() if properties else None,
+        "cpu": _cpu(),
+        "cores": num_cores(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if properties else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "commit": commit or _commit(),
+        "command": _command(),
+        "run": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def slug(name: str) -> str:
+    """Return a processor's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use, by its affinity and its container's limit."""
+    allowed, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
+    return allowed if quota == "max" else min(allowed, max(math.floor(int(quota) / int(period)), 1))
+
+
+def _cpu() -> str | None:
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
+    return found[1].strip() if found else platform.processor() or None
+
+
+def _driver() -> str | None:
+    return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def _commit() -> str | None:
+    head = _answer("git", "rev-parse", "--short=12", "HEAD")
+    changed = _answer("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{head} dirty" if head and changed else head or None
+
+
+def _command() -> str:
+    # as it was typed, without the interpreter's folder
+    return " ".join(["python", *sys.orig_argv[1:]])
+
+
+def _answer(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def processor(about: dict[str, Any]) -> str:
+    """Return a name for what does the work."""
+    cpu = f"{about.get('cpu') or 'CPU'}, {about.get('cores')} cores"
+    return f"{about['gpu']}, {cpu}" if about.get("gpu") else cpu
+
+
+def machine_line(about: dict[str, Any]) -> str:
+    """Return on what was measured, in words."""
+    ceilings = ""
+    if "matrix_flops_per_s" in about:
+        copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
+        ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
+    names = ("driver", *PIPELINE_PACKAGES, "deepspeed", "torch", "triton", "cuda", "cudnn", "python", "commit")
+    versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
+    cpu = f", {about['cpu']}, {about['cores']} cores" if about.get("cpu") else ""
+    return f"{about.get('gpu') or 'no GPU'}{cpu}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"

@@ -1,0 +1,1 @@
+"""How fast are the fused operations? `python -m benchmarks.kernels`."""

@@ -1,0 +1,121 @@
+"""Who attends: the fused operation, its reference, and what PyTorch has, all from a packed qkv to one gradient of it.
+
+A linear layer makes queries, keys and values as one tensor. Peers take views of it, and autograd puts their three
+gradients into one again; that is part of their time, as it is in a model. `longest` of a dense batch is its length.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from benchmarks.harness.providers import Function, Provider, compiled, leaf
+from iwm_fast.kernels.ops import FUSED, REFERENCE
+
+NUM_HEADS = 12
+
+Attend = Callable[[Tensor, Tensor | None, int], Tensor]
+
+SDPA = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FA2": SDPBackend.FLASH_ATTENTION,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""Backends of PyTorch's scaled_dot_product_attention by the names in the tables."""
+
+
+def inputs(rows: int, num_heads: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return qkv and the gradient of the output."""
+    qkv = leaf(rows, 3, num_heads, head_dim, device=device, dtype=torch.bfloat16)
+    return qkv, torch.randn(rows, num_heads, head_dim, device=device).bfloat16()
+
+
+def attend_dense(backend: SDPBackend, qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
+    """Attend within each `longest` rows of (sum N, 3, H, d) by one backend of PyTorch; offsets are taken for granted.
+
+    Raises:
+        RuntimeError: if the backend cannot.
+    """
+    with sdpa_kernel(backend):
+        return attend_by_default(qkv, offsets, longest)
+
+
+def attend_by_default(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
+    """Attend like `attend_dense`, by the backend that PyTorch prefers or that the caller has chosen."""
+    _, _, num_heads, head_dim = qkv.shape
+    # -1: as many sequences as there are, without asking how many rows
+    parts = qkv.view(-1, longest, 3, num_heads, head_dim).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in parts)
+    out = F.scaled_dot_product_attention(query, key, value)
+    return out.transpose(1, 2).reshape(-1, num_heads, head_dim)
+
+
+def attend_packed(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
+    """Attend within each packed sequence by PyTorch's varlen_attn."""
+    assert offsets is not None, "there is no dense form"
+    query, key, value = qkv.unbind(1)
+    out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    assert isinstance(out, Tensor), "only asked for the output"
+    return out
+
+
+def attend_masked(backend: SDPBackend, is_key: Tensor, padded: Tensor) -> Tensor:
+    """Attend in (B, L, 3, H, d), padded to one length, to keys that are some: is_key (B, 1, 1, L)."""
+    query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(query, key, value, is_key.expand(-1, 1, query.shape[2], -1))
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def dense_providers(qkv: Tensor, longest: int, d_out: Tensor) -> list[Provider]:
+    """Return everybody for sequences of one length: qkv (B * N, 3, H, d), d_out (B * N, H, d)."""
+    functions: dict[str, Attend] = {
+        "fused": FUSED.ragged_attention,
+        "eager": REFERENCE.ragged_attention,
+        "compiled": compiled(REFERENCE.ragged_attention),
+    }
+    functions |= {name: partial(attend_dense, backend) for name, backend in SDPA.items()}
+    return [Provider(name, _call(attend, None, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
+
+
+def packed_providers(qkv: Tensor, offsets: Tensor, longest: int, d_out: Tensor) -> list[Provider]:
+    """Return everybody for packed sequences of different lengths.
+
+    Those that need padding get padded tensors as inputs, and leave the result padded: moving is not in their time.
+    Without a mask padding is attended to, which is wrong and the least that padding can cost.
+    """
+    functions: dict[str, Attend] = {
+        "fused": FUSED.ragged_attention,
+        "eager": REFERENCE.ragged_attention,
+        "varlen_attn": attend_packed,
+    }
+    packed = [Provider(name, _call(attend, offsets, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
+    is_key = torch.arange(longest, device=qkv.device) < offsets.diff()[:, None]
+    padded = _padded(qkv, is_key).requires_grad_()
+    d_padded = _padded(d_out, is_key).flatten(0, 1)
+    backend = SDPA["cuDNN"]
+    unmasked = partial(_unmasked, backend)
+    masked = partial(attend_masked, backend, is_key[:, None, None])
+    return [
+        *packed,
+        Provider("cuDNN padded", unmasked, (padded,), (d_padded,)),
+        Provider("cuDNN padded, mask", masked, (padded,), (d_padded,)),
+    ]
+
+
+def _call(attend: Attend, offsets: Tensor | None, longest: int) -> Function:
+    return lambda qkv: attend(qkv, offsets, longest)
+
+
+def _unmasked(backend: SDPBackend, padded: Tensor) -> Tensor:
+    return attend_dense(backend, padded.flatten(0, 1), None, padded.shape[1])
+
+
+def _padded(packed: Tensor, is_key: Tensor) -> Tensor:
+    padded = packed.new_zeros(*is_key.shape, *packed.shape[1:])
+    padded[is_key] = packed.detach()
+    return padded

@@ -1,0 +1,227 @@
+"""Other settings of the attention tables, timed beside the shipped ones: how the static tables are tuned.
+
+Every candidate is one launch that the operation's own host functions make from another Group or other Tiles. It is
+compiled beforehand, on all cores; what spills, does not fit or gives another result than the shipped setting drops out.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.harness import tables, timing
+from benchmarks.harness.records import BACKWARD, FORWARD, Record
+from benchmarks.harness.session import ROUNDING, Case, Session, relative_errors
+from benchmarks.kernels.attention_baselines import inputs
+from iwm_fast.kernels.attention import flash, short
+from iwm_fast.kernels.attention.flash import Cut, Tiles
+from iwm_fast.kernels.attention.op import backward_launches, forward_launches
+from iwm_fast.kernels.attention.packed import Packed
+from iwm_fast.kernels.attention.short import Group
+from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compilable, interpretable, pieces
+
+WHOLE_LENGTHS = (196, 256, 212)
+TILED_LENGTHS = (400, 320)
+HEAD_DIMS = (64, 32)
+SHIPPED = "shipped"
+_PARTS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
+
+
+class Buffers(NamedTuple):
+    """The tensors of one task."""
+
+    packed: Packed
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_qkv: Tensor
+
+    @property
+    def backward(self) -> dict[str, Tensor]:
+        """What a backward launch takes."""
+        return {"out": self.out, "lse": self.lse, "d_out": self.d_out, "d_qkv": self.d_qkv}
+
+
+def run(session: Session) -> None:
+    """Time every candidate for the lengths that matter most, and for long sequences."""
+    images = 256
+    for head_dim, length in itertools.product(HEAD_DIMS, WHOLE_LENGTHS[:1] if session.is_quick else WHOLE_LENGTHS):
+        for pass_ in (BACKWARD, FORWARD):
+            whole(session, images, length, (12, head_dim), pass_)
+    for head_dim, length in itertools.product(HEAD_DIMS, () if session.is_quick else TILED_LENGTHS):
+        for part in _PARTS:
+            tiled(session, images, length, (12, head_dim), part)
+
+
+def whole(session: Session, images: int, length: int, heads: tuple[int, int], pass_: str) -> None:
+    """Time settings of `attention_whole` for one length."""
+    case = Case("attention sweep", {"N": length, "d": heads[1], "H": heads[0], "B": images, "kernel": "whole"})
+    if not session.has_time(f"{case} {pass_}"):
+        return
+    buffers = prepared(images, length, heads, session.device)
+    candidates = {name_group(group): whole_launch(group, pass_, buffers) for group in groups(length)}
+    time_launches(session, case, pass_, (candidates, shipped(pass_, buffers), buffers))
+
+
+def tiled(session: Session, images: int, length: int, heads: tuple[int, int], part: str) -> None:
+    """Time settings of one kernel of `attention_tiled` for one length."""
+    case = Case("attention sweep", {"N": length, "d": heads[1], "H": heads[0], "B": images, "kernel": part})
+    if not session.has_time(case):
+        return
+    buffers = prepared(images, length, heads, session.device)
+    cut = flash.cut_for(architecture(buffers.out.device), buffers.packed)
+    # the second kernel backward reads what the first one writes
+    first = tiled_launch(cut.d_query, "d_query", buffers)
+    first.run()
+    delta = {} if part == "forward" else {"delta_ptr": first.arguments["delta_ptr"]}
+
+    def launch(tiles: Tiles) -> Launch:
+        made = tiled_launch(tiles, part, buffers)
+        return made._replace(arguments=made.arguments | delta)
+
+    candidates = {name_tiles(tiles): launch(tiles) for tiles in all_tiles()}
+    time_launches(session, case, _PARTS[part], (candidates, [launch(getattr(cut, part))], buffers))
+
+
+def groups(length: int) -> list[Group]:
+    """Return settings for one length: splits of the keys, queries of a tile, warps, stages."""
+    splits = dict.fromkeys(
+        (pieces(length, 16), pieces(length, 64), (128, 64, 64), (256,), (128, 128), (64,) * triton.cdiv(length, 64))
+    )  # fmt: skip
+    return [Group((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
+
+
+def all_tiles() -> list[Tiles]:
+    """Return settings for long sequences."""
+    return [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+
+
+def name_group(group: Group) -> str:
+    """Return a group's name in the tables."""
+    split = "+".join(map(str, group.ladder[-1]))
+    return f"{split} q{group.num_queries} w{group.num_warps} s{group.num_stages}"
+
+
+def name_tiles(tiles: Tiles) -> str:
+    """Return tiles' name in the tables."""
+    return f"{tiles.num_own}x{tiles.num_other} w{tiles.num_warps} s{tiles.num_stages}"
+
+
+def prepared(images: int, length: int, heads: tuple[int, int], device: str) -> Buffers:
+    """Return tensors, those that forward fills filled by the shipped setting."""
+    qkv, d_out = inputs(images * length, *heads, device)
+    qkv, d_out = interpretable(qkv.detach()), interpretable(d_out)
+    out, lse = torch.empty_like(d_out), torch.empty(heads[0], images * length, device=device)
+    buffers = Buffers(Packed(qkv, None, length), out, lse, d_out, torch.empty_like(qkv))
+    for launch in shipped(FORWARD, buffers):
+        launch.run()
+    return buffers
+
+
+def shipped(pass_: str, buffers: Buffers) -> list[Launch]:
+    """Return what the operation starts."""
+    arch = architecture(buffers.out.device)
+    if pass_ == FORWARD:
+        return forward_launches(arch, buffers.packed, buffers.out, buffers.lse)
+    return backward_launches(arch, buffers.packed, **buffers.backward)
+
+
+def whole_launch(group: Group, pass_: str, buffers: Buffers) -> Launch:
+    """Return a pass over sequences that a group holds."""
+    if pass_ == FORWARD:
+        return short.forward_launches((group,), buffers.packed, buffers.out, buffers.lse)[0]
+    return short.backward_launches((group,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
+
+
+def tiled_launch(tiles: Tiles, part: str, buffers: Buffers) -> Launch:
+    """Return one kernel over sequences of any length."""
+    cut = Cut(tiles, tiles, tiles)
+    if part == "forward":
+        return flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
+    launches = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)
+    return launches[part == "d_key"]
+
+
+def time_launches(
+    session: Session, case: Case, pass_: str, given: tuple[dict[str, Launch], list[Launch], Buffers]
+) -> None:
+    """Time candidates beside what is usually started; `given` is both, and the tensors they work on."""
+    candidates, usual, buffers = given
+    compile_all([*candidates.values(), *usual])
+    wanted = _result(usual, pass_, buffers)
+    works = {SHIPPED: timing.Work(lambda _: [launch.run() for launch in usual])}
+    for name, launch in candidates.items():
+        try:
+            if spills(launch):
+                session.note(case, name, pass_, failure="spills")
+                continue
+            got = _result([launch], pass_, buffers)
+        except Exception as error:
+            session.note(case, name, pass_, failure=timing.first_line(error))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            continue
+        (error,) = relative_errors([got], [wanted], ["it"]).values()
+        if not error <= ROUNDING:
+            session.note(case, name, pass_, failure=f"differs from the shipped setting by {error:.1e}")
+            continue
+        works[name] = timing.Work(lambda _, launch=launch: launch.run())
+    for name, result in timing.compare(works, effort=session.effort).items():
+        values = {"failure": result.line} if isinstance(result, timing.Failure) else result._asdict()
+        session.note(case, name, pass_, **values)
+
+
+def _result(launches: Sequence[Launch], pass_: str, buffers: Buffers) -> Tensor:
+    """Return what launches write, and nothing that was there before."""
+    target = buffers.out if pass_ == FORWARD else buffers.d_qkv
+    target.fill_(float("nan"))
+    for launch in launches:
+        launch.run()
+    # one kernel of two writes its part of the gradient only
+    return target.nan_to_num()
+
+
+def compile_all(launches: Sequence[Launch]) -> None:
+    """Compile on all cores; what does not compile says so when it is started."""
+    if IS_INTERPRETING:
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for launch in launches:
+            warmed(launch)
+
+
+def warmed(launch: Launch) -> Any:
+    """Return the compiled kernel without starting it."""
+    return launch.kernel.warmup(**launch.arguments, **compilable(launch.constants), **launch.options, grid=launch.grid)
+
+
+def spills(launch: Launch) -> bool:
+    """Return whether registers do not hold everything; loads the kernel."""
+    if IS_INTERPRETING:
+        return False
+    kernel = warmed(launch)
+    kernel._init_handles()
+    return kernel.n_spills > 0
+
+
+def table(records: Sequence[Record]) -> str:
+    """Return the best settings beside the shipped ones."""
+    tasks: dict[Any, dict[str, float]] = {}
+    for record in records:
+        found = tasks.setdefault((tables.describe(record.shape), record.pass_), {})
+        if record.median_ms is not None:
+            found[record.provider] = record.median_ms
+    rows = []
+    for (shape, pass_), found in tasks.items():
+        best = sorted((ms, name) for name, ms in found.items() if name != SHIPPED)[:3]
+        rows.append(
+            [shape, pass_, f"{found.get(SHIPPED, float('nan')):.3f}", *(f"{ms:.3f}: {name}" for ms, name in best)]
+        )
+    return tables.table(
+        ["task", "pass", SHIPPED, "best", "second", "third"], [row + [""] * (6 - len(row)) for row in rows]
+    )

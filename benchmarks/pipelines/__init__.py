@@ -1,0 +1,1 @@
+"""How fast is the data pipeline? `python -m benchmarks.pipelines`."""

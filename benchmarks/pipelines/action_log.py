@@ -1,0 +1,85 @@
+"""What the action log costs: its own time for each image, and our loader with a log behind it."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness.interleave import Stream
+from benchmarks.harness.session import Case, Session
+from benchmarks.pipelines.checks import first_batch
+from benchmarks.pipelines.report import LOGGED, LOGGING
+from benchmarks.pipelines.streams import Workload, loader_stream
+from iwm_fast.pipelines.action_log.writer import GROUP_ROWS, ActionLog
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.transforms.parameters import draw
+from iwm_fast.training.loaders import log_head
+
+NUM_ROWS = 4 * GROUP_ROWS
+_GROUP_BATCHES = 8
+"""In a turn a group of rows is so small that some are written while the clock runs."""
+
+
+def run(session: Session, workload: Workload, num_rows: int = NUM_ROWS) -> None:
+    """Log some thousand rows as fast as it goes, and write down what the processor spent on them."""
+    batches = _batches(workload, -(-num_rows // workload.batch_size))
+    num_rows = len(batches) * workload.batch_size
+    with TemporaryDirectory() as folder:
+        log = open_log(workload, Path(folder), GROUP_ROWS)
+        begin, spent = time.perf_counter(), time.process_time()
+        for batch in batches:
+            log.add(batch)
+        log.close_part()
+        waited_s, spent_s = time.perf_counter() - begin, time.process_time() - spent
+        log.close()
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.parquet"))
+    figures = {
+        "rows": num_rows,
+        "cpu_us_per_image": round(1e6 * spent_s / num_rows, 2),
+        "us_per_image": round(1e6 * waited_s / num_rows, 2),
+        "bytes_per_image": round(size / num_rows, 1),
+    }
+    session.note(Case(LOGGING, workload.shape), LOGGED, figures=figures)
+
+
+def _batches(workload: Workload, count: int) -> list[Batch]:
+    """Return batches of which nothing is true but what the log keeps: what repeats would be stored too easily."""
+    template, slots = first_batch(loader_stream(workload)), np.arange(workload.batch_size)
+    generator, last = torch.Generator().manual_seed(0), workload.shards.num_samples - 1
+    batches = []
+    for step in range(count):
+        window = 1 + (500 * torch.rand(workload.batch_size, 4, generator=generator)).floor()
+        sample = torch.randint(0, last, (workload.batch_size,), generator=generator)
+        draws = draw(workload.views, 0, step, slots)
+        fields = {"draws": draws, "crop_window": window, "source_window": window, "sample": sample, "planned": sample}
+        key = tuple(workload.shards.key(number) for number in sample.tolist())
+        batches.append(dataclasses.replace(template, step=step, key=key, **fields))
+    return batches
+
+
+def logged_stream(workload: Workload) -> Stream:
+    """Return our loader with a log behind it, as a run has it."""
+    plain = loader_stream(workload)
+
+    @contextmanager
+    def begin() -> Iterator[Iterator[Any]]:
+        with plain.open() as loader, TemporaryDirectory() as folder:
+            log = open_log(workload, Path(folder), _GROUP_BATCHES * workload.batch_size)
+            try:
+                yield map(log.add, loader)
+            finally:
+                log.close()
+
+    return plain._replace(open=begin)
+
+
+def open_log(workload: Workload, folder: Path, group_rows: int) -> ActionLog:
+    """Open a log of a single process."""
+    head = log_head(workload.config(), workload.shards)
+    return ActionLog(folder, head=head, shards=workload.shards, rank=0, group_rows=group_rows)

@@ -1,0 +1,130 @@
+"""DALI graphs that are compared: its own reader, the first stages of ours, and ours without conditional execution."""
+
+# DALI's enums and graph nodes are typed too loosely to check
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportIndexIssue=false
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.dali_graph import (
+    GraphSettings,
+    crop_window_nodes,
+    decode_window,
+    fed,
+    gray_mean_nodes,
+    recolor_nodes,
+    to_square,
+)
+from iwm_fast.pipelines.transforms.parameters import Draws, blur_radius, color_matrix, gray_gain
+
+Feed = Callable[[], tuple[Any, ...]]
+"""Returns a graph's next inputs."""
+
+BUFFER = 1024
+"""Samples that DALI's reader mixes: its default."""
+
+_NEUTRAL = {
+    "encoded": (types.UINT8, 1),
+    "crop": (types.FLOAT, 1),
+    "flip": (types.INT32, 0),
+    "target_matrix": (types.FLOAT, 2),
+    "target_gain": (types.FLOAT, 0),
+    "source_matrix": (types.FLOAT, 2),
+    "source_gain": (types.FLOAT, 0),
+    "blur_sigma": (types.FLOAT, 0),
+    "blur_window": (types.INT32, 0),
+    "threshold": (types.INT32, 0),
+}
+
+
+def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) -> Pipeline:
+    """Build DALI's own reader alone; it shuffles as its documentation has it and goes through the shards for ever."""
+    graph = Pipeline(device_id=None, seed=0, **size)
+    with graph:
+        encoded = fn.readers.webdataset(
+            paths=list(paths),
+            index_paths=list(index_paths),
+            ext=["jpg"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=BUFFER,
+            shuffle_after_epoch=True,
+            seed=1,
+        )
+        graph.set_outputs(encoded)
+    graph.build()
+    return graph
+
+
+def build_stage(stage: str, views: ViewConfig, feed: Feed, settings: dict[str, Any]) -> Pipeline:
+    """Build the first part of our graph, fed with encoded images and crops.
+
+    Args:
+        stage: "decode", the whole image, or "crop", only the window, resized.
+        views: the crop's size and more.
+        feed: makes the inputs.
+        settings: of the `Pipeline`.
+    """
+    inputs = {"encoded": (types.UINT8, 1)} | ({} if stage == "decode" else {"crop": (types.FLOAT, 1)})
+    graph = Pipeline(**settings)
+    with graph:
+        data = fed(inputs, feed)
+        if stage == "decode":
+            device = "cpu" if settings["device_id"] is None else "mixed"
+            graph.set_outputs(fn.decoders.image(data["encoded"], device=device))
+        else:
+            window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
+            pixels = decode_window(data["encoded"], window, _graph_settings(views, settings))
+            graph.set_outputs(to_square(pixels, views.size))
+    graph.build()
+    return graph
+
+
+def _graph_settings(views: ViewConfig, settings: dict[str, Any]) -> GraphSettings:
+    return GraphSettings(
+        views=views,
+        max_batch_size=settings["batch_size"],
+        num_threads=settings["num_threads"],
+        prefetch=settings["prefetch_queue_depth"],
+        device_id=settings["device_id"],
+    )
+
+
+def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
+    """Lay out what is drawn for the graph without conditions: what was not drawn leaves pixels as they are, bit-equal.
+
+    That is the identity matrix, a window of one pixel, a threshold above all values.
+    """
+    source, target = draws.source, draws.target
+    color = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
+    window = np.where(source.blur, 2 * blur_radius(source.blur_sigma) + 1, 1).astype(np.int32)
+    threshold = np.where(source.solarize, 128, 256).astype(np.int32)
+    return (draws.crop, draws.flip.astype(np.int32), *color, source.blur_sigma, window, threshold)
+
+
+def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
+    """Build our graph with every operation executed for every sample."""
+    graph = Pipeline(**settings.of_pipeline)
+    is_gpu = settings.device_id is not None
+    with graph:
+        data = fed(_NEUTRAL, feed)
+        window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
+        crop = to_square(decode_window(data["encoded"], window, settings), settings.views.size)
+        crop = fn.flip(crop, horizontal=data["flip"])
+        gray = gray_mean_nodes(crop, is_gpu=is_gpu)
+        gains = [data["target_gain"], data["source_gain"]]
+        target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains
+        target = recolor_nodes(crop, data["target_matrix"], target_gain * gray)
+        source = recolor_nodes(crop, data["source_matrix"], source_gain * gray)
+        source = fn.gaussian_blur(source, sigma=data["blur_sigma"], window_size=data["blur_window"])
+        threshold = data["threshold"].gpu() if is_gpu else data["threshold"]
+        inverted = (source >= threshold) * (255 - 2 * fn.cast(source, dtype=types.INT32))
+        graph.set_outputs(fn.cast(source + inverted, dtype=types.UINT8), target)
+    graph.build()
+    return graph

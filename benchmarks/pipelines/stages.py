@@ -1,0 +1,94 @@
+"""Reading, decoding, cropping and two views: images per second of each stage, beside who else does it."""
+
+from benchmarks.harness import interleave
+from benchmarks.harness.interleave import Stream
+from benchmarks.harness.photograph_shards import drop_from_memory, read_into_memory
+from benchmarks.harness.session import Case, Session
+from benchmarks.pipelines import baselines, checks
+from benchmarks.pipelines.action_log import logged_stream
+from benchmarks.pipelines.baselines import STYLES
+from benchmarks.pipelines.report import (
+    COLD,
+    CROP,
+    DALI_READER,
+    DECODE,
+    LIBRARY_READER,
+    LOGGED,
+    OURS,
+    PEER,
+    READ,
+    SAME_VIEWS,
+    TWIN,
+    VIEWS,
+    WARM,
+)
+from benchmarks.pipelines.streams import Workload, loader_stream, reader_stream, stage_stream
+from iwm_fast.pipelines.storage.shard_set import find_shards
+
+WARM_SHARE, COLD_SHARE = 0.5, 0.3
+"""Of the time that is left when they begin."""
+
+Name = tuple[str, str]
+"""Task and provider."""
+
+
+def run(session: Session, workload: Workload) -> None:
+    """Check that all do the same work, then time them from memory, and readers and the whole line from the disk."""
+    read_into_memory(workload.pattern)
+    streams = warm_streams(workload)
+    check(session, workload, streams)
+    if session.has_time("streams from memory"):
+        found = interleave.compare(streams, workload.turns, deadline=session.deadline_of(WARM_SHARE))
+        for (task, provider), result in found.items():
+            interleave.note(session, Case(task, {"from": WARM, **workload.shape}), provider, result)
+    if session.has_time("streams from the disk"):
+        measure_cold(session, workload, streams)
+
+
+def warm_streams(workload: Workload) -> dict[Name, Stream]:
+    """Return everything that is compared."""
+    streams = {
+        (READ, OURS): reader_stream(workload),
+        (READ, DALI_READER): baselines.dali_reader_stream(workload),
+        (READ, LIBRARY_READER): baselines.library_reader_stream(workload),
+        (DECODE, OURS): stage_stream(workload, "decode"),
+        (CROP, OURS): stage_stream(workload, "crop"),
+        (VIEWS, OURS): loader_stream(workload),
+        (VIEWS, LOGGED): logged_stream(workload),
+        (VIEWS, TWIN): loader_stream(workload, "torch"),
+    }
+    return streams | {(VIEWS, f"{PEER}, {style}"): baselines.peer_stream(workload, style) for style in STYLES}
+
+
+def check(session: Session, workload: Workload, streams: dict[Name, Stream]) -> None:
+    """Refuse to time streams that do not do the same work.
+
+    Raises:
+        WrongResultError: naming the one that does not.
+    """
+    readers = {provider: stream for (task, provider), stream in streams.items() if task == READ}
+    checks.check_readers(readers, workload.shards.num_samples)
+    checks.check_stage("decode", streams[DECODE, OURS], workload)
+    checks.check_stage("crop", streams[CROP, OURS], workload)
+    ours, twin = (checks.first_batch(streams[VIEWS, provider]) for provider in (OURS, TWIN))
+    session.note(Case(SAME_VIEWS, workload.shape), OURS, figures=checks.check_views(ours, twin))
+    for (task, provider), stream in streams.items():
+        if task == VIEWS:
+            checks.check_shapes(stream, provider, workload)
+
+
+def measure_cold(session: Session, workload: Workload, streams: dict[Name, Stream]) -> None:
+    """Time readers and our whole line over shards of which the kernel holds nothing; a turn is one epoch at most."""
+    names = [(READ, OURS), (READ, DALI_READER), (READ, LIBRARY_READER), (VIEWS, OURS)]
+    paths = find_shards(workload.pattern)
+    left: list[float] = []
+    found = interleave.compare(
+        {name: streams[name] for name in names},
+        workload.turns,
+        prepare=lambda: left.append(drop_from_memory(paths)),
+        most_batches=workload.shards.num_samples // workload.batch_size,
+        deadline=session.deadline_of(COLD_SHARE),
+    )
+    for (task, provider), result in found.items():
+        shape = {"from": COLD, **workload.shape}
+        interleave.note(session, Case(task, shape), provider, result, share_left_in_memory=round(max(left), 4))

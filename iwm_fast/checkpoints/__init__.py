@@ -1,0 +1,1 @@
+"""How are trained weights kept: saved, loaded, exported, and taken over by a new run?"""

@@ -1,0 +1,1 @@
+"""What does each further subcommand of `iwm` do? One file for each."""

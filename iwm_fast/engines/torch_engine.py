@@ -1,0 +1,85 @@
+"""PyTorch alone: the plain twin of the DeepSpeed engine."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.engines.base import StepOutcome
+from iwm_fast.engines.gradients import check_num_backwards, finish_gradient, poison_unless_finite
+from iwm_fast.engines.optimizer import set_hyperparameters
+from iwm_fast.engines.portable_state import WholeState
+from iwm_fast.runtime.distributed import Place
+
+
+class PlainEngine:
+    """The plain twin of DeepSpeedEngine: PyTorch alone, with DistributedDataParallel where there are several ranks."""
+
+    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
+        self._optimizer, self._clip_norm = optimizer, config.optim.clip_norm
+        self._accumulation = accumulation_steps(config, place.world_size)[1]
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._state = WholeState(module, optimizer, place.rank)
+        self._num_backwards = 0
+        self._module = _in_parallel(module) if place.world_size > 1 else module
+
+    def forward(self, batch: Any) -> Any:
+        is_last = self._num_backwards == self._accumulation - 1
+        if isinstance(self._module, DistributedDataParallel) and not is_last:
+            # gradients stay here until the last micro-batch
+            with self._module.no_sync():
+                return self._module(batch)
+        return self._module(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self._num_backwards += 1
+        poison_unless_finite(loss).backward()
+
+    def step(self) -> StepOutcome:
+        check_num_backwards(self._num_backwards, self._accumulation)
+        self._num_backwards = 0
+        # the summed gradient has the same bits on every rank, so all decide alike
+        norm = finish_gradient(self._trained, self._clip_norm)
+        if math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(applied=math.isfinite(norm), grad_norm=norm)
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        return self._state.named_parameters(prefix)
+
+    def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        set_hyperparameters(self._optimizer, lr, weight_decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._state.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._state.load_state(state)
+
+    def release(self) -> None:
+        # it has hooks on the parameters
+        if isinstance(self._module, DistributedDataParallel):
+            self._module = self._module.module
+
+
+def _in_parallel(module: nn.Module) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, _sum_bucket)
+    return wrapped
+
+
+def _sum_bucket(
+    _: None,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[Tensor]:
+    """Sum over ranks, where DistributedDataParallel would take the mean."""
+    summing = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert summing is not None
+    return summing.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,1 @@
+"""What are encoder and predictor worth when they are finetuned for classification?"""

@@ -1,0 +1,63 @@
+"""What tasks that train are put together from: this process, the run's networks on the settings' operations."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.models.encoder import Encoder
+from iwm_fast.models.student import Student, build_student, choose_ops
+from iwm_fast.runtime.distributed import Place, choose_device
+from iwm_fast.world_model import WorldModel
+
+Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
+"""From normalised images to the tokens of all their patches."""
+
+
+def here(task: TuneTask) -> Place:
+    """Return this process among those that `distributed.start` has brought together."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(task.runtime.device, local_rank)
+    return Place(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+
+
+def networks(model: WorldModel, task: TuneTask, place: Place, *, is_new: bool = False) -> Student:
+    """Return encoder and predictor of the run on the task's operations, on the CPU and apart from the model's.
+
+    Args:
+        model: the run.
+        task: settings; with is_new, its seed gives the weights.
+        place: this process.
+        is_new: whether weights are as before training.
+    """
+    config = replace(model.config, runtime=task.runtime, seed=task.seed if is_new else model.config.seed)
+    student = build_student(config, choose_ops(config, place.device))
+    if not is_new:
+        student.encoder.load_state_dict(model.encoder.state_dict())
+        student.predictor.load_state_dict(model.predictor.state_dict())
+    return student
+
+
+def frozen(encoder: Encoder, place: Place) -> Encode:
+    """Return what gives the tokens of all patches of images; the encoder is moved to the device and kept as it is."""
+    encoder.requires_grad_(False).eval().to(place.device)
+
+    def encode(view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        return encoder(view, None).unflatten(0, (len(view), -1))
+
+    return encode
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch draw new weights that follow from a seed alone, and forget it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

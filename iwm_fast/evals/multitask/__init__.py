@@ -1,0 +1,1 @@
+"""Can one finetuned predictor serve several tasks at once?"""

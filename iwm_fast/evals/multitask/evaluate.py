@@ -1,0 +1,159 @@
+"""Can one world model do several tasks at once? One predictor with a token for each, beside one predictor per task.
+
+The encoder is frozen, the predictor starts from the run's weights, sees all patches and predicts all, and nothing is to
+change. Image number i of a batch belongs to task i modulo their number, so that each task has an equal share. A
+predictor of one task alone gets the same images per step of its task and as many steps: what it costs is a T-th, what
+it sees of its task is the same.
+"""
+
+import gc
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from iwm_fast import world_model
+from iwm_fast.config.finetuning import MultitaskConfig
+from iwm_fast.config.loading import to_tree
+from iwm_fast.engines.optimizer import scaled_optimizer
+from iwm_fast.evals.datasets import training_shards, validation_shards
+from iwm_fast.evals.finetuning.networks import Encode, frozen, here, networks, seeded
+from iwm_fast.evals.finetuning.run import Job, micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.variants import origin_of
+from iwm_fast.evals.multitask.network import Division, TaskInputs, TaskPredictor, weighted_loss
+from iwm_fast.evals.multitask.report import LabelledTask, Learnt, report
+from iwm_fast.evals.multitask.task_list import TaskSpec, read_task_list
+from iwm_fast.evals.results import Result, save_result
+from iwm_fast.models.layers import set_drop_path_
+from iwm_fast.models.predictor import Predictor
+from iwm_fast.pipelines.annotations.labels import read_labels
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.runtime.distributed import Place, on_rank_zero
+from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.world_model import WorldModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """What all predictors are trained and measured with."""
+
+    model: WorldModel
+    place: Place
+    train: ShardSet
+    val: ShardSet
+
+
+def evaluate_multitask(config: MultitaskConfig) -> Result:
+    """Train the predictors and report the accuracy of each task; collective, saved by rank 0.
+
+    Raises:
+        ValueError: if the tasks, the run, the shards or the sizes of batches do not fit.
+        FileNotFoundError, CheckpointError: if the tasks, the run or the shards cannot be read.
+        ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
+        PreemptedError: if a rank was told to stop; the same call goes on.
+    """
+    place = here(config)
+    with found_by_every_rank():
+        specs = read_task_list(config.tasks)
+        check_split(config, len(specs), place.world_size)
+        model = world_model.load(config.run, place.device)
+        model.require_predictor()
+        train, val = training_shards(model, config.data), validation_shards(model, config.data)
+    tasks = on_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
+    bench = _Bench(model=model, place=place, train=train, val=val)
+    together = _learn("multitask", tasks, config, bench)
+    few = share_of_one(config, len(tasks))
+    alone = [_learn(f"alone_{task.spec.name}", [task], few, bench) for task in tasks] if config.single else []
+    result = report(config, model.step, tasks, together, alone)
+    on_rank_zero(lambda: save_result(config.run, result))
+    return result
+
+
+def check_split(config: MultitaskConfig, num_tasks: int, world_size: int) -> None:
+    """Check that batches and micro-batches have an equal share of each task, so that every head has images in each.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    total = config.tune.global_batch_size
+    check(total % num_tasks == 0, "tune.global_batch_size", total, f"be a multiple of the {num_tasks} tasks")
+    micro, _ = micro_batches(config, world_size)
+    name = "runtime.micro_batch_size (tune.global_batch_size / ranks where unset)"
+    check(micro % num_tasks == 0, name, micro, f"be a multiple of the {num_tasks} tasks")
+    is_mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
+    check(not is_mixed or micro % (2 * num_tasks) == 0, name, micro,
+          f"be a multiple of twice the {num_tasks} tasks where augment.mixup or augment.cutmix is above 0")  # fmt: skip
+
+
+def share_of_one(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
+    """Return the settings under which a task alone has as many steps, and as many images of its in each."""
+    tune, micro = config.tune, config.runtime.micro_batch_size
+    smaller = replace(
+        tune,
+        global_batch_size=tune.global_batch_size // num_tasks,
+        epochs=_part(tune.epochs, num_tasks),
+        warmup_epochs=_part(tune.warmup_epochs, num_tasks),
+    )
+    runtime = replace(config.runtime, micro_batch_size=micro // num_tasks if micro else None)
+    return replace(config, tune=smaller, runtime=runtime)
+
+
+def _part(epochs: float, num_tasks: int) -> float:
+    # rounded down: steps are the ceiling of what these epochs are exactly, and a third as a float may be above a third
+    return epochs if num_tasks == 1 else math.floor(epochs / num_tasks * 1e12) / 1e12
+
+
+def _labelled(spec: TaskSpec, train: ShardSet, val: ShardSet) -> LabelledTask:
+    known = read_labels(train, spec.label, classes=spec.classes)
+    return LabelledTask(spec=spec, train=known, val=read_labels(val, spec.label, classes=known.classes))
+
+
+def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench: _Bench) -> Learnt:
+    """Train a predictor, or go on with it, and ask it about the validation images; collective."""
+    model, place = bench.model, bench.place
+    student = networks(model, config, place)
+    assert isinstance(student.predictor, Predictor)
+    encode = frozen(student.encoder, place)
+    with seeded(config.seed):
+        module = TaskPredictor(student.predictor, [len(task.train.classes) for task in tasks])
+    set_drop_path_(module, config.tune.drop_path)
+    folder = task_folder(config.run, "multitask", config.name)
+    settings, factor = run_config(config, model.config, folder), config.tune.pretrained_lr_factor
+    # weights tell tasks of one predictor from each other
+    of_tasks = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
+    job = Job(
+        name=name,
+        module=module,
+        prepare=Division([task.train for task in tasks], share_of_one(config, len(tasks)), encode, place),
+        loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, of_tasks),
+        optimizer=scaled_optimizer(
+            module, settings.optim, lambda part: factor if part.startswith("predictor.") else 1.0
+        ),
+        origin=origin_of(model.step, model.encoder, model.predictor)
+        | {"tasks": [to_tree(task.spec) for task in tasks]},
+    )
+    tuned = tune(job, config, model_config=model.config, shards=bench.train, place=place, folder=folder)
+    everyone = np.arange(bench.val.num_samples)
+    named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, place)
+    true = np.stack([task.val.number for task in tasks], axis=1)
+    # engines hold on to themselves in circles, and on to memory
+    del job, module
+    gc.collect()
+    return Learnt(correct=named.numpy() == true, tuned=tuned)
+
+
+def _answers(module: TaskPredictor, batch: Batch, encode: Encode) -> Int64[Tensor, "B tasks"]:
+    """Return the class that each task's token and head give each image; the encoder sees it once."""
+    tokens, answers = encode(batch.source_view), []
+    for number, head in enumerate(module.heads):
+        task = torch.full((len(tokens),), number, device=tokens.device)
+        inputs = TaskInputs(
+            tokens=tokens, action=torch.zeros_like(batch.action), everything=batch.context, task=task, rows=()
+        )
+        answers.append(head(module.predicted(inputs)).argmax(dim=1))
+    return torch.stack(answers, dim=1)

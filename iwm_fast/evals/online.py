@@ -1,0 +1,137 @@
+"""Evaluation while a run goes on: a small MRR and k-NN on data.val every `output.evaluate_every` steps.
+
+Rank 0 works with networks of its own, built for the moment from the teacher's and the predictor's weights, while the
+other ranks wait; training's networks, random states and sample stream are not touched.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast import world_model
+from iwm_fast.config.evaluation import KnnConfig, MrrConfig
+from iwm_fast.config.run import RunConfig
+from iwm_fast.evals.datasets import Labelled, spread
+from iwm_fast.evals.probing.knn import knn_accuracies, labelled_samples
+from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, mean_reciprocal
+from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.distributed import Place
+from iwm_fast.training.teacher import Teacher
+from iwm_fast.world_model import WorldModel
+
+log = logging.getLogger("iwm_fast")
+
+# some 400 TFLOP for a ViT-B/16: half a minute of a GPU's float32
+_MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))
+_KNN = KnnConfig(max_train_samples=2000)
+_MAX_VAL_SAMPLES = 2000
+_PREDICTOR = "predictor."
+
+
+class OnlineEvaluation:
+    """Measures a run between two steps; every rank has one and calls it at the same steps."""
+
+    def __init__(self, config: RunConfig, train: ShardSet, place: Place) -> None:
+        """Take note of what to measure; nothing is opened before `prepare`.
+
+        Args:
+            config: the run's settings, with `output.evaluate_every`.
+            train: the shards it is trained on: k-NN's neighbours.
+            place: this rank.
+        """
+        self._config, self._train, self._place = config, train, place
+        # the identity predictor applies no change, so there is nothing to rank
+        self._has_world_model = config.model.predictor.depth > 0
+
+    def prepare(self) -> None:
+        """Open data.val and measure the untrained networks; collective.
+
+        That is the control of every later row, and it reads each image that will ever be asked for, so that what is
+        wrong with one ends the run before its first step.
+
+        Raises:
+            ValueError: if data.val names no shards.
+            FileNotFoundError, ShardError: if they are not there, cannot be read, or have labels that data.train lacks.
+        """
+        self._controls = distributed.on_rank_zero(self._open_and_measure)
+
+    def _open_and_measure(self) -> dict[str, float]:
+        val = self._config.data.val
+        every = self._config.output.evaluate_every
+        check(bool(val), "data.val", val, f"name validation shards where output.evaluate_every is set ({every})")
+        self._val = open_shards(val)
+        self._labelled = _labelled_samples(self._train, self._val)
+        measured = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
+        controls = dict(measured)
+        if self._has_world_model:
+            controls["eval/mrr_chance"] = chance(_MRR.bank_size)
+        if self._labelled:
+            controls["eval/knn_chance"] = 1 / len(self._labelled[0].labels.classes)
+        return controls
+
+    def __call__(self, teacher: Teacher, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+        """Return MRR and k-NN of the networks as they are, beside their controls; collective.
+
+        Args:
+            teacher: whose encoder is measured.
+            parameters: the predictor's whole float32 weights, as `Engine.named_parameters("predictor.")` yields them;
+                used up on every rank.
+
+        Raises:
+            Exception: whatever ended it on rank 0; the other ranks end without a message.
+        """
+        started = time.perf_counter()
+        models: list[WorldModel] = []
+        # an error here is told before the others wait for this rank to gather weights
+        distributed.on_rank_zero(lambda: models.append(self._new_model()))
+        _copy(parameters, dict(models[0].predictor.named_parameters()) if models else {})
+        measured = distributed.on_rank_zero(lambda: self._measure_copy(models[0], teacher))
+        return {**measured, **self._controls, "eval/time_s": time.perf_counter() - started}
+
+    def _new_model(self) -> WorldModel:
+        # torch's layers fill themselves from the global generator before ours are drawn
+        with torch.random.fork_rng(devices=[]):
+            return world_model.untrained(self._config, self._place.device)
+
+    def _measure_copy(self, model: WorldModel, teacher: Teacher) -> dict[str, float]:
+        model.encoder.load_state_dict(teacher.state_dict())
+        return self._measure(model)
+
+    def _measure(self, model: WorldModel) -> dict[str, float]:
+        measured = {}
+        if self._has_world_model:
+            samples = spread(self._val.num_samples, _MRR.num_images)
+            rank = np.stack(list(bank_ranks([model], self._val, samples, _MRR)))
+            measured["eval/mrr"] = mean_reciprocal(rank)
+        if self._labelled:
+            (measured["eval/knn"],) = knn_accuracies([model], *self._labelled, _KNN)
+        if self._place.device.type == "cuda":
+            # what training's allocator does not use is there for DALI's
+            torch.cuda.empty_cache()
+        return measured
+
+
+@torch.no_grad()
+def _copy(parameters: Iterable[tuple[str, Tensor]], own: dict[str, Tensor]) -> None:
+    """Overwrite the predictor's weights in place, where there is one; weights that are sharded are gathered for it."""
+    for name, parameter in parameters:
+        if name.removeprefix(_PREDICTOR) in own:
+            own[name.removeprefix(_PREDICTOR)].copy_(parameter)
+
+
+def _labelled_samples(train: ShardSet, val: ShardSet) -> tuple[Labelled, Labelled] | None:
+    for name, shards in (("data.train", train), ("data.val", val)):
+        num_missing = int((shards.labels(np.arange(shards.num_samples)) < 0).sum())
+        if num_missing:
+            log.info(
+                "output.evaluate_every measures MRR without k-NN: %d of %d samples of %s have no .cls",
+                num_missing, shards.num_samples, name,
+            )  # fmt: skip
+            return None
+    return labelled_samples(train, val, _KNN, _MAX_VAL_SAMPLES)

@@ -1,0 +1,143 @@
+"""Planning with the world model: search the change that leads from one image to another.
+
+The action whose prediction from the source is nearest to the target's tokens is searched for by the cross-entropy
+method. On validation images whose change is known, what comes out is compared with what was done, in natural units:
+jitter between the untouched image and a version of it, and which destructions a source has suffered. Beside it stand a
+guess from the range of what was drawn, doing nothing, the same search through an untrained predictor, and a regression
+on frozen features, which learnt from training images. Nothing is chosen on the validation images.
+
+Where in the image the source lies is not searched for: source and target show the same place.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iwm_fast.config.evaluation import PlanConfig
+from iwm_fast.evals.datasets import spread, training_shards, validation_shards
+from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_entries, training_prior
+from iwm_fast.evals.planning.image_pairs import KINDS, Kind, Task, draw_tasks, pooled
+from iwm_fast.evals.planning.report import Outcome, distance_rows, new_outcome, parameter_rows
+from iwm_fast.evals.planning.ridge import ridge
+from iwm_fast.evals.results import Result, Row, save_result
+from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
+from iwm_fast.monitoring.evaluation_progress import follow
+from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.action import action_difference, describe_action
+from iwm_fast.pipelines.transforms.parameters import JITTER
+from iwm_fast.runtime.distributed import on_rank_zero
+from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.runtime.sharding import join, real, share
+from iwm_fast.world_model import WorldModel
+
+
+def evaluate_plan(config: PlanConfig) -> Result:
+    """Measure how well the change between two images is recovered; write `plan`; collective.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
+        ValueError: if the run's predictor is the identity, or its actions have no photometric entry.
+    """
+    with found_by_every_rank():
+        model = open_world_model(config.run, config.device)
+        training_prior(model.config.views)
+        train, val = training_shards(model, config.data), validation_shards(model, config.data)
+    searched = searched_entries(model.config.views)
+    rows: list[Row] = []
+    for kind, entries in zip(KINDS, (JITTER, FLAGS), strict=True):
+        asked = [name for name in searched if name in entries]
+        if asked:
+            outcome = measure(model, train, val, kind, config)
+            rows += parameter_rows(outcome, asked, model.config, config.seed)
+            rows += distance_rows(outcome, kind, config.seed)
+    result = Result(
+        task="plan", name="plan", rows=tuple(rows), step=model.step, seed=config.seed, settings=asdict(config),
+        details={"searched": list(searched), "predictions": config.population * config.rounds},
+    )  # fmt: skip
+    on_rank_zero(lambda: save_result(config.run, result))
+    return result
+
+
+def measure(model: WorldModel, train: ShardSet, val: ShardSet, kind: Kind, config: PlanConfig) -> Outcome:
+    """Return what was done to the validation images, and what search and regression say was done; collective."""
+    models = [model, with_untrained_predictor(model, config.seed)]
+    own = share(spread(val.num_samples, config.num_images))
+    tasks = draw_tasks(model, val, real(own), kind=kind, split="val", seed=config.seed)
+    outcome = new_outcome(len(real(own)), num_actions=len(model.config.views.entries))
+    features = torch.zeros(len(outcome), 3 * model.config.model.encoder.dim, device=model.device)
+    for place, task in enumerate(follow(tasks, len(outcome), f"{kind} sources searched")):
+        _search(outcome, place, task, models, config)
+        features[place] = pooled(model, task)
+    parts = {name: join(own, torch.from_numpy(part).to(model.device)) for name, part in vars(outcome).items()}
+    regressed = ridge(*_examples(model, train, kind, config), join(own, features))
+    return Outcome(**{name: part.cpu().numpy() for name, part in (parts | {"regressed": regressed}).items()})
+
+
+def _search(outcome: Outcome, place: int, task: Task, models: list[WorldModel], config: PlanConfig) -> None:
+    """Fill one image's row, but for the regression."""
+    model, control = models
+    prior = training_prior(model.config.views)
+    distance = distance_to(model, task.source, task.target)
+    found = search(distance, prior, config, task.sample)
+    untrained = search(distance_to(control, task.source, task.target), prior, config, task.sample)
+    outcome.done[place], outcome.found[place], outcome.untrained[place] = task.action, found.action, untrained.action
+    outcome.distance[place] = found.distance, *distance(np.stack([task.action, np.zeros_like(task.action)]))
+    outcome.has_colour[place] = task.has_colour
+
+
+def _examples(
+    model: WorldModel, train: ShardSet, kind: Kind, config: PlanConfig
+) -> tuple[Float[Tensor, "train F"], Float[Tensor, "train A"]]:
+    """Return features and actions of pairs of training images; collective."""
+    own = share(spread(train.num_samples, config.num_train_images))
+    tasks = draw_tasks(model, train, real(own), kind=kind, split="train", seed=config.seed)
+    known = torch.zeros(len(real(own)), 3 * model.config.model.encoder.dim, device=model.device)
+    answers = torch.zeros(len(known), len(model.config.views.entries), device=model.device)
+    for place, task in enumerate(follow(tasks, len(known), "training images encoded")):
+        known[place], answers[place] = pooled(model, task), torch.from_numpy(task.action)
+    return join(own, known), join(own, answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The change that leads from one image file to another, as the world model sees it."""
+
+    change: dict[str, float]
+    """Differences of factors, hue in turns, 1 for a destruction that the source has suffered; what is not named was
+    not searched for."""
+    words: str
+    """The same, said."""
+    distance_before: float
+    """Of the target's tokens and the prediction that nothing changes."""
+    distance_after: float
+    """Of the target's tokens and the prediction for the change."""
+
+    def __str__(self) -> str:
+        distances = f"{self.distance_before:.4f} for no change, {self.distance_after:.4f} for this"
+        return f"{self.words}\ndistance to the target's tokens: {distances}"
+
+
+def plan_images(config: PlanConfig) -> Plan:
+    """Search the change from `source` to `target`, both cut to their largest centred square.
+
+    Raises:
+        FileNotFoundError: if one of the files, or the run, does not exist.
+        ValueError: if one of them is no image, or the run has nothing to search with.
+    """
+    check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
+    model = open_world_model(config.run, config.device)
+    prior, views = training_prior(model.config.views), model.config.views
+    distance = distance_to(model, model.open(config.source), model.open(config.target))
+    found = search(distance, prior, config, sample=0)
+    (before,) = distance(np.zeros((1, len(found.action)), np.float32))
+    natural = action_difference(found.action[None], views)
+    return Plan(
+        change={name: float(natural[name][0]) for name in searched_entries(views)},
+        words=describe_action(found.action, views),
+        distance_before=float(before),
+        distance_after=found.distance,
+    )

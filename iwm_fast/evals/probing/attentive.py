@@ -1,0 +1,47 @@
+"""Attentive probe: one learned query looks at an image's frozen tokens, then an MLP and a linear classifier."""
+
+from copy import deepcopy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iwm_fast.config.evaluation import AttentiveConfig
+from iwm_fast.evals.probing.feature_batches import Examples
+from iwm_fast.evals.probing.probe import evaluate_probe
+from iwm_fast.evals.results import Result
+from iwm_fast.models.heads import AttentiveHead
+
+
+def evaluate_attentive(config: AttentiveConfig) -> Result:
+    """Score a run beside its own untrained encoder; write the result; collective.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
+        ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
+        ValueError: if settings leave no image to learn from or to choose on, the tokens need more room than there is,
+            or all heads diverge.
+    """
+
+    def build(examples: Examples, num_classes: int, num_points: int) -> AttentiveGrid:
+        dim = examples.rows.shape[-1]
+        return AttentiveGrid(dim, num_classes, num_points, seed=config.seed).to(examples.device)
+
+    return evaluate_probe("attentive", config, "tokens", build, config.max_cache_gb)
+
+
+class AttentiveGrid(nn.Module):
+    """An attentive classifier for each point of a grid; all begin with the same weights."""
+
+    def __init__(self, dim: int, num_classes: int, num_points: int, *, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = AttentiveHead(dim, num_classes)
+        self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_points))
+
+    def forward(self, rows: Float[Tensor, "B N D"], only: int | None = None) -> Float[Tensor, "points B K"]:
+        """Return the scores of each classifier, or of one."""
+        heads = list(self.heads) if only is None else [self.heads[only]]
+        tokens = rows.float()
+        return torch.stack([head(tokens) for head in heads])

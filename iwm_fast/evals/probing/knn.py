@@ -1,0 +1,133 @@
+"""k nearest neighbours on frozen features: no training, so nothing to tune.
+
+Features are the teacher's mean-pooled tokens, centred on the training set's mean and compared by cosine similarity;
+each of the k nearest training images votes with weight exp(similarity / temperature).
+"""
+
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional
+
+from iwm_fast.config.evaluation import KnnConfig
+from iwm_fast.evals.datasets import Comparison, Labelled, open_comparison, read_both_labels, result_name, spread
+from iwm_fast.evals.probing.extraction import Features, extract_features
+from iwm_fast.evals.probing.feature_cache import FeatureCache
+from iwm_fast.evals.results import Result, save_result
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.runtime.distributed import on_rank_zero
+from iwm_fast.world_model import WorldModel
+
+# 256 MB
+SIMILARITIES = 2**26
+
+
+def evaluate_knn(config: KnnConfig) -> Result:
+    """Score a run beside its own untrained encoder; write the result; collective.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
+        ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
+    """
+    compared = open_comparison(config)
+    train, val = compared.train, compared.val
+    models = (compared.model, compared.control)
+    cache = FeatureCache(config.run, models)
+    rows = [[cache.rows(model, part, "pooled") for part in (train, val)] for model in models]
+    return on_rank_zero(lambda: _report(config, compared, rows))
+
+
+def _report(config: KnnConfig, compared: Comparison, rows: list[list[np.ndarray]]) -> Result:
+    begin = time.perf_counter()
+    correct, control = (_correct(config, compared, *pair) for pair in rows)
+    row = compared.row(correct, control, config.seed, time_s=time.perf_counter() - begin)
+    result = Result(
+        task="knn",
+        name=result_name("knn", config.data),
+        rows=(row,),
+        step=compared.model.step,
+        seed=config.seed,
+        settings=asdict(config),
+        details={
+            "num_train": len(compared.train.samples),
+            "num_classes": len(compared.train.labels.classes),
+            "most_common_class": compared.most_common,
+        },
+    )
+    save_result(config.run, result)
+    return result
+
+
+def _correct(config: KnnConfig, compared: Comparison, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    # copies, because torch wants memory that it may write to
+    bank = Features(features=torch.from_numpy(np.array(known)), label=torch.from_numpy(compared.train.number))
+    queries = Features(features=torch.from_numpy(np.array(asked)), label=torch.from_numpy(compared.val.number))
+    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=compared.model.device)
+    return correct.numpy()
+
+
+def labelled_samples(
+    train: ShardSet, val: ShardSet, config: KnnConfig, max_val_samples: int | None = None
+) -> tuple[Labelled, Labelled]:
+    """Return the samples to vote and to be named, spread over their sets, with classes numbered by the first.
+
+    Raises:
+        ShardError: if a sample has no label, or one that no training sample has.
+    """
+    labels, val_labels = read_both_labels(train, val, config.data.label)
+    samples = spread(train.num_samples, config.max_train_samples)
+    val_samples = spread(val.num_samples, max_val_samples or val.num_samples)
+    return (
+        Labelled(shards=train, labels=labels, samples=samples),
+        Labelled(shards=val, labels=val_labels, samples=val_samples),
+    )
+
+
+def knn_accuracies(models: list[WorldModel], bank: Labelled, queries: Labelled, config: KnnConfig) -> list[float]:
+    """Return for each model the share of queries that their nearest samples of the bank name rightly.
+
+    Nothing is cached and no other rank is waited for: this is for evaluation while a run goes on.
+    """
+    accuracies = []
+    for model in models:
+        known, asked = (extract_features(model, part) for part in (bank, queries))
+        correct = knn_correct(known, asked, config.num_neighbors, config.temperature, device=model.device)
+        accuracies.append(float(correct.double().mean()))
+    return accuracies
+
+
+def knn_correct(
+    bank: Features,
+    queries: Features,
+    num_neighbors: int,
+    temperature: float,
+    *,
+    device: torch.device | str = "cpu",
+    most_similarities: int = SIMILARITIES,
+) -> Bool[Tensor, "queries"]:
+    """Return of each query whether the weighted vote names its label; so many similarities are held at a time."""
+    mean = bank.features.mean(dim=0)
+    keys = functional.normalize(bank.features - mean, dim=1).to(device)
+    size = max(1, most_similarities // len(keys))
+    correct = []
+    for features, label in zip(queries.features.split(size), queries.label.split(size), strict=True):
+        similarity = functional.normalize(features - mean, dim=1).to(device) @ keys.T
+        correct.append(vote(similarity, bank.label, num_neighbors, temperature) == label)
+    return torch.cat(correct)
+
+
+def vote(
+    similarity: Float[Tensor, "Q images"], label: Int64[Tensor, "images"], num_neighbors: int, temperature: float
+) -> Int64[Tensor, "Q"]:
+    """Return each query's class by the weighted vote of its nearest images, on the CPU."""
+    nearest, index = similarity.topk(min(num_neighbors, similarity.shape[1]), dim=1)
+    # sums on a GPU have no fixed order
+    nearest, index = nearest.cpu(), index.cpu()
+    # relative to the nearest: the same winner, and no overflow at small temperatures
+    weight = ((nearest - nearest[:, :1]) / temperature).exp()
+    votes = torch.zeros(len(similarity), int(label.max()) + 1).scatter_add_(1, label[index], weight)
+    return votes.argmax(dim=1)

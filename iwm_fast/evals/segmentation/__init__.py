@@ -1,0 +1,1 @@
+"""What are encoder and predictor worth for a label in each patch?"""

@@ -1,0 +1,1 @@
+"""Does what the paper claims hold here? Grids of small runs and the verdicts on them."""

@@ -1,0 +1,1 @@
+"""How do results look: HTML, charts, image grids? A library without knowledge of runs."""

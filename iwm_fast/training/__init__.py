@@ -1,0 +1,1 @@
+"""What is the method, and how does the loop over its steps run?"""

@@ -1,0 +1,121 @@
+"""The run's settings turned into loaders: training stream, finetuning stream and evaluation pass."""
+
+import numpy as np
+import torch
+
+from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.pipelines.action_log.schema import LogHead
+from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, check
+from iwm_fast.pipelines.loader import Loader, LoaderSettings, build_loader
+from iwm_fast.pipelines.sampling.batch_plan import (
+    BEGINNING,
+    EvaluationPlan,
+    FinetunePlan,
+    Stream,
+    StreamStart,
+    TrainingPlan,
+)
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.runtime.distributed import Place
+
+# images of one forward in evaluations; no gradient is kept, so memory is no concern
+EVALUATION_BATCH = 64
+
+
+def open_training_shards(data: DataConfig) -> ShardSet:
+    """Open data.train, and of it the first data.max_samples samples if that is given: all that a run knows of.
+
+    Raises:
+        ValueError: if it names no shards, or fewer samples than that.
+        FileNotFoundError, ShardError: if there is no such shard, or one that cannot be used.
+    """
+    if not data.train:
+        raise ValueError(
+            "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
+        )
+    shards = open_shards(data.train)
+    if data.max_samples is None:
+        return shards
+    most = shards.num_samples
+    check(data.max_samples <= most, "data.max_samples", data.max_samples,
+          f"be at most the {most} samples of data.train, or unset")  # fmt: skip
+    return shards.first(data.max_samples)
+
+
+def training_loader(
+    config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = BEGINNING
+) -> Loader:
+    """Build this rank's endless stream from the given step on."""
+    _, accumulation = accumulation_steps(config, place.world_size)
+    plan = TrainingPlan(
+        views=config.views,
+        mask=config.mask,
+        seed=config.seed,
+        grid=config.grid,
+        stream=training_stream(config, shards, place, start),
+    )
+    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+
+
+def finetune_loader(
+    config: RunConfig, augment: RandAugmentConfig | None, shards: ShardSet, place: Place, first_step: int = 0
+) -> Loader:
+    """Build this rank's endless stream of single crops, mirrored or not, changed by RandAugment if that is given."""
+    _, accumulation = accumulation_steps(config, place.world_size)
+    plan = FinetunePlan(
+        views=config.views,
+        augment=augment,
+        seed=config.seed,
+        grid=config.grid,
+        stream=training_stream(config, shards, place, BEGINNING),
+    )
+    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+
+
+def training_stream(config: RunConfig, shards: ShardSet, place: Place, start: StreamStart) -> Stream:
+    """Return this rank's share of the order of the training samples."""
+    micro_batch_size, _ = accumulation_steps(config, place.world_size)
+    return Stream(
+        order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
+        global_batch_size=config.optim.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=place.rank,
+        world_size=place.world_size,
+        start=start,
+    )
+
+
+def log_head(config: RunConfig, shards: ShardSet) -> LogHead:
+    """Return what an action log says of the run as a whole."""
+    return LogHead(
+        views=config.views,
+        mask=config.mask,
+        seed=config.seed,
+        grid=config.grid,
+        global_batch_size=config.optim.global_batch_size,
+        shards=config.data.train,
+        max_samples=config.data.max_samples,
+        shards_digest=shards.content_digest,
+    )
+
+
+def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:
+    """Build one pass over the given samples: largest centred square, nothing changed, all patches."""
+    plan = EvaluationPlan(views=config.views, grid=config.grid, samples=samples, micro_batch_size=EVALUATION_BATCH)
+    return build_loader(plan, shards, _settings(config, device))
+
+
+def _settings(config: RunConfig, device: torch.device) -> LoaderSettings:
+    runtime = config.runtime
+    return LoaderSettings(
+        backend=runtime.loader,
+        device=device,
+        reader_threads=runtime.reader_threads,
+        loader_threads=runtime.loader_threads,
+        prefetch=runtime.prefetch,
+        read_ahead=runtime.read_ahead,
+        max_bad_samples=runtime.max_bad_samples,
+        hw_decoder_load=runtime.hw_decoder_load,
+        preallocate=runtime.decoder_preallocate,
+    )

@@ -1,0 +1,128 @@
+"""What a run says of itself while it goes on: where it stands, and rows of numbers."""
+
+import time
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from iwm_fast.monitoring.collapse import collapse_monitors
+from iwm_fast.monitoring.step_timer import BEFORE_EXCHANGE, PARTS, Stopwatch
+from iwm_fast.monitoring.throughput import Yardstick, used_memory_mb
+from iwm_fast.runtime import distributed
+from iwm_fast.training.schedules import Schedules
+from iwm_fast.training.step import StepReport
+from iwm_fast.training.train_state import Progress
+
+
+class PartTimes:
+    """What the parts of this rank's steps took; a GPU's are read one step late, when they are there anyway."""
+
+    def __init__(self) -> None:
+        self._late: Stopwatch | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums, self._num_steps = dict.fromkeys(PARTS, 0.0), 0
+
+    def add(self, stopwatch: Stopwatch) -> None:
+        """Take in a step that was stopped."""
+        late, self._late = self._late, stopwatch
+        if late is not None:
+            self._read(late)
+        if not stopwatch.is_late:
+            self._read_last()
+
+    def _read_last(self) -> None:
+        if self._late is not None:
+            self._read(self._late)
+            self._late = None
+
+    def _read(self, stopwatch: Stopwatch) -> None:
+        for part, seconds in stopwatch.seconds().items():
+            self._sums[part] += seconds
+        self._num_steps += 1
+
+    def close(self) -> dict[str, float]:
+        """Return the means in seconds per step, and begin anew."""
+        if self._num_steps == 0:
+            self._read_last()
+        means = {part: total / max(self._num_steps, 1) for part, total in self._sums.items()}
+        self._clear()
+        return means
+
+
+class LogWindow:
+    """What happened since the last log row."""
+
+    def __init__(self, schedules: Schedules, yardstick: Yardstick, device: torch.device) -> None:
+        self._schedules, self._yardstick, self._device = schedules, yardstick, device
+        self._parts = PartTimes()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._started, self._skipped, self._num_replaced = time.perf_counter(), 0, 0
+        self._losses: list[Tensor] = []
+
+    def add(self, report: StepReport) -> None:
+        """Count one step; nothing is waited for."""
+        self._losses.append(report.loss)
+        self._parts.add(report.stopwatch)
+        self._skipped += not report.is_applied
+        self._num_replaced += report.num_replaced
+
+    def close(self, report: StepReport, progress: Progress) -> dict[str, float]:
+        """Return the row's values, which every rank has a share in, and begin the next window; collective."""
+        monitors = collapse_monitors(
+            report.prediction.predicted_tokens, report.target_tokens, report.prediction.patches
+        )
+        on_device = {"loss": torch.stack(self._losses).double().mean(), **monitors}
+        on_host = {"replaced": float(self._num_replaced), "memory": used_memory_mb(self._device), **self._parts.close()}
+        ranks = self._every_rank(on_device, on_host)
+        steps, time_s = len(self._losses), time.perf_counter() - self._started
+        lasted = max(progress.applied_steps - 1, 0)
+        speed = self._yardstick.values(steps, time_s)
+        values = {
+            "loss/prediction": float(ranks["loss"].sum()),
+            **{name: float(ranks[name].mean()) for name in monitors},
+            "optim/lr": self._schedules.lr(lasted),
+            "optim/weight_decay": self._schedules.weight_decay(lasted),
+            "optim/teacher_momentum": self._schedules.teacher_momentum(lasted),
+            "optim/grad_norm": float(report.grad_norm),
+            "optim/skipped_steps": float(self._skipped),
+            **speed,
+            **time_values(ranks, speed["speed/step_s"]),
+            "data/wait_s": float(ranks["wait"].mean()) * steps,
+            "data/wait_share": float(ranks["wait"].mean()) * steps / time_s,
+            "data/replaced_samples": float(ranks["replaced"].sum()),
+            "memory/used_mb": float(ranks["memory"].max()),
+        }
+        self._begin()
+        return values
+
+    def _every_rank(
+        self, on_device: dict[str, Tensor], on_host: dict[str, float]
+    ) -> dict[str, Float64[Tensor, "ranks"]]:
+        """Return each value of each rank, exchanged at once."""
+        measured = torch.stack([value.double() for value in on_device.values()])
+        counted = torch.tensor(list(on_host.values()), dtype=torch.float64, device=self._device)
+        joined = distributed.join_over_ranks(torch.cat([measured, counted])).cpu()
+        names = [*on_device, *on_host]
+        return dict(zip(names, joined.view(-1, len(names)).unbind(1), strict=True))
+
+
+def time_values(ranks: dict[str, Float64[Tensor, "ranks"]], step_s: float) -> dict[str, float]:
+    """Return what a step's parts took, the mean of ranks, and who kept the others waiting.
+
+    In a step that all ranks end together each takes as long as the slowest; it shows in what a rank does before they
+    first exchange gradients, its loader's part among that.
+    """
+    means = {part: float(ranks[part].mean()) for part in PARTS}
+    own = torch.stack([ranks[part] for part in BEFORE_EXCHANGE]).sum(0)
+    return {
+        **{f"time/{part}_s": mean for part, mean in means.items()},
+        # log rows, checkpoints, evaluations
+        "time/other_s": max(step_s - sum(means.values()), 0.0),
+        "time/slowest_rank": float(own.argmax()),
+        "time/slowest_rank_s": float(own.max()),
+    }

@@ -1,0 +1,58 @@
+"""Steps that were left out because a loss or gradient was not finite: counted, written down, and not for ever.
+
+`RUN/skipped_steps.jsonl` has a row for each: step, how many in a row, and by rank the samples that are suspected.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.distributed import Place
+from iwm_fast.training.step import StepReport
+
+log = logging.getLogger("iwm_fast")
+
+FILE = "skipped_steps.jsonl"
+_MOST_SHOWN = 8
+
+
+class SkippedSteps:
+    """Counts the skipped steps in a row; every rank has one and is told of each step."""
+
+    def __init__(self, folder: Path, place: Place, most: int) -> None:
+        self._folder, self._place, self._most = folder, place, most
+        self._in_a_row = 0
+        self._message = ""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether as many were skipped in a row as there may be."""
+        return self._in_a_row >= self._most
+
+    def add(self, step: int, report: StepReport) -> None:
+        """Take notice of a step, the `step`-th from 1; collective if it was skipped, which all ranks know alike."""
+        if report.is_applied:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        suspects = distributed.gather_objects(report.suspects())
+        if self._place.rank != 0:
+            return
+        rows = [{"rank": rank, "samples": samples} for rank, samples in enumerate(suspects) if samples]
+        shown = ", ".join(f"{row['rank']}: {' '.join(row['samples'][:_MOST_SHOWN])}" for row in rows)
+        self._message = (
+            f"{self._in_a_row} steps in a row were not finite, the last one step {step}; suspected samples by rank: "
+            f"{shown} (all in {self._folder / FILE}); lower optim.lr or look at these samples, then resume=auto"
+        )
+        log.warning("step %d skipped, a loss or gradient was not finite; samples by rank: %s", step, shown)
+        with (self._folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "in_a_row": self._in_a_row, "suspects": rows}) + "\n")
+
+    def end_run(self) -> None:
+        """End a run that is hopeless, with one message.
+
+        Raises:
+            FloatingPointError: on rank 0, naming the samples of every rank.
+        """
+        raise FloatingPointError(self._message) if self._place.rank == 0 else SystemExit(2)

@@ -1,0 +1,106 @@
+"""The method in thirty lines: read this file first.
+
+From the visible patches of a source view and the action, predict the teacher's tokens of the target view; then let
+the teacher follow the encoder.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iwm_fast.engines.base import Engine
+from iwm_fast.models.student import Prediction
+from iwm_fast.monitoring.step_timer import Stopwatch
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.training.objective import Objective
+from iwm_fast.training.schedules import Schedules
+from iwm_fast.training.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimiser step did; tensors stay on the device until they are logged."""
+
+    losses: Float[Tensor, "accumulation"]
+    """This rank's shares of the loss by micro-batch: summed over them and over ranks, the loss of the global batch."""
+    grad_norm: float | Tensor
+    """Global norm before clipping."""
+    prediction: Prediction
+    """Of the last micro-batch, for the collapse monitors."""
+    target_tokens: Float[Tensor, "T D"]
+    """What it is compared with."""
+    is_applied: bool
+    """False if a non-finite gradient left weights and teacher as they were."""
+    stopwatch: Stopwatch
+    """What its parts took, waiting for the loader first."""
+    num_replaced: int
+    """Images of this rank that stand in for others that could not be decoded."""
+    keys: list[tuple[str, ...]]
+    """Samples of each micro-batch, to name in errors."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Share of this rank in the loss, a scalar."""
+        return self.losses.sum()
+
+    def suspects(self) -> list[str]:
+        """Return the samples that may have spoilt this step: those whose loss is not finite, all if none is known."""
+        is_bad = (~self.losses.isfinite()).tolist()
+        chosen = [keys for keys, bad in zip(self.keys, is_bad, strict=True) if bad or not any(is_bad)]
+        return [key for keys in chosen for key in keys]
+
+
+ENCODER = "encoder."
+
+
+def encoder_parameters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield the trained encoder's whole weights under their names in the encoder."""
+    for name, parameter in engine.named_parameters(ENCODER):
+        yield name.removeprefix(ENCODER), parameter
+
+
+def train_step(
+    engine: Engine,
+    teacher: Teacher,
+    objective: Objective,
+    batches: Iterator[Batch],
+    schedules: Schedules,
+    *,
+    applied_steps: int,
+    accumulation: int,
+) -> StepReport:
+    """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
+    engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
+    losses, keys, num_replaced, stopwatch = [], [], 0, Stopwatch(next(teacher.encoder.parameters()).device)
+    for _ in range(accumulation):
+        stopwatch.begin("wait")
+        batch = next(batches)
+        stopwatch.begin("forward")
+        prediction = engine.forward(batch)
+        stopwatch.begin("teacher")
+        target_tokens = teacher.encode(batch.target_view, prediction.patches)
+        stopwatch.begin("backward")
+        loss = objective(prediction, target_tokens, prediction.patches)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        keys.append(batch.key)
+        num_replaced += int((batch.sample != batch.planned).sum())
+    stopwatch.begin("optimizer")
+    outcome = engine.step()
+    stopwatch.begin("teacher_update")
+    if outcome.applied:
+        teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
+    stopwatch.stop()
+    return StepReport(
+        losses=torch.stack(losses),
+        grad_norm=outcome.grad_norm,
+        prediction=prediction,
+        target_tokens=target_tokens,
+        is_applied=outcome.applied,
+        stopwatch=stopwatch,
+        num_replaced=num_replaced,
+        keys=keys,
+    )

@@ -1,0 +1,1 @@
+"""How do tokens of sequences with their own lengths attend to each other, without padding?"""

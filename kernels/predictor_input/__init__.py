@@ -1,0 +1,1 @@
+"""How is the predictor's input put together: context tokens, conditioned mask tokens, action tokens?"""

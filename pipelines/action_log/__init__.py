@@ -1,0 +1,1 @@
+"""What was drawn for each sample? Written as Parquet, read and rendered again."""

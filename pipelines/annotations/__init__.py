@@ -1,0 +1,1 @@
+"""Which label or segmentation map belongs to a sample?"""

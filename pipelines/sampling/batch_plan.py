@@ -1,0 +1,233 @@
+"""What each micro-batch consists of, decided before a byte is read: samples, draws, masks.
+
+A plan is a pure function from the micro-batch's number to a `Request`; loaders only carry requests out. So loaders
+need no state, and the same request gives the same batch on any of them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int64
+
+from iwm_fast.pipelines.batch import RaggedIndex
+from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.sampling.masks import Masks, all_patches, draw_masks, ragged_index
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, clean_draws, draw, draw_augment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One micro-batch of one rank, as decided."""
+
+    step: int
+    slots: Int64[np.ndarray, "B"]
+    samples: Int64[np.ndarray, "B"]
+    """What is shown."""
+    planned: Int64[np.ndarray, "B"]
+    """What the order put there; differs from `samples` where that cannot be decoded."""
+    draws: Draws
+    context: RaggedIndex
+    target: RaggedIndex
+    augment: AugmentDraws | None = None
+    """Given where RandAugment is wanted: then source and target view are the same augmented image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStart:
+    """Where the stream of samples begins: for ever at the beginning, unless an epoch was begun again."""
+
+    step: int = 0
+    """First step under the present settings."""
+    position: int = 0
+    """Its first position in the endless order: a multiple of the number of samples."""
+
+
+BEGINNING = StreamStart()
+"""Of a run that never had other settings."""
+
+
+class EndOfPlanError(Exception):
+    """There is no such micro-batch: the plan ends before it."""
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """The sequence of requests of one rank."""
+
+    @property
+    def views(self) -> ViewConfig:
+        """How views are made."""
+        ...
+
+    @property
+    def augment(self) -> RandAugmentConfig | None:
+        """What RandAugment does, for finetuning only."""
+        ...
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        ...
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index`; raises EndOfPlanError behind the last one."""
+        ...
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return which samples may stand in for an image that cannot be decoded, the first choice first."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One rank's share of the endless order: position = step * global batch + slot, counted from its start."""
+
+    order: SampleOrder
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    start: StreamStart = BEGINNING
+
+    def place(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
+        """Return step and slots of this rank's micro-batch number `index`, counted from step 0."""
+        accumulation = self.global_batch_size // (self.micro_batch_size * self.world_size)
+        step, micro = divmod(index, accumulation)
+        first = (micro * self.world_size + self.rank) * self.micro_batch_size
+        return step, np.arange(first, first + self.micro_batch_size)
+
+    def samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
+        """Return what the order puts into slots of a step."""
+        first = self.start.position + (step - self.start.step) * self.global_batch_size
+        return self.order.samples_at(first + slots)
+
+    def following(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the slots behind an image's in the global batch: the same for any ranks."""
+        slots = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
+        return self.samples(request.step, slots)
+
+
+# the micro-batches of one step follow each other
+@lru_cache(maxsize=2)
+def _masks_of_step(mask: MaskConfig, grid: int, seed: int, step: int, global_batch_size: int) -> Masks:
+    return draw_masks(mask, grid, seed, step, np.arange(global_batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Pretraining: two views and masks for every slot of the stream, whoever asks."""
+
+    views: ViewConfig
+    mask: MaskConfig
+    seed: int
+    grid: int
+    """Patches along one side of a view."""
+    stream: Stream
+    augment: None = None
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        return self.stream.micro_batch_size
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index` of this rank, counted from step 0."""
+        step, slots = self.stream.place(index)
+        samples = self.stream.samples(step, slots)
+        # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
+        masks = _masks_of_step(self.mask, self.grid, self.seed, step, self.stream.global_batch_size)
+        return Request(
+            step=step,
+            slots=slots,
+            samples=samples,
+            planned=samples,
+            draws=draw(self.views, self.seed, step, slots),
+            context=ragged_index(masks.context[slots], int(masks.context.sum())),
+            target=ragged_index(masks.target[slots], int(masks.target.sum())),
+        )
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the following slots of the global batch."""
+        return self.stream.following(request, image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan:
+    """Finetuning: one crop for every slot of the stream, augmented or as it is, all patches, no action."""
+
+    views: ViewConfig
+    """Size, crop and flip are used; photometry is RandAugment's."""
+    augment: RandAugmentConfig | None
+    """None: crop and flip are all that is done."""
+    seed: int
+    grid: int
+    stream: Stream
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        return self.stream.micro_batch_size
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index` of this rank, counted from step 0."""
+        step, slots = self.stream.place(index)
+        samples = self.stream.samples(step, slots)
+        drawn = draw(self.views, self.seed, step, slots)
+        everything = all_patches(len(slots), self.grid * self.grid)
+        return Request(
+            step=step,
+            slots=slots,
+            samples=samples,
+            planned=samples,
+            draws=replace(clean_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
+            context=everything,
+            target=everything,
+            augment=None if self.augment is None else draw_augment(self.augment, self.seed, step, slots),
+        )
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the following slots of the global batch."""
+        return self.stream.following(request, image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """Given samples once each, in order: the largest centred square, all patches, no change."""
+
+    views: ViewConfig
+    grid: int
+    samples: Int64[np.ndarray, "samples"]
+    micro_batch_size: int
+    augment: None = None
+
+    @property
+    def largest(self) -> int:
+        """Most images of one request."""
+        return self.micro_batch_size
+
+    def request(self, index: int) -> Request:
+        """Return micro-batch number `index`; the last may be smaller.
+
+        Raises:
+            EndOfPlanError: behind the last sample.
+        """
+        slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
+        if len(slots) == 0:
+            raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
+        everything = all_patches(len(slots), self.grid * self.grid)
+        return Request(
+            step=0,
+            slots=slots,
+            samples=self.samples[slots],
+            planned=self.samples[slots],
+            draws=clean_draws(len(slots)),
+            context=everything,
+            target=everything,
+        )
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return none: a measurement on other samples would be another measurement."""
+        return np.empty(0, np.int64)

@@ -1,0 +1,89 @@
+"""Plain torch image operations on uint8 pixels: the twin of the DALI graph, and what evaluations render with."""
+
+import io
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from iwm_fast.pipelines.config import IMAGE_FORMATS
+from iwm_fast.pipelines.transforms.parameters import LUMA, Photometry, blur_radius, color_matrix, gray_gain
+
+# what Pillow raises for bytes that are no (complete) image
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def decode_image(encoded: UInt8[np.ndarray, "bytes"]) -> UInt8[Tensor, "H W 3"]:
+    """Decode one image to RGB, turned upright as its EXIF tag says.
+
+    Raises:
+        one of UNDECODABLE: if the bytes are no complete image of an accepted format.
+    """
+    with Image.open(io.BytesIO(encoded.tobytes()), formats=IMAGE_FORMATS) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            # Pillow would clip 16 bits to 8 instead of scaling them
+            upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+        return torch.from_numpy(np.array(upright.convert("RGB")))
+
+
+def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:
+    """Cut (top, left, height, width) out of an image and resize it to a square, antialiased."""
+    top, left, height, width = (int(value) for value in window)
+    pixels = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float()
+    pixels = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return _to_uint8(pixels[0].permute(1, 2, 0)).contiguous()
+
+
+def render(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
+    """Apply one view's parameters: jitter and grayscale, then blur and solarize where they are flagged."""
+    pixels = recolor(crop, photometry)
+    flagged = np.flatnonzero(photometry.blur)
+    if len(flagged):
+        pixels = pixels.clone()
+        pixels[torch.from_numpy(flagged)] = blur(pixels[torch.from_numpy(flagged)], photometry.blur_sigma[flagged])
+    return _where(photometry.solarize, torch.where(pixels >= 128, 255 - pixels, pixels), pixels)
+
+
+def recolor(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
+    """Apply the affine colour map of `iwm_fast.pipelines.transforms.parameters` with one clamp."""
+    matrix = torch.from_numpy(color_matrix(photometry)).to(crop.device)
+    gain = torch.from_numpy(gray_gain(photometry)).to(crop.device)
+    pixels = crop.float()
+    gray_mean = _luma(pixels.mean(dim=(1, 2)))
+    # written out: a batched matrix product may round differently with the size of the batch
+    red, green, blue = (pixels[..., None, channel] for channel in range(3))
+    columns = matrix[:, None, None].unbind(dim=-1)
+    mapped = red * columns[0] + green * columns[1] + blue * columns[2]
+    return _to_uint8(mapped + (gain * gray_mean)[:, None, None, None])
+
+
+def blur(pixels: UInt8[Tensor, "B H W 3"], sigma: Float32[np.ndarray, "B"]) -> UInt8[Tensor, "B H W 3"]:
+    """Blur each image with its own Gaussian, cut at `blur_radius`, reflected at the border."""
+    return torch.stack([_blur_one(*pair) for pair in zip(pixels, sigma.tolist(), strict=True)])
+
+
+def _blur_one(pixels: UInt8[Tensor, "H W 3"], sigma: float) -> UInt8[Tensor, "H W 3"]:
+    radius = int(blur_radius(np.float32(sigma)))
+    place = torch.arange(-radius, radius + 1, device=pixels.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (place / sigma) ** 2)
+    kernel = (kernel / kernel.sum())[None, None]
+    planes = functional.pad(pixels.permute(2, 0, 1).float()[:, None], (radius,) * 4, mode="reflect")
+    planes = functional.conv2d(functional.conv2d(planes, kernel[:, :, None]), kernel[..., None])
+    return _to_uint8(planes[:, 0].permute(1, 2, 0)).contiguous()
+
+
+def _luma(pixels: Float[Tensor, "*dims 3"]) -> Float[Tensor, "*dims"]:
+    red, green, blue = pixels.unbind(dim=-1)
+    return red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
+
+
+def _to_uint8(pixels: Shaped[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _where(flag: Bool[np.ndarray, "B"], yes: UInt8[Tensor, "B H W 3"], no: UInt8[Tensor, "B H W 3"]) -> Tensor:
+    return torch.where(torch.from_numpy(flag).to(yes.device)[:, None, None, None], yes, no)

@@ -1,0 +1,126 @@
+"""Floors, tiles and occupancy against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from benchmarks.harness import rooflines
+from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
+from benchmarks.kernels import compiler_report
+from iwm_fast.kernels.attention import short
+from iwm_fast.kernels.attention.flash import Cut, Tiles, forward_launch
+from iwm_fast.kernels.attention.packed import Packed
+from iwm_fast.kernels.attention.short import Group
+
+
+def milliseconds(num_bytes):
+    return 1e3 * num_bytes / rooflines.H200_BYTES_PER_S
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "forward_ms", "backward_ms"),
+    [
+        (64, 32, 0.048, 0.082),
+        (196, 32, 0.146, 0.251),
+        (256, 32, 0.190, 0.328),
+        (128, 64, 0.189, 0.328),
+        (196, 64, 0.289, 0.502),
+        (212, 64, 0.313, 0.543),
+        (256, 64, 0.377, 0.655),
+    ],
+)
+def test_attention_moves_four_tensors_forward_and_seven_backward(length, head_dim, forward_ms, backward_ms):
+    costs = rooflines.attention_costs([length] * 1024, 12, head_dim)
+    assert milliseconds(costs[FORWARD].bytes) == pytest.approx(forward_ms, abs=5e-4)
+    # the figures by hand leave out the logarithms, a 56th of the seven tensors at d = 32
+    assert milliseconds(costs[BACKWARD].bytes) == pytest.approx(backward_ms, rel=0.01)
+
+
+def test_attention_multiplies_twice_forward_and_five_times_backward():
+    costs = rooflines.attention_costs([196] * 1024, 12, 64)
+    assert costs[FORWARD].flops == 4 * 1024 * 12 * 196**2 * 64
+    assert costs[BACKWARD].flops / 1e9 == pytest.approx(302, abs=0.5)
+    assert costs[BOTH].bytes == costs[FORWARD].bytes + costs[BACKWARD].bytes
+
+
+def test_packed_lengths_count_each_for_itself():
+    cost = rooflines.attention_costs([3, 5], 2, 32)[FORWARD]
+    assert cost.flops == 4 * 2 * 32 * (9 + 25)
+    assert cost.bytes == 4 * (8 * 2 * 32 * 2) + 4 * 8 * 2
+
+
+def test_a_norm_moves_twelve_bytes_an_element_and_sixteen_back():
+    costs = rooflines.norm_costs(1000, 384)
+    assert costs[FORWARD].bytes == 12 * 384_000 + 8000
+    assert costs[BACKWARD].bytes == 16 * 384_000 + 8000
+
+
+def test_conditioning_reads_and_writes_rows_once():
+    rows = 256 * 98, 256 * 98, 256 * 5
+    sequence = rooflines.conditioning_costs(rows, 384, has_mixer=False)[FORWARD]
+    # bfloat16 context and float32 tokens in, everything out in float32
+    assert sequence.bytes == 384 * (2 * rows[0] + 4 * rows[2] + 4 * sum(rows))
+    feature = rooflines.conditioning_costs((*rows[:2], 0), 384, has_mixer=True)
+    assert feature[FORWARD].flops / 1e9 == pytest.approx(14.8, abs=0.05)
+    assert feature[BACKWARD].flops == 2 * feature[FORWARD].flops
+
+
+def test_a_predictor_row_costs_what_the_layers_say():
+    sizes = {"dim": 384, "depth": 1, "context": 98, "targets": 98, "B": 1, "encoder_dim": 0}
+    mixer = 3 * 4 * 98 * 384**2
+    per_row = (rooflines.predictor_flops(sizes) - mixer) / 3 / 196
+    assert per_row / 1e6 == pytest.approx(3.84, abs=0.005)
+
+
+@pytest.mark.parametrize(("length", "tile", "waste"), [(196, 192, 3.84), (196, 128, 1.71), (256, 128, 1.0)])
+def test_square_tiles_waste_what_does_not_fit(length, tile, waste):
+    assert rooflines.library_waste(length, tile) == pytest.approx(waste, abs=0.005)
+
+
+def packed_of(length):
+    return Packed(torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta"), None, length)
+
+
+def test_a_ladder_wastes_what_its_rung_and_its_queries_do():
+    packed = packed_of(196)
+    ladder = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
+    (launch,) = short.forward_launches((ladder,), packed, packed.qkv, packed.qkv)
+    # 208 keys times 256 queries
+    assert rooflines.launches_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
+    assert rooflines.scores_computed(launch, 192) == 192 * 192
+    assert rooflines.scores_computed(launch, 209) == 0, "no rung holds it"
+    fine = ladder._replace(num_queries=16)
+    (launch,) = short.forward_launches((fine,), packed, packed.qkv, packed.qkv)
+    assert rooflines.launches_waste([launch], 196) == pytest.approx(1.13, abs=0.005)
+
+
+def test_tiles_leave_short_sequences_to_others():
+    packed = packed_of(400)
+    tiles = Tiles(128, 64, 8, 2)
+    launch = forward_launch(Cut(tiles, tiles, tiles), packed, 256, out=packed.qkv, lse=packed.qkv)
+    assert rooflines.scores_computed(launch, 256) == 0
+    assert rooflines.scores_computed(launch, 400) == 512 * 448
+
+
+@pytest.mark.parametrize("arch", compiler_report.ARCHITECTURES)
+@pytest.mark.parametrize("length", compiler_report.WASTE_LENGTHS)
+def test_shipped_launches_compute_every_score(arch, length):
+    for launches in compiler_report.dense_launches(arch, length, 64).values():
+        assert rooflines.launches_waste(launches, length) >= 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "num_warps", "arch", "programs"),
+    [
+        (128, 20_000, 4, 90, 4),  # 16 warps of 128 registers fill 64 K
+        (129, 20_000, 4, 90, 3),  # eight at a time: 136, 15 warps and a quarter holds three
+        (168, 30_720, 4, 90, 3),
+        (255, 0, 8, 90, 1),
+        (32, 0, 4, 90, 16),  # 64 warps
+        (32, 139_520, 8, 90, 1),
+        (32, 113 * 1024, 8, 90, 2),
+        (32, 113 * 1024, 8, 80, 1),
+        (16, 0, 1, 90, 32),
+    ],
+)
+def test_programs_of_a_multiprocessor(registers, shared_bytes, num_warps, arch, programs):
+    assert rooflines.programs_per_multiprocessor(registers, shared_bytes, num_warps, arch) == programs

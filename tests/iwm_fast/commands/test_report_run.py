@@ -1,0 +1,134 @@
+"""Pages of runs: what stands in them, that they need nothing else, and how a browser shows them."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast.commands.report_run import write_run_report
+from iwm_fast.evals.results import Result, Row, save_result
+from iwm_fast.rendering.charts import DotPlot, Dots, curves, dot_plot, save_dot_plots, shares
+from iwm_fast.rendering.html import page, table, tiles
+from iwm_fast.train import run
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, tiny_shards) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run <&>"
+    run(tiny_run(tiny_shards, folder))
+    row = Row(subject="jitter", metric="mrr", value=0.4321, low=0.4, high=0.46, control=0.11,
+              control_name="untrained <predictor>", chance=0.1, num_samples=16)  # fmt: skip
+    save_result(folder, Result(task="mrr", name="mrr_default", rows=(row,), step=12, seed=0, settings={}))
+    return write_run_report(folder)
+
+
+class Reader(HTMLParser):
+    """Collects text and addresses, and refuses tags that are not closed."""
+
+    VOID = frozenset({"meta", "img", "br", "path", "use"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.addresses, self._open = "", [], []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_says_what_was_measured_and_under_which_settings(report):
+    read = Reader(report.read_text())
+    for expected in ("run <&>", "status finished", "step-00000012", "Prediction loss", "Where the time of a step goes",
+                     "mrr_default, step 12, seed 0", "0.4321", "0.4000 to 0.4600", "untrained <predictor>",
+                     "optim.global_batch_size", "every setting"):  # fmt: skip
+        assert expected in read.text, expected
+
+
+def test_a_page_needs_no_network(report):
+    read = Reader(report.read_text())
+    assert all(address.startswith(("data:", "#")) for address in read.addresses)
+    assert not re.search(r"url\(\s*['\"]?http|@import|<script|<link", report.read_text())
+
+
+def test_figures_take_the_pages_colours(report):
+    text = report.read_text()
+    assert "var(--series-1)" in text and not re.search(r"#0102\d\d", text)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        write_run_report(tmp_path)
+
+
+def test_text_is_escaped_and_numbers_are_set_to_the_right():
+    text = table(["name", "value"], [("<b>", "0.5"), ("x & y", "-1")])
+    assert "&lt;b&gt;" in text and "x &amp; y" in text and text.count('class="number"') == 3
+    assert "<b>1</b>" in tiles({"steps": "1"}) and Reader(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
+
+
+def test_figures_are_whole_svg_elements_and_the_same_every_time():
+    for draw in (
+        lambda: curves({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
+        lambda: shares({"forward": 2.0, "wait": 0.0}, unit="ms"),
+        lambda: dot_plot([Dots(label="a", values=[0.1, 0.2]), Dots(label="none", values=[])], unit="MRR"),
+    ):
+        figure = draw()
+        assert figure.startswith("<svg") and figure.rstrip().endswith("</svg>") and figure == draw()
+        assert " width=" not in figure.split(">", 1)[0]
+
+
+def test_dot_plots_become_one_picture(tmp_path):
+    rows = [Dots(label="a", values=[0.1, 0.2, 0.3]), Dots(label="b", values=[0.5])]
+    plots = [DotPlot(title=title, note="the paper: 0.8", unit="MRR", rows=rows) for title in ("one", "two", "three")]
+    save_dot_plots(tmp_path / "deep" / "claims.png", plots)
+    assert (tmp_path / "deep" / "claims.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium)")
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_shows_the_page_without_scrolling_sideways(report, tmp_path, width):
+    copy = tmp_path / "page.html"
+    probe = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify({width: innerWidth, "
+        "page: document.documentElement.scrollWidth, svg: [...document.querySelectorAll('svg')].map(s => "
+        "s.getBoundingClientRect().width), text: document.body.innerText.length}) })</script>"
+    )
+    copy.write_text(report.read_text().replace("</head>", probe + "</head>"))
+    command = [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200", "--dump-dom"]
+    shown = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    found = re.search(r"<title>(\{.*?\})</title>", shown.stdout)
+    assert found, shown.stdout[:500]
+    seen = json.loads(found[1])
+    assert seen["page"] <= seen["width"] and seen["text"] > 500
+    assert len(seen["svg"]) >= 5 and all(100 < side <= seen["width"] for side in seen["svg"])

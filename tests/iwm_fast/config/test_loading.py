@@ -1,0 +1,139 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import iwm_fast
+from iwm_fast.config.fingerprint import digest, fingerprint
+from iwm_fast.config.loading import build, describe_fields, load_config, save_config
+from iwm_fast.config.run import RunConfig, accumulation_steps
+
+CONFIGS = Path(iwm_fast.__file__).parent / "configs"
+NAMED_RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("lab_*.yaml")))
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: [a.tar, 'b-{000..001}.tar']}\noptim: {lr: 2e-3}\n")
+    return path
+
+
+def test_yaml_holds_differences_and_the_command_line_goes_before_it(run_yaml):
+    config = load_config(run_yaml, ["optim.lr=0.1", "views.crop_scale=[0.2, 1]", "optim.clip_norm=null"])
+    assert config.data.train == "a.tar::b-{000..001}.tar"
+    assert (config.optim.lr, config.views.crop_scale, config.optim.clip_norm) == (0.1, (0.2, 1.0), None)
+    assert load_config(run_yaml).optim.lr == 2e-3 and config.optim.epochs == RunConfig().optim.epochs
+
+
+def test_a_saved_configuration_reads_back_equal(run_yaml, tmp_path):
+    config = load_config(run_yaml, ["data.val=odd ${name}{a,b}.tar", "seed=7"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["{a,b}/x.tar", "123", "null", "[x]", "a=b", "${HOME}/x"])
+def test_a_path_is_taken_as_it_stands(run_yaml, text):
+    assert load_config(run_yaml, [f"data.train={text}"]).data.train == text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optm.lr=1", "unknown setting 'optm.lr'; did you mean 'optim.lr'?"),
+        ("views.sise=1", "did you mean 'views.size'?"),
+        ("optim.lr=fast", "optim.lr: Value 'fast' .* could not be converted to Float"),
+        ("model.predictor.conditioning=film", "model.predictor.conditioning: Invalid value 'film', expected one of"),
+        ("views.size=225", "views.size must be a multiple of model.encoder.patch_size = 16, got 225"),
+        ("model.encoder.num_heads=7", "model.encoder.num_heads must divide model.encoder.dim = 768, got 7"),
+        ("optim.warmup_epochs=400", r"optim.warmup_epochs must lie in \[0, epochs = 300\), got 400"),
+        ("optim", "override must have the form group.key=value, got 'optim'"),
+        ("runtime.prefetch=0", "runtime.prefetch must be at least 1, got 0"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_with_a_remedy(run_yaml, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(run_yaml, [override])
+
+
+def test_a_setting_without_effect_is_refused(run_yaml):
+    with pytest.raises(ValueError, match=r"be unset with runtime\.engine=plain, where they have no effect"):
+        load_config(run_yaml, ["runtime.engine=plain", "runtime.zero_stage=2"])
+
+
+def test_an_unknown_group_in_yaml_is_refused_like_one_on_the_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: {learning_rate: 1}\n")
+    with pytest.raises(ValueError, match=r"unknown setting 'optim.learning_rate'"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no configuration file .*absent.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken.yaml is not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def changed(config: RunConfig, name: str, value: object) -> RunConfig:
+    """Set one dotted setting."""
+    *groups, leaf = name.split(".")
+    parents = [config]
+    for group in groups:
+        parents.append(getattr(parents[-1], group))
+    for group, parent in zip([leaf, *reversed(groups)], reversed(parents), strict=True):
+        value = dataclasses.replace(parent, **{group: value})
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("runtime.loader", "torch"),
+        ("runtime.engine", "plain"),
+        ("runtime.zero_stage", 2),
+        ("runtime.micro_batch_size", 8),
+        ("runtime.reader_threads", 1),
+        ("runtime.device", "cpu"),
+        ("output.folder", "elsewhere"),
+        ("output.log_every", 1),
+        ("data.train", "moved.tar"),
+        ("data.val", "other.tar"),
+    ],
+)
+def test_what_cannot_change_the_result_is_not_in_the_fingerprint(name, value):
+    assert digest(fingerprint(changed(RunConfig(), name, value), "x")) == digest(fingerprint(RunConfig(), "x"))
+
+
+def test_every_other_setting_is_in_the_fingerprint():
+    flat = fingerprint(RunConfig(), "content")
+    groups = ("seed", "init_from", "data.", "views.", "mask.", "model.", "objective.", "optim.")
+    expected = {name for name, *_ in describe_fields(RunConfig) if name.startswith(groups)}
+    expected -= {"data.val", "data.restart_epoch"}
+    assert set(flat) == expected and flat["data.train"] == "content"
+    for name, value in (("optim.lr", 0.5), ("init_from", "runs/other"), ("data.max_samples", 8)):
+        assert digest(fingerprint(changed(RunConfig(), name, value), "x")) != digest(fingerprint(RunConfig(), "x"))
+
+
+def test_accumulation_is_derived_and_a_remainder_refused():
+    config = changed(RunConfig(), "optim.global_batch_size", 64)
+    assert accumulation_steps(config, 2) == (32, 1)
+    assert accumulation_steps(changed(config, "runtime.micro_batch_size", 8), 2) == (8, 4)
+    with pytest.raises(ValueError, match=r"optim\.global_batch_size must be a multiple of the 3 ranks, got 64"):
+        accumulation_steps(config, 3)
+    equation = r"runtime.micro_batch_size must satisfy .* \* 2 ranks \* accumulation = .* = 64, got 24"
+    with pytest.raises(ValueError, match=equation):
+        accumulation_steps(changed(config, "runtime.micro_batch_size", 24), 2)
+
+
+def test_build_refuses_a_group_given_as_a_value():
+    with pytest.raises(ValueError, match="optim must hold settings as `key: value`, got 3"):
+        build(RunConfig, {"optim": 3})
+
+
+@pytest.mark.parametrize("path", NAMED_RUNS, ids=lambda path: path.stem)
+def test_a_named_run_reads_and_its_first_lines_say_how_to_start_it(path):
+    load_config(path)
+    head = path.read_text().splitlines()[:12]
+    assert any(f"iwm_fast/configs/{path.name}" in line for line in head)
+    assert any("machine" in line.lower() for line in head)

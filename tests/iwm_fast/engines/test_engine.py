@@ -1,0 +1,300 @@
+"""Engines in one process; several ranks are in test_engine_ranks.py."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
+from iwm_fast.engines.deepspeed_engine import deepspeed_config
+from iwm_fast.engines.factory import build_engine
+from iwm_fast.runtime import distributed
+
+ENGINES = (("plain", None), *(("deepspeed", stage) for stage in range(4)))
+NUM_MICRO_BATCHES = 2
+
+
+class Output(NamedTuple):
+    hidden: Tensor
+    tokens: Tensor
+
+
+class Toy(nn.Module):
+    """Odd sizes, so that a flat vector needs padding; one parameter that no loss reaches, and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.first = nn.Linear(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.last = nn.Linear(7, 3)
+        self.unused = nn.Parameter(torch.ones(3, 3))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter is not self.unused:
+                parameter.data.normal_(generator=generator)
+
+    def forward(self, batch):
+        hidden = self.norm(self.first(batch))
+        return Output(hidden, self.last(hidden))
+
+
+@pytest.fixture
+def place(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+def make_config(engine, stage, clip_norm=0.1, **deepspeed):
+    optim = OptimConfig(global_batch_size=8, clip_norm=clip_norm)
+    runtime = RuntimeConfig(engine=engine, zero_stage=stage, micro_batch_size=4, deepspeed=deepspeed)
+    return RunConfig(optim=optim, runtime=runtime)
+
+
+def make_optimizer(module):
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [row for row in trained if row.ndim > 1], "name": "decay"},
+        {"params": [row for row in trained if row.ndim < 2], "name": "no_decay"},
+    ]
+    return torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
+
+
+def make_engine(place, engine, stage, **settings):
+    module = Toy()
+    if engine == "deepspeed":
+        # smaller than the largest weight, so that reduction takes every path; and NaN in fresh buffers costs no time
+        settings["zero_optimization"] = {"reduce_bucket_size": 30}
+    return build_engine(make_config(engine, stage, **settings), module, make_optimizer(module), place)
+
+
+def train(engine, steps, spoil=lambda step, batch: batch, add=0.0):
+    outcomes = []
+    for step in steps:
+        engine.set_hyperparameters(lr=0.01 * (step + 1), weight_decay=0.1 * (step + 1))
+        for micro in range(NUM_MICRO_BATCHES):
+            batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + micro))
+            engine.backward((engine.forward(spoil(step, batch)).tokens ** 2).sum() / 8 + add)
+        outcomes.append(engine.step())
+    return outcomes
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(place, engine, stage):
+    module = Toy()
+    optimizer = make_optimizer(module)
+    norms = []
+    for step in range(3):
+        batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + micro)) for micro in range(2)]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+            group["weight_decay"] = 0.1 * (step + 1) if group["name"] == "decay" else 0.0
+        optimizer.zero_grad()
+        ((module(torch.cat(batches)).tokens ** 2).sum() / 8).backward()
+        module.unused.grad = torch.zeros_like(module.unused)
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
+        optimizer.step()
+
+    tried = make_engine(place, engine, stage)
+    outcomes = train(tried, range(3))
+    assert min(norms) > 0.2, "clipping must be active"
+    assert [outcome.grad_norm for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
+    assert all(outcome.applied for outcome in outcomes)
+    state = tried.state()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(state[f"weight/{name}"], parameter.detach(), atol=1e-6, rtol=1e-6)
+        if parameter.requires_grad:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                expected = optimizer.state[parameter][moment]
+                torch.testing.assert_close(state[f"{moment}/{name}"], expected, atol=1e-7, rtol=1e-5)
+    assert int(state["adam_step"]) == 3
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_training_goes_on_bit_equal_from_a_loaded_state(place, engine, stage):
+    straight = make_engine(place, engine, stage)
+    train(straight, range(2))
+    saved = straight.state()
+    train(straight, range(2, 5))
+
+    resumed = make_engine(place, engine, stage)
+    train(resumed, range(7, 8))
+    resumed.load_state(saved)
+    assert_same_state(resumed.state(), saved)
+    train(resumed, range(2, 5))
+    assert_same_state(resumed.state(), straight.state())
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_state_exists_before_the_first_step_and_starts_the_same_run(place, engine, stage):
+    straight = make_engine(place, engine, stage)
+    saved = straight.state()
+    assert int(saved["adam_step"]) == 0
+    train(straight, range(2))
+    resumed = make_engine(place, engine, stage)
+    resumed.load_state(saved)
+    train(resumed, range(2))
+    assert_same_state(resumed.state(), straight.state())
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_state_is_a_copy_that_training_does_not_change(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    train(tried, range(1))
+    saved = tried.state()
+    before = {name: tensor.clone() for name, tensor in saved.items()}
+    train(tried, range(1, 2))
+    assert_same_state(saved, before)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(place, engine, stage, bad):
+    tried = make_engine(place, engine, stage)
+    train(tried, range(2))
+    before = tried.state()
+    # the constant is bad, the gradients alone would be fine
+    (outcome,) = train(tried, range(2, 3), add=bad)
+    assert not outcome.applied
+    assert outcome.grad_norm == math.inf
+    assert_same_state(tried.state(), before)
+    assert train(tried, range(2, 3))[0].applied
+
+    straight = make_engine(place, engine, stage)
+    train(straight, range(3))
+    assert_same_state(tried.state(), straight.state())
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_bad_pixels_change_nothing(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    train(tried, range(1))
+    before = tried.state()
+    assert not train(tried, range(1, 2), spoil=lambda step, batch: batch * math.nan)[0].applied
+    assert_same_state(tried.state(), before)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_weight_decay_reaches_only_the_group_that_decays(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    tried.set_hyperparameters(lr=0.5, weight_decay=0.25)
+    before = tried.state()
+    for _ in range(NUM_MICRO_BATCHES):
+        # no gradient anywhere: only the decay is left
+        tried.backward((tried.forward(torch.zeros(4, 5)).tokens * 0).sum())
+    assert tried.step().applied
+    after = tried.state()
+    shrunk = 1 - 0.5 * 0.25
+    for name, parameter in Toy().named_parameters():
+        factor = shrunk if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(after[f"weight/{name}"], before[f"weight/{name}"] * factor)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_clipping_can_be_off(place, engine, stage):
+    clipped, free = make_engine(place, engine, stage), make_engine(place, engine, stage, clip_norm=None)
+    train(clipped, range(1))
+    train(free, range(1))
+    ratio = free.state()["exp_avg/first.weight"].norm() / clipped.state()["exp_avg/first.weight"].norm()
+    assert ratio > 2
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_parameters_have_the_modules_own_names(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    assert dict(tried.named_parameters()).keys() == dict(Toy().named_parameters()).keys()
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_step_after_too_few_micro_batches_is_refused(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    tried.backward(tried.forward(torch.ones(4, 5)).tokens.sum())
+    with pytest.raises(RuntimeError, match="after 1 micro-batches; it must follow 2"):
+        tried.step()
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_state_of_another_model_is_refused_with_both_shapes(place, engine, stage):
+    tried = make_engine(place, engine, stage)
+    state = tried.state()
+    with pytest.raises(ValueError, match=r"weight/last\.weight has shape \(4, 7\) in the saved state, \(3, 7\)"):
+        tried.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
+    with pytest.raises(ValueError, match=r"no exp_avg/norm\.bias"):
+        tried.load_state({name: tensor for name, tensor in state.items() if name != "exp_avg/norm.bias"})
+    with pytest.raises(ValueError, match="has weight/more, which"):
+        tried.load_state(state | {"weight/more": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("source", range(len(ENGINES)))
+@pytest.mark.parametrize("target", range(len(ENGINES)))
+def test_a_state_moves_between_engines(place, source, target):
+    straight = make_engine(place, *ENGINES[source])
+    train(straight, range(2))
+    moved = make_engine(place, *ENGINES[target])
+    moved.load_state(straight.state())
+    train(straight, range(2, 4))
+    train(moved, range(2, 4))
+    expected = straight.state()
+    for name, tensor in moved.state().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_forgotten_parameter_is_refused(place):
+    module = Toy()
+    optimizer = torch.optim.AdamW([{"params": [module.first.weight], "name": "decay"}])
+    with pytest.raises(ValueError, match="parameter unused must be in the optimizer"):
+        build_engine(make_config("plain", None), module, optimizer, place)
+
+
+def test_deepspeed_is_told_the_runs_own_numbers():
+    config = make_config("deepspeed", 2, clip_norm=0.3)
+    settings = deepspeed_config(config, world_size=2)
+    assert settings["train_batch_size"] == 8
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 1
+    assert settings["gradient_clipping"] == 0.3
+    assert settings["zero_optimization"]["stage"] == 2
+    assert "optimizer" not in settings
+
+
+def test_deepspeed_settings_of_the_user_are_merged_and_may_change_the_speed():
+    config = make_config(
+        "deepspeed", 1, zero_optimization={"overlap_comm": True, "reduce_bucket_size": 7}, dump_state=True
+    )
+    settings = deepspeed_config(config, world_size=1)
+    assert settings["dump_state"] is True
+    assert settings["zero_optimization"]["overlap_comm"] is True
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
+    assert settings["zero_optimization"]["stage"] == 1
+
+
+def test_saying_the_same_as_our_settings_is_no_conflict():
+    config = make_config("deepspeed", 1, train_batch_size=8, zero_optimization={"stage": 1})
+    assert deepspeed_config(config, world_size=1)["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        ({"train_batch_size": 16}, r"train_batch_size = 16 contradicts our 8"),
+        ({"gradient_clipping": 2.0}, r"gradient_clipping = 2\.0 contradicts our 0\.1"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage = 3 contradicts our 1"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer"),
+        ({"zero_optimization": False}, r"zero_optimization = False contradicts"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled = True contradicts our False"),
+        ({"optimizer": {"type": "AdamW"}}, r"runtime\.deepspeed\.optimizer must be unset"),
+    ],
+)
+def test_a_deepspeed_setting_that_contradicts_ours_is_refused_with_both(theirs, named):
+    with pytest.raises(ValueError, match=named):
+        deepspeed_config(make_config("deepspeed", 1, **theirs), world_size=1)
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different

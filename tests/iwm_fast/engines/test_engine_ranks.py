@@ -1,0 +1,114 @@
+"""Engines on two real ranks, which ranks_engine.py runs; here their files are compared."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fixtures.paths import WORKERS
+
+pytestmark = pytest.mark.multi_rank
+
+ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
+WORKER = WORKERS / "ranks_engine.py"
+
+
+def run_ranks(folder, part, world_size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        with (folder / f"{part}-{rank}.log").open("w") as log:
+            command = [sys.executable, str(WORKER), str(folder), part]
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"{part}-{rank}.log").read_text() for rank in range(world_size))
+    assert codes == [0] * world_size, logs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(folder, "whole", world_size=1)
+    run_ranks(folder, "first", world_size=2)
+    run_ranks(folder, "second", world_size=2)
+    return folder
+
+
+def load(folder, name):
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def assert_close_state(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(
+            tensor, other[name], atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_with_two_micro_batches_equal_one_process_with_the_whole_batch(folder, engine):
+    whole = load(folder, "whole-3")
+    assert int(whole["adam_step"]) == 3
+    assert_close_state(load(folder, f"{engine}-3"), whole)
+    # a wrong scale would not be seen in the state: clipping takes it out
+    norms = json.loads((folder / f"{engine}-norms.json").read_text())
+    assert norms == pytest.approx(json.loads((folder / "whole-norms.json").read_text()), rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_new_processes_go_on_bit_equal_from_a_saved_state(folder, engine):
+    assert_same_state(load(folder, f"{engine}-3-{engine}-5"), load(folder, f"{engine}-5"))
+
+
+@pytest.mark.parametrize("source", ENGINES)
+@pytest.mark.parametrize("target", ENGINES)
+def test_a_state_goes_on_in_another_engine_within_rounding(folder, source, target):
+    assert_close_state(load(folder, f"{source}-3-{target}-5"), load(folder, f"{source}-5"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bad_sample_on_one_rank_changes_neither_weights_nor_moments_on_any_rank(folder, engine):
+    for rank in range(2):
+        report = json.loads((folder / f"{engine}-rank{rank}.json").read_text())
+        assert report == {"applied": [False], "is_same": True}
+    assert_same_state(load(folder, f"{engine}-after-bad"), load(folder, f"{engine}-before-bad"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_after_a_bad_sample_goes_on_as_if_it_had_not_been(folder, engine):
+    assert_same_state(load(folder, f"{engine}-3-after-bad"), load(folder, f"{engine}-3"))
+
+
+def test_ranks_agree_sum_and_join(folder):
+    for rank in range(2):
+        report = json.loads((folder / f"report-rank{rank}.json").read_text())
+        assert report["agree"] == [True, False]
+        assert report["sum"] == [3.0]
+        assert report["joined"] == [1.0, 2.0]
+
+
+def test_a_checkpoint_that_rank_zero_cannot_write_is_an_error_on_every_rank(folder):
+    for rank in range(2):
+        report = json.loads((folder / f"report-rank{rank}.json").read_text())
+        assert "rank 0 could not write" in report["error"] and "step-00000001" in report["error"]
+        assert report["error again"] == report["error"]
+        assert report["has_failed"] == (rank == 0)

@@ -1,0 +1,391 @@
+"""Five ways to learn one task from one run: what is trained, what stays, and what is reported."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from fixtures.painted_shards import painted_run
+from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.tiny_finetuning import plain_augment, weights_of
+from iwm_fast import world_model
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.export import export
+from iwm_fast.config.commands import ExportConfig
+from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.finetuning import ARMS, FinetuneConfig, TuneConfig
+from iwm_fast.config.run import RuntimeConfig
+from iwm_fast.evals.finetuning.classification import evaluate_finetune
+from iwm_fast.evals.finetuning.run import predict, run_config, tune
+from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit
+from iwm_fast.evals.finetuning.variants import ArmInputs, Lesson, build_arm, lr_scale
+from iwm_fast.evals.results import read_result
+from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.pipelines.annotations.labels import read_labels
+from iwm_fast.pipelines.sampling.masks import all_patches
+from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.normalization import normalize_view
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.preemption import OF_PROCESS, PreemptedError
+
+LABEL = "json.look.tint"
+FOLDER = "finetune_json.look.tint"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run whose validation images are in two of three tints."""
+    return tinted_run(tmp_path_factory.mktemp("tinted"))
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> str:
+    return str(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def place():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed():
+    yield
+    OF_PROCESS.reason = ""
+
+
+def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
+    of_tune = {"epochs": 4.0, "warmup_epochs": 0.5, "global_batch_size": 8, "lr": 5e-3, "encoder_lr": 5e-3,
+               "precision": "fp32", "drop_path": 0.1}  # fmt: skip
+    of_runtime = {"device": "cpu", "engine": "plain", "loader": "torch"}
+    given = {"run": run, "data": EvalData(label=LABEL), "log_every": 6, "augment": plain_augment()}
+    return FinetuneConfig(
+        tune=TuneConfig(**of_tune | (tune or {})),
+        runtime=RuntimeConfig(**of_runtime | (runtime or {})),
+        **given | changes,
+    )
+
+
+def arm_of(name, run, place, **changes):
+    """Return an arm, its settings, the run and the training samples."""
+    task, model = settings(run, **changes), world_model.load(run)
+    shards = open_shards(model.config.data.train)
+    config = run_config(task, model.config, Path(run) / "job")
+    lesson = Lesson(task=task, config=config, labels=read_labels(shards, LABEL), place=place)
+    return build_arm(name, model, lesson), task, model, shards
+
+
+def first_batch(model, shards, count=8):
+    batches = []
+    place = distributed.Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    predict(lambda batch: batches.append(batch) or batch.sample, model.config, shards, np.arange(count), place)
+    return batches[0]
+
+
+def num_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(place, run):
+    result = evaluate_finetune(settings(run, tune={"epochs": 6.0}))
+    assert [row.subject for row in result.rows] == list(ARMS)
+    for row in result.rows:
+        losses = [line["loss/train"] for line in read_metrics(Path(run) / "evaluations" / FOLDER / row.subject)]
+        # with label smoothing of 0.1 over three classes no loss lies below 0.29
+        assert losses[0] > 0.8 and losses[-1] < 0.5, row.subject
+        assert row.value > 0.8 and row.low <= row.value <= row.high, row.subject
+        assert row.chance == pytest.approx(1 / 3) and row.num_samples == 12
+        assert row.images_per_s > 0 and row.time_s > 0
+    model = world_model.load(run)
+    encoder, predictor = num_parameters(model.encoder), num_parameters(model.predictor)
+    tuned = {row.subject: row.num_tuned for row in result.rows}
+    attentive = tuned["attentive"]
+    assert tuned["encoder"] == encoder + 3 * 32 + 3
+    assert tuned["predictor"] == tuned["random_predictor"] == predictor + attentive
+    assert tuned["end_to_end"] == encoder + predictor + attentive
+    row = result.row("predictor", "accuracy")
+    assert row.control == result.value("random_predictor", "accuracy") and row.control_name == "random_predictor"
+    assert result.row("encoder", "accuracy").control is None
+    assert result.details["gain_of_pretraining"]["accuracy"] == pytest.approx(row.value - row.control)
+    assert read_result(Path(run) / "evaluations" / f"{FOLDER}.json").rows == result.rows
+
+
+@pytest.mark.parametrize("name", ["predictor", "random_predictor", "attentive"])
+def test_the_encoder_stays_as_it_is_under_arms_that_do_not_train_it(place, run, name):
+    arm, task, model, shards = arm_of(name, run, place, tune={"epochs": 1.0})
+    batch = first_batch(model, shards)
+    before = arm.job.prepare(batch).tokens
+    torch.testing.assert_close(before, model.encode(batch.source_view))
+    tune(arm.job, task, model_config=model.config, shards=shards, place=place, folder=Path(run) / "job")
+    assert torch.equal(arm.job.prepare(batch).tokens, before) and not before.requires_grad
+    saved = checkpoints.read(checkpoints.newest(Path(run) / "job" / name))
+    assert not [entry for entry in saved.engine_state if "encoder" in entry]
+
+
+def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(place, run):
+    arms = {name: arm_of(name, run, place)[0].job.module for name in ARMS}
+    saved = checkpoints.read(checkpoints.newest(Path(run)))
+    trained = saved.weights("predictor.")
+    for name in ("encoder", "end_to_end"):
+        for key, weight in arms[name].encoder.state_dict().items():
+            assert torch.equal(weight, saved.teacher_state[key]), key
+    for name in ("predictor", "end_to_end"):
+        assert all(torch.equal(weight, trained[key]) for key, weight in weights_of(arms[name].predictor).items())
+    new = weights_of(arms["random_predictor"].predictor)
+    assert not torch.equal(new["blocks.0.attn.qkv.weight"], trained["blocks.0.attn.qkv.weight"])
+    heads = [weights_of(arms[name].head) for name in ("predictor", "random_predictor", "attentive", "end_to_end")]
+    assert all(torch.equal(heads[0][key], head[key]) for head in heads for key in head), "heads begin alike"
+    assert arms["attentive"].predictor is None and arms["encoder"].predictor is None
+
+
+def test_the_world_model_is_asked_for_the_whole_image_unchanged(place, run):
+    arm, _, model, shards = arm_of("predictor", run, place)
+    batch = first_batch(model, shards)
+    strange = replace(batch, action=torch.ones_like(batch.action))
+    inputs = arm.job.prepare(strange)
+    assert (inputs.action == 0).all() and inputs.action.shape == batch.action.shape
+    num_patches = model.config.grid**2
+    assert inputs.everything.row.tolist() == list(range(8 * num_patches))
+    arm.job.module.eval()
+    with torch.no_grad():
+        assert torch.equal(arm.call(strange), arm.call(batch))
+        # what the head sees is what the run predicts for no change; another action would give something else
+        predicted = model.predict(batch.source_view, torch.zeros_like(batch.action))
+        torch.testing.assert_close(arm.call(batch), arm.job.module.head(predicted))
+        asked = replace(inputs, action=torch.ones_like(batch.action))
+        assert not torch.allclose(arm.job.module(asked), arm.call(batch))
+
+
+def test_validation_images_are_neither_mixed_nor_erased_nor_dropped(place, run):
+    arm, _, model, shards = arm_of(
+        "end_to_end", run, place, augment=plain_augment(mixup=1.0, cutmix=1.0, erasing=1.0), tune={"drop_path": 0.9}
+    )
+    batch = first_batch(model, shards)
+    assert not torch.equal(arm.job.prepare(batch).view, batch.source_view)
+    arm.job.module.eval()
+    assert torch.equal(arm.call(batch), arm.call(batch))
+    arm.job.module.train()
+    assert not torch.equal(arm.call(batch), arm.call(batch)), "drop path draws in training"
+
+
+def test_each_arm_has_its_rates(run):
+    model, task = world_model.load(run), settings(run, tune={"lr": 1e-3, "encoder_lr": 2e-3, "layer_decay": 0.5})
+
+    def scale(arm, name):
+        return lr_scale(name, arm=arm, task=task, model=model)
+
+    # two encoder blocks, one of the predictor
+    assert [scale("encoder", name) for name in ("head.linear.weight", "encoder.blocks.1.norm1.bias",
+                                               "encoder.patch_embed.proj.bias")] == [2.0, 1.0, 0.25]  # fmt: skip
+    assert [scale("predictor", name) for name in ("head.query", "predictor.mask_token")] == [1.0, 0.1]
+    assert {scale("random_predictor", name) for name in ("head.query", "predictor.mask_token")} == {1.0}
+    names = ("head.query", "predictor.blocks.0.norm1.bias", "predictor.embed.bias", "encoder.blocks.0.norm1.bias")
+    assert [scale("end_to_end", name) for name in names] == pytest.approx([1.0, 0.09, 0.081, 0.1 * 0.9**4])
+
+
+def losses(run, folder, arm, **runtime):
+    short = settings(run, arms=arm, log_every=1, tune={"epochs": 1.0, "drop_path": 0.3}, runtime=runtime, name=folder)
+    evaluate_finetune(short)
+    return [row["loss/train"] for row in read_metrics(Path(run) / "evaluations" / f"{FOLDER}_{folder}" / arm)]
+
+
+@pytest.mark.parametrize(
+    ("arm", "stage"),
+    [("end_to_end", 1), ("end_to_end", 3)]
+    + [
+        pytest.param(arm, stage, marks=pytest.mark.slow)
+        for arm, stages in (("end_to_end", (0, 2)), ("encoder", (0, 1, 2, 3)), ("predictor", (0, 1, 2, 3)))
+        for stage in stages
+    ],
+)
+def test_engines_give_the_same_losses_with_rates_that_decay_by_layer(place, run, arm, stage):
+    plain = losses(run, "plain", arm)
+    zero = losses(run, "zero", arm, engine="deepspeed", zero_stage=stage)
+    assert len(plain) == 6 and zero == pytest.approx(plain, rel=1e-4)
+
+
+def test_recomputed_activations_change_nothing(place, run):
+    assert losses(run, "again", "end_to_end", activation_checkpointing=True) == losses(run, "kept", "end_to_end")
+
+
+def test_an_arm_that_is_finished_is_left_alone_and_others_are_added(place, run):
+    few = settings(run, tune={"epochs": 1.0})
+    first = evaluate_finetune(replace(few, arms="attentive"))
+    metrics = Path(run) / "evaluations" / FOLDER / "attentive" / "metrics.jsonl"
+    made = metrics.stat().st_mtime_ns
+    both = evaluate_finetune(replace(few, arms="attentive,random_predictor"))
+    assert metrics.stat().st_mtime_ns == made
+    assert both.rows[1] == first.rows[0] and both.rows[0].subject == "random_predictor"
+
+
+def test_other_settings_need_another_name_which_keeps_both(place, run):
+    few = settings(run, tune={"epochs": 1.0}, arms="attentive")
+    evaluate_finetune(few)
+    other = replace(few, tune=replace(few.tune, lr=1e-4))
+    with pytest.raises(CheckpointError, match=r"(?s)tune\.lr: 0\.005 -> 0\.0001.*name=OTHER"):
+        evaluate_finetune(other)
+    assert evaluate_finetune(replace(other, name="slow")).name == f"{FOLDER}_slow"
+    assert {path.stem for path in (Path(run) / "evaluations").glob("*.json")} == {FOLDER, f"{FOLDER}_slow"}
+
+
+def test_a_run_that_has_been_trained_further_is_another_subject(place, run):
+    few = settings(run, tune={"epochs": 1.0}, arms="attentive")
+    evaluate_finetune(few)
+    newest = checkpoints.newest(Path(run))
+    state = json.loads((newest / "state.json").read_text())
+    saved = checkpoints.read(newest)
+    later = replace(saved, folder=newest.with_name(f"step-{saved.step + 5:08}"), step=saved.step + 5)
+    checkpoints.write(later, world_model.load(run).config)
+    with pytest.raises(CheckpointError, match=rf"run\.step: {state['step']} -> {state['step'] + 5}"):
+        evaluate_finetune(few)
+
+
+class StopsAt(logging.Handler):
+    """Tells this process to stop when something is logged."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def emit(self, record):
+        if self.text in record.getMessage():
+            OF_PROCESS.reason = "SIGTERM"
+
+
+def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(place, run, tmp_path, caplog):
+    # mixing and drop path included; erasing draws from a generator that beartype, in tests only, disturbs
+    task = settings(
+        run, arms="attentive,end_to_end", log_every=2, tune={"epochs": 2.0, "drop_path": 0.3},
+        augment=plain_augment(mixup=0.8, cutmix=1.0),
+    )  # fmt: skip
+    caplog.set_level(logging.INFO, "iwm_fast")
+    straight = evaluate_finetune(replace(task, name="straight"))
+    for text in ("step 4/12", "training attentive", "step 8/12"):
+        handler = StopsAt(text)
+        logging.getLogger("iwm_fast").addHandler(handler)
+        with pytest.raises(PreemptedError):
+            evaluate_finetune(task)
+        logging.getLogger("iwm_fast").removeHandler(handler)
+        OF_PROCESS.reason = ""
+    resumed = evaluate_finetune(task)
+    assert [row.value for row in resumed.rows] == [row.value for row in straight.rows]
+    for arm in task.chosen_arms:
+        folders = (Path(run) / "evaluations" / name / arm for name in (FOLDER, f"{FOLDER}_straight"))
+        first, second = (checkpoints.read(checkpoints.newest(folder)).engine_state for folder in folders)
+        assert all(torch.equal(first[name], second[name]) for name in second), arm
+
+
+@pytest.fixture
+def without_predictor(tmp_path) -> str:
+    return painted_run(tmp_path, depth=0)
+
+
+def test_arms_that_need_a_predictor_are_refused_where_there_is_none(without_predictor, place):
+    run = without_predictor
+    for arms in ("all", "predictor,attentive"):
+        with pytest.raises(ValueError, match=r"arms must be encoder, attentive or both: .*identity predictor, got"):
+            evaluate_finetune(settings(run, arms=arms, data=EvalData()))
+    assert not (Path(run) / "evaluations").exists()
+    left = settings(run, arms="encoder,attentive", data=EvalData(), tune={"epochs": 0.5, "warmup_epochs": 0.0})
+    assert [row.subject for row in evaluate_finetune(left).rows] == ["encoder", "attentive"]
+
+
+def test_an_export_is_finetuned_when_its_data_are_named(place, run, tmp_path):
+    folder = export(ExportConfig(run=run, to=str(tmp_path / "export")))
+    few = settings(str(folder), arms="attentive", tune={"epochs": 0.5, "warmup_epochs": 0.0})
+    with pytest.raises(ValueError, match=r"data\.train must name"):
+        evaluate_finetune(few)
+    data = world_model.load(run).config.data
+    named = EvalData(train=data.train, val=data.val, label=LABEL)
+    with pytest.raises(ValueError, match=r"data\.val must name"):
+        evaluate_finetune(replace(few, data=replace(named, val="")))
+    result = evaluate_finetune(replace(few, data=named))
+    assert (folder / "evaluations" / f"{result.name}.json").is_file()
+    assert result.step == world_model.load(run).step
+
+
+def test_odd_micro_batches_are_refused_where_images_are_mixed(place, run):
+    odd = settings(run, arms="attentive", tune={"global_batch_size": 9}, augment=plain_augment(mixup=0.8))
+    with pytest.raises(ValueError, match=r"runtime\.micro_batch_size .*must be even"):
+        evaluate_finetune(odd)
+
+
+def test_a_label_that_tells_nothing_apart_is_refused(place, run, tmp_path):
+    alike = write_tinted(tmp_path / "alike.tar", 2, 0)
+    with pytest.raises(ValueError, match=r"data\.label must tell classes apart: all are"):
+        evaluate_finetune(settings(run, data=EvalData(train=alike, val=alike, label="cls")))
+
+
+@pytest.mark.slow
+def test_randaugment_and_dali_train_an_arm(place, run):
+    task = settings(
+        run, arms="attentive", augment=plain_augment(rand_augment=True), tune={"epochs": 1.0},
+        runtime={"loader": "dali", "loader_threads": 1, "micro_batch_size": 4},
+    )  # fmt: skip
+    assert evaluate_finetune(task).rows[0].images_per_s > 0
+
+
+def timm_settings(run, tmp_path, **changes):
+    data = world_model.load(run).config.data
+    given = {"run": "", "timm": "vit_tiny_patch16_224", "to": str(tmp_path / "timm"), "image_size": 32,
+             "data": EvalData(train=data.train, val=data.val, label=LABEL)}  # fmt: skip
+    return settings(**given | {"tune": {"epochs": 1.0, "encoder_lr": 1e-3}} | changes)
+
+
+def test_a_timm_vit_is_finetuned_from_a_file_into_a_folder(place, run, tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=48)
+    torch.nn.init.constant_(vit.norm.bias, 0.5)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
+    results = [
+        evaluate_finetune(timm_settings(run, tmp_path, weights=str(tmp_path / file), name=file[4:]))
+        for file in ("vit.safetensors", "vit.pth")
+    ]
+    # positions are resized to the grid, the old head is left out
+    (row,) = results[0].rows
+    trained = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    assert row.subject == "encoder" and row.num_tuned == num_parameters(trained) + 3 * 192 + 3
+    assert results[1].rows[0].value == row.value
+    saved = checkpoints.read(checkpoints.newest(tmp_path / "timm/evaluations" / f"{FOLDER}_pth" / "encoder"))
+    drift = saved.weights("trained.vit.")["norm.bias"] - 0.5
+    assert 0 < drift.abs().max() < 0.1
+    assert (tmp_path / "timm/evaluations" / f"{results[0].name}.json").is_file()
+
+
+def test_timm_settings_that_cannot_be_are_refused(place, run, tmp_path):
+    (tmp_path / "no.pth").write_bytes(b"nothing")
+    save_file({"blocks.0.norm1.weight": torch.ones(192)}, tmp_path / "part.safetensors")
+    wrong = {
+        r"timm must name a model of timm's": {"timm": "vit_of_nobody"},
+        r"timm must name a plain ViT": {"timm": "resnet18"},
+        r"image_size must be a multiple of the patches' side of 16": {"image_size": 40},
+        r"no\.pth cannot be read as a ViT's": {"weights": str(tmp_path / "no.pth")},
+        r"(?s)part.* does not fit vit_tiny.*Missing": {"weights": str(tmp_path / "part.safetensors")},
+        r"data\.val must name shards where timm is given": {"data": EvalData(train="x")},
+        r"runtime\.compile must be false": {"runtime": {"compile": True}},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate_finetune(timm_settings(run, tmp_path, **changes))
+    with pytest.raises(FileNotFoundError, match=r"weights = .*does not exist"):
+        evaluate_finetune(timm_settings(run, tmp_path, weights="nowhere.pth"))
+
+
+def test_views_reach_a_timm_vit_as_its_weights_know_them(run, tmp_path):
+    vit = build_vit(timm_settings(run, tmp_path)).eval()
+    assert vit.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    network = TimmNetwork(vit, 3)
+    inputs = ArmInputs(view=normalize_view(pixels), tokens=None, action=torch.zeros(2, 7), everything=all_patches(2, 4))
+    wanted = network.head(vit.forward_features(theirs)[:, 1:])
+    torch.testing.assert_close(network(inputs), wanted, rtol=1e-4, atol=1e-5)

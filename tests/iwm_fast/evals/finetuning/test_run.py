@@ -1,0 +1,294 @@
+"""Training on top of a run: going on, being refused, and being the same on every engine."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_job, train_toy, weights_of
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.config.run import RuntimeConfig
+from iwm_fast.evals.finetuning.loop import InPrecision, in_float32
+from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.preemption import OF_PROCESS, PreemptedError
+from iwm_fast.runtime.run_lock import FolderLock
+from iwm_fast.runtime.run_status import read_status
+from iwm_fast.training.seeding import drawing_from
+
+
+@pytest.fixture
+def place():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.fixture
+def stop_at():
+    """Function: step -> what tells this process to stop while it makes that step."""
+
+    def watching(step):
+        def watch(batch):
+            if batch.step == step:
+                OF_PROCESS.reason = "SIGTERM"
+
+        return watch
+
+    yield watching
+    OF_PROCESS.reason = ""
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def interrupted(place, shards, folder, task, watch):
+    with pytest.raises(PreemptedError):
+        train_toy(place, shards, folder, task, watch=watch)
+    OF_PROCESS.reason = ""
+    # another process would stand elsewhere
+    torch.manual_seed(123)
+    np.random.seed(123)
+    return train_toy(place, shards, folder, task)
+
+
+@pytest.mark.parametrize("runtime", [{}, {"micro_batch_size": 4}, {"loader": "dali", "loader_threads": 1}])
+def test_a_job_that_was_stopped_ends_bit_equal_to_one_that_was_not(place, tiny_shards, tmp_path, stop_at, runtime):
+    task = tiny_task(tiny_shards, runtime=runtime)
+    straight, _ = train_toy(place, tiny_shards, tmp_path / "straight", task)
+    resumed, tuned = interrupted(place, tiny_shards, tmp_path / "resumed", task, stop_at(5))
+    assert_same(weights_of(resumed), weights_of(straight))
+    first, second = (read_metrics(tmp_path / name / "toy") for name in ("straight", "resumed"))
+    assert [row["loss/train"] for row in first] == [row["loss/train"] for row in second]
+    assert tuned.steps == STEPS and [row["step"] for row in first] == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_a_job_under_zero_goes_on_bit_equal(place, tiny_shards, tmp_path, stop_at, stage):
+    task = tiny_task(tiny_shards, engine="deepspeed", runtime={"zero_stage": stage})
+    straight, _ = train_toy(place, tiny_shards, tmp_path / "straight", task)
+    resumed, _ = interrupted(place, tiny_shards, tmp_path / "resumed", task, stop_at(5))
+    assert_same(weights_of(resumed), weights_of(straight))
+
+
+def test_a_stop_leaves_one_checkpoint_and_says_so(place, tiny_shards, tmp_path, stop_at):
+    with pytest.raises(PreemptedError):
+        train_toy(place, tiny_shards, tmp_path, watch=stop_at(5))
+    saved = [path.name for path in checkpoints.step_folders(tmp_path / "toy")]
+    assert saved == ["step-00000004", "step-00000006"]
+    status = read_status(tmp_path / "toy")
+    assert status["state"] == "preempted" and status["reason"] == "SIGTERM" and status["step"] == 6
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_engines_give_the_same_weights_with_several_rates_and_hand_back_a_whole_module(
+    place, tiny_shards, tmp_path, stage
+):
+    plain, _ = train_toy(place, tiny_shards, tmp_path / "plain")
+    untrained = weights_of(toy_job(tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)).module)
+    # small parameters would stay whole under stage 3
+    cut_up = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if stage == 3 else {}
+    engine = {"engine": "deepspeed", "runtime": {"zero_stage": stage, **cut_up}} if stage is not None else {}
+    other, tuned = train_toy(place, tiny_shards, tmp_path / "other", tiny_task(tiny_shards, **engine))
+    assert tuned.num_tuned == sum(weight.numel() for weight in untrained.values()) == 48 * 12 + 12 + 24 + 36 + 3
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(weight, untrained[name]), name
+    # no engine behind it: it can be called, on any number of images, and trained by hand
+    assert not other.training
+    scores = other({"pixels": torch.zeros(5, 48)})
+    scores.sum().backward()
+    assert scores.shape == (5, 3) and all(parameter.grad is not None for parameter in other.parameters())
+
+
+def test_each_group_learns_at_its_own_rate(place, tiny_shards, tmp_path):
+    # Adam's first step is the learning rate, whatever the gradient
+    task = tiny_task(tiny_shards, tune={"epochs": 1 / 6, "warmup_epochs": 0.0, "weight_decay": 0.0, "clip_norm": None})
+    module, tuned = train_toy(place, tiny_shards, tmp_path, task)
+    assert tuned.steps == 1 and tuned.images_per_s is None
+    before = weights_of(toy_job(task, tiny_run(tiny_shards, tmp_path)).module)
+    for name, scale in {"embed.weight": 0.25, "norm.bias": 0.5, "head.weight": 1.0}.items():
+        change = (weights_of(module)[name] - before[name]).abs().median()
+        assert change.item() == pytest.approx(1e-2 * scale, rel=0.01), name
+
+
+def test_micro_batches_give_the_same_weights_within_rounding(place, tiny_shards, tmp_path):
+    whole = tiny_task(tiny_shards)
+    parts = tiny_task(tiny_shards, runtime={"micro_batch_size": 2})
+    quiet = {"dropout": 0.0, "noise": 0.0}
+    first, _ = train_toy(place, tiny_shards, tmp_path / "whole", whole, **quiet)
+    second, _ = train_toy(place, tiny_shards, tmp_path / "parts", parts, **quiet)
+    for name, weight in weights_of(first).items():
+        torch.testing.assert_close(weights_of(second)[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_finished_job_is_read_and_not_trained_again(place, tiny_shards, tmp_path):
+    trained, first = train_toy(place, tiny_shards, tmp_path)
+
+    def never(batch):
+        raise AssertionError("a finished job saw a batch")
+
+    read, second = train_toy(place, tiny_shards, tmp_path, watch=never)
+    assert_same(weights_of(read), weights_of(trained))
+    assert second == first and first.steps == STEPS and first.images_per_s > 0 and not read.training
+    assert read_status(tmp_path / "toy")["state"] == "finished"
+
+
+CHANGES = {
+    "tune.lr": lambda task: replace(task, tune=replace(task.tune, lr=0.5)),
+    "augment.crop_scale": lambda task: replace(task, augment=plain_augment(crop_scale=(0.2, 1.0))),
+    "data.label": lambda task: replace(task, data=replace(task.data, label="json.size")),
+    "seed": lambda task: replace(task, seed=5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_are_refused_by_name_and_with_a_way_out(place, tiny_shards, tmp_path, name):
+    task = tiny_task(tiny_shards)
+    train_toy(place, tiny_shards, tmp_path, task)
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)toy was trained with other settings.*{name}: .*name=OTHER.*delete"
+    ):
+        train_toy(place, tiny_shards, tmp_path, CHANGES[name](task))
+
+
+def test_what_changes_nothing_of_the_outcome_may_change(place, tiny_shards, tmp_path):
+    task = tiny_task(tiny_shards)
+    _, first = train_toy(place, tiny_shards, tmp_path, task)
+    other = replace(task, name="two", log_every=1, runtime=RuntimeConfig(device="cpu", micro_batch_size=4))
+    assert train_toy(place, tiny_shards, tmp_path, other)[1] == first
+
+
+def test_another_origin_is_refused(place, tiny_shards, tmp_path):
+    train_toy(place, tiny_shards, tmp_path)
+    task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
+    job = replace(toy_job(task, config), origin={"run.step": 7})
+    with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
+        tune(job, task, model_config=config, shards=open_shards(tiny_shards.pattern), place=place, folder=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_gone_on_from(place, tiny_shards, tmp_path):
+    straight, _ = train_toy(place, tiny_shards, tmp_path)
+    newest = checkpoints.newest(tmp_path / "toy")
+    (newest / checkpoints.MODEL).write_bytes(b"nothing")
+    again, _ = train_toy(place, tiny_shards, tmp_path)
+    assert_same(weights_of(again), weights_of(straight))
+    assert newest.with_name(f"{newest.name}.refused").exists()
+
+
+def test_a_bad_batch_is_left_out(place, tiny_shards, tmp_path, caplog):
+    seen = []
+
+    def spoil(batch):
+        seen.append(batch.step)
+        if batch.step == 2:
+            batch.source_view.fill_(math.nan)
+
+    module, tuned = train_toy(place, tiny_shards, tmp_path, watch=spoil)
+    assert "step 3 skipped" in caplog.text and "0: 00" in caplog.text
+    assert all(weight.isfinite().all() for weight in weights_of(module).values())
+    assert tuned.steps == STEPS and len(seen) == STEPS
+    assert read_metrics(tmp_path / "toy")[0]["optim/skipped_steps"] == 1
+    assert checkpoints.read(checkpoints.newest(tmp_path / "toy")).applied_steps == STEPS - 1
+
+
+def test_nothing_but_bad_batches_ends_it_with_a_checkpoint(place, tiny_shards, tmp_path):
+    task = tiny_task(tiny_shards, runtime={"max_skipped_steps": 2})
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row.*last one step 3.*lower tune\.lr"):
+        train_toy(
+            place, tiny_shards, tmp_path, task,
+            watch=lambda batch: batch.source_view.fill_(math.nan) if batch.step else None,
+        )  # fmt: skip
+    assert checkpoints.newest(tmp_path / "toy").name == "step-00000003"
+    assert read_status(tmp_path / "toy")["state"] == "failed"
+
+
+def test_a_folder_in_use_is_refused(place, tiny_shards, tmp_path):
+    lock = FolderLock(tmp_path / "toy")
+    with pytest.raises(ValueError, match="in use by another run"):
+        train_toy(place, tiny_shards, tmp_path)
+    lock.close()
+
+
+def draws():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+
+def test_draws_follow_from_seed_and_counters_and_leave_no_trace():
+    cpu = torch.device("cpu")
+
+    def drawn(*counters, seed=0):
+        with drawing_from(*counters, seed=seed, device=cpu):
+            return draws()
+
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    undisturbed = draws()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    first = drawn(3, 0, 1)
+    assert draws() == undisturbed
+    assert drawn(3, 0, 1) == first
+    for other in (drawn(4, 0, 1), drawn(3, 1, 1), drawn(3, 0, 0), drawn(3, 0, 1, seed=1)):
+        assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
+
+
+def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(place, tiny_shards, tmp_path):
+    seen = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, inputs):
+            outputs = super().forward(inputs)
+            seen.append(outputs.dtype)
+            return {"scores": outputs, "count": torch.tensor(1), "parts": [outputs]}
+
+    outputs = InPrecision(Watched(4, 2), "cpu", torch.bfloat16)(torch.ones(1, 4))
+    assert seen == [torch.bfloat16]
+    assert outputs["scores"].dtype == outputs["parts"][0].dtype == torch.float32
+    assert outputs["count"].dtype == torch.int64
+    assert in_float32((torch.ones(1),))[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_a_job_in_bf16_differs_from_one_in_float32_by_rounding(place, tiny_shards, tmp_path, engine):
+    exact, _ = train_toy(place, tiny_shards, tmp_path / "fp32", tiny_task(tiny_shards, engine=engine))
+    task = tiny_task(tiny_shards, engine=engine, tune={"precision": "bf16"})
+    rough, _ = train_toy(place, tiny_shards, tmp_path / "bf16", task)
+    gap = max((weights_of(exact)[name] - weight).abs().max() for name, weight in weights_of(rough).items())
+    assert 0 < gap < 0.05
+
+
+def test_the_run_s_networks_meet_the_task_s_training(tiny_shards, tmp_path):
+    task = tiny_task(tiny_shards, seed=3, augment=plain_augment(flip=0.0))
+    run = tiny_run(tiny_shards, tmp_path)
+    config = run_config(task, run, tmp_path / "job")
+    assert config.model == run.model and config.grid == run.grid
+    assert config.views == replace(run.views, crop_scale=(0.5, 1.0), flip_probability=0.0)
+    assert (config.seed, config.optim.global_batch_size, config.optim.lr_end) == (3, 8, 0.0)
+    assert config.output.folder == str(tmp_path / "job")
+    assert task_folder("runs/a", "finetune", "weak").as_posix() == "runs/a/evaluations/finetune_weak"
+
+
+def test_sizes_that_do_not_divide_are_refused_in_the_task_s_words(tiny_shards):
+    with pytest.raises(ValueError, match=r"tune.global_batch_size must be a multiple of the 3 ranks, got 8"):
+        micro_batches(tiny_task(tiny_shards), 3)
+    with pytest.raises(ValueError, match=r"runtime.micro_batch_size must .*tune.global_batch_size = 8, got 3"):
+        micro_batches(tiny_task(tiny_shards, runtime={"micro_batch_size": 3}), 1)
+
+
+def test_predictions_come_in_the_order_asked_for(place, tiny_shards, tmp_path):
+    shards, config = open_shards(tiny_shards.pattern), tiny_run(tiny_shards, tmp_path)
+    samples = np.array([40, 3, 17, 5])
+    numbers = predict(lambda batch: batch.sample, config, shards, samples, place)
+    assert numbers.tolist() == samples.tolist()
+    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples, place)
+    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples[2:3], place)
+    assert means[2] == third and len(set(means.tolist())) == 4

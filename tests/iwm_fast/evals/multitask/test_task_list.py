@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+import iwm_fast
+from iwm_fast.evals.multitask.task_list import TaskSpec, read_task_list
+
+TASKS = """
+tint: {label: json.look.tint, weight: 2, classes: [red, 7, true]}
+count: {label: cls}
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "tasks.yaml"
+    path.write_text(text)
+    return read_task_list(str(path))
+
+
+def test_tasks_are_read_in_the_order_of_the_file(tmp_path):
+    first = TaskSpec(name="tint", label="json.look.tint", weight=2.0, classes=("red", "7", "true"))
+    assert read(tmp_path, TASKS) == (first, TaskSpec(name="count", label="cls"))
+
+
+def test_the_bundled_file_names_three_tasks():
+    path = Path(iwm_fast.__file__).parent / "configs" / "tasks" / "demo.yaml"
+    assert [task.label for task in read_task_list(str(path))] == ["cls", "json.hue_bin", "json.quadrant"]
+
+
+WRONG = {
+    "": "must name at least one task, in lines like `photograph: {label: cls}`, got None",
+    "- cls": r"must name at least one task, .* got \['cls'\]",
+    "a: {label: cls}\nb: {label: cls}": r"must name each label once; leave one of the two out, got \['cls'\]",
+    "a: {label: cls}\na: {label: json.b}": r"must name each task once; leave one of the two out, got \['a'\]",
+    "a: cls": "tasks.yaml: a must hold `label: cls` or `label: json.FIELD`, got 'cls'",
+    "a: {weight: 1}": "tasks.yaml: a.label must be cls or json.FIELD, got ''",
+    "a: {label: json.}": "a.label must be cls or json.FIELD, got 'json.'",
+    "a: {label: cls, wieght: 2}": r"a must have no other entries than label, weight, classes, got \['wieght'\]",
+    "a: {label: cls, weight: 0}": "a.weight must be a number above 0, got 0",
+    "a: {label: cls, weight: true}": "a.weight must be a number above 0, got True",
+    "a: {label: cls, weight: .inf}": "a.weight must be a number above 0, got inf",
+    "a: {label: cls, classes: [1, '1']}": "a.classes must list the names of the classes once each",
+    "a: {label: cls, classes: []}": "a.classes must list the names",
+    "mean: {label: cls}": "must name tasks by letters, digits, dashes and underscores, and none 'mean', got 'mean'",
+    "a/b: {label: cls}": "must name tasks by letters",
+    "3: {label: cls}": "must name tasks by letters",
+    "a: {label: cls": "is not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=WRONG[text]):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_is_named_with_what_it_should_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tasks file '.*nothing.yaml'; give tasks=FILE"):
+        read_task_list(str(tmp_path / "nothing.yaml"))
+    with pytest.raises(ValueError, match="tasks must name a YAML file of tasks"):
+        read_task_list("")

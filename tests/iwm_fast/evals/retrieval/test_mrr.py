@@ -1,0 +1,164 @@
+"""Mean reciprocal rank: what is measured, what is written, and that nothing but the model decides."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+
+from fixtures.exact_predictor import FLAGS, Pair, deaf, exact
+from fixtures.tar_files import photograph
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast import world_model
+from iwm_fast.config.evaluation import EvalData, ImagineConfig, MrrConfig, PlanConfig
+from iwm_fast.evals.results import read_result
+from iwm_fast.evals.retrieval.bank import Bank, ask, draw_bank
+from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, evaluate_mrr, ranks_in_bank
+from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.parameters import Photometry
+from iwm_fast.train import run
+
+FAMILIES = ("jitter", *FLAGS)
+
+
+@pytest.fixture
+def model(tiny_config):
+    return world_model.untrained(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
+
+
+def trained(shards, folder, *, depth=1, **views):
+    config = tiny_run(shards, folder, depth=depth, loader="torch")
+    run(
+        replace(
+            config,
+            views=replace(config.views, **views),
+            data=replace(config.data, val=shards.pattern),
+            optim=replace(config.optim, epochs=1.0, warmup_epochs=0.0),
+        )
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tiny_shards, tmp_path_factory) -> str:
+    return trained(tiny_shards, tmp_path_factory.mktemp("mrr") / "run")
+
+
+def small(folder, **more):
+    return MrrConfig(**({"run": folder, "num_images": 5, "bank_size": 6, "device": "cpu"} | more))
+
+
+def test_chance_is_the_harmonic_number_over_the_bank():
+    assert chance(64) == pytest.approx(0.0741, abs=1e-4) and chance(256) == pytest.approx(0.0239, abs=1e-4)
+
+
+def test_every_family_is_scored_beside_chance_and_the_untrained_predictor(tiny_folder):
+    result = evaluate_mrr(small(tiny_folder))
+    metrics = ("mrr", "recall_at_1", "recall_at_5")
+    assert [(row.subject, row.metric) for row in result.rows] == [(one, name) for one in FAMILIES for name in metrics]
+    by_chance = {"mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6, "recall_at_1": 1 / 6, "recall_at_5": 5 / 6}
+    for row in result.rows:
+        assert row.low <= row.value <= row.high and row.num_samples == 5
+        assert row.control_name == "untrained predictor" and row.chance == pytest.approx(by_chance[row.metric])
+    assert read_result(path_of(result, tiny_folder)) == replace(result, settings=as_json(result.settings))
+    assert result.name == "mrr_default" and evaluate_mrr(small(tiny_folder, bank="run")).name == "mrr_run"
+
+
+def path_of(result, folder):
+    return Path(folder) / "evaluations" / f"{result.name}.json"
+
+
+def as_json(tree):
+    return json.loads(json.dumps(tree))
+
+
+def test_the_single_ranks_are_kept_and_give_the_rows(tiny_folder):
+    result = evaluate_mrr(small(tiny_folder, bank="run"))
+    table = parquet.read_table(path_of(result, tiny_folder).with_name(result.details["ranks"]))
+    assert result.details["ranks"] == "mrr_run_ranks.parquet" and table.num_rows == 5 * 4 * 6
+    rows = table.to_pylist()
+    shards = open_shards(world_model.load(tiny_folder).config.data.val)
+    assert list(dict.fromkeys(row["key"] for row in rows)) == [shards.key(sample) for sample in (0, 9, 19, 28, 38)]
+    for family in FAMILIES:
+        own = [row for row in rows if row["family"] == family]
+        assert [row["member"] for row in own] == [0, 1, 2, 3, 4, 5] * 5
+        for column, value in (("rank", "value"), ("rank_untrained", "control")):
+            reciprocal = np.mean([1 / row[column] for row in own])
+            assert reciprocal == pytest.approx(getattr(result.row(family, "mrr"), value))
+
+
+def test_a_set_that_is_smaller_than_asked_for_is_taken_whole(tiny_folder):
+    result = evaluate_mrr(small(tiny_folder, num_images=1000, bank_size=2, families=("blur",)))
+    assert {row.num_samples for row in result.rows} == {48}
+
+
+def test_the_exact_predictor_ranks_first_in_each_family_and_a_deaf_one_at_chance(model, pixels):
+    bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
+    suffered = [Pair(source=ask(pixels, bank, flag, model).source, clean=pixels, flags=(flag,)) for flag in FLAGS]
+    models = [exact(model, Pair(source=pixels, clean=pixels), *suffered), deaf(model)]
+    right, guessed = ranks_in_bank(models, pixels, bank, small("x"))
+    assert right.shape == (4, 12) and (right == 1).all()
+    assert (1 / guessed).mean(axis=1) == pytest.approx([chance(12)] * 4, abs=1e-6)
+
+
+def test_without_conditioning_mrr_is_chance_to_three_digits(tiny_config, tiny_shards):
+    config = tiny_config(conditioning="none")
+    model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    shards, settings = open_shards(tiny_shards.pattern), small("x", bank_size=16)
+    for rank in bank_ranks([model], shards, np.arange(6), settings):
+        assert rank.shape == (1, 4, 16)
+        assert (1 / rank).mean(axis=2) == pytest.approx(np.full((1, 4), chance(16)), abs=5e-4)
+
+
+def test_the_order_of_the_bank_does_not_matter(model, pixels):
+    bank = draw_bank(pixels, 0, 16, model=model, strengths="default", seed=0)
+    order = np.random.default_rng(0).permutation(16)
+    photometry = Photometry(**{name: values[order] for name, values in vars(bank.photometry).items()})
+    shuffled = Bank(pixels=bank.pixels[torch.from_numpy(order)], photometry=photometry)
+    one, other = (ranks_in_bank([model], pixels, given, small("x")) for given in (bank, shuffled))
+    np.testing.assert_array_equal(one[..., order], other)
+    assert len(np.unique(one)) > 4
+
+
+def test_no_image_is_kept_once_it_is_ranked(tiny_config, tiny_shards):
+    config = tiny_config()
+    model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    alive = []
+    for _ in bank_ranks([model], open_shards(tiny_shards.pattern), np.arange(3), small("x", families=("jitter",))):
+        gc.collect()
+        alive.append(sum(type(one) is Bank for one in gc.get_objects()))
+    assert alive == [1, 1, 1]
+
+
+def test_what_the_run_was_not_told_or_taught_is_measured_and_named(tiny_shards, tmp_path, caplog):
+    entries = ("brightness", "contrast", "saturation", "hue", "grayscale", "solarize")
+    folder = trained(tiny_shards, tmp_path / "run", action_entries=entries, solarize_probability=0.0)
+    with caplog.at_level("WARNING"):
+        result = evaluate_mrr(small(folder))
+    assert result.details["not_in_action"] == ["blur"] and result.details["not_in_training"] == ["solarize"]
+    assert {row.subject for row in result.rows} == set(FAMILIES)
+    assert "is asked about blur, which its actions do not tell" in caplog.text
+    assert "is asked about solarize, which it never saw in training" in caplog.text
+
+
+def test_a_run_without_a_world_model_is_refused_at_once(tiny_shards, tmp_path):
+    folder = trained(tiny_shards, tmp_path / "run", depth=0)
+    with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
+        evaluate_mrr(small(folder, data=EvalData(val="/absent.tar")))
+
+
+def test_a_label_is_refused_where_none_is_compared_and_where_it_is_no_name():
+    for config in (MrrConfig, ImagineConfig, PlanConfig):
+        with pytest.raises(ValueError, match=r"data\.label must be left unset"):
+            config(run="x", data=EvalData(label="json.hue_bin"))
+    with pytest.raises(ValueError, match=r"data\.label must be cls or json\.NAME, got 'hue_bin'"):
+        EvalData(label="hue_bin")

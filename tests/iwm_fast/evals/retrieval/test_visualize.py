@@ -1,0 +1,176 @@
+"""Pictures of the world model at work: what is on them, and that it is true."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fixtures.exact_predictor import Pair, deaf, exact
+from fixtures.tar_files import photograph
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast import world_model
+from iwm_fast.config.evaluation import ImagineConfig
+from iwm_fast.evals.retrieval.bank import ask, draw_bank, target_map
+from iwm_fast.evals.retrieval.sweeps import (
+    Scene,
+    ask_for_first,
+    sections_of,
+    sweep,
+    sweep_values,
+    swept_entries,
+    undo,
+    undone_flags,
+)
+from iwm_fast.evals.retrieval.visualize import imagine
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.parameters import JITTER
+from iwm_fast.rendering.image_grid import Panel, Section, save_sections
+from iwm_fast.rendering.imagine_page import write_page
+from iwm_fast.train import run
+
+
+@pytest.fixture
+def model(tiny_config):
+    return world_model.untrained(tiny_config())
+
+
+@pytest.fixture
+def scene(model) -> Scene:
+    pixels = torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
+    bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
+    return Scene(pixels=pixels, bank=bank, target=target_map(model, bank))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imagine") / "run"
+    config = tiny_run(tiny_shards, folder, loader="torch")
+    optim = replace(config.optim, epochs=1.0, warmup_epochs=0.0)
+    run(replace(config, data=replace(config.data, val=tiny_shards.pattern), optim=optim))
+    return folder
+
+
+def small(folder, **more):
+    return ImagineConfig(**({"run": str(folder), "num_images": 3, "bank_size": 4, "device": "cpu"} | more))
+
+
+def test_sheet_sweeps_and_page_are_written_and_the_page_needs_nothing_else(folder):
+    sheet, sweeps, page = imagine(small(folder, steps=5))
+    assert [path.name for path in (sheet, sweeps, page)] == ["imagine.png", "imagine_sweeps.png", "imagine.html"]
+    for picture in (sheet, sweeps):
+        with Image.open(picture) as opened:
+            assert opened.format == "PNG"
+    text = page.read_text()
+    sources = re.findall(r'<img[^>]* src="([^"]*)"', text)
+    # 3 images; 4 entries asked for and retrieved at 5 values; 3 destructions of 3 images
+    assert len(sources) == 3 * 3 + 4 * 2 * 5 + 3 * 3 * 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|<script|<link|url\(", text)
+    assert "prefers-color-scheme: dark" in text and "max-width: 600px" in text
+    titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize"]
+    assert re.findall(r"<h2>(\w+)", text) == titles
+    assert text.count("by chance among") == 8
+
+
+def test_pictures_are_a_pure_function_of_run_and_settings(folder, tmp_path):
+    written = [imagine(small(folder, num_images=1, steps=2, picture=str(tmp_path / f"{name}.png"))) for name in "ab"]
+    for one, other in zip(*written, strict=True):
+        assert one.read_bytes() == other.read_bytes() and one.parent == tmp_path
+
+
+def test_what_cannot_be_written_is_found_before_the_run_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"picture must name a file in a folder that can be written to, got '.*file/a"):
+        imagine(small("no run at all", picture=str(tmp_path / "file" / "a.png")))
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"picture must name a file .*folder.png'.*: that is a folder"):
+        imagine(small("no run at all", picture=str(tmp_path / "folder.png")))
+    with pytest.raises(ValueError, match=r"picture must end with \.png"):
+        small("x", picture="imagined.jpg")
+    with pytest.raises(ValueError, match="steps must be at least 2"):
+        small("x", steps=1)
+
+
+def test_sweeps_go_from_end_to_end_and_their_middle_is_the_image_itself():
+    views = ViewConfig(brightness=0.8, hue=0.2)
+    assert sweep_values("brightness", 5, views).tolist() == pytest.approx([0.2, 0.6, 1.0, 1.4, 1.8])
+    assert sweep_values("hue", 3, views).tolist() == pytest.approx([-0.2, 0.0, 0.2])
+    for name in JITTER:
+        assert sweep_values(name, 7, views)[3] == (0.0 if name == "hue" else 1.0)
+
+
+def test_only_what_training_varied_and_the_action_tells_is_swept_and_undone():
+    views = ViewConfig(
+        saturation=0.0, blur_probability=0.0, action_entries=("brightness", "saturation", "blur", "solarize")
+    )
+    assert swept_entries(views, "run") == ("brightness",) and undone_flags(views) == ("solarize",)
+    assert swept_entries(ViewConfig(), "default") == JITTER
+    assert undone_flags(ViewConfig()) == ("grayscale", "blur", "solarize")
+
+
+@pytest.mark.parametrize("entry", JITTER)
+def test_the_exact_predictor_retrieves_each_step_of_a_sweep(model, scene, entry):
+    found = sweep(entry, scene, 5, exact(model, Pair(source=scene.pixels, clean=scene.pixels)), "default")
+    asked, retrieved = found.rows
+    assert [panel.caption for panel in retrieved] == ["right"] * 5 and all(panel.is_right for panel in retrieved)
+    assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(asked, retrieved, strict=True))
+    assert np.array_equal(asked[2].pixels, scene.pixels.numpy()) and asked[2].caption == "as it is"
+    assert found.numbers["right"] == "5 of 5" and found.numbers["mean reciprocal rank"].startswith("1.000, ")
+    assert found.numbers["retrieved is off by"].startswith("0.000 on average")
+
+
+def test_a_deaf_predictor_retrieves_the_same_whatever_is_asked_for(model, scene):
+    asked, retrieved = sweep("brightness", scene, 5, deaf(model), "default").rows
+    assert (
+        len({panel.pixels.tobytes() for panel in retrieved}) == 1
+        and len({panel.pixels.tobytes() for panel in asked}) == 5
+    )
+    assert sum(panel.is_right for panel in retrieved) <= 1
+    wrong = next(panel for panel in retrieved if not panel.is_right)
+    assert re.fullmatch(r"(as it is|× \d\.\d\d)( of another version)?; right one at rank \d+", wrong.caption)
+
+
+@pytest.mark.parametrize("flag", ["grayscale", "blur", "solarize"])
+def test_the_exact_predictor_undoes_what_a_source_has_suffered(model, scene, flag):
+    source = ask(scene.pixels, scene.bank, flag, model).source
+    case = undo(flag, scene, exact(model, Pair(source=source, clean=scene.pixels, flags=(flag,))))
+    shown, asked, retrieved = case.panels
+    assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(asked.pixels, scene.pixels.numpy())
+    assert retrieved.is_right and retrieved.caption == "right" and case.rank == 1 and case.num_candidates == 13
+    missed = undo(flag, scene, deaf(model))
+    assert missed.panels[2].is_right == (missed.rank == 1) == (missed.panels[2].caption == "right")
+
+
+def test_the_first_member_of_the_bank_is_asked_for(model, scene):
+    case = ask_for_first(scene, exact(model, Pair(source=scene.pixels, clean=scene.pixels)))
+    assert np.array_equal(case.panels[1].pixels, scene.bank.pixels[0].numpy()) and case.panels[2].is_right
+    assert re.search(r"brightness [+-]0\.\d\d", case.panels[1].caption)
+
+
+def test_many_images_go_below_each_other_and_are_counted_once(model, scene):
+    case = ask_for_first(scene, exact(model, Pair(source=scene.pixels, clean=scene.pixels)))
+    first, second = sections_of("Many", [case] * 11)
+    assert len(first.rows[0]) == 8 and len(second.rows[0]) == 3 and second.title == ""
+    assert first.numbers["right"] == "11 of 11" and not second.numbers
+
+
+def test_large_pictures_are_photographs_on_the_page_and_words_are_escaped(tmp_path):
+    panel = Panel(pixels=np.zeros((128, 128, 3), np.uint8), caption="<b>")
+    write_page(tmp_path / "page.html", [Section(labels=("a",), rows=((panel,),))], "title", "a&b")
+    text = (tmp_path / "page.html").read_text()
+    assert "data:image/jpeg;base64," in text and "&lt;b&gt;" in text and "a&amp;b" in text
+
+
+def test_panels_keep_their_pixels_and_stand_where_their_row_and_column_say(tmp_path):
+    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
+    rows = tuple(tuple(Panel(pixels=np.tile(colour, (4, 4, 1))) for colour in row) for row in colours)
+    save_sections(tmp_path / "sheet.png", [Section(labels=("one", "two"), rows=rows)], "title")
+    with Image.open(tmp_path / "sheet.png") as opened:
+        drawn = np.array(opened.convert("RGB"))
+    places = [[np.argwhere((drawn == colour).all(axis=2)).mean(axis=0) for colour in row] for row in colours]
+    (red, green), (blue, yellow) = places
+    assert red[0] == pytest.approx(green[0], abs=1) and red[1] == pytest.approx(blue[1], abs=1)
+    assert red[0] < blue[0] and red[1] < green[1] and yellow == pytest.approx([blue[0], green[1]], abs=1)

@@ -1,0 +1,107 @@
+"""A lab's YAML file: what it means, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import iwm_fast
+from iwm_fast.config.loading import load_config
+from iwm_fast.evaluate import TASKS, read_settings
+from iwm_fast.lab.config import Number, read_lab
+from iwm_fast.lab.runner import cells_of, steps_of
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "base.yaml").write_text("{}")
+
+    def act(**changes):
+        tree = {
+            "folder": str(tmp_path / "lab"),
+            "base": str(tmp_path / "base.yaml"),
+            "settings": {"optim.epochs": 2, "views.crop_scale": [0.3, 1.0]},
+            "seeds": [3, 4],
+            "cells": {"a": {}, "b": {"model.predictor.conditioning": "none"}},
+            "evaluations": [{"task": "mrr", "cells": ["a"], "settings": {"bank_size": 8}}, {"task": "knn"}],
+            "claims": {"c": {"text": "t", "paper": "p", "compare": [["a mrr_default jitter mrr", "b m x y accuracy"]]}},
+        }  # fmt: skip
+        path = tmp_path / "lab.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in (tree | changes).items() if value is not None}))
+        return path
+
+    return act
+
+
+def read(path):
+    return read_lab(path, set(TASKS))
+
+
+def test_a_lab_is_read(write):
+    lab = read(write())
+    assert lab.settings == ("optim.epochs=2", "views.crop_scale=[0.3, 1.0]") and lab.seeds == (3, 4)
+    assert lab.cells == {"a": (), "b": ("model.predictor.conditioning=none",)}
+    assert [(one.task, one.cells, one.settings) for one in lab.evaluations] == [
+        ("mrr", ("a",), ("bank_size=8",)),
+        ("knn", ("a", "b"), ()),
+    ]
+    (claim,) = lab.claims
+    assert claim.compare[0][1] == Number(cell="b", result="m", subject="x y", metric="accuracy")
+    assert not lab.has_demo_data and lab.workers is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folders": "x"}, "keys of .*must be among base, cells, claims.*got .'folders'"),
+        ({"cells": None}, "must name cells"),
+        ({"seeds": [1, 1]}, "seeds must name at least one seed, each once"),
+        ({"cells": {"a": ["x"]}}, "cells.a must hold"),
+        ({"evaluations": [{"task": "mrrr"}]}, "task of evaluations must be one of"),
+        ({"evaluations": [{"task": "mrr", "cells": ["z"]}]}, "cells of evaluation mrr must be among a, b"),
+        ({"claims": {"c": {"text": "t"}}}, "claims.c must have compare, paper, text"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["z m s x", "a m s x"]]}}}, "cells of claims.c.*'z'"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s", "a m s x"]]}}}, "CELL RESULT SUBJECT"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s x"]]}}}, "hold pairs"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [], "margin": -1}}}, "margin must be at least 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(**changes))
+
+
+def test_missing_files_are_named(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no lab file"):
+        read(tmp_path / "absent.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no run file 'other\.yaml'"):
+        read(write(base="other.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        read(tmp_path / "broken.yaml")
+
+
+def test_a_lab_may_be_like_another_but_for_what_it_names(write, tmp_path):
+    given = {"like": str(write()), "folder": "elsewhere", "settings": {"optim.epochs": 4}, "workers": 6}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(given))
+    first, other = read(write()), read(tmp_path / "other.yaml")
+    assert (str(other.folder), other.workers) == ("elsewhere", 6)
+    assert other.settings == ("optim.epochs=4", "views.crop_scale=[0.3, 1.0]")
+    assert (other.cells, other.evaluations, other.claims) == (first.cells, first.evaluations, first.claims)
+
+
+@pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping", "lab_gpu"])
+def test_every_step_of_the_shipped_labs_has_settings_that_there_are(name, monkeypatch):
+    monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
+    lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
+    assert len(lab.seeds) >= 3
+    measured = set()
+    for cell in cells_of(lab)[: len(lab.cells)]:
+        train, *evaluations = steps_of(lab, cell)
+        config = load_config(train.arguments[1], train.arguments[2:])
+        for step in evaluations:
+            read_settings(TASKS[step.what].settings, list(step.arguments[2:]))
+            measured.add((cell.name, step.what))
+        assert config.model.predictor.depth > 0 or not {"mrr", "finetune"} & {step.what for step in evaluations}
+    compared = {(number.cell, number.result) for claim in lab.claims for pair in claim.compare for number in pair}
+    assert {(cell, result.partition("_")[0]) for cell, result in compared} <= measured

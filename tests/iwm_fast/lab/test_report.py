@@ -1,0 +1,48 @@
+"""A lab's page says what was compared and how it came out, and draws nothing where nothing was measured."""
+
+from iwm_fast.lab.claims import judge, values_of
+from iwm_fast.lab.config import LabConfig, parse_claim
+from iwm_fast.lab.report import write_lab_report
+
+CLAIMS = {
+    "worth": [["a finetune predictor accuracy", "a finetune_new random_predictor accuracy"],
+              ["a segment predictor mean_iou", "a segment head mean_iou"]],
+    "capacity": [["a linear encoder accuracy", "b linear encoder accuracy"]],
+    "listens": [["a mrr jitter mrr", "b mrr jitter mrr"]],
+}  # fmt: skip
+ROWS = [
+    ("a", "finetune", "predictor", "accuracy", (0.7, 0.8), 461329),
+    ("a", "finetune_new", "random_predictor", "accuracy", (0.6, 0.7), 461329),
+    ("a", "segment", "predictor", "mean_iou", (0.79, 0.78), 278279),
+    ("a", "segment", "head", "mean_iou", (0.78, 0.78), 903),
+    ("a", "linear", "encoder", "accuracy", (0.5,), 51),
+    ("b", "linear", "encoder", "accuracy", (0.75,), 51),
+]
+
+
+def test_the_page(tmp_path):
+    names = ("cell", "result", "subject", "metric")
+    rows = [
+        {**dict(zip(names, name, strict=True)), "seed": seed, "value": value, "num_tuned": tuned}
+        for *name, values, tuned in ROWS
+        for seed, value in enumerate(values)
+    ]
+    claims = [
+        parse_claim(name, {"text": "It is so.", "paper": "0.8", "compare": pairs}) for name, pairs in CLAIMS.items()
+    ]
+    base = tmp_path / "base.yaml"
+    base.write_text("seed: 0")
+    lab = LabConfig(
+        folder=tmp_path, base=base, settings=(), has_demo_data=False, seeds=(0, 1), workers=None,
+        cells=dict.fromkeys("ab", ()), evaluations=(), claims=tuple(claims),
+    )  # fmt: skip
+    outcomes = [judge(claim, lambda number: values_of(number, rows)) for claim in claims]
+    page = write_lab_report(lab, outcomes, rows).read_text(encoding="utf-8")
+    worth, capacity, listens = (page.split(f"<h3>{name}</h3>")[1].split("</table>")[0] for name in CLAIMS)
+    # no more of a name than tells it apart
+    assert "predictor, accuracy, 461,329 tuned 0.750, random_predictor, accuracy, 461,329 tuned 0.650" in worth
+    assert "+0.100 (+0.100 to +0.100)" in worth and "head, mean_iou, 903 tuned 0.780" in worth
+    assert "accuracy, mean_iou<" in worth and "accuracy (linear)<" in capacity
+    assert "-0.250 (one seed)" in capacity and "undecided" in capacity
+    assert "not measured" in listens
+    assert [text.count("<svg") for text in (worth, capacity, listens)] == [1, 1, 0]

@@ -1,0 +1,115 @@
+"""A lab makes what is missing and nothing else, can be stopped and grown, and says what failed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from iwm_fast.evaluate import TASKS
+from iwm_fast.lab.config import read_lab
+from iwm_fast.lab.runner import cells_of, is_done, report_lab, run_lab, steps_of
+from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED
+from iwm_fast.runtime.run_status import read_status
+
+BASE = {
+    "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+    "model": {"encoder": {"dim": 16, "depth": 1, "num_heads": 1, "patch_size": 4},
+              "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
+    "optim": {"global_batch_size": 16, "epochs": 1, "warmup_epochs": 0, "precision": "fp32"},
+    "runtime": {"engine": "plain", "device": "cpu", "loader_threads": 1},
+    "output": {"log_every": 1},
+}  # fmt: skip
+MRR = {"task": "mrr", "settings": {"num_images": 2, "bank_size": 4, "families": ["jitter"], "device": "cpu"}}
+CLAIM = {"text": "It listens.", "paper": "0.8", "compare": [["a mrr_default jitter mrr", "b mrr_default jitter mrr"]]}
+
+
+@pytest.fixture
+def write(tmp_path, tiny_shards):
+    base = BASE | {"data": {"train": tiny_shards.pattern, "val": tiny_shards.pattern}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def act(**changes):
+        tree = {
+            "folder": str(tmp_path / "lab"),
+            "base": str(tmp_path / "base.yaml"),
+            "seeds": [0],
+            "workers": 2,
+            "cells": {"a": {}, "b": {"model.predictor.conditioning": "none"}},
+            "evaluations": [MRR],
+            "claims": {"conditioning": CLAIM},
+        }
+        (tmp_path / "lab.yaml").write_text(yaml.safe_dump(tree | changes))
+        return tmp_path / "lab.yaml"
+
+    return act
+
+
+def logs(folder):
+    return {path.parent.name: path.read_text().count("$ iwm") for path in folder.glob("cells/*/lab.log")}
+
+
+def test_cells_come_seed_by_seed_and_each_step_is_a_command_of_the_user(write):
+    lab = read_lab(write(seeds=[0, 1], settings={"optim.epochs": 2}), set(TASKS))
+    cells = cells_of(lab)
+    assert [cell.folder.name for cell in cells] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
+    train, evaluate = steps_of(lab, cells[3])
+    assert train.arguments[0] == "train" and train.arguments[-1] == "resume=auto"
+    assert {"optim.epochs=2", "model.predictor.conditioning=none", "seed=1"} <= set(train.arguments)
+    assert evaluate.arguments[:2] == ("evaluate", "mrr") and "bank_size=4" in evaluate.arguments
+    assert not is_done(train) and not is_done(evaluate)
+
+
+@pytest.mark.launcher
+def test_a_lab_is_made_judged_not_made_twice_and_grown(write, tmp_path):
+    page = run_lab(write())
+    folder = tmp_path / "lab"
+    said = json.loads((folder / "lab.json").read_text())
+    assert {(row["cell"], row["seed"], row["subject"]) for row in said["rows"]} == {
+        ("a", 0, "jitter"),
+        ("b", 0, "jitter"),
+    }
+    # whatever has made it, once
+    assert len(said["machine"]) == len(said["commit"]) == 1 and all(said["machine"] + said["commit"])
+    # one seed decides nothing
+    assert said["verdicts"] == {"conditioning": "undecided"}
+    assert "It listens." in page.read_text() and (folder / "claims.png").stat().st_size > 1000
+    assert logs(folder) == {"a-seed0": 2, "b-seed0": 2}
+    # a cell more, another evaluation of one that is there
+    run_lab(write(cells={"a": {}, "b": {"model.predictor.conditioning": "none"}, "c": {"optim.lr": 1e-4}},
+                  evaluations=[MRR, {"task": "knn", "cells": ["a"]}]))  # fmt: skip
+    assert logs(folder) == {"a-seed0": 3, "b-seed0": 2, "c-seed0": 2}
+    assert report_lab(folder) == page and "knn" in page.read_text()
+
+
+@pytest.mark.launcher
+def test_a_cell_that_fails_is_shown_with_the_end_of_its_log_and_the_others_are_made(write, tmp_path):
+    path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}}, claims={})
+    with pytest.raises(RuntimeError, match=r"(?s)bad, seed 0: train ended with 2.*num_heads must divide.*it goes on"):
+        run_lab(path)
+    assert read_status(tmp_path / "lab" / "cells" / "a-seed0")["state"] == "finished"
+    assert "a" in (tmp_path / "lab" / "report.html").read_text()
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_lab_that_is_stopped_stops_its_runs_in_order_and_goes_on(write, tmp_path):
+    path = write(settings={"optim.epochs": 4000, "output.checkpoint_every": 100000}, evaluations=[], claims={})
+    lab = subprocess.Popen([sys.executable, "-m", "iwm_fast.cli", "lab", str(path)], stderr=subprocess.PIPE, text=True)
+    folders = [tmp_path / "lab" / "cells" / f"{name}-seed0" for name in "ab"]
+    deadline = time.monotonic() + 120
+    while not all(len(read_metrics(folder)) > 2 for folder in folders):
+        assert lab.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    lab.send_signal(signal.SIGTERM)
+    _, said = lab.communicate(timeout=120)
+    assert lab.returncode == EXIT_PREEMPTED and "the same command goes on" in said
+    steps = [read_status(folder) for folder in folders]
+    assert [status["state"] for status in steps] == ["preempted"] * 2
+    # the schedule is another, so this is another run: the lab says so instead of mixing them
+    with pytest.raises(RuntimeError, match="other settings"):
+        run_lab(write(settings={"optim.epochs": 2}, evaluations=[], claims={}))

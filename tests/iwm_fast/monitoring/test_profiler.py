@@ -1,0 +1,68 @@
+"""Traces of some steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast.monitoring.profiler import StepProfiler
+from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.runtime.distributed import Place
+from iwm_fast.train import run
+
+PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def trace(profiler: StepProfiler, steps: range) -> None:
+    for step in steps:
+        profiler.reach(step)
+        torch.ones(2 + step).cumsum(0)
+    profiler.close(steps.stop)
+
+
+def calls(path, name: str) -> int:
+    events = json.loads(path.read_text())["traceEvents"]
+    return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
+
+
+def test_a_run_leaves_a_trace_of_the_steps_that_were_asked_for(tiny_shards, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(replace(tiny_run(tiny_shards, tmp_path / "run", profile="2:4")))
+    folder = tmp_path / "run" / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["steps-2-4.json", "steps-2-4.txt"]
+    # by the names of the log rows
+    assert {part: calls(folder / "steps-2-4.json", part) for part in PARTS} == dict.fromkeys(PARTS, 2)
+    assert "aten::" in (folder / "steps-2-4.txt").read_text()
+    assert f"profile of steps 2:4: {folder / 'steps-2-4.json'}" in caplog.text
+
+
+def test_only_the_named_steps_are_in_it(tmp_path):
+    trace(StepProfiler("1:4", tmp_path, PLACE), range(6))
+    assert calls(tmp_path / "steps-1-4.json", "aten::cumsum") == 3
+    assert "aten::cumsum" in (tmp_path / "steps-1-4.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("steps", "written", "said"),
+    [
+        (range(3), "steps-2-3.json", "runtime.profile=2:5: the run ended before step 3"),
+        (range(2), None, "runtime.profile=2:5: no trace, none of these steps came; the run ended before step 2"),
+        # gone on in the middle, and behind
+        (range(4, 8), "steps-4-5.json", None),
+        (range(6, 8), None, "no trace, none of these steps came"),
+        (range(5), "steps-2-5.json", None),
+    ],
+)
+def test_a_run_that_ends_or_begins_elsewhere_says_what_it_has(tmp_path, caplog, steps, written, said):
+    trace(StepProfiler("2:5", tmp_path, PLACE), steps)
+    assert [path.name for path in tmp_path.glob("*.json")] == ([written] if written else [])
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (said is not None) and (said or "") in "".join(warnings)
+
+
+def test_without_the_setting_and_on_other_ranks_nothing_happens(tmp_path, caplog):
+    trace(StepProfiler("", tmp_path, PLACE), range(3))
+    trace(StepProfiler("0:2", tmp_path, replace(PLACE, rank=1, world_size=2)), range(3))
+    assert not list(tmp_path.iterdir()) and not caplog.records

@@ -1,0 +1,101 @@
+"""A step's time, part by part."""
+
+import time
+
+import pytest
+import torch
+
+from iwm_fast.monitoring.step_timer import PARTS, Stopwatch
+from iwm_fast.training.log_window import PartTimes, time_values
+
+CPU = torch.device("cpu")
+
+
+def timed(*parts: tuple[str, float]) -> Stopwatch:
+    stopwatch = Stopwatch(CPU)
+    for part, seconds in parts:
+        stopwatch.begin(part)
+        time.sleep(seconds)
+    stopwatch.stop()
+    return stopwatch
+
+
+def test_a_part_lasts_until_the_next_and_may_come_again():
+    seconds = timed(("wait", 0.02), ("forward", 0.01), ("wait", 0.03), ("backward", 0.0)).seconds()
+    assert list(seconds) == list(PARTS)
+    assert 0.05 <= seconds["wait"] < 0.15 and 0.01 <= seconds["forward"] < 0.1 and seconds["teacher"] == 0
+
+
+def test_a_window_holds_the_mean_of_its_own_steps():
+    parts = PartTimes()
+    for seconds in (0.0, 0.04):
+        parts.add(timed(("forward", seconds)))
+    assert 0.02 <= parts.close()["forward"] < 0.06
+    parts.add(timed(("teacher", 0.01)))
+    assert parts.close()["forward"] == 0.0
+
+
+class LateStopwatch(Stopwatch):
+    """One that must not be read before the next step is over, as a GPU's."""
+
+    is_read = False
+
+    @property
+    def is_late(self) -> bool:
+        return True
+
+    def seconds(self) -> dict[str, float]:
+        self.is_read = True
+        return dict.fromkeys(PARTS, 1.0)
+
+
+def test_a_gpus_step_is_read_one_step_late_and_counted_once():
+    parts, stopwatches = PartTimes(), [LateStopwatch(CPU) for _ in range(4)]
+    for stopwatch in stopwatches[:3]:
+        parts.add(stopwatch)
+    assert [one.is_read for one in stopwatches] == [True, True, False, False]
+    assert parts.close()["wait"] == 1.0 and not stopwatches[2].is_read
+    parts.add(stopwatches[3])
+    assert stopwatches[2].is_read and not stopwatches[3].is_read
+    assert parts.close()["wait"] == 1.0
+
+
+def test_the_only_step_of_the_first_window_is_read_though_it_is_late():
+    parts = PartTimes()
+    parts.add(LateStopwatch(CPU))
+    assert parts.close()["wait"] == 1.0
+
+
+def test_the_slowest_rank_is_the_one_the_others_wait_for():
+    # rank 1 decodes slowly; rank 0 and 2 wait for it inside the backward pass
+    ranks = {part: torch.zeros(3, dtype=torch.float64) for part in PARTS}
+    ranks |= {
+        "wait": torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64),
+        "forward": torch.tensor([0.2, 0.1, 0.2], dtype=torch.float64),
+        "backward": torch.tensor([0.6, 0.4, 0.6], dtype=torch.float64),
+    }
+    values = time_values(ranks, step_s=1.0)
+    assert (values["time/slowest_rank"], values["time/slowest_rank_s"]) == (1.0, pytest.approx(0.4))
+    assert values["time/wait_s"] == pytest.approx(0.1) and values["time/other_s"] == pytest.approx(0.2)
+    assert sum(values[f"time/{part}_s"] for part in (*PARTS, "other")) == pytest.approx(1.0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_devices_own_time_counts():
+    matrix = torch.randn(4096, 4096, device="cuda")
+    for _ in range(2):
+        stopwatch = Stopwatch(matrix.device)
+        began = time.perf_counter()
+        stopwatch.begin("wait")
+        time.sleep(0.02)
+        stopwatch.begin("forward")
+        for _ in range(50):
+            torch.mm(matrix, matrix)
+        stopwatch.begin("backward")
+        stopwatch.stop()
+        assert stopwatch.is_late and time.perf_counter() - began < 0.05, "nothing waits for the device"
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+    seconds = stopwatch.seconds()
+    assert seconds["wait"] >= 0.019 and seconds["backward"] < 1e-3
+    assert sum(seconds.values()) == pytest.approx(took, rel=0.1)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from iwm_fast.runtime import distributed
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    distributed.stop()
+
+
+def test_without_a_launcher_there_is_one_process_with_a_group_of_its_own():
+    place = distributed.start("cpu")
+    assert (place.rank, place.local_rank, place.world_size, place.device.type) == (0, 0, 1, "cpu")
+    assert torch.distributed.is_initialized()
+
+
+def test_a_group_can_be_started_again_after_stop():
+    distributed.start("cpu")
+    distributed.stop()
+    distributed.start("cpu")
+
+
+def test_starting_twice_is_refused():
+    distributed.start("cpu")
+    with pytest.raises(RuntimeError, match="stop"):
+        distributed.start("cpu")
+
+
+@pytest.mark.parametrize("missing", VARIABLES)
+def test_a_partial_environment_never_becomes_a_silent_single_process(monkeypatch, missing):
+    for name, value in zip(VARIABLES, ("0", "0", "1", "127.0.0.1", "29500"), strict=True):
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"not {missing}; start with torchrun"):
+        distributed.start("cpu")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("-1", "2"), ("one", "2")])
+def test_impossible_ranks_are_refused(monkeypatch, rank, world_size):
+    for name, value in zip(VARIABLES, (rank, "0", world_size, "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="RANK"):
+        distributed.start("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asking_for_a_gpu_where_there_is_none_names_setting_and_remedy():
+    with pytest.raises(RuntimeError, match=r"runtime\.device=cuda .* finds 0.*runtime\.device=cpu"):
+        distributed.start("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_auto_says_which_device_it_took(caplog):
+    with caplog.at_level("INFO"):
+        assert distributed.start("auto").device.type == "cpu"
+    assert "CPU" in caplog.text
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, 1), ("2", 2)])
+def test_a_cpu_rank_takes_one_thread_unless_told_otherwise(monkeypatch, told, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    torch.set_num_threads(2)
+    try:
+        distributed.start("cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_one_process_agrees_with_itself_and_sums_to_a_copy(is_started):
+    if is_started:
+        distributed.start("cpu")
+    values = torch.tensor([1.0, 2.0])
+    total = distributed.sum_over_ranks(values)
+    total += 1
+    torch.testing.assert_close(values, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(distributed.join_over_ranks(values), values)
+    assert distributed.agree(True, torch.device("cpu"))
+    assert not distributed.agree(False, torch.device("cpu"))

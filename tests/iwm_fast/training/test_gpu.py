@@ -1,0 +1,46 @@
+"""The line on a GPU: the same commands, the same inputs, losses near those of the CPU.
+
+Run them on their own (`pytest -m gpu`): DeepSpeed decides once per process where it computes.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fixtures.tiny_pretraining import losses, tiny_run
+from iwm_fast.commands.demo import CONFIG
+from iwm_fast.config.loading import load_config
+from iwm_fast.runtime import distributed
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engine, loader):
+    measured = {}
+    for device, chosen in (("cpu", "plain"), ("cuda", engine)):
+        config = tiny_run(tiny_shards, tmp_path, engine=chosen, loader=loader)
+        place = distributed.start(device)
+        try:
+            measured[device] = losses(place, replace(config, runtime=replace(config.runtime, device=device)))[0]
+        finally:
+            distributed.stop()
+    # decoders on the GPU sample chroma differently
+    torch.testing.assert_close(torch.tensor(measured["cuda"]), torch.tensor(measured["cpu"]), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_demo_on_fused_operations_has_the_losses_of_the_reference(tiny_shards, precision):
+    measured = []
+    for ops in ("fused", "reference"):
+        settings = [f"data.train={tiny_shards.pattern}", "optim.global_batch_size=16", f"optim.precision={precision}"]
+        config = load_config(CONFIG, [*settings, "runtime.device=cuda", f"runtime.ops={ops}"])
+        place = distributed.start("cuda")
+        try:
+            measured.append(losses(place, config, steps=6)[0])
+        finally:
+            distributed.stop()
+    tolerance = 1e-3 if precision == "fp32" else 1e-2
+    torch.testing.assert_close(torch.tensor(measured[0]), torch.tensor(measured[1]), rtol=tolerance, atol=0)

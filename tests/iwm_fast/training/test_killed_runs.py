@@ -1,0 +1,106 @@
+"""A run that is killed at any moment, again and again, ends as one that nobody killed: bit for bit."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixtures.launchers import starting, tiny_yaml, torchrun
+from fixtures.paths import WORKERS
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.pipelines.action_log.files import read_rows
+from iwm_fast.runtime.run_status import read_status
+
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(900)]
+
+STEPS_PER_EPOCH = 3
+
+
+def settings(path: Path, shards, epochs: int) -> Path:
+    """Write a run that spends most of its time saving."""
+    return tiny_yaml(
+        path,
+        shards,
+        optim={"epochs": epochs},
+        runtime={"loader_threads": 1},
+        output={"log_every": 1, "checkpoint_every": 1, "keep_last": 2, "action_log": True},
+    )
+
+
+def assert_ended_alike(killed: Path, straight: Path, steps: int) -> None:
+    """Check weights, moments, teacher, progress, losses and what was drawn for every sample."""
+    ends = [checkpoints.read(checkpoints.newest(folder)) for folder in (killed, straight)]
+    for attribute in ("engine_state", "teacher_state"):
+        first, second = (getattr(end, attribute) for end in ends)
+        assert first.keys() == second.keys()
+        assert not [name for name, value in second.items() if not torch.equal(value, first[name])]
+    assert [(end.step, end.applied_steps, end.counters) for end in ends] == 2 * [(steps, steps, ends[1].counters)]
+    losses = [[(row["step"], row["loss/prediction"]) for row in read_metrics(folder)] for folder in (killed, straight)]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, steps + 1))
+    rows = [read_rows(folder / "actions", 0, steps) for folder in (killed, straight)]
+    assert rows[0].equals(rows[1])
+    assert read_status(killed)["state"] == "finished"
+    assert not list((killed / "checkpoints").glob(".unfinished-*"))
+
+
+# epochs and seed by number of kills: the few are in a start and two saves
+KILLS = {3: (10, 2), 20: (34, 0)}
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_nobody_killed(tiny_shards, tmp_path, num_kills):
+    epochs, seed = KILLS[num_kills]
+    run_yaml = settings(tmp_path / "run.yaml", tiny_shards, epochs)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    command = [
+        sys.executable,
+        str(WORKERS / "killed_run.py"),
+        str(run_yaml),
+        str(straight),
+        str(killed),
+    ]
+    done = subprocess.run(
+        [*command, str(num_kills), str(seed)], capture_output=True, text=True, check=False, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kills) == num_kills and not any(kill["had_ended"] for kill in kills), (kills, done.stderr)
+    # whatever was going on, what had been published is whole
+    assert not any(kill["refused"] for kill in kills), kills
+    newest = [kill["newest"] for kill in kills]
+    assert newest == sorted(newest) and newest[-1] > newest[0], kills
+    assert all(kill["num_unfinished"] <= 1 for kill in kills), "what killed runs leave does not pile up"
+    if num_kills >= 20:
+        assert sum(kill["num_unfinished"] for kill in kills) >= 5, "many were killed while they saved"
+    assert_ended_alike(killed, straight, epochs * STEPS_PER_EPOCH)
+
+
+def newest_step(folder: Path) -> int:
+    newest = checkpoints.newest(folder)
+    return checkpoints.step_of(newest) if newest else 0
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_while_they_save_end_bit_for_bit_as_two_that_nobody_killed(tiny_shards, tmp_path):
+    epochs = 10
+    run_yaml = settings(tmp_path / "run.yaml", tiny_shards, epochs)
+    moments, killed = random.Random(0), tmp_path / "killed"
+    with starting(run_yaml, killed) as start:
+        for goal in (3, 9):
+            run = start(torchrun(), "resume=auto")
+            run.wait_for(lambda goal=goal: newest_step(killed) >= goal)
+            run.wait_for(lambda: bool(list((killed / "checkpoints").glob(".unfinished-*"))), every_s=0.0005)
+            time.sleep(moments.uniform(0.0, 0.01))
+            run.kill()
+            saved, refused = checkpoints.read_newest(killed)
+            assert not refused and goal <= saved.step < epochs * STEPS_PER_EPOCH
+        assert start(torchrun(), "resume=auto").end() == 0
+    with starting(run_yaml, tmp_path / "straight") as start:
+        assert start(torchrun()).end() == 0
+    assert_ended_alike(killed, tmp_path / "straight", epochs * STEPS_PER_EPOCH)

@@ -1,0 +1,53 @@
+"""A run on the first samples of its shards knows of no others."""
+
+from dataclasses import replace
+
+import pytest
+
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast.commands.replay_step import replay
+from iwm_fast.config.commands import ReplayConfig
+from iwm_fast.config.evaluation import KnnConfig
+from iwm_fast.config.fingerprint import fingerprint
+from iwm_fast.config.run import OptimConfig
+from iwm_fast.evals.probing.knn import evaluate_knn
+from iwm_fast.pipelines.action_log.files import read_rows
+from iwm_fast.pipelines.config import DataConfig
+from iwm_fast.train import run
+from iwm_fast.training.loaders import open_training_shards
+
+
+def test_a_run_on_the_first_samples_trains_evaluates_and_replays_those_only(tiny_shards, tmp_path):
+    config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
+    config = replace(
+        config,
+        data=replace(config.data, max_samples=24, val=tiny_shards.pattern),
+        optim=replace(config.optim, epochs=2.0),
+        output=replace(config.output, action_log=True),
+    )
+    # 24 samples, 2 epochs, batches of 16
+    assert run(config).step == 3
+    seen = read_rows(tmp_path / "run" / "actions", 0, 3).column("sample").to_pylist()
+    assert sorted(seen) == sorted([*range(24), *range(24)])
+    assert evaluate_knn(KnnConfig(run=str(tmp_path / "run"))).details["num_train"] == 24
+    assert replay(ReplayConfig(run=str(tmp_path / "run"), step=2)).is_file()
+
+
+def test_one_batch_can_be_overfitted(tiny_shards, tmp_path):
+    config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
+    optim = OptimConfig(global_batch_size=16, epochs=3.0, warmup_epochs=0.0, precision="fp32")
+    assert run(replace(config, data=replace(config.data, max_samples=16), optim=optim)).step == 3
+
+
+def test_more_samples_than_there_are_is_refused_with_their_number(tiny_shards):
+    with pytest.raises(ValueError, match=r"data\.max_samples must be at most the 48 samples of data\.train, .* got 49"):
+        open_training_shards(DataConfig(train=tiny_shards.pattern, max_samples=49))
+
+
+def test_another_number_of_samples_is_another_run(tiny_shards, tmp_path):
+    config = tiny_run(tiny_shards, tmp_path)
+    few = replace(config, data=replace(config.data, max_samples=24))
+    digests = [open_training_shards(one.data).content_digest for one in (config, few)]
+    assert digests[0] != digests[1]
+    assert fingerprint(config, digests[0])["data.max_samples"] is None
+    assert fingerprint(few, digests[1])["data.max_samples"] == 24

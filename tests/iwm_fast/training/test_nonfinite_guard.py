@@ -1,0 +1,91 @@
+"""A step that is not finite changes nothing, is written down, and ends the run if it does not stay alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixtures.tiny_pretraining import tiny_run
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.run_status import read_status
+from iwm_fast.training.components import build_components
+from iwm_fast.training.objective import Objective
+from iwm_fast.training.trainer import train
+
+ENGINES = [("plain", None), *(("deepspeed", stage) for stage in range(4))]
+
+
+class BadNow(Objective):
+    """An objective whose value is not finite at some calls, counted from 0."""
+
+    def __init__(self, config, bad):
+        super().__init__(config.objective, is_identity=False)
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, *arguments):
+        is_bad = self.calls in self.bad
+        self.calls += 1
+        return super().__call__(*arguments) * (float("nan") if is_bad else 1.0)
+
+
+@pytest.fixture
+def place():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+def run_with(place, config, bad):
+    trainer = build_components(config, place)
+    return train(replace(trainer, objective=BadNow(config, bad)))
+
+
+def saved_at(folder: Path, step: int):
+    return checkpoints.read(folder / "checkpoints" / f"step-{step:08d}")
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_bad_step_changes_neither_weights_nor_teacher_nor_schedules(place, tiny_shards, tmp_path, engine, stage):
+    config = tiny_run(tiny_shards, tmp_path / "run", engine=engine, zero_stage=stage)
+    config = replace(config, output=replace(config.output, checkpoint_every=1, log_every=1, keep_last=12))
+    run_with(place, config, bad=range(5, 6))
+    before, after = saved_at(tmp_path / "run", 5), saved_at(tmp_path / "run", 6)
+    assert (after.step, after.applied_steps) == (6, 5)
+    assert all(torch.equal(value, after.engine_state[name]) for name, value in before.engine_state.items())
+    assert all(torch.equal(value, after.teacher_state[name]) for name, value in before.teacher_state.items())
+    rows = read_metrics(tmp_path / "run")
+    assert [row["optim/skipped_steps"] for row in rows] == [0.0] * 5 + [1.0] + [0.0] * 6
+    # the step behind it has the learning rate that it would have had
+    assert rows[6]["optim/lr"] < rows[5]["optim/lr"] == rows[4]["optim/lr"]
+    (written,) = [json.loads(line) for line in (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()]
+    assert written["step"] == 6 and len(written["suspects"][0]["samples"]) == 16
+
+
+def test_only_the_bad_micro_batch_is_suspected(place, tiny_shards, tmp_path):
+    config = tiny_run(tiny_shards, tmp_path / "run", micro_batch_size=4)
+    # 4 micro-batches a step: the third of the second step
+    run_with(place, config, bad=[6])
+    (line,) = (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()
+    written = json.loads(line)
+    assert written["step"] == 2 and [len(row["samples"]) for row in written["suspects"]] == [4]
+
+
+def test_too_many_in_a_row_end_the_run_with_its_last_good_state(place, tiny_shards, tmp_path):
+    config = tiny_run(tiny_shards, tmp_path / "run", max_skipped_steps=3)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 10; .*samples by rank: 0: \S+"):
+        run_with(place, config, bad=range(7, 99))
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed" and "FloatingPointError" in status["reason"]
+    saved = saved_at(tmp_path / "run", 10)
+    assert saved.applied_steps == 7
+    assert all(value.isfinite().all() for value in saved.engine_state.values())
+    progress = run_with(place, replace(config, resume="auto"), bad=[])
+    assert (progress.step, progress.applied_steps) == (12, 9)
+
+
+def test_single_bad_steps_far_apart_do_not_end_it(place, tiny_shards, tmp_path):
+    progress = run_with(place, tiny_run(tiny_shards, tmp_path / "run", max_skipped_steps=2), bad=[2, 5, 8])
+    assert (progress.step, progress.applied_steps) == (12, 9)

@@ -1,0 +1,300 @@
+"""The action log says of every sample what it was and what was drawn for it: once, whole, and beside training."""
+
+import dataclasses
+import functools
+import os
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fixtures.tar_files import encode, photograph, write_tar
+from iwm_fast.pipelines.action_log.files import ActionLogError, parts, read_rows, read_step, remove_from
+from iwm_fast.pipelines.action_log.schema import LogHead, column, draws_of, head_of
+from iwm_fast.pipelines.action_log.writer import ActionLog
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.sampling.batch_plan import Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+
+GLOBAL_BATCH, MICRO_BATCH, STEPS = 16, 4, 7
+VIEWS = ViewConfig(size=32, source_crop=(0.3, 0.9), source_flip_probability=0.5)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    """Three shards of eight photographs, one of which is cut off."""
+    folder = tmp_path_factory.mktemp("shards")
+    pixels = photograph("chelsea.png")
+    images = [encode(pixels[number : number + 64, 2 * number : 2 * number + 80]) for number in range(24)]
+    images[7] = images[7][:300]
+    for shard in range(3):
+        members = []
+        for number in range(8 * shard, 8 * shard + 8):
+            members += [(f"{number:02}.jpg", images[number]), (f"{number:02}.cls", str(number % 5).encode())]
+        write_tar(folder / f"{shard}.tar", members)
+    return open_shards(str(folder))
+
+
+def head(shards: ShardSet, **changes) -> LogHead:
+    chosen = {
+        "views": VIEWS, "mask": MaskConfig(), "seed": 0, "grid": 4, "global_batch_size": GLOBAL_BATCH,
+        "shards": "somewhere", "shards_digest": shards.content_digest,
+    }  # fmt: skip
+    return LogHead(**chosen | changes)
+
+
+def take(shards: ShardSet, steps: range, *, rank: int = 0, world_size: int = 1, backend: str = "torch") -> list[Batch]:
+    """Return one rank's micro-batches of four images, for some steps."""
+    accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
+    return _first_steps(shards, rank, world_size, backend)[steps.start * accumulation : steps.stop * accumulation]
+
+
+@functools.cache
+def _first_steps(shards: ShardSet, rank: int, world_size: int, backend: str) -> list[Batch]:
+    stream = Stream(
+        order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3),
+        global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    plan = TrainingPlan(views=VIEWS, mask=MaskConfig(), seed=0, grid=4, stream=stream)
+    settings = LoaderSettings(
+        backend=backend, device=torch.device("cpu"), reader_threads=1, loader_threads=1, prefetch=1, max_bad_samples=5.0
+    )
+    loader = build_loader(plan, shards, settings)
+    try:
+        return [next(loader) for _ in range(STEPS * GLOBAL_BATCH // (MICRO_BATCH * world_size))]
+    finally:
+        loader.close()
+
+
+def open_log(folder: Path, shards: ShardSet, rank: int = 0, **settings) -> ActionLog:
+    return ActionLog(folder, **{"head": head(shards), "shards": shards, "rank": rank} | settings)
+
+
+def add(log: ActionLog, batches: list[Batch]) -> None:
+    for batch in batches:
+        assert log.add(batch) is batch
+
+
+def write(folder: Path, shards: ShardSet, steps: range, *, world_size: int = 1, **settings) -> None:
+    """Log some steps as ranks of this number would, each with a log of its own."""
+    for rank in range(world_size):
+        log = open_log(folder, shards, rank, **settings)
+        add(log, take(shards, steps, rank=rank, world_size=world_size))
+        with closing(log):
+            log.close_part()
+
+
+def names(folder: Path) -> list[str]:
+    return [part.path.name for part in parts(folder)]
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_rows_are_what_the_batches_were(tmp_path, shards, backend):
+    batches = take(shards, range(2, 5), backend=backend)
+    log = open_log(tmp_path / "actions", shards, rank=3)
+    add(log, batches)
+    log.close_part()
+    log.close()
+    rows = read_rows(tmp_path / "actions", 2, 5)
+    assert head_of(rows.schema) == head(shards)
+    assert column(rows, "step").tolist() == np.repeat([2, 3, 4], GLOBAL_BATCH).tolist()
+    for name in ("slot", "sample", "planned", "label", "crop_window", "source_window", "action"):
+        expected = torch.cat([getattr(batch, name) for batch in batches]).numpy()
+        assert np.array_equal(column(rows, name), expected), name
+    assert rows.column("key").to_pylist() == [key for batch in batches for key in batch.key]
+    shard, _ = shards.locate(column(rows, "sample"))
+    assert rows.column("shard").to_pylist() == [shards.shards[number].path for number in shard]
+    assert_same_draws(draws_of(rows), [batch.draws for batch in batches])
+    assert (column(rows, "sample") != column(rows, "planned")).sum() == 2, "the damaged one comes twice in 48"
+    assert (column(rows, "source_window") != column(rows, "crop_window")).any()
+
+
+def assert_same_draws(logged, drawn: list) -> None:
+    for field in dataclasses.fields(logged):
+        value, parts_of_it = getattr(logged, field.name), [getattr(part, field.name) for part in drawn]
+        if isinstance(value, np.ndarray):
+            expected = np.concatenate(parts_of_it)
+            assert value.dtype == expected.dtype and np.array_equal(value, expected), field.name
+        else:
+            assert_same_draws(value, parts_of_it)
+
+
+def test_any_reader_of_parquet_understands_the_folder(tmp_path, shards):
+    write(tmp_path, shards, range(3), world_size=2)
+    (tmp_path / ".unfinished-rank-001.parquet").write_bytes(b"PAR1")
+    table = pq.read_table(tmp_path)
+    assert table.num_rows == 3 * GLOBAL_BATCH
+    assert table.schema.field("action").type == pa.list_(pa.float32(), len(VIEWS.entries))
+    assert str(VIEWS.entries[-1]).encode() in table.schema.metadata[b"action_log"]
+
+
+def test_rows_are_written_beside_training_and_a_disk_that_hangs_makes_it_wait(tmp_path, shards):
+    # opening a pipe for writing waits for its reader: a disk that hangs until we let it go on
+    pipe = tmp_path / ".unfinished-rank-000.parquet"
+    os.mkfifo(pipe)
+    batches, added = take(shards, range(2)), []
+    log = open_log(tmp_path, shards, group_rows=4)
+    training = threading.Thread(target=lambda: added.extend(log.add(batch) for batch in batches * 4), daemon=True)
+    drain = threading.Thread(target=pipe.read_bytes, daemon=True)
+    training.start()
+    try:
+        wait_until(lambda: len(added) == 2)
+        time.sleep(0.2)
+        # of groups of one batch, one hangs and one waits; the third must wait before it is handed over
+        assert len(added) == 2 and training.is_alive()
+    finally:
+        drain.start()
+        training.join(20)
+    assert len(added) == len(batches) * 4
+    with pytest.raises(OSError) as caught:  # a pipe cannot be forced to disk
+        log.close_part()
+    assert "output.action_log=false" in caught.value.__notes__[0]
+    log.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("action-log")]
+
+
+def test_nothing_is_seen_of_a_part_before_it_is_whole(tmp_path, shards):
+    log = open_log(tmp_path, shards, group_rows=4)
+    add(log, take(shards, range(2)))
+    assert names(tmp_path) == []
+    log.close_part()
+    assert names(tmp_path) == ["step-00000000-00000002-rank-000.parquet"]
+    log.close_part()
+    log.close()
+    assert len(os.listdir(tmp_path)) == 1, "no rows, no file"
+
+
+@pytest.mark.parametrize("group_rows", [1, 24, 1000])
+def test_long_parts_end_with_a_step(tmp_path, shards, group_rows):
+    write(tmp_path, shards, range(7), group_rows=group_rows, part_rows=40)
+    assert names(tmp_path) == [f"step-{first:08}-{end:08}-rank-000.parquet" for first, end in ((0, 3), (3, 6), (6, 7))]
+    assert read_rows(tmp_path, 0, 7).num_rows == 7 * GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 4), (4, 1)])
+def test_the_rows_of_a_restarted_run_are_those_of_a_straight_one(tmp_path, shards, ranks):
+    write(tmp_path / "straight", shards, range(7))
+    restarted = tmp_path / "restarted"
+    write(restarted, shards, range(3), world_size=ranks[0])
+    write(restarted, shards, range(3, 6), world_size=ranks[0])
+    # the process dies while it writes; the checkpoint of step 6 is lost too, that of step 3 is taken
+    (restarted / ".unfinished-rank-000.parquet").write_bytes(b"PAR1")
+    remove_from(restarted, 3)
+    assert {part.end_step for part in parts(restarted)} == {3} and len(os.listdir(restarted)) == ranks[0]
+    write(restarted, shards, range(3, 7), world_size=ranks[1])
+    expected, got = (read_rows(folder, 0, 7).drop_columns("rank") for folder in (tmp_path / "straight", restarted))
+    assert got.equals(expected)
+    assert set(column(read_step(restarted, 6), "rank")) == set(range(ranks[1]))
+
+
+def test_a_part_that_reaches_over_the_checkpoint_is_cut_there(tmp_path, shards):
+    write(tmp_path, shards, range(6), world_size=2)
+    whole = read_rows(tmp_path, 0, 6)
+    remove_from(tmp_path, 4)
+    cut = ["step-00000000-00000004-rank-000.parquet", "step-00000000-00000004-rank-001.parquet"]
+    assert sorted(os.listdir(tmp_path)) == cut
+    assert read_rows(tmp_path, 0, 4).equals(whole.slice(0, 4 * GLOBAL_BATCH))
+    # killed after the rows were exchanged and before the name was
+    (tmp_path / cut[0]).rename(tmp_path / "step-00000000-00000006-rank-000.parquet")
+    remove_from(tmp_path, 4)
+    assert sorted(os.listdir(tmp_path)) == cut and read_rows(tmp_path, 0, 4).num_rows == 4 * GLOBAL_BATCH
+    remove_from(tmp_path, 0)
+    remove_from(tmp_path / "absent", 0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_and_double_rows_are_errors_with_their_place(tmp_path, shards):
+    with pytest.raises(ActionLogError, match=r"holds no action log; train with output\.action_log=true"):
+        read_step(tmp_path, 0)
+    write(tmp_path, shards, range(2), world_size=2)
+    write(tmp_path, shards, range(4, 6), world_size=2)
+    with pytest.raises(ActionLogError, match=r"step 3 is not in .*, which holds steps 0 \.\. 1, 4 \.\. 5"):
+        read_step(tmp_path, 3)
+    with pytest.raises(ActionLogError, match=r"32 rows are missing in .* 4 \.\. 5, the first is step 2, slot 0"):
+        read_rows(tmp_path, 0, 6)
+    (tmp_path / "step-00000004-00000006-rank-001.parquet").unlink()
+    with pytest.raises(ActionLogError, match=r"8 rows are missing in .* the first is step 5, slot 4"):
+        read_step(tmp_path, 5)
+    write(tmp_path / "elsewhere", shards, range(1), world_size=2)
+    parts(tmp_path / "elsewhere")[0].path.rename(tmp_path / "step-00000000-00000001-rank-000.parquet")
+    with pytest.raises(ActionLogError, match=r"8 rows are there twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
+        read_rows(tmp_path, 0, 2)
+
+
+def test_a_damaged_part_is_named(tmp_path, shards):
+    write(tmp_path, shards, range(3))
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size - 20)
+    with pytest.raises(ActionLogError, match=rf"{path.name} cannot be read .* move it away"):
+        read_step(tmp_path, 1)
+
+
+def test_steps_made_with_other_settings_are_read_one_by_one(tmp_path, shards):
+    write(tmp_path, shards, range(2))
+    log = open_log(tmp_path, shards, head=head(shards, seed=1))
+    add(log, take(shards, range(2, 3)))
+    # a run that ends by an error keeps what is behind its last checkpoint
+    log.close()
+    assert head_of(read_step(tmp_path, 1).schema).seed == 0 and head_of(read_step(tmp_path, 2).schema).seed == 1
+    with pytest.raises(ActionLogError, match=r"step-00000002-00000003-rank-000.parquet .*other settings"):
+        read_rows(tmp_path, 0, 3)
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_cannot_be_written_is_heard_of_and_leaves_what_was_published(tmp_path, shards, is_open, caplog):
+    folder = tmp_path / "actions"
+    batches, log = take(shards, range(3)), open_log(folder, shards, group_rows=4)
+    add(log, batches[:4])
+    log.close_part()
+    if is_open:
+        log.add(batches[4])
+        wait_until((folder / ".unfinished-rank-000.parquet").exists)
+    moved = folder.rename(tmp_path / "moved")
+    log.add(batches[5])
+    if not is_open:
+        wait_until(lambda: log.failure is not None)
+        with pytest.raises(FileNotFoundError):
+            log.add(batches[6])
+    for call in (log.close_part, lambda: log.add(batches[8])):
+        with pytest.raises(FileNotFoundError) as caught:
+            call()
+        (note,) = caught.value.__notes__
+        assert str(folder) in note and "output.action_log=false" in note and "resume=auto" in note
+    log.close()
+    assert "lacks its last rows" in caplog.text and not folder.exists()
+    assert names(moved) == ["step-00000000-00000001-rank-000.parquet"]
+    assert read_step(moved, 0).num_rows == GLOBAL_BATCH
+
+
+def wait_until(is_so) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_part_is_not_written_over_another(tmp_path, shards):
+    write(tmp_path, shards, range(2))
+    (part,) = parts(tmp_path)
+    before = part.path.read_bytes()
+    with pytest.raises(FileExistsError, match="does another run write here"):
+        write(tmp_path, shards, range(2))
+    assert os.listdir(tmp_path) == [part.path.name] and part.path.read_bytes() == before
+
+
+def test_keys_that_are_no_text_are_kept_legible(tmp_path, shards):
+    image = encode(photograph("coffee.png")[:40, :50])
+    odd = os.fsdecode(b"caf\xe9")
+    write_tar(tmp_path / "odd.tar", [(f"{odd}{number}.jpg", image) for number in range(16)])
+    odd_shards = open_shards(str(tmp_path / "odd.tar"))
+    write(tmp_path / "actions", odd_shards, range(1))
+    assert set(read_step(tmp_path / "actions", 0).column("key").to_pylist()) == {f"caf\\xe9{n}" for n in range(16)}

@@ -1,0 +1,208 @@
+"""Images that cannot be decoded are replaced, the same everywhere, counted, named, and too many end the run."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fixtures.tar_files import encode, photograph, write_tar
+from iwm_fast.pipelines.bad_samples import looks_whole
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.torch_renderer import decode_image
+
+GLOBAL_BATCH = 8
+BACKENDS = ["dali", "torch"]
+
+
+def damaged(kind: str) -> bytes:
+    jpeg, png = (encode(photograph("coffee.png")[:64, :80], name) for name in ("JPEG", "PNG"))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0xFF
+    headless = bytearray(jpeg)
+    headless[100:160] = bytes(range(60))
+    return {
+        "truncated": jpeg[: len(jpeg) // 3],
+        "one byte": b"\xff",
+        "no byte": b"",
+        "html": b"<html>not found</html>",
+        "truncated png": png[: len(png) // 2],
+        # these two look whole, so that only the decoder finds them
+        "png with a wrong checksum": bytes(flipped),
+        "jpeg with a broken header": bytes(headless),
+    }[kind]
+
+
+KINDS = ["truncated", "one byte", "no byte", "html", "truncated png", "png with a wrong checksum",
+         "jpeg with a broken header"]  # fmt: skip
+
+
+def shards_with(folder, bad: dict[int, bytes], count: int = 24) -> ShardSet:
+    pixels = photograph("chelsea.png")
+    for shard in range(3):
+        members = []
+        for place in range(count // 3):
+            number = shard * (count // 3) + place
+            good = encode(pixels[number : number + 64, 2 * number : 2 * number + 80])
+            members += [(f"{number:02}.jpg", bad.get(number, good)), (f"{number:02}.cls", str(number % 5).encode())]
+        write_tar(folder / f"{shard}.tar", members)
+    return open_shards(str(folder))
+
+
+def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH) -> TrainingPlan:
+    order = SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3)
+    stream = Stream(
+        order=order, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, rank=rank, world_size=world_size
+    )
+    return TrainingPlan(views=ViewConfig(size=32), mask=MaskConfig(), seed=0, grid=4, stream=stream)
+
+
+def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float = 100.0) -> list[Batch]:
+    settings = LoaderSettings(
+        backend=backend, device=torch.device("cpu"), reader_threads=2, loader_threads=1, prefetch=2,
+        max_bad_samples=most,
+    )  # fmt: skip
+    loader = build_loader(plan, shards, settings)
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_is_replaced_by_the_next_slot_of_its_batch_and_named(tmp_path, backend, kind, caplog):
+    shards = shards_with(tmp_path, {7: damaged(kind)})
+    batches = take(training_plan(shards), shards, 6, backend)  # two epochs
+    planned = torch.cat([batch.planned for batch in batches])
+    shown = torch.cat([batch.sample for batch in batches])
+    assert (planned == 7).sum() == 2 and (shown != planned).nonzero().flatten().tolist() == (
+        planned == 7
+    ).nonzero().flatten().tolist()
+    for batch in batches:
+        for slot in (batch.planned == 7).nonzero().flatten().tolist():
+            following = (slot + 1) % GLOBAL_BATCH
+            assert batch.sample[slot] == batch.planned[following]
+            # key and label are those of what is shown
+            assert batch.key[slot] == batch.key[following] and batch.label[slot] == batch.label[following]
+    named = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(named) == 1, "once, though it comes in every epoch"
+    assert f"{tmp_path}/0.tar:07" in named[0].getMessage() and "bad samples so far: 1" in named[0].getMessage()
+
+
+def test_a_substitute_keeps_what_was_drawn_for_its_slot(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    whole, torn = shards_with(good, {}), shards_with(bad, {7: damaged("html")})
+    for expected, got in zip(take(training_plan(whole), whole, 3), take(training_plan(torn), torn, 3), strict=True):
+        assert torch.equal(got.action, expected.action) and torch.equal(got.target.patch, expected.target.patch)
+        is_same = got.sample == expected.sample
+        assert torch.equal(got.source_view[is_same], expected.source_view[is_same])
+        assert torch.equal(got.planned, expected.planned)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "png with a wrong checksum"])
+def test_ranks_micro_batches_and_backends_choose_the_same_substitutes(tmp_path, kind):
+    # neighbours in the order too, so that a first choice is bad itself, and several batches in a row fail
+    bad = {number: damaged(kind) for number in (0, 3, 5, 6, 11, 12, 13, 20)}
+    shards = shards_with(tmp_path, bad)
+    whole = take(training_plan(shards), shards, 6)
+    assert not set(torch.cat([batch.sample for batch in whole]).tolist()) & set(bad)
+    twin = take(training_plan(shards), shards, 6, "torch")
+    ranks = [take(training_plan(shards, rank=rank, world_size=2, micro=2), shards, 12) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.sample, twin[step].sample) and batch.key == twin[step].key
+        assert (batch.source_view - twin[step].source_view).abs().mean() < 0.05
+        parts = sorted(
+            ranks[0][2 * step : 2 * step + 2] + ranks[1][2 * step : 2 * step + 2], key=lambda part: int(part.slot[0])
+        )
+        assert torch.equal(batch.sample, torch.cat([part.sample for part in parts]))
+        assert torch.equal(batch.source_view, torch.cat([part.source_view for part in parts]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("most", "limit"), [(2.0, 2), (0.1, 2), (0.0, 0)])
+def test_too_many_bad_samples_end_the_run_with_shard_and_key(tmp_path, backend, most, limit):
+    shards = shards_with(tmp_path, {number: damaged("html") for number in (1, 9, 17)})
+    with pytest.raises(
+        ShardError, match=f"bad sample {limit + 1} and runtime.max_bad_samples = {most:g} allows {limit}"
+    ) as caught:
+        take(training_plan(shards), shards, 6, backend, most)
+    number = int(caught.value.key)
+    assert number in (1, 9, 17) and caught.value.shard == str(tmp_path / f"{number // 8}.tar")
+    assert "iwm shards check" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_without_any_good_image_is_an_error(tmp_path, backend):
+    shards = shards_with(tmp_path, {number: damaged("truncated") for number in range(24)})
+    with pytest.raises(ShardError, match="none may stand in for it"):
+        take(training_plan(shards), shards, 1, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["truncated", "html", "png with a wrong checksum"])
+def test_evaluations_replace_nothing(tmp_path, backend, kind):
+    shards = shards_with(tmp_path, {7: damaged(kind)})
+    plan = EvaluationPlan(views=ViewConfig(size=32), grid=4, samples=np.arange(24), micro_batch_size=8)
+    with pytest.raises(ShardError, match=r"sample '07': cannot decode the image") as caught:
+        take(plan, shards, 3, backend)
+    assert caught.value.shard == str(tmp_path / "0.tar")
+
+
+def test_only_what_is_cut_off_or_foreign_has_to_be_decoded_twice():
+    pixels = photograph("coffee.png")[:40, :50]
+    for kind in ("JPEG", "PNG", "WEBP"):
+        whole = np.frombuffer(encode(pixels, kind), np.uint8)
+        assert looks_whole(whole), kind
+        for cut in (1, 100, len(whole) // 2, len(whole) - 3):
+            part = whole[:-cut]
+            # WebP and PNG carry a length or mark at their end, a JPEG two bytes
+            assert not looks_whole(part), (kind, cut)
+    with_tail = np.frombuffer(encode(pixels) + bytes(20), np.uint8)
+    assert looks_whole(with_tail)
+
+
+def test_a_file_that_only_looks_cut_off_is_kept(tmp_path, caplog):
+    # trailing zeros behind the end mark, and a bitmap, which has no end mark at all
+    odd = encode(photograph("coffee.png")[:64, :80]) + bytes(500)
+    file = io.BytesIO()
+    Image.fromarray(photograph("coffee.png")[:64, :80]).save(file, "BMP")
+    shards = shards_with(tmp_path, {3: odd, 7: file.getvalue()})
+    for backend in BACKENDS:
+        batches = take(training_plan(shards), shards, 3, backend, 0.0)
+        assert all(torch.equal(batch.sample, batch.planned) for batch in batches)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["GIF", "ICO"])
+def test_a_format_that_dali_does_not_read_is_bad_on_both_backends(tmp_path, kind):
+    file = io.BytesIO()
+    Image.fromarray(photograph("coffee.png")[:64, :64]).save(file, kind)
+    shards = shards_with(tmp_path, {7: file.getvalue()})
+    for backend in BACKENDS:
+        batches = take(training_plan(shards), shards, 3, backend)
+        assert sum(int((batch.sample != batch.planned).sum()) for batch in batches) == 1
+
+
+def test_sixteen_bits_are_scaled_and_cmyk_is_converted(tmp_path):
+    gray = np.array(Image.fromarray(photograph("coffee.png")[:64, :80]).convert("L"))
+    deep, ink = io.BytesIO(), io.BytesIO()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(deep, "PNG")
+    Image.fromarray(photograph("coffee.png")[:64, :80]).convert("CMYK").save(ink, "JPEG", quality=95)
+    decoded = decode_image(np.frombuffer(deep.getvalue(), np.uint8))
+    assert torch.equal(decoded, torch.from_numpy(gray)[..., None].expand(-1, -1, 3))
+    shards = shards_with(tmp_path, {7: deep.getvalue(), 12: ink.getvalue()})
+    for fast, plain in zip(
+        *(take(training_plan(shards), shards, 3, backend, 0.0) for backend in BACKENDS), strict=True
+    ):
+        assert (fast.target_view - plain.target_view).abs().mean() < 0.05

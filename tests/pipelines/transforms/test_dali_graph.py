@@ -1,0 +1,118 @@
+"""The DALI graph against its plain twin, on decoded arrays (PNG), so that decoders play no part."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fixtures.tar_files import encode, photograph
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.geometry import crop_window
+from iwm_fast.pipelines.transforms.parameters import Draws, clean_draws, draw
+from iwm_fast.pipelines.transforms.torch_renderer import render
+
+SIZE = 64
+SHAPES = [(40, 300), (300, 40), (64, 64), (97, 131), (211, 59), (500, 333), (17, 23), (1, 90)]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    pixels = photograph("astronaut.png")
+    return [pixels[:height, 100 : 100 + width] for height, width in SHAPES]
+
+
+def run(
+    images: list[np.ndarray], draws: Draws, device_id: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
+    settings = GraphSettings(
+        views=ViewConfig(size=SIZE), max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id
+    )
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, settings)))
+    source, target, window, _ = (np.array(as_cpu(output).as_tensor()) for output in graph.run())
+    return torch.from_numpy(source), torch.from_numpy(target), window
+
+
+def as_cpu(output):
+    return output.as_cpu() if hasattr(output, "as_cpu") else output
+
+
+def without_crop(draws: Draws) -> Draws:
+    return replace(clean_draws(len(draws.flip)), source=draws.source, target=draws.target)
+
+
+def test_window_is_the_twins_to_the_pixel(images):
+    shapes = np.array([image.shape[:2] for image in images])
+    for step in range(8):
+        draws = draw(ViewConfig(size=SIZE), 0, step, np.arange(len(images)))
+        assert (run(images, draws)[2] == crop_window(draws.crop, shapes)).all()
+
+
+def test_photometry_is_the_twins_within_one_grey_level(images):
+    config = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
+    for step in range(4):
+        draws = without_crop(draw(config, 0, step, np.arange(len(images))))
+        source, target, _ = run(images, draws)
+        clean, _, _ = run(images, clean_draws(len(images)))
+        for ours, parameters in ((source, draws.source), (target, draws.target)):
+            theirs = render(clean, parameters)
+            difference = (ours.int() - theirs.int()).abs()
+            # a grey level's difference before solarize may stand on either side of 128
+            is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250)
+            allowed = torch.where(torch.from_numpy(parameters.grayscale | parameters.blur), 2, 1)
+            assert ((difference <= allowed[:, None, None, None]) | is_split).all()
+            assert (difference > 0).float().mean() < 0.01
+
+
+def test_identity_parameters_leave_both_views_bit_equal_to_the_crop():
+    pixels = photograph("coffee.png")[:SIZE, :SIZE]
+    source, target, window = run([pixels], clean_draws(1))
+    assert torch.equal(source[0], torch.from_numpy(pixels)) and torch.equal(target, source)
+    assert (window == [[0, 0, SIZE, SIZE]]).all()
+
+
+def test_flip_mirrors_both_views(images):
+    clean = clean_draws(len(images))
+    source, target, _ = run(images, replace(clean, flip=np.ones(len(images), bool)))
+    straight, _, _ = run(images, clean)
+    assert torch.equal(source, straight.flip(2)) and torch.equal(target, straight.flip(2))
+
+
+def test_a_sample_is_rendered_the_same_alone_and_in_a_batch(images):
+    draws = draw(ViewConfig(size=SIZE), 0, 3, np.arange(len(images)))
+    together = run(images, draws)
+    alone_draws = draw(ViewConfig(size=SIZE), 0, 3, np.array([5]))
+    alone = run(images[5:6], alone_draws)
+    for whole, single in zip(together, alone, strict=True):
+        assert (np.asarray(whole[5]) == np.asarray(single[0])).all()
+
+
+def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
+    # left half dark, right half bright: the source shows the left quarter alone
+    pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
+    pixels[:, SIZE // 2 :] = 200
+    clean = clean_draws(1)
+    halved = replace(clean.source, contrast=np.array([0.5], np.float32))
+    draws = replace(clean, source_crop=np.array([[0.25, 1, 0, 0]], np.float32), source=halved, target=halved)
+    settings = GraphSettings(
+        views=ViewConfig(size=SIZE, source_crop=(0.2, 0.5)), max_batch_size=1, num_threads=1, prefetch=1, device_id=None
+    )
+    encoded = [np.frombuffer(encode(pixels, "PNG"), np.uint8)]
+    parameters = graph_parameters(draws, settings)
+    source, target, *_ = build_graph(settings, lambda: (encoded, *parameters)).run()
+    assert set(np.unique(np.array(source.as_tensor()))) == {40}
+    assert set(np.unique(np.array(target.as_tensor()))) == {80, 160}
+
+
+@pytest.mark.gpu
+def test_the_graph_on_a_gpu_gives_the_views_of_the_graph_on_the_cpu(images):
+    config = ViewConfig(size=SIZE, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.0)
+    for step in range(4):
+        draws = draw(config, 0, step, np.arange(len(images)))
+        fast, plain = run(images, draws, device_id=0), run(images, draws)
+        assert (fast[2] == plain[2]).all()
+        for ours, theirs in zip(fast[:2], plain[:2], strict=True):
+            difference = (ours.int() - theirs.int()).abs().float()
+            assert difference.mean() < 0.5 and difference.quantile(0.999) <= 4

@@ -1,0 +1,200 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixtures.tar_files import photograph
+from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.action import action_difference, action_vector, describe_action
+from iwm_fast.pipelines.transforms.geometry import crop_window, source_geometry, source_window
+from iwm_fast.pipelines.transforms.parameters import JITTER, LUMA, color_matrix, draw, gray_gain, neutral_photometry
+from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
+
+CONFIG = ViewConfig()
+
+
+def test_neutral_parameters_give_the_exact_identity_matrix():
+    neutral = neutral_photometry(3)
+    assert (color_matrix(neutral) == np.eye(3, dtype=np.float32)).all()
+    assert (gray_gain(neutral) == 0).all()
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=50)
+def test_action_tells_the_drawn_difference_and_the_flags(step: int):
+    drawn = draw(CONFIG, 0, step, np.arange(16))
+    difference = action_difference(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
+    for name in JITTER:
+        expected = getattr(drawn.target, name) - getattr(drawn.source, name)
+        np.testing.assert_allclose(difference[name], expected, atol=1e-6)
+    for name in ("blur", "grayscale", "solarize"):
+        assert (difference[name].astype(bool) == getattr(drawn.source, name)).all()
+
+
+def test_no_change_is_the_zero_vector():
+    neutral = neutral_photometry(2)
+    assert (action_vector(neutral, neutral, CONFIG) == 0).all()
+    assert describe_action(np.zeros(7, np.float32), CONFIG) == "no change"
+
+
+def test_entries_are_of_order_one_whatever_the_strength():
+    for strength in (0.05, 0.8):
+        config = ViewConfig(brightness=strength, contrast=strength, saturation=strength, hue=strength / 2)
+        drawn = draw(config, 0, 0, np.arange(4000))
+        spread = action_vector(drawn.source, drawn.target, config)[:, :4].std(axis=0)
+        assert (spread > 0.5).all() and (spread < 1).all()
+
+
+def test_action_keeps_the_asked_entries_in_their_order():
+    config = ViewConfig(action_entries=("hue", "brightness"))
+    drawn = draw(config, 0, 0, np.arange(32))
+    whole = action_vector(drawn.source, drawn.target, CONFIG)
+    chosen = action_vector(drawn.source, drawn.target, config)
+    columns = [CONFIG.entries.index(name) for name in ("hue", "brightness")]
+    assert (chosen == whole[:, columns]).all()
+
+
+def test_only_the_source_is_destroyed():
+    drawn = draw(
+        ViewConfig(grayscale_probability=1.0, blur_probability=1.0, solarize_probability=1.0), 0, 0, np.arange(64)
+    )
+    for name in ("grayscale", "blur", "solarize"):
+        assert getattr(drawn.source, name).all() and not getattr(drawn.target, name).any()
+
+
+def test_probabilities_are_met():
+    drawn = draw(CONFIG, 0, 0, np.arange(20_000))
+    assert abs(drawn.flip.mean() - 0.5) < 0.015
+    assert abs(drawn.source.blur.mean() - 0.2) < 0.012
+    assert abs((drawn.target.brightness == 1).mean() - 0.2) < 0.012
+    both = (drawn.source.brightness == 1) & (drawn.target.brightness == 1)
+    assert abs(both.mean() - 0.04) < 0.006  # the two views are jittered independently
+
+
+def test_saturation_and_hue_keep_luma():
+    config = ViewConfig(brightness=0.0, contrast=0.0, saturation=1.0, hue=0.5, jitter_probability=1.0)
+    matrix = color_matrix(draw(config, 0, 0, np.arange(64)).source)
+    np.testing.assert_allclose(np.array(LUMA) @ matrix, np.tile(LUMA, (64, 1)), atol=1e-6)
+
+
+def test_grayscale_is_the_color_map_without_chroma():
+    drawn = draw(ViewConfig(grayscale_probability=1.0, jitter_probability=1.0), 0, 0, np.arange(64)).source
+    factor = (drawn.brightness * drawn.contrast)[:, None, None]
+    np.testing.assert_allclose(color_matrix(drawn), factor * np.tile(LUMA, (64, 3, 1)), atol=1e-6)
+
+
+def test_a_full_turn_of_hue_is_two_half_turns():
+    config = ViewConfig(
+        brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, jitter_probability=1.0, grayscale_probability=0.0
+    )
+    turned = draw(config, 0, 0, np.arange(8)).source
+    half = turned.__class__(**{**vars(turned), "hue": np.full(8, 0.5, np.float32)})
+    np.testing.assert_allclose(color_matrix(half) @ color_matrix(half), np.tile(np.eye(3), (8, 1, 1)), atol=1e-5)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 1000))
+def test_the_crop_lies_inside_the_image(height: int, width: int, step: int):
+    crop = draw(ViewConfig(crop_scale=(0.01, 1.0)), 0, step, np.arange(32)).crop
+    top, left, crop_height, crop_width = crop_window(crop, np.tile([height, width], (32, 1))).T
+    assert (top >= 0).all() and (left >= 0).all() and (crop_height >= 1).all() and (crop_width >= 1).all()
+    assert (top + crop_height <= height).all() and (left + crop_width <= width).all()
+
+
+def test_the_crop_has_the_asked_area_and_reaches_every_border():
+    crop = draw(CONFIG, 0, 0, np.arange(20_000)).crop
+    top, left, height, width = crop_window(crop, np.tile([400, 400], (20_000, 1))).T
+    share = height * width / 400**2
+    # only large crops of an extreme aspect do not fit and are shrunk
+    assert share[share < 0.75].min() > 0.295 and share.max() <= 1
+    assert abs(share.mean() - 0.63) < 0.03
+    assert (top == 0).any() and (top + height == 400).any() and (left == 0).any() and (left + width == 400).any()
+
+
+ZOOM = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 1000))
+def test_the_source_lies_inside_the_target(height: int, width: int, step: int):
+    drawn = draw(ZOOM, 0, step, np.arange(32))
+    window = crop_window(drawn.crop, np.tile([height, width], (32, 1)))
+    inner = source_window(drawn.source_crop, window)
+    assert (inner[:, 2:] >= 1).all() and (inner[:, :2] >= window[:, :2]).all()
+    assert (inner[:, :2] + inner[:, 2:] <= window[:, :2] + window[:, 2:]).all()
+
+
+def test_the_source_crop_has_the_asked_share_and_reaches_every_border():
+    drawn = draw(ZOOM, 0, 0, np.arange(20_000))
+    window = np.tile(np.array([100, 50, 400, 300], np.float32), (20_000, 1))
+    inner = source_window(drawn.source_crop, window)
+    share = inner[:, 2] * inner[:, 3] / (400 * 300)
+    assert share.min() > 0.24 and share.max() <= 1 and abs(share.mean() - 0.6) < 0.03
+    for side, first, last in ((0, 100, 500), (1, 50, 350)):
+        assert (inner[:, side] == first).any() and (inner[:, side] + inner[:, side + 2] == last).any()
+    assert abs(drawn.source_flip.mean() - 0.5) < 0.015
+
+
+def test_geometry_tells_where_in_the_target_view_the_source_view_lies():
+    """Cut the source out of a rendered target view by what the action says, and compare with the direct way."""
+    image = torch.from_numpy(photograph("astronaut.png")[:400, :400].copy())
+    drawn = draw(ZOOM, 3, 0, np.arange(16))
+    window = crop_window(drawn.crop, np.tile([400, 400], (16, 1)))
+    inner = source_window(drawn.source_crop, window)
+    action = action_vector(drawn.target, drawn.target, ZOOM, source_geometry(drawn, window, inner))
+    told = action_difference(action, ZOOM)
+    size = 256
+    for number in range(16):
+        target = resized_crop(image, window[number], size)
+        target = target.flip(1) if drawn.flip[number] else target
+        source = resized_crop(image, inner[number], size)
+        source = source.flip(1) if drawn.flip[number] ^ drawn.source_flip[number] else source
+        width, height = (size * np.exp(told[name][number]) for name in ("crop_width", "crop_height"))
+        left = size * (0.5 + told["crop_x"][number]) - width / 2
+        top = size * (0.5 + told["crop_y"][number]) - height / 2
+        found = resized_crop(target, np.round([top, left, height, width]).astype(np.float32), size)
+        found = found.flip(1) if told["flip"][number] > 0.5 else found
+        # the detour over the target's pixels blurs, and rounds the window; another place is another picture
+        assert (found.float() - source.float()).abs().mean() < 10
+        assert (found.flip(1).float() - source.float()).abs().mean() > 25
+
+
+def test_entries_of_the_crop_are_of_order_one_and_zero_where_there_is_none():
+    for low in (0.1, 0.6):
+        config = ViewConfig(source_crop=(low, 1.0), source_flip_probability=0.5)
+        drawn = draw(config, 0, 0, np.arange(4000))
+        window = np.tile(np.array([0, 0, 900, 900], np.float32), (4000, 1))
+        geometry = source_geometry(drawn, window, source_window(drawn.source_crop, window))
+        spread = action_vector(drawn.source, drawn.target, config, geometry)[:, 7:11].std(axis=0)
+        assert (spread > 0.2).all() and (spread < 1).all()
+    drawn = draw(CONFIG, 0, 0, np.arange(8))
+    window = crop_window(drawn.crop, np.tile([333, 500], (8, 1)))
+    assert (source_window(drawn.source_crop, window) == window).all()
+    assert (source_geometry(drawn, window, window) == 0).all()
+
+
+def test_an_action_is_put_into_words():
+    config = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+    action = np.zeros(12, np.float32)
+    action[[0, 7, 9, 10, 11]] = 0.5, 0.4, 0.5, 1.0, 1.0
+    assert describe_action(action, config) == "brightness +0.20, mirror, from a crop of 1.41 x 2.00 at +0.10, +0.00"
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"crop_scale": (0.9, 0.2)}, r"views.crop_scale must satisfy 0.001 <= low <= high <= 1, got \(0.9, 0.2\)"),
+        ({"blur_probability": 1.5}, "views.blur_probability must be between 0 and 1, got 1.5"),
+        ({"hue": 0.6}, "views.hue must be between 0 and 0.5, got 0.6"),
+        ({"action_entries": ("brightness", "gamma")}, "views.action_entries must name entries of .*got \\['gamma'\\]"),
+        ({"action_entries": ("hue", "hue")}, "views.action_entries must name entries once"),
+        (
+            {"action_entries": ("hue", "crop_x")},
+            "must be left out while views.source_crop is unset .*got \\['crop_x'\\]",
+        ),
+        ({"source_crop": (0.5, 1.5)}, "views.source_crop must satisfy 0.001 <= low <= high <= 1"),
+        ({"size": 8, "blur_sigma": (0.1, 4.0)}, "views.blur_sigma must satisfy"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_name_value_and_range(settings_, message):
+    with pytest.raises(ValueError, match=message):
+        ViewConfig(**settings_)

@@ -1,0 +1,52 @@
+"""The plain twin on its own; tests/pipelines/test_parity.py compares it with the DALI graph and torchvision."""
+
+import numpy as np
+import pytest
+import torch
+
+from fixtures.tar_files import photograph
+from iwm_fast.pipelines.transforms.parameters import Photometry, neutral_photometry
+from iwm_fast.pipelines.transforms.torch_renderer import decode_image, recolor, render, resized_crop
+
+
+def change(count: int = 1, **values: float) -> Photometry:
+    neutral = vars(neutral_photometry(count))
+    return Photometry(**{name: np.full_like(old, values.get(name, old[0])) for name, old in neutral.items()})
+
+
+@pytest.fixture(scope="module")
+def crop() -> torch.Tensor:
+    return torch.from_numpy(photograph("coffee.png")[100:196, 200:296].copy())[None]
+
+
+def test_identity_leaves_pixels_bit_equal(crop):
+    assert torch.equal(render(crop, neutral_photometry(1)), crop)
+
+
+def test_jitter_clamps_once_so_that_bright_and_dark_cancel(crop):
+    back = recolor(crop, change(contrast=0.5, brightness=2.0)).float()
+    direct = (crop.float() + (crop.float() @ torch.tensor([0.299, 0.587, 0.114])).mean()).clamp(0, 255)
+    assert (back - direct).abs().max() <= 0.51
+
+
+def test_solarize_inverts_values_of_128_and_more():
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3).contiguous()
+    solarized = render(ramp, change(solarize=True))
+    assert torch.equal(solarized, torch.where(ramp >= 128, 255 - ramp, ramp))
+
+
+def test_flags_act_on_their_own_image_only(crop):
+    mixed = change(3)
+    mixed.blur[1], mixed.solarize[2] = True, True
+    rendered = render(crop.expand(3, -1, -1, -1).contiguous(), mixed)
+    assert torch.equal(rendered[0], crop[0])
+    assert not torch.equal(rendered[1], crop[0]) and not torch.equal(rendered[2], crop[0])
+
+
+def test_a_crop_of_the_whole_square_at_its_own_size_changes_nothing(crop):
+    assert torch.equal(resized_crop(crop[0], np.array([0, 0, 96, 96], np.float32), 96), crop[0])
+
+
+def test_bytes_that_are_no_image_are_refused():
+    with pytest.raises(OSError, match="cannot identify image file"):
+        decode_image(np.frombuffer(b"<html>not found</html>", np.uint8))

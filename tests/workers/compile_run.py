@@ -1,0 +1,23 @@
+"""Run in a process without jaxtyping's checks, which no compiler follows: steps with and without runtime.compile."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from fixtures.tiny_pretraining import losses, tiny_run
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import end_process
+
+
+class Shards:
+    pattern = sys.argv[1]
+
+
+if __name__ == "__main__":
+    place = distributed.start("cpu")
+    config = tiny_run(Shards, Path("unused"), engine=sys.argv[2])
+    compiled = replace(config, runtime=replace(config.runtime, compile=True))
+    print(json.dumps([losses(place, chosen, steps=6) for chosen in (config, compiled)]))
+    distributed.stop()
+    end_process()

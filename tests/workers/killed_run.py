@@ -1,0 +1,129 @@
+"""Kill a whole run again and again: `python killed_run.py RUN.yaml STRAIGHT_FOLDER KILLED_FOLDER NUM_KILLS SEED`.
+
+It trains once without interruption and once with; of the second it prints one JSON line per kill: what was on the disk
+then. Every start is a fork of this process, which has imported everything and started nothing.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+# what a run imports when it is asked for
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.config.loading import load_config
+from iwm_fast.engines import deepspeed_engine
+from iwm_fast.pipelines import dali_loader
+from iwm_fast.runtime.preemption import Preemption
+from iwm_fast.train import run
+
+WARM = (deepspeed_engine, dali_loader)
+PATIENCE_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """What one kill left."""
+
+    newest: int
+    """Step of the newest whole checkpoint, 0 for none."""
+    refused: list[str]
+    num_unfinished: int
+    had_ended: bool
+    """Whether the run was over before it could be killed."""
+
+
+def forked(config):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        # its whole tree is one group
+        os.setsid()
+        run(config, Preemption())
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finish(config):
+    _, status = os.waitpid(forked(config), 0)
+    if status:
+        sys.exit(f"a run that nobody killed ended with status {status}")
+
+
+def step_on_disk(folder):
+    newest = checkpoints.newest(folder)
+    return checkpoints.step_of(newest) if newest else 0
+
+
+def unfinished(folder):
+    return list((folder / "checkpoints").glob(".unfinished-*"))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit("the run makes no checkpoints")
+        time.sleep(0.0005)
+
+
+def wait_for_moment(folder, moments):
+    """Wait for some moment of the start, of a step or, half of the times, of a checkpoint's being written."""
+    kind = moments.choice(("start", "step", "save", "save"))
+    if kind == "start":
+        time.sleep(moments.uniform(0.0, 2.0))
+        return
+    goal = step_on_disk(folder) + moments.randint(1, 3)
+    wait_until(lambda: step_on_disk(folder) >= goal)
+    if kind == "save":
+        wait_until(lambda: unfinished(folder))
+    # a tiny run saves within a few milliseconds
+    time.sleep(moments.uniform(0.0, 0.002 if kind == "save" else 0.2))
+
+
+def kill_one(config, moments):
+    folder = Path(config.output.folder)
+    child = forked(config)
+    wait_for_moment(folder, moments)
+    had_ended = os.waitpid(child, os.WNOHANG)[0] != 0
+    if not had_ended:
+        # no group yet is one process yet
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    saved, refused = checkpoints.read_newest(folder)
+    return Kill(
+        newest=saved.step if saved else 0,
+        refused=[str(error) for error in refused.values()],
+        num_unfinished=len(unfinished(folder)),
+        had_ended=had_ended,
+    )
+
+
+def main(settings, straight, killed, num_kills, seed):
+    torch.set_num_threads(1)
+    finish(load_config(settings, [f"output.folder={straight}"]))
+    config = load_config(settings, [f"output.folder={killed}", "resume=auto"])
+    moments = random.Random(seed)
+    for _ in range(num_kills):
+        print(json.dumps(asdict(kill_one(config, moments))), flush=True)
+    finish(config)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))

@@ -1,0 +1,149 @@
+"""One rank of test_engine_ranks.py: `python ranks_engine.py FOLDER whole|first|second`, ranks from the environment.
+
+Every state and outcome is left in the folder as a file; the tests compare them.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from iwm_fast.checkpoints.async_writer import CheckpointWriter
+from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, RuntimeConfig
+from iwm_fast.engines.factory import build_engine
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import end_process
+
+ENGINES = {"plain": ("plain", None), **{f"zero{stage}": ("deepspeed", stage) for stage in range(4)}}
+GLOBAL_BATCH_SIZE = 8
+
+
+def main(folder, part):
+    # fresh memory is NaN: padding that is never written would show
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    place = distributed.start("cpu")
+    {"whole": whole, "first": first, "second": second}[part](folder, place)
+    distributed.stop()
+
+
+def whole(folder, place):
+    engine = make_engine(place, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
+    outcomes = train(engine, place, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
+    save(engine, place, folder / "whole-3")
+    (folder / "whole-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
+
+
+def first(folder, place):
+    """Two ranks, two micro-batches each: a straight run, and one with a bad sample on the last rank."""
+    for name in ENGINES:
+        engine = make_engine(place, name)
+        outcomes = train(engine, place, range(3))
+        if place.rank == 0:
+            (folder / f"{name}-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
+        save(engine, place, folder / f"{name}-3")
+        train(engine, place, range(3, 5))
+        save(engine, place, folder / f"{name}-5")
+
+        engine = make_engine(place, name)
+        train(engine, place, range(2))
+        save(engine, place, folder / f"{name}-before-bad")
+        weights = {key: weight.detach().clone() for key, weight in engine.named_parameters()}
+        bad = train(engine, place, range(2, 3), bad_rank=1)
+        save(engine, place, folder / f"{name}-after-bad")
+        # before the next collective mends or breaks anything: this rank's own copy
+        is_same = all(torch.equal(weight, weights[key]) for key, weight in engine.named_parameters())
+        train(engine, place, range(2, 3))
+        save(engine, place, folder / f"{name}-3-after-bad")
+        report = {"applied": [outcome.applied for outcome in bad], "is_same": is_same}
+        (folder / f"{name}-rank{place.rank}.json").write_text(json.dumps(report))
+    disagree(folder, place)
+
+
+def second(folder, place):
+    """New processes: go on from the first ones' states, with the same engine and with others."""
+    for source in ENGINES:
+        for target in ENGINES:
+            engine = make_engine(place, target)
+            engine.load_state(load_file(folder / f"{source}-3.safetensors"))
+            train(engine, place, range(3, 5))
+            save(engine, place, folder / f"{source}-3-{target}-5")
+
+
+def disagree(folder, place):
+    """What the ranks make of differing flags, sums, parts, and of a disk that fails rank 0."""
+    cpu = place.device
+    number = torch.tensor([float(place.rank + 1)])
+    report = {
+        "agree": [distributed.agree(place.rank == 1, cpu), distributed.agree(False, cpu)],
+        "sum": distributed.sum_over_ranks(number).tolist(),
+        "joined": distributed.join_over_ranks(number).tolist(),
+    }
+    (folder / "no-folder").write_text("a file where a run folder should be")
+    config = RunConfig(output=OutputConfig(folder=str(folder / "no-folder")))
+    writer = CheckpointWriter(config, place, fingerprint={}, run_id="")
+    # written beside training: only the next call can tell, on both ranks alike
+    writer.write(engine_state={}, teacher_state={}, step=1, applied_steps=1)
+    try:
+        writer.wait()
+    except CheckpointError as error:
+        report["error"] = str(error)
+    report["has_failed"] = writer.has_failed
+    try:
+        writer.write(engine_state={}, teacher_state={}, step=2, applied_steps=2)
+    except CheckpointError as error:
+        report["error again"] = str(error)
+    writer.close()
+    (folder / f"report-rank{place.rank}.json").write_text(json.dumps(report))
+
+
+def make_engine(place, name, micro_batch_size=2):
+    # other weights on each rank: all must start from rank 0's
+    torch.manual_seed(place.rank)
+    module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
+    groups = [
+        {"params": [row for row in module.parameters() if row.ndim > 1], "name": "decay"},
+        {"params": [row for row in module.parameters() if row.ndim < 2], "name": "no_decay"},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
+    engine, stage = ENGINES[name]
+    small = {"zero_optimization": {"reduce_bucket_size": 30}} if engine == "deepspeed" else {}
+    runtime = RuntimeConfig(engine=engine, zero_stage=stage, micro_batch_size=micro_batch_size, deepspeed=small)
+    config = RunConfig(optim=OptimConfig(global_batch_size=GLOBAL_BATCH_SIZE, clip_norm=0.1), runtime=runtime)
+    return build_engine(config, module, optimizer, place)
+
+
+def train(engine, place, steps, micro_batch_size=2, bad_rank=None):
+    """Each sample is a function of (step, slot); slots go to micro-batches in turn, and in these to ranks."""
+    outcomes = []
+    for step in steps:
+        engine.set_hyperparameters(lr=0.01 * (step + 1), weight_decay=0.1 * (step + 1))
+        for begin in range(0, GLOBAL_BATCH_SIZE, micro_batch_size * place.world_size):
+            slot = begin + micro_batch_size * place.rank
+            samples = torch.randn(GLOBAL_BATCH_SIZE, 5, generator=torch.Generator().manual_seed(step))
+            samples = samples[slot : slot + micro_batch_size]
+            is_bad = place.rank == bad_rank and begin == 0
+            loss = (engine.forward(samples * math.nan if is_bad else samples) ** 2).sum() / GLOBAL_BATCH_SIZE
+            engine.backward(loss)
+        outcomes.append(engine.step())
+        assert outcomes[-1].grad_norm > 0.1, "clipping must be active"
+    return outcomes
+
+
+def save(engine, place, path):
+    state = engine.state()
+    assert bool(state) == (place.rank == 0)
+    if place.rank == 0:
+        save_file(state, path.with_suffix(".safetensors"))
+    # the other rank may want to read it
+    distributed.agree(False, place.device)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
+    end_process()

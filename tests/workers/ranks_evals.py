@@ -1,0 +1,26 @@
+"""One rank of test_eval_ranks.py: `python ranks_evals.py RUN MRR PLAN` (settings as JSON); measures and prints."""
+
+import json
+import sys
+
+import torch
+
+from iwm_fast.config.evaluation import MrrConfig, PlanConfig
+from iwm_fast.evals.planning.evaluate import evaluate_plan
+from iwm_fast.evals.retrieval.mrr import evaluate_mrr
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import end_process, errors_as_messages
+
+
+def main(folder: str, mrr: str, plan: str) -> None:
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    print(evaluate_mrr(MrrConfig(run=folder, **json.loads(mrr))).rows, flush=True)
+    print(evaluate_plan(PlanConfig(run=folder, **json.loads(plan))).rows, flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    with errors_as_messages():
+        main(*sys.argv[1:])
+    end_process()

@@ -1,0 +1,35 @@
+"""One rank of test_online.py: `python ranks_online.py FOLDER TRAIN VAL`; measures, then loses its images."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from iwm_fast.evals.online import OnlineEvaluation
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import end_process, errors_as_messages
+from iwm_fast.training.components import build_components
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fixtures.tar_files import TinyShards
+from fixtures.tiny_pretraining import tiny_run
+
+
+def main(folder, train, val):
+    # where whole weights are to be had only if every rank takes part
+    config = tiny_run(TinyShards(pattern=train, folder=folder), folder, engine="deepspeed", zero_stage=3)
+    config = replace(config, data=replace(config.data, val=val), output=replace(config.output, evaluate_every=4))
+    place = distributed.start("cpu")
+    trainer = build_components(config, place)
+    evaluation = OnlineEvaluation(config, trainer.shards, place)
+    evaluation.prepare()
+    row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+    print({name: value for name, value in row.items() if name != "eval/time_s"}, flush=True)
+    distributed.on_rank_zero(Path(val).unlink)
+    evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+
+
+if __name__ == "__main__":
+    with errors_as_messages():
+        main(Path(sys.argv[1]), *sys.argv[2:])
+    end_process()
