@@ -6,6 +6,7 @@ Importing this file must stay cheap (no torch): `--help` reads it.
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import textwrap
@@ -86,7 +87,7 @@ def _escape(node: Any) -> Any:
 def _apply_override(kind: type, tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
-    kinds = {known: kind_name for known, kind_name, _, _ in describe_fields(kind)}
+    kinds = {known: _type_name(field) for known, field, _ in _leaf_fields(kind)}
     if name not in kinds and not name.startswith("runtime.deepspeed."):
         raise ValueError(_unknown_key(kind, name))
     # text settings are taken as they stand: a path may look like YAML
@@ -99,7 +100,7 @@ def _apply_override(kind: type, tree: dict[str, Any], override: str) -> None:
 
 
 def _unknown_key(kind: type, name: str) -> str:
-    known = [row[0] for row in describe_fields(kind)]
+    known = [leaf for leaf, _, _ in _leaf_fields(kind)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = (
         f"did you mean {near[0]!r}?" if near else f"known are {', '.join(row.name for row in dataclasses.fields(kind))}"
@@ -107,17 +108,25 @@ def _unknown_key(kind: type, name: str) -> str:
     return f"unknown setting {name!r}; {hint}"
 
 
-def describe_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+def describe_fields(kind: Any) -> Iterator[tuple[str, str, Any, str]]:
     """Yield (dotted name, type, default, explanation) of every setting, in order."""
-    texts = _field_texts(kind)
-    for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(item.type):
-            yield from describe_fields(item.type, f"{prefix}{item.name}.")
-            continue
+    for name, item, owner in _leaf_fields(kind):
         has_default = item.default is not dataclasses.MISSING
         default = item.default if has_default else item.default_factory()  # type: ignore[misc]
-        kind_name = item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
-        yield f"{prefix}{item.name}", kind_name, default, texts[item.name]
+        yield name, _type_name(item), default, _field_texts(owner)[item.name]
+
+
+def _leaf_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """Yield (dotted name, field, dataclass that has it) of every setting, in order."""
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.type):
+            yield from _leaf_fields(item.type, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, kind
+
+
+def _type_name(item: "dataclasses.Field[Any]") -> str:
+    return item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
 
 
 def settings_text(kind: Any) -> str:
@@ -128,6 +137,7 @@ def settings_text(kind: Any) -> str:
     return "\n".join(["settings (type, default):", *rows])
 
 
+@functools.cache
 def _field_texts(kind: type) -> dict[str, str]:
     """Return the string under each field, inherited ones included."""
     texts: dict[str, str] = {}

@@ -164,9 +164,7 @@ class Workers:
         for step in steps_of(self._lab, cell):
             if self._stopped.is_set():
                 return ""
-            # one thread at a time: reading settings parses source text, which CPython 3.11 cannot do in two
-            with self._lock:
-                is_there = is_done(step)
+            is_there = is_done(step)
             code = 0 if is_there else self._carry_out(step, environment)
             if code != 0:
                 return "" if self._stopped.is_set() else self._describe_failure(step, code)
