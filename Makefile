@@ -9,8 +9,7 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/iwm demo
 
 test: $(VENV)/.installed
-	@$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not multi_rank and not launcher and not gpu" -q
-	@$(RUN) -m pytest -m "(multi_rank or launcher) and not slow and not gpu" -q
+	@$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" -q
 
 test-all: test
 	@$(RUN) -m pytest -m slow -q

@@ -33,7 +33,13 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+# before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        # what launches processes shares, within a module, a run that takes long
+        if item.get_closest_marker("multi_rank") or item.get_closest_marker("launcher"):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if torch.cuda.is_available():
         return
     reasons = {"gpu": "needs an NVIDIA GPU"}

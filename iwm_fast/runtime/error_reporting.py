@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 _SHARED = "found_by_every_rank"
-_OWN_PACKAGES = ("iwm_fast", "pipelines", "kernels")
+_OWN_PACKAGES = ("iwm_fast",)
 
 # what gloo, NCCL and torch's store say of a process that is gone
 _LOST = re.compile(

@@ -36,7 +36,7 @@ class NoDriver:
 
 
 # of the settings whose source the committed figures were made from, one in so many is compiled all the same
-SAMPLE_EVERY = 12
+SAMPLE_EVERY = 20
 
 
 def figures(architecture: int, extent: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fixtures.launchers import CHILD
 from fixtures.paths import WORKERS
 
 pytestmark = pytest.mark.multi_rank
@@ -24,8 +25,9 @@ def run_ranks(folder, part, world_size):
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world_size):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | CHILD | {name: str(value) for name, value in place.items()}
         with (folder / f"{part}-{rank}.log").open("w") as log:
             command = [sys.executable, str(WORKER), str(folder), part]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures.launchers import CHILD
 from fixtures.paths import WORKERS
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
@@ -150,13 +151,12 @@ def test_two_ranks_measure_the_same_and_end_together_when_an_image_cannot_be_rea
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
     for rank in "01":
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(WORKER), str(tmp_path), tiny_shards.pattern, val]
-        ranks.append(
-            subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | place, **pipes))
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     (first, error), (second, silence) = printed

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from pyarrow import parquet
 from rich.console import Console
 
+from fixtures.launchers import CHILD
 from fixtures.paths import WORKERS
 from iwm_fast.evals.results import Result, Row, bootstrap, read_result, save_result, table
 from iwm_fast.runtime.sharding import PADDING, join, real, share
@@ -136,7 +137,7 @@ def test_three_ranks_join_their_shares_in_the_order_of_the_samples():
     for rank in "012":
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks.append(
-            subprocess.Popen([sys.executable, str(WORKER)], env=os.environ | place | {"OMP_NUM_THREADS": "1"},
+            subprocess.Popen([sys.executable, str(WORKER)], env=os.environ | place | CHILD,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )  # fmt: skip
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]

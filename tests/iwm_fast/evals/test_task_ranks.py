@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fixtures.launchers import CHILD
 from fixtures.painted_shards import painted_run
 from fixtures.paths import TESTS, WORKERS
 
@@ -17,11 +18,11 @@ WORKER = WORKERS / "ranks_tasks.py"
 def start_rank(rank: int, world_size: int, port: int, arguments: list[str]) -> subprocess.Popen:
     environment = {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS),
+        "MASTER_PORT": str(port), "PYTHONPATH": str(TESTS),
     }  # fmt: skip
     command = [sys.executable, str(WORKER), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+    return subprocess.Popen(command, env=os.environ | CHILD | environment, **pipes)
 
 
 def rows(world_size: int, *arguments: str) -> list[str]:

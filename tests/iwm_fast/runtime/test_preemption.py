@@ -168,11 +168,12 @@ STUCK = """
 import sys, threading
 from pathlib import Path
 from iwm_fast.runtime import preemption
+from iwm_fast.runtime.run_status import write_status
 preemption.GRACE_S = 1.0
 stop = preemption.OF_PROCESS
 stop.listen(has_launcher=False)
 stop.note_step(0.5)
-stop.before_giving_up = lambda: preemption.write_status(Path(sys.argv[1]), "preempted", reason=stop.reason)
+stop.before_giving_up = lambda: write_status(Path(sys.argv[1]), "preempted", reason=stop.reason)
 print("listening", flush=True)
 threading.Lock().acquire() and threading.Event().wait()
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixtures.launchers import TOOLS, free_port
+from fixtures.launchers import CHILD, TOOLS, free_port
 from fixtures.paths import PROJECT
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
@@ -121,7 +121,7 @@ def slurm(tmp_path) -> dict[str, str]:
     # the example makes its port of this number
     number = next(number for number in range(os.getpid() % 10_000, 20_000) if is_free(10_000 + number))
     job = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NTASKS": "2"}
-    return os.environ | job | {"PATH": f"{stand_ins}:{TOOLS}:{os.environ['PATH']}"}
+    return os.environ | CHILD | job | {"PATH": f"{stand_ins}:{TOOLS}:{os.environ['PATH']}"}
 
 
 # what the example relies on: one process per task, its number in the environment, SIGUSR1 passed on to each

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures.launchers import CHILD
 from fixtures.paths import WORKERS
 from fixtures.tar_files import digests
 from fixtures.tinted_shards import tinted_run, write_tinted
@@ -206,7 +207,7 @@ def test_too_little_room_is_said_with_the_size_before_anything_is_written(model,
 
 def place(rank: int, port: str) -> dict[str, str]:
     of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    return os.environ | of_rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return os.environ | of_rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | CHILD
 
 
 def start_ranks(*arguments: str) -> list[subprocess.Popen]:
@@ -231,7 +232,7 @@ def test_two_ranks_keep_the_features_of_one_and_report_the_same(tmp_path):
     assert printed[0][0] == printed[1][0] != ""
     alone = subprocess.run(
         [sys.executable, str(WORKER), str(twin)], capture_output=True, text=True, check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | CHILD,
     )  # fmt: skip
     assert alone.stdout == printed[0][0]
     kept = [{path.name: digests(path) for path in sets(folder)} for folder in (run_folder, twin)]
