@@ -47,11 +47,11 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     rank = os.environ.get("RANK", "0")
     level, mark = (logging.INFO, "") if rank == "0" else (logging.WARNING, f"[rank {rank}] ")
     logging.basicConfig(level=level, format=f"{mark}%(message)s")
-    place = distributed.start(config.runtime.device, config.runtime.rank_timeout_s)
+    rank_info = distributed.start(config.runtime.device, config.runtime.rank_timeout_s)
     try:
         with found_by_every_rank():
-            components = build_components(config, place)
-        online = OnlineEvaluation(config, components.shards, place)
+            components = build_components(config, rank_info)
+        online = OnlineEvaluation(config, components.shards, rank_info)
         return train(components, preemption, [online] if config.output.evaluate_every else [])
     finally:
         distributed.stop()

@@ -23,7 +23,7 @@ from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.parameters import draw
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import training_loader
 
 AHEAD = 4
@@ -67,9 +67,9 @@ class Workload:
         return self.device.index or 0 if self.device.type == "cuda" else None
 
     @property
-    def place(self) -> Place:
+    def rank_info(self) -> RankInfo:
         """A single process."""
-        return Place(rank=0, local_rank=0, world_size=1, device=self.device)
+        return RankInfo(rank=0, local_rank=0, world_size=1, device=self.device)
 
     def config(self, **runtime: Any) -> RunConfig:
         """Return a run's settings: the default ones, with all cores decoding."""
@@ -93,7 +93,7 @@ def loader_stream(workload: Workload, backend: Backend = "dali", **runtime: Any)
 
     @contextmanager
     def begin() -> Iterator[Loader]:
-        loader = training_loader(config, workload.shards, workload.place)
+        loader = training_loader(config, workload.shards, workload.rank_info)
         try:
             yield loader
         finally:

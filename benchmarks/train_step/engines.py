@@ -15,7 +15,7 @@ from iwm_fast.engines.base import Engine, StepOutcome
 from iwm_fast.engines.optimizer import build_optimizer, set_hyperparameters
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.components import build_components
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.schedules import build_schedules
@@ -91,13 +91,13 @@ class BareEngine:
 class Training:
     """A run that has been built and goes on step by step."""
 
-    def __init__(self, contestant: Contestant, workload: StepWorkload, place: Place) -> None:
+    def __init__(self, contestant: Contestant, workload: StepWorkload, rank_info: RankInfo) -> None:
         config = workload.config(**contestant.runtime)
-        before = allocated(place.device)
-        self._engine, self._teacher, self._objective = _build(contestant, config, place)
+        before = allocated(rank_info.device)
+        self._engine, self._teacher, self._objective = _build(contestant, config, rank_info)
         self._schedules = build_schedules(config.optim, workload.photographs.num_samples)
         self._num_steps = 0
-        self._before, self._device = before, place.device
+        self._before, self._device = before, rank_info.device
         self.config = config
         self.kept_bytes = 0
         """Weights, moments and whatever else stays between steps, on a GPU."""
@@ -118,11 +118,11 @@ class Training:
         return losses
 
 
-def _build(contestant: Contestant, config: RunConfig, place: Place) -> tuple[Engine, Teacher, Objective]:
+def _build(contestant: Contestant, config: RunConfig, rank_info: RankInfo) -> tuple[Engine, Teacher, Objective]:
     if "engine" in contestant.runtime:
-        trainer = build_components(config, place)
+        trainer = build_components(config, rank_info)
         return trainer.engine, trainer.teacher, trainer.objective
-    student = build_student(config, choose_ops(config, place.device)).to(place.device)
+    student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     engine = BareEngine(config, student, build_optimizer(student, config.optim))
     return engine, Teacher(student.encoder, compute_dtype(config)), Objective(config.objective, is_identity=False)
 

@@ -17,7 +17,7 @@ from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PARTS
 from iwm_fast.monitoring.throughput import build_yardstick
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 """Largest relative difference of losses; a missing update shows as more."""
@@ -33,34 +33,36 @@ class StepTurn(NamedTuple):
     """Most that was in use beyond what there was before, on a GPU."""
 
 
-def take_turn(training: Training, batches: Iterator[Batch], steps: int, place: Place, left_out: int = 0) -> StepTurn:
+def take_turn(
+    training: Training, batches: Iterator[Batch], steps: int, rank_info: RankInfo, left_out: int = 0
+) -> StepTurn:
     """Run some steps, of which the first ones do not count."""
     for _ in range(left_out):
         training.step(batches)
-    before = _wait(place)
+    before = _wait(rank_info)
     began = time.perf_counter()
     reports = [training.step(batches) for _ in range(steps)]
-    peak = _peak(place) - before
+    peak = _peak(rank_info) - before
     step_s = (time.perf_counter() - began) / steps
     taken = [report.stopwatch.seconds() for report in reports]
     return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
 
 
-def _wait(place: Place) -> int:
+def _wait(rank_info: RankInfo) -> int:
     """Wait for all that was started, here and on the other ranks; return what is in use on a GPU."""
-    if place.device.type == "cuda":
-        torch.cuda.synchronize(place.device)
-        torch.cuda.reset_peak_memory_stats(place.device)
-    if place.world_size > 1:
+    if rank_info.device.type == "cuda":
+        torch.cuda.synchronize(rank_info.device)
+        torch.cuda.reset_peak_memory_stats(rank_info.device)
+    if rank_info.world_size > 1:
         dist.barrier()
-    return allocated(place.device)
+    return allocated(rank_info.device)
 
 
-def _peak(place: Place) -> int:
-    if place.device.type != "cuda":
+def _peak(rank_info: RankInfo) -> int:
+    if rank_info.device.type != "cuda":
         return 0
-    torch.cuda.synchronize(place.device)
-    return torch.cuda.max_memory_allocated(place.device)
+    torch.cuda.synchronize(rank_info.device)
+    return torch.cuda.max_memory_allocated(rank_info.device)
 
 
 class Comparison(NamedTuple):
@@ -73,14 +75,14 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    workload: StepWorkload, contestants: Sequence[Contestant], place: Place, *, has_time: Callable[[], bool]
+    workload: StepWorkload, contestants: Sequence[Contestant], rank_info: RankInfo, *, has_time: Callable[[], bool]
 ) -> Comparison:
     """Build all, then give each its turns with one cached batch; one that raises is a failure and the others go on."""
-    batches = repeat(workload.cached_batch(place))
+    batches = repeat(workload.cached_batch(rank_info))
     losses, trainings, failures = {}, {}, {}
     for contestant in contestants:
         try:
-            training = Training(contestant, workload, place)
+            training = Training(contestant, workload, rank_info)
             losses[contestant.name] = training.warm_up(batches, workload.turns.warm_ups)
             trainings[contestant.name] = training
         except Exception as error:
@@ -91,7 +93,7 @@ def compare(
         if number > 0 and not has_time():
             break
         for name in list(trainings)[:: 1 if number % 2 == 0 else -1]:
-            taken[name].append(take_turn(trainings[name], batches, workload.turns.steps, place))
+            taken[name].append(take_turn(trainings[name], batches, workload.turns.steps, rank_info))
     kept = {name: training.kept_bytes for name, training in trainings.items()}
     return Comparison(failures | taken, losses, kept)
 
@@ -117,10 +119,10 @@ def note(
     found: Comparison,
     *,
     bases: Mapping[str, str],
-    place: Place,
+    rank_info: RankInfo,
 ) -> None:
     """Write a record for each contestant: ms per step, images/s, parts, and what it takes beyond its base, if any."""
-    yardstick = build_yardstick(workload.config(), place)
+    yardstick = build_yardstick(workload.config(), rank_info)
     for name, result in found.turns.items():
         if isinstance(result, Failure):
             session.note(case, name, failure=result.line)
@@ -135,7 +137,7 @@ def note(
         share = yardstick.mfu(images_per_s)
         if share is not None:
             figures |= {"mfu_percent": round(100 * share, 2), "peak": str(yardstick)}
-        if place.device.type == "cuda":
+        if rank_info.device.type == "cuda":
             peak = found.kept_bytes.get(name, 0) + max(turn.peak_bytes for turn in result)
             figures["memory_gb"] = round(peak / 1e9, 2)
         session.note(case, name, **times, figures=figures)

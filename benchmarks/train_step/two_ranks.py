@@ -45,8 +45,8 @@ def _run(command: list[str], folder: Path, limit_s: float) -> None:
     logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
     processes = []
     for rank, log in enumerate(logs):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()}
+        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in ours.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
             processes.append(
@@ -73,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    place = distributed.start(options.device)
-    workload = build_workload(options.data, place.device, options.quick)
+    rank_info = distributed.start(options.device)
+    workload = build_workload(options.data, rank_info.device, options.quick)
     # written by one, before the others look
     distributed.on_rank_zero(lambda: workload.pattern)
-    found = compare(workload, contestants_of_ranks(), place, has_time=lambda: True)
-    if place.rank == 0:
+    found = compare(workload, contestants_of_ranks(), rank_info, has_time=lambda: True)
+    if rank_info.rank == 0:
         options.out.write_text(json.dumps(_to_json(found)), encoding="utf-8")
     distributed.stop()
 

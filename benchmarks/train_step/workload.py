@@ -17,7 +17,7 @@ from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.config import DataConfig, ViewConfig
 from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.storage.shard_set import open_shards
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import training_loader
 
 
@@ -68,13 +68,13 @@ class StepWorkload:
             runtime=RuntimeConfig(device=self.device.type, loader_threads=machine.num_cores(), **runtime),  # pyright: ignore[reportArgumentType]
         )
 
-    def loader(self, place: Place) -> Loader:
+    def loader(self, rank_info: RankInfo) -> Loader:
         """Open the loader of a run."""
-        return training_loader(self.config(), open_shards(self.pattern), place)
+        return training_loader(self.config(), open_shards(self.pattern), rank_info)
 
-    def cached_batch(self, place: Place) -> Batch:
+    def cached_batch(self, rank_info: RankInfo) -> Batch:
         """Return this rank's first batch of a run in memory of its own."""
-        loader = self.loader(place)
+        loader = self.loader(rank_info)
         try:
             return _copy(next(loader))
         finally:

@@ -12,7 +12,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.commit import CheckpointError, remove, remove_leftovers
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.engines.portable_state import copy_to_host
-from iwm_fast.runtime.distributed import Place, agree
+from iwm_fast.runtime.distributed import RankInfo, agree
 
 log = logging.getLogger("iwm_fast")
 
@@ -25,11 +25,11 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, config: RunConfig, place: Place, *, fingerprint: dict[str, Any], run_id: str, last_step: int = 0
+        self, config: RunConfig, rank_info: RankInfo, *, fingerprint: dict[str, Any], run_id: str, last_step: int = 0
     ) -> None:
         self.last_step = last_step
         """Step of the newest checkpoint, published or under way: at first the one that the run goes on from."""
-        self._config, self._place = config, place
+        self._config, self._rank_info = config, rank_info
         self._fingerprint, self._run_id = fingerprint, run_id
         self._run_folder = Path(config.output.folder)
         self._thread: Thread | None = None
@@ -59,7 +59,7 @@ class CheckpointWriter:
         """
         self.wait()
         folder = checkpoints.folder_of(self._run_folder, step)
-        if self._place.rank == 0:
+        if self._rank_info.rank == 0:
             checkpoint = Checkpoint(
                 folder=folder,
                 engine_state=engine_state,
@@ -68,7 +68,7 @@ class CheckpointWriter:
                 applied_steps=applied_steps,
                 run_id=self._run_id,
                 fingerprint=self._fingerprint,
-                world_size=self._place.world_size,
+                world_size=self._rank_info.world_size,
                 counters=counters or {},
                 versions=checkpoints.package_versions(),
             )
@@ -86,7 +86,7 @@ class CheckpointWriter:
         """
         self.close()
         # without this vote the other ranks would wait in the next step for one that is gone
-        if agree(self.has_failed, self._place.device):
+        if agree(self.has_failed, self._rank_info.device):
             folder = checkpoints.folder_of(self._run_folder, self.last_step)
             raise CheckpointError(
                 f"rank 0 could not write {folder}: {self._failure or 'see its message'}; those before it are whole: "

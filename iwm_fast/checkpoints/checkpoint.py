@@ -1,7 +1,7 @@
 """One portable checkpoint: weights and moments by parameter name, whole or not there at all.
 
     <run>/checkpoints/step-00001000/
-        model.safetensors   the engine's state (see engine_state) and teacher/<name>
+        model.safetensors   the engine's state (see portable_state) and teacher/<name>
         state.json          progress, run_id, fingerprint, versions
         config.yaml         every setting of the run that wrote it
         manifest.json       size and SHA-256 of each (see commit)

@@ -11,7 +11,7 @@ from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.rendering.image_grid import Panel, save_sheet, shade
-from iwm_fast.runtime.distributed import Place, choose_device
+from iwm_fast.runtime.distributed import RankInfo, choose_device
 from iwm_fast.training.loaders import open_training_shards, training_loader
 
 _MOST_IMAGES = 8
@@ -21,7 +21,7 @@ def show(config: RunConfig) -> Path:
     """Write `show.png` into the run folder: source, what of it is visible, target, what of it is predicted, action."""
     device = choose_device(config.runtime.device)
     shards = open_training_shards(config.data)
-    loader = training_loader(config, shards, Place(rank=0, local_rank=0, world_size=1, device=device))
+    loader = training_loader(config, shards, RankInfo(rank=0, local_rank=0, world_size=1, device=device))
     try:
         batch = next(loader)
     finally:

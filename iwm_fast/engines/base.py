@@ -54,7 +54,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights and moments by name, copied to the CPU (see engine_state); collective, empty on ranks > 0."""
+        """Return weights and moments by name, copied to the CPU (see portable_state); collective, {} on ranks > 0."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:

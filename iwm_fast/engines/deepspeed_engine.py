@@ -20,7 +20,7 @@ from iwm_fast.engines.deepspeed_state import FlatState, ShardedState, replace_pa
 from iwm_fast.engines.gradients import check_num_backwards, finish_gradient, poison_unless_finite
 from iwm_fast.engines.optimizer import set_hyperparameters
 from iwm_fast.engines.portable_state import WholeState
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 # elements; DeepSpeed's 5e8 allocates 2 GB per backward. 64 MiB is past the size at which all-reduce saturates
 REDUCE_BUCKET_SIZE = 2**24
@@ -93,21 +93,21 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 class DeepSpeedEngine:
     """A module trained by DeepSpeed ZeRO; see `iwm_fast.engines.base.Engine`."""
 
-    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
-        settings = deepspeed_config(config, place.world_size)
+    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> None:
+        settings = deepspeed_config(config, rank_info.world_size)
         self._stage = settings["zero_optimization"]["stage"]
         self._module = module
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        deepspeed = _import_deepspeed(place.device)
-        self._local_rank = place.local_rank
-        with _local_rank_in_environment(place.local_rank):
+        deepspeed = _import_deepspeed(rank_info.device)
+        self._local_rank = rank_info.local_rank
+        with _local_rank_in_environment(rank_info.local_rank):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self._state = self._choose_state(module, place.rank)
+        self._state = self._choose_state(module, rank_info.rank)
         self._clip_norm = config.optim.clip_norm
         self._accumulation = settings["gradient_accumulation_steps"]
         self._num_backwards = 0
         # stage 3 knows no sums and takes the mean over ranks
-        self._loss_scale = place.world_size if self._stage == 3 else 1
+        self._loss_scale = rank_info.world_size if self._stage == 3 else 1
         if self._stage == 3:
             for part in module.modules():
                 for parameter in getattr(part, "borrowed_parameters", tuple)():

@@ -15,19 +15,19 @@ from iwm_fast.engines.base import StepOutcome
 from iwm_fast.engines.gradients import check_num_backwards, finish_gradient, poison_unless_finite
 from iwm_fast.engines.optimizer import set_hyperparameters
 from iwm_fast.engines.portable_state import WholeState
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 
 class PlainEngine:
     """The plain twin of DeepSpeedEngine: PyTorch alone, with DistributedDataParallel where there are several ranks."""
 
-    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, place: Place) -> None:
+    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> None:
         self._optimizer, self._clip_norm = optimizer, config.optim.clip_norm
-        self._accumulation = accumulation_steps(config, place.world_size)[1]
+        self._accumulation = accumulation_steps(config, rank_info.world_size)[1]
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._state = WholeState(module, optimizer, place.rank)
+        self._state = WholeState(module, optimizer, rank_info.rank)
         self._num_backwards = 0
-        self._module = _in_parallel(module) if place.world_size > 1 else module
+        self._module = _in_parallel(module) if rank_info.world_size > 1 else module
 
     def forward(self, batch: Any) -> Any:
         is_last = self._num_backwards == self._accumulation - 1

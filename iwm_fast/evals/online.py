@@ -21,7 +21,7 @@ from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, mean_reciprocal
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.teacher import Teacher
 from iwm_fast.world_model import WorldModel
 
@@ -37,15 +37,15 @@ _PREDICTOR = "predictor."
 class OnlineEvaluation:
     """Measures a run between two steps; every rank has one and calls it at the same steps."""
 
-    def __init__(self, config: RunConfig, train: ShardSet, place: Place) -> None:
+    def __init__(self, config: RunConfig, train: ShardSet, rank_info: RankInfo) -> None:
         """Take note of what to measure; nothing is opened before `prepare`.
 
         Args:
             config: the run's settings, with `output.evaluate_every`.
             train: the shards it is trained on: k-NN's neighbours.
-            place: this rank.
+            rank_info: this rank.
         """
-        self._config, self._train, self._place = config, train, place
+        self._config, self._train, self._rank_info = config, train, rank_info
         # the identity predictor applies no change, so there is nothing to rank
         self._has_world_model = config.model.predictor.depth > 0
 
@@ -97,7 +97,7 @@ class OnlineEvaluation:
     def _new_model(self) -> WorldModel:
         # torch's layers fill themselves from the global generator before ours are drawn
         with torch.random.fork_rng(devices=[]):
-            return world_model.untrained(self._config, self._place.device)
+            return world_model.untrained(self._config, self._rank_info.device)
 
     def _measure_copy(self, model: WorldModel, teacher: Teacher) -> dict[str, float]:
         model.encoder.load_state_dict(teacher.state_dict())
@@ -111,7 +111,7 @@ class OnlineEvaluation:
             measured["eval/mrr"] = mean_reciprocal(rank)
         if self._labelled:
             (measured["eval/knn"],) = knn_accuracies([model], *self._labelled, _KNN)
-        if self._place.device.type == "cuda":
+        if self._rank_info.device.type == "cuda":
             # what training's allocator does not use is there for DALI's
             torch.cuda.empty_cache()
         return measured

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from iwm_fast.config.run import profiled_steps
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger("iwm_fast")
 
@@ -17,10 +17,10 @@ _NUM_OPERATIONS = 25
 class StepProfiler:
     """Is told which step comes next, and traces those that were asked for."""
 
-    def __init__(self, setting: str, folder: Path, place: Place) -> None:
+    def __init__(self, setting: str, folder: Path, rank_info: RankInfo) -> None:
         """Get ready to write into `folder`; ranks above 0 never trace."""
-        self._setting, self._folder, self._device = setting, folder, place.device
-        self._steps = (profiled_steps(setting) or range(0)) if place.rank == 0 else range(0)
+        self._setting, self._folder, self._device = setting, folder, rank_info.device
+        self._steps = (profiled_steps(setting) or range(0)) if rank_info.rank == 0 else range(0)
         self._trace: profile | None = None
         self._begun_at: int | None = None
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iwm_fast.monitoring.collapse import warnings_of
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger("iwm_fast")
 
@@ -19,16 +19,16 @@ _DRAWN_PER_S = 2
 _OVER_THE_LINE = "\r\x1b[2K"
 
 
-def open_display(place: Place, step: int, total_steps: int) -> "Lines | MovingLine":
+def open_display(rank_info: RankInfo, step: int, total_steps: int) -> "Lines | MovingLine":
     """Return what fits where standard error goes; `step` steps are done."""
     console = Console(stderr=True)
     if not (sys.stderr.isatty() and console.is_interactive and not console.is_dumb_terminal):
         return Lines(total_steps)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         return MovingLine(console, step, total_steps)
     # rank 0's line may stand on the same terminal
     for handler in _handlers_on_standard_error():
-        handler.setFormatter(logging.Formatter(f"{_OVER_THE_LINE}[rank {place.rank}] %(message)s"))
+        handler.setFormatter(logging.Formatter(f"{_OVER_THE_LINE}[rank {rank_info.rank}] %(message)s"))
     return Lines(total_steps)
 
 

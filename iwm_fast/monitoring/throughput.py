@@ -8,7 +8,7 @@ import torch
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.flops import peak_flops, training_flops
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,12 @@ class Yardstick:
         return f"{need}; speed/mfu is the share of {self.peak_flops / 1e12:.0f} TFLOP/s per rank, {self.peak_name}"
 
 
-def build_yardstick(config: RunConfig, place: Place) -> Yardstick:
+def build_yardstick(config: RunConfig, rank_info: RankInfo) -> Yardstick:
     """Return what the settings ask of the devices."""
-    peak, name = peak_flops(place.device, config.optim.precision)
+    peak, name = peak_flops(rank_info.device, config.optim.precision)
     return Yardstick(
         global_batch_size=config.optim.global_batch_size,
-        num_ranks=place.world_size,
+        num_ranks=rank_info.world_size,
         flops_per_image=training_flops(config).total,
         peak_flops=peak,
         peak_name=f"{name} with {config.optim.precision}",

@@ -28,7 +28,7 @@ TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of the cooperating processes this is, and where it computes."""
 
     rank: int
@@ -41,7 +41,7 @@ class Place:
     """Where tensors live."""
 
 
-def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> Place:
+def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> RankInfo:
     """Join the process group that the environment describes, or make one of a single process.
 
     A rank that waits for the others longer than the timeout takes them for hung and raises.
@@ -64,7 +64,7 @@ def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIM
         # launchers leave it unset and ranks then fight for the cores: 470 -> 88 ms per step, 2 ranks on 2 cores
         torch.set_num_threads(1)
     _join(rank, world_size, device, timedelta(seconds=timeout_s))
-    return Place(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+    return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
 def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:

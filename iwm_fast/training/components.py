@@ -14,7 +14,7 @@ from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import open_training_shards
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.teacher import Teacher
@@ -25,7 +25,7 @@ class TrainingComponents:
     """All that a run consists of."""
 
     config: RunConfig
-    place: Place
+    rank_info: RankInfo
     shards: ShardSet
     fingerprint: dict[str, Any]
     engine: Engine
@@ -34,27 +34,27 @@ class TrainingComponents:
     folder: Path
 
 
-def build_components(config: RunConfig, place: Place) -> TrainingComponents:
+def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponents:
     """Build networks, optimiser, engine and teacher for this rank.
 
     Raises:
         ValueError, FileNotFoundError, ShardError: for settings or shards that cannot make a run.
     """
-    accumulation_steps(config, place.world_size)
+    accumulation_steps(config, rank_info.world_size)
     # indexed once, not by every rank
     shards = distributed.on_rank_zero(lambda: open_training_shards(config.data))
-    student = build_student(config, choose_ops(config, place.device)).to(place.device)
+    student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     # before the teacher, which begins as a copy
     initialize_from(config, student)
     teacher = Teacher(student.encoder, compute_dtype(config))
     if config.runtime.compile:
         compile_blocks(student)
         compile_blocks(teacher.encoder)
-    engine = build_engine(config, student, build_optimizer(student, config.optim), place)
+    engine = build_engine(config, student, build_optimizer(student, config.optim), rank_info)
     distributed.limit_waiting(config.runtime.rank_timeout_s)
     return TrainingComponents(
         config=config,
-        place=place,
+        rank_info=rank_info,
         shards=shards,
         fingerprint=fingerprint(config, shards.content_digest),
         engine=engine,

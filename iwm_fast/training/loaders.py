@@ -17,7 +17,7 @@ from iwm_fast.pipelines.sampling.batch_plan import (
 )
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 # images of one forward in evaluations; no gradient is kept, so memory is no concern
 EVALUATION_BATCH = 64
@@ -44,44 +44,44 @@ def open_training_shards(data: DataConfig) -> ShardSet:
 
 
 def training_loader(
-    config: RunConfig, shards: ShardSet, place: Place, first_step: int = 0, start: StreamStart = BEGINNING
+    config: RunConfig, shards: ShardSet, rank_info: RankInfo, first_step: int = 0, start: StreamStart = BEGINNING
 ) -> Loader:
     """Build this rank's endless stream from the given step on."""
-    _, accumulation = accumulation_steps(config, place.world_size)
+    _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = TrainingPlan(
         views=config.views,
         mask=config.mask,
         seed=config.seed,
         grid=config.grid,
-        stream=training_stream(config, shards, place, start),
+        stream=training_stream(config, shards, rank_info, start),
     )
-    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+    return build_loader(plan, shards, _settings(config, rank_info.device), first_step * accumulation)
 
 
 def finetune_loader(
-    config: RunConfig, augment: RandAugmentConfig | None, shards: ShardSet, place: Place, first_step: int = 0
+    config: RunConfig, augment: RandAugmentConfig | None, shards: ShardSet, rank_info: RankInfo, first_step: int = 0
 ) -> Loader:
     """Build this rank's endless stream of single crops, mirrored or not, changed by RandAugment if that is given."""
-    _, accumulation = accumulation_steps(config, place.world_size)
+    _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = FinetunePlan(
         views=config.views,
         augment=augment,
         seed=config.seed,
         grid=config.grid,
-        stream=training_stream(config, shards, place, BEGINNING),
+        stream=training_stream(config, shards, rank_info, BEGINNING),
     )
-    return build_loader(plan, shards, _settings(config, place.device), first_step * accumulation)
+    return build_loader(plan, shards, _settings(config, rank_info.device), first_step * accumulation)
 
 
-def training_stream(config: RunConfig, shards: ShardSet, place: Place, start: StreamStart) -> Stream:
+def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> Stream:
     """Return this rank's share of the order of the training samples."""
-    micro_batch_size, _ = accumulation_steps(config, place.world_size)
+    micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     return Stream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=micro_batch_size,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         start=start,
     )
 

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.step import StepReport
 
 log = logging.getLogger("iwm_fast")
@@ -20,8 +20,8 @@ _MOST_SHOWN = 8
 class SkippedSteps:
     """Counts the skipped steps in a row; every rank has one and is told of each step."""
 
-    def __init__(self, folder: Path, place: Place, most: int) -> None:
-        self._folder, self._place, self._most = folder, place, most
+    def __init__(self, folder: Path, rank_info: RankInfo, most: int) -> None:
+        self._folder, self._rank_info, self._most = folder, rank_info, most
         self._in_a_row = 0
         self._message = ""
 
@@ -37,7 +37,7 @@ class SkippedSteps:
             return
         self._in_a_row += 1
         suspects = distributed.gather_objects(report.suspects())
-        if self._place.rank != 0:
+        if self._rank_info.rank != 0:
             return
         rows = [{"rank": rank, "samples": samples} for rank, samples in enumerate(suspects) if samples]
         shown = ", ".join(f"{row['rank']}: {' '.join(row['samples'][:_MOST_SHOWN])}" for row in rows)
@@ -55,4 +55,4 @@ class SkippedSteps:
         Raises:
             FloatingPointError: on rank 0, naming the samples of every rank.
         """
-        raise FloatingPointError(self._message) if self._place.rank == 0 else SystemExit(2)
+        raise FloatingPointError(self._message) if self._rank_info.rank == 0 else SystemExit(2)

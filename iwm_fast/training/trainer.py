@@ -19,7 +19,7 @@ from iwm_fast.monitoring.throughput import build_yardstick
 from iwm_fast.pipelines.action_log.files import remove_from
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import lost_rank
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.provenance import describe_run
@@ -103,7 +103,7 @@ class Trainer:
         preemption: Preemption,
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
-        config, place = components.config, components.place
+        config, rank_info = components.config, components.rank_info
         self._components, self._progress, self._preemption = components, progress, preemption
         self._evaluators = evaluators
         self._schedules = build_schedules(config.optim, components.shards.num_samples, progress.start)
@@ -113,19 +113,19 @@ class Trainer:
         for evaluator in evaluators:
             evaluator.prepare()
         preemption.note_step(time.monotonic() - began)
-        self._writer = open_folder(components, progress) if place.rank == 0 else None
+        self._writer = open_folder(components, progress) if rank_info.rank == 0 else None
         self._saver = CheckpointWriter(
-            config, place, fingerprint=components.fingerprint, run_id=progress.run_id, last_step=progress.step
+            config, rank_info, fingerprint=components.fingerprint, run_id=progress.run_id, last_step=progress.step
         )
         self._actions = open_action_log(components, progress)
-        self._loader = training_loader(config, components.shards, place, progress.step, progress.start)
+        self._loader = training_loader(config, components.shards, rank_info, progress.step, progress.start)
         self._batches = map(self._actions.add, self._loader) if self._actions else self._loader
-        yardstick = build_yardstick(config, place)
+        yardstick = build_yardstick(config, rank_info)
         log.info("%s", yardstick)
-        self._window = LogWindow(self._schedules, yardstick, place.device)
-        self._skipped = SkippedSteps(components.folder, place, config.runtime.max_skipped_steps)
-        self._profiler = StepProfiler(config.runtime.profile, components.folder / "profile", place)
-        self._display = open_display(place, progress.step, self._total_steps)
+        self._window = LogWindow(self._schedules, yardstick, rank_info.device)
+        self._skipped = SkippedSteps(components.folder, rank_info, config.runtime.max_skipped_steps)
+        self._profiler = StepProfiler(config.runtime.profile, components.folder / "profile", rank_info)
+        self._display = open_display(rank_info, progress.step, self._total_steps)
         self._is_stopping = False
         self._note("running")
 
@@ -140,7 +140,7 @@ class Trainer:
         while self._progress.step < self._total_steps:
             began = time.monotonic()
             flags = [bool(self._preemption.reason), self._saver.has_failed]
-            must_stop, has_failed = distributed.agree_on_each(flags, self._components.place.device)
+            must_stop, has_failed = distributed.agree_on_each(flags, self._components.rank_info.device)
             if has_failed:
                 # says so on every rank
                 self._saver.wait()
@@ -156,7 +156,7 @@ class Trainer:
         report = train_step(
             components.engine, components.teacher, components.objective, self._batches, self._schedules,
             applied_steps=progress.applied_steps,
-            accumulation=accumulation_steps(components.config, components.place.world_size)[1],
+            accumulation=accumulation_steps(components.config, components.rank_info.world_size)[1],
         )  # fmt: skip
         progress.step += 1
         progress.applied_steps += report.is_applied
@@ -196,7 +196,7 @@ class Trainer:
             # the last state leaves the memory before another is copied
             self._saver.wait()
             if self._actions:
-                close_part(self._actions, components.place)
+                close_part(self._actions, components.rank_info)
             self._saver.write(
                 engine_state=components.engine.state(),
                 teacher_state=components.teacher.state_dict(),
@@ -215,11 +215,11 @@ class Trainer:
         reason = next(reason for reason in reasons if reason)
         self._note("preempted", reason)
         # no rank ends, and lets its launcher end others, before that is written
-        distributed.agree(False, self._components.place.device)
+        distributed.agree(False, self._components.rank_info.device)
         raise PreemptedError(reason, self._progress.step)
 
     def _note(self, state: str, reason: str = "") -> None:
-        if self._components.place.rank == 0:
+        if self._components.rank_info.rank == 0:
             write_status(self._components.folder, state, step=self._progress.step, reason=reason)
 
     def note_failure(self, error: Exception) -> None:
@@ -254,10 +254,10 @@ def open_action_log(components: TrainingComponents, progress: Progress) -> Actio
     if not config.output.action_log:
         return None
     head = log_head(config, components.shards)
-    return ActionLog(folder, head=head, shards=components.shards, rank=components.place.rank)
+    return ActionLog(folder, head=head, shards=components.shards, rank=components.rank_info.rank)
 
 
-def close_part(actions: ActionLog, place: Place) -> None:
+def close_part(actions: ActionLog, rank_info: RankInfo) -> None:
     """Publish every rank's rows, or end the run on every rank."""
     failure = None
     try:
@@ -265,7 +265,7 @@ def close_part(actions: ActionLog, place: Place) -> None:
     # whatever it was, the other ranks must hear of it
     except Exception as error:
         failure = error
-    if distributed.agree(failure is not None, place.device):
+    if distributed.agree(failure is not None, rank_info.device):
         # the message is that rank's to give
         raise failure or SystemExit(2)
 
@@ -274,7 +274,7 @@ def open_folder(components: TrainingComponents, progress: Progress) -> MetricWri
     """Write what the run is made of and open its metrics; on rank 0."""
     components.folder.mkdir(parents=True, exist_ok=True)
     save_config(components.config, components.folder / "config.yaml")
-    described = describe_run(components.place.device, components.place.world_size)
+    described = describe_run(components.rank_info.device, components.rank_info.world_size)
     with (components.folder / "started.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": progress.step, "run_id": progress.run_id, **described}) + "\n")
     return MetricWriter(components.folder, progress.step)

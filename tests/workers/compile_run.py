@@ -15,9 +15,9 @@ class Shards:
 
 
 if __name__ == "__main__":
-    place = distributed.start("cpu")
+    rank_info = distributed.start("cpu")
     config = tiny_run(Shards, Path("unused"), engine=sys.argv[2])
     compiled = replace(config, runtime=replace(config.runtime, compile=True))
-    print(json.dumps([losses(place, chosen, steps=6) for chosen in (config, compiled)]))
+    print(json.dumps([losses(rank_info, chosen, steps=6) for chosen in (config, compiled)]))
     distributed.stop()
     end_process()

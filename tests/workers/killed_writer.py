@@ -17,9 +17,9 @@ import torch
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.config.run import OutputConfig, RunConfig
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 NUM_VALUES = 250_000
 KEPT = 2
 

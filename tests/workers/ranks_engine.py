@@ -27,66 +27,66 @@ def main(folder, part):
     # fresh memory is NaN: padding that is never written would show
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    place = distributed.start("cpu")
-    {"whole": whole, "first": first, "second": second}[part](folder, place)
+    rank_info = distributed.start("cpu")
+    {"whole": whole, "first": first, "second": second}[part](folder, rank_info)
     distributed.stop()
 
 
-def whole(folder, place):
-    engine = make_engine(place, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
-    outcomes = train(engine, place, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
-    save(engine, place, folder / "whole-3")
+def whole(folder, rank_info):
+    engine = make_engine(rank_info, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
+    outcomes = train(engine, rank_info, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
+    save(engine, rank_info, folder / "whole-3")
     (folder / "whole-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
 
 
-def first(folder, place):
+def first(folder, rank_info):
     """Two ranks, two micro-batches each: a straight run, and one with a bad sample on the last rank."""
     for name in ENGINES:
-        engine = make_engine(place, name)
-        outcomes = train(engine, place, range(3))
-        if place.rank == 0:
+        engine = make_engine(rank_info, name)
+        outcomes = train(engine, rank_info, range(3))
+        if rank_info.rank == 0:
             (folder / f"{name}-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
-        save(engine, place, folder / f"{name}-3")
-        train(engine, place, range(3, 5))
-        save(engine, place, folder / f"{name}-5")
+        save(engine, rank_info, folder / f"{name}-3")
+        train(engine, rank_info, range(3, 5))
+        save(engine, rank_info, folder / f"{name}-5")
 
-        engine = make_engine(place, name)
-        train(engine, place, range(2))
-        save(engine, place, folder / f"{name}-before-bad")
+        engine = make_engine(rank_info, name)
+        train(engine, rank_info, range(2))
+        save(engine, rank_info, folder / f"{name}-before-bad")
         weights = {key: weight.detach().clone() for key, weight in engine.named_parameters()}
-        bad = train(engine, place, range(2, 3), bad_rank=1)
-        save(engine, place, folder / f"{name}-after-bad")
+        bad = train(engine, rank_info, range(2, 3), bad_rank=1)
+        save(engine, rank_info, folder / f"{name}-after-bad")
         # before the next collective mends or breaks anything: this rank's own copy
         is_same = all(torch.equal(weight, weights[key]) for key, weight in engine.named_parameters())
-        train(engine, place, range(2, 3))
-        save(engine, place, folder / f"{name}-3-after-bad")
+        train(engine, rank_info, range(2, 3))
+        save(engine, rank_info, folder / f"{name}-3-after-bad")
         report = {"applied": [outcome.applied for outcome in bad], "is_same": is_same}
-        (folder / f"{name}-rank{place.rank}.json").write_text(json.dumps(report))
-    disagree(folder, place)
+        (folder / f"{name}-rank{rank_info.rank}.json").write_text(json.dumps(report))
+    disagree(folder, rank_info)
 
 
-def second(folder, place):
+def second(folder, rank_info):
     """New processes: go on from the first ones' states, with the same engine and with others."""
     for source in ENGINES:
         for target in ENGINES:
-            engine = make_engine(place, target)
+            engine = make_engine(rank_info, target)
             engine.load_state(load_file(folder / f"{source}-3.safetensors"))
-            train(engine, place, range(3, 5))
-            save(engine, place, folder / f"{source}-3-{target}-5")
+            train(engine, rank_info, range(3, 5))
+            save(engine, rank_info, folder / f"{source}-3-{target}-5")
 
 
-def disagree(folder, place):
+def disagree(folder, rank_info):
     """What the ranks make of differing flags, sums, parts, and of a disk that fails rank 0."""
-    cpu = place.device
-    number = torch.tensor([float(place.rank + 1)])
+    cpu = rank_info.device
+    number = torch.tensor([float(rank_info.rank + 1)])
     report = {
-        "agree": [distributed.agree(place.rank == 1, cpu), distributed.agree(False, cpu)],
+        "agree": [distributed.agree(rank_info.rank == 1, cpu), distributed.agree(False, cpu)],
         "sum": distributed.sum_over_ranks(number).tolist(),
         "joined": distributed.join_over_ranks(number).tolist(),
     }
     (folder / "no-folder").write_text("a file where a run folder should be")
     config = RunConfig(output=OutputConfig(folder=str(folder / "no-folder")))
-    writer = CheckpointWriter(config, place, fingerprint={}, run_id="")
+    writer = CheckpointWriter(config, rank_info, fingerprint={}, run_id="")
     # written beside training: only the next call can tell, on both ranks alike
     writer.write(engine_state={}, teacher_state={}, step=1, applied_steps=1)
     try:
@@ -99,12 +99,12 @@ def disagree(folder, place):
     except CheckpointError as error:
         report["error again"] = str(error)
     writer.close()
-    (folder / f"report-rank{place.rank}.json").write_text(json.dumps(report))
+    (folder / f"report-rank{rank_info.rank}.json").write_text(json.dumps(report))
 
 
-def make_engine(place, name, micro_batch_size=2):
+def make_engine(rank_info, name, micro_batch_size=2):
     # other weights on each rank: all must start from rank 0's
-    torch.manual_seed(place.rank)
+    torch.manual_seed(rank_info.rank)
     module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
     groups = [
         {"params": [row for row in module.parameters() if row.ndim > 1], "name": "decay"},
@@ -115,19 +115,19 @@ def make_engine(place, name, micro_batch_size=2):
     small = {"zero_optimization": {"reduce_bucket_size": 30}} if engine == "deepspeed" else {}
     runtime = RuntimeConfig(engine=engine, zero_stage=stage, micro_batch_size=micro_batch_size, deepspeed=small)
     config = RunConfig(optim=OptimConfig(global_batch_size=GLOBAL_BATCH_SIZE, clip_norm=0.1), runtime=runtime)
-    return build_engine(config, module, optimizer, place)
+    return build_engine(config, module, optimizer, rank_info)
 
 
-def train(engine, place, steps, micro_batch_size=2, bad_rank=None):
+def train(engine, rank_info, steps, micro_batch_size=2, bad_rank=None):
     """Each sample is a function of (step, slot); slots go to micro-batches in turn, and in these to ranks."""
     outcomes = []
     for step in steps:
         engine.set_hyperparameters(lr=0.01 * (step + 1), weight_decay=0.1 * (step + 1))
-        for begin in range(0, GLOBAL_BATCH_SIZE, micro_batch_size * place.world_size):
-            slot = begin + micro_batch_size * place.rank
+        for begin in range(0, GLOBAL_BATCH_SIZE, micro_batch_size * rank_info.world_size):
+            slot = begin + micro_batch_size * rank_info.rank
             samples = torch.randn(GLOBAL_BATCH_SIZE, 5, generator=torch.Generator().manual_seed(step))
             samples = samples[slot : slot + micro_batch_size]
-            is_bad = place.rank == bad_rank and begin == 0
+            is_bad = rank_info.rank == bad_rank and begin == 0
             loss = (engine.forward(samples * math.nan if is_bad else samples) ** 2).sum() / GLOBAL_BATCH_SIZE
             engine.backward(loss)
         outcomes.append(engine.step())
@@ -135,13 +135,13 @@ def train(engine, place, steps, micro_batch_size=2, bad_rank=None):
     return outcomes
 
 
-def save(engine, place, path):
+def save(engine, rank_info, path):
     state = engine.state()
-    assert bool(state) == (place.rank == 0)
-    if place.rank == 0:
+    assert bool(state) == (rank_info.rank == 0)
+    if rank_info.rank == 0:
         save_file(state, path.with_suffix(".safetensors"))
     # the other rank may want to read it
-    distributed.agree(False, place.device)
+    distributed.agree(False, rank_info.device)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def main(folder, train, val):
     # where whole weights are to be had only if every rank takes part
     config = tiny_run(TinyShards(pattern=train, folder=folder), folder, engine="deepspeed", zero_stage=3)
     config = replace(config, data=replace(config.data, val=val), output=replace(config.output, evaluate_every=4))
-    place = distributed.start("cpu")
-    trainer = build_components(config, place)
-    evaluation = OnlineEvaluation(config, trainer.shards, place)
+    rank_info = distributed.start("cpu")
+    trainer = build_components(config, rank_info)
+    evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
     row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
     print({name: value for name, value in row.items() if name != "eval/time_s"}, flush=True)

@@ -26,7 +26,7 @@ from iwm_fast.evals.results import Result, Row, bootstrap, save_result
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.runtime.distributed import Place, on_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
 from iwm_fast.runtime.error_reporting import found_by_every_rank
 
 log = logging.getLogger("iwm_fast")
@@ -78,19 +78,19 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
-    place = here(config)
+    rank_info = here(config)
     with found_by_every_rank():
-        micro_batches(config, place.world_size)
-        subject = _timm_model(config) if config.timm else _run(config, place)
+        micro_batches(config, rank_info.world_size)
+        subject = _timm_model(config) if config.timm else _run(config, rank_info)
     sets = on_rank_zero(lambda: _open(config, subject))
-    learnt = {arm: _learn(arm, config, subject, sets, place) for arm in ARMS if arm in config.chosen_arms}
+    learnt = {arm: _learn(arm, config, subject, sets, rank_info) for arm in ARMS if arm in config.chosen_arms}
     result = _report(config, subject, sets, learnt)
     on_rank_zero(lambda: save_result(subject.folder, result))
     return result
 
 
-def _run(config: FinetuneConfig, place: Place) -> Subject:
-    model = world_model.load(config.run, place.device)
+def _run(config: FinetuneConfig, rank_info: RankInfo) -> Subject:
+    model = world_model.load(config.run, rank_info.device)
     needing = [arm for arm in config.chosen_arms if arm in WITH_PREDICTOR]
     is_identity = model.config.model.predictor.depth == 0
     check(not (is_identity and needing), "arms", config.arms,
@@ -124,18 +124,18 @@ def _open(config: FinetuneConfig, subject: Subject) -> Sets:
     return Sets(train=train, val=val, known=known, asked=asked)
 
 
-def _learn(name: str, config: FinetuneConfig, subject: Subject, sets: Sets, place: Place) -> Learnt:
+def _learn(name: str, config: FinetuneConfig, subject: Subject, sets: Sets, rank_info: RankInfo) -> Learnt:
     folder = task_folder(subject.folder, result_name("finetune", config.data), config.name)
     settings = run_config(config, subject.config, folder / name)
-    arm = subject.build(name, Lesson(task=config, config=settings, labels=sets.known, place=place))
-    tuned = tune(arm.job, config, model_config=subject.config, shards=sets.train, place=place, folder=folder)
-    scores = predict(arm.call, settings, sets.val, np.arange(sets.val.num_samples), place)
+    arm = subject.build(name, Lesson(task=config, config=settings, labels=sets.known, rank_info=rank_info))
+    tuned = tune(arm.job, config, model_config=subject.config, shards=sets.train, rank_info=rank_info, folder=folder)
+    scores = predict(arm.call, settings, sets.val, np.arange(sets.val.num_samples), rank_info)
     correct = scores.argmax(dim=1).numpy() == sets.asked.number
     log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), tuned.steps, tuned.time_s)
     del arm, scores
     # engines hold on to themselves in circles, and on to memory
     gc.collect()
-    if place.device.type == "cuda":
+    if rank_info.device.type == "cuda":
         torch.cuda.empty_cache()
     return Learnt(correct=correct.astype(np.float64), tuned=tuned)
 

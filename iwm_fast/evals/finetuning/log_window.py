@@ -9,7 +9,7 @@ from torch import Tensor
 
 from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger("iwm_fast")
 
@@ -37,8 +37,8 @@ class TunedStep:
 class TuneLog:
     """What happened since the last log row."""
 
-    def __init__(self, global_batch_size: int, place: Place) -> None:
-        self._global_batch_size, self._place = global_batch_size, place
+    def __init__(self, global_batch_size: int, rank_info: RankInfo) -> None:
+        self._global_batch_size, self._rank_info = global_batch_size, rank_info
         self._begin()
 
     def _begin(self) -> None:
@@ -53,7 +53,7 @@ class TuneLog:
         """Return the row's values, which every rank has a share in, and begin the next window; collective."""
         steps, time_s = self._steps, time.perf_counter() - self._started
         loss = torch.stack([step.loss for step in steps]).double().mean()
-        own = [sum(step.wait_s for step in steps), used_memory_mb(self._place.device)]
+        own = [sum(step.wait_s for step in steps), used_memory_mb(self._rank_info.device)]
         ranks = distributed.join_over_ranks(torch.cat([loss[None], loss.new_tensor(own)])).cpu().view(-1, 3)
         self._begin()
         return {
@@ -71,8 +71,8 @@ class TuneLog:
 class SkipCount:
     """Steps in a row that were left out; every rank has one and is told of each step."""
 
-    def __init__(self, place: Place, most: int) -> None:
-        self._place, self._most = place, most
+    def __init__(self, rank_info: RankInfo, most: int) -> None:
+        self._rank_info, self._most = rank_info, most
         self._in_a_row = 0
         self._message = ""
 
@@ -92,7 +92,7 @@ class SkipCount:
             f"{self._in_a_row} steps in a row were not finite, the last one step {number}; suspected samples by rank: "
             f"{shown or 'none, the losses were finite'}; lower tune.lr or look at these samples"
         )
-        if self._place.rank == 0:
+        if self._rank_info.rank == 0:
             log.warning("step %d skipped, a loss or gradient was not finite; samples by rank: %s", number, shown)
 
     def end(self) -> None:
@@ -101,4 +101,4 @@ class SkipCount:
         Raises:
             FloatingPointError: on rank 0, naming samples of every rank.
         """
-        raise FloatingPointError(self._message) if self._place.rank == 0 else SystemExit(2)
+        raise FloatingPointError(self._message) if self._rank_info.rank == 0 else SystemExit(2)

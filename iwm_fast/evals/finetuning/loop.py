@@ -23,7 +23,7 @@ from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.preemption import OF_PROCESS, PreemptedError
 from iwm_fast.runtime.run_lock import FolderLock
 from iwm_fast.runtime.run_status import write_status
@@ -61,7 +61,7 @@ def in_float32(outputs: Any) -> Any:
     return tuple(in_float32(part) for part in outputs)
 
 
-def run_job(job: Job, task: TuneTask, config: RunConfig, *, shards: ShardSet, place: Place) -> Tuned:
+def run_job(job: Job, task: TuneTask, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo) -> Tuned:
     """Train a job in config.output.folder; see `iwm_fast.evals.finetuning.run.tune`."""
     folder, locks = Path(config.output.folder), list[FolderLock]()
     distributed.on_rank_zero(lambda: locks.append(FolderLock(folder)))
@@ -70,11 +70,11 @@ def run_job(job: Job, task: TuneTask, config: RunConfig, *, shards: ShardSet, pl
         standing, saved = find_standing(folder, identity)
         total_steps = build_schedules(config.optim, shards.num_samples).total_steps
         if saved is None or standing.step < total_steps:
-            loop = TuneLoop(job, task, config, identity, shards=shards, place=place)
+            loop = TuneLoop(job, task, config, identity, shards=shards, rank_info=rank_info)
             loop.run(standing, saved)
         else:
             log.info("%s is finished: %d steps", folder, total_steps)
-            _take_weights(job.module.to(place.device), saved)
+            _take_weights(job.module.to(rank_info.device), saved)
     finally:
         for lock in locks:
             lock.close()
@@ -94,12 +94,19 @@ class TuneLoop:
     """Makes the steps of a job, and everything that is done between them."""
 
     def __init__(
-        self, job: Job, task: TuneTask, config: RunConfig, identity: dict[str, Any], *, shards: ShardSet, place: Place
+        self,
+        job: Job,
+        task: TuneTask,
+        config: RunConfig,
+        identity: dict[str, Any],
+        *,
+        shards: ShardSet,
+        rank_info: RankInfo,
     ) -> None:
-        self._job, self._task, self._config, self._place = job, task, config, place
+        self._job, self._task, self._config, self._rank_info = job, task, config, rank_info
         self._identity, self._shards = identity, shards
         self._folder = Path(config.output.folder)
-        self._micro_batch_size, self._accumulation = accumulation_steps(config, place.world_size)
+        self._micro_batch_size, self._accumulation = accumulation_steps(config, rank_info.world_size)
         self._schedules = build_schedules(config.optim, shards.num_samples)
         self._dtype = compute_dtype(config)
 
@@ -114,7 +121,7 @@ class TuneLoop:
         try:
             self._go()
         except Exception as error:
-            if self._place.rank == 0 and not isinstance(error, PreemptedError):
+            if self._rank_info.rank == 0 and not isinstance(error, PreemptedError):
                 self._note("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -122,27 +129,27 @@ class TuneLoop:
         self._engine.release()
 
     def _open(self, saved: Checkpoint | None) -> None:
-        job, config, place = self._job, self._config, self._place
+        job, config, rank_info = self._job, self._config, self._rank_info
         job.module.train()
         if config.runtime.compile:
             compile_blocks(job.module)
-        wrapped = InPrecision(job.module, place.device.type, self._dtype)
-        self._engine = build_engine(config, wrapped, job.optimizer, place)
+        wrapped = InPrecision(job.module, rank_info.device.type, self._dtype)
+        self._engine = build_engine(config, wrapped, job.optimizer, rank_info)
         distributed.limit_waiting(config.runtime.rank_timeout_s)
         step = self._standing.step
         if saved is not None:
             checkpoints.restore(saved, self._engine)
             log.info("going on from %s", saved.folder)
         self._saver = CheckpointWriter(
-            config, place, fingerprint=self._identity, run_id=self._standing.run_id, last_step=step
+            config, rank_info, fingerprint=self._identity, run_id=self._standing.run_id, last_step=step
         )
         operations = self._task.augment.operations if self._task.augment.rand_augment else None
-        self._loader = finetune_loader(config, operations, self._shards, place, step)
-        self._writer = MetricWriter(self._folder, step) if place.rank == 0 else None
-        self._log = TuneLog(config.optim.global_batch_size, place)
-        self._skipped = SkipCount(place, config.runtime.max_skipped_steps)
-        self._profiler = StepProfiler(config.runtime.profile, self._folder / "profile", place)
-        self._display = open_display(place, step, self._schedules.total_steps)
+        self._loader = finetune_loader(config, operations, self._shards, rank_info, step)
+        self._writer = MetricWriter(self._folder, step) if rank_info.rank == 0 else None
+        self._log = TuneLog(config.optim.global_batch_size, rank_info)
+        self._skipped = SkipCount(rank_info, config.runtime.max_skipped_steps)
+        self._profiler = StepProfiler(config.runtime.profile, self._folder / "profile", rank_info)
+        self._display = open_display(rank_info, step, self._schedules.total_steps)
         OF_PROCESS.before_giving_up = lambda: write_status(self._folder, "preempted", reason=OF_PROCESS.reason)
         self._note("running")
 
@@ -152,7 +159,7 @@ class TuneLoop:
         while standing.step < self._schedules.total_steps:
             began = time.perf_counter()
             flags = [bool(OF_PROCESS.reason), self._saver.has_failed]
-            must_stop, has_failed = distributed.agree_on_each(flags, self._place.device)
+            must_stop, has_failed = distributed.agree_on_each(flags, self._rank_info.device)
             if has_failed:
                 # says so on every rank
                 self._saver.wait()
@@ -183,8 +190,8 @@ class TuneLoop:
             began = time.perf_counter()
             batch = next(self._loader)
             wait_s += time.perf_counter() - began
-            counters = number, micro, self._place.rank
-            with drawing_from(*counters, seed=self._config.seed, device=self._place.device):
+            counters = number, micro, self._rank_info.rank
+            with drawing_from(*counters, seed=self._config.seed, device=self._rank_info.device):
                 loss = self._loss(batch)
                 self._engine.backward(loss)
             losses.append(loss.detach())
@@ -200,7 +207,7 @@ class TuneLoop:
         )
 
     def _loss(self, batch: Any) -> Tensor:
-        autocast = torch.autocast(self._place.device.type, dtype=self._dtype, enabled=self._dtype is not None)
+        autocast = torch.autocast(self._rank_info.device.type, dtype=self._dtype, enabled=self._dtype is not None)
         with torch.no_grad(), autocast:
             inputs = self._job.prepare(batch)
         outputs = self._engine.forward(inputs)
@@ -244,11 +251,11 @@ class TuneLoop:
         reason = next(reason for reason in reasons if reason)
         self._note("preempted", reason)
         # no rank ends, and lets its launcher end others, before that is written
-        distributed.agree(False, self._place.device)
+        distributed.agree(False, self._rank_info.device)
         raise PreemptedError(reason, self._standing.step)
 
     def _note(self, state: str, reason: str = "") -> None:
-        if self._place.rank == 0:
+        if self._rank_info.rank == 0:
             write_status(self._folder, state, step=self._standing.step, reason=reason)
 
     def _close(self) -> None:

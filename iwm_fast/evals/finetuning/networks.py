@@ -13,41 +13,41 @@ from torch import Tensor
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student, choose_ops
-from iwm_fast.runtime.distributed import Place, choose_device
+from iwm_fast.runtime.distributed import RankInfo, choose_device
 from iwm_fast.world_model import WorldModel
 
 Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 """From normalised images to the tokens of all their patches."""
 
 
-def here(task: TuneTask) -> Place:
+def here(task: TuneTask) -> RankInfo:
     """Return this process among those that `distributed.start` has brought together."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(task.runtime.device, local_rank)
-    return Place(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+    return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
-def networks(model: WorldModel, task: TuneTask, place: Place, *, is_new: bool = False) -> Student:
+def networks(model: WorldModel, task: TuneTask, rank_info: RankInfo, *, is_new: bool = False) -> Student:
     """Return encoder and predictor of the run on the task's operations, on the CPU and apart from the model's.
 
     Args:
         model: the run.
         task: settings; with is_new, its seed gives the weights.
-        place: this process.
+        rank_info: this process.
         is_new: whether weights are as before training.
     """
     config = replace(model.config, runtime=task.runtime, seed=task.seed if is_new else model.config.seed)
-    student = build_student(config, choose_ops(config, place.device))
+    student = build_student(config, choose_ops(config, rank_info.device))
     if not is_new:
         student.encoder.load_state_dict(model.encoder.state_dict())
         student.predictor.load_state_dict(model.predictor.state_dict())
     return student
 
 
-def frozen(encoder: Encoder, place: Place) -> Encode:
+def frozen(encoder: Encoder, rank_info: RankInfo) -> Encode:
     """Return what gives the tokens of all patches of images; the encoder is moved to the device and kept as it is."""
-    encoder.requires_grad_(False).eval().to(place.device)
+    encoder.requires_grad_(False).eval().to(rank_info.device)
 
     def encode(view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         return encoder(view, None).unflatten(0, (len(view), -1))

@@ -21,7 +21,7 @@ from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.sharding import join, real, share
 from iwm_fast.training.loaders import evaluation_loader
 from iwm_fast.training.task import Job, Tuned
@@ -29,7 +29,9 @@ from iwm_fast.training.task import Job, Tuned
 __all__ = ["Job", "Tuned", "micro_batches", "predict", "run_config", "task_folder", "tune"]
 
 
-def tune(job: Job, task: TuneTask, *, model_config: RunConfig, shards: ShardSet, place: Place, folder: Path) -> Tuned:
+def tune(
+    job: Job, task: TuneTask, *, model_config: RunConfig, shards: ShardSet, rank_info: RankInfo, folder: Path
+) -> Tuned:
     """Train a job's module in place, in `folder`/`job.name`: from its newest checkpoint, if there is one; collective.
 
     A finished job is not trained again: its weights are read. Afterwards the module is in evaluation mode.
@@ -39,7 +41,7 @@ def tune(job: Job, task: TuneTask, *, model_config: RunConfig, shards: ShardSet,
         task: settings.
         model_config: the run's settings, whose views and size of patches count.
         shards: training samples.
-        place: this process.
+        rank_info: this process.
         folder: of the task; see `task_folder`.
 
     Raises:
@@ -48,9 +50,9 @@ def tune(job: Job, task: TuneTask, *, model_config: RunConfig, shards: ShardSet,
         FloatingPointError: if too many steps in a row were not finite.
         ValueError: if batch, ranks and micro-batch do not divide, or another process holds the folder.
     """
-    micro_batches(task, place.world_size)
+    micro_batches(task, rank_info.world_size)
     config = run_config(task, model_config, folder / job.name)
-    return run_job(job, task, config, shards=shards, place=place)
+    return run_job(job, task, config, shards=shards, rank_info=rank_info)
 
 
 def task_folder(run: str | Path, task: str, name: str = "") -> Path:
@@ -109,7 +111,7 @@ def predict(
     model_config: RunConfig,
     shards: ShardSet,
     samples: Int64[np.ndarray, "samples"],
-    place: Place,
+    rank_info: RankInfo,
 ) -> Shaped[Tensor, "samples *rest"]:
     """Return what `call` says of clean views of the given samples, in their order, on the CPU; collective.
 
@@ -121,17 +123,17 @@ def predict(
         model_config: size of views, loader and precision; `run_config` of the task gives all of them.
         shards: where the samples are.
         samples: their numbers.
-        place: this process.
+        rank_info: this process.
     """
     part = share(samples)
     own = real(part)
     # a rank without samples has to know what a row looks like
     asked = own if len(own) else samples[:1]
-    loader = evaluation_loader(model_config, shards, asked, place.device)
+    loader = evaluation_loader(model_config, shards, asked, rank_info.device)
     dtype, rows = compute_dtype(model_config), []
     try:
         for batch in loader:
-            with torch.autocast(place.device.type, dtype=dtype, enabled=dtype is not None):
+            with torch.autocast(rank_info.device.type, dtype=dtype, enabled=dtype is not None):
                 row = call(batch)
             rows.append(row.float() if row.is_floating_point() else row)
     finally:

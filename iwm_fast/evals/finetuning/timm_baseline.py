@@ -101,7 +101,7 @@ def vit_config(config: FinetuneConfig, vit: Any) -> RunConfig:
 def build_timm_arm(config: FinetuneConfig, vit: VisionTransformer, lesson: Lesson) -> Arm:
     """Build the encoder arm of a timm ViT."""
     with seeded(config.seed):
-        module = TimmNetwork(vit, lesson.num_classes).to(lesson.place.device)
+        module = TimmNetwork(vit, lesson.num_classes).to(lesson.rank_info.device)
     origin = {"timm": config.timm, "timm.weights": tensors_digest(vit.state_dict().values())}
     optimizer = adamw(_groups(module, config.tune), lesson.config.optim)
     return arm_of("encoder", module, optimizer, lesson, encode=None, origin=origin)

@@ -30,7 +30,7 @@ from iwm_fast.models.predictor import IdentityPredictor, Predictor
 from iwm_fast.models.student import Student
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.world_model import WorldModel
 
 Head = LinearHead | AttentiveHead | PatchHead
@@ -94,7 +94,7 @@ class Lesson:
     """See `iwm_fast.evals.finetuning.run.run_config`."""
     labels: Labels
     """Of the training samples."""
-    place: Place
+    rank_info: RankInfo
 
     @property
     def num_classes(self) -> int:
@@ -108,13 +108,13 @@ def build_arm(name: str, model: WorldModel, lesson: Lesson) -> Arm:
     Raises:
         ValueError: if images are to be mixed and a micro-batch is of odd size.
     """
-    task, place = lesson.task, lesson.place
-    student = networks(model, task, place)
+    task, rank_info = lesson.task, lesson.rank_info
+    student = networks(model, task, rank_info)
     if name == "random_predictor":
-        student.predictor = networks(model, task, place, is_new=True).predictor
+        student.predictor = networks(model, task, rank_info, is_new=True).predictor
     module = _network(name, student, lesson)
     set_drop_path_(module, task.tune.drop_path)
-    encode = None if name in WITH_ENCODER else frozen(student.encoder, place)
+    encode = None if name in WITH_ENCODER else frozen(student.encoder, rank_info)
     scales = functools.partial(lr_scale, arm=name, task=task, model=model)
     optimizer = scaled_optimizer(module, lesson.config.optim, scales)
     origin = origin_of(model.step, model.encoder, model.predictor)
@@ -150,7 +150,7 @@ def arm_of(
         encode: the frozen encoder; None where images go into the network.
         origin: what the outcome depends on beside the settings.
     """
-    mixing = Mixing(lesson.task, lesson.num_classes, lesson.place.world_size)
+    mixing = Mixing(lesson.task, lesson.num_classes, lesson.rank_info.world_size)
 
     def inputs(view: Float[Tensor, "B 3 H W"], batch: Batch, label: Tensor | None = None) -> ArmInputs:
         return ArmInputs(

@@ -33,7 +33,7 @@ from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import Place, on_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
 from iwm_fast.runtime.error_reporting import found_by_every_rank
 from iwm_fast.world_model import WorldModel
 
@@ -43,7 +43,7 @@ class _Bench:
     """What all predictors are trained and measured with."""
 
     model: WorldModel
-    place: Place
+    rank_info: RankInfo
     train: ShardSet
     val: ShardSet
 
@@ -57,15 +57,15 @@ def evaluate_multitask(config: MultitaskConfig) -> Result:
         ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
-    place = here(config)
+    rank_info = here(config)
     with found_by_every_rank():
         specs = read_task_list(config.tasks)
-        check_split(config, len(specs), place.world_size)
-        model = world_model.load(config.run, place.device)
+        check_split(config, len(specs), rank_info.world_size)
+        model = world_model.load(config.run, rank_info.device)
         model.require_predictor()
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
     tasks = on_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
-    bench = _Bench(model=model, place=place, train=train, val=val)
+    bench = _Bench(model=model, rank_info=rank_info, train=train, val=val)
     together = _learn("multitask", tasks, config, bench)
     few = share_of_one(config, len(tasks))
     alone = [_learn(f"alone_{task.spec.name}", [task], few, bench) for task in tasks] if config.single else []
@@ -115,10 +115,10 @@ def _labelled(spec: TaskSpec, train: ShardSet, val: ShardSet) -> LabelledTask:
 
 def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench: _Bench) -> Learnt:
     """Train a predictor, or go on with it, and ask it about the validation images; collective."""
-    model, place = bench.model, bench.place
-    student = networks(model, config, place)
+    model, rank_info = bench.model, bench.rank_info
+    student = networks(model, config, rank_info)
     assert isinstance(student.predictor, Predictor)
-    encode = frozen(student.encoder, place)
+    encode = frozen(student.encoder, rank_info)
     with seeded(config.seed):
         module = TaskPredictor(student.predictor, [len(task.train.classes) for task in tasks])
     set_drop_path_(module, config.tune.drop_path)
@@ -129,7 +129,7 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
     job = Job(
         name=name,
         module=module,
-        prepare=Division([task.train for task in tasks], share_of_one(config, len(tasks)), encode, place),
+        prepare=Division([task.train for task in tasks], share_of_one(config, len(tasks)), encode, rank_info),
         loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, of_tasks),
         optimizer=scaled_optimizer(
             module, settings.optim, lambda part: factor if part.startswith("predictor.") else 1.0
@@ -137,9 +137,9 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
         origin=origin_of(model.step, model.encoder, model.predictor)
         | {"tasks": [to_tree(task.spec) for task in tasks]},
     )
-    tuned = tune(job, config, model_config=model.config, shards=bench.train, place=place, folder=folder)
+    tuned = tune(job, config, model_config=model.config, shards=bench.train, rank_info=rank_info, folder=folder)
     everyone = np.arange(bench.val.num_samples)
-    named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, place)
+    named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, rank_info)
     true = np.stack([task.val.number for task in tasks], axis=1)
     # engines hold on to themselves in circles, and on to memory
     del job, module

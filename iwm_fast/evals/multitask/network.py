@@ -14,7 +14,7 @@ from iwm_fast.models.heads import AttentiveHead
 from iwm_fast.models.predictor import Predictor
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +73,17 @@ class TaskPredictor(nn.Module):
 class Division:
     """Divides micro-batches between tasks, by slot, whatever the ranks; images are mixed with those of their task."""
 
-    def __init__(self, labels: list[Labels], few: TuneTask, encode: Encode, place: Place) -> None:
+    def __init__(self, labels: list[Labels], few: TuneTask, encode: Encode, rank_info: RankInfo) -> None:
         """Get ready.
 
         Args:
             labels: of each task.
             few: settings whose batches are a task's share.
             encode: the frozen encoder.
-            place: this process.
+            rank_info: this process.
         """
         self._labels, self._encode = labels, encode
-        self._mixings = [Mixing(few, len(labels.classes), place.world_size) for labels in self._labels]
+        self._mixings = [Mixing(few, len(labels.classes), rank_info.world_size) for labels in self._labels]
 
     def __call__(self, batch: Batch) -> TaskInputs:
         """Return the frozen encoder's tokens of the changed images, and each task's rows and labels."""

@@ -27,7 +27,7 @@ from iwm_fast.evals.segmentation.variants import WITH_PREDICTOR, Bench, build_ar
 from iwm_fast.pipelines.annotations.segmentation import require_masks
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.runtime.distributed import Place, on_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
 from iwm_fast.runtime.error_reporting import found_by_every_rank
 
 log = logging.getLogger("iwm_fast")
@@ -63,10 +63,10 @@ def evaluate_segment(config: SegmentConfig) -> Result:
     return result
 
 
-def _open(config: SegmentConfig, place: Place) -> Bench:
+def _open(config: SegmentConfig, rank_info: RankInfo) -> Bench:
     with found_by_every_rank():
-        micro_batches(config, place.world_size)
-        model = world_model.load(config.run, place.device)
+        micro_batches(config, rank_info.world_size)
+        model = world_model.load(config.run, rank_info.device)
         if any(arm in WITH_PREDICTOR for arm in config.arms.split(",")):
             model.require_predictor()
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
@@ -76,7 +76,13 @@ def _open(config: SegmentConfig, place: Place) -> Bench:
     num_classes = config.num_classes or count_classes(train, val, **scan)
     settings = run_config(config, model.config, task_folder(config.run, "segment", config.name))
     return Bench(
-        config=config, settings=settings, model=model, place=place, train=train, val=val, num_classes=num_classes
+        config=config,
+        settings=settings,
+        model=model,
+        rank_info=rank_info,
+        train=train,
+        val=val,
+        num_classes=num_classes,
     )
 
 
@@ -92,7 +98,7 @@ def choose_shown(bench: Bench) -> Int64[np.ndarray, "samples"]:
             mask = masks.begin(batch)()
             return pixel_counts(mask, mask, bench.num_classes, bench.config.ignore_index)[:, 2]
 
-        pixels = predict(sizes, bench.settings, bench.val, candidates, bench.place).numpy()
+        pixels = predict(sizes, bench.settings, bench.val, candidates, bench.rank_info).numpy()
     num_seen = (pixels > bench.settings.views.size**2 / 20).sum(axis=1)
     order = np.argsort(-num_seen, kind="stable")
     return np.sort(candidates[order[: bench.config.num_shown]])
@@ -100,11 +106,13 @@ def choose_shown(bench: Bench) -> Int64[np.ndarray, "samples"]:
 
 def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tuple[Learnt, Answer]:
     """Train an arm, or go on with it, and ask it about the validation images; collective."""
-    config, settings, place = bench.config, bench.settings, bench.place
+    config, settings, rank_info = bench.config, bench.settings, bench.rank_info
     arm, size = build_arm(name, bench), settings.views.size
     with bench.masks(bench.train) as masks:
         job = arm.job(bench, masks)
-        tuned = tune(job, config, model_config=bench.model.config, shards=bench.train, place=place, folder=bench.folder)
+        tuned = tune(
+            job, config, model_config=bench.model.config, shards=bench.train, rank_info=rank_info, folder=bench.folder
+        )
     with bench.masks(bench.val) as masks:
 
         def found(batch: Batch) -> Int64[Tensor, "B 3 K"]:
@@ -115,8 +123,8 @@ def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tup
         def painted(batch: Batch) -> UInt8[Tensor, "B H W"]:
             return pixel_classes(arm.module(arm.inputs(batch, masks)), size).to(torch.uint8)
 
-        counts = predict(found, settings, bench.val, np.arange(bench.val.num_samples), place).numpy()
-        classes = predict(painted, settings, bench.val, chosen, place).numpy()
+        counts = predict(found, settings, bench.val, np.arange(bench.val.num_samples), rank_info).numpy()
+        classes = predict(painted, settings, bench.val, chosen, rank_info).numpy()
     measured = mean_iou(counts)
     log.info("%s: mean IoU %.4f, %d steps, %.0f s", name, measured, tuned.steps, tuned.time_s)
     return Learnt(counts=counts, tuned=tuned), Answer(classes=classes, counts=counts[chosen], mean_iou=measured)
@@ -124,7 +132,7 @@ def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tup
 
 def _show(bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> Shown:
     with bench.masks(bench.val) as masks:
-        given = bench.settings, bench.val, chosen, bench.place
+        given = bench.settings, bench.val, chosen, bench.rank_info
         pixels = predict(lambda batch: denormalize_view(batch.source_view), *given)
         mask = predict(lambda batch: masks.begin(batch)(), *given)
     return Shown(pixels=pixels.numpy(), mask=mask.numpy())

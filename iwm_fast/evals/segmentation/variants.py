@@ -21,7 +21,7 @@ from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import Predictor
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.task import Job
 from iwm_fast.world_model import WorldModel
 
@@ -36,7 +36,7 @@ class Bench:
     settings: RunConfig
     """See `iwm_fast.evals.finetuning.run.run_config`."""
     model: WorldModel
-    place: Place
+    rank_info: RankInfo
     train: ShardSet
     val: ShardSet
     num_classes: int
@@ -100,12 +100,12 @@ class Arm:
 
 def build_arm(name: str, bench: Bench) -> Arm:
     """Build an arm's network from the run's teacher and predictor; the same on every rank."""
-    config, model, place = bench.config, bench.model, bench.place
-    student = networks(model, config, place)
+    config, model, rank_info = bench.config, bench.model, bench.rank_info
+    student = networks(model, config, rank_info)
     if name == "random_predictor":
-        student.predictor = networks(model, config, place, is_new=True).predictor
+        student.predictor = networks(model, config, rank_info, is_new=True).predictor
     if name == "untrained_head":
-        student.encoder = networks(model, config, place, is_new=True).encoder
+        student.encoder = networks(model, config, rank_info, is_new=True).encoder
     with seeded(config.seed):
         head = PatchHead(student.encoder.dim, bench.num_classes)
     # runs without one have been refused
@@ -118,5 +118,5 @@ def build_arm(name: str, bench: Bench) -> Arm:
         "num_classes": bench.num_classes,
         "ignore_index": config.ignore_index,
     }
-    encode = None if is_trained else frozen(student.encoder, place)
+    encode = None if is_trained else frozen(student.encoder, rank_info)
     return Arm(name=name, module=module, encode=encode, origin=origin)

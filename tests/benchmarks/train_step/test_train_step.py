@@ -51,7 +51,7 @@ def workload(folder):
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
     gc.collect()
@@ -66,8 +66,8 @@ def turn(step_s: float, **parts: float) -> StepTurn:
     return StepTurn(step_s, dict.fromkeys(PARTS, 0.0) | parts)
 
 
-def test_every_engine_steps_in_turns_and_is_compared_with_the_bare_loop(session, workload, place):
-    benchmark.engines(session, workload, place)
+def test_every_engine_steps_in_turns_and_is_compared_with_the_bare_loop(session, workload, rank_info):
+    benchmark.engines(session, workload, rank_info)
     found = {record.provider: record for record in session.records}
     assert list(found) == [BARE, PLAIN, *ZERO] and not [one.failure for one in found.values() if one.failure]
     assert all(one.what == STEP and one.repeats == 2 and one.shape["ranks"] == 1 for one in found.values())
@@ -80,8 +80,8 @@ def test_every_engine_steps_in_turns_and_is_compared_with_the_bare_loop(session,
     assert "### Steps" in text and "### Parts of a step, ms" in text and DEFAULT in text
 
 
-def test_the_loader_makes_the_step_wait_and_a_cached_batch_does_not(session, workload, place):
-    benchmark.loading(session, workload, place)
+def test_the_loader_makes_the_step_wait_and_a_cached_batch_does_not(session, workload, rank_info):
+    benchmark.loading(session, workload, rank_info)
     found = {record.provider: record for record in session.records}
     assert list(found) == [CACHED, SHARDS] and found[SHARDS].failure is None
     assert found[SHARDS].figures["wait_ms"] > found[CACHED].figures["wait_ms"]
@@ -103,21 +103,21 @@ def test_ranks_that_take_too_long_are_ended(folder):
         compare_on_ranks(folder, torch.device("cpu"), is_quick=True, limit_s=0.1)
 
 
-def test_one_that_raises_drops_out_and_the_others_go_on(workload, place):
+def test_one_that_raises_drops_out_and_the_others_go_on(workload, rank_info):
     wrong = Contestant("wrong", {"engine": "plain", "micro_batch_size": 3})
-    found = measure.compare(workload, [wrong, Contestant(PLAIN, {"engine": "plain"})], place, has_time=lambda: True)
+    found = measure.compare(workload, [wrong, Contestant(PLAIN, {"engine": "plain"})], rank_info, has_time=lambda: True)
     assert isinstance(found.turns["wrong"], Failure) and len(found.turns[PLAIN]) == 2
     measure.check_losses(found.losses, "wrong", workload.precision)
 
 
-def test_without_time_there_is_one_round(workload, place):
-    found = measure.compare(workload, [Contestant(BARE, {})], place, has_time=lambda: False)
+def test_without_time_there_is_one_round(workload, rank_info):
+    found = measure.compare(workload, [Contestant(BARE, {})], rank_info, has_time=lambda: False)
     assert len(found.turns[BARE]) == 1
 
 
-def test_one_that_trains_otherwise_is_refused(workload, place):
-    bare = Training(Contestant(BARE, {}), workload, place)
-    batch = workload.cached_batch(place)
+def test_one_that_trains_otherwise_is_refused(workload, rank_info):
+    bare = Training(Contestant(BARE, {}), workload, rank_info)
+    batch = workload.cached_batch(rank_info)
     losses = bare.warm_up(iter([batch] * 3), 3)
     assert losses[0] != losses[2]
     # as if the weights had never changed
@@ -127,8 +127,8 @@ def test_one_that_trains_otherwise_is_refused(workload, place):
         measure.check_losses({BARE: losses, "not a number": [math.nan] * 3}, BARE, "fp32")
 
 
-def test_the_cached_batch_outlives_its_loader(workload, place):
-    first, second = workload.cached_batch(place), workload.cached_batch(place)
+def test_the_cached_batch_outlives_its_loader(workload, rank_info):
+    first, second = workload.cached_batch(rank_info), workload.cached_batch(rank_info)
     assert first.key == second.key and torch.equal(first.source_view, second.source_view)
     assert first.source_view.data_ptr() != second.source_view.data_ptr()
     assert len(first.key) == workload.batch_size and first.context.total == second.context.total
@@ -145,9 +145,9 @@ def test_overheads_are_ratios_within_a_round():
 def test_a_gpus_share_of_its_peak_and_memory_are_noted(session, workload, monkeypatch):
     monkeypatch.setattr("iwm_fast.monitoring.throughput.peak_flops", lambda device, precision: (1e12, "card"))
     found = Comparison({BARE: [turn(0.004)]}, {}, {BARE: 2_000_000_000})
-    gpu = distributed.Place(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+    gpu = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
     case = benchmark.Case(STEP, workload.shape(1), workload.precision)
-    measure.note(session, workload, case, found, bases={BARE: BARE}, place=gpu)
+    measure.note(session, workload, case, found, bases={BARE: BARE}, rank_info=gpu)
     (record,) = session.records
     # 4 images in 4 ms
     wanted = 100 * 1000 * measure.build_yardstick(workload.config(), gpu).flops_per_image / 1e12

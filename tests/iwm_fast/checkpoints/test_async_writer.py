@@ -14,9 +14,9 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.async_writer import CheckpointWriter, superfluous
 from iwm_fast.checkpoints.commit import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def writer_of(folder, **output):

@@ -15,9 +15,9 @@ from iwm_fast.checkpoints.commit import CheckpointError, remove_leftovers, set_a
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 FINGERPRINT = {
     "seed": 0,
     "views.size": 32,

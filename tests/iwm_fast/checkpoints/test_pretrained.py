@@ -30,7 +30,7 @@ TIMM = "vit_tiny_patch16_224"
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -75,8 +75,8 @@ def test_an_export_gives_the_same_start_as_its_run(next_run, trained, tmp_path):
     assert all(torch.equal(value, weights_of(from_export)[name]) for name, value in weights_of(from_run).items())
 
 
-def test_the_new_teacher_is_a_copy_of_what_the_encoder_begins_with(next_run, place):
-    trainer = build_components(next_run, place)
+def test_the_new_teacher_is_a_copy_of_what_the_encoder_begins_with(next_run, rank_info):
+    trainer = build_components(next_run, rank_info)
     for name, value in trainer.engine.named_parameters():
         if name.startswith("encoder."):
             assert torch.equal(value, trainer.teacher.state_dict()[name.removeprefix("encoder.")])
@@ -125,8 +125,8 @@ def test_a_resumed_run_needs_its_source_no_more_and_refuses_another(next_run, tr
         run(replace(config, init_from=""))
 
 
-def test_a_run_that_goes_on_does_not_begin_again(next_run, place):
-    first = build_components(next_run, place)
+def test_a_run_that_goes_on_does_not_begin_again(next_run, rank_info):
+    first = build_components(next_run, rank_info)
     changed = first.engine.state() | {"weight/encoder.norm.weight": torch.full((32,), 7.0)}  # as if it had been trained
     checkpoint_of(next_run, changed, first.teacher.state_dict())
     student = started(replace(next_run, resume="auto"))

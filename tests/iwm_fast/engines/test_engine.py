@@ -42,7 +42,7 @@ class Toy(nn.Module):
 
 
 @pytest.fixture
-def place(monkeypatch):
+def rank_info(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     yield distributed.start("cpu")
@@ -64,12 +64,12 @@ def make_optimizer(module):
     return torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
 
 
-def make_engine(place, engine, stage, **settings):
+def make_engine(rank_info, engine, stage, **settings):
     module = Toy()
     if engine == "deepspeed":
         # smaller than the largest weight, so that reduction takes every path; and NaN in fresh buffers costs no time
         settings["zero_optimization"] = {"reduce_bucket_size": 30}
-    return build_engine(make_config(engine, stage, **settings), module, make_optimizer(module), place)
+    return build_engine(make_config(engine, stage, **settings), module, make_optimizer(module), rank_info)
 
 
 def train(engine, steps, spoil=lambda step, batch: batch, add=0.0):
@@ -84,7 +84,7 @@ def train(engine, steps, spoil=lambda step, batch: batch, add=0.0):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(place, engine, stage):
+def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(rank_info, engine, stage):
     module = Toy()
     optimizer = make_optimizer(module)
     norms = []
@@ -99,7 +99,7 @@ def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(place, en
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
         optimizer.step()
 
-    tried = make_engine(place, engine, stage)
+    tried = make_engine(rank_info, engine, stage)
     outcomes = train(tried, range(3))
     assert min(norms) > 0.2, "clipping must be active"
     assert [outcome.grad_norm for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
@@ -115,13 +115,13 @@ def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(place, en
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_training_goes_on_bit_equal_from_a_loaded_state(place, engine, stage):
-    straight = make_engine(place, engine, stage)
+def test_training_goes_on_bit_equal_from_a_loaded_state(rank_info, engine, stage):
+    straight = make_engine(rank_info, engine, stage)
     train(straight, range(2))
     saved = straight.state()
     train(straight, range(2, 5))
 
-    resumed = make_engine(place, engine, stage)
+    resumed = make_engine(rank_info, engine, stage)
     train(resumed, range(7, 8))
     resumed.load_state(saved)
     assert_same_state(resumed.state(), saved)
@@ -130,20 +130,20 @@ def test_training_goes_on_bit_equal_from_a_loaded_state(place, engine, stage):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_exists_before_the_first_step_and_starts_the_same_run(place, engine, stage):
-    straight = make_engine(place, engine, stage)
+def test_a_state_exists_before_the_first_step_and_starts_the_same_run(rank_info, engine, stage):
+    straight = make_engine(rank_info, engine, stage)
     saved = straight.state()
     assert int(saved["adam_step"]) == 0
     train(straight, range(2))
-    resumed = make_engine(place, engine, stage)
+    resumed = make_engine(rank_info, engine, stage)
     resumed.load_state(saved)
     train(resumed, range(2))
     assert_same_state(resumed.state(), straight.state())
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_is_a_copy_that_training_does_not_change(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_a_state_is_a_copy_that_training_does_not_change(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     train(tried, range(1))
     saved = tried.state()
     before = {name: tensor.clone() for name, tensor in saved.items()}
@@ -153,8 +153,8 @@ def test_a_state_is_a_copy_that_training_does_not_change(place, engine, stage):
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(place, engine, stage, bad):
-    tried = make_engine(place, engine, stage)
+def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(rank_info, engine, stage, bad):
+    tried = make_engine(rank_info, engine, stage)
     train(tried, range(2))
     before = tried.state()
     # the constant is bad, the gradients alone would be fine
@@ -164,14 +164,14 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(place, e
     assert_same_state(tried.state(), before)
     assert train(tried, range(2, 3))[0].applied
 
-    straight = make_engine(place, engine, stage)
+    straight = make_engine(rank_info, engine, stage)
     train(straight, range(3))
     assert_same_state(tried.state(), straight.state())
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_bad_pixels_change_nothing(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_bad_pixels_change_nothing(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     train(tried, range(1))
     before = tried.state()
     assert not train(tried, range(1, 2), spoil=lambda step, batch: batch * math.nan)[0].applied
@@ -179,8 +179,8 @@ def test_bad_pixels_change_nothing(place, engine, stage):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_weight_decay_reaches_only_the_group_that_decays(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_weight_decay_reaches_only_the_group_that_decays(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     tried.set_hyperparameters(lr=0.5, weight_decay=0.25)
     before = tried.state()
     for _ in range(NUM_MICRO_BATCHES):
@@ -195,8 +195,8 @@ def test_weight_decay_reaches_only_the_group_that_decays(place, engine, stage):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_clipping_can_be_off(place, engine, stage):
-    clipped, free = make_engine(place, engine, stage), make_engine(place, engine, stage, clip_norm=None)
+def test_clipping_can_be_off(rank_info, engine, stage):
+    clipped, free = make_engine(rank_info, engine, stage), make_engine(rank_info, engine, stage, clip_norm=None)
     train(clipped, range(1))
     train(free, range(1))
     ratio = free.state()["exp_avg/first.weight"].norm() / clipped.state()["exp_avg/first.weight"].norm()
@@ -204,22 +204,22 @@ def test_clipping_can_be_off(place, engine, stage):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_parameters_have_the_modules_own_names(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_parameters_have_the_modules_own_names(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     assert dict(tried.named_parameters()).keys() == dict(Toy().named_parameters()).keys()
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_step_after_too_few_micro_batches_is_refused(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_a_step_after_too_few_micro_batches_is_refused(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     tried.backward(tried.forward(torch.ones(4, 5)).tokens.sum())
     with pytest.raises(RuntimeError, match="after 1 micro-batches; it must follow 2"):
         tried.step()
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_of_another_model_is_refused_with_both_shapes(place, engine, stage):
-    tried = make_engine(place, engine, stage)
+def test_a_state_of_another_model_is_refused_with_both_shapes(rank_info, engine, stage):
+    tried = make_engine(rank_info, engine, stage)
     state = tried.state()
     with pytest.raises(ValueError, match=r"weight/last\.weight has shape \(4, 7\) in the saved state, \(3, 7\)"):
         tried.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
@@ -231,10 +231,10 @@ def test_a_state_of_another_model_is_refused_with_both_shapes(place, engine, sta
 
 @pytest.mark.parametrize("source", range(len(ENGINES)))
 @pytest.mark.parametrize("target", range(len(ENGINES)))
-def test_a_state_moves_between_engines(place, source, target):
-    straight = make_engine(place, *ENGINES[source])
+def test_a_state_moves_between_engines(rank_info, source, target):
+    straight = make_engine(rank_info, *ENGINES[source])
     train(straight, range(2))
-    moved = make_engine(place, *ENGINES[target])
+    moved = make_engine(rank_info, *ENGINES[target])
     moved.load_state(straight.state())
     train(straight, range(2, 4))
     train(moved, range(2, 4))
@@ -243,11 +243,11 @@ def test_a_state_moves_between_engines(place, source, target):
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_forgotten_parameter_is_refused(place):
+def test_a_forgotten_parameter_is_refused(rank_info):
     module = Toy()
     optimizer = torch.optim.AdamW([{"params": [module.first.weight], "name": "decay"}])
     with pytest.raises(ValueError, match="parameter unused must be in the optimizer"):
-        build_engine(make_config("plain", None), module, optimizer, place)
+        build_engine(make_config("plain", None), module, optimizer, rank_info)
 
 
 def test_deepspeed_is_told_the_runs_own_numbers():

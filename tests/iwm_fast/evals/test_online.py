@@ -33,7 +33,7 @@ WORKER = WORKERS / "ranks_online.py"
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -73,7 +73,7 @@ def test_a_run_writes_the_numbers_that_the_commands_give(tiny_shards, tmp_path):
 
 def steps(trainer: TrainingComponents, evaluation: OnlineEvaluation | None) -> list[float]:
     schedules = build_schedules(trainer.config.optim, trainer.shards.num_samples)
-    loader = training_loader(trainer.config, trainer.shards, trainer.place)
+    loader = training_loader(trainer.config, trainer.shards, trainer.rank_info)
     losses = []
     for step in range(4):
         report = train_step(
@@ -91,11 +91,11 @@ def random_states() -> list[bytes]:
     return [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]
 
 
-def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_measured(place, tiny_shards, tmp_path):
+def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_measured(rank_info, tiny_shards, tmp_path):
     config = measured(tiny_shards, tmp_path / "run", with_labels(tmp_path / "val.tar", [0, 1]))
-    plain, watched = build_components(config, place), build_components(config, place)
+    plain, watched = build_components(config, rank_info), build_components(config, rank_info)
     states = random_states()
-    evaluation = OnlineEvaluation(config, watched.shards, place)
+    evaluation = OnlineEvaluation(config, watched.shards, rank_info)
     evaluation.prepare()
     losses = steps(watched, evaluation)
     assert random_states() == states
@@ -108,11 +108,11 @@ def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_measured(place, tin
     assert all(parameter.grad is None for parameter in watched.teacher.encoder.parameters())
 
 
-def test_what_is_wrong_is_found_before_the_first_step(place, tiny_shards, tmp_path):
-    trainer = build_components(tiny_run(tiny_shards, tmp_path / "run"), place)
+def test_what_is_wrong_is_found_before_the_first_step(rank_info, tiny_shards, tmp_path):
+    trainer = build_components(tiny_run(tiny_shards, tmp_path / "run"), rank_info)
 
     def prepare(val: str) -> None:
-        OnlineEvaluation(measured(tiny_shards, tmp_path / "run", val), trainer.shards, place).prepare()
+        OnlineEvaluation(measured(tiny_shards, tmp_path / "run", val), trainer.shards, rank_info).prepare()
 
     with pytest.raises(ValueError, match=r"data\.val must name validation shards where output\.evaluate_every is set"):
         prepare("")
@@ -124,22 +124,24 @@ def test_what_is_wrong_is_found_before_the_first_step(place, tiny_shards, tmp_pa
         prepare(with_labels(tmp_path / "strange.tar", [0, 7]))
 
 
-def test_without_labels_the_world_model_alone_is_measured_and_one_line_says_so(place, tiny_shards, tmp_path, caplog):
+def test_without_labels_the_world_model_alone_is_measured_and_one_line_says_so(
+    rank_info, tiny_shards, tmp_path, caplog
+):
     val = with_labels(tmp_path / "val.tar", [0, None, None])
     config = measured(tiny_shards, tmp_path / "run", val)
-    trainer = build_components(config, place)
+    trainer = build_components(config, rank_info)
     with caplog.at_level("INFO"):
-        evaluation = OnlineEvaluation(config, trainer.shards, place)
+        evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
         evaluation.prepare()
         row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
     assert caplog.text.count("without k-NN: 2 of 3 samples of data.val have no .cls") == 1
 
 
-def test_without_a_world_model_the_encoder_alone_is_measured(place, tiny_shards, tmp_path):
+def test_without_a_world_model_the_encoder_alone_is_measured(rank_info, tiny_shards, tmp_path):
     config = measured(tiny_shards, tmp_path / "run", with_labels(tmp_path / "val.tar", [0, 1]), depth=0)
-    trainer = build_components(config, place)
-    evaluation = OnlineEvaluation(config, trainer.shards, place)
+    trainer = build_components(config, rank_info)
+    evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
     row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/knn", "eval/knn_untrained", "eval/knn_chance", "eval/time_s"}
@@ -154,9 +156,15 @@ def test_two_ranks_measure_the_same_and_end_together_when_an_image_cannot_be_rea
     pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
     for rank in "01":
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        rank_info = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, str(WORKER), str(tmp_path), tiny_shards.pattern, val]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | place, **pipes))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | rank_info, **pipes))
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     (first, error), (second, silence) = printed

@@ -104,19 +104,19 @@ def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_a_few_steps_of_training_have_the_losses_of_the_reference(config, engine):
-    place = distributed.start("auto")
+    rank_info = distributed.start("auto")
     try:
-        runs = [losses(place, with_fused(config, ops=ops, engine=engine)) for ops in ("fused", "reference")]
+        runs = [losses(rank_info, with_fused(config, ops=ops, engine=engine)) for ops in ("fused", "reference")]
     finally:
         distributed.stop()
     torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-4, atol=0)
 
 
 def test_training_builds_student_and_teacher_on_the_chosen_operations(config):
-    place = distributed.start("auto")
+    rank_info = distributed.start("auto")
     try:
         for ops, wanted in (("fused", FUSED), ("reference", REFERENCE)):
-            trainer = build_components(with_fused(config, ops=ops), place)
+            trainer = build_components(with_fused(config, ops=ops), rank_info)
             used = {
                 module.ragged_attention for module in trainer.teacher.encoder.modules() if isinstance(module, Attention)
             }

@@ -9,10 +9,10 @@ import torch
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.step_timer import PARTS
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.train import run
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def trace(profiler: StepProfiler, steps: range) -> None:

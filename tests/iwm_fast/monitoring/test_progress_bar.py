@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iwm_fast.monitoring.progress_bar import open_display
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 
 ROW = {
     "loss/prediction": 0.34567,
@@ -88,12 +88,12 @@ def attach(monkeypatch, caplog) -> Iterator[Callable[[], Terminal]]:
     logging.getLogger().removeHandler(handler)
 
 
-def place(rank: int = 0) -> Place:
-    return Place(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
+def rank_info(rank: int = 0) -> RankInfo:
+    return RankInfo(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
 
 
 def show_three_rows(first: int = 0) -> None:
-    display = open_display(place(), first, 375_000)
+    display = open_display(rank_info(), first, 375_000)
     for step, row in ((10, ROW), (20, BAD), (30, ROW)):
         display.advance(first + step)
         display.show(first + step, row)
@@ -114,14 +114,14 @@ def test_on_a_terminal_there_is_one_line_and_warnings_stand_whole_above_it(attac
 
 def test_a_run_that_goes_on_begins_where_it_stands(attach):
     terminal = attach()
-    open_display(place(), 374_000, 375_000).close()
+    open_display(rank_info(), 374_000, 375_000).close()
     assert terminal.screen()[-1].startswith("step 374000/375000")
 
 
 def test_another_ranks_warning_writes_over_the_line_and_leaves_none_of_it_behind(attach):
     terminal = attach()
     terminal.stream.write("step 30/375000 ━━━━━━━━━━━━━━━━━━━━━━━━ loss 0.3457  2450 images/s  waiting 1.2 %")
-    open_display(place(rank=1), 0, 375_000)
+    open_display(rank_info(rank=1), 0, 375_000)
     logging.getLogger("iwm_fast").warning("cannot decode")
     assert terminal.screen() == ["[rank 1] cannot decode"]
 

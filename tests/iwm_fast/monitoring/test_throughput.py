@@ -63,7 +63,7 @@ def test_a_log_row_says_where_a_steps_time_went(tiny_shards, tmp_path, caplog):
 
 def test_the_yardstick_counts_the_runs_own_images_and_ranks(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path)
-    place = distributed.Place(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
-    yardstick = build_yardstick(config, place)
+    rank_info = distributed.RankInfo(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
+    yardstick = build_yardstick(config, rank_info)
     assert (yardstick.global_batch_size, yardstick.num_ranks) == (16, 2)
     assert yardstick.values(1, 1.0)["speed/images_per_s_per_rank"] == 8

@@ -15,8 +15,8 @@ def _bare_environment(monkeypatch):
 
 
 def test_without_a_launcher_there_is_one_process_with_a_group_of_its_own():
-    place = distributed.start("cpu")
-    assert (place.rank, place.local_rank, place.world_size, place.device.type) == (0, 0, 1, "cpu")
+    rank_info = distributed.start("cpu")
+    assert (rank_info.rank, rank_info.local_rank, rank_info.world_size, rank_info.device.type) == (0, 0, 1, "cpu")
     assert torch.distributed.is_initialized()
 
 

@@ -22,9 +22,9 @@ def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engin
     measured = {}
     for device, chosen in (("cpu", "plain"), ("cuda", engine)):
         config = tiny_run(tiny_shards, tmp_path, engine=chosen, loader=loader)
-        place = distributed.start(device)
+        rank_info = distributed.start(device)
         try:
-            measured[device] = losses(place, replace(config, runtime=replace(config.runtime, device=device)))[0]
+            measured[device] = losses(rank_info, replace(config, runtime=replace(config.runtime, device=device)))[0]
         finally:
             distributed.stop()
     # decoders on the GPU sample chroma differently
@@ -37,9 +37,9 @@ def test_the_demo_on_fused_operations_has_the_losses_of_the_reference(tiny_shard
     for ops in ("fused", "reference"):
         settings = [f"data.train={tiny_shards.pattern}", "optim.global_batch_size=16", f"optim.precision={precision}"]
         config = load_config(CONFIG, [*settings, "runtime.device=cuda", f"runtime.ops={ops}"])
-        place = distributed.start("cuda")
+        rank_info = distributed.start("cuda")
         try:
-            measured.append(losses(place, config, steps=6)[0])
+            measured.append(losses(rank_info, config, steps=6)[0])
         finally:
             distributed.stop()
     tolerance = 1e-3 if precision == "fp32" else 1e-2

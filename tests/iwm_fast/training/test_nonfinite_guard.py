@@ -33,13 +33,13 @@ class BadNow(Objective):
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
 
-def run_with(place, config, bad):
-    trainer = build_components(config, place)
+def run_with(rank_info, config, bad):
+    trainer = build_components(config, rank_info)
     return train(replace(trainer, objective=BadNow(config, bad)))
 
 
@@ -48,10 +48,10 @@ def saved_at(folder: Path, step: int):
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_bad_step_changes_neither_weights_nor_teacher_nor_schedules(place, tiny_shards, tmp_path, engine, stage):
+def test_a_bad_step_changes_neither_weights_nor_teacher_nor_schedules(rank_info, tiny_shards, tmp_path, engine, stage):
     config = tiny_run(tiny_shards, tmp_path / "run", engine=engine, zero_stage=stage)
     config = replace(config, output=replace(config.output, checkpoint_every=1, log_every=1, keep_last=12))
-    run_with(place, config, bad=range(5, 6))
+    run_with(rank_info, config, bad=range(5, 6))
     before, after = saved_at(tmp_path / "run", 5), saved_at(tmp_path / "run", 6)
     assert (after.step, after.applied_steps) == (6, 5)
     assert all(torch.equal(value, after.engine_state[name]) for name, value in before.engine_state.items())
@@ -64,28 +64,28 @@ def test_a_bad_step_changes_neither_weights_nor_teacher_nor_schedules(place, tin
     assert written["step"] == 6 and len(written["suspects"][0]["samples"]) == 16
 
 
-def test_only_the_bad_micro_batch_is_suspected(place, tiny_shards, tmp_path):
+def test_only_the_bad_micro_batch_is_suspected(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run", micro_batch_size=4)
     # 4 micro-batches a step: the third of the second step
-    run_with(place, config, bad=[6])
+    run_with(rank_info, config, bad=[6])
     (line,) = (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()
     written = json.loads(line)
     assert written["step"] == 2 and [len(row["samples"]) for row in written["suspects"]] == [4]
 
 
-def test_too_many_in_a_row_end_the_run_with_its_last_good_state(place, tiny_shards, tmp_path):
+def test_too_many_in_a_row_end_the_run_with_its_last_good_state(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run", max_skipped_steps=3)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 10; .*samples by rank: 0: \S+"):
-        run_with(place, config, bad=range(7, 99))
+        run_with(rank_info, config, bad=range(7, 99))
     status = read_status(tmp_path / "run")
     assert status["state"] == "failed" and "FloatingPointError" in status["reason"]
     saved = saved_at(tmp_path / "run", 10)
     assert saved.applied_steps == 7
     assert all(value.isfinite().all() for value in saved.engine_state.values())
-    progress = run_with(place, replace(config, resume="auto"), bad=[])
+    progress = run_with(rank_info, replace(config, resume="auto"), bad=[])
     assert (progress.step, progress.applied_steps) == (12, 9)
 
 
-def test_single_bad_steps_far_apart_do_not_end_it(place, tiny_shards, tmp_path):
-    progress = run_with(place, tiny_run(tiny_shards, tmp_path / "run", max_skipped_steps=2), bad=[2, 5, 8])
+def test_single_bad_steps_far_apart_do_not_end_it(rank_info, tiny_shards, tmp_path):
+    progress = run_with(rank_info, tiny_run(tiny_shards, tmp_path / "run", max_skipped_steps=2), bad=[2, 5, 8])
     assert (progress.step, progress.applied_steps) == (12, 9)

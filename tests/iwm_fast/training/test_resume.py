@@ -59,8 +59,8 @@ def stream(config: RunConfig) -> tuple[StreamStart, torch.Tensor]:
     """Return where the newest checkpoint's stream begins, and the samples of its steps up to the checkpoint."""
     saved = checkpoints.read(checkpoints.newest(Path(config.output.folder)))
     start = StreamStart(**saved.counters["stream"])
-    place = distributed.start("cpu")
-    loader = training_loader(config, open_shards(config.data.train), place, start.step, start)
+    rank_info = distributed.start("cpu")
+    loader = training_loader(config, open_shards(config.data.train), rank_info, start.step, start)
     try:
         return start, torch.cat([next(loader).sample for _ in range(saved.step - start.step)])
     finally:

@@ -17,22 +17,22 @@ from iwm_fast.training.components import build_components
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
 
 @pytest.mark.parametrize(("engine", "stage"), [("plain", None), ("deepspeed", 1), ("deepspeed", 3)])
-def test_activation_checkpointing_changes_no_bit(place, tiny_shards, tmp_path, engine, stage):
+def test_activation_checkpointing_changes_no_bit(rank_info, tiny_shards, tmp_path, engine, stage):
     config = tiny_run(tiny_shards, tmp_path, engine=engine, zero_stage=stage)
     saving = replace(config, runtime=replace(config.runtime, activation_checkpointing=True))
-    assert losses(place, saving) == losses(place, config)
+    assert losses(rank_info, saving) == losses(rank_info, config)
 
 
-def test_activation_checkpointing_keeps_less_for_the_backward_pass(place, tiny_shards, tmp_path):
+def test_activation_checkpointing_keeps_less_for_the_backward_pass(rank_info, tiny_shards, tmp_path):
     def kept_bytes(is_on: bool) -> int:
         config = tiny_run(tiny_shards, tmp_path, activation_checkpointing=is_on)
-        blocks = build_components(config, place).engine._module.encoder.blocks
+        blocks = build_components(config, rank_info).engine._module.encoder.blocks
         kept = []
 
         def keep(tensor):

@@ -33,7 +33,7 @@ from iwm_fast.training.trainer import train
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -49,9 +49,9 @@ def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
         assert torch.equal(value, second[name]), name
 
 
-def test_golden_step(place, tiny_shards, tmp_path):
+def test_golden_step(rank_info, tiny_shards, tmp_path):
     """Change these numbers only with a change that is meant to change what is trained, and say so in the commit."""
-    loss, norm = losses(place, tiny_run(tiny_shards, tmp_path, loader="torch"))
+    loss, norm = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="torch"))
     torch.testing.assert_close(torch.tensor(loss), torch.tensor(GOLDEN_LOSS), rtol=2e-4, atol=0)
     torch.testing.assert_close(torch.tensor(norm), torch.tensor(GOLDEN_NORM), rtol=2e-3, atol=0)
 
@@ -60,23 +60,23 @@ GOLDEN_LOSS = [1.1689076, 1.1780695, 1.1079285]
 GOLDEN_NORM = [1.539488, 1.594683, 1.455176]
 
 
-def test_micro_batches_give_the_same_loss_within_rounding(place, tiny_shards, tmp_path):
-    whole = losses(place, tiny_run(tiny_shards, tmp_path))
-    parts = losses(place, tiny_run(tiny_shards, tmp_path, micro_batch_size=4))
+def test_micro_batches_give_the_same_loss_within_rounding(rank_info, tiny_shards, tmp_path):
+    whole = losses(rank_info, tiny_run(tiny_shards, tmp_path))
+    parts = losses(rank_info, tiny_run(tiny_shards, tmp_path, micro_batch_size=4))
     torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-4, atol=1e-6)
 
 
-def test_the_loaders_give_losses_within_a_percent(place, tiny_shards, tmp_path):
-    fast = losses(place, tiny_run(tiny_shards, tmp_path, loader="dali"))[0]
-    plain = losses(place, tiny_run(tiny_shards, tmp_path, loader="torch"))[0]
+def test_the_loaders_give_losses_within_a_percent(rank_info, tiny_shards, tmp_path):
+    fast = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="dali"))[0]
+    plain = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="torch"))[0]
     torch.testing.assert_close(torch.tensor(fast), torch.tensor(plain), rtol=1e-2, atol=0)
     assert fast != plain  # decoders differ: equal losses would mean that one loader ran twice
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_engines_give_the_same_losses(place, tiny_shards, tmp_path, stage):
-    plain = losses(place, tiny_run(tiny_shards, tmp_path))
-    zero = losses(place, tiny_run(tiny_shards, tmp_path, engine="deepspeed", zero_stage=stage))
+def test_the_engines_give_the_same_losses(rank_info, tiny_shards, tmp_path, stage):
+    plain = losses(rank_info, tiny_run(tiny_shards, tmp_path))
+    zero = losses(rank_info, tiny_run(tiny_shards, tmp_path, engine="deepspeed", zero_stage=stage))
     torch.testing.assert_close(torch.tensor(zero), torch.tensor(plain), rtol=1e-5, atol=1e-7)
 
 
@@ -193,23 +193,23 @@ def test_the_example_of_the_readme_works_and_the_runs_export_is_timms(tiny_shard
     torch.testing.assert_close(features, names["model"].encode(names["image"]).mean(dim=1), atol=1e-5, rtol=1e-4)
 
 
-def test_the_identity_predictor_trains_with_its_own_terms(place, tiny_shards, tmp_path):
+def test_the_identity_predictor_trains_with_its_own_terms(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path, depth=0)
-    trainer = build_components(config, place)
+    trainer = build_components(config, rank_info)
     assert trainer.objective.variance_weight > 0
-    loss, _ = losses(place, config, steps=6)
+    loss, _ = losses(rank_info, config, steps=6)
     assert loss[-1] < loss[0]
 
 
-def test_training_lowers_the_loss(place, tiny_shards, tmp_path):
-    loss, _ = losses(place, tiny_run(tiny_shards, tmp_path), steps=12)
+def test_training_lowers_the_loss(rank_info, tiny_shards, tmp_path):
+    loss, _ = losses(rank_info, tiny_run(tiny_shards, tmp_path), steps=12)
     assert loss[-1] < 0.8 * loss[0]
 
 
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_teacher(place, tiny_shards, tmp_path):
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_teacher(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path)
-    trainer = build_components(config, place)
-    loader = training_loader(config, trainer.shards, place)
+    trainer = build_components(config, rank_info)
+    loader = training_loader(config, trainer.shards, rank_info)
 
     def step(batches):
         return train_step(

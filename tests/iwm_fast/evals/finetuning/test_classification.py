@@ -52,7 +52,7 @@ def run(trained, tmp_path) -> str:
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -75,19 +75,19 @@ def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
     )
 
 
-def arm_of(name, run, place, **changes):
+def arm_of(name, run, rank_info, **changes):
     """Return an arm, its settings, the run and the training samples."""
     task, model = settings(run, **changes), world_model.load(run)
     shards = open_shards(model.config.data.train)
     config = run_config(task, model.config, Path(run) / "job")
-    lesson = Lesson(task=task, config=config, labels=read_labels(shards, LABEL), place=place)
+    lesson = Lesson(task=task, config=config, labels=read_labels(shards, LABEL), rank_info=rank_info)
     return build_arm(name, model, lesson), task, model, shards
 
 
 def first_batch(model, shards, count=8):
     batches = []
-    place = distributed.Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    predict(lambda batch: batches.append(batch) or batch.sample, model.config, shards, np.arange(count), place)
+    rank_info = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    predict(lambda batch: batches.append(batch) or batch.sample, model.config, shards, np.arange(count), rank_info)
     return batches[0]
 
 
@@ -95,7 +95,7 @@ def num_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(place, run):
+def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(rank_info, run):
     result = evaluate_finetune(settings(run, tune={"epochs": 6.0}))
     assert [row.subject for row in result.rows] == list(ARMS)
     for row in result.rows:
@@ -120,19 +120,19 @@ def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(place, run):
 
 
 @pytest.mark.parametrize("name", ["predictor", "random_predictor", "attentive"])
-def test_the_encoder_stays_as_it_is_under_arms_that_do_not_train_it(place, run, name):
-    arm, task, model, shards = arm_of(name, run, place, tune={"epochs": 1.0})
+def test_the_encoder_stays_as_it_is_under_arms_that_do_not_train_it(rank_info, run, name):
+    arm, task, model, shards = arm_of(name, run, rank_info, tune={"epochs": 1.0})
     batch = first_batch(model, shards)
     before = arm.job.prepare(batch).tokens
     torch.testing.assert_close(before, model.encode(batch.source_view))
-    tune(arm.job, task, model_config=model.config, shards=shards, place=place, folder=Path(run) / "job")
+    tune(arm.job, task, model_config=model.config, shards=shards, rank_info=rank_info, folder=Path(run) / "job")
     assert torch.equal(arm.job.prepare(batch).tokens, before) and not before.requires_grad
     saved = checkpoints.read(checkpoints.newest(Path(run) / "job" / name))
     assert not [entry for entry in saved.engine_state if "encoder" in entry]
 
 
-def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(place, run):
-    arms = {name: arm_of(name, run, place)[0].job.module for name in ARMS}
+def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(rank_info, run):
+    arms = {name: arm_of(name, run, rank_info)[0].job.module for name in ARMS}
     saved = checkpoints.read(checkpoints.newest(Path(run)))
     trained = saved.weights("predictor.")
     for name in ("encoder", "end_to_end"):
@@ -147,8 +147,8 @@ def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(place,
     assert arms["attentive"].predictor is None and arms["encoder"].predictor is None
 
 
-def test_the_world_model_is_asked_for_the_whole_image_unchanged(place, run):
-    arm, _, model, shards = arm_of("predictor", run, place)
+def test_the_world_model_is_asked_for_the_whole_image_unchanged(rank_info, run):
+    arm, _, model, shards = arm_of("predictor", run, rank_info)
     batch = first_batch(model, shards)
     strange = replace(batch, action=torch.ones_like(batch.action))
     inputs = arm.job.prepare(strange)
@@ -165,9 +165,9 @@ def test_the_world_model_is_asked_for_the_whole_image_unchanged(place, run):
         assert not torch.allclose(arm.job.module(asked), arm.call(batch))
 
 
-def test_validation_images_are_neither_mixed_nor_erased_nor_dropped(place, run):
+def test_validation_images_are_neither_mixed_nor_erased_nor_dropped(rank_info, run):
     arm, _, model, shards = arm_of(
-        "end_to_end", run, place, augment=plain_augment(mixup=1.0, cutmix=1.0, erasing=1.0), tune={"drop_path": 0.9}
+        "end_to_end", run, rank_info, augment=plain_augment(mixup=1.0, cutmix=1.0, erasing=1.0), tune={"drop_path": 0.9}
     )
     batch = first_batch(model, shards)
     assert not torch.equal(arm.job.prepare(batch).view, batch.source_view)
@@ -207,17 +207,17 @@ def losses(run, folder, arm, **runtime):
         for stage in stages
     ],
 )
-def test_engines_give_the_same_losses_with_rates_that_decay_by_layer(place, run, arm, stage):
+def test_engines_give_the_same_losses_with_rates_that_decay_by_layer(rank_info, run, arm, stage):
     plain = losses(run, "plain", arm)
     zero = losses(run, "zero", arm, engine="deepspeed", zero_stage=stage)
     assert len(plain) == 6 and zero == pytest.approx(plain, rel=1e-4)
 
 
-def test_recomputed_activations_change_nothing(place, run):
+def test_recomputed_activations_change_nothing(rank_info, run):
     assert losses(run, "again", "end_to_end", activation_checkpointing=True) == losses(run, "kept", "end_to_end")
 
 
-def test_an_arm_that_is_finished_is_left_alone_and_others_are_added(place, run):
+def test_an_arm_that_is_finished_is_left_alone_and_others_are_added(rank_info, run):
     few = settings(run, tune={"epochs": 1.0})
     first = evaluate_finetune(replace(few, arms="attentive"))
     metrics = Path(run) / "evaluations" / FOLDER / "attentive" / "metrics.jsonl"
@@ -227,7 +227,7 @@ def test_an_arm_that_is_finished_is_left_alone_and_others_are_added(place, run):
     assert both.rows[1] == first.rows[0] and both.rows[0].subject == "random_predictor"
 
 
-def test_other_settings_need_another_name_which_keeps_both(place, run):
+def test_other_settings_need_another_name_which_keeps_both(rank_info, run):
     few = settings(run, tune={"epochs": 1.0}, arms="attentive")
     evaluate_finetune(few)
     other = replace(few, tune=replace(few.tune, lr=1e-4))
@@ -237,7 +237,7 @@ def test_other_settings_need_another_name_which_keeps_both(place, run):
     assert {path.stem for path in (Path(run) / "evaluations").glob("*.json")} == {FOLDER, f"{FOLDER}_slow"}
 
 
-def test_a_run_that_has_been_trained_further_is_another_subject(place, run):
+def test_a_run_that_has_been_trained_further_is_another_subject(rank_info, run):
     few = settings(run, tune={"epochs": 1.0}, arms="attentive")
     evaluate_finetune(few)
     newest = checkpoints.newest(Path(run))
@@ -261,7 +261,7 @@ class StopsAt(logging.Handler):
             OF_PROCESS.reason = "SIGTERM"
 
 
-def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(place, run, tmp_path, caplog):
+def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(rank_info, run, tmp_path, caplog):
     # mixing and drop path included; erasing draws from a generator that beartype, in tests only, disturbs
     task = settings(
         run, arms="attentive,end_to_end", log_every=2, tune={"epochs": 2.0, "drop_path": 0.3},
@@ -289,7 +289,7 @@ def without_predictor(tmp_path) -> str:
     return painted_run(tmp_path, depth=0)
 
 
-def test_arms_that_need_a_predictor_are_refused_where_there_is_none(without_predictor, place):
+def test_arms_that_need_a_predictor_are_refused_where_there_is_none(without_predictor, rank_info):
     run = without_predictor
     for arms in ("all", "predictor,attentive"):
         with pytest.raises(ValueError, match=r"arms must be encoder, attentive or both: .*identity predictor, got"):
@@ -299,7 +299,7 @@ def test_arms_that_need_a_predictor_are_refused_where_there_is_none(without_pred
     assert [row.subject for row in evaluate_finetune(left).rows] == ["encoder", "attentive"]
 
 
-def test_an_export_is_finetuned_when_its_data_are_named(place, run, tmp_path):
+def test_an_export_is_finetuned_when_its_data_are_named(rank_info, run, tmp_path):
     folder = export(ExportConfig(run=run, to=str(tmp_path / "export")))
     few = settings(str(folder), arms="attentive", tune={"epochs": 0.5, "warmup_epochs": 0.0})
     with pytest.raises(ValueError, match=r"data\.train must name"):
@@ -313,20 +313,20 @@ def test_an_export_is_finetuned_when_its_data_are_named(place, run, tmp_path):
     assert result.step == world_model.load(run).step
 
 
-def test_odd_micro_batches_are_refused_where_images_are_mixed(place, run):
+def test_odd_micro_batches_are_refused_where_images_are_mixed(rank_info, run):
     odd = settings(run, arms="attentive", tune={"global_batch_size": 9}, augment=plain_augment(mixup=0.8))
     with pytest.raises(ValueError, match=r"runtime\.micro_batch_size .*must be even"):
         evaluate_finetune(odd)
 
 
-def test_a_label_that_tells_nothing_apart_is_refused(place, run, tmp_path):
+def test_a_label_that_tells_nothing_apart_is_refused(rank_info, run, tmp_path):
     alike = write_tinted(tmp_path / "alike.tar", 2, 0)
     with pytest.raises(ValueError, match=r"data\.label must tell classes apart: all are"):
         evaluate_finetune(settings(run, data=EvalData(train=alike, val=alike, label="cls")))
 
 
 @pytest.mark.slow
-def test_randaugment_and_dali_train_an_arm(place, run):
+def test_randaugment_and_dali_train_an_arm(rank_info, run):
     task = settings(
         run, arms="attentive", augment=plain_augment(rand_augment=True), tune={"epochs": 1.0},
         runtime={"loader": "dali", "loader_threads": 1, "micro_batch_size": 4},
@@ -341,7 +341,7 @@ def timm_settings(run, tmp_path, **changes):
     return settings(**given | {"tune": {"epochs": 1.0, "encoder_lr": 1e-3}} | changes)
 
 
-def test_a_timm_vit_is_finetuned_from_a_file_into_a_folder(place, run, tmp_path):
+def test_a_timm_vit_is_finetuned_from_a_file_into_a_folder(rank_info, run, tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=48)
     torch.nn.init.constant_(vit.norm.bias, 0.5)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
@@ -361,7 +361,7 @@ def test_a_timm_vit_is_finetuned_from_a_file_into_a_folder(place, run, tmp_path)
     assert (tmp_path / "timm/evaluations" / f"{results[0].name}.json").is_file()
 
 
-def test_timm_settings_that_cannot_be_are_refused(place, run, tmp_path):
+def test_timm_settings_that_cannot_be_are_refused(rank_info, run, tmp_path):
     (tmp_path / "no.pth").write_bytes(b"nothing")
     save_file({"blocks.0.norm1.weight": torch.ones(192)}, tmp_path / "part.safetensors")
     wrong = {

@@ -25,7 +25,7 @@ from iwm_fast.training.seeding import drawing_from
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -50,21 +50,21 @@ def assert_same(first, second):
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
-def interrupted(place, shards, folder, task, watch):
+def interrupted(rank_info, shards, folder, task, watch):
     with pytest.raises(PreemptedError):
-        train_toy(place, shards, folder, task, watch=watch)
+        train_toy(rank_info, shards, folder, task, watch=watch)
     OF_PROCESS.reason = ""
     # another process would stand elsewhere
     torch.manual_seed(123)
     np.random.seed(123)
-    return train_toy(place, shards, folder, task)
+    return train_toy(rank_info, shards, folder, task)
 
 
 @pytest.mark.parametrize("runtime", [{}, {"micro_batch_size": 4}, {"loader": "dali", "loader_threads": 1}])
-def test_a_job_that_was_stopped_ends_bit_equal_to_one_that_was_not(place, tiny_shards, tmp_path, stop_at, runtime):
+def test_a_job_that_was_stopped_ends_bit_equal_to_one_that_was_not(rank_info, tiny_shards, tmp_path, stop_at, runtime):
     task = tiny_task(tiny_shards, runtime=runtime)
-    straight, _ = train_toy(place, tiny_shards, tmp_path / "straight", task)
-    resumed, tuned = interrupted(place, tiny_shards, tmp_path / "resumed", task, stop_at(5))
+    straight, _ = train_toy(rank_info, tiny_shards, tmp_path / "straight", task)
+    resumed, tuned = interrupted(rank_info, tiny_shards, tmp_path / "resumed", task, stop_at(5))
     assert_same(weights_of(resumed), weights_of(straight))
     first, second = (read_metrics(tmp_path / name / "toy") for name in ("straight", "resumed"))
     assert [row["loss/train"] for row in first] == [row["loss/train"] for row in second]
@@ -74,16 +74,16 @@ def test_a_job_that_was_stopped_ends_bit_equal_to_one_that_was_not(place, tiny_s
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_a_job_under_zero_goes_on_bit_equal(place, tiny_shards, tmp_path, stop_at, stage):
+def test_a_job_under_zero_goes_on_bit_equal(rank_info, tiny_shards, tmp_path, stop_at, stage):
     task = tiny_task(tiny_shards, engine="deepspeed", runtime={"zero_stage": stage})
-    straight, _ = train_toy(place, tiny_shards, tmp_path / "straight", task)
-    resumed, _ = interrupted(place, tiny_shards, tmp_path / "resumed", task, stop_at(5))
+    straight, _ = train_toy(rank_info, tiny_shards, tmp_path / "straight", task)
+    resumed, _ = interrupted(rank_info, tiny_shards, tmp_path / "resumed", task, stop_at(5))
     assert_same(weights_of(resumed), weights_of(straight))
 
 
-def test_a_stop_leaves_one_checkpoint_and_says_so(place, tiny_shards, tmp_path, stop_at):
+def test_a_stop_leaves_one_checkpoint_and_says_so(rank_info, tiny_shards, tmp_path, stop_at):
     with pytest.raises(PreemptedError):
-        train_toy(place, tiny_shards, tmp_path, watch=stop_at(5))
+        train_toy(rank_info, tiny_shards, tmp_path, watch=stop_at(5))
     saved = [path.name for path in checkpoints.step_folders(tmp_path / "toy")]
     assert saved == ["step-00000004", "step-00000006"]
     status = read_status(tmp_path / "toy")
@@ -92,14 +92,14 @@ def test_a_stop_leaves_one_checkpoint_and_says_so(place, tiny_shards, tmp_path, 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_engines_give_the_same_weights_with_several_rates_and_hand_back_a_whole_module(
-    place, tiny_shards, tmp_path, stage
+    rank_info, tiny_shards, tmp_path, stage
 ):
-    plain, _ = train_toy(place, tiny_shards, tmp_path / "plain")
+    plain, _ = train_toy(rank_info, tiny_shards, tmp_path / "plain")
     untrained = weights_of(toy_job(tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)).module)
     # small parameters would stay whole under stage 3
     cut_up = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if stage == 3 else {}
     engine = {"engine": "deepspeed", "runtime": {"zero_stage": stage, **cut_up}} if stage is not None else {}
-    other, tuned = train_toy(place, tiny_shards, tmp_path / "other", tiny_task(tiny_shards, **engine))
+    other, tuned = train_toy(rank_info, tiny_shards, tmp_path / "other", tiny_task(tiny_shards, **engine))
     assert tuned.num_tuned == sum(weight.numel() for weight in untrained.values()) == 48 * 12 + 12 + 24 + 36 + 3
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-4, atol=1e-6)
@@ -111,10 +111,10 @@ def test_engines_give_the_same_weights_with_several_rates_and_hand_back_a_whole_
     assert scores.shape == (5, 3) and all(parameter.grad is not None for parameter in other.parameters())
 
 
-def test_each_group_learns_at_its_own_rate(place, tiny_shards, tmp_path):
+def test_each_group_learns_at_its_own_rate(rank_info, tiny_shards, tmp_path):
     # Adam's first step is the learning rate, whatever the gradient
     task = tiny_task(tiny_shards, tune={"epochs": 1 / 6, "warmup_epochs": 0.0, "weight_decay": 0.0, "clip_norm": None})
-    module, tuned = train_toy(place, tiny_shards, tmp_path, task)
+    module, tuned = train_toy(rank_info, tiny_shards, tmp_path, task)
     assert tuned.steps == 1 and tuned.images_per_s is None
     before = weights_of(toy_job(task, tiny_run(tiny_shards, tmp_path)).module)
     for name, scale in {"embed.weight": 0.25, "norm.bias": 0.5, "head.weight": 1.0}.items():
@@ -122,23 +122,23 @@ def test_each_group_learns_at_its_own_rate(place, tiny_shards, tmp_path):
         assert change.item() == pytest.approx(1e-2 * scale, rel=0.01), name
 
 
-def test_micro_batches_give_the_same_weights_within_rounding(place, tiny_shards, tmp_path):
+def test_micro_batches_give_the_same_weights_within_rounding(rank_info, tiny_shards, tmp_path):
     whole = tiny_task(tiny_shards)
     parts = tiny_task(tiny_shards, runtime={"micro_batch_size": 2})
     quiet = {"dropout": 0.0, "noise": 0.0}
-    first, _ = train_toy(place, tiny_shards, tmp_path / "whole", whole, **quiet)
-    second, _ = train_toy(place, tiny_shards, tmp_path / "parts", parts, **quiet)
+    first, _ = train_toy(rank_info, tiny_shards, tmp_path / "whole", whole, **quiet)
+    second, _ = train_toy(rank_info, tiny_shards, tmp_path / "parts", parts, **quiet)
     for name, weight in weights_of(first).items():
         torch.testing.assert_close(weights_of(second)[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_finished_job_is_read_and_not_trained_again(place, tiny_shards, tmp_path):
-    trained, first = train_toy(place, tiny_shards, tmp_path)
+def test_a_finished_job_is_read_and_not_trained_again(rank_info, tiny_shards, tmp_path):
+    trained, first = train_toy(rank_info, tiny_shards, tmp_path)
 
     def never(batch):
         raise AssertionError("a finished job saw a batch")
 
-    read, second = train_toy(place, tiny_shards, tmp_path, watch=never)
+    read, second = train_toy(rank_info, tiny_shards, tmp_path, watch=never)
     assert_same(weights_of(read), weights_of(trained))
     assert second == first and first.steps == STEPS and first.images_per_s > 0 and not read.training
     assert read_status(tmp_path / "toy")["state"] == "finished"
@@ -153,40 +153,47 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_other_settings_are_refused_by_name_and_with_a_way_out(place, tiny_shards, tmp_path, name):
+def test_other_settings_are_refused_by_name_and_with_a_way_out(rank_info, tiny_shards, tmp_path, name):
     task = tiny_task(tiny_shards)
-    train_toy(place, tiny_shards, tmp_path, task)
+    train_toy(rank_info, tiny_shards, tmp_path, task)
     with pytest.raises(
         CheckpointError, match=rf"(?s)toy was trained with other settings.*{name}: .*name=OTHER.*delete"
     ):
-        train_toy(place, tiny_shards, tmp_path, CHANGES[name](task))
+        train_toy(rank_info, tiny_shards, tmp_path, CHANGES[name](task))
 
 
-def test_what_changes_nothing_of_the_outcome_may_change(place, tiny_shards, tmp_path):
+def test_what_changes_nothing_of_the_outcome_may_change(rank_info, tiny_shards, tmp_path):
     task = tiny_task(tiny_shards)
-    _, first = train_toy(place, tiny_shards, tmp_path, task)
+    _, first = train_toy(rank_info, tiny_shards, tmp_path, task)
     other = replace(task, name="two", log_every=1, runtime=RuntimeConfig(device="cpu", micro_batch_size=4))
-    assert train_toy(place, tiny_shards, tmp_path, other)[1] == first
+    assert train_toy(rank_info, tiny_shards, tmp_path, other)[1] == first
 
 
-def test_another_origin_is_refused(place, tiny_shards, tmp_path):
-    train_toy(place, tiny_shards, tmp_path)
+def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
+    train_toy(rank_info, tiny_shards, tmp_path)
     task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
     job = replace(toy_job(task, config), origin={"run.step": 7})
     with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
-        tune(job, task, model_config=config, shards=open_shards(tiny_shards.pattern), place=place, folder=tmp_path)
+        tune(
+            job,
+            task,
+            model_config=config,
+            shards=open_shards(tiny_shards.pattern),
+            rank_info=rank_info,
+            folder=tmp_path,
+        )
 
 
-def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_gone_on_from(place, tiny_shards, tmp_path):
-    straight, _ = train_toy(place, tiny_shards, tmp_path)
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_gone_on_from(rank_info, tiny_shards, tmp_path):
+    straight, _ = train_toy(rank_info, tiny_shards, tmp_path)
     newest = checkpoints.newest(tmp_path / "toy")
     (newest / checkpoints.MODEL).write_bytes(b"nothing")
-    again, _ = train_toy(place, tiny_shards, tmp_path)
+    again, _ = train_toy(rank_info, tiny_shards, tmp_path)
     assert_same(weights_of(again), weights_of(straight))
     assert newest.with_name(f"{newest.name}.refused").exists()
 
 
-def test_a_bad_batch_is_left_out(place, tiny_shards, tmp_path, caplog):
+def test_a_bad_batch_is_left_out(rank_info, tiny_shards, tmp_path, caplog):
     seen = []
 
     def spoil(batch):
@@ -194,7 +201,7 @@ def test_a_bad_batch_is_left_out(place, tiny_shards, tmp_path, caplog):
         if batch.step == 2:
             batch.source_view.fill_(math.nan)
 
-    module, tuned = train_toy(place, tiny_shards, tmp_path, watch=spoil)
+    module, tuned = train_toy(rank_info, tiny_shards, tmp_path, watch=spoil)
     assert "step 3 skipped" in caplog.text and "0: 00" in caplog.text
     assert all(weight.isfinite().all() for weight in weights_of(module).values())
     assert tuned.steps == STEPS and len(seen) == STEPS
@@ -202,21 +209,21 @@ def test_a_bad_batch_is_left_out(place, tiny_shards, tmp_path, caplog):
     assert checkpoints.read(checkpoints.newest(tmp_path / "toy")).applied_steps == STEPS - 1
 
 
-def test_nothing_but_bad_batches_ends_it_with_a_checkpoint(place, tiny_shards, tmp_path):
+def test_nothing_but_bad_batches_ends_it_with_a_checkpoint(rank_info, tiny_shards, tmp_path):
     task = tiny_task(tiny_shards, runtime={"max_skipped_steps": 2})
     with pytest.raises(FloatingPointError, match=r"2 steps in a row.*last one step 3.*lower tune\.lr"):
         train_toy(
-            place, tiny_shards, tmp_path, task,
+            rank_info, tiny_shards, tmp_path, task,
             watch=lambda batch: batch.source_view.fill_(math.nan) if batch.step else None,
         )  # fmt: skip
     assert checkpoints.newest(tmp_path / "toy").name == "step-00000003"
     assert read_status(tmp_path / "toy")["state"] == "failed"
 
 
-def test_a_folder_in_use_is_refused(place, tiny_shards, tmp_path):
+def test_a_folder_in_use_is_refused(rank_info, tiny_shards, tmp_path):
     lock = FolderLock(tmp_path / "toy")
     with pytest.raises(ValueError, match="in use by another run"):
-        train_toy(place, tiny_shards, tmp_path)
+        train_toy(rank_info, tiny_shards, tmp_path)
     lock.close()
 
 
@@ -241,7 +248,7 @@ def test_draws_follow_from_seed_and_counters_and_leave_no_trace():
         assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
 
 
-def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(place, tiny_shards, tmp_path):
+def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(rank_info, tiny_shards, tmp_path):
     seen = []
 
     class Watched(torch.nn.Linear):
@@ -258,10 +265,10 @@ def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(place, tiny_sha
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-def test_a_job_in_bf16_differs_from_one_in_float32_by_rounding(place, tiny_shards, tmp_path, engine):
-    exact, _ = train_toy(place, tiny_shards, tmp_path / "fp32", tiny_task(tiny_shards, engine=engine))
+def test_a_job_in_bf16_differs_from_one_in_float32_by_rounding(rank_info, tiny_shards, tmp_path, engine):
+    exact, _ = train_toy(rank_info, tiny_shards, tmp_path / "fp32", tiny_task(tiny_shards, engine=engine))
     task = tiny_task(tiny_shards, engine=engine, tune={"precision": "bf16"})
-    rough, _ = train_toy(place, tiny_shards, tmp_path / "bf16", task)
+    rough, _ = train_toy(rank_info, tiny_shards, tmp_path / "bf16", task)
     gap = max((weights_of(exact)[name] - weight).abs().max() for name, weight in weights_of(rough).items())
     assert 0 < gap < 0.05
 
@@ -284,11 +291,11 @@ def test_sizes_that_do_not_divide_are_refused_in_the_task_s_words(tiny_shards):
         micro_batches(tiny_task(tiny_shards, runtime={"micro_batch_size": 3}), 1)
 
 
-def test_predictions_come_in_the_order_asked_for(place, tiny_shards, tmp_path):
+def test_predictions_come_in_the_order_asked_for(rank_info, tiny_shards, tmp_path):
     shards, config = open_shards(tiny_shards.pattern), tiny_run(tiny_shards, tmp_path)
     samples = np.array([40, 3, 17, 5])
-    numbers = predict(lambda batch: batch.sample, config, shards, samples, place)
+    numbers = predict(lambda batch: batch.sample, config, shards, samples, rank_info)
     assert numbers.tolist() == samples.tolist()
-    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples, place)
-    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples[2:3], place)
+    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples, rank_info)
+    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples[2:3], rank_info)
     assert means[2] == third and len(set(means.tolist())) == 4

@@ -20,10 +20,10 @@ from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.schedules import build_schedules
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 PLAIN = AugmentConfig(crop_scale=(0.6, 1.0), flip=0.0, rand_augment=False, mixup=0.0, cutmix=0.0, erasing=0.0)
 TASKS = "left: {label: cls}\nright: {label: json.right}\n"
 
@@ -34,7 +34,7 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -147,7 +147,7 @@ def test_a_task_alone_has_as_many_steps_and_its_share_of_each_batch(config):
     assert share_of_one(whole, 1) == whole
 
 
-def test_one_predictor_learns_both_tasks_beside_one_each(place, config):
+def test_one_predictor_learns_both_tasks_beside_one_each(rank_info, config):
     tasks = "red: {label: json.red}\nblue: {label: json.blue}"
     result = evaluate_multitask(config(tasks=tasks, global_batch_size=32, epochs=16.0))
     names = ["red", "blue", "mean", "red alone", "blue alone", "mean alone"]
@@ -170,7 +170,7 @@ def test_one_predictor_learns_both_tasks_beside_one_each(place, config):
     assert read_result(path).rows == result.rows
 
 
-def test_a_single_task_in_the_list_is_that_task_alone_and_nothing_is_trained_twice(place, config):
+def test_a_single_task_in_the_list_is_that_task_alone_and_nothing_is_trained_twice(rank_info, config):
     given = config("one", "left: {label: cls, weight: 3}", epochs=1.0)
     result = evaluate_multitask(given)
     together, alone = result.row("left", "accuracy"), result.row("left alone", "accuracy")
@@ -190,13 +190,13 @@ def world_model_weights(folder):
     return saved.weights("")
 
 
-def test_without_single_predictors_there_is_no_control(place, config):
+def test_without_single_predictors_there_is_no_control(rank_info, config):
     result = evaluate_multitask(config("together", single=False, epochs=0.5))
     assert [row.subject for row in result.rows] == ["left", "right", "mean"]
     assert all(row.control is None and not row.control_name for row in result.rows)
 
 
-def test_augmented_images_keep_their_tasks(place, config):
+def test_augmented_images_keep_their_tasks(rank_info, config):
     augment = AugmentConfig(crop_scale=(0.6, 1.0), flip=0.0, rand_augment=False)
     result = evaluate_multitask(config("mixed", augment=augment, single=False, epochs=0.5))
     assert result.details["steps"] == 3
@@ -225,7 +225,7 @@ def test_mixing_needs_two_images_of_each_task(config):
     check_split(replace(mixed, augment=PLAIN), 2, world_size=1)
 
 
-def test_what_cannot_be_learnt_is_said_before_anything_is_trained(place, config, run_folder):
+def test_what_cannot_be_learnt_is_said_before_anything_is_trained(rank_info, config, run_folder):
     def refusal(kind, **changes):
         with pytest.raises(kind) as caught:
             evaluate_multitask(config("wrong", **changes))

@@ -30,7 +30,7 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def place():
+def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
 
@@ -74,7 +74,7 @@ def test_colours_tell_classes_apart_and_what_is_ignored_is_black():
     assert near.min() > 20
 
 
-def test_arms_learn_what_the_maps_say_beside_their_controls(place, run_folder):
+def test_arms_learn_what_the_maps_say_beside_their_controls(rank_info, run_folder):
     config = SegmentConfig(run=run_folder, **tuning(epochs=8.0), num_shown=3)
     result = evaluate_segment(config)
     assert [(row.subject, row.metric) for row in result.rows] == [
@@ -101,7 +101,7 @@ def test_arms_learn_what_the_maps_say_beside_their_controls(place, run_folder):
     assert evaluate_segment(config).rows == result.rows
 
 
-def test_the_picture_shows_images_of_several_classes(place, run_folder, tmp_path):
+def test_the_picture_shows_images_of_several_classes(rank_info, run_folder, tmp_path):
     from iwm_fast.evals.segmentation.evaluate import _open, choose_shown
 
     content = []
@@ -113,11 +113,11 @@ def test_the_picture_shows_images_of_several_classes(place, run_folder, tmp_path
         content += [(f"{number}.jpg", encode(COLOURS[mask])), (f"{number}.seg.png", encode(mask, "PNG"))]
     write_tar(tmp_path / "val.tar", content)
     data = EvalData(val=str(tmp_path / "val.tar"))
-    bench = _open(SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning()), place)
+    bench = _open(SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning()), rank_info)
     assert choose_shown(bench).tolist() == [0, 3, 8]
 
 
-def test_micro_batches_do_not_change_the_outcome(place, run_folder):
+def test_micro_batches_do_not_change_the_outcome(rank_info, run_folder):
     values = []
     for name, settings in (("whole", {}), ("parts", {"micro_batch_size": 2})):
         config = SegmentConfig(run=run_folder, name=name, arms="head", **tuning(epochs=1.0, **settings))
@@ -125,19 +125,26 @@ def test_micro_batches_do_not_change_the_outcome(place, run_folder):
     assert values[0] == pytest.approx(values[1], abs=2e-3)
 
 
-def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(place, run_folder):
+def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(rank_info, run_folder):
     from iwm_fast.evals.finetuning.run import tune
     from iwm_fast.evals.segmentation.evaluate import _open
     from iwm_fast.evals.segmentation.variants import build_arm
 
     config = SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5))
-    bench = _open(config, place)
+    bench = _open(config, rank_info)
     for name, parts in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
         arm = build_arm(name, bench)
         before = {key: value.clone() for key, value in arm.module.named_parameters()}
         with bench.masks(bench.train) as masks:
             job = arm.job(bench, masks)
-            tune(job, config, model_config=bench.model.config, shards=bench.train, place=place, folder=bench.folder)
+            tune(
+                job,
+                config,
+                model_config=bench.model.config,
+                shards=bench.train,
+                rank_info=rank_info,
+                folder=bench.folder,
+            )
         moved = {key for key, value in arm.module.named_parameters() if not torch.equal(value, before[key])}
         assert {key.split(".")[0] for key in before} == parts
         # the null action's columns of the mixer see no gradient, but their layer does
@@ -174,7 +181,7 @@ def test_wrong_settings_are_refused_with_what_is_accepted():
             SegmentConfig(run="x", **settings)
 
 
-def test_shards_without_maps_are_refused_before_anything_is_trained(place, run_folder, tmp_path):
+def test_shards_without_maps_are_refused_before_anything_is_trained(rank_info, run_folder, tmp_path):
     bare = painted(tmp_path / "bare.tar", 6, seed=3, has_masks=False)
     for given in ({"train": bare}, {"val": bare}):
         config = SegmentConfig(run=run_folder, data=EvalData(**given), name="bare", **tuning())
@@ -186,13 +193,13 @@ def test_shards_without_maps_are_refused_before_anything_is_trained(place, run_f
     assert not (Path(run_folder) / "evaluations" / "segment_bare").exists()
 
 
-def test_too_few_classes_are_noticed_in_training(place, run_folder):
+def test_too_few_classes_are_noticed_in_training(rank_info, run_folder):
     config = SegmentConfig(run=run_folder, name="few", arms="head", num_classes=3, **tuning())
     with pytest.raises(ShardError, match=r"shows class 3, and there are classes 0 \.\. 2"):
         evaluate_segment(config)
 
 
-def test_without_a_predictor_the_other_arms_are_still_there(place, tmp_path):
+def test_without_a_predictor_the_other_arms_are_still_there(rank_info, tmp_path):
     distributed.stop()
     folder = painted_run(tmp_path, num_train=16, num_val=4, depth=0)
     distributed.start("cpu")

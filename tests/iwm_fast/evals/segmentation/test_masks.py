@@ -13,10 +13,10 @@ from iwm_fast.evals.segmentation.masks import ViewMasks, count_classes
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.runtime.distributed import Place
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import evaluation_loader, finetune_loader
 
-PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
