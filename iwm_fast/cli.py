@@ -1,216 +1,103 @@
 """The `iwm` command: one subcommand per thing a user does; each imports its module when it is called."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from iwm_fast.evaluate import TASKS, listen_if_training, read_settings
-from iwm_fast.evaluate import main as evaluate
-from iwm_fast.runtime.error_reporting import be_the_process, errors_as_messages
-from iwm_fast.runtime.preemption import OF_PROCESS
+from iwm_fast.evaluate import TASKS, evaluate, read_settings, watch_signals_if_training
+from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED
+from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
+from iwm_fast.train import train
+
+RUN_CONFIG = "iwm_fast.config.run:RunConfig"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
-    """One subcommand: what it takes, what it does."""
+    """One subcommand; functions and settings are named as "module:name" and imported when they are needed."""
 
     usage: str
     summary: str
-    act: Callable[[list[str]], None]
-    settings: Callable[[], Any] | None = None
-    """Returns the dataclass whose fields `--help` explains."""
+    target: str | Callable[..., Any]
+    """Called with the settings, its result is printed; a function of this file is called with the arguments."""
+    settings: str = ""
+    """Class whose fields `--help` explains."""
 
 
-def _settings(module: str, name: str) -> Callable[[], Any]:
-    """Return what imports a class of settings when it is asked for."""
-    return lambda: getattr(import_module(module), name)
+def load(name: str) -> Any:
+    """Import what "module:name" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
-_run_config = _settings("iwm_fast.config.run", "RunConfig")
-_check_config = _settings("iwm_fast.config.commands", "CheckConfig")
-_export_config = _settings("iwm_fast.config.commands", "ExportConfig")
-_report_config = _settings("iwm_fast.config.commands", "ReportConfig")
-_imagine_config = _settings("iwm_fast.config.evaluation", "ImagineConfig")
-_replay_config = _settings("iwm_fast.config.commands", "ReplayConfig")
-_pack_config = _settings("iwm_fast.pipelines.config", "PackConfig")
-
-
-def _load(arguments: list[str]) -> Any:
-    from iwm_fast.config.loading import load_config
-
+def _read(settings: str, arguments: list[str]) -> Any:
+    """Return checked settings: of a run from its YAML file and overrides, of anything else from overrides alone."""
+    if settings != RUN_CONFIG:
+        return read_settings(load(settings), arguments)
     if not arguments:
         raise ValueError("which run? give the path of its YAML file, then settings as key=value")
-    return load_config(arguments[0], arguments[1:])
-
-
-def _train(arguments: list[str]) -> None:
-    from iwm_fast.train import main as train
-
-    train(arguments)
+    return load("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
 def _check(arguments: list[str]) -> None:
-    from dataclasses import fields
-
-    from iwm_fast.config.loading import build
-
-    own = {one.name for one in fields(_check_config())}
-    of_the_run = [argument for argument in arguments if argument.partition("=")[0] not in own]
-    config = _load(of_the_run)
-    asked = build(_check_config(), {}, [argument for argument in arguments if argument not in of_the_run])
-    from iwm_fast.commands.check_run import check_run
-
-    check_run(config, asked)
-
-
-def _export(arguments: list[str]) -> None:
-    config = read_settings(_export_config(), arguments)
-    from iwm_fast.checkpoints.export import export
-
-    print(export(config))
-
-
-def _warmup(arguments: list[str]) -> None:
-    config = _load(arguments)
-    from iwm_fast.commands.compile_kernels import warm_up
-
-    print(warm_up(config))
-
-
-def _show(arguments: list[str]) -> None:
-    config = _load(arguments)
-    from iwm_fast.commands.show_batch import show
-
-    print(show(config))
-
-
-def _evaluate(name: str) -> Callable[[list[str]], None]:
-    def act(arguments: list[str]) -> None:
-        evaluate([name, *arguments])
-
-    return act
-
-
-def _imagine(arguments: list[str]) -> None:
-    config = read_settings(_imagine_config(), arguments)
-    from iwm_fast.evals.retrieval.visualize import imagine
-
-    print(*imagine(config), sep="\n")
+    kind = load(COMMANDS["check"].settings)
+    names = {one.name for one in fields(kind)}
+    of_the_run = [argument for argument in arguments if argument.partition("=")[0] not in names]
+    of_the_check = [argument for argument in arguments if argument not in of_the_run]
+    config = _read(RUN_CONFIG, of_the_run)
+    load("iwm_fast.commands.check_run:check_run")(config, load("iwm_fast.config.loading:build")(kind, {}, of_the_check))
 
 
 def _plan(arguments: list[str]) -> None:
-    if not read_settings(TASKS["plan"].settings, arguments).source:
-        return _evaluate("plan")(arguments)
-    from iwm_fast.evals.planning.evaluate import plan_images
-
-    print(plan_images(read_settings(TASKS["plan"].settings, arguments)))
-
-
-def _replay(arguments: list[str]) -> None:
-    config = read_settings(_replay_config(), arguments)
-    from iwm_fast.commands.replay_step import replay
-
-    print(replay(config))
+    config = read_settings(TASKS["plan"].settings, arguments)
+    if not config.source:
+        return evaluate(["plan", *arguments])
+    print(load("iwm_fast.evals.planning.evaluate:plan_images")(config))
 
 
 def _lab(arguments: list[str]) -> None:
     (path,) = _exactly(arguments, "the lab's YAML file")
-    import logging
-    from pathlib import Path
-
-    from iwm_fast.lab.runner import run_lab
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(run_lab(Path(path)))
+    runner = import_module("iwm_fast.lab.runner")
+    log_to_console()
+    try:
+        print(runner.run_lab(Path(path)))
+    except runner.LabStoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED) from None
 
 
 def _report(arguments: list[str]) -> None:
-    from pathlib import Path
-
-    from iwm_fast.config.loading import build
-
-    config = build(_report_config(), {}, arguments)
+    config = load("iwm_fast.config.loading:build")(load(COMMANDS["report"].settings), {}, arguments)
     if config.lab:
-        from iwm_fast.lab.runner import report_lab
-
-        print(report_lab(Path(config.lab)))
-        return
-    from iwm_fast.commands.report_run import write_run_report
-
-    print(write_run_report(Path(config.run)))
+        print(load("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
+    else:
+        print(load("iwm_fast.commands.report_run:write_run_report")(Path(config.run)))
 
 
 def _shards_demo(arguments: list[str]) -> None:
     (folder,) = _exactly(arguments, "a folder to write to")
-    from pathlib import Path
-
-    from iwm_fast.pipelines.demo_data import write_demo_shards
-
-    print(write_demo_shards(Path(folder)))
+    print(load("iwm_fast.pipelines.demo_data:write_demo_shards")(Path(folder)))
 
 
 def _shards_pack(arguments: list[str]) -> None:
     source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
-    from pathlib import Path
-
-    from iwm_fast.config.loading import build
-    from iwm_fast.pipelines.storage.shard_writer import pack_folder
-
-    for path in pack_folder(Path(source), Path(folder), build(_pack_config(), {}, arguments[2:])):
+    config = load("iwm_fast.config.loading:build")(load(COMMANDS["shards pack"].settings), {}, arguments[2:])
+    for path in load("iwm_fast.pipelines.storage.shard_writer:pack_folder")(Path(source), Path(folder), config):
         print(path)
 
 
 def _shards_check(arguments: list[str]) -> None:
     (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
-    from iwm_fast.commands.check_shards import check_shards
-
-    check_shards(spec)
+    load("iwm_fast.commands.check_shards:check_shards")(spec)
 
 
 def _demo(arguments: list[str]) -> None:
-    from iwm_fast.commands.demo import demo
-
-    demo(arguments)
-
-
-COMMANDS = {
-    "train": Command(usage="RUN.yaml [key=value ...]", act=_train, settings=_run_config,
-                     summary="train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun"),
-    "check": Command(usage="RUN.yaml [key=value ...] [ranks=N] [gpu=NAME | images_per_s=R]", act=_check,
-                     settings=_check_config,
-                     summary="tell what a run will take and whether it can start: data, steps, memory, hours"),
-    "warmup": Command(usage="RUN.yaml runtime.ops=fused [key=value ...]", act=_warmup, settings=_run_config,
-                      summary="compile the kernels a run needs, once per machine, before its ranks start"),
-    "show": Command(usage="RUN.yaml [key=value ...]", act=_show, settings=_run_config,
-                    summary="draw what the model will see: views, masks and actions of a few samples"),
-    **{f"evaluate {name}": Command(usage="run=DIR [key=value ...]", act=_evaluate(name),
-                                   settings=partial(getattr, task, "settings"), summary=task.summary)
-       for name, task in TASKS.items() if name != "plan"},
-    "export": Command(usage="run=DIR to=DIR", act=_export, settings=_export_config,
-                      summary="write encoder, world model and a model card as a folder for others"),
-    "imagine": Command(usage="run=DIR [key=value ...]", act=_imagine, settings=_imagine_config,
-                       summary="draw source, asked-for change and what the prediction retrieves"),
-    "plan": Command(usage="run=DIR [source=IMAGE target=IMAGE] [key=value ...]", act=_plan,
-                    settings=lambda: TASKS["plan"].settings, summary=TASKS["plan"].summary),
-    "report": Command(usage="run=DIR | lab=DIR", act=_report, settings=_report_config,
-                      summary="write one HTML page of a run or a lab: curves, tables, pictures, settings"),
-    "lab": Command(usage="LAB.yaml", act=_lab,
-                   summary="make a grid of small runs, measure them and judge the claims they are for; goes on"),
-    "replay": Command(usage="run=DIR step=S [key=value ...]", act=_replay, settings=_replay_config,
-                      summary="render the views of a logged step again, as training saw them"),
-    "shards demo": Command(usage="FOLDER", act=_shards_demo,
-                           summary="write the demo's shards from photographs bundled with its dependencies"),
-    "shards pack": Command(usage="IMAGE_FOLDER FOLDER [key=value ...]", act=_shards_pack, settings=_pack_config,
-                           summary="write shards from an image folder, with or without one subfolder per class"),
-    "shards check": Command(usage="SHARDS", act=_shards_check,
-                            summary="decode every sample once, report, and leave out what cannot be read"),
-    "demo": Command(usage="[key=value ...]", act=_demo,
-                    summary="photographs to a trained, measured world model; what `make demo` runs"),
-}  # fmt: skip
+    load("iwm_fast.commands.demo:demo")(arguments)
 
 
 def _exactly(arguments: list[str], *names: str) -> list[str]:
@@ -219,29 +106,84 @@ def _exactly(arguments: list[str], *names: str) -> list[str]:
     return arguments
 
 
+_TASK = "run=DIR [key=value ...]"
+COMMANDS = {
+    "train": Command(
+        "RUN.yaml [key=value ...]",
+        "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", train, RUN_CONFIG),
+    "check": Command(
+        "RUN.yaml [key=value ...] [ranks=N] [gpu=NAME | images_per_s=R]",
+        "tell what a run will take and whether it can start: data, steps, memory, hours",
+        _check, "iwm_fast.config.commands:CheckConfig"),
+    "warmup": Command(
+        "RUN.yaml runtime.ops=fused [key=value ...]",
+        "compile the kernels a run needs, once per machine, before its ranks start",
+        "iwm_fast.commands.compile_kernels:warm_up", RUN_CONFIG),
+    "show": Command(
+        "RUN.yaml [key=value ...]", "draw what the model will see: views, masks and actions of a few samples",
+        "iwm_fast.commands.show_batch:show", RUN_CONFIG),
+    **{f"evaluate {name}": Command(_TASK, task.summary, evaluate, task.config)
+       for name, task in TASKS.items() if name != "plan"},
+    "export": Command(
+        "run=DIR to=DIR", "write encoder, world model and a model card as a folder for others",
+        "iwm_fast.checkpoints.export:export", "iwm_fast.config.commands:ExportConfig"),
+    "imagine": Command(
+        _TASK, "draw source, asked-for change and what the prediction retrieves",
+        "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
+    "plan": Command(
+        "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", TASKS["plan"].summary, _plan, TASKS["plan"].config),
+    "report": Command(
+        "run=DIR | lab=DIR", "write one HTML page of a run or a lab: curves, tables, pictures, settings",
+        _report, "iwm_fast.config.commands:ReportConfig"),
+    "lab": Command(
+        "LAB.yaml", "make a grid of small runs, measure them and judge the claims they are for; goes on", _lab),
+    "replay": Command(
+        "run=DIR step=S [key=value ...]", "render the views of a logged step again, as training saw them",
+        "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),
+    "shards demo": Command(
+        "FOLDER", "write the demo's shards from photographs bundled with its dependencies", _shards_demo),
+    "shards pack": Command(
+        "IMAGE_FOLDER FOLDER [key=value ...]",
+        "write shards from an image folder, with or without one subfolder per class",
+        _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
+    "shards check": Command(
+        "SHARDS", "decode every sample once, report, and leave out what cannot be read", _shards_check),
+    "demo": Command(
+        "[key=value ...]", "photographs to a trained, measured world model; what `make demo` runs", _demo),
+}  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carry out the command in the arguments; without arguments given, in those of this process, which then ends."""
-    if arguments is not None:
-        _carry_out(list(arguments))
+    """Run the command in the arguments; without arguments given, the one this process was started with, then exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((name for name in (" ".join(given[:2]), *given[:1]) if name in COMMANDS), "")
+    is_process = arguments is None
+    act: Callable[[], None]
+    if not name:
+        act = partial(_overview, given)
+    elif {"-h", "--help"} & set(given):
+        act = partial(_help, name)
+    elif name == "train":
+        # signals are watched for before anything that takes time is imported
+        act = partial(train, given[1:], watch_signals() if is_process else None)
+    elif name.startswith("evaluate "):
+        act = partial(evaluate, given[1:], watch_signals_if_training(given) if is_process else None)
+    else:
+        act = partial(_run, COMMANDS[name], given[len(name.split()) :])
+    if is_process:
+        run_and_exit(act)
+    with user_facing_errors():
+        act()
+
+
+def _run(command: Command, arguments: list[str]) -> None:
+    if callable(command.target):
+        command.target(arguments)
         return
-    if sys.argv[1:2] == ["train"]:
-        # before anything that takes time is imported
-        OF_PROCESS.listen(has_launcher="RANK" in os.environ)
-    if sys.argv[1:2] == ["evaluate"]:
-        listen_if_training(sys.argv[2:])
-    be_the_process(lambda: _carry_out(sys.argv[1:]))
-
-
-def _carry_out(given: list[str]) -> None:
-    with errors_as_messages():
-        for length in (2, 1):
-            name = " ".join(given[:length])
-            if name in COMMANDS:
-                rest = given[length:]
-                return _help(name) if {"-h", "--help"} & set(rest) else COMMANDS[name].act(rest)
-        if given and given[0] not in ("-h", "--help") and not _is_group(given):
-            raise ValueError(f"unknown command {' '.join(given[:2])!r}; known are {', '.join(COMMANDS)}")
-    _overview(given)
+    # settings are read first: a mistake in them is told before anything that takes time is imported
+    config = _read(command.settings, arguments)
+    result = load(command.target)(config)
+    print(*result, sep="\n") if isinstance(result, tuple | list) else print(result)
 
 
 def _is_group(given: list[str]) -> bool:
@@ -250,6 +192,8 @@ def _is_group(given: list[str]) -> bool:
 
 
 def _overview(given: list[str]) -> None:
+    if given and given[0] not in ("-h", "--help") and not _is_group(given):
+        raise ValueError(f"unknown command {' '.join(given[:2])!r}; known are {', '.join(COMMANDS)}")
     prefix = given[0] + " " if given and _is_group(given) else ""
     print("iwm: train Image World Models and use them\n")
     for name, command in COMMANDS.items():
@@ -261,11 +205,8 @@ def _overview(given: list[str]) -> None:
 def _help(name: str) -> None:
     command = COMMANDS[name]
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
-    if command.settings is None:
-        return
-    from iwm_fast.config.loading import settings_text
-
-    print("\n" + settings_text(command.settings()))
+    if command.settings:
+        print("\n" + load("iwm_fast.config.loading:settings_text")(load(command.settings)))
 
 
 if __name__ == "__main__":

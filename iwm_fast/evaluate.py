@@ -4,16 +4,17 @@
 trains on all of them, with the engine, the checkpoints and the pipelines of pretraining.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-from iwm_fast.runtime.error_reporting import be_the_process, errors_as_messages, found_by_every_rank
-from iwm_fast.runtime.preemption import EXIT_PREEMPTED, OF_PROCESS, PreemptedError
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
+from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,15 @@ class Task:
     module: str
     """Module below `iwm_fast.evals` with the function `evaluate_NAME`."""
     config: str
-    """Class of its settings in `iwm_fast.config.evaluation`, or in `iwm_fast.config.finetuning` if it trains."""
+    """Class of its settings, as "module:name"."""
     trains: bool = False
-    """Whether it trains networks for long: then it goes on where it was stopped."""
+    """Whether it trains networks for long: then it resumes where it was stopped."""
 
     @property
     def settings(self) -> Any:
         """The class of its settings."""
-        return getattr(import_module(f"iwm_fast.config.{'finetuning' if self.trains else 'evaluation'}"), self.config)
+        module, _, name = self.config.partition(":")
+        return getattr(import_module(module), name)
 
 
 _PIPE_WIDTH = 160
@@ -39,42 +41,44 @@ _PIPE_WIDTH = 160
 TASKS = {
     "mrr": Task(
         module="retrieval.mrr",
-        config="MrrConfig",
+        config="iwm_fast.config.evaluation:MrrConfig",
         summary="mean reciprocal rank of the world model, beside chance and untrained",
     ),
     "knn": Task(
         module="probing.knn",
-        config="KnnConfig",
+        config="iwm_fast.config.evaluation:KnnConfig",
         summary="k nearest neighbours on frozen features, beside an untrained encoder",
     ),
     "linear": Task(
         module="probing.linear",
-        config="LinearConfig",
+        config="iwm_fast.config.evaluation:LinearConfig",
         summary="linear probe on frozen features, beside an untrained encoder",
     ),
     "attentive": Task(
-        module="probing.attentive", config="AttentiveConfig", summary="attentive probe on frozen tokens, likewise"
+        module="probing.attentive",
+        config="iwm_fast.config.evaluation:AttentiveConfig",
+        summary="attentive probe on frozen tokens, likewise",
     ),
     "plan": Task(
         module="planning.evaluate",
-        config="PlanConfig",
+        config="iwm_fast.config.evaluation:PlanConfig",
         summary="find the change between two images through the world model",
     ),
     "finetune": Task(
         module="finetuning.classification",
-        config="FinetuneConfig",
+        config="iwm_fast.config.finetuning:FinetuneConfig",
         trains=True,
         summary="five arms: encoder, world model, new predictor, head alone, end to end",
     ),
     "multitask": Task(
         module="multitask.evaluate",
-        config="MultitaskConfig",
+        config="iwm_fast.config.finetuning:MultitaskConfig",
         trains=True,
         summary="one predictor for several tasks, beside one predictor each",
     ),
     "segment": Task(
         module="segmentation.evaluate",
-        config="SegmentConfig",
+        config="iwm_fast.config.finetuning:SegmentConfig",
         trains=True,
         summary="segmentation from encoder or predictor tokens by a linear head, mean IoU",
     ),
@@ -82,23 +86,15 @@ TASKS = {
 """By name."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate as the arguments say: TASK run=DIR key=value ...; launchers may add --local_rank.
-
-    Without arguments given, those of this process are taken, which then ends and, if the task trains, listens to
-    signals.
-    """
-    if arguments is not None:
-        _evaluate(list(arguments))
-        return
-    listen_if_training(sys.argv[1:])
-    be_the_process(lambda: _evaluate(sys.argv[1:]))
+def main() -> None:
+    """Evaluate as the command line of this process says, then end the process."""
+    run_and_exit(partial(evaluate, sys.argv[1:], watch_signals_if_training(sys.argv[1:])))
 
 
-def listen_if_training(arguments: list[str]) -> None:
-    """Take notice of signals from now on if the task named is one that saves before it ends."""
-    if any(TASKS[word].trains for word in arguments if word in TASKS):
-        OF_PROCESS.listen(has_launcher="RANK" in os.environ)
+def watch_signals_if_training(arguments: Sequence[str]) -> Preemption:
+    """Watch for signals from now on if the task named is one that saves before it ends."""
+    is_training = any(TASKS[word].trains for word in arguments if word in TASKS)
+    return watch_signals() if is_training else Preemption()
 
 
 def read_settings(kind: Any, arguments: list[str]) -> Any:
@@ -116,39 +112,43 @@ def read_settings(kind: Any, arguments: list[str]) -> Any:
     return config
 
 
-def _evaluate(given: list[str]) -> None:
-    given = [argument for argument in given if not argument.startswith("--local_rank")]
-    with errors_as_messages():
-        with found_by_every_rank():
-            if not given or given[0] not in TASKS:
-                raise ValueError(f"which task? it must be one of {', '.join(TASKS)}, got {given[:1]}")
-            config = read_settings(TASKS[given[0]].settings, given[1:])
-        try:
-            _run(given[0], config)
-        except PreemptedError as stopped:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{stopped}; the same command goes on", file=sys.stderr)
-            raise SystemExit(EXIT_PREEMPTED) from None
+def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> None:
+    """Evaluate a run and print the result: TASK run=DIR key=value ...; launchers may add --local_rank.
+
+    Raises:
+        SystemExit: with code 75 if a task that trains was told to stop and has written a checkpoint.
+    """
+    log_to_console()
+    given = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    with same_error_on_all_ranks():
+        if not given or given[0] not in TASKS:
+            raise ValueError(f"which task? it must be one of {', '.join(TASKS)}, got {given[:1]}")
+        config = read_settings(TASKS[given[0]].settings, given[1:])
+    try:
+        _run(given[0], config, preemption or Preemption())
+    except PreemptedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; the same command goes on", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED) from None
 
 
-def _run(name: str, config: Any) -> None:
+def _run(name: str, config: Any, preemption: Preemption) -> None:
     # seconds, in which a signal must not be lost
     from rich.console import Console  # noqa: PLC0415
 
     from iwm_fast.evals.results import table  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
 
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
-    act = getattr(import_module(f"iwm_fast.evals.{TASKS[name].module}"), f"evaluate_{name}")
+    task = TASKS[name]
+    evaluation = getattr(import_module(f"iwm_fast.evals.{task.module}"), f"evaluate_{name}")
     runtime = getattr(config, "runtime", None)
     waiting = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
-    distributed.start(config.device if runtime is None else runtime.device, **waiting)
+    rank_info = distributed.start(config.device if runtime is None else runtime.device, **waiting)
     try:
-        result = act(config)
+        result = evaluation(config, rank_info, preemption) if task.trains else evaluation(config, rank_info)
     finally:
         distributed.stop()
-    if is_first:
+    if rank_info.rank == 0:
         # in a pipe rich would fold everything into 80 columns
         Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table(result))
 

@@ -29,6 +29,7 @@ from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.config import DataConfig, ViewConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import EVALUATION_BATCH
 from iwm_fast.world_model import WorldModel
 
@@ -124,7 +125,11 @@ def forward(model: WorldModel, views: list[torch.Tensor], kind: Kind) -> np.ndar
 def extraction(workload: Workload, kind: Kind) -> np.ndarray:
     """Do what an evaluation does for the features of these images."""
     with TemporaryDirectory() as folder:
-        return np.array(FeatureCache(folder, [workload.model]).rows(workload.model, workload.part, kind))
+        return np.array(
+            FeatureCache(folder, [workload.model], single_process(workload.model.device.type)).rows(
+                workload.model, workload.part, kind
+            )
+        )
 
 
 def check(workload: Workload, views: list[torch.Tensor], name: str, kind: Kind) -> None:

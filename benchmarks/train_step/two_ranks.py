@@ -19,7 +19,7 @@ from benchmarks.train_step.engines import contestants_of_ranks
 from benchmarks.train_step.measure import Comparison, StepTurn, compare
 from benchmarks.train_step.workload import build_workload
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
+from iwm_fast.runtime.process import end_process
 
 NUM_RANKS = 2
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank_info = distributed.start(options.device)
     workload = build_workload(options.data, rank_info.device, options.quick)
     # written by one, before the others look
-    distributed.on_rank_zero(lambda: workload.pattern)
+    distributed.broadcast_from_rank_zero(lambda: workload.pattern)
     found = compare(workload, contestants_of_ranks(), rank_info, has_time=lambda: True)
     if rank_info.rank == 0:
         options.out.write_text(json.dumps(_to_json(found)), encoding="utf-8")

@@ -12,7 +12,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.commit import CheckpointError, remove, remove_leftovers
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.engines.portable_state import copy_to_host
-from iwm_fast.runtime.distributed import RankInfo, agree
+from iwm_fast.runtime.distributed import RankInfo, any_rank
 
 log = logging.getLogger("iwm_fast")
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
         """
         self.close()
         # without this vote the other ranks would wait in the next step for one that is gone
-        if agree(self.has_failed, self._rank_info.device):
+        if any_rank([self.has_failed], self._rank_info.device)[0]:
             folder = checkpoints.folder_of(self._run_folder, self.last_step)
             raise CheckpointError(
                 f"rank 0 could not write {folder}: {self._failure or 'see its message'}; those before it are whole: "

@@ -49,7 +49,7 @@ class Source:
 
 def starts_anew(config: RunConfig) -> bool:
     """Return whether no checkpoint would be gone on from; the same on every rank, collective."""
-    return distributed.on_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
+    return distributed.broadcast_from_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
 
 
 def initialize_from(config: RunConfig, student: Student) -> None:

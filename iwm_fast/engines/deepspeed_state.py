@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwm_fast.engines.portable_state import MOMENTS, adam_steps, check_state, copy_to_host, get_moment, set_moments
-from iwm_fast.runtime.distributed import join_over_ranks
+from iwm_fast.runtime.distributed import all_gather
 
 
 class FlatState:
@@ -36,7 +36,7 @@ class FlatState:
             state["adam_step"] = torch.tensor(float(adam_steps(self._zero.optimizer)))
         for group, part in enumerate(self._zero.single_partition_of_fp32_groups):
             for moment in MOMENTS:
-                whole = join_over_ranks(get_moment(self._zero.optimizer, part, moment))
+                whole = all_gather(get_moment(self._zero.optimizer, part, moment))
                 if self._rank == 0:
                     state |= {f"{moment}/{name}": copy_to_host(row) for name, row in self._split(whole, group)}
         return state
@@ -85,7 +85,7 @@ class ShardedState:
         """Put this rank's parts and the other ranks' together, in one collective."""
         if not parts:
             return
-        joined = join_over_ranks(torch.cat([part.detach().flatten() for part in parts.values()]))
+        joined = all_gather(torch.cat([part.detach().flatten() for part in parts.values()]))
         lengths = [part.numel() for part in parts.values()]
         # one row for each rank
         columns = joined.view(-1, sum(lengths)).split(lengths, dim=1)

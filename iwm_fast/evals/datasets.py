@@ -1,14 +1,15 @@
 """Shared by the evaluations: a run beside its control, shards, spread-out labelled samples, frozen features."""
 
 import gc
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int64
+from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
@@ -16,8 +17,8 @@ from iwm_fast.evals.results import Row, bootstrap
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.runtime.distributed import choose_device, on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.training.loaders import evaluation_loader, open_training_shards
 from iwm_fast.world_model import WorldModel
 
@@ -75,7 +76,7 @@ class Comparison:
         )
 
 
-def open_comparison(config: KnnConfig | ProbeConfig) -> Comparison:
+def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Comparison:
     """Load the run and open its shards, or those of the settings; collective.
 
     Raises:
@@ -83,13 +84,11 @@ def open_comparison(config: KnnConfig | ProbeConfig) -> Comparison:
         ValueError: if no shards are named.
         ShardError: if a sample has no label, or a validation sample one that no training sample has.
     """
-    # where there is a process group, its start has chosen this rank's GPU
-    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    with found_by_every_rank():
-        model = world_model.load(config.run, choose_device(config.device, local_rank))
+    with same_error_on_all_ranks():
+        model = world_model.load(config.run, rank_info.device)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
     # labels in .json members cost a read of all shards: once is enough
-    known, asked = on_rank_zero(lambda: read_both_labels(train, val, config.data.label))
+    known, asked = broadcast_from_rank_zero(lambda: read_both_labels(train, val, config.data.label))
     most = config.max_train_samples or train.num_samples
     return Comparison(
         model=model,
@@ -148,3 +147,11 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
         del loader
         if model.config.runtime.loader == "dali":
             gc.collect()
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Return a short name of weights: runs with the same number of steps may have different ones."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]

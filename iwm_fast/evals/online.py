@@ -22,7 +22,6 @@ from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.teacher import Teacher
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger("iwm_fast")
@@ -59,7 +58,7 @@ class OnlineEvaluation:
             ValueError: if data.val names no shards.
             FileNotFoundError, ShardError: if they are not there, cannot be read, or have labels that data.train lacks.
         """
-        self._controls = distributed.on_rank_zero(self._open_and_measure)
+        self._controls = distributed.broadcast_from_rank_zero(self._open_and_measure)
 
     def _open_and_measure(self) -> dict[str, float]:
         val = self._config.data.val
@@ -75,11 +74,11 @@ class OnlineEvaluation:
             controls["eval/knn_chance"] = 1 / len(self._labelled[0].labels.classes)
         return controls
 
-    def __call__(self, teacher: Teacher, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """Return MRR and k-NN of the networks as they are, beside their controls; collective.
 
         Args:
-            teacher: whose encoder is measured.
+            teacher: the teacher's weights, which are measured as the encoder.
             parameters: the predictor's whole float32 weights, as `Engine.named_parameters("predictor.")` yields them;
                 used up on every rank.
 
@@ -87,11 +86,11 @@ class OnlineEvaluation:
             Exception: whatever ended it on rank 0; the other ranks end without a message.
         """
         started = time.perf_counter()
-        models: list[WorldModel] = []
         # an error here is told before the others wait for this rank to gather weights
-        distributed.on_rank_zero(lambda: models.append(self._new_model()))
-        _copy(parameters, dict(models[0].predictor.named_parameters()) if models else {})
-        measured = distributed.on_rank_zero(lambda: self._measure_copy(models[0], teacher))
+        model = distributed.rank_zero_only(self._new_model)
+        _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
+        # called on rank 0 only, which has the model
+        measured = distributed.broadcast_from_rank_zero(lambda: self._measure_copy(model, teacher) if model else {})
         return {**measured, **self._controls, "eval/time_s": time.perf_counter() - started}
 
     def _new_model(self) -> WorldModel:
@@ -99,8 +98,8 @@ class OnlineEvaluation:
         with torch.random.fork_rng(devices=[]):
             return world_model.untrained(self._config, self._rank_info.device)
 
-    def _measure_copy(self, model: WorldModel, teacher: Teacher) -> dict[str, float]:
-        model.encoder.load_state_dict(teacher.state_dict())
+    def _measure_copy(self, model: WorldModel, teacher: dict[str, Tensor]) -> dict[str, float]:
+        model.encoder.load_state_dict(teacher)
         return self._measure(model)
 
     def _measure(self, model: WorldModel) -> dict[str, float]:

@@ -33,7 +33,6 @@ from iwm_fast.lab.claims import judge, values_of
 from iwm_fast.lab.config import LabConfig, read_lab
 from iwm_fast.lab.report import write_lab_report
 from iwm_fast.pipelines.demo_data import write_demo_shards
-from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger("iwm_fast")
@@ -206,12 +205,16 @@ class Workers:
                      left / 60)  # fmt: skip
 
 
+class LabStoppedError(Exception):
+    """A lab was told to stop, and its runs have stopped in order."""
+
+
 def run_lab(path: Path) -> Path:
     """Make what is not there yet, judge the claims and write the page; return that.
 
     Raises:
         RuntimeError: if a step failed; the others are made all the same.
-        SystemExit: with the code of a preempted run, if the lab was told to stop.
+        LabStoppedError: if the lab was told to stop; the same call goes on.
     """
     lab = read_lab(path, set(TASKS))
     lab.folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +225,7 @@ def run_lab(path: Path) -> Path:
     try:
         failures = Workers(lab).run()
     except StoppedError:
-        log.warning("stopped; the same command goes on")
-        raise SystemExit(EXIT_PREEMPTED) from None
+        raise LabStoppedError("stopped; the same command goes on") from None
     finally:
         page = write_outcome(lab)
     if failures:

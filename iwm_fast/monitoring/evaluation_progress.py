@@ -4,16 +4,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from iwm_fast.runtime.distributed import RankInfo
 
 Item = TypeVar("Item")
 
 
-def follow(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+def follow(items: Iterable[Item], total: int, what: str, rank_info: RankInfo | None = None) -> Iterator[Item]:
     """Yield the items; `what` says what they are, beside how many of this rank's `total` are done."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = rank_info is None or rank_info.rank == 0
     if not (is_first and sys.stderr.isatty()):
         yield from items
         return

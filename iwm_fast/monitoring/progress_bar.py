@@ -41,10 +41,10 @@ class Lines:
     def advance(self, step: int) -> None:
         """Say that so many steps are done."""
 
-    def show(self, step: int, values: dict[str, float]) -> None:
+    def show(self, step: int, values: dict[str, float], *, loss: float) -> None:
         """Show a log row, and a warning for each monitor that crossed its threshold."""
         left_s = math.ceil((self._total_steps - step) * values["speed/step_s"])
-        log.info("step %d/%d  %s  left %d:%02d", step, self._total_steps, _words(values), *divmod(left_s, 60))
+        log.info("step %d/%d  %s  left %d:%02d", step, self._total_steps, _words(values, loss), *divmod(left_s, 60))
         _warn(step, values)
 
     def close(self) -> None:
@@ -77,8 +77,8 @@ class MovingLine:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        self._progress.update(self._task, description=_words(values))
+    def show(self, step: int, values: dict[str, float], *, loss: float) -> None:
+        self._progress.update(self._task, description=_words(values, loss))
         _warn(step, values)
 
     def close(self) -> None:
@@ -92,10 +92,9 @@ def _handlers_on_standard_error() -> list[logging.StreamHandler]:
     return [handler for handler in handlers if handler.stream is sys.stderr]
 
 
-def _words(values: dict[str, float]) -> str:
+def _words(values: dict[str, float], loss: float) -> str:
     return (
-        f"loss {values['loss/prediction']:.4f}  {values['speed/images_per_s']:.0f} images/s  "
-        f"waiting {100 * values['data/wait_share']:.1f} %"
+        f"loss {loss:.4f}  {values['speed/images_per_s']:.0f} images/s  waiting {100 * values['data/wait_share']:.1f} %"
     )
 
 

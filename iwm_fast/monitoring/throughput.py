@@ -18,11 +18,11 @@ class Yardstick:
     global_batch_size: int
     """Images per step over all ranks."""
     num_ranks: int
-    flops_per_image: float
+    flops_per_image: float = 0.0
     """What an image's training needs, a multiply-add counted as two; what is computed again does not count."""
-    peak_flops: float | None
+    peak_flops: float | None = None
     """Most that one rank's device computes per second; None if that is not known."""
-    peak_name: str
+    peak_name: str = ""
     """The device and arithmetic that peak is of."""
 
     def values(self, steps: int, time_s: float) -> dict[str, float]:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from jaxtyping import Num
 from torch import Tensor
 
-Decision = TypeVar("Decision")
+from iwm_fast.runtime.error_reporting import PeerFailedError
+
 Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) 
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
 
 
-def limit_waiting(timeout_s: float) -> None:
-    """Let the process groups that a library has made meanwhile wait as long for a rank as ours."""
+def set_collective_timeout(timeout_s: float) -> None:
+    """Give process groups that a library has created meanwhile the same timeout as ours, in seconds."""
     internals = dist.distributed_c10d
     # torch 2.11 does not have the public name yet
     set_timeout = getattr(dist, "set_timeout", None) or internals._set_pg_timeout
@@ -126,6 +127,17 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def single_process(device_setting: str) -> RankInfo:
+    """Return the ranks of a launch that consists of this process alone; needs no process group.
+
+    Raises:
+        RuntimeError: if a GPU is asked for and there is none, or this process is one of several ranks.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(f"this is one of {dist.get_world_size()} ranks; pass the RankInfo that start() returned")
+    return RankInfo(rank=0, local_rank=0, world_size=1, device=choose_device(device_setting))
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -140,8 +152,8 @@ def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
     return total
 
 
-def join_over_ranks(part: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
-    """Return every rank's part, of equal size, one after the other in order of rank; collective."""
+def all_gather(part: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
+    """Return the parts of all ranks, which are of equal size, concatenated in order of rank; collective."""
     if not dist.is_initialized():
         return part.detach().clone()
     whole = part.new_empty(dist.get_world_size() * part.numel())
@@ -155,33 +167,46 @@ def copy_from_rank_zero(tensor: Num[Tensor, "*shape"]) -> None:
         dist.broadcast(tensor.detach(), src=0)
 
 
-def on_rank_zero(decide: Callable[[], Decision]) -> Decision:
-    """Return what rank 0 decides, on every rank; collective.
+def rank_zero_only(act: Callable[[], Value]) -> Value | None:
+    """Call a function on rank 0 and return its value there, None on the other ranks; collective.
 
-    For what must not differ between ranks, such as what a shared disk shows. If it raises, rank 0 raises that, and
-    the others end: the message is rank 0's to give.
+    Raises:
+        Exception: on rank 0, whatever the function raised.
+        PeerFailedError: on the other ranks, if it raised.
+    """
+    if not dist.is_initialized():
+        return act()
+    value: Value | None = None
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = act()
+        # whatever it was, the other ranks must not go on waiting
+        except Exception as error:
+            failure = error
+    has_failed = [failure is not None]
+    dist.broadcast_object_list(has_failed, src=0)
+    if failure is not None:
+        raise failure
+    if has_failed[0]:
+        raise PeerFailedError("rank 0 failed and reports why")
+    return value
+
+
+def broadcast_from_rank_zero(decide: Callable[[], Value]) -> Value:
+    """Return on every rank what a function returns on rank 0; collective.
+
+    For what must not differ between ranks, such as what a shared disk shows. Errors are those of `rank_zero_only`.
     """
     if not dist.is_initialized():
         return decide()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = decide()
-        # whatever it was, the other ranks must not go on waiting
-        except Exception as error:
-            outcome[1] = error
-    told = [(outcome[0], outcome[1] is not None)]
-    dist.broadcast_object_list(told, src=0)
-    decision, has_failed = told[0]
-    if outcome[1] is not None:
-        raise outcome[1]
-    if has_failed:
-        raise SystemExit(2)
-    return decision
+    decision: list[Any] = [rank_zero_only(decide)]
+    dist.broadcast_object_list(decision, src=0)
+    return decision[0]
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Return what each rank has, in order of rank; collective, and slow: for what happens seldom."""
+    """Return the value of each rank, in order of rank; collective, and slow: for what happens seldom."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -189,12 +214,7 @@ def gather_objects(value: Value) -> list[Value]:
     return gathered
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """Return whether any rank says true; collective, so it is a barrier too."""
-    return agree_on_each([flag], device)[0]
-
-
-def agree_on_each(flags: list[bool], device: torch.device) -> list[bool]:
-    """Do the same for several at once."""
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Return, for each flag, whether it is true on at least one rank; collective, so it is a barrier too."""
     votes = torch.tensor([int(flag) for flag in flags], device=device)
     return [count > 0 for count in sum_over_ranks(votes).tolist()]

@@ -42,7 +42,7 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
     """
     accumulation_steps(config, rank_info.world_size)
     # indexed once, not by every rank
-    shards = distributed.on_rank_zero(lambda: open_training_shards(config.data))
+    shards = distributed.broadcast_from_rank_zero(lambda: open_training_shards(config.data))
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     # before the teacher, which begins as a copy
     initialize_from(config, student)
@@ -51,7 +51,7 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
         compile_blocks(student)
         compile_blocks(teacher.encoder)
     engine = build_engine(config, student, build_optimizer(student, config.optim), rank_info)
-    distributed.limit_waiting(config.runtime.rank_timeout_s)
+    distributed.set_collective_timeout(config.runtime.rank_timeout_s)
     return TrainingComponents(
         config=config,
         rank_info=rank_info,

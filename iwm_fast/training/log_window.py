@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: where it stands, and rows of numbers."""
+"""The rows of numbers that a run writes about itself."""
 
 import time
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from iwm_fast.monitoring.collapse import collapse_monitors
 from iwm_fast.monitoring.step_timer import BEFORE_EXCHANGE, PARTS, Stopwatch
-from iwm_fast.monitoring.throughput import Yardstick, used_memory_mb
+from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport
-from iwm_fast.training.train_state import Progress
+from iwm_fast.training.task import TrainTask
+from iwm_fast.training.train_state import TrainState
 
 
 class PartTimes:
@@ -43,8 +44,8 @@ class PartTimes:
             self._sums[part] += seconds
         self._num_steps += 1
 
-    def close(self) -> dict[str, float]:
-        """Return the means in seconds per step, and begin anew."""
+    def pop_means(self) -> dict[str, float]:
+        """Return the means in seconds per step, and start over."""
         if self._num_steps == 0:
             self._read_last()
         means = {part: total / max(self._num_steps, 1) for part, total in self._sums.items()}
@@ -55,13 +56,16 @@ class PartTimes:
 class LogWindow:
     """What happened since the last log row."""
 
-    def __init__(self, schedules: Schedules, yardstick: Yardstick, device: torch.device) -> None:
-        self._schedules, self._yardstick, self._device = schedules, yardstick, device
+    def __init__(self, task: TrainTask, schedules: Schedules) -> None:
+        self._task = task
+        self._schedules = schedules
         self._parts = PartTimes()
         self._begin()
 
     def _begin(self) -> None:
-        self._started, self._skipped, self._num_replaced = time.perf_counter(), 0, 0
+        self._started = time.perf_counter()
+        self._skipped = 0
+        self._num_replaced = 0
         self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
@@ -71,23 +75,22 @@ class LogWindow:
         self._skipped += not report.is_applied
         self._num_replaced += report.num_replaced
 
-    def close(self, report: StepReport, progress: Progress) -> dict[str, float]:
+    def pop_metrics(self, report: StepReport, state: TrainState) -> dict[str, float]:
         """Return the row's values, which every rank has a share in, and begin the next window; collective."""
-        monitors = collapse_monitors(
-            report.prediction.predicted_tokens, report.target_tokens, report.prediction.patches
-        )
+        monitors = {}
+        if report.prediction is not None and report.target_tokens is not None:
+            predicted = report.prediction
+            monitors = collapse_monitors(predicted.predicted_tokens, report.target_tokens, predicted.patches)
         on_device = {"loss": torch.stack(self._losses).double().mean(), **monitors}
-        on_host = {"replaced": float(self._num_replaced), "memory": used_memory_mb(self._device), **self._parts.close()}
+        memory = used_memory_mb(self._task.rank_info.device)
+        on_host = {"replaced": float(self._num_replaced), "memory": memory, **self._parts.pop_means()}
         ranks = self._every_rank(on_device, on_host)
         steps, time_s = len(self._losses), time.perf_counter() - self._started
-        lasted = max(progress.applied_steps - 1, 0)
-        speed = self._yardstick.values(steps, time_s)
+        speed = self._task.meter.values(steps, time_s)
         values = {
-            "loss/prediction": float(ranks["loss"].sum()),
+            self._task.loss_name: float(ranks["loss"].sum()),
             **{name: float(ranks[name].mean()) for name in monitors},
-            "optim/lr": self._schedules.lr(lasted),
-            "optim/weight_decay": self._schedules.weight_decay(lasted),
-            "optim/teacher_momentum": self._schedules.teacher_momentum(lasted),
+            **self._schedule_values(state, has_teacher=report.prediction is not None),
             "optim/grad_norm": float(report.grad_norm),
             "optim/skipped_steps": float(self._skipped),
             **speed,
@@ -100,13 +103,20 @@ class LogWindow:
         self._begin()
         return values
 
+    def _schedule_values(self, state: TrainState, *, has_teacher: bool) -> dict[str, float]:
+        lasted = max(state.applied_steps - 1, 0)
+        values = {"optim/lr": self._schedules.lr(lasted), "optim/weight_decay": self._schedules.weight_decay(lasted)}
+        if has_teacher:
+            values["optim/teacher_momentum"] = self._schedules.teacher_momentum(lasted)
+        return values
+
     def _every_rank(
         self, on_device: dict[str, Tensor], on_host: dict[str, float]
     ) -> dict[str, Float64[Tensor, "ranks"]]:
         """Return each value of each rank, exchanged at once."""
         measured = torch.stack([value.double() for value in on_device.values()])
-        counted = torch.tensor(list(on_host.values()), dtype=torch.float64, device=self._device)
-        joined = distributed.join_over_ranks(torch.cat([measured, counted])).cpu()
+        counted = torch.tensor(list(on_host.values()), dtype=torch.float64, device=self._task.rank_info.device)
+        joined = distributed.all_gather(torch.cat([measured, counted])).cpu()
         names = [*on_device, *on_host]
         return dict(zip(names, joined.view(-1, len(names)).unbind(1), strict=True))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.step import StepReport
 
 log = logging.getLogger("iwm_fast")
@@ -20,13 +21,16 @@ _MOST_SHOWN = 8
 class SkippedSteps:
     """Counts the skipped steps in a row; every rank has one and is told of each step."""
 
-    def __init__(self, folder: Path, rank_info: RankInfo, most: int) -> None:
-        self._folder, self._rank_info, self._most = folder, rank_info, most
+    def __init__(self, folder: Path, rank_info: RankInfo, *, most: int, remedy: str) -> None:
+        self._folder = folder
+        self._rank_info = rank_info
+        self._most = most
+        self._remedy = remedy
         self._in_a_row = 0
         self._message = ""
 
     @property
-    def is_hopeless(self) -> bool:
+    def limit_reached(self) -> bool:
         """Whether as many were skipped in a row as there may be."""
         return self._in_a_row >= self._most
 
@@ -36,14 +40,14 @@ class SkippedSteps:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        suspects = distributed.gather_objects(report.suspects())
+        suspects = distributed.gather_objects(report.suspect_sample_keys())
         if self._rank_info.rank != 0:
             return
         rows = [{"rank": rank, "samples": samples} for rank, samples in enumerate(suspects) if samples]
         shown = ", ".join(f"{row['rank']}: {' '.join(row['samples'][:_MOST_SHOWN])}" for row in rows)
         self._message = (
             f"{self._in_a_row} steps in a row were not finite, the last one step {step}; suspected samples by rank: "
-            f"{shown} (all in {self._folder / FILE}); lower optim.lr or look at these samples, then resume=auto"
+            f"{shown} (all in {self._folder / FILE}); {self._remedy}"
         )
         log.warning("step %d skipped, a loss or gradient was not finite; samples by rank: %s", step, shown)
         with (self._folder / FILE).open("a", encoding="utf-8") as file:
@@ -54,5 +58,8 @@ class SkippedSteps:
 
         Raises:
             FloatingPointError: on rank 0, naming the samples of every rank.
+            PeerFailedError: on the other ranks.
         """
-        raise FloatingPointError(self._message) if self._rank_info.rank == 0 else SystemExit(2)
+        if self._rank_info.rank != 0:
+            raise PeerFailedError("rank 0 names the samples that are not finite")
+        raise FloatingPointError(self._message)

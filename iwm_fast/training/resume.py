@@ -1,8 +1,9 @@
-"""Where a run goes on: the newest whole checkpoint, and in which stream of samples."""
+"""Where training continues: the newest complete checkpoint, and in which stream of samples."""
 
 import json
 import logging
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +12,42 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.commit import set_aside
 from iwm_fast.config.fingerprint import is_of_the_stream
 from iwm_fast.config.run import RunConfig
-from iwm_fast.engines.base import Engine
 from iwm_fast.pipelines.sampling.batch_plan import StreamStart
 from iwm_fast.runtime import distributed
-from iwm_fast.training.teacher import Teacher
-from iwm_fast.training.train_state import Progress
 
 log = logging.getLogger("iwm_fast")
 
 
-def resume(
-    config: RunConfig, fingerprint: dict[str, Any], num_samples: int, *, engine: Engine, teacher: Teacher
-) -> Progress:
-    """Load the newest whole checkpoint if there is one and the run may continue it; collective.
+def find_start(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
+    """Return the checkpoint to continue from, None to start from scratch, and the run's id; collective.
+
+    Damaged checkpoints after it are moved aside, so that their steps can be written again.
+
+    Args:
+        config: settings; `output.folder` is searched.
+        require_same: called with the checkpoint on rank 0; raises CheckpointError if it must not be continued.
 
     Raises:
         ValueError: if the folder holds a run and resume is never.
-        CheckpointError: if no checkpoint is whole, or the newest whole one belongs to other settings.
+        CheckpointError: if no checkpoint is complete, or the newest complete one must not be continued.
     """
-    saved: Checkpoint | None = None
-
-    def decide() -> tuple[Path | None, str]:
-        nonlocal saved
-        saved, run_id = find_start(config, fingerprint)
-        return saved and saved.folder, run_id
-
-    folder, run_id = distributed.on_rank_zero(decide)
+    found: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
+        lambda: _find_start_alone(config, require_same)
+    )
+    # an object of gigabytes is read again, not sent
+    folder, run_id = distributed.broadcast_from_rank_zero(lambda: _address(found))
     if folder is None:
-        return Progress(run_id=run_id)
-    # rank 0 has it already
-    saved = saved or checkpoints.read(folder)
-    checkpoints.restore(saved, engine)
-    teacher.load_state_dict(saved.teacher_state)
-    log.info("going on from %s", folder)
-    start = stream_start(saved, config, fingerprint, num_samples)
-    return Progress(step=saved.step, applied_steps=saved.applied_steps, start=start, run_id=run_id)
+        return None, run_id
+    saved = found[0] if found else None
+    return saved or checkpoints.read(folder), run_id
 
 
-def find_start(config: RunConfig, fingerprint: dict[str, Any]) -> tuple[Checkpoint | None, str]:
-    """Return the checkpoint to go on from, None to start anew, and the run's id; on one rank.
+def _address(found: tuple[Checkpoint | None, str] | None) -> tuple[Path | None, str]:
+    saved, run_id = found or (None, "")
+    return (saved.folder if saved else None), run_id
 
-    What is damaged is moved aside, so that its step can be written again.
 
-    Raises:
-        ValueError: if the folder holds a run and resume is never.
-        CheckpointError: if no checkpoint is whole, or the newest whole one belongs to other settings.
-    """
+def _find_start_alone(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
     folder = Path(config.output.folder)
     is_used = bool(checkpoints.step_folders(folder)) or (folder / "metrics.jsonl").exists()
     if is_used and config.resume == "never":
@@ -67,8 +58,8 @@ def find_start(config: RunConfig, fingerprint: dict[str, Any]) -> tuple[Checkpoi
     saved, refused = checkpoints.read_newest(folder)
     if saved is None:
         return None, earlier_run_id(folder) or uuid.uuid4().hex[:12]
-    # before anything is moved, and read here for its errors: one message from rank 0 instead of one from each
-    _differing_settings(saved, config, fingerprint)
+    # before anything is moved
+    require_same(saved)
     for damaged, reason in refused.items():
         log.warning(
             "%s; going on from step %d instead. It is %s now: look after the disk, and delete it when it is of no use",
@@ -90,29 +81,22 @@ def earlier_run_id(folder: Path) -> str | None:
 
 
 def stream_start(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> StreamStart:
-    """Return where the stream of samples begins: as the checkpoint has it, or with the epoch it stands in begun anew.
+    """Return where the stream of samples begins: as the checkpoint has it, or with its current epoch restarted.
 
     Raises:
         CheckpointError: if settings differ and must not.
     """
     start = StreamStart(**saved.counters["stream"])
-    changed = _differing_settings(saved, config, fingerprint)
-    of_the_stream = [name for name in changed if is_of_the_stream(name)]
-    if of_the_stream != changed:
-        log.info("schedules are laid out over %g epochs", config.optim.epochs)
-    if not of_the_stream:
-        return start
-    batch = saved.fingerprint["optim.global_batch_size"]
-    position = start.position + (saved.step - start.step) * batch
-    epoch = position // saved.counters["num_samples"]
-    log.info("epoch %d begins anew, because of other settings: %s", epoch, ", ".join(of_the_stream))
-    return StreamStart(step=saved.step, position=epoch * num_samples)
-
-
-def _differing_settings(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any]) -> list[str]:
-    return checkpoints.differing_settings(
+    changed = checkpoints.differing_settings(
         saved.fingerprint,
         fingerprint,
         may_restart=config.data.restart_epoch,
         may_extend=config.resume == "extend",
     )
+    of_the_stream = [name for name in changed if is_of_the_stream(name)]
+    if not of_the_stream:
+        return start
+    batch = saved.fingerprint["optim.global_batch_size"]
+    position = start.position + (saved.step - start.step) * batch
+    epoch = position // saved.counters["num_samples"]
+    return StreamStart(step=saved.step, position=epoch * num_samples)

@@ -28,10 +28,6 @@ class StepReport:
     """This rank's shares of the loss by micro-batch: summed over them and over ranks, the loss of the global batch."""
     grad_norm: float | Tensor
     """Global norm before clipping."""
-    prediction: Prediction
-    """Of the last micro-batch, for the collapse monitors."""
-    target_tokens: Float[Tensor, "T D"]
-    """What it is compared with."""
     is_applied: bool
     """False if a non-finite gradient left weights and teacher as they were."""
     stopwatch: Stopwatch
@@ -40,13 +36,17 @@ class StepReport:
     """Images of this rank that stand in for others that could not be decoded."""
     keys: list[tuple[str, ...]]
     """Samples of each micro-batch, to name in errors."""
+    prediction: Prediction | None = None
+    """Of the last micro-batch, for the collapse monitors; None if no teacher's tokens are predicted."""
+    target_tokens: Float[Tensor, "T D"] | None = None
+    """What it is compared with."""
 
     @property
     def loss(self) -> Tensor:
         """Share of this rank in the loss, a scalar."""
         return self.losses.sum()
 
-    def suspects(self) -> list[str]:
+    def suspect_sample_keys(self) -> list[str]:
         """Return the samples that may have spoilt this step: those whose loss is not finite, all if none is known."""
         is_bad = (~self.losses.isfinite()).tolist()
         chosen = [keys for keys, bad in zip(self.keys, is_bad, strict=True) if bad or not any(is_bad)]

@@ -1,48 +1,72 @@
-"""What is trained on top of a run, and what that has taken."""
+"""What a `Trainer` trains: the interface of pretraining and of finetuning."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from iwm_fast.checkpoints.checkpoint import Checkpoint
+from iwm_fast.config.run import RunConfig
+from iwm_fast.engines.base import Engine
+from iwm_fast.monitoring.throughput import Yardstick
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.training.schedules import Schedules
+from iwm_fast.training.step import StepReport
+from iwm_fast.training.train_state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One module that is trained, and how its loss comes from a micro-batch."""
+@runtime_checkable
+class TrainTask(Protocol):
+    """Networks, data and loss; the trainer adds logs, checkpoints, signals and everything else between two steps."""
 
-    name: str
-    """One word; its folder carries it."""
-    module: nn.Module
-    """What is trained: forward(inputs) -> outputs, tensors or tuples, lists, dicts of them. It is run in the precision
-    of the settings and its outputs arrive as float32, so it need not care. Frozen networks are not inside it, and each
-    parameter must have a share in each micro-batch's outputs."""
-    prepare: Callable[[Batch], Any]
-    """Turns a micro-batch into the module's inputs and whatever the loss needs: frozen encoder, labels, mixing. Run
-    without gradient, in the same precision."""
-    loss: Callable[[Any, Any], Float[Tensor, ""]]
-    """Of outputs and inputs: the sum over the micro-batch's images; it is divided by the global batch."""
-    optimizer: torch.optim.AdamW
-    """With groups named "decay..." and "no_decay...", each with its "lr_scale" if that is not 1: the group's peak
-    learning rate over tune.lr. See `iwm_fast.engines.optimizer.scaled_optimizer`."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """What else decides the outcome, fit for JSON, such as the step of the run's checkpoint: a job whose settings or
-    origin differ from those of its folder is not gone on with."""
+    config: RunConfig
+    """Settings; `config.output.folder` is the run's."""
+    rank_info: RankInfo
+    shards: ShardSet
+    """Training samples."""
+    fingerprint: dict[str, Any]
+    """What decides the result, flat and fit for JSON; kept in each checkpoint."""
+    loss_name: str
+    """Name of the loss in log rows."""
+    remedy: str
+    """What to do when the loss is not finite."""
+    meter: Yardstick
+    """Turns durations into the speed values of log rows."""
 
+    def resume_state(self, saved: Checkpoint) -> TrainState:
+        """Return the state to continue a checkpoint from.
 
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What training has taken; the weights are in the job's module, on every rank."""
+        Raises:
+            CheckpointError: if it was written with other settings, which are listed.
+        """
+        ...
 
-    num_tuned: int
-    """Parameters that were trained."""
-    images_per_s: float | None
-    """Over all ranks, the first step after each start not counted; None if there was no other."""
-    time_s: float
-    """From the first step to the last, over all starts."""
-    steps: int
-    """Optimiser steps."""
+    def take_weights(self, saved: Checkpoint) -> None:
+        """Take over the weights of a checkpoint after the last step; collective."""
+        ...
+
+    def start(self, saved: Checkpoint | None) -> Engine:
+        """Return the engine of the first step, with a checkpoint's weights and moments if one is given; collective."""
+        ...
+
+    def open_stream(self, state: TrainState) -> Iterator[Batch]:
+        """Open this rank's endless stream of micro-batches from the state's step on."""
+        ...
+
+    def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:
+        """Run one optimiser step; collective."""
+        ...
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """Return weights to keep in a checkpoint beside the engine's; empty if there are none."""
+        ...
+
+    def before_checkpoint(self) -> None:
+        """Publish what a checkpoint relies on; collective."""
+        ...
+
+    def close(self) -> None:
+        """Close the stream and whatever `open_stream` opened, also after an error."""
+        ...

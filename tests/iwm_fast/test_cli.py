@@ -7,6 +7,7 @@ import tarfile
 import pytest
 import yaml
 
+from fixtures.launchers import tiny_yaml
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.cli import COMMANDS, main
 
@@ -141,3 +142,27 @@ def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
     assert "shard-000000.tar" in capsys.readouterr().out
     main(["train", run_yaml(train=str(tmp_path / "shards"))])
     assert "expected 2 arguments" in refused(capsys, "shards", "pack", str(tmp_path / "images"))
+
+
+FRAMES = """
+import sys, traceback
+from iwm_fast.training import pretraining
+
+def show(*_, **__):
+    print(*[f"FRAME {frame.name}" for frame in traceback.extract_stack() if "iwm_fast" in frame.filename], sep="\\n")
+    sys.stdout.flush()
+    sys.exit(0)
+
+pretraining.train_step = show
+from iwm_fast.cli import main
+sys.argv = ["iwm", "train", *sys.argv[1:]]
+main()
+"""
+
+
+def test_few_calls_lie_between_the_command_line_and_the_step(tiny_shards, tmp_path):
+    settings = tiny_yaml(tmp_path / "run.yaml", tiny_shards, runtime={"engine": "plain", "loader": "torch"})
+    command = [sys.executable, "-c", FRAMES, str(settings), f"output.folder={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    frames = [line.removeprefix("FRAME ") for line in done.stdout.splitlines() if line.startswith("FRAME ")]
+    assert frames == ["main", "run_and_exit", "train", "run", "run", "step"], done.stdout + done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
+from iwm_fast.runtime.process import end_process
 
 
 class Shards:

@@ -17,7 +17,7 @@ from iwm_fast.checkpoints.commit import CheckpointError
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
+from iwm_fast.runtime.process import end_process
 
 ENGINES = {"plain": ("plain", None), **{f"zero{stage}": ("deepspeed", stage) for stage in range(4)}}
 GLOBAL_BATCH_SIZE = 8
@@ -80,9 +80,9 @@ def disagree(folder, rank_info):
     cpu = rank_info.device
     number = torch.tensor([float(rank_info.rank + 1)])
     report = {
-        "agree": [distributed.agree(rank_info.rank == 1, cpu), distributed.agree(False, cpu)],
+        "agree": [distributed.any_rank([rank_info.rank == 1], cpu)[0], distributed.any_rank([False], cpu)[0]],
         "sum": distributed.sum_over_ranks(number).tolist(),
-        "joined": distributed.join_over_ranks(number).tolist(),
+        "joined": distributed.all_gather(number).tolist(),
     }
     (folder / "no-folder").write_text("a file where a run folder should be")
     config = RunConfig(output=OutputConfig(folder=str(folder / "no-folder")))
@@ -141,7 +141,7 @@ def save(engine, rank_info, path):
     if rank_info.rank == 0:
         save_file(state, path.with_suffix(".safetensors"))
     # the other rank may want to read it
-    distributed.agree(False, rank_info.device)
+    distributed.any_rank([False], rank_info.device)[0]
 
 
 if __name__ == "__main__":

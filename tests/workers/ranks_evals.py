@@ -9,18 +9,19 @@ from iwm_fast.config.evaluation import MrrConfig, PlanConfig
 from iwm_fast.evals.planning.evaluate import evaluate_plan
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process, errors_as_messages
+from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.process import end_process
 
 
 def main(folder: str, mrr: str, plan: str) -> None:
     torch.set_num_threads(1)
-    distributed.start("cpu")
-    print(evaluate_mrr(MrrConfig(run=folder, **json.loads(mrr))).rows, flush=True)
-    print(evaluate_plan(PlanConfig(run=folder, **json.loads(plan))).rows, flush=True)
+    rank_info = distributed.start("cpu")
+    print(evaluate_mrr(MrrConfig(run=folder, **json.loads(mrr)), rank_info).rows, flush=True)
+    print(evaluate_plan(PlanConfig(run=folder, **json.loads(plan)), rank_info).rows, flush=True)
     distributed.stop()
 
 
 if __name__ == "__main__":
-    with errors_as_messages():
+    with user_facing_errors():
         main(*sys.argv[1:])
     end_process()

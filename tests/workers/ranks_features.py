@@ -10,35 +10,31 @@ from iwm_fast.evals.probing.attentive import evaluate_attentive
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.probing.linear import evaluate_linear
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
+from iwm_fast.runtime.process import end_process
 
 
-def main(run):
+def main(run, rank_info):
     evaluations = (
         (evaluate_knn, KnnConfig(run=run)),
         (evaluate_linear, LinearConfig(run=run, epochs=3)),
         (evaluate_attentive, AttentiveConfig(run=run, epochs=2, batch_size=32)),
     )
     for evaluate, config in evaluations:
-        result = evaluate(config)
+        result = evaluate(config, rank_info)
         rows = [asdict(row) | {"time_s": None, "images_per_s": None} for row in result.rows]
         print(rows, result.details, flush=True)
 
 
 def die_before_writing(event, arguments):
-    # the file has its full size by now
-    if (
-        event == "open"
-        and str(arguments[0]).endswith("rows.npy")
-        and arguments[2] & (os.O_RDWR | os.O_CREAT) == os.O_RDWR
-    ):
+    # all rows are written by now, and the manifest is not
+    if event == "open" and str(arguments[0]).endswith("manifest.json"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    distributed.start("cpu")
+    rank_info = distributed.start("cpu")
     if sys.argv[2:]:
         sys.addaudithook(die_before_writing)
-    main(sys.argv[1])
+    main(sys.argv[1], rank_info)
     distributed.stop()
     end_process()

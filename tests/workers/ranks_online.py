@@ -6,7 +6,8 @@ from pathlib import Path
 
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process, errors_as_messages
+from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.process import end_process
 from iwm_fast.training.components import build_components
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,13 +24,13 @@ def main(folder, train, val):
     trainer = build_components(config, rank_info)
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
-    row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+    row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     print({name: value for name, value in row.items() if name != "eval/time_s"}, flush=True)
-    distributed.on_rank_zero(Path(val).unlink)
-    evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+    distributed.broadcast_from_rank_zero(Path(val).unlink)
+    evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
 
 
 if __name__ == "__main__":
-    with errors_as_messages():
+    with user_facing_errors():
         main(Path(sys.argv[1]), *sys.argv[2:])
     end_process()

@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
-from iwm_fast.runtime.sharding import join, real, share
+from iwm_fast.runtime.process import end_process
+from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 
 # what each of three ranks has of 0, 10, 20, ...
 SHARES = {
@@ -17,24 +16,22 @@ SHARES = {
 }
 
 
-def main():
-    rank = dist.get_rank()
+def main(rank_info):
     for count in range(9):
         samples = np.arange(count, dtype=np.int64) * 10
-        part = share(samples)
+        part = local_share(samples, rank_info)
         if count in SHARES:
-            assert part.tolist() == SHARES[count][rank], part
+            assert part.tolist() == SHARES[count][rank_info.rank], part
         for rest in ((), (2,), (2, 3), (2, 0)):
             for dtype in (torch.float32, torch.float64, torch.int64, torch.float16):
                 whole = (torch.arange(count).view(-1, *[1] * len(rest)) + torch.zeros(rest) / 10).to(dtype)
-                values = whole[torch.from_numpy(real(part)) // 10]
-                joined = join(part, values)
+                values = whole[torch.from_numpy(drop_padding(part)) // 10]
+                joined = gather_in_order(part, values, rank_info)
                 assert joined.dtype == dtype and torch.equal(joined, whole), (count, rest, joined)
     print("shares of 0 .. 8 samples joined")
 
 
 if __name__ == "__main__":
-    distributed.start("cpu")
-    main()
+    main(distributed.start("cpu"))
     distributed.stop()
     end_process()

@@ -8,10 +8,10 @@ from iwm_fast.config.finetuning import AugmentConfig, MultitaskConfig, SegmentCo
 from iwm_fast.evals.multitask.evaluate import evaluate_multitask
 from iwm_fast.evals.segmentation.evaluate import evaluate_segment
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import end_process
+from iwm_fast.runtime.process import end_process
 
 
-def main(run, tasks, name, *settings):
+def main(rank_info, run, tasks, name, *settings):
     changes = {key: int(value) if value.isdigit() else value for key, value in (one.split("=") for one in settings)}
     given = {"run": run, "name": name, **tuning(epochs=1.0, **changes)}
     plain = AugmentConfig(rand_augment=False, mixup=0.0, cutmix=0.0, erasing=0.0)
@@ -20,12 +20,11 @@ def main(run, tasks, name, *settings):
         (evaluate_segment, SegmentConfig(arms="head,predictor,encoder", **given)),
     )
     for evaluate, config in evaluations:
-        for row in evaluate(config).rows:
+        for row in evaluate(config, rank_info).rows:
             print(replace(row, time_s=None, images_per_s=None), flush=True)
 
 
 if __name__ == "__main__":
-    distributed.start("cpu")
-    main(*sys.argv[1:])
+    main(distributed.start("cpu"), *sys.argv[1:])
     distributed.stop()
     end_process()

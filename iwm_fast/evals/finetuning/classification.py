@@ -18,16 +18,17 @@ from iwm_fast import world_model
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.datasets import read_both_labels, result_name, training_shards, validation_shards
-from iwm_fast.evals.finetuning.networks import here
-from iwm_fast.evals.finetuning.run import Tuned, micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_arm, build_vit, vit_config
 from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, Lesson, build_arm
 from iwm_fast.evals.results import Result, Row, bootstrap, save_result
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.preemption import Preemption
+from iwm_fast.training.train_state import TrainStats
 
 log = logging.getLogger("iwm_fast")
 
@@ -65,10 +66,12 @@ class Learnt:
 
     correct: Float64[np.ndarray, "images"]
     """1 for each validation image that is named rightly, 0 for the others."""
-    tuned: Tuned
+    tuned: TrainStats
 
 
-def evaluate_finetune(config: FinetuneConfig) -> Result:
+def evaluate_finetune(
+    config: FinetuneConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
+) -> Result:
     """Train the arms, or go on with them, and report each one's accuracy; collective, saved by rank 0.
 
     Raises:
@@ -78,14 +81,18 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
-    rank_info = here(config)
-    with found_by_every_rank():
+    rank_info = rank_info or single_process(config.runtime.device)
+    with same_error_on_all_ranks():
         micro_batches(config, rank_info.world_size)
         subject = _timm_model(config) if config.timm else _run(config, rank_info)
-    sets = on_rank_zero(lambda: _open(config, subject))
-    learnt = {arm: _learn(arm, config, subject, sets, rank_info) for arm in ARMS if arm in config.chosen_arms}
+    sets = broadcast_from_rank_zero(lambda: _open(config, subject))
+    learnt = {
+        arm: _learn(arm, config, subject, sets, rank_info=rank_info, preemption=preemption)
+        for arm in ARMS
+        if arm in config.chosen_arms
+    }
     result = _report(config, subject, sets, learnt)
-    on_rank_zero(lambda: save_result(subject.folder, result))
+    broadcast_from_rank_zero(lambda: save_result(subject.folder, result))
     return result
 
 
@@ -124,11 +131,22 @@ def _open(config: FinetuneConfig, subject: Subject) -> Sets:
     return Sets(train=train, val=val, known=known, asked=asked)
 
 
-def _learn(name: str, config: FinetuneConfig, subject: Subject, sets: Sets, rank_info: RankInfo) -> Learnt:
+def _learn(
+    name: str,
+    config: FinetuneConfig,
+    subject: Subject,
+    sets: Sets,
+    *,
+    rank_info: RankInfo,
+    preemption: Preemption | None,
+) -> Learnt:
     folder = task_folder(subject.folder, result_name("finetune", config.data), config.name)
     settings = run_config(config, subject.config, folder / name)
     arm = subject.build(name, Lesson(task=config, config=settings, labels=sets.known, rank_info=rank_info))
-    tuned = tune(arm.job, config, model_config=subject.config, shards=sets.train, rank_info=rank_info, folder=folder)
+    tuned = tune(
+        arm.job, config, model_config=subject.config, shards=sets.train, rank_info=rank_info, folder=folder,
+        preemption=preemption,
+    )  # fmt: skip
     scores = predict(arm.call, settings, sets.val, np.arange(sets.val.num_samples), rank_info)
     correct = scores.argmax(dim=1).numpy() == sets.asked.number
     log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), tuned.steps, tuned.time_s)

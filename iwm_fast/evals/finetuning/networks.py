@@ -1,31 +1,21 @@
 """What tasks that train are put together from: this process, the run's networks on the settings' operations."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student, choose_ops
-from iwm_fast.runtime.distributed import RankInfo, choose_device
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.world_model import WorldModel
 
 Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 """From normalised images to the tokens of all their patches."""
-
-
-def here(task: TuneTask) -> RankInfo:
-    """Return this process among those that `distributed.start` has brought together."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(task.runtime.device, local_rank)
-    return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
 def networks(model: WorldModel, task: TuneTask, rank_info: RankInfo, *, is_new: bool = False) -> Student:

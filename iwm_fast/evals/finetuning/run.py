@@ -1,8 +1,6 @@
 """Training on top of a run: any module, with the engine, checkpoints and pipelines of pretraining.
 
-A task makes a `Job` of each network it wants trained; `tune` trains it, or goes on with it, or finds it done. All that
-is drawn (drop path, mixing, erasing) follows from (seed, step, micro-batch, rank), so a job that was stopped goes on
-bit for bit on a CPU.
+A task makes a `Job` of each network it wants trained; `tune` trains it, or resumes it, or finds it finished.
 """
 
 from collections.abc import Callable
@@ -16,22 +14,29 @@ from torch import Tensor
 
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig
-from iwm_fast.evals.finetuning.loop import run_job
+from iwm_fast.evals.finetuning.task import FinetuneTask, Job
 from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.runtime.sharding import join, real, share
+from iwm_fast.runtime.preemption import Preemption
+from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.training.loaders import evaluation_loader
-from iwm_fast.training.task import Job, Tuned
-
-__all__ = ["Job", "Tuned", "micro_batches", "predict", "run_config", "task_folder", "tune"]
+from iwm_fast.training.train_state import TrainStats
+from iwm_fast.training.trainer import Trainer
 
 
 def tune(
-    job: Job, task: TuneTask, *, model_config: RunConfig, shards: ShardSet, rank_info: RankInfo, folder: Path
-) -> Tuned:
+    job: Job,
+    task: TuneTask,
+    *,
+    model_config: RunConfig,
+    shards: ShardSet,
+    rank_info: RankInfo,
+    folder: Path,
+    preemption: Preemption | None = None,
+) -> TrainStats:
     """Train a job's module in place, in `folder`/`job.name`: from its newest checkpoint, if there is one; collective.
 
     A finished job is not trained again: its weights are read. Afterwards the module is in evaluation mode.
@@ -39,20 +44,25 @@ def tune(
     Args:
         job: what to train; its module is on any device.
         task: settings.
-        model_config: the run's settings, whose views and size of patches count.
+        model_config: the run's settings, of which views and patch size count.
         shards: training samples.
         rank_info: this process.
         folder: of the task; see `task_folder`.
+        preemption: whether to stop early; None: never.
 
     Raises:
         PreemptedError: on every rank, if one was told to stop.
-        CheckpointError: if the folder holds a job of other settings, naming them, or no checkpoint is whole.
+        CheckpointError: if the folder holds a job of other settings, naming them, or no checkpoint is complete.
         FloatingPointError: if too many steps in a row were not finite.
         ValueError: if batch, ranks and micro-batch do not divide, or another process holds the folder.
     """
     micro_batches(task, rank_info.world_size)
     config = run_config(task, model_config, folder / job.name)
-    return run_job(job, task, config, shards=shards, rank_info=rank_info)
+    finetuning = FinetuneTask(job, task, config, shards=shards, rank_info=rank_info)
+    state = Trainer(finetuning, preemption=preemption).run()
+    finetuning.release()
+    num_tuned = sum(parameter.numel() for parameter in job.module.parameters() if parameter.requires_grad)
+    return state.stats(num_tuned, config.optim.global_batch_size)
 
 
 def task_folder(run: str | Path, task: str, name: str = "") -> Path:
@@ -125,8 +135,8 @@ def predict(
         samples: their numbers.
         rank_info: this process.
     """
-    part = share(samples)
-    own = real(part)
+    share = local_share(samples, rank_info)
+    own = drop_padding(share)
     # a rank without samples has to know what a row looks like
     asked = own if len(own) else samples[:1]
     loader = evaluation_loader(model_config, shards, asked, rank_info.device)
@@ -138,4 +148,4 @@ def predict(
             rows.append(row.float() if row.is_floating_point() else row)
     finally:
         loader.close()
-    return join(part, torch.cat(rows)[: len(own)]).cpu()
+    return gather_in_order(share, torch.cat(rows)[: len(own)], rank_info).cpu()

@@ -7,8 +7,7 @@ nothing but what is under them.
 """
 
 import functools
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
+from iwm_fast.evals.datasets import tensors_digest
 from iwm_fast.evals.finetuning.layer_decay import layer_of, top_layer
 from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
 from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
-from iwm_fast.evals.finetuning.run import Job
+from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.heads import AttentiveHead, LinearHead, PatchHead
 from iwm_fast.models.layers import set_drop_path_
@@ -192,11 +192,3 @@ def origin_of(step: int, *networks: nn.Module) -> dict[str, Any]:
     """Return which networks a job starts from: the step of their checkpoint and a digest of their weights."""
     weights = (tensor for network in networks for tensor in network.state_dict().values())
     return {"run.step": step, "run.weights": tensors_digest(weights)}
-
-
-def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """Return a short name of weights: a run that was trained anew may have as many steps."""
-    whole = hashlib.sha256()
-    for tensor in tensors:
-        whole.update(tensor.cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]

@@ -20,8 +20,9 @@ from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.config.loading import to_tree
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import training_shards, validation_shards
-from iwm_fast.evals.finetuning.networks import Encode, frozen, here, networks, seeded
-from iwm_fast.evals.finetuning.run import Job, micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
+from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.variants import origin_of
 from iwm_fast.evals.multitask.network import Division, TaskInputs, TaskPredictor, weighted_loss
 from iwm_fast.evals.multitask.report import LabelledTask, Learnt, report
@@ -33,8 +34,9 @@ from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.preemption import Preemption
 from iwm_fast.world_model import WorldModel
 
 
@@ -46,9 +48,12 @@ class _Bench:
     rank_info: RankInfo
     train: ShardSet
     val: ShardSet
+    preemption: Preemption | None
 
 
-def evaluate_multitask(config: MultitaskConfig) -> Result:
+def evaluate_multitask(
+    config: MultitaskConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
+) -> Result:
     """Train the predictors and report the accuracy of each task; collective, saved by rank 0.
 
     Raises:
@@ -57,20 +62,20 @@ def evaluate_multitask(config: MultitaskConfig) -> Result:
         ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
-    rank_info = here(config)
-    with found_by_every_rank():
+    rank_info = rank_info or single_process(config.runtime.device)
+    with same_error_on_all_ranks():
         specs = read_task_list(config.tasks)
         check_split(config, len(specs), rank_info.world_size)
         model = world_model.load(config.run, rank_info.device)
         model.require_predictor()
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
-    tasks = on_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
-    bench = _Bench(model=model, rank_info=rank_info, train=train, val=val)
+    tasks = broadcast_from_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
+    bench = _Bench(model=model, rank_info=rank_info, train=train, val=val, preemption=preemption)
     together = _learn("multitask", tasks, config, bench)
     few = share_of_one(config, len(tasks))
     alone = [_learn(f"alone_{task.spec.name}", [task], few, bench) for task in tasks] if config.single else []
     result = report(config, model.step, tasks, together, alone)
-    on_rank_zero(lambda: save_result(config.run, result))
+    rank_zero_only(lambda: save_result(config.run, result))
     return result
 
 
@@ -137,7 +142,15 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
         origin=origin_of(model.step, model.encoder, model.predictor)
         | {"tasks": [to_tree(task.spec) for task in tasks]},
     )
-    tuned = tune(job, config, model_config=model.config, shards=bench.train, rank_info=rank_info, folder=folder)
+    tuned = tune(
+        job,
+        config,
+        model_config=model.config,
+        shards=bench.train,
+        rank_info=rank_info,
+        folder=folder,
+        preemption=bench.preemption,
+    )
     everyone = np.arange(bench.val.num_samples)
     named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, rank_info)
     true = np.stack([task.val.number for task in tasks], axis=1)

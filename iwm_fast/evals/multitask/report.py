@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from iwm_fast.config.finetuning import MultitaskConfig
-from iwm_fast.evals.finetuning.run import Tuned, task_folder
+from iwm_fast.evals.finetuning.run import task_folder
 from iwm_fast.evals.multitask.task_list import MEAN, TaskSpec
 from iwm_fast.evals.results import Result, Row, bootstrap
 from iwm_fast.pipelines.annotations.labels import Labels
+from iwm_fast.training.train_state import TrainStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Learnt:
 
     correct: Bool[np.ndarray, "images tasks"]
     """Whether it names each validation image rightly."""
-    tuned: Tuned
+    tuned: TrainStats
 
 
 def report(
@@ -89,7 +90,7 @@ def report(
 
 
 def _row(
-    subject: str, right: np.ndarray, chance: float, seed: int, tuned: Tuned, *, control: np.ndarray | None = None
+    subject: str, right: np.ndarray, chance: float, seed: int, tuned: TrainStats, *, control: np.ndarray | None = None
 ) -> Row:
     low, high = bootstrap(right.astype(np.float64), seed)
     return Row(
@@ -108,9 +109,9 @@ def _row(
     )
 
 
-def _sum(parts: list[Tuned]) -> Tuned:
+def _sum(parts: list[TrainStats]) -> TrainStats:
     """Return what predictors of one task each have taken together; they have no speed in common."""
-    return Tuned(
+    return TrainStats(
         num_tuned=sum(part.num_tuned for part in parts),
         images_per_s=None,
         time_s=sum(part.time_s for part in parts),

@@ -29,21 +29,22 @@ from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_difference, describe_action
 from iwm_fast.pipelines.transforms.parameters import JITTER
-from iwm_fast.runtime.distributed import on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
-from iwm_fast.runtime.sharding import join, real, share
+from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
 
-def evaluate_plan(config: PlanConfig) -> Result:
+def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Result:
     """Measure how well the change between two images is recovered; write `plan`; collective.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
         ValueError: if the run's predictor is the identity, or its actions have no photometric entry.
     """
-    with found_by_every_rank():
-        model = open_world_model(config.run, config.device)
+    rank_info = rank_info or single_process(config.device)
+    with same_error_on_all_ranks():
+        model = open_world_model(config.run, rank_info.device)
         training_prior(model.config.views)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
     searched = searched_entries(model.config.views)
@@ -51,29 +52,35 @@ def evaluate_plan(config: PlanConfig) -> Result:
     for kind, entries in zip(KINDS, (JITTER, FLAGS), strict=True):
         asked = [name for name in searched if name in entries]
         if asked:
-            outcome = measure(model, train, val, kind, config)
+            outcome = measure(model, train, val, kind, config, rank_info=rank_info)
             rows += parameter_rows(outcome, asked, model.config, config.seed)
             rows += distance_rows(outcome, kind, config.seed)
     result = Result(
         task="plan", name="plan", rows=tuple(rows), step=model.step, seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
-    on_rank_zero(lambda: save_result(config.run, result))
+    rank_zero_only(lambda: save_result(config.run, result))
     return result
 
 
-def measure(model: WorldModel, train: ShardSet, val: ShardSet, kind: Kind, config: PlanConfig) -> Outcome:
+def measure(
+    model: WorldModel, train: ShardSet, val: ShardSet, kind: Kind, config: PlanConfig, *, rank_info: RankInfo
+) -> Outcome:
     """Return what was done to the validation images, and what search and regression say was done; collective."""
     models = [model, with_untrained_predictor(model, config.seed)]
-    own = share(spread(val.num_samples, config.num_images))
-    tasks = draw_tasks(model, val, real(own), kind=kind, split="val", seed=config.seed)
-    outcome = new_outcome(len(real(own)), num_actions=len(model.config.views.entries))
+    share = local_share(spread(val.num_samples, config.num_images), rank_info)
+    local = drop_padding(share)
+    tasks = draw_tasks(model, val, local, kind=kind, split="val", seed=config.seed)
+    outcome = new_outcome(len(local), num_actions=len(model.config.views.entries))
     features = torch.zeros(len(outcome), 3 * model.config.model.encoder.dim, device=model.device)
-    for place, task in enumerate(follow(tasks, len(outcome), f"{kind} sources searched")):
+    for place, task in enumerate(follow(tasks, len(outcome), f"{kind} sources searched", rank_info)):
         _search(outcome, place, task, models, config)
         features[place] = pooled(model, task)
-    parts = {name: join(own, torch.from_numpy(part).to(model.device)) for name, part in vars(outcome).items()}
-    regressed = ridge(*_examples(model, train, kind, config), join(own, features))
+    parts = {
+        name: gather_in_order(share, torch.from_numpy(part).to(model.device), rank_info)
+        for name, part in vars(outcome).items()
+    }
+    regressed = ridge(*_examples(model, train, kind, config, rank_info), gather_in_order(share, features, rank_info))
     return Outcome(**{name: part.cpu().numpy() for name, part in (parts | {"regressed": regressed}).items()})
 
 
@@ -90,16 +97,17 @@ def _search(outcome: Outcome, place: int, task: Task, models: list[WorldModel], 
 
 
 def _examples(
-    model: WorldModel, train: ShardSet, kind: Kind, config: PlanConfig
+    model: WorldModel, train: ShardSet, kind: Kind, config: PlanConfig, rank_info: RankInfo
 ) -> tuple[Float[Tensor, "train F"], Float[Tensor, "train A"]]:
     """Return features and actions of pairs of training images; collective."""
-    own = share(spread(train.num_samples, config.num_train_images))
-    tasks = draw_tasks(model, train, real(own), kind=kind, split="train", seed=config.seed)
-    known = torch.zeros(len(real(own)), 3 * model.config.model.encoder.dim, device=model.device)
+    share = local_share(spread(train.num_samples, config.num_train_images), rank_info)
+    local = drop_padding(share)
+    tasks = draw_tasks(model, train, local, kind=kind, split="train", seed=config.seed)
+    known = torch.zeros(len(local), 3 * model.config.model.encoder.dim, device=model.device)
     answers = torch.zeros(len(known), len(model.config.views.entries), device=model.device)
-    for place, task in enumerate(follow(tasks, len(known), "training images encoded")):
+    for place, task in enumerate(follow(tasks, len(known), "training images encoded", rank_info)):
         known[place], answers[place] = pooled(model, task), torch.from_numpy(task.action)
-    return join(own, known), join(own, answers)
+    return gather_in_order(share, known, rank_info), gather_in_order(share, answers, rank_info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +137,7 @@ def plan_images(config: PlanConfig) -> Plan:
         ValueError: if one of them is no image, or the run has nothing to search with.
     """
     check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
-    model = open_world_model(config.run, config.device)
+    model = open_world_model(config.run, single_process(config.device).device)
     prior, views = training_prior(model.config.views), model.config.views
     distance = distance_to(model, model.open(config.source), model.open(config.target))
     found = search(distance, prior, config, sample=0)

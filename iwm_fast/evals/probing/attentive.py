@@ -11,9 +11,10 @@ from iwm_fast.evals.probing.feature_batches import Examples
 from iwm_fast.evals.probing.probe import evaluate_probe
 from iwm_fast.evals.results import Result
 from iwm_fast.models.heads import AttentiveHead
+from iwm_fast.runtime.distributed import RankInfo
 
 
-def evaluate_attentive(config: AttentiveConfig) -> Result:
+def evaluate_attentive(config: AttentiveConfig, rank_info: RankInfo | None = None) -> Result:
     """Score a run beside its own untrained encoder; write the result; collective.
 
     Raises:
@@ -27,7 +28,7 @@ def evaluate_attentive(config: AttentiveConfig) -> Result:
         dim = examples.rows.shape[-1]
         return AttentiveGrid(dim, num_classes, num_points, seed=config.seed).to(examples.device)
 
-    return evaluate_probe("attentive", config, "tokens", build, config.max_cache_gb)
+    return evaluate_probe("attentive", config, "tokens", build, max_cache_gb=config.max_cache_gb, rank_info=rank_info)
 
 
 class AttentiveGrid(nn.Module):

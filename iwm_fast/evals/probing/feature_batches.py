@@ -1,13 +1,13 @@
 """Cached features with their labels, in batches: in order, or mixed without reading single rows all over the disk.
 
 A mixed epoch takes runs of rows that lie together, in random order, and mixes them again inside windows that fit into
-memory. What fits into one window is read once and mixed as a whole.
+memory.
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,15 +18,6 @@ from torch import Tensor
 RUN_BYTES = 2**20
 # two of them are in memory; a class has to be spread over many runs of a window if shards are sorted by class
 WINDOW_BYTES = 2**29
-
-
-class Window(NamedTuple):
-    """Rows that are in memory together."""
-
-    rows: Int64[np.ndarray, "rows"]
-    """Their numbers, mixed."""
-    content: Shaped[np.ndarray, "rows *rest"]
-    """They themselves, in ascending order of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,32 +55,24 @@ class Examples:
             for epoch in range(epochs)
             for rows in mixed_windows(self.chosen, run, size, np.random.default_rng((seed, epoch)))
         )
-        for window in self._read_once(order) if len(self) <= size else self._read_ahead(order):
-            place = np.searchsorted(np.sort(window.rows), window.rows)
-            for first in range(0, len(place), batch_size):
+        for rows, content in self._read_ahead(order):
+            place = np.searchsorted(np.sort(rows), rows)
+            for first in range(0, len(rows), batch_size):
                 part = slice(first, first + batch_size)
-                yield self._deliver(window.content[place[part]], window.rows[part])
+                yield self._deliver(content[place[part]], rows[part])
 
-    def _read_once(self, order: Iterable[Int64[np.ndarray, "rows"]]) -> Iterator[Window]:
-        content = self.rows[self.chosen]
-        for rows in order:
-            yield Window(rows, content)
-
-    def _read_ahead(self, order: Iterable[Int64[np.ndarray, "rows"]]) -> Iterator[Window]:
-        """Read the next window while one is used."""
+    def _read_ahead(
+        self, order: Iterable[Int64[np.ndarray, "rows"]]
+    ) -> Iterator[tuple[Int64[np.ndarray, "rows"], Shaped[np.ndarray, "rows *rest"]]]:
+        """Yield windows of row numbers with the rows in ascending order; the next is read while one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
-            before = None
-            for rows in order:
-                reading = reader.submit(self._read, rows)
+            # ascending, so that runs are read as a whole
+            readings = ((rows, reader.submit(lambda chosen: self.rows[np.sort(chosen)], rows)) for rows in order)
+            before = next(readings, None)
+            for after in chain(readings, [None]):
                 if before is not None:
-                    yield before.result()
-                before = reading
-            if before is not None:
-                yield before.result()
-
-    def _read(self, rows: Int64[np.ndarray, "rows"]) -> Window:
-        # ascending, so that runs are read as a whole
-        return Window(rows, self.rows[np.sort(rows)])
+                    yield before[0], before[1].result()
+                before = after
 
     def _deliver(
         self, content: Shaped[np.ndarray, "B *rest"], rows: Int64[np.ndarray, "B"]

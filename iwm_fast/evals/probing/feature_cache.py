@@ -1,75 +1,135 @@
 """Frozen features on the disk: each encoder looks at each image once, whatever is evaluated afterwards.
 
-<run>/features/<digest>/   see feature_files
+    <run>/features/<digest>/rows.npy        pooled: float32 (images, D); tokens: float16 (images, N, D)
+                            about.json      what the rows follow from
+                            manifest.json   size and SHA-256 of both
 
 The digest is that of everything the rows follow from: the encoder's weights, size and heads, the size of the views,
-the shards' content, the samples, loader and kind of device. Kept are the rows of the checkpoint and the control that
-were evaluated last, for every set of images asked for; the folder may be deleted at any time.
+the shards' content, the samples, loader and kind of device. The rows of the checkpoint and the control that were
+evaluated last are kept, for every set of images; the folder may be deleted at any time.
 """
 
-import fcntl
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
+import torch
 from jaxtyping import Shaped
+from torch import Tensor
 
-from iwm_fast.checkpoints.commit import remove, remove_leftovers
-from iwm_fast.evals.datasets import Labelled
-from iwm_fast.evals.probing.extraction import Kind
-from iwm_fast.evals.probing.feature_files import ABOUT, ROWS, Wanted, extract, is_whole, weights_digest
+from iwm_fast.checkpoints.commit import CheckpointError, publish, remove, remove_leftovers, save_json, verify
+from iwm_fast.evals.datasets import Labelled, tensors_digest
+from iwm_fast.evals.probing.extraction import Kind, encoded
+from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import check
 from iwm_fast.runtime import distributed
+from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.runtime.run_lock import lock_folder
+from iwm_fast.training.loaders import EVALUATION_BATCH as BLOCK
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger("iwm_fast")
 
-FOLDER = "features"
-_LOCK = ".lock"
+FOLDER, ROWS, ABOUT = "features", "rows.npy", "about.json"
+# raise it when the same key would give other rows
+_FORMAT = 2
 _GB = 1e9
 
 
-class FeatureCache:
-    """The features of a run, or an export, that some encoders make."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """Rows that an evaluation needs: one encoder's features of some samples."""
 
-    def __init__(self, run: str | Path, models: Sequence[WorldModel]) -> None:
+    model: WorldModel
+    weights: str
+    """Digest of the encoder's weights."""
+    part: Labelled
+    kind: Kind
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Everything that the rows follow from."""
+        config = self.model.config
+        return {
+            "format": _FORMAT,
+            "weights": self.weights,
+            "encoder": asdict(config.model.encoder),
+            "size": config.views.size,
+            "shards": self.part.shards.content_digest,
+            "samples": hashlib.sha256(self.part.samples.astype("<i8").tobytes()).hexdigest(),
+            "kind": self.kind,
+            "dtype": self.dtype.name,
+            "loader": config.runtime.loader,
+            "device": self.model.device.type,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Name of the rows' folder."""
+        return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the rows."""
+        return np.dtype(np.float32 if self.kind == "pooled" else np.float16)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows."""
+        num_images, dim = len(self.part.samples), self.model.config.model.encoder.dim
+        return (num_images, dim) if self.kind == "pooled" else (num_images, self.model.config.grid**2, dim)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all rows."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class FeatureCache:
+    """The features that some encoders make of a run's, or an export's, images."""
+
+    def __init__(self, run: str | Path, models: Sequence[WorldModel], rank_info: RankInfo) -> None:
         """Remove what killed processes and other encoders have left; collective."""
         self._folder = Path(run) / FOLDER
-        self._weights = {id(model): weights_digest(model) for model in models}
-        with self._held():
-            distributed.on_rank_zero(self._clear_away)
+        self._rank_info = rank_info
+        self._weights = {id(model): tensors_digest(model.encoder.state_dict().values()) for model in models}
+        with self._locked():
+            distributed.rank_zero_only(self._remove_others)
 
-    def wanted(self, model: WorldModel, part: Labelled, kind: Kind) -> Wanted:
-        """Say which rows are meant; the model must be one of those that the cache was opened for."""
-        return Wanted(model=model, weights=self._weights[id(model)], part=part, kind=kind)
+    def spec(self, model: WorldModel, part: Labelled, kind: Kind) -> FeatureSpec:
+        """Return which rows are meant; the model must be one of those that the cache was opened for."""
+        return FeatureSpec(model=model, weights=self._weights[id(model)], part=part, kind=kind)
 
-    def require_room(self, wanted: Sequence[Wanted], max_gb: float) -> None:
+    def require_room(self, specs: Sequence[FeatureSpec], max_gb: float) -> None:
         """Check that rows may take so much room and that the disk has it; collective.
 
         Raises:
             ValueError: with the room they take, naming the settings that change it.
         """
-        distributed.on_rank_zero(lambda: self._check_room(wanted, max_gb))
-
-    def _check_room(self, wanted: Sequence[Wanted], max_gb: float) -> None:
-        size = {one.digest: one.size_bytes for one in wanted}
-        whole, missing = (
-            sum(size[digest] for digest in size if wants_all or not (self._folder / digest).exists()) / _GB
-            for wants_all in (True, False)
+        distributed.rank_zero_only(
+            lambda: self._check_room({one.digest: one.size_bytes / _GB for one in specs}, max_gb)
         )
-        place, less = f"in {self._folder}", "or lower max_train_samples"
-        accepted = f"be at least {whole:.4g}: that much room the features of all images take {place}; raise it, {less}"
-        check(whole <= max_gb, "max_cache_gb", max_gb, accepted)
+
+    def _check_room(self, size: dict[str, float], max_gb: float) -> None:
+        whole = sum(size.values())
+        missing = sum(size[digest] for digest in size if not (self._folder / digest).exists())
+        check(whole <= max_gb, "max_cache_gb", max_gb,
+              f"be at least {whole:.4g}: that much room the features of all images take in {self._folder}; raise it, "
+              "or lower max_train_samples")  # fmt: skip
         free = shutil.disk_usage(self._folder.parent).free / _GB
-        left = f"{missing:.4g} GB are still to be written {place} and {free:.4g} GB are free"
-        accepted = f"be met by the disk: {left}; make room, {less}"
-        check(missing <= free, "max_cache_gb", max_gb, accepted)
+        if missing > free:
+            raise ValueError(
+                f"{missing:.4g} GB are still to be written in {self._folder} and {free:.4g} GB are free; make room, or "
+                "lower max_train_samples"
+            )
 
     def rows(self, model: WorldModel, part: Labelled, kind: Kind) -> Shaped[np.ndarray, "images *rest"]:
         """Return the features of a part's samples, extracted now unless they are there; collective.
@@ -78,19 +138,18 @@ class FeatureCache:
 
         Raises:
             ShardError: if an image cannot be decoded, with shard and key.
-            OSError: if the disk is full, or the ranks do not share the folder.
+            OSError: if the disk is full.
         """
-        wanted = self.wanted(model, part, kind)
-        folder = self._folder / wanted.digest
-        with self._held():
-            if not distributed.on_rank_zero(lambda: is_whole(folder, wanted)):
-                extract(folder, wanted)
-            # still held, so that nobody clears it away before it is mapped
-            if _is_first():
-                return np.load(folder / ROWS, mmap_mode="r")
-        return np.empty((0, *wanted.shape[1:]), wanted.dtype)
+        spec = self.spec(model, part, kind)
+        folder = self._folder / spec.digest
+        with self._locked():
+            if not distributed.broadcast_from_rank_zero(lambda: is_complete(folder)):
+                extract(folder, spec, self._rank_info)
+            # still locked, so that nobody removes it before it is mapped
+            rows = distributed.rank_zero_only(lambda: np.load(folder / ROWS, mmap_mode="r"))
+        return np.empty((0, *spec.shape[1:]), spec.dtype) if rows is None else rows
 
-    def _clear_away(self) -> None:
+    def _remove_others(self) -> None:
         remove_leftovers(self._folder)
         kept = set(self._weights.values())
         others = [about.parent for about in self._folder.glob(f"*/{ABOUT}") if _weights_in(about) not in kept]
@@ -100,31 +159,76 @@ class FeatureCache:
             log.info("removed the features of other checkpoints from %s, sets of images: %d", self._folder, len(others))
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Keep other evaluations of the run out of the folder; rank 0 does it for all."""
-        locks: list[IO[str]] = []
-        distributed.on_rank_zero(lambda: locks.append(_lock(self._folder)))
+        lock = distributed.rank_zero_only(lambda: lock_folder(self._folder, wait=True))
         try:
             yield
         finally:
-            for lock in locks:
+            if lock is not None:
                 lock.close()
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Wait until nobody else holds the folder, and return what holds it until it is closed."""
-    folder.mkdir(exist_ok=True)
-    file = (folder / _LOCK).open("a", encoding="ascii")
+def is_complete(folder: Path) -> bool:
+    """Return whether the rows are there as they were extracted; what is damaged is removed."""
+    if not folder.exists():
+        return False
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another evaluation, which writes into %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        # some shared file systems know no locks
-        log.warning("%s cannot be locked (%s): evaluate this run once at a time", folder, error)
-    return file
+        verify(folder, (ROWS, ABOUT))
+    except CheckpointError as error:
+        log.warning("features in %s are damaged (%s) and are extracted again", folder, error)
+        remove(folder)
+        return False
+    return True
+
+
+def extract(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
+    """Encode a share of the images on each rank, and publish all rows from rank 0; collective."""
+    blocks = encode_in_order(spec, rank_info)
+
+    def write_rows(path: Path) -> None:
+        num_blocks = -(-len(spec.part.samples) // (BLOCK * rank_info.world_size))
+        what = f"batches of {BLOCK * rank_info.world_size} images encoded, step {spec.model.step}"
+        # written, not mapped: a full disk is an error then, and no signal that kills
+        with path.open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(spec.dtype), "fortran_order": False, "shape": spec.shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            for rows in follow(blocks, num_blocks, what, rank_info):
+                file.write(rows.contiguous().numpy().data)
+
+    if rank_info.rank != 0:
+        # each block is gathered by all ranks
+        for _ in blocks:
+            pass
+        return
+    publish(folder, {ROWS: write_rows, ABOUT: lambda path: save_json(spec.key, path)})
+    log.info(
+        "%d images encoded at step %d, %.3g GB in %s, which may be deleted",
+        len(spec.part.samples), spec.model.step, spec.size_bytes / _GB, folder.parent,
+    )  # fmt: skip
+
+
+def encode_in_order(spec: FeatureSpec, rank_info: RankInfo) -> Iterator[Shaped[Tensor, "B *rest"]]:
+    """Yield all rows in order on every rank, each encoded by one of them; collective.
+
+    Ranks take blocks of images that are the same for any number of ranks, because a row's last bits may depend on the
+    other images of its batch.
+    """
+    samples, world_size = spec.part.samples, rank_info.world_size
+    blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
+    own = blocks[rank_info.rank :: world_size]
+    encoder = encoded(spec.model, spec.part.shards, np.concatenate(own or [samples[:0]]), spec.kind)
+    for first in range(0, len(blocks), world_size):
+        rows = next(encoder, None) if first + rank_info.rank < len(blocks) else None
+        if world_size == 1:
+            assert rows is not None
+            yield rows
+            continue
+        padded = torch.zeros(BLOCK, *spec.shape[1:], dtype=getattr(torch, spec.dtype.name), device=rank_info.device)
+        if rows is not None:
+            padded[: len(rows)] = rows
+        gathered = distributed.all_gather(padded.flatten()).view(-1, *spec.shape[1:]).cpu()
+        yield gathered[: len(samples) - first * BLOCK]
 
 
 def _weights_in(about: Path) -> str:
@@ -133,7 +237,3 @@ def _weights_in(about: Path) -> str:
         return json.loads(about.read_text(encoding="utf-8"))["weights"]
     except (ValueError, LookupError, TypeError):
         return ""
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -19,26 +19,27 @@ from iwm_fast.evals.probing.extraction import Features, extract_features
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import on_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
 from iwm_fast.world_model import WorldModel
 
 # 256 MB
 SIMILARITIES = 2**26
 
 
-def evaluate_knn(config: KnnConfig) -> Result:
+def evaluate_knn(config: KnnConfig, rank_info: RankInfo | None = None) -> Result:
     """Score a run beside its own untrained encoder; write the result; collective.
 
     Raises:
         FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
         ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
     """
-    compared = open_comparison(config)
+    rank_info = rank_info or single_process(config.device)
+    compared = open_comparison(config, rank_info)
     train, val = compared.train, compared.val
     models = (compared.model, compared.control)
-    cache = FeatureCache(config.run, models)
+    cache = FeatureCache(config.run, models, rank_info)
     rows = [[cache.rows(model, part, "pooled") for part in (train, val)] for model in models]
-    return on_rank_zero(lambda: _report(config, compared, rows))
+    return broadcast_from_rank_zero(lambda: _report(config, compared, rows))
 
 
 def _report(config: KnnConfig, compared: Comparison, rows: list[list[np.ndarray]]) -> Result:

@@ -13,13 +13,14 @@ from iwm_fast.config.evaluation import LinearConfig
 from iwm_fast.evals.probing.feature_batches import Examples
 from iwm_fast.evals.probing.probe import evaluate_probe
 from iwm_fast.evals.results import Result
+from iwm_fast.runtime.distributed import RankInfo
 
 # of the BatchNorm in the probes of MAE and I-JEPA
 _EPS = 1e-6
 _ROWS = 4096
 
 
-def evaluate_linear(config: LinearConfig) -> Result:
+def evaluate_linear(config: LinearConfig, rank_info: RankInfo | None = None) -> Result:
     """Score a run beside its own untrained encoder; write the result; collective.
 
     Raises:
@@ -27,7 +28,7 @@ def evaluate_linear(config: LinearConfig) -> Result:
         ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
         ValueError: if settings leave no image to learn from or to choose on, or all heads diverge.
     """
-    return evaluate_probe("linear", config, "pooled", LinearGrid)
+    return evaluate_probe("linear", config, "pooled", LinearGrid, rank_info=rank_info)
 
 
 class LinearGrid(nn.Module):

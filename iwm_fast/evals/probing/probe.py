@@ -21,7 +21,7 @@ from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.evals.probing.head_grid import Grid, Tried, choose, points_of, score, train_grid, try_each
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.pipelines.config import check
-from iwm_fast.runtime.distributed import on_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 
 log = logging.getLogger("iwm_fast")
 
@@ -46,7 +46,13 @@ class Probed:
 
 
 def evaluate_probe(
-    task: str, config: ProbeConfig, kind: Kind, build: Build, max_cache_gb: float | None = None
+    task: str,
+    config: ProbeConfig,
+    kind: Kind,
+    build: Build,
+    *,
+    max_cache_gb: float | None = None,
+    rank_info: RankInfo | None = None,
 ) -> Result:
     """Probe a run's encoder beside its control, and write the result; collective, heads are trained on rank 0.
 
@@ -56,14 +62,15 @@ def evaluate_probe(
         ValueError: if settings leave no image to learn from or to choose on, the features need more room than there is,
             or all heads diverge.
     """
-    compared = open_comparison(config)
-    on_rank_zero(lambda: require_parts(compared.train, config))
+    rank_info = rank_info or single_process(config.device)
+    compared = open_comparison(config, rank_info)
+    rank_zero_only(lambda: require_parts(compared.train, config))
     models, parts = (compared.model, compared.control), (compared.train, compared.val)
-    cache = FeatureCache(config.run, models)
+    cache = FeatureCache(config.run, models, rank_info)
     if max_cache_gb is not None:
-        cache.require_room([cache.wanted(model, part, kind) for model in models for part in parts], max_cache_gb)
+        cache.require_room([cache.spec(model, part, kind) for model in models for part in parts], max_cache_gb)
     rows = [[cache.rows(model, part, kind) for part in parts] for model in models]
-    return on_rank_zero(lambda: _measure(task, config, compared, rows, build))
+    return broadcast_from_rank_zero(lambda: _measure(task, config, compared, rows, build))
 
 
 def require_parts(train: Labelled, config: ProbeConfig) -> None:

@@ -19,7 +19,6 @@ from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, Photometry, draw_photometry, neutral_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
-from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.world_model import WorldModel
 
 # explicit attention of one forward of the predictor, in numbers: some hundred megabytes with what softmax needs
@@ -49,16 +48,14 @@ class Question:
     action: Float[Tensor, "M A"]
 
 
-def open_world_model(run: str, device: str) -> WorldModel:
-    """Load a run that has a predictor, onto this rank's device.
+def open_world_model(run: str, device: torch.device) -> WorldModel:
+    """Load a run that has a predictor, onto a device.
 
     Raises:
         FileNotFoundError, CheckpointError: as `world_model.load`.
         ValueError: if its predictor is the identity.
     """
-    # where there is a process group, its start has chosen this rank's GPU
-    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    model = world_model.load(run, choose_device(device, local_rank))
+    model = world_model.load(run, device)
     model.require_predictor()
     return model
 

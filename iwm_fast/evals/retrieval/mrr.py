@@ -43,15 +43,15 @@ from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER
-from iwm_fast.runtime.distributed import on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
-from iwm_fast.runtime.sharding import join, real, share
+from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger("iwm_fast")
 
 
-def evaluate_mrr(config: MrrConfig) -> Result:
+def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result:
     """Score a run beside chance and an untrained predictor on the same encoder; write `mrr_<bank>`; collective.
 
     The single ranks stand beside the result in `mrr_<bank>_ranks.parquet`. Families that the run was not taught, or
@@ -61,20 +61,24 @@ def evaluate_mrr(config: MrrConfig) -> Result:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
         ValueError: if the run's predictor is the identity.
     """
-    with found_by_every_rank():
-        model = open_world_model(config.run, config.device)
+    rank_info = rank_info or single_process(config.device)
+    with same_error_on_all_ranks():
+        model = open_world_model(config.run, rank_info.device)
         shards = validation_shards(model, config.data)
     samples = spread(shards.num_samples, config.num_images)
-    own = share(samples)
+    share = local_share(samples, rank_info)
+    local = drop_padding(share)
     models = [model, with_untrained_predictor(model, config.seed)]
-    measured = bank_ranks(models, shards, real(own), config)
-    mine = np.zeros((len(real(own)), len(models), len(config.families), config.bank_size), np.float32)
-    for row, found in zip(mine, follow(measured, len(mine), "images ranked"), strict=True):
+    measured = bank_ranks(models, shards, local, config)
+    mine = np.zeros((len(local), len(models), len(config.families), config.bank_size), np.float32)
+    for row, found in zip(mine, follow(measured, len(mine), "images ranked", rank_info), strict=True):
         row[:] = found
-    rank, control = join(own, torch.from_numpy(mine).to(model.device)).cpu().numpy().swapaxes(0, 1)
+    rank, control = (
+        gather_in_order(share, torch.from_numpy(mine).to(model.device), rank_info).cpu().numpy().swapaxes(0, 1)
+    )
     result = _result(rank, control, model, config)
     keys = [shards.key(int(sample)) for sample in samples]
-    on_rank_zero(lambda: _save(result, keys, rank, control))
+    rank_zero_only(lambda: _save(result, keys, rank, control))
     return result
 
 

@@ -25,6 +25,7 @@ from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.rendering.image_grid import Section, require_writable, save_sections
 from iwm_fast.rendering.imagine_page import write_page
+from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
 _UNDONE = {"grayscale": "Colours given back", "blur": "Blur undone", "solarize": "Solarize undone"}
@@ -39,7 +40,7 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     """
     path = Path(config.picture or Path(config.run) / "imagine.png")
     require_writable(path)
-    model = open_world_model(config.run, config.device)
+    model = open_world_model(config.run, single_process(config.device).device)
     sheet, sweeps = _sections(model, config)
     title = (
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "

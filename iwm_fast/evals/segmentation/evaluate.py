@@ -15,7 +15,6 @@ from torch import Tensor
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
 from iwm_fast.evals.datasets import spread, training_shards, validation_shards
-from iwm_fast.evals.finetuning.networks import here
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.evals.segmentation.figure import Answer, Shown, save_picture
@@ -27,8 +26,9 @@ from iwm_fast.evals.segmentation.variants import WITH_PREDICTOR, Bench, build_ar
 from iwm_fast.pipelines.annotations.segmentation import require_masks
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.runtime.distributed import RankInfo, on_rank_zero
-from iwm_fast.runtime.error_reporting import found_by_every_rank
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.preemption import Preemption
 
 log = logging.getLogger("iwm_fast")
 
@@ -36,7 +36,9 @@ log = logging.getLogger("iwm_fast")
 _CANDIDATES = 16
 
 
-def evaluate_segment(config: SegmentConfig) -> Result:
+def evaluate_segment(
+    config: SegmentConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
+) -> Result:
     """Train the arms, or go on with them, and report each one's mean IoU; draws a picture; collective.
 
     Raises:
@@ -45,7 +47,7 @@ def evaluate_segment(config: SegmentConfig) -> Result:
         ShardError: if a sample has no map, one that cannot be used, or a validation map a class of no training map.
         PreemptedError: if a rank was told to stop; the same call goes on.
     """
-    bench = _open(config, here(config))
+    bench = _open(config, rank_info or single_process(config.runtime.device), preemption)
     chosen = choose_shown(bench)
     learnt, answers = {}, {}
     for name in config.arms.split(","):
@@ -59,12 +61,12 @@ def evaluate_segment(config: SegmentConfig) -> Result:
         title = f"{result.name}, step {result.step}: validation images, their maps, and what each arm finds"
         save_picture(bench.folder.with_name(f"{result.name}.png"), shown, answers, config.ignore_index, title)
 
-    on_rank_zero(save)
+    broadcast_from_rank_zero(save)
     return result
 
 
-def _open(config: SegmentConfig, rank_info: RankInfo) -> Bench:
-    with found_by_every_rank():
+def _open(config: SegmentConfig, rank_info: RankInfo, preemption: Preemption | None = None) -> Bench:
+    with same_error_on_all_ranks():
         micro_batches(config, rank_info.world_size)
         model = world_model.load(config.run, rank_info.device)
         if any(arm in WITH_PREDICTOR for arm in config.arms.split(",")):
@@ -80,6 +82,7 @@ def _open(config: SegmentConfig, rank_info: RankInfo) -> Bench:
         settings=settings,
         model=model,
         rank_info=rank_info,
+        preemption=preemption,
         train=train,
         val=val,
         num_classes=num_classes,
@@ -111,7 +114,13 @@ def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tup
     with bench.masks(bench.train) as masks:
         job = arm.job(bench, masks)
         tuned = tune(
-            job, config, model_config=bench.model.config, shards=bench.train, rank_info=rank_info, folder=bench.folder
+            job,
+            config,
+            model_config=bench.model.config,
+            shards=bench.train,
+            rank_info=rank_info,
+            folder=bench.folder,
+            preemption=bench.preemption,
         )
     with bench.masks(bench.val) as masks:
 

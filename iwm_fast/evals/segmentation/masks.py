@@ -14,7 +14,7 @@ from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.runtime.distributed import on_rank_zero
+from iwm_fast.runtime.distributed import broadcast_from_rank_zero
 
 
 def count_classes(train: ShardSet, val: ShardSet, *, ignore_index: int, num_threads: int) -> int:
@@ -40,7 +40,7 @@ def count_classes(train: ShardSet, val: ShardSet, *, ignore_index: int, num_thre
 
     for shards in (train, val):
         require_masks(shards)
-    return on_rank_zero(count)
+    return broadcast_from_rank_zero(count)
 
 
 class ViewMasks:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from iwm_fast.config.finetuning import SegmentConfig
-from iwm_fast.evals.finetuning.run import Tuned, task_folder
+from iwm_fast.evals.finetuning.run import task_folder
 from iwm_fast.evals.results import Result, Row
 from iwm_fast.evals.segmentation.mean_iou import (
     class_iou,
@@ -17,6 +17,7 @@ from iwm_fast.evals.segmentation.mean_iou import (
     pixel_accuracy,
     resampled_mean_iou,
 )
+from iwm_fast.training.train_state import TrainStats
 
 CONTROLS = {"predictor": "random_predictor", "head": "untrained_head"}
 """What an arm has to beat, where that was trained, too."""
@@ -28,7 +29,7 @@ class Learnt:
 
     counts: Int64[np.ndarray, "images 3 K"]
     """Of each validation image; see `iwm_fast.evals.segmentation.mean_iou.pixel_counts`."""
-    tuned: Tuned
+    tuned: TrainStats
 
 
 def report(config: SegmentConfig, step: int, num_classes: int, learnt: dict[str, Learnt]) -> Result:

@@ -13,6 +13,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
 from iwm_fast.evals.finetuning.run import task_folder
+from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.variants import ArmNetwork, lr_scale, origin_of
 from iwm_fast.evals.segmentation.masks import ViewMasks
 from iwm_fast.evals.segmentation.network import SegmentInputs, pixel_loss
@@ -22,7 +23,7 @@ from iwm_fast.models.predictor import Predictor
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.task import Job
+from iwm_fast.runtime.preemption import Preemption
 from iwm_fast.world_model import WorldModel
 
 WITH_PREDICTOR = ("predictor", "random_predictor")
@@ -37,6 +38,7 @@ class Bench:
     """See `iwm_fast.evals.finetuning.run.run_config`."""
     model: WorldModel
     rank_info: RankInfo
+    preemption: Preemption | None
     train: ShardSet
     val: ShardSet
     num_classes: int

@@ -108,12 +108,12 @@ FULL_DISK = f"""
 import resource, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(TESTS)!r}]
 from pathlib import Path
-from iwm_fast.runtime.error_reporting import errors_as_messages
+from iwm_fast.runtime.error_reporting import user_facing_errors
 from test_async_writer import begin, writer_of
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-with errors_as_messages():
+with user_facing_errors():
     writer = writer_of(Path(sys.argv[1]))
     begin(writer, 1)
     begin(writer, 2, num_values=100_000)

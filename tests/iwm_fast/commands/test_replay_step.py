@@ -32,7 +32,8 @@ from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import build_components
-from iwm_fast.training.trainer import train
+from iwm_fast.training.pretraining import PretrainTask
+from iwm_fast.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def captured_run(config: RunConfig) -> list[Batch]:
         trainer = build_components(config, distributed.start("cpu"))
         forward = trainer.engine.forward
         trainer.engine.forward = lambda batch: forward(batches.append(batch) or batch)
-        train(trainer)
+        Trainer(PretrainTask(trainer)).run()
     finally:
         distributed.stop()
     return batches
@@ -214,12 +215,13 @@ def test_a_run_without_a_log_writes_none_and_drops_rows_that_it_will_not_make_ag
 STRUCK = """
 import os, resource, signal, sys
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import errors_as_messages
+from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.config.loading import load_config
-from iwm_fast.training.trainer import train
+from iwm_fast.training.pretraining import PretrainTask
+from iwm_fast.training.trainer import Trainer
 from iwm_fast.training.components import build_components
 
-with errors_as_messages():
+with user_facing_errors():
     trainer = build_components(load_config(sys.argv[1]), distributed.start("cpu"))
     forward, steps_left = trainer.engine.forward, iter(range(7))
 
@@ -233,7 +235,7 @@ with errors_as_messages():
         return forward(batch)
 
     trainer.engine.forward = strike
-    train(trainer)
+    Trainer(PretrainTask(trainer)).run()
 """
 
 

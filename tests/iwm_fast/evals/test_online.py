@@ -81,7 +81,7 @@ def steps(trainer: TrainingComponents, evaluation: OnlineEvaluation | None) -> l
         )
         losses.append(float(report.loss))
         if evaluation:
-            evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+            evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     loader.close()
     return losses
 
@@ -133,7 +133,7 @@ def test_without_labels_the_world_model_alone_is_measured_and_one_line_says_so(
     with caplog.at_level("INFO"):
         evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
         evaluation.prepare()
-        row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+        row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
     assert caplog.text.count("without k-NN: 2 of 3 samples of data.val have no .cls") == 1
 
@@ -143,7 +143,7 @@ def test_without_a_world_model_the_encoder_alone_is_measured(rank_info, tiny_sha
     trainer = build_components(config, rank_info)
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
-    row = evaluation(trainer.teacher, trainer.engine.named_parameters("predictor."))
+    row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/knn", "eval/knn_untrained", "eval/knn_chance", "eval/time_s"}
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from fixtures.launchers import CHILD
 from fixtures.paths import WORKERS
 from iwm_fast.evals.results import Result, Row, bootstrap, read_result, save_result, table
-from iwm_fast.runtime.sharding import PADDING, join, real, share
+from iwm_fast.runtime.distributed import single_process
+from iwm_fast.runtime.sharding import PADDING, drop_padding, gather_in_order, local_share
 
 WORKER = WORKERS / "ranks_sharing.py"
 
@@ -118,14 +119,15 @@ def test_an_interval_lies_within_the_values(values):
 @given(st.integers(0, 50), st.sampled_from([(), (3,), (2, 0), (2, 3)]))
 def test_one_process_has_everything_as_it_is(count, rest):
     samples = np.arange(count, dtype=np.int64)[::-1].copy()
-    part = share(samples)
+    alone = single_process("cpu")
+    part = local_share(samples, alone)
     values = torch.rand(count, *rest)
-    assert np.array_equal(part, samples) and np.array_equal(real(part), samples)
-    assert torch.equal(join(part, values), values)
+    assert np.array_equal(part, samples) and np.array_equal(drop_padding(part), samples)
+    assert torch.equal(gather_in_order(part, values, alone), values)
 
 
 def test_padding_is_not_computed():
-    assert real(np.array([4, 0, PADDING])).tolist() == [4, 0]
+    assert drop_padding(np.array([4, 0, PADDING])).tolist() == [4, 0]
 
 
 @pytest.mark.multi_rank

@@ -10,7 +10,7 @@ import pytest
 
 from fixtures.launchers import CHILD
 from fixtures.painted_shards import painted_run
-from fixtures.paths import TESTS, WORKERS
+from fixtures.paths import PYTHONPATH, WORKERS
 
 WORKER = WORKERS / "ranks_tasks.py"
 
@@ -18,7 +18,7 @@ WORKER = WORKERS / "ranks_tasks.py"
 def start_rank(rank: int, world_size: int, port: int, arguments: list[str]) -> subprocess.Popen:
     environment = {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "PYTHONPATH": str(TESTS),
+        "MASTER_PORT": str(port), "PYTHONPATH": PYTHONPATH,
     }  # fmt: skip
     command = [sys.executable, str(WORKER), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -96,7 +96,7 @@ def show_three_rows(first: int = 0) -> None:
     display = open_display(rank_info(), first, 375_000)
     for step, row in ((10, ROW), (20, BAD), (30, ROW)):
         display.advance(first + step)
-        display.show(first + step, row)
+        display.show(first + step, row, loss=row["loss/prediction"])
     display.close()
 
 

@@ -30,9 +30,9 @@ def test_a_window_holds_the_mean_of_its_own_steps():
     parts = PartTimes()
     for seconds in (0.0, 0.04):
         parts.add(timed(("forward", seconds)))
-    assert 0.02 <= parts.close()["forward"] < 0.06
+    assert 0.02 <= parts.pop_means()["forward"] < 0.06
     parts.add(timed(("teacher", 0.01)))
-    assert parts.close()["forward"] == 0.0
+    assert parts.pop_means()["forward"] == 0.0
 
 
 class LateStopwatch(Stopwatch):
@@ -54,16 +54,16 @@ def test_a_gpus_step_is_read_one_step_late_and_counted_once():
     for stopwatch in stopwatches[:3]:
         parts.add(stopwatch)
     assert [one.is_read for one in stopwatches] == [True, True, False, False]
-    assert parts.close()["wait"] == 1.0 and not stopwatches[2].is_read
+    assert parts.pop_means()["wait"] == 1.0 and not stopwatches[2].is_read
     parts.add(stopwatches[3])
     assert stopwatches[2].is_read and not stopwatches[3].is_read
-    assert parts.close()["wait"] == 1.0
+    assert parts.pop_means()["wait"] == 1.0
 
 
 def test_the_only_step_of_the_first_window_is_read_though_it_is_late():
     parts = PartTimes()
     parts.add(LateStopwatch(CPU))
-    assert parts.close()["wait"] == 1.0
+    assert parts.pop_means()["wait"] == 1.0
 
 
 def test_the_slowest_rank_is_the_one_the_others_wait_for():

@@ -84,6 +84,5 @@ def test_one_process_agrees_with_itself_and_sums_to_a_copy(is_started):
     total = distributed.sum_over_ranks(values)
     total += 1
     torch.testing.assert_close(values, torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(distributed.join_over_ranks(values), values)
-    assert distributed.agree(True, torch.device("cpu"))
-    assert not distributed.agree(False, torch.device("cpu"))
+    torch.testing.assert_close(distributed.all_gather(values), values)
+    assert distributed.any_rank([True, False], torch.device("cpu")) == [True, False]

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from iwm_fast.config.loading import load_config
-from iwm_fast.runtime.error_reporting import errors_as_messages, found_by_every_rank
+from iwm_fast.runtime.error_reporting import same_error_on_all_ranks, user_facing_errors
 
 
 def printed_by(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
@@ -15,8 +15,8 @@ def printed_by(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(SystemExit) as ended,
-        errors_as_messages(),
-        found_by_every_rank() if is_shared else nullcontext(),
+        user_facing_errors(),
+        same_error_on_all_ranks() if is_shared else nullcontext(),
     ):
         load_config("absent.yaml")
     assert ended.value.code == 2
@@ -45,7 +45,7 @@ def test_a_rank_that_finds_another_gone_says_so_in_one_line(capsys, monkeypatch,
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("iwm_fast.runtime.error_reporting._GRACE_S", 0.0)
-    with pytest.raises(SystemExit) as ended, errors_as_messages():
+    with pytest.raises(SystemExit) as ended, user_facing_errors():
         raise RuntimeError(said)
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -54,24 +54,24 @@ def test_a_rank_that_finds_another_gone_says_so_in_one_line(capsys, monkeypatch,
 
 def test_a_process_that_is_alone_has_lost_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(RuntimeError, match="Connection closed"), errors_as_messages():
+    with pytest.raises(RuntimeError, match="Connection closed"), user_facing_errors():
         raise RuntimeError("Connection closed by peer")
 
 
 def test_an_error_of_a_library_keeps_its_traceback():
-    with pytest.raises(ValueError, match="invalid literal"), errors_as_messages():
+    with pytest.raises(ValueError, match="invalid literal"), user_facing_errors():
         int("x")
 
 
 def test_our_own_message_keeps_its_traceback_on_request(monkeypatch):
     monkeypatch.setenv("IWM_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError), errors_as_messages():
+    with pytest.raises(FileNotFoundError), user_facing_errors():
         load_config("absent.yaml")
 
 
 def test_a_finished_process_ends_with_code_zero_though_a_thread_is_left_behind():
     script = (
-        "import threading, time\nfrom iwm_fast.runtime.error_reporting import end_process\n"
+        "import threading, time\nfrom iwm_fast.runtime.process import end_process\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nprint('done')\nend_process()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

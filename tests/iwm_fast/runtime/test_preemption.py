@@ -170,10 +170,10 @@ from pathlib import Path
 from iwm_fast.runtime import preemption
 from iwm_fast.runtime.run_status import write_status
 preemption.GRACE_S = 1.0
-stop = preemption.OF_PROCESS
-stop.listen(has_launcher=False)
-stop.note_step(0.5)
-stop.before_giving_up = lambda: write_status(Path(sys.argv[1]), "preempted", reason=stop.reason)
+stop = preemption.Preemption()
+stop.install_handlers(watch_parent=False)
+stop.record_step_duration(0.5)
+stop.on_timeout = lambda: write_status(Path(sys.argv[1]), "preempted", reason=stop.reason)
 print("listening", flush=True)
 threading.Lock().acquire() and threading.Event().wait()
 """
@@ -251,13 +251,14 @@ def test_a_failure_of_an_earlier_start_does_not_hide_that_this_one_was_stopped(s
 OTHERS_SIGNAL = """
 import signal, sys, time
 from iwm_fast.runtime import preemption
-preemption.OF_PROCESS.listen(has_launcher=False)
+stop = preemption.Preemption()
+stop.install_handlers(watch_parent=False)
 signal.signal(signal.SIGUSR2, lambda *_: print("heard", flush=True))
 print("listening", flush=True)
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.raise_signal(number)
     time.sleep(2 * preemption._LOOK_EVERY_S)
-    print(f"told: {preemption.OF_PROCESS.reason}", flush=True)
+    print(f"told: {stop.reason}", flush=True)
 """
 
 

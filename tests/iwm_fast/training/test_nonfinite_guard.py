@@ -14,7 +14,8 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.run_status import read_status
 from iwm_fast.training.components import build_components
 from iwm_fast.training.objective import Objective
-from iwm_fast.training.trainer import train
+from iwm_fast.training.pretraining import PretrainTask
+from iwm_fast.training.trainer import Trainer
 
 ENGINES = [("plain", None), *(("deepspeed", stage) for stage in range(4))]
 
@@ -40,7 +41,7 @@ def rank_info():
 
 def run_with(rank_info, config, bad):
     trainer = build_components(config, rank_info)
-    return train(replace(trainer, objective=BadNow(config, bad)))
+    return Trainer(PretrainTask(replace(trainer, objective=BadNow(config, bad)))).run()
 
 
 def saved_at(folder: Path, step: int):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fixtures.paths import WORKERS
+from fixtures.paths import PYTHONPATH, WORKERS
 from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.runtime import distributed
@@ -50,7 +50,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(rank_info, ti
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_compiled_blocks_have_the_losses_of_plain_ones(tiny_shards, engine):
     script = WORKERS / "compile_run.py"
-    environment = {"PYTHONPATH": str(script.parents[1])}
+    environment = {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, str(script), tiny_shards.pattern, engine],
         env=os.environ | environment, capture_output=True, text=True, check=False,

@@ -27,9 +27,10 @@ from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import build_components
 from iwm_fast.training.loaders import training_loader
+from iwm_fast.training.pretraining import PretrainTask
 from iwm_fast.training.schedules import build_schedules
 from iwm_fast.training.step import train_step
-from iwm_fast.training.trainer import train
+from iwm_fast.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def crash_after(config: RunConfig, step: int) -> None:
 
         trainer.engine.forward = fail
         with pytest.raises(PowerError):
-            train(trainer)
+            Trainer(PretrainTask(trainer)).run()
     finally:
         distributed.stop()
 

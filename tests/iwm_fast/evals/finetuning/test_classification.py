@@ -34,7 +34,7 @@ from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.preemption import OF_PROCESS, PreemptedError
+from iwm_fast.runtime.preemption import PreemptedError, Preemption
 
 LABEL = "json.look.tint"
 FOLDER = "finetune_json.look.tint"
@@ -55,12 +55,6 @@ def run(trained, tmp_path) -> str:
 def rank_info():
     yield distributed.start("cpu")
     distributed.stop()
-
-
-@pytest.fixture(autouse=True)
-def _undisturbed():
-    yield
-    OF_PROCESS.reason = ""
 
 
 def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
@@ -250,15 +244,15 @@ def test_a_run_that_has_been_trained_further_is_another_subject(rank_info, run):
 
 
 class StopsAt(logging.Handler):
-    """Tells this process to stop when something is logged."""
+    """Tells its preemption that training is to stop when something is logged."""
 
     def __init__(self, text):
         super().__init__()
-        self.text = text
+        self.text, self.preemption = text, Preemption()
 
     def emit(self, record):
         if self.text in record.getMessage():
-            OF_PROCESS.reason = "SIGTERM"
+            self.preemption.reason = "SIGTERM"
 
 
 def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(rank_info, run, tmp_path, caplog):
@@ -273,9 +267,8 @@ def test_arms_stopped_in_the_middle_end_as_if_they_had_not_been(rank_info, run, 
         handler = StopsAt(text)
         logging.getLogger("iwm_fast").addHandler(handler)
         with pytest.raises(PreemptedError):
-            evaluate_finetune(task)
+            evaluate_finetune(task, rank_info, handler.preemption)
         logging.getLogger("iwm_fast").removeHandler(handler)
-        OF_PROCESS.reason = ""
     resumed = evaluate_finetune(task)
     assert [row.value for row in resumed.rows] == [row.value for row in straight.rows]
     for arm in task.chosen_arms:

@@ -1,24 +1,29 @@
 """Training on top of a run: going on, being refused, and being the same on every engine."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from fixtures.launchers import CHILD, free_port
+from fixtures.paths import PYTHONPATH, WORKERS
 from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_job, train_toy, weights_of
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.commit import CheckpointError
 from iwm_fast.config.run import RuntimeConfig
-from iwm_fast.evals.finetuning.loop import InPrecision, in_float32
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.task import InPrecision, in_float32
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.preemption import OF_PROCESS, PreemptedError
+from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.run_lock import FolderLock
 from iwm_fast.runtime.run_status import read_status
 from iwm_fast.training.seeding import drawing_from
@@ -30,19 +35,21 @@ def rank_info():
     distributed.stop()
 
 
+class StopAt:
+    """Tells its preemption, at one step, that training is to stop."""
+
+    def __init__(self, step):
+        self.step, self.preemption = step, Preemption()
+
+    def __call__(self, batch):
+        if batch.step == self.step:
+            self.preemption.reason = "SIGTERM"
+
+
 @pytest.fixture
 def stop_at():
-    """Function: step -> what tells this process to stop while it makes that step."""
-
-    def watching(step):
-        def watch(batch):
-            if batch.step == step:
-                OF_PROCESS.reason = "SIGTERM"
-
-        return watch
-
-    yield watching
-    OF_PROCESS.reason = ""
+    """Function: step -> what watches batches and stops training at that step."""
+    return StopAt
 
 
 def assert_same(first, second):
@@ -52,8 +59,7 @@ def assert_same(first, second):
 
 def interrupted(rank_info, shards, folder, task, watch):
     with pytest.raises(PreemptedError):
-        train_toy(rank_info, shards, folder, task, watch=watch)
-    OF_PROCESS.reason = ""
+        train_toy(rank_info, shards, folder, task, watch=watch, preemption=watch.preemption)
     # another process would stand elsewhere
     torch.manual_seed(123)
     np.random.seed(123)
@@ -82,12 +88,32 @@ def test_a_job_under_zero_goes_on_bit_equal(rank_info, tiny_shards, tmp_path, st
 
 
 def test_a_stop_leaves_one_checkpoint_and_says_so(rank_info, tiny_shards, tmp_path, stop_at):
+    watch = stop_at(5)
     with pytest.raises(PreemptedError):
-        train_toy(rank_info, tiny_shards, tmp_path, watch=stop_at(5))
+        train_toy(rank_info, tiny_shards, tmp_path, watch=watch, preemption=watch.preemption)
     saved = [path.name for path in checkpoints.step_folders(tmp_path / "toy")]
     assert saved == ["step-00000004", "step-00000006"]
     status = read_status(tmp_path / "toy")
     assert status["state"] == "preempted" and status["reason"] == "SIGTERM" and status["step"] == 6
+
+
+def test_the_deadline_of_a_stop_does_not_cut_off_its_checkpoint(rank_info, tiny_shards, tmp_path, stop_at):
+    watch = stop_at(5)
+    with pytest.raises(PreemptedError):
+        train_toy(rank_info, tiny_shards, tmp_path, watch=watch, preemption=watch.preemption)
+    assert watch.preemption.is_deadline_suspended
+
+
+@pytest.mark.multi_rank
+def test_a_failure_of_any_rank_stands_in_the_status(tiny_shards, tmp_path):
+    port, ranks = free_port(), []
+    for rank in "01":
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(WORKERS / "ranks_finetune.py"), tiny_shards.pattern, str(tmp_path)]
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | own | {"PYTHONPATH": PYTHONPATH}))
+    assert [rank.wait(timeout=120) for rank in ranks] == [1, 2]
+    status = read_status(tmp_path / "toy")
+    assert status["state"] == "failed" and "rank 1 cannot go on" in status["reason"], status
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])

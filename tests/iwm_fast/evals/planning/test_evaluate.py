@@ -26,6 +26,7 @@ from iwm_fast.pipelines.transforms.action import action_difference, action_vecto
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, draw_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
+from iwm_fast.runtime.distributed import single_process
 from iwm_fast.train import run
 
 
@@ -139,7 +140,7 @@ def test_through_the_exact_predictor_the_change_of_real_images_is_recovered(mode
     shards, config = open_shards(tiny_shards.pattern), small(population=128, rounds=8)
     samples = spread(shards.num_samples, 3)
     perfect = exact(model, *pairs_of(model, shards, samples, kind, config))
-    outcome = measure(perfect, shards, shards, kind, config)
+    outcome = measure(perfect, shards, shards, kind, config, rank_info=single_process("cpu"))
     brightness, *_ = parameter_rows(outcome, JITTER, model.config, 0)
     assert brightness.value < 0.03 < brightness.chance / 4
     assert outcome.done[:, 4:].any() == (kind == "destroyed")
@@ -150,7 +151,7 @@ def test_through_the_exact_predictor_the_change_of_real_images_is_recovered(mode
 
 def test_through_a_deaf_predictor_errors_are_those_of_a_guess(model, tiny_shards):
     shards, config = open_shards(tiny_shards.pattern), small(num_images=48)
-    outcome = measure(deaf(model), shards, shards, "clean", config)
+    outcome = measure(deaf(model), shards, shards, "clean", config, rank_info=single_process("cpu"))
     for row in parameter_rows(outcome, JITTER, model.config, 0):
         if row.metric == "error":
             assert row.value > 0.8 * row.chance

@@ -27,13 +27,14 @@ from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData
 from iwm_fast.evals.datasets import Labelled, result_name, spread
 from iwm_fast.evals.probing.extraction import encoded, extract_features
-from iwm_fast.evals.probing.feature_cache import FeatureCache
-from iwm_fast.evals.probing.feature_files import CHECKSUMS, ROWS
+from iwm_fast.evals.probing.feature_cache import ROWS, FeatureCache
 from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.runtime.distributed import single_process
 
 WORKER = WORKERS / "ranks_features.py"
+ALONE = single_process("cpu")
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_each_label_has_a_result_of_its_own():
 
 
 def test_rows_are_what_the_encoder_says_of_the_images_in_their_order(model, part, run_folder):
-    cache = FeatureCache(run_folder, [model])
+    cache = FeatureCache(run_folder, [model], ALONE)
     tokens = torch.cat(list(encoded(model, part.shards, part.samples, "tokens")))
     pooled = cache.rows(model, part, "pooled")
     assert tokens.shape == (70, 16, 32) and tokens.dtype == torch.float16
@@ -90,16 +91,16 @@ def test_rows_are_what_the_encoder_says_of_the_images_in_their_order(model, part
 
 
 def test_what_is_there_is_not_extracted_again(model, part, run_folder):
-    rows = np.array(FeatureCache(run_folder, [model]).rows(model, part, "pooled"))
+    rows = np.array(FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled"))
     Path(part.shards.shards[0].path).unlink()
-    assert np.array_equal(FeatureCache(run_folder, [model]).rows(model, part, "pooled"), rows)
+    assert np.array_equal(FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled"), rows)
     with pytest.raises(FileNotFoundError, match=r"images\.tar"):
-        FeatureCache(run_folder, [model]).rows(model, part, "tokens")
+        FeatureCache(run_folder, [model], ALONE).rows(model, part, "tokens")
 
 
 def test_everything_that_the_rows_follow_from_has_its_place_in_the_digest(model, part, run_folder, tmp_path):
     other = other_weights(model)
-    cache = FeatureCache(run_folder, [model, other])
+    cache = FeatureCache(run_folder, [model, other], ALONE)
     views, encoder = model.config.views, model.config.model.encoder
     larger = replace(model, config=replace(model.config, views=replace(views, size=32)))
     heads = replace(encoder, num_heads=4)
@@ -108,9 +109,9 @@ def test_everything_that_the_rows_follow_from_has_its_place_in_the_digest(model,
     few = replace(part, samples=part.samples[:9])
     elsewhere = labelled(write_tinted(tmp_path / "others.tar", 70, 100))
     copied = labelled(write_tinted(tmp_path / "copy.tar", 70, 0))
-    first = cache.wanted(model, part, "pooled")
-    assert cache.wanted(model, copied, "pooled").digest == first.digest
-    different = [cache.wanted(*one) for one in (
+    first = cache.spec(model, part, "pooled")
+    assert cache.spec(model, copied, "pooled").digest == first.digest
+    different = [cache.spec(*one) for one in (
         (other, part, "pooled"), (model, few, "pooled"), (model, elsewhere, "pooled"), (model, part, "tokens"),
     )]  # fmt: skip
     different += [replace(first, model=one) for one in (larger, more_heads, with_dali)]
@@ -137,7 +138,7 @@ def swap_about(folder: Path) -> None:
 DAMAGE = {
     "a bit": flip_a_bit,
     "the end": cut,
-    "checksums": lambda folder: (folder / CHECKSUMS).unlink(),
+    "manifest": lambda folder: (folder / "manifest.json").unlink(),
     "rows": lambda folder: (folder / ROWS).unlink(),
     "other rows": swap_about,
     "garbage": lambda folder: (folder / ROWS).write_bytes(b"x" * 100),
@@ -146,31 +147,31 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_rows_are_extracted_again_and_one_line_says_so(model, part, run_folder, caplog, damage):
-    rows = np.array(FeatureCache(run_folder, [model]).rows(model, part, "pooled"))
+    rows = np.array(FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled"))
     (folder,) = sets(run_folder)
     DAMAGE[damage](folder)
-    assert np.array_equal(FeatureCache(run_folder, [model]).rows(model, part, "pooled"), rows)
+    assert np.array_equal(FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled"), rows)
     assert caplog.text.count(f"{folder} are damaged") == 1
     caplog.clear()
-    FeatureCache(run_folder, [model]).rows(model, part, "pooled")
+    FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled")
     assert "damaged" not in caplog.text
 
 
 def test_a_bad_image_is_named_and_nothing_is_left(model, run_folder, tmp_path):
     part = labelled(write_tinted(tmp_path / "bad.tar", 70, 0, bad=66))
     with pytest.raises(ShardError, match=r"bad\.tar: sample '066': cannot decode the image.*iwm shards check"):
-        FeatureCache(run_folder, [model]).rows(model, part, "tokens")
+        FeatureCache(run_folder, [model], ALONE).rows(model, part, "tokens")
     assert [path.name for path in (run_folder / "features").iterdir()] == [".lock"]
 
 
 def test_only_the_encoders_in_use_keep_their_features(model, part, run_folder, caplog):
     caplog.set_level(logging.INFO)
     control, later = other_weights(model), other_weights(other_weights(model))
-    cache = FeatureCache(run_folder, [model, control])
+    cache = FeatureCache(run_folder, [model, control], ALONE)
     for one in (model, control):
         cache.rows(one, part, "pooled")
     before = sets(run_folder)
-    kept = np.array(FeatureCache(run_folder, [control, later]).rows(control, part, "pooled"))
+    kept = np.array(FeatureCache(run_folder, [control, later], ALONE).rows(control, part, "pooled"))
     assert len(before) == 2 and len(sets(run_folder)) == 1 and set(sets(run_folder)) < set(before)
     assert np.array_equal(kept, extract_features(control, part).features.numpy())
     assert f"of other checkpoints from {run_folder / 'features'}, sets of images: 1" in caplog.text
@@ -178,12 +179,12 @@ def test_only_the_encoders_in_use_keep_their_features(model, part, run_folder, c
 
 def test_who_else_writes_into_the_folder_is_waited_for(model, part, run_folder, caplog):
     caplog.set_level(logging.INFO)
-    cache, found = FeatureCache(run_folder, [model]), []
+    cache, found = FeatureCache(run_folder, [model], ALONE), []
     with (run_folder / "features" / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         waiting = threading.Thread(target=lambda: found.append(cache.rows(model, part, "pooled")))
         waiting.start()
-        while "waiting for another evaluation" not in caplog.text:
+        while "waiting for another process" not in caplog.text:
             time.sleep(0.01)
         assert not found and not sets(run_folder)
     waiting.join(60)
@@ -191,13 +192,13 @@ def test_who_else_writes_into_the_folder_is_waited_for(model, part, run_folder, 
 
 
 def test_too_little_room_is_said_with_the_size_before_anything_is_written(model, part, run_folder):
-    cache = FeatureCache(run_folder, [model])
-    wanted = cache.wanted(model, part, "tokens")
+    cache = FeatureCache(run_folder, [model], ALONE)
+    wanted = cache.spec(model, part, "tokens")
     size = 70 * 16 * 32 * 2 / 1e9
     cache.require_room([wanted, wanted], size)
     message = rf"max_cache_gb must be at least {2 * size:.4g}: .*{run_folder}.*max_train_samples, got"
     with pytest.raises(ValueError, match=message):
-        cache.require_room([wanted, cache.wanted(model, replace(part, samples=part.samples[::-1]), "tokens")], size)
+        cache.require_room([wanted, cache.spec(model, replace(part, samples=part.samples[::-1]), "tokens")], size)
     encoder = replace(model.config.model.encoder, dim=10**12)
     giant = replace(model, config=replace(model.config, model=replace(model.config.model, encoder=encoder)))
     with pytest.raises(ValueError, match=r"2\.24e\+06 GB are still to be written .*make room, or lower max_train_sam"):
@@ -251,6 +252,6 @@ def test_rows_of_killed_ranks_are_not_taken_for_whole_and_do_not_pile_up(tmp_pat
         assert sets(run_folder) == []
     model = world_model.load(run_folder)
     part = labelled(str(tmp_path / "train.tar"), 150)
-    rows = FeatureCache(run_folder, [model]).rows(model, part, "pooled")
+    rows = FeatureCache(run_folder, [model], ALONE).rows(model, part, "pooled")
     assert np.array_equal(rows, extract_features(model, part).features.numpy())
     assert not [path for path in (run_folder / "features").iterdir() if path.name.startswith(".unfinished-")]

@@ -15,6 +15,7 @@ from iwm_fast.evals.probing.extraction import Features
 from iwm_fast.evals.probing.knn import evaluate_knn, knn_accuracies, knn_correct, vote
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.runtime.distributed import single_process
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_value_and_control_are_the_run_and_the_networks_before_training(run_fold
     for seed in (0, 2):
         config = KnnConfig(run=str(run_folder), seed=seed, data=data)
         row = evaluate_knn(config).row("encoder", "accuracy")
-        compared = open_comparison(config)
+        compared = open_comparison(config, single_process("cpu"))
         models = [compared.model, world_model.untrained(replace(compared.model.config, seed=seed))]
         assert [row.value, row.control] == knn_accuracies(models, compared.train, compared.val, config)
         controls.add(row.control)

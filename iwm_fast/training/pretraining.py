@@ -1,0 +1,115 @@
+"""Pretraining as the trainer's task: the world model's objective, its stream of samples, its action log."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.checkpoint import Checkpoint
+from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.engines.base import Engine
+from iwm_fast.monitoring.throughput import build_yardstick
+from iwm_fast.pipelines.action_log.files import remove_from
+from iwm_fast.pipelines.action_log.writer import ActionLog
+from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.loader import Loader
+from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import PeerFailedError
+from iwm_fast.training.components import TrainingComponents
+from iwm_fast.training.loaders import log_head, training_loader
+from iwm_fast.training.resume import stream_start
+from iwm_fast.training.schedules import Schedules
+from iwm_fast.training.step import StepReport, train_step
+from iwm_fast.training.train_state import TrainState
+
+log = logging.getLogger("iwm_fast")
+
+
+class PretrainTask:
+    """Trains encoder and predictor; see `TrainTask`."""
+
+    loss_name = "loss/prediction"
+    remedy = "lower optim.lr or look at these samples, then resume=auto"
+
+    def __init__(self, components: TrainingComponents) -> None:
+        self.config: RunConfig = components.config
+        self.rank_info = components.rank_info
+        self.shards = components.shards
+        self.fingerprint: dict[str, Any] = components.fingerprint
+        self.meter = build_yardstick(components.config, components.rank_info)
+        self._components = components
+        self._accumulation = accumulation_steps(components.config, components.rank_info.world_size)[1]
+        self._loader: Loader | None = None
+        self._actions: ActionLog | None = None
+
+    def resume_state(self, saved: Checkpoint) -> TrainState:
+        state = TrainState.from_checkpoint(saved)
+        state.start = stream_start(saved, self.config, self.fingerprint, self.shards.num_samples)
+        return state
+
+    def take_weights(self, saved: Checkpoint) -> None:
+        checkpoints.restore(saved, self._components.engine)
+        self._components.teacher.load_state_dict(saved.teacher_state)
+
+    def start(self, saved: Checkpoint | None) -> Engine:
+        if saved is not None:
+            self.take_weights(saved)
+            self._log_changes(saved)
+        log.info("%s", self.meter)
+        return self._components.engine
+
+    def _log_changes(self, saved: Checkpoint) -> None:
+        log.info("going on from %s", saved.folder)
+        if saved.fingerprint.get("optim.epochs") != self.fingerprint["optim.epochs"]:
+            log.info("schedules are laid out over %g epochs", self.config.optim.epochs)
+        start = self.resume_state(saved).start
+        if start != TrainState.from_checkpoint(saved).start:
+            log.info("epoch %d begins anew, because of other settings", start.position // self.shards.num_samples)
+
+    def open_stream(self, state: TrainState) -> Iterator[Batch]:
+        self._actions = self._open_action_log(state.step)
+        self._loader = training_loader(self.config, self.shards, self.rank_info, state.step, state.start)
+        return map(self._actions.add, self._loader) if self._actions else self._loader
+
+    def _open_action_log(self, step: int) -> ActionLog | None:
+        folder = self._components.folder / "actions"
+        # what was logged after the checkpoint is logged again
+        distributed.rank_zero_only(lambda: remove_from(folder, step))
+        if not self.config.output.action_log:
+            return None
+        head = log_head(self.config, self.shards)
+        return ActionLog(folder, head=head, shards=self.shards, rank=self.rank_info.rank)
+
+    def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:
+        components = self._components
+        return train_step(
+            components.engine, components.teacher, components.objective, batches, schedules,
+            applied_steps=state.applied_steps, accumulation=self._accumulation,
+        )  # fmt: skip
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        return self._components.teacher.state_dict()
+
+    def before_checkpoint(self) -> None:
+        """Publish every rank's rows of the action log: a checkpoint never reaches further than it."""
+        if self._actions is None:
+            return
+        failure: Exception | None = None
+        try:
+            self._actions.close_part()
+        # whatever it was, the other ranks must hear of it
+        except Exception as error:
+            failure = error
+        (has_failed,) = distributed.any_rank([failure is not None], self.rank_info.device)
+        if failure is not None:
+            raise failure
+        if has_failed:
+            raise PeerFailedError("another rank could not write its action log and reports why")
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+        if self._actions is not None:
+            self._actions.close()
