@@ -6,6 +6,9 @@ Importing this file must stay cheap (no torch): the command line reads it to pri
 from dataclasses import dataclass
 from typing import Literal
 
+Backend = Literal["dali", "torch"]
+"""Which loader renders the views: DALI's graph, or the plain twin."""
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
@@ -176,6 +179,20 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How batches are made; none of it changes what is in them. RuntimeConfig explains and checks these settings."""
+
+    loader: Backend = "dali"
+    reader_threads: int
+    loader_threads: int
+    prefetch: int
+    read_ahead: int = 2
+    max_bad_samples: float = 0.0
+    hw_decoder_load: float | None = None
+    decoder_preallocate: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """How an image folder becomes shards."""
 
@@ -189,6 +206,3 @@ class PackConfig:
 
 
 PACK_DEFAULTS = PackConfig()
-
-Backend = Literal["dali", "torch"]
-"""Which loader renders the views: DALI's graph, or the plain twin."""

@@ -13,24 +13,13 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import Rendered, assemble
 from iwm_fast.pipelines.bad_samples import Encoded, Substitutes
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
-
-
-@dataclass(frozen=True, kw_only=True)
-class DaliSettings:
-    """How far ahead and with how many hands the loader works."""
-
-    graph: GraphSettings
-    reader_threads: int
-    read_ahead: int
-    """Batches whose bytes are asked for before they are rendered."""
-    max_bad_samples: float
-    """How many different undecodable samples are replaced before it is an error: a count, or below 1 a share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +31,29 @@ class _Read:
 
 
 class DaliLoader:
-    """Carries out a plan's requests, `settings.graph.prefetch` batches ahead of the caller."""
+    """Carries out a plan's requests, `config.prefetch` batches ahead of the caller."""
 
     def __init__(
-        self, plan: Plan, shards: ShardSet, *, first: int, settings: DaliSettings, device: torch.device
+        self, plan: Plan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
         self._plan, self._shards, self._device = plan, shards, device
-        self._settings = settings.graph
-        self._reader = Reader(shards, num_threads=settings.reader_threads)
-        self._substitutes = Substitutes(plan, shards, self._reader, settings.max_bad_samples)
+        self._settings = graph_settings(plan, config, device)
+        self._reader = Reader(shards, num_threads=config.reader_threads)
+        self._substitutes = Substitutes(plan, shards, self._reader, config.max_bad_samples)
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
         self._planned: deque[Future[tuple[Request, Future[list[Encoded]]]]] = deque()
         self._in_graph: deque[_Read] = deque()
         self._next = first
-        for _ in range(settings.graph.prefetch + settings.read_ahead):
+        for _ in range(config.prefetch + config.read_ahead):
             self._plan_ahead()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph = self._build(self._settings, self._feed)
         self._spare_graph: Any = None
-        is_cropping = settings.graph.output == "crops"
-        self._photometry = CpuPhotometry(settings.graph.num_threads) if is_cropping else None
+        is_cropping = self._settings.output == "crops"
+        self._photometry = CpuPhotometry(config.loader_threads) if is_cropping else None
         # a thread of its own runs the graph and assembles, so that the caller's time goes into training
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(self._settings.prefetch))
+        self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(config.prefetch))
 
     def _build(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
         if self._plan.augment is not None:
@@ -163,3 +152,19 @@ class DaliLoader:
             self._photometry.close()
         self._reader.close()
         del self._graph, self._spare_graph
+
+
+def graph_settings(plan: Plan, config: LoaderConfig, device: torch.device) -> GraphSettings:
+    """Return what a plan's graph is built from."""
+    is_on_gpu = device.type == "cuda"
+    return GraphSettings(
+        views=plan.views,
+        max_batch_size=plan.largest,
+        num_threads=config.loader_threads,
+        prefetch=config.prefetch,
+        device_id=device.index or 0 if is_on_gpu else None,
+        hw_decoder_load=config.hw_decoder_load,
+        preallocate=config.decoder_preallocate,
+        # RandAugment is DALI's; views are made in the graph on a GPU, after it on a CPU
+        output="normalized" if is_on_gpu or plan.augment is not None else "crops",
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import Rendered, assemble
 from iwm_fast.pipelines.bad_samples import Substitutes
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -22,12 +23,12 @@ class TorchLoader:
     """Carries out a plan's requests one after the other."""
 
     def __init__(
-        self, plan: Plan, shards: ShardSet, *, first: int, max_bad_samples: float, device: torch.device
+        self, plan: Plan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
         self._plan, self._shards, self._next = plan, shards, first
         self._views, self._device = plan.views, device
         self._reader = Reader(shards, num_threads=1)
-        self._substitutes = Substitutes(plan, shards, self._reader, max_bad_samples)
+        self._substitutes = Substitutes(plan, shards, self._reader, config.max_bad_samples)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.checkpoints.commit import CheckpointError, remove, remove_leftovers
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.engines.portable_state import copy_to_host
+from iwm_fast.pipelines.storage.atomic import remove, remove_leftovers
 from iwm_fast.runtime.distributed import RankInfo, any_rank
 
 log = logging.getLogger("iwm_fast")

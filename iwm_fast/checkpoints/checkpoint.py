@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from iwm_fast.checkpoints.commit import CheckpointError, publish, save_json, verify
+from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.config.fingerprint import is_of_the_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
+from iwm_fast.pipelines.storage.atomic import publish, save_json
 
 FORMAT = 3
 MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.yaml"
@@ -79,7 +80,7 @@ def write(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Publish a checkpoint in its folder, whole or not at all.
 
     Raises:
-        CheckpointError: if the folder exists.
+        FileExistsError: if the folder exists.
         OSError: if the disk is full or does not let us.
     """
     tensors = checkpoint.engine_state | {TEACHER + name: value for name, value in checkpoint.teacher_state.items()}
@@ -163,14 +164,14 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it is damaged or of another format.
     """
-    verify(folder, (STATE,))
+    require_undamaged(folder, (STATE,))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     saved_format = state.pop("format", None)
     if saved_format != FORMAT:
         raise CheckpointError(
             f"{folder} has format {saved_format}, not {FORMAT}; use the iwm-fast version that wrote it"
         )
-    verify(folder, (MODEL, CONFIG))
+    require_undamaged(folder, (MODEL, CONFIG))
     tensors = load_file(folder / MODEL)
     return Checkpoint(
         folder=folder,

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.checkpoints.commit import CheckpointError, publish, save_json, verify
+from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.model_card import model_card
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, load_config, to_tree
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.storage.atomic import publish, save_json
 from iwm_fast.pipelines.transforms.action import action_difference
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
@@ -71,7 +72,8 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         FileNotFoundError: if the run has no checkpoint.
-        CheckpointError: if none is whole, or the folder exists.
+        CheckpointError: if none is whole.
+        FileExistsError: if the folder exists.
     """
     saved, _ = checkpoints.read_newest(Path(config.run))
     if saved is None:
@@ -177,12 +179,12 @@ def read_export(folder: Path) -> Exported:
         CheckpointError: if it is damaged or of another format.
     """
     try:
-        verify(folder, (DESCRIPTION, ENCODER))
+        require_undamaged(folder, (DESCRIPTION, ENCODER))
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         if described["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {described['format']}, not {FORMAT}")
         if described["predictor"] is not None:
-            verify(folder, (PREDICTOR,))
+            require_undamaged(folder, (PREDICTOR,))
     except CheckpointError as error:
         error.add_note("copy the export folder again, or export the run again with this version of iwm-fast")
         raise

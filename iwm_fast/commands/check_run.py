@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_source
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.fingerprint import fingerprint

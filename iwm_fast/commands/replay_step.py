@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -11,13 +12,13 @@ from safetensors.torch import save_file
 
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.loading import load_config
-from iwm_fast.config.run import RuntimeConfig
+from iwm_fast.config.run import RuntimeConfig, loader_config
 from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, parts, read_step
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
 from iwm_fast.pipelines.action_log.schema import LogHead, column, head_of, legible
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig, check
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.config import DataConfig, LoaderConfig, check
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -49,27 +50,24 @@ def replay(config: ReplayConfig) -> Path:
     rows = rows.slice(config.first_slot, config.num_images or (_PICTURED if config.format == "png" else None))
     shards = open_training_shards(DataConfig(train=config.shards or head.shards, max_samples=head.max_samples))
     require_same_samples(rows, head, shards)
-    settings = _settings(config, load_config(run / "config.yaml").runtime)
+    runtime = load_config(run / "config.yaml").runtime
+    device = choose_device(config.device or runtime.device)
+    batches = rendered_again(rows, head, shards, _loader_config(config, runtime, device), device)
     suffix, save = ("png", _save_picture) if config.format == "png" else ("safetensors", _save_tensors)
     path = Path(config.out or run / f"replay-step-{config.step:08}.{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, rendered_again(rows, head, shards, settings), head, f"step {config.step} of {run}, seed {head.seed}")
+    save(path, batches, head, f"step {config.step} of {run}, seed {head.seed}")
     return path
 
 
-def _settings(config: ReplayConfig, runtime: RuntimeConfig) -> LoaderSettings:
-    backend = config.backend or runtime.loader
-    device = choose_device(config.device or runtime.device)
-    is_on_gpu = backend == "dali" and device.type == "cuda"
-    return LoaderSettings(
-        backend=backend,
-        device=device,
-        reader_threads=runtime.reader_threads,
-        loader_threads=runtime.loader_threads,
-        prefetch=1,
-        # decides which decoder an image gets, and so its pixels
-        hw_decoder_load=runtime.hw_decoder_load if is_on_gpu else None,
-    )
+def _loader_config(config: ReplayConfig, runtime: RuntimeConfig, device: torch.device) -> LoaderConfig:
+    loader = config.backend or runtime.loader
+    # decides which decoder an image gets, and so its pixels
+    load = runtime.hw_decoder_load if loader == "dali" and device.type == "cuda" else None
+    return replace(
+        loader_config(runtime), loader=loader, prefetch=1, hw_decoder_load=load, decoder_preallocate=None,
+        max_bad_samples=0.0,
+    )  # fmt: skip
 
 
 def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> None:
@@ -99,13 +97,15 @@ def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> Non
     )
 
 
-def rendered_again(rows: pa.Table, head: LogHead, shards: ShardSet, settings: LoaderSettings) -> Iterator[Batch]:
+def rendered_again(
+    rows: pa.Table, head: LogHead, shards: ShardSet, config: LoaderConfig, device: torch.device
+) -> Iterator[Batch]:
     """Yield a step's rows as batches again, in order, with everything that training received.
 
     Raises:
         ActionLogError: if a window or an action comes out otherwise than it was logged.
     """
-    loader = build_loader(ReplayPlan(head=head, rows=rows), shards, settings)
+    loader = build_loader(ReplayPlan(head=head, rows=rows), shards, config, device)
     with closing(loader):
         first = 0
         for batch in loader:

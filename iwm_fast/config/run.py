@@ -4,10 +4,10 @@ Groups are ordered by effect. `data`, `views`, `mask`, `model`, `objective` and 
 make the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from iwm_fast.pipelines.config import Backend, DataConfig, MaskConfig, ViewConfig, check, check_range
+from iwm_fast.pipelines.config import Backend, DataConfig, LoaderConfig, MaskConfig, ViewConfig, check, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +194,11 @@ class RuntimeConfig:
         check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
         check(profiled_steps(self.profile) is not None, "runtime.profile", self.profile,
               "be FIRST:LAST with 0 <= FIRST < LAST, such as 10:20, or empty")  # fmt: skip
+
+
+def loader_config(runtime: RuntimeConfig) -> LoaderConfig:
+    """Return the settings of the loaders, under their own names."""
+    return LoaderConfig(**{one.name: getattr(runtime, one.name) for one in fields(LoaderConfig)})
 
 
 def profiled_steps(text: str) -> range | None:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from pyarrow import parquet
 from rich.table import Table
 
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.runtime.provenance import commit
 
 NUM_RESAMPLES = 2000
@@ -90,17 +91,11 @@ def save_result(run: str | Path, result: Result) -> Path:
     path = Path(run) / "evaluations" / f"{result.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tree = asdict(result) | {"commit": commit()}
-    _replace(path, lambda draft: draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8"))
+    replace_file(path, lambda draft: draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8"))
     shared = {"task": result.task, "name": result.name, "step": result.step, "seed": result.seed}
     table = pa.Table.from_pylist([shared | asdict(row) for row in result.rows], schema=_SCHEMA)
-    _replace(path.with_suffix(".parquet"), lambda draft: parquet.write_table(table, draft))
+    replace_file(path.with_suffix(".parquet"), lambda draft: parquet.write_table(table, draft))
     return path
-
-
-def _replace(path: Path, write: Any) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    write(draft)
-    draft.replace(path)
 
 
 _KINDS = {str: pa.string(), int: pa.int64(), float: pa.float64()}

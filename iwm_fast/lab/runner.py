@@ -33,6 +33,7 @@ from iwm_fast.lab.claims import judge, values_of
 from iwm_fast.lab.config import LabConfig, read_lab
 from iwm_fast.lab.report import write_lab_report
 from iwm_fast.pipelines.demo_data import write_demo_shards
+from iwm_fast.pipelines.storage.atomic import replace_file, save_json
 from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger("iwm_fast")
@@ -247,9 +248,7 @@ def write_outcome(lab: LabConfig) -> Path:
         "verdicts": {one.claim.name: one.verdict for one in outcomes},
         "rows": rows,
     }
-    draft = lab.folder / ".lab.json.draft"
-    draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    draft.replace(lab.folder / "lab.json")
+    replace_file(lab.folder / "lab.json", lambda draft: save_json(tree, draft))
     return write_lab_report(lab, outcomes, rows)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from iwm_fast.pipelines.storage.atomic import replace_file
+
 
 class MetricWriter:
     """Appends one row per log step; rows at or behind the step a run resumes from are dropped first."""
@@ -15,9 +17,7 @@ class MetricWriter:
         self._path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        draft = self._path.with_suffix(".draft")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self._path)
+        replace_file(self._path, lambda draft: draft.write_text(text, encoding="utf-8"))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 

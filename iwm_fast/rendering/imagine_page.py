@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.image_grid import Panel, Section
 
 # smaller images are kept to the bit and shown with sharp pixels; a photograph would be ten times as large as JPEG
@@ -74,9 +75,7 @@ is the right one. Images are spread evenly over the validation set and not picke
 </body>
 </html>
 """
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def _section(section: Section) -> str:

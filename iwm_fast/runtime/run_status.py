@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.pipelines.storage.atomic import replace_file
+
 STATUS = "status.json"
 
 
@@ -35,9 +37,8 @@ def write_status(folder: Path, state: str, *, earlier: dict[str, Any] | None = N
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    draft = folder / f"{STATUS}.{os.getpid()}.draft"
-    draft.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    draft.replace(folder / STATUS)
+    text = json.dumps(row, indent=1) + "\n"
+    replace_file(folder / STATUS, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def read_status(folder: Path) -> dict[str, Any]:

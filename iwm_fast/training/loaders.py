@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
 from iwm_fast.pipelines.action_log.schema import LogHead
 from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, check
-from iwm_fast.pipelines.loader import Loader, LoaderSettings, build_loader
+from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import (
     BEGINNING,
     EvaluationPlan,
@@ -55,7 +55,7 @@ def training_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, start),
     )
-    return build_loader(plan, shards, _settings(config, rank_info.device), first_step * accumulation)
+    return build_loader(plan, shards, loader_config(config.runtime), rank_info.device, first=first_step * accumulation)
 
 
 def finetune_loader(
@@ -70,7 +70,7 @@ def finetune_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, BEGINNING),
     )
-    return build_loader(plan, shards, _settings(config, rank_info.device), first_step * accumulation)
+    return build_loader(plan, shards, loader_config(config.runtime), rank_info.device, first=first_step * accumulation)
 
 
 def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> Stream:
@@ -103,19 +103,4 @@ def log_head(config: RunConfig, shards: ShardSet) -> LogHead:
 def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:
     """Build one pass over the given samples: largest centred square, nothing changed, all patches."""
     plan = EvaluationPlan(views=config.views, grid=config.grid, samples=samples, micro_batch_size=EVALUATION_BATCH)
-    return build_loader(plan, shards, _settings(config, device))
-
-
-def _settings(config: RunConfig, device: torch.device) -> LoaderSettings:
-    runtime = config.runtime
-    return LoaderSettings(
-        backend=runtime.loader,
-        device=device,
-        reader_threads=runtime.reader_threads,
-        loader_threads=runtime.loader_threads,
-        prefetch=runtime.prefetch,
-        read_ahead=runtime.read_ahead,
-        max_bad_samples=runtime.max_bad_samples,
-        hw_decoder_load=runtime.hw_decoder_load,
-        preallocate=runtime.decoder_preallocate,
-    )
+    return build_loader(plan, shards, loader_config(config.runtime), device)

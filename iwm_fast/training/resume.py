@@ -9,10 +9,10 @@ from typing import Any
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.checkpoints.commit import set_aside
 from iwm_fast.config.fingerprint import is_of_the_stream
 from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.sampling.batch_plan import StreamStart
+from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.runtime import distributed
 
 log = logging.getLogger("iwm_fast")

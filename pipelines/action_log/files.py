@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from iwm_fast.pipelines.action_log.schema import column, head_of
+from iwm_fast.pipelines.storage.atomic import force_to_disk
 
 # readers of whole folders (pyarrow, DuckDB) pass over names that begin with a dot
 _TEMPORARY = ".unfinished-"
@@ -83,7 +84,7 @@ class PartWriter:
         if final.exists():
             raise FileExistsError(f"{final} exists already: does another run write here?")
         self.path.rename(final)
-        _force_to_disk(self._folder)
+        force_to_disk(self._folder)
         return final
 
     def discard(self) -> None:
@@ -119,7 +120,7 @@ def remove_from(folder: Path, step: int) -> None:
             part.path.unlink()
         elif part.end_step > step:
             _cut(part, step)
-    _force_to_disk(folder)
+    force_to_disk(folder)
 
 
 def _cut(part: LogPart, step: int) -> None:
@@ -228,11 +229,3 @@ def _require_all(
 
 def _name(first_step: int, end_step: int, rank: int) -> str:
     return f"step-{first_step:08}-{end_step:08}-rank-{rank:03}.parquet"
-
-
-def _force_to_disk(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,9 +11,9 @@ from PIL import Image
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.bad_samples import looks_whole
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -66,11 +66,11 @@ def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro
 
 
 def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float = 100.0) -> list[Batch]:
-    settings = LoaderSettings(
-        backend=backend, device=torch.device("cpu"), reader_threads=2, loader_threads=1, prefetch=2,
+    settings = LoaderConfig(
+        loader=backend, reader_threads=2, loader_threads=1, prefetch=2,
         max_bad_samples=most,
     )  # fmt: skip
-    loader = build_loader(plan, shards, settings)
+    loader = build_loader(plan, shards, settings, torch.device("cpu"))
     try:
         return [next(loader) for _ in range(count)]
     finally:

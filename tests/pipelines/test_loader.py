@@ -6,9 +6,9 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -37,13 +37,13 @@ def training_plan(
     )
 
 
-def settings(backend: str = "dali", **changes) -> LoaderSettings:
+def settings(backend: str = "dali", **changes) -> LoaderConfig:
     chosen = {"reader_threads": 2, "loader_threads": 1, "prefetch": 2} | changes
-    return LoaderSettings(backend=backend, device=torch.device("cpu"), **chosen)
+    return LoaderConfig(loader=backend, **chosen)
 
 
 def take(plan, shards: ShardSet, count: int, first: int = 0, **changes) -> list[Batch]:
-    loader = build_loader(plan, shards, settings(**changes), first)
+    loader = build_loader(plan, shards, settings(**changes), torch.device("cpu"), first=first)
     try:
         return [next(loader) for _ in range(count)]
     finally:
@@ -236,7 +236,7 @@ def test_normalizing_loses_nothing():
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_evaluation_gives_each_sample_once_and_stops(shards, backend):
     plan = EvaluationPlan(views=VIEWS, grid=8, samples=np.arange(20, 48), micro_batch_size=12)
-    loader = build_loader(plan, shards, settings(backend))
+    loader = build_loader(plan, shards, settings(backend), torch.device("cpu"))
     batches = list(loader)
     loader.close()
     assert [len(batch.key) for batch in batches] == [12, 12, 4]
@@ -253,7 +253,7 @@ def test_an_undecodable_image_is_named_with_shard_and_key(tmp_path, backend, dam
     write_tar(tmp_path / "bad.tar", [("a.jpg", image), ("b.jpg", bad), ("c.jpg", image)])
     shards = open_shards(str(tmp_path / "bad.tar"))
     plan = EvaluationPlan(views=VIEWS, grid=8, samples=np.arange(3), micro_batch_size=3)
-    loader = build_loader(plan, shards, settings(backend))
+    loader = build_loader(plan, shards, settings(backend), torch.device("cpu"))
     with pytest.raises(ShardError, match=r"bad\.tar") as caught:
         next(loader)
     assert "sample 'b'" in str(caught.value) and "cannot decode" in str(caught.value)

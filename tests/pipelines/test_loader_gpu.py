@@ -6,8 +6,8 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, Plan, Stream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -51,7 +51,7 @@ def plan(shards: ShardSet, **views) -> TrainingPlan:
 
 def take(plan: Plan, shards: ShardSet, count: int, device=GPU, first: int = 0, **settings) -> list[Batch]:
     chosen = {"reader_threads": 4, "loader_threads": 4, "prefetch": 2, "max_bad_samples": 100.0} | settings
-    loader = build_loader(plan, shards, LoaderSettings(backend="dali", device=device, **chosen), first)
+    loader = build_loader(plan, shards, LoaderConfig(**chosen), device, first=first)
     try:
         return [next(loader) for _ in range(count)]
     finally:
@@ -108,7 +108,8 @@ def test_training_that_is_behind_reads_whole_batches(tmp_path):
     torch.cuda.synchronize()
     loader = build_loader(
         plan(shards), shards,
-        LoaderSettings(backend="dali", device=GPU, reader_threads=4, loader_threads=4, prefetch=2),
+        LoaderConfig(reader_threads=4, loader_threads=4, prefetch=2),
+        GPU,
     )  # fmt: skip
     sums = []
     big = torch.randn(4096, 4096, device=GPU)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from iwm_fast.checkpoints.async_writer import CheckpointWriter
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.runtime import distributed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.loading import to_tree

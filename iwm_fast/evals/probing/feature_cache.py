@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from iwm_fast.checkpoints.commit import CheckpointError, publish, remove, remove_leftovers, save_json, verify
 from iwm_fast.evals.datasets import Labelled, tensors_digest
 from iwm_fast.evals.probing.extraction import Kind, encoded
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.storage.atomic import publish, remove, remove_leftovers, save_json, verify
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.run_lock import lock_folder
@@ -175,7 +175,7 @@ def is_complete(folder: Path) -> bool:
         return False
     try:
         verify(folder, (ROWS, ABOUT))
-    except CheckpointError as error:
+    except OSError as error:
         log.warning("features in %s are damaged (%s) and are extracted again", folder, error)
         remove(folder)
         return False

@@ -40,6 +40,7 @@ from iwm_fast.evals.retrieval.bank import (
 )
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER
@@ -188,6 +189,4 @@ def _save(
         "rank_untrained": control.ravel(),
     }
     path = save_result(result.settings["run"], result).with_name(result.details["ranks"])
-    draft = path.with_name(f".{path.name}.draft")
-    parquet.write_table(pa.table(columns), draft)
-    draft.replace(path)
+    replace_file(path, lambda draft: parquet.write_table(pa.table(columns), draft))

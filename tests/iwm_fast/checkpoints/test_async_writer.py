@@ -12,7 +12,7 @@ import torch
 from fixtures.paths import TESTS, WORKERS
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.async_writer import CheckpointWriter, superfluous
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.runtime.distributed import RankInfo
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from iwm_fast.checkpoints import checkpoint
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.checkpoints.commit import CheckpointError, remove_leftovers, set_aside
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
+from iwm_fast.pipelines.storage.atomic import remove_leftovers, set_aside
 from iwm_fast.runtime.distributed import RankInfo
 
 PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -89,7 +90,7 @@ def test_a_process_killed_while_writing_leaves_no_visible_checkpoint(tmp_path, f
     code = f"""
 import os, signal
 from pathlib import Path
-from iwm_fast.checkpoints.commit import publish
+from iwm_fast.pipelines.storage.atomic import publish
 
 def complete(path):
     path.write_bytes(b"whole")
@@ -236,7 +237,7 @@ def test_another_format_is_refused(tmp_path):
 
 def test_a_step_is_never_overwritten(tmp_path):
     write(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         write(tmp_path, 1, scale=2.0)
     assert checkpoint.read(tmp_path / "checkpoints" / "step-00000001").engine_state["weight/encoder.norm"][1] == 1
 

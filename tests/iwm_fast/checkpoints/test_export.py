@@ -15,7 +15,7 @@ from fixtures.tar_files import encode, photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import describe_entries, export, timm_call
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import MrrConfig
@@ -116,7 +116,7 @@ def test_every_entry_of_the_action_says_what_one_means():
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(trained, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         export(ExportConfig(run=str(trained), to=str(tmp_path / "there")))
     assert os.listdir(tmp_path) == ["there"] and not any((tmp_path / "there").iterdir())
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.checkpoints.pretrained import initialize_from
 from iwm_fast.cli import main

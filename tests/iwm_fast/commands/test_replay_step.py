@@ -25,8 +25,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.action_log.files import ActionLogError, parts, read_rows, read_step
 from iwm_fast.pipelines.action_log.schema import column, head_of
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig
-from iwm_fast.pipelines.loader import LoaderSettings
+from iwm_fast.pipelines.config import DataConfig, LoaderConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime import distributed
@@ -76,8 +75,8 @@ def captured_run(config: RunConfig) -> list[Batch]:
     return batches
 
 
-def loader_settings(backend: str) -> LoaderSettings:
-    return LoaderSettings(backend=backend, device=torch.device("cpu"), reader_threads=1, loader_threads=1, prefetch=1)
+def loader_settings(backend: str) -> LoaderConfig:
+    return LoaderConfig(loader=backend, reader_threads=1, loader_threads=1, prefetch=1)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
@@ -106,7 +105,7 @@ def test_a_replayed_batch_has_all_that_training_received(damaged_shards, tmp_pat
     (seen,) = [batch for batch in batches if (batch.sample != batch.planned).any()][:1]
     rows = read_step(tmp_path / "run" / "actions", seen.step)
     shards = open_shards(damaged_shards.pattern)
-    (again,) = rendered_again(rows, head_of(rows.schema), shards, loader_settings("torch"))
+    (again,) = rendered_again(rows, head_of(rows.schema), shards, loader_settings("torch"), torch.device("cpu"))
     for name in ("source_view", "target_view", "planned", "label", "crop_window", "source_window"):
         assert torch.equal(getattr(again, name), getattr(seen, name)), name
     for name in ("context", "target"):

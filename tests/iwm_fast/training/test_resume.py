@@ -14,7 +14,7 @@ from fixtures.tar_files import TinyShards
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.metrics import read_metrics

@@ -17,7 +17,7 @@ from fixtures.tar_files import encode, photograph
 from fixtures.tiny_pretraining import STEPS, losses, tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.run import RunConfig, accumulation_steps

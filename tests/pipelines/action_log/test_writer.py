@@ -19,8 +19,8 @@ from iwm_fast.pipelines.action_log.files import ActionLogError, parts, read_rows
 from iwm_fast.pipelines.action_log.schema import LogHead, column, draws_of, head_of
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import Stream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -65,10 +65,8 @@ def _first_steps(shards: ShardSet, rank: int, world_size: int, backend: str) -> 
         global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, rank=rank, world_size=world_size,
     )  # fmt: skip
     plan = TrainingPlan(views=VIEWS, mask=MaskConfig(), seed=0, grid=4, stream=stream)
-    settings = LoaderSettings(
-        backend=backend, device=torch.device("cpu"), reader_threads=1, loader_threads=1, prefetch=1, max_bad_samples=5.0
-    )
-    loader = build_loader(plan, shards, settings)
+    settings = LoaderConfig(loader=backend, reader_threads=1, loader_threads=1, prefetch=1, max_bad_samples=5.0)
+    loader = build_loader(plan, shards, settings, torch.device("cpu"))
     try:
         return [next(loader) for _ in range(STEPS * GLOBAL_BATCH // (MICRO_BATCH * world_size))]
     finally:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.loader import Loader, LoaderSettings, build_loader
+from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import Stream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -32,11 +32,11 @@ def loader_of(shards: ShardSet, backend: str, most: float = 0.0) -> Loader:
     plan = TrainingPlan(
         views=ViewConfig(size=16, blur_sigma=(0.1, 1.0)), mask=MaskConfig(), seed=0, grid=4, stream=stream
     )
-    settings = LoaderSettings(
-        backend=backend, device=torch.device("cpu"), reader_threads=2, loader_threads=1, prefetch=1, read_ahead=1,
+    settings = LoaderConfig(
+        loader=backend, reader_threads=2, loader_threads=1, prefetch=1, read_ahead=1,
         max_bad_samples=most,
     )  # fmt: skip
-    return build_loader(plan, shards, settings)
+    return build_loader(plan, shards, settings, torch.device("cpu"))
 
 
 def last_shard(shards: ShardSet) -> Path:

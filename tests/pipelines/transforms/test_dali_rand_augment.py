@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import RandAugmentConfig, ViewConfig
-from iwm_fast.pipelines.loader import LoaderSettings, build_loader
+from iwm_fast.pipelines.config import LoaderConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, Stream
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
@@ -82,10 +82,8 @@ def plan(
 
 
 def take(plan: FinetunePlan, shards: ShardSet, count: int, first: int = 0, backend: str = "dali") -> list:
-    settings = LoaderSettings(
-        backend=backend, device=torch.device("cpu"), reader_threads=2, loader_threads=1, prefetch=2
-    )
-    loader = build_loader(plan, shards, settings, first)
+    settings = LoaderConfig(loader=backend, reader_threads=2, loader_threads=1, prefetch=2)
+    loader = build_loader(plan, shards, settings, torch.device("cpu"), first=first)
     try:
         return [next(loader) for _ in range(count)]
     finally:

@@ -17,7 +17,7 @@ from fixtures.tinted_shards import tinted_run, write_tinted
 from fixtures.tiny_finetuning import plain_augment, weights_of
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import EvalData

@@ -16,7 +16,7 @@ from fixtures.paths import PYTHONPATH, WORKERS
 from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_job, train_toy, weights_of
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.commit import CheckpointError
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.evals.finetuning.task import InPrecision, in_float32

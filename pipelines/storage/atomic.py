@@ -1,6 +1,6 @@
-"""Publish a folder whole or not at all, and recognise one that was damaged later.
+"""Files and folders that are there complete or not at all, and folders that tell when they were damaged later.
 
-The files are written into a temporary folder beside the final one and forced to disk, then a manifest with the size and
+The files of a folder are written into a temporary one beside it and forced to disk, then a manifest with the size and
 SHA-256 of each, then the folder is renamed: whoever looks sees all of it or nothing.
 """
 
@@ -18,19 +18,40 @@ MANIFEST = "manifest.json"
 _TEMPORARY = ".unfinished-"
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be written, read or used; says where and what to do."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there: readers see the old one or all of the new one.
+
+    Args:
+        path: the file; an earlier one is replaced.
+        write: writes the file at the path that it is given.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        write(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def force_to_disk(path: Path) -> None:
+    """Return when the file's content, or the folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """Make a folder of the files that the writers write, by file name.
 
     Raises:
-        CheckpointError: if the folder exists.
+        FileExistsError: if the folder exists.
         OSError: if the disk is full or does not let us.
     """
     if folder.exists():
-        raise CheckpointError(f"{folder} exists already; move it away or choose another folder")
+        raise FileExistsError(f"{folder} exists already; move it away or choose another folder")
     draft = folder.parent / f"{_TEMPORARY}{folder.name}"
     shutil.rmtree(draft, ignore_errors=True)
     is_first = not folder.parent.exists()
@@ -38,21 +59,21 @@ def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     try:
         for name, write_file in writers.items():
             write_file(draft / name)
-            _force_to_disk(draft / name)
+            force_to_disk(draft / name)
         save_json({name: _describe(draft / name) for name in writers}, draft / MANIFEST)
         for name in writers:
             # safetensors makes files that nobody else may read
             (draft / name).chmod((draft / MANIFEST).stat().st_mode)
-        _force_to_disk(draft / MANIFEST)
-        _force_to_disk(draft)
+        force_to_disk(draft / MANIFEST)
+        force_to_disk(draft)
         draft.rename(folder)
     except BaseException:
         # on a full disk this gives the room back
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _force_to_disk(folder.parent)
+    force_to_disk(folder.parent)
     if is_first:
-        _force_to_disk(folder.parent.parent)
+        force_to_disk(folder.parent.parent)
 
 
 def remove(folder: Path) -> None:
@@ -66,7 +87,7 @@ def set_aside(folder: Path) -> Path:
     names = (folder.with_name(f"{folder.name}.refused{ending}") for ending in endings)
     aside = next(path for path in names if not path.exists())
     folder.rename(aside)
-    _force_to_disk(folder.parent)
+    force_to_disk(folder.parent)
     return aside
 
 
@@ -80,17 +101,20 @@ def verify(folder: Path, names: tuple[str, ...]) -> None:
     """Compare files of a published folder with its manifest.
 
     Raises:
-        CheckpointError: naming the first file that differs.
+        OSError: naming the first file that is missing or differs.
     """
-    remedy = "it is damaged; the run's other checkpoints may be whole"
+    differs = ""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name in names:
             found, expected = _describe(folder / name), manifest[name]
             if found != expected:
-                raise CheckpointError(f"{folder / name} is {found}, its manifest says {expected}: {remedy}")
+                differs = f"{folder / name} is {found}, its manifest says {expected}"
+                break
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+        raise OSError(f"{folder} cannot be read ({error})") from error
+    if differs:
+        raise OSError(differs)
 
 
 def save_json(value: dict[str, Any], path: Path) -> None:
@@ -101,11 +125,3 @@ def save_json(value: dict[str, Any], path: Path) -> None:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _force_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
