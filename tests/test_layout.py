@@ -1,6 +1,7 @@
 """The house rules that a tool can check."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -167,3 +168,16 @@ def test_files_are_formatted():
 @pytest.mark.timeout(300)
 def test_types_check():
     run_tool("pyright")
+
+
+def test_every_name_is_defined():
+    # jaxtyping's axes are strings that look like names, so neither ruff's F821 nor pyright's check is switched on
+    ruff = [str(TOOLS / "ruff"), "check", "--isolated", "--no-cache", "--select", "F821", "--output-format", "json"]
+    done = subprocess.run([*ruff, *PACKAGES, "tests"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    undefined = []
+    for found in json.loads(done.stdout):
+        line = Path(found["filename"]).read_text(encoding="utf-8").splitlines()[found["location"]["row"] - 1]
+        is_in_string = line[: found["location"]["column"] - 1].count('"') % 2 == 1
+        if not is_in_string:
+            undefined.append(f"{found['filename']}: {found['message']}")
+    assert undefined == []

@@ -29,14 +29,22 @@ def _check_no_label(data: EvalData) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MrrConfig:
-    """How well the predictor applies a transformation: mean reciprocal rank of the right image in a bank."""
+class EvalConfig:
+    """What is the same for all evaluations that need no long training."""
 
     run: str = ""
     """Run folder, or export."""
     data: EvalData = field(default_factory=EvalData)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    seed: int = 0
+    """Fixes everything drawn: banks, changes, heads, the untrained control, intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MrrConfig(EvalConfig):
+    """How well the predictor applies a transformation: mean reciprocal rank of the right image in a bank."""
+
     num_images: int = 256
     """Validation images, spread evenly over the set; each has a bank of its own."""
     bank_size: int = 256
@@ -47,8 +55,6 @@ class MrrConfig:
     families: tuple[Family, ...] = ("jitter", "grayscale", "blur", "solarize")
     """What is asked for: jitter forward, clean image to bank member; the others backward, from the destroyed image to
     the bank member, as training shows them."""
-    seed: int = 0
-    """Fixes the banks, the untrained control and the intervals."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
@@ -58,22 +64,15 @@ class MrrConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
+class KnnConfig(EvalConfig):
     """Whether like images have like features: weighted vote of the nearest training images."""
 
-    run: str = ""
-    """Run folder."""
-    data: EvalData = field(default_factory=EvalData)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
     num_neighbors: int = 10
     """Training images that vote."""
     temperature: float = 0.07
     """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
     max_train_samples: int = 50_000
     """At most so many training images, spread evenly over the set."""
-    seed: int = 0
-    """Fixes the untrained control."""
 
     def __post_init__(self) -> None:
         check(self.num_neighbors >= 1, "num_neighbors", self.num_neighbors, "be at least 1")
@@ -82,14 +81,9 @@ class KnnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(EvalConfig):
     """What is the same for both probes: data, and how hyperparameters are chosen."""
 
-    run: str = ""
-    """Run folder, or export."""
-    data: EvalData = field(default_factory=EvalData)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
     max_train_samples: int | None = None
     """At most so many training images, spread evenly over the set; unset: all."""
     holdout: float = 0.1
@@ -102,8 +96,6 @@ class ProbeConfig:
     """Peak learning rates, AdamW, all trained together; cosine to 0."""
     weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-1)
     """Weight decays, each with each learning rate."""
-    seed: int = 0
-    """Fixes held-out part, heads, order, intervals and the untrained control."""
 
     def __post_init__(self) -> None:
         most = self.max_train_samples
@@ -142,14 +134,9 @@ class AttentiveConfig(ProbeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(EvalConfig):
     """Which change leads from one image to another: the world model searched by the cross-entropy method."""
 
-    run: str = ""
-    """Run folder, or export."""
-    data: EvalData = field(default_factory=EvalData)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
     source: str = ""
     """An image file to start from; with target, their change is looked for and nothing is measured."""
     target: str = ""
@@ -164,8 +151,6 @@ class PlanConfig:
     """Rounds of the search."""
     elite_share: float = 0.1
     """Share of the actions that the next round is drawn from."""
-    seed: int = 0
-    """Fixes changes, search and guesses."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
@@ -179,22 +164,15 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagineConfig:
+class ImagineConfig(EvalConfig):
     """A picture of the world model at work: source, asked-for change, true rendering, retrieved image."""
 
-    run: str = ""
-    """Run folder."""
-    data: EvalData = field(default_factory=EvalData)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
     num_images: int = 6
     """Validation images, one column each."""
     bank_size: int = 64
     """Jittered versions to retrieve from."""
     bank: Literal["default", "strong", "run"] = "run"
     """Jitter strengths of the bank: the defaults of views, strong ones, or the run's own."""
-    seed: int = 0
-    """Fixes images and banks."""
     steps: int = 7
     """Values of each entry of the action in the sweeps, from its lower to its upper end."""
     picture: str = ""

@@ -288,9 +288,23 @@ def accumulation_steps(config: RunConfig, world_size: int) -> tuple[int, int]:
     Raises:
         ValueError: if global batch, ranks and micro-batch do not divide.
     """
-    total = config.optim.global_batch_size
-    check(total % world_size == 0, "optim.global_batch_size", total, f"be a multiple of the {world_size} ranks")
-    micro = config.runtime.micro_batch_size or total // world_size
-    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = optim.global_batch_size = {total}"
+    return split_batch("optim", config.optim.global_batch_size, config.runtime.micro_batch_size, world_size)
+
+
+def split_batch(group: str, total: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Return (micro-batch size per rank, micro-batches per optimiser step).
+
+    Args:
+        group: of the setting global_batch_size, for messages.
+        total: images of an optimiser step over all ranks.
+        micro_batch_size: images per rank and forward; None: all of the rank's share.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: if these do not divide.
+    """
+    check(total % world_size == 0, f"{group}.global_batch_size", total, f"be a multiple of the {world_size} ranks")
+    micro = micro_batch_size or total // world_size
+    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = {group}.global_batch_size = {total}"
     check(total % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
     return micro, total // (micro * world_size)

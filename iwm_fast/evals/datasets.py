@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
-from iwm_fast.evals.results import Row, bootstrap
+from iwm_fast.evals.results import Row, accuracy_row
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -61,17 +61,13 @@ class Comparison:
         self, correct: Bool[np.ndarray, "images"], control: Bool[np.ndarray, "images"], seed: int, **more: Any
     ) -> Row:
         """Return the accuracy of the run's encoder beside the control's, from what is right of each image."""
-        low, high = bootstrap(correct.astype(np.float64), seed)
-        return Row(
-            subject="encoder",
-            metric="accuracy",
-            value=float(correct.mean()),
-            low=low,
-            high=high,
+        return accuracy_row(
+            "encoder",
+            correct,
+            seed,
             control=float(control.mean()),
             control_name="untrained encoder",
             chance=self.chance,
-            num_samples=len(correct),
             **more,
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from pyarrow import parquet
 from rich.table import Table
 
@@ -148,3 +148,22 @@ def bootstrap(values: Float[np.ndarray, "images"], seed: int = 0) -> tuple[float
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(NUM_RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
+
+
+def accuracy_row(
+    subject: str, correct: Shaped[np.ndarray, "images"], seed: int, *, control: float | None = None, **more: Any
+) -> Row:
+    """Return the accuracy of a subject with its interval over images.
+
+    Args:
+        subject: what was measured.
+        correct: whether, or for which share of tasks, it names each image rightly.
+        seed: of the interval's resampling.
+        control: accuracy of what it is compared with.
+        more: further fields of the row.
+    """
+    low, high = bootstrap(correct.astype(np.float64), seed)
+    return Row(
+        subject=subject, metric="accuracy", value=float(correct.mean()), low=low, high=high, control=control,
+        num_samples=len(correct), **more,
+    )  # fmt: skip

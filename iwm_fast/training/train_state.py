@@ -20,6 +20,10 @@ class TrainStats:
     steps: int
     """Optimiser steps."""
 
+    def columns(self) -> dict[str, Any]:
+        """Return what a row of results says of it."""
+        return {"num_tuned": self.num_tuned, "images_per_s": self.images_per_s, "time_s": self.time_s}
+
 
 @dataclass
 class TrainState:

@@ -21,7 +21,7 @@ from iwm_fast.evals.datasets import read_both_labels, result_name, training_shar
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_arm, build_vit, vit_config
 from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, Lesson, build_arm
-from iwm_fast.evals.results import Result, Row, bootstrap, save_result
+from iwm_fast.evals.results import Result, Row, accuracy_row, bootstrap, save_result
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -183,20 +183,13 @@ def _report(config: FinetuneConfig, subject: Subject, sets: Sets, learnt: dict[s
 
 
 def _row(arm: str, learnt: dict[str, Learnt], sets: Sets, seed: int) -> Row:
-    correct, tuned = learnt[arm].correct, learnt[arm].tuned
-    low, high = bootstrap(correct, seed)
     has_control = arm == PRETRAINED and CONTROL in learnt
-    return Row(
-        subject=arm,
-        metric="accuracy",
-        value=float(correct.mean()),
-        low=low,
-        high=high,
+    return accuracy_row(
+        arm,
+        learnt[arm].correct,
+        seed,
         control=float(learnt[CONTROL].correct.mean()) if has_control else None,
         control_name=CONTROL if has_control else "",
         chance=1 / len(sets.known.classes),
-        num_tuned=tuned.num_tuned,
-        num_samples=len(correct),
-        images_per_s=tuned.images_per_s,
-        time_s=tuned.time_s,
+        **learnt[arm].tuned.columns(),
     )

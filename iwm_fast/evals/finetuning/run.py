@@ -13,11 +13,10 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.config.finetuning import TuneTask
-from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig
+from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, split_batch
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
 from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.preemption import Preemption
@@ -107,12 +106,7 @@ def micro_batches(task: TuneTask, world_size: int) -> tuple[int, int]:
     Raises:
         ValueError: if batch, ranks and micro-batch do not divide.
     """
-    total = task.tune.global_batch_size
-    check(total % world_size == 0, "tune.global_batch_size", total, f"be a multiple of the {world_size} ranks")
-    micro = task.runtime.micro_batch_size or total // world_size
-    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = tune.global_batch_size = {total}"
-    check(total % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
-    return micro, total // (micro * world_size)
+    return split_batch("tune", task.tune.global_batch_size, task.runtime.micro_batch_size, world_size)
 
 
 @torch.no_grad()

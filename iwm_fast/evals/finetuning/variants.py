@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwm_fast.config.finetuning import TuneTask
-from iwm_fast.config.run import RunConfig
+from iwm_fast.config.run import OptimConfig, RunConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
 from iwm_fast.evals.finetuning.layer_decay import layer_of, top_layer
@@ -103,32 +103,71 @@ class Lesson:
 
 
 def build_arm(name: str, model: WorldModel, lesson: Lesson) -> Arm:
-    """Build an arm from the run's teacher and predictor; the same on every rank.
+    """Build an arm of classification from the run's teacher and predictor; the same on every rank.
 
     Raises:
         ValueError: if images are to be mixed and a micro-batch is of odd size.
     """
-    task, rank_info = lesson.task, lesson.rank_info
+    head = functools.partial(LinearHead if name == "encoder" else AttentiveHead, num_classes=lesson.num_classes)
+    parts = build_parts(name, model, lesson.task, lesson.rank_info, head)
+    optimizer = parts.optimizer(lesson.config.optim)
+    origin = origin_of(model.step, model.encoder, model.predictor)
+    return arm_of(name, parts.module, optimizer, lesson, encode=parts.encode, origin=origin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The networks of an arm, of any task."""
+
+    name: str
+    module: ArmNetwork
+    """What is trained."""
+    encode: Encode | None
+    """The frozen encoder; None where images go into the network."""
+    student: Student
+    """Encoder and predictor as the arm begins with them."""
+    task: TuneTask
+    model: WorldModel
+
+    def optimizer(self, config: OptimConfig) -> torch.optim.AdamW:
+        """Return AdamW over the trained parameters, each part at its own rate."""
+        scales = functools.partial(lr_scale, arm=self.name, task=self.task, model=self.model)
+        return scaled_optimizer(self.module, config, scales)
+
+
+def build_parts(
+    name: str, model: WorldModel, task: TuneTask, rank_info: RankInfo, make_head: Callable[[int], Head]
+) -> Parts:
+    """Build an arm's networks from the run's teacher and predictor; the same on every rank.
+
+    Args:
+        name: of the arm: random_predictor has a predictor, untrained_head an encoder as before training.
+        model: the run.
+        task: settings.
+        rank_info: this process.
+        make_head: from the width of the encoder to a head with new weights.
+    """
     student = networks(model, task, rank_info)
     if name == "random_predictor":
         student.predictor = networks(model, task, rank_info, is_new=True).predictor
-    module = _network(name, student, lesson)
-    set_drop_path_(module, task.tune.drop_path)
-    encode = None if name in WITH_ENCODER else frozen(student.encoder, rank_info)
-    scales = functools.partial(lr_scale, arm=name, task=task, model=model)
-    optimizer = scaled_optimizer(module, lesson.config.optim, scales)
-    origin = origin_of(model.step, model.encoder, model.predictor)
-    return arm_of(name, module, optimizer, lesson, encode=encode, origin=origin)
-
-
-def _network(name: str, student: Student, lesson: Lesson) -> ArmNetwork:
-    with seeded(lesson.task.seed):
-        head = (LinearHead if name == "encoder" else AttentiveHead)(student.encoder.dim, lesson.num_classes)
-    encoder = student.encoder if name in WITH_ENCODER else None
+    if name == "untrained_head":
+        student.encoder = networks(model, task, rank_info, is_new=True).encoder
+    with seeded(task.seed):
+        head = make_head(student.encoder.dim)
+    is_trained = name in WITH_ENCODER
     predictor = student.predictor if name in WITH_PREDICTOR else None
     # arms that need one are refused before
     assert not isinstance(predictor, IdentityPredictor)
-    return ArmNetwork(head, encoder=encoder, predictor=predictor)
+    module = ArmNetwork(head, predictor=predictor, encoder=student.encoder if is_trained else None)
+    set_drop_path_(module, task.tune.drop_path)
+    return Parts(
+        name=name,
+        module=module,
+        encode=None if is_trained else frozen(student.encoder, rank_info),
+        student=student,
+        task=task,
+        model=model,
+    )
 
 
 def arm_of(

@@ -9,6 +9,7 @@ it sees of its task is the same.
 import gc
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
         preemption=bench.preemption,
     )
     everyone = np.arange(bench.val.num_samples)
-    named = predict(lambda batch: _answers(module, batch, encode), settings, bench.val, everyone, rank_info)
+    named = predict(partial(_answers, module, encode=encode), settings, bench.val, everyone, rank_info)
     true = np.stack([task.val.number for task in tasks], axis=1)
     # engines hold on to themselves in circles, and on to memory
     del job, module
@@ -160,7 +161,7 @@ def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench:
     return Learnt(correct=named.numpy() == true, tuned=tuned)
 
 
-def _answers(module: TaskPredictor, batch: Batch, encode: Encode) -> Int64[Tensor, "B tasks"]:
+def _answers(module: TaskPredictor, batch: Batch, *, encode: Encode) -> Int64[Tensor, "B tasks"]:
     """Return the class that each task's token and head give each image; the encoder sees it once."""
     tokens, answers = encode(batch.source_view), []
     for number, head in enumerate(module.heads):

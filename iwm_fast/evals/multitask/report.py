@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.evals.finetuning.run import task_folder
 from iwm_fast.evals.multitask.task_list import MEAN, TaskSpec
-from iwm_fast.evals.results import Result, Row, bootstrap
+from iwm_fast.evals.results import Result, Row, accuracy_row, bootstrap
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.training.train_state import TrainStats
 
@@ -92,20 +92,14 @@ def report(
 def _row(
     subject: str, right: np.ndarray, chance: float, seed: int, tuned: TrainStats, *, control: np.ndarray | None = None
 ) -> Row:
-    low, high = bootstrap(right.astype(np.float64), seed)
-    return Row(
-        subject=subject,
-        metric="accuracy",
-        value=float(right.mean()),
-        low=low,
-        high=high,
+    return accuracy_row(
+        subject,
+        right,
+        seed,
         control=None if control is None else float(control.mean()),
         control_name="" if control is None else "alone",
         chance=chance,
-        num_tuned=tuned.num_tuned,
-        num_samples=len(right),
-        images_per_s=tuned.images_per_s,
-        time_s=tuned.time_s,
+        **tuned.columns(),
     )
 
 

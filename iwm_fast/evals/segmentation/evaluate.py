@@ -16,13 +16,14 @@ from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
 from iwm_fast.evals.datasets import spread, training_shards, validation_shards
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.evals.segmentation.figure import Answer, Shown, save_picture
 from iwm_fast.evals.segmentation.masks import count_classes
 from iwm_fast.evals.segmentation.mean_iou import mean_iou, pixel_counts
 from iwm_fast.evals.segmentation.network import pixel_classes
 from iwm_fast.evals.segmentation.report import Learnt, report
-from iwm_fast.evals.segmentation.variants import WITH_PREDICTOR, Bench, build_arm
+from iwm_fast.evals.segmentation.variants import Bench, build_arm
 from iwm_fast.pipelines.annotations.segmentation import require_masks
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -126,11 +127,11 @@ def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tup
 
         def found(batch: Batch) -> Int64[Tensor, "B 3 K"]:
             inputs = arm.inputs(batch, masks)
-            classes = pixel_classes(arm.module(inputs), size)
+            classes = pixel_classes(arm.parts.module(inputs), size)
             return pixel_counts(classes, inputs.wait_for_masks(), bench.num_classes, config.ignore_index)
 
         def painted(batch: Batch) -> UInt8[Tensor, "B H W"]:
-            return pixel_classes(arm.module(arm.inputs(batch, masks)), size).to(torch.uint8)
+            return pixel_classes(arm.parts.module(arm.inputs(batch, masks)), size).to(torch.uint8)
 
         counts = predict(found, settings, bench.val, np.arange(bench.val.num_samples), rank_info).numpy()
         classes = predict(painted, settings, bench.val, chosen, rank_info).numpy()

@@ -84,8 +84,6 @@ def _row(arm: str, metric: str, learnt: dict[str, Learnt], draws: np.ndarray | N
         control=measure(learnt[control].counts) if has_control else None,
         control_name=control if has_control else "",
         chance=measure(guessed(counts)),
-        num_tuned=tuned.num_tuned,
         num_samples=len(counts),
-        images_per_s=tuned.images_per_s,
-        time_s=tuned.time_s,
+        **tuned.columns(),
     )

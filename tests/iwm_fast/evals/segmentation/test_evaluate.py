@@ -134,7 +134,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(rank_info,
     bench = _open(config, rank_info)
     for name, parts in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
         arm = build_arm(name, bench)
-        before = {key: value.clone() for key, value in arm.module.named_parameters()}
+        before = {key: value.clone() for key, value in arm.parts.module.named_parameters()}
         with bench.masks(bench.train) as masks:
             job = arm.job(bench, masks)
             tune(
@@ -145,7 +145,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(rank_info,
                 rank_info=rank_info,
                 folder=bench.folder,
             )
-        moved = {key for key, value in arm.module.named_parameters() if not torch.equal(value, before[key])}
+        moved = {key for key, value in arm.parts.module.named_parameters() if not torch.equal(value, before[key])}
         assert {key.split(".")[0] for key in before} == parts
         # the null action's columns of the mixer see no gradient, but their layer does
         assert before.keys() == moved, before.keys() - moved
