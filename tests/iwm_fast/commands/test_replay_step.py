@@ -212,7 +212,8 @@ def test_a_run_without_a_log_writes_none_and_drops_rows_that_it_will_not_make_ag
 
 # trains until step 7, behind the checkpoint of step 5, and then lets happen what the second argument says
 STRUCK = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
+from iwm_fast.checkpoints.checkpoint import newest
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.config.loading import load_config
@@ -226,6 +227,9 @@ with user_facing_errors():
 
     def strike(batch):
         if next(steps_left, None) is None:
+            # written beside training
+            while newest(trainer.folder) is None:
+                time.sleep(0.01)
             if sys.argv[2] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             # every write behind the 8000th byte of a file fails from now on, as on a full disk
