@@ -33,7 +33,7 @@ from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import clean_draws
 from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Encoded = UInt8[np.ndarray, "_"]
 
@@ -114,7 +114,7 @@ class Substitutes:
             limit = f"runtime.max_bad_samples = {self._setting:g} allows {math.floor(self._most)} per rank"
             what = f"cannot decode the image, drawn at step {step} ({reason}); it is bad sample {count} and {limit}"
             raise self._error(sample, what, "or raise that limit")
-        logger.warning(
+        log.warning(
             "step %d: cannot decode %s (%s); another sample of the batch stands in for it, bad samples so far: %d",
             step, self._shards.address(sample), reason, count,
         )  # fmt: skip

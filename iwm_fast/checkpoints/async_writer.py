@@ -15,7 +15,7 @@ from iwm_fast.engines.portable_state import copy_to_host
 from iwm_fast.pipelines.storage.atomic import remove, remove_leftovers
 from iwm_fast.runtime.distributed import RankInfo, any_rank
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:

@@ -25,7 +25,7 @@ from iwm_fast.models.layers import sincos_positions
 from iwm_fast.models.student import Student
 from iwm_fast.runtime import distributed
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 # where files keep a model's weights; the teacher's come first, which is what one evaluates
 _ENTRIES = ("target_encoder", "teacher", "encoder", "model", "state_dict")

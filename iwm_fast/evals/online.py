@@ -24,7 +24,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.world_model import WorldModel
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 # some 400 TFLOP for a ViT-B/16: half a minute of a GPU's float32
 _MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))

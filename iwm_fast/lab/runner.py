@@ -36,7 +36,7 @@ from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.pipelines.storage.atomic import replace_file, save_json
 from iwm_fast.runtime.run_status import read_status
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 LAB, _LOG = "lab.yaml", "lab.log"
 _TAIL = 15

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from iwm_fast.config.run import profiled_steps
 from iwm_fast.runtime.distributed import RankInfo
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 _NUM_OPERATIONS = 25
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from iwm_fast.monitoring.collapse import warnings_of
 from iwm_fast.runtime.distributed import RankInfo
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 # time left follows from the steps of so many seconds: short enough to follow, long enough to hold a checkpoint
 _SPEED_PERIOD_S = 600.0

@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")  # no display on a GPU node
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -63,12 +59,10 @@ class Dots:
 
 @contextmanager
 def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    with plt.rc_context(_style(_OF_PAGE)):
-        figure, axis = plt.subplots(figsize=(width, height), layout="constrained")
-        try:
-            yield figure, axis
-        finally:
-            plt.close(figure)
+    with matplotlib.rc_context(_style(_OF_PAGE)):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axis = figure.subplots()
+        yield figure, axis
 
 
 def _to_svg(figure: Figure) -> str:
@@ -152,11 +146,9 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
     num_columns = min(2, len(plots))
     pairs = [plots[first : first + num_columns] for first in range(0, len(plots), num_columns)]
     heights = [1.4 + 0.34 * max(len(plot.rows) for plot in pair) for pair in pairs]
-    with plt.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
-        figure, axes = plt.subplots(
-            len(pairs), num_columns, figsize=(6.2 * num_columns, sum(heights)), squeeze=False, layout="constrained",
-            height_ratios=heights,
-        )  # fmt: skip
+    with matplotlib.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
+        figure = Figure(figsize=(6.2 * num_columns, sum(heights)), layout="constrained")
+        axes = figure.subplots(len(pairs), num_columns, squeeze=False, height_ratios=heights)
         for axis in axes.flat[len(plots) :]:
             axis.set_visible(False)
         for axis, plot in zip(axes.flat, plots, strict=False):
@@ -168,4 +160,3 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
             ).set_in_layout(False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
-        plt.close(figure)

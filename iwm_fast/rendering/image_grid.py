@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a GPU node
-
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
@@ -58,7 +53,7 @@ def save_sections(path: Path, sections: Sequence[Section], title: str, panel_inc
     title_lines = _wrap(title, (width - 2 * _MARGIN) / 1.35)
     heights = [_section_height(section, panel_inches, width) for section in sections]
     height = 2 * _MARGIN + 0.2 * len(title_lines) + sum(heights)
-    figure = plt.figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height))
     _write(figure, _MARGIN, _MARGIN, title_lines, size=10.5, weight="bold")
     top = _MARGIN + 0.2 * len(title_lines)
     for section, lasts in zip(sections, heights, strict=True):
@@ -66,7 +61,6 @@ def save_sections(path: Path, sections: Sequence[Section], title: str, panel_inc
         top += lasts
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
 
 
 def _section_height(section: Section, panel_inches: float, width: float) -> float:

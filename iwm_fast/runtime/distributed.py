@@ -20,7 +20,7 @@ from iwm_fast.runtime.error_reporting import PeerFailedError
 
 Value = TypeVar("Value")
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,7 +58,7 @@ def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIM
     rank, local_rank, world_size = _read_environment()
     device = choose_device(device_setting, local_rank)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    logger.info("computing on %s (runtime.device=%s)", name, device_setting)
+    log.info("computing on %s (runtime.device=%s)", name, device_setting)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -76,7 +76,7 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) 
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    logger.info("rank %d of %d meets the others at %s", rank, world_size, address)
+    log.info("rank %d of %d meets the others at %s", rank, world_size, address)
     # binding the GPU lets a barrier know its device
     bound = device if device.type == "cuda" else None
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from threading import Thread
 from typing import NoReturn
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: start it again."""

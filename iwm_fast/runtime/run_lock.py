@@ -7,7 +7,7 @@ from typing import IO
 
 from iwm_fast.runtime.run_status import read_status
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 _FILE = ".lock"
 

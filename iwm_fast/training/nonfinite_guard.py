@@ -12,7 +12,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.step import StepReport
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 FILE = "skipped_steps.jsonl"
 _MOST_SHOWN = 8

@@ -24,7 +24,7 @@ from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.train_state import TrainState
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 class PretrainTask:

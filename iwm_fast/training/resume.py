@@ -15,7 +15,7 @@ from iwm_fast.pipelines.sampling.batch_plan import StreamStart
 from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.runtime import distributed
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 def find_start(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:

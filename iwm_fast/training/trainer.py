@@ -32,7 +32,7 @@ from iwm_fast.training.step import StepReport
 from iwm_fast.training.task import TrainTask
 from iwm_fast.training.train_state import TrainState
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from iwm_fast.pipelines.action_log.schema import LogHead, Received, RowMaker, re
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # a row takes about 200 bytes in memory and 90 to 120 on disk: a group 3 MB, a part 100 MB
 GROUP_ROWS = 16_384
@@ -96,7 +96,7 @@ class ActionLog:
         self._hand_over(ends_part=True)
         self._thread.shutdown()
         if self.failure is not None:
-            logger.warning("the action log in %s lacks its last rows: %s", self._folder, self.failure)
+            log.warning("the action log in %s lacks its last rows: %s", self._folder, self.failure)
 
     def _hand_over(self, *, ends_part: bool) -> Future[None]:
         if len(self._writing) >= _MOST_WAITING:

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from iwm_fast.pipelines.storage.remote_file import file_info
 from iwm_fast.pipelines.storage.shard import Shard, index_shard
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # changes with the meaning of what is kept
 FORMAT = 2
@@ -116,10 +116,10 @@ def _read(place: Path, path: str, stamp: Stamp) -> Shard | None:
             arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_NUMBERS)}
             checksum, num_left_out = about["checksum"], int(about["num_left_out"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%s is no whole index (%s); it is made anew", place, error)
+        log.warning("%s is no whole index (%s); it is made anew", place, error)
         return None
     if checksum != _checksum(arrays):
-        logger.warning("%s is damaged; it is made anew", place)
+        log.warning("%s is damaged; it is made anew", place)
         return None
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
@@ -145,7 +145,7 @@ def _keep(shard: Shard, stamp: Stamp, places: list[Path]) -> None:
             return _publish(place, content)
         except OSError as error:
             errors.append(str(error))
-    logger.warning("the index of %s cannot be kept and will be made again next time: %s", shard.path, "; ".join(errors))
+    log.warning("the index of %s cannot be kept and will be made again next time: %s", shard.path, "; ".join(errors))
 
 
 def _publish(place: Path, content: bytes) -> None:

@@ -52,7 +52,7 @@ _MARKS = (0x5A, 0xA5)
 _Result = TypeVar("_Result")
 # a generator of its own: waiting must not change what anybody else draws
 _jitter = random.SystemRandom()
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class ChangedError(OSError):
@@ -230,7 +230,7 @@ def _persist(uri: str, what: str, request: Callable[[], _Result]) -> _Result:
             if attempt == NUM_ATTEMPTS or time.monotonic() - begin_s > PATIENCE_S:
                 raise _given_up(uri, what, error, attempt, time.monotonic() - begin_s) from error
             wait_s = FIRST_WAIT_S * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1)
-            logger.warning(
+            log.warning(
                 "%s: %s failed (attempt %d of %d), again in %.1f s: %s", uri, what, attempt, NUM_ATTEMPTS, wait_s, error
             )
         time.sleep(wait_s)

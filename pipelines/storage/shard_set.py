@@ -20,7 +20,7 @@ from iwm_fast.pipelines.storage.index_cache import load_or_index
 from iwm_fast.pipelines.storage.remote_file import file_info, list_files
 from iwm_fast.pipelines.storage.shard import Shard, first_samples
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,9 +122,7 @@ def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
         shards = tuple(pool.map(load_or_index, paths))
     num_left_out = sum(shard.num_left_out for shard in shards)
     if num_left_out:
-        logger.warning(
-            "%s: %d samples are left out, as iwm shards check found they cannot be decoded", spec, num_left_out
-        )
+        log.warning("%s: %d samples are left out, as iwm shards check found they cannot be decoded", spec, num_left_out)
     return ShardSet(shards=shards)
 
 

@@ -19,7 +19,7 @@ from webdataset.writer import ShardWriter
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS, PACK_DEFAULTS, PackConfig, check
 from iwm_fast.pipelines.counter_rng import random_bits
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAULTS, seed: int = 0) -> list[Path]:
@@ -85,9 +85,9 @@ def _images(folder: Path) -> list[Path]:
         images = [Path(parent, name) for name in visible if _is_image(name)]
         found += images
         if len(images) < len(visible):
-            LOG.warning("%s: %d files that are no images left out", parent, len(visible) - len(images))
+            log.warning("%s: %d files that are no images left out", parent, len(visible) - len(images))
     if not found:
-        LOG.warning("folder %s holds no images", folder)
+        log.warning("folder %s holds no images", folder)
     return sorted(found)
 
 

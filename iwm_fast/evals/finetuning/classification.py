@@ -30,7 +30,7 @@ from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.preemption import Preemption
 from iwm_fast.training.train_state import TrainStats
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 PRETRAINED, CONTROL = "predictor", "random_predictor"
 

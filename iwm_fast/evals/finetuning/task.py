@@ -34,7 +34,7 @@ from iwm_fast.training.seeding import drawing_from
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.train_state import TrainState
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 _PREFIX = "trained."
 # settings of the run that decide the result; the rest of its fingerprint does not matter here or comes from the task

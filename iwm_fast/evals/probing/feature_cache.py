@@ -36,7 +36,7 @@ from iwm_fast.runtime.run_lock import lock_folder
 from iwm_fast.training.loaders import EVALUATION_BATCH as BLOCK
 from iwm_fast.world_model import WorldModel
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 FOLDER, ROWS, ABOUT = "features", "rows.npy", "about.json"
 # raise it when the same key would give other rows

@@ -23,7 +23,7 @@ from iwm_fast.evals.results import Result, save_result
 from iwm_fast.pipelines.config import check
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 Build = Callable[[Examples, int, int], Grid]
 """Makes a grid from the examples that are learnt from, the number of classes and the number of points."""

@@ -49,7 +49,7 @@ from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 
 def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result:

@@ -31,7 +31,7 @@ from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, sin
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.preemption import Preemption
 
-log = logging.getLogger("iwm_fast")
+log = logging.getLogger(__name__)
 
 # images that are looked at for each one in the picture
 _CANDIDATES = 16
