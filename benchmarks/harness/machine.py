@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import triton
 
+from iwm_fast.runtime import provenance
+from iwm_fast.runtime.provenance import cpu_name
+
 PROJECT = Path(__file__).parents[2]
 PIPELINE_PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy")
 
@@ -31,7 +34,7 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "gpu": properties.name if properties else None,
         "multiprocessors": properties.multi_processor_count if properties else None,
         "driver": _driver() if properties else None,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": num_cores(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -39,7 +42,7 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit or _commit(),
+        "commit": commit or _known_commit(),
         "command": _command(),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -58,20 +61,13 @@ def num_cores() -> int:
     return allowed if quota == "max" else min(allowed, max(math.floor(int(quota) / int(period)), 1))
 
 
-def _cpu() -> str | None:
-    listed = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
-    return found[1].strip() if found else platform.processor() or None
-
-
 def _driver() -> str | None:
     return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
-def _commit() -> str | None:
-    head = _answer("git", "rev-parse", "--short=12", "HEAD")
-    changed = _answer("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{head} dirty" if head and changed else head or None
+def _known_commit() -> str | None:
+    found = provenance.commit()
+    return None if found == "unknown" else found
 
 
 def _command() -> str:

@@ -1,6 +1,7 @@
 """By what and where a number was made: command, commit, versions, machine."""
 
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -39,9 +40,12 @@ def machine(device: torch.device) -> str:
     """Name the processor or GPU that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{model}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} per rank"
+    num_threads = torch.get_num_threads()
+    return f"{cpu_name()}, {num_threads} thread{'s' if num_threads > 1 else ''} per rank"
+
+
+def cpu_name() -> str:
+    """Name the processor as the kernel does, or at least its architecture."""
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
