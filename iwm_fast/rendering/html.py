@@ -35,12 +35,12 @@ pre { overflow-x: auto; font-size: .8rem; margin: .5rem 0; } summary { cursor: p
 """
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """Return a whole HTML document."""
+def page(title: str, body: Iterable[str], style: str = "") -> str:
+    """Return a whole HTML document; `style` is added to the rules that all pages share."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
