@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.export import is_export, read_export
-from iwm_fast.config.loading import load_config
+from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
@@ -134,17 +134,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> WorldModel:
     if is_export(folder):
         found = read_export(folder)
         return _trained(found.config, found.encoder_state, found.predictor_state, step=found.step, device=device)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} is no run folder: it has no config.yaml; give run=DIR of a training run or an export"
-        )
+    config = load_run_config(folder)
     saved, refused = checkpoints.read_newest(folder)
     if saved is None:
         raise FileNotFoundError(f"{str(folder)!r} has no checkpoint yet; wait for output.checkpoint_every steps")
     for reason in refused.values():
         log.warning("%s; loading step %d instead", reason, saved.step)
-    config, predictor_state = load_config(folder / "config.yaml"), saved.weights("predictor.")
-    return _trained(config, saved.teacher_state, predictor_state, step=saved.step, device=device)
+    return _trained(config, saved.teacher_state, saved.weights("predictor."), step=saved.step, device=device)
 
 
 def _trained(

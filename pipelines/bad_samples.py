@@ -120,9 +120,8 @@ class Substitutes:
         )  # fmt: skip
 
     def _error(self, sample: int, what: str, also: str) -> ShardError:
-        (number,), _ = self._shards.locate(np.array([sample]))
         remedy = f"let `iwm shards check` find all such samples and leave them out, {also}"
-        return ShardError(what, shard=self._shards.shards[number].path, key=self._shards.key(sample), remedy=remedy)
+        return ShardError(what, **self._shards.where(sample), remedy=remedy)
 
 
 def looks_whole(content: Encoded) -> bool:

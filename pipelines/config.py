@@ -39,6 +39,16 @@ def check_range(name: str, value: tuple[float, float], low: float, high: float) 
     check(low <= value[0] <= value[1] <= high, name, value, f"satisfy {low:g} <= low <= high <= {high:g}")
 
 
+def check_label_field(name: str, value: object) -> None:
+    """Check that a setting names labels: `cls`, or `json.NAME` for a field of the .json members.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    is_field = isinstance(value, str) and (value == "cls" or (value.startswith("json.") and all(value.split("."))))
+    check(is_field, name, value, "be cls or json.NAME")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the samples are and in which locality they are shuffled."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from iwm_fast.config.commands import ReplayConfig
-from iwm_fast.config.loading import load_config
+from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RuntimeConfig, loader_config
 from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, parts, read_step
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
@@ -37,10 +37,7 @@ def replay(config: ReplayConfig) -> Path:
         ActionLogError: if the log lacks the step, the shards have changed, or something else comes out than was logged.
     """
     run, folder = Path(config.run), Path(config.run) / "actions"
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{config.run!r} is no run folder: it has no config.yaml; give run=DIR of a training run"
-        )
+    runtime = load_run_config(run).runtime
     every = parts(folder)
     if config.step is None and every:
         raise ActionLogError(f"step must be one of those in {folder}, {describe_steps(every)}; none was given")
@@ -50,7 +47,6 @@ def replay(config: ReplayConfig) -> Path:
     rows = rows.slice(config.first_slot, config.num_images or (_PICTURED if config.format == "png" else None))
     shards = open_training_shards(DataConfig(train=config.shards or head.shards, max_samples=head.max_samples))
     require_same_samples(rows, head, shards)
-    runtime = load_config(run / "config.yaml").runtime
     device = choose_device(config.device or runtime.device)
     batches = rendered_again(rows, head, shards, _loader_config(config, runtime, device), device)
     suffix, save = ("png", _save_picture) if config.format == "png" else ("safetensors", _save_tensors)
@@ -85,8 +81,8 @@ def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> Non
             raise ActionLogError(
                 f"sample {sample} ({key!r} of {path}) was in slot {slot}, there are {shards.num_samples} now; {remedy}"
             )
-        (number,), _ = shards.locate(np.array([sample]))
-        now_key, now_path = legible(shards.key(sample)), legible(shards.shards[number].path)
+        now = shards.where(sample)
+        now_key, now_path = legible(now["key"]), legible(now["shard"])
         if (now_key, PurePath(now_path).name) != (key, PurePath(path).name):
             raise ActionLogError(
                 f"sample {sample} in slot {slot} was {key!r} of {path}, it is {now_key!r} of {now_path} now; {remedy}"

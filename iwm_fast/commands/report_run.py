@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import describe_fields, load_config, to_tree
+from iwm_fast.config.loading import describe_fields, load_run_config, to_tree
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
@@ -45,10 +45,8 @@ def write_run_report(run: Path) -> Path:
     Raises:
         FileNotFoundError: if the folder holds no run.
     """
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{str(run)!r} is no run folder: it has no config.yaml; give run=DIR of a training run")
+    config = load_run_config(run)
     rows, results = read_metrics(run), [read_result(path) for path in sorted(run.glob("evaluations/*.json"))]
-    config = load_config(run / "config.yaml")
     parts = [f"<h1>{escape(run.name)}</h1>", _about_run(run), tiles(_headline(rows, results))]
     if rows:
         parts += [section("Curves", '<div class="grid">' + "".join(_curves(rows)) + "</div>"), _split(rows)]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import check, check_label_field
 
 Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
@@ -20,8 +20,7 @@ class EvalData:
     """What probes compare: cls, or json.NAME for a field of the .json members, json.NAME.NAME for one inside it."""
 
     def __post_init__(self) -> None:
-        is_name = self.label == "cls" or (self.label.startswith("json.") and all(self.label.split(".")))
-        check(is_name, "data.label", self.label, "be cls or json.NAME")
+        check_label_field("data.label", self.label)
 
 
 def _check_no_label(data: EvalData) -> None:

@@ -42,6 +42,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, tree, overrides)
 
 
+def load_run_config(run: Path) -> RunConfig:
+    """Read the settings of a run from its folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run.
+        ValueError: if a setting is unknown or out of range here.
+    """
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{str(run)!r} is no run folder: it has no config.yaml; give run=DIR of a training run, or an export"
+        )
+    return load_config(run / "config.yaml")
+
+
 def build(kind: type[Config], tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Build a checked configuration from nested dicts that hold differences from the defaults, then overrides.
 

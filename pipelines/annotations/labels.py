@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import check, check_label_field
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard import Shard, require_unchanged
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -79,8 +79,7 @@ def read_labels(shards: ShardSet, field: str, *, classes: Sequence[str] | None =
         ValueError: if `field` is neither.
         ShardError: if a sample lacks the field, holds something that names no class, or a value not in `classes`.
     """
-    is_name = field == "cls" or (field.startswith("json.") and all(field.split(".")))
-    check(is_name, "field", field, "be 'cls' or 'json.NAME'")
+    check_label_field("field", field)
     values, code = _class_values(shards) if field == "cls" else _json_values(shards, field, num_threads)
     mixed = [value.kind != values[0].kind for value in values]
     if any(mixed):
@@ -104,10 +103,8 @@ def _first(
     shards: ShardSet, values: list[_Value], code: Int64[np.ndarray, "samples"], is_wrong: list[bool]
 ) -> tuple[_Value, dict[str, str]]:
     """Return the first wrong value with shard and key of its sample."""
-    sample = np.flatnonzero(np.array(is_wrong)[code])[:1]
-    (number,), _ = shards.locate(sample)
-    where = {"shard": shards.shards[int(number)].path, "key": shards.key(int(sample[0]))}
-    return values[int(code[sample[0]])], where
+    sample = int(np.flatnonzero(np.array(is_wrong)[code])[0])
+    return values[int(code[sample])], shards.where(sample)
 
 
 def _class_values(shards: ShardSet) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:

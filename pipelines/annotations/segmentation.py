@@ -31,9 +31,8 @@ def read_mask(shards: ShardSet, files: FileCache, sample: int) -> UInt8[np.ndarr
         ShardError: if there is none, it cannot be decoded, is no mask, or differs from its image in size; also if the
             shard has changed since it was indexed.
     """
-    (number,), (position,) = shards.locate(np.array([sample], np.int64))
-    shard = shards.shards[int(number)]
-    where = {"shard": shard.path, "key": shard.keys[int(position)]}
+    shard, position = shards.shard_of(sample)
+    where = shards.where(sample)
     if not shard.mask_offset[position]:
         raise ShardError("has no segmentation map", **where, remedy=_REMEDY)
     image_begin, mask_begin = int(shard.image_offset[position]), int(shard.mask_offset[position])

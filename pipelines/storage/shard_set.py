@@ -66,18 +66,24 @@ class ShardSet:
         shard = np.searchsorted(self.first_sample, samples, side="right").astype(np.int64) - 1
         return shard, samples - self.first_sample[shard]
 
-    def _place(self, sample: int) -> tuple[Shard, int]:
-        shard, position = self.locate(np.array([sample], np.int64))
-        return self.shards[int(shard[0])], int(position[0])
+    def shard_of(self, sample: int) -> tuple[Shard, int]:
+        """Return one sample's shard and its position in that."""
+        (number,), (position,) = self.locate(np.array([sample], np.int64))
+        return self.shards[int(number)], int(position)
 
     def key(self, sample: int) -> str:
         """Return the sample's name, unique within its shard."""
-        shard, position = self._place(sample)
+        shard, position = self.shard_of(sample)
         return shard.keys[position]
+
+    def where(self, sample: int) -> dict[str, str]:
+        """Return shard path and key, as `ShardError` takes them."""
+        shard, position = self.shard_of(sample)
+        return {"shard": shard.path, "key": shard.keys[position]}
 
     def address(self, sample: int) -> str:
         """Return shard path and key, joined by a colon, for messages and logs."""
-        shard, position = self._place(sample)
+        shard, position = self.shard_of(sample)
         return f"{shard.path}:{shard.keys[position]}"
 
     def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
@@ -92,10 +98,9 @@ class ShardSet:
         """
         missing = np.flatnonzero(self._label < 0)
         if len(missing):
-            shard, position = self._place(int(missing[0]))
             what = f"has no label, like {len(missing)} of {self.num_samples} samples, and {why} needs one for each"
             remedy = "add a .cls member with the class number to each sample"
-            raise ShardError(what, shard=shard.path, key=shard.keys[position], remedy=remedy)
+            raise ShardError(what, **self.where(int(missing[0])), remedy=remedy)
 
     @cached_property
     def content_digest(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import check, check_label_field
 
 # what tells rows of several tasks from those of one
 MEAN = "mean"
@@ -75,8 +75,7 @@ def _task(path: str, name: Any, given: Any) -> TaskSpec:
     unknown = [key for key in given if key not in known]
     check(not unknown, where, unknown, f"have no other entries than {', '.join(known)}")
     label, weight, classes = given.get("label", ""), given.get("weight", 1.0), given.get("classes")
-    is_label = isinstance(label, str) and (label == "cls" or (label.startswith("json.") and all(label.split("."))))
-    check(is_label, f"{where}.label", label, "be cls or json.FIELD")
+    check_label_field(f"{where}.label", label)
     is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
     check(is_weight, f"{where}.weight", weight, "be a number above 0")
     is_list = classes is None or (

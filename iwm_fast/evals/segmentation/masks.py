@@ -33,7 +33,7 @@ def count_classes(train: ShardSet, val: ShardSet, *, ignore_index: int, num_thre
         shown[:, ignore_index] = False
         if shown.any():
             sample, value = np.argwhere(shown)[0]
-            where = _where(val, int(sample))
+            where = val.where(int(sample))
             remedy = f"training maps hold {np.flatnonzero(seen).tolist()}; leave it out, or name it with ignore_index"
             raise ShardError(f"segmentation map shows class {value}, which no training map has", **where, remedy=remedy)
         return int(np.flatnonzero(seen)[-1]) + 1
@@ -81,7 +81,7 @@ class ViewMasks:
         if known.size and known.max() >= self._num_classes:
             what = f"segmentation map shows class {known.max()}, and there are classes 0 .. {self._num_classes - 1}"
             remedy = "raise num_classes, or name the value with ignore_index"
-            raise ShardError(what, **_where(self._shards, sample), remedy=remedy)
+            raise ShardError(what, **self._shards.where(sample), remedy=remedy)
         return mask
 
     def close(self) -> None:
@@ -94,8 +94,3 @@ class ViewMasks:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _where(shards: ShardSet, sample: int) -> dict[str, str]:
-    (number,), _ = shards.locate(np.array([sample], np.int64))
-    return {"shard": shards.shards[int(number)].path, "key": shards.key(sample)}
