@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.evaluate import TASKS, evaluate, read_settings, watch_signals_if_training
+from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, watch_signals_if_training
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
@@ -27,12 +27,6 @@ class Command:
     """Called with the settings, its result is printed; a function of this file is called with the arguments."""
     settings: str = ""
     """Class whose fields `--help` explains."""
-
-
-def load(name: str) -> Any:
-    """Import what "module:name" names."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def _read(settings: str, arguments: list[str]) -> Any:

@@ -17,72 +17,51 @@ from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preempti
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
-    """One kind of evaluation, named so that nothing is imported before it is wanted."""
+    """One kind of evaluation; names are "module:name" and imported when they are needed."""
 
     summary: str
-    module: str
-    """Module below `iwm_fast.evals` with the function `evaluate_NAME`."""
+    target: str
+    """Function that takes settings and ranks, and the preemption too if it trains, and returns a result."""
     config: str
-    """Class of its settings, as "module:name"."""
+    """Class of its settings."""
     trains: bool = False
     """Whether it trains networks for long: then it resumes where it was stopped."""
 
     @property
     def settings(self) -> Any:
         """The class of its settings."""
-        module, _, name = self.config.partition(":")
-        return getattr(import_module(module), name)
+        return load(self.config)
+
+
+def load(name: str) -> Any:
+    """Import what "module:name" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 _PIPE_WIDTH = 160
 
+_EVALS, _QUICK, _TRAINING = "iwm_fast.evals", "iwm_fast.config.evaluation", "iwm_fast.config.finetuning"
 TASKS = {
-    "mrr": Task(
-        module="retrieval.mrr",
-        config="iwm_fast.config.evaluation:MrrConfig",
-        summary="mean reciprocal rank of the world model, beside chance and untrained",
-    ),
-    "knn": Task(
-        module="probing.knn",
-        config="iwm_fast.config.evaluation:KnnConfig",
-        summary="k nearest neighbours on frozen features, beside an untrained encoder",
-    ),
-    "linear": Task(
-        module="probing.linear",
-        config="iwm_fast.config.evaluation:LinearConfig",
-        summary="linear probe on frozen features, beside an untrained encoder",
-    ),
-    "attentive": Task(
-        module="probing.attentive",
-        config="iwm_fast.config.evaluation:AttentiveConfig",
-        summary="attentive probe on frozen tokens, likewise",
-    ),
-    "plan": Task(
-        module="planning.evaluate",
-        config="iwm_fast.config.evaluation:PlanConfig",
-        summary="find the change between two images through the world model",
-    ),
-    "finetune": Task(
-        module="finetuning.classification",
-        config="iwm_fast.config.finetuning:FinetuneConfig",
-        trains=True,
-        summary="five arms: encoder, world model, new predictor, head alone, end to end",
-    ),
-    "multitask": Task(
-        module="multitask.evaluate",
-        config="iwm_fast.config.finetuning:MultitaskConfig",
-        trains=True,
-        summary="one predictor for several tasks, beside one predictor each",
-    ),
-    "segment": Task(
-        module="segmentation.evaluate",
-        config="iwm_fast.config.finetuning:SegmentConfig",
-        trains=True,
-        summary="segmentation from encoder or predictor tokens by a linear head, mean IoU",
-    ),
-}
+    "mrr": Task("mean reciprocal rank of the world model, beside chance and untrained",
+                f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
+    "knn": Task("k nearest neighbours on frozen features, beside an untrained encoder",
+                f"{_EVALS}.probing.knn:evaluate_knn", f"{_QUICK}:KnnConfig"),
+    "linear": Task("linear probe on frozen features, beside an untrained encoder",
+                   f"{_EVALS}.probing.linear:evaluate_linear", f"{_QUICK}:LinearConfig"),
+    "attentive": Task("attentive probe on frozen tokens, likewise",
+                      f"{_EVALS}.probing.attentive:evaluate_attentive", f"{_QUICK}:AttentiveConfig"),
+    "plan": Task("find the change between two images through the world model",
+                 f"{_EVALS}.planning.evaluate:evaluate_plan", f"{_QUICK}:PlanConfig"),
+    "finetune": Task("five arms: encoder, world model, new predictor, head alone, end to end",
+                     f"{_EVALS}.finetuning.classification:evaluate_finetune", f"{_TRAINING}:FinetuneConfig", True),
+    "multitask": Task("one predictor for several tasks, beside one predictor each",
+                      f"{_EVALS}.multitask.evaluate:evaluate_multitask", f"{_TRAINING}:MultitaskConfig", True),
+    "segment": Task("segmentation from encoder or predictor tokens by a linear head, mean IoU",
+                    f"{_EVALS}.segmentation.evaluate:evaluate_segment", f"{_TRAINING}:SegmentConfig", True),
+}  # fmt: skip
 """By name."""
 
 
@@ -140,7 +119,7 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
     from iwm_fast.runtime import distributed  # noqa: PLC0415
 
     task = TASKS[name]
-    evaluation = getattr(import_module(f"iwm_fast.evals.{task.module}"), f"evaluate_{name}")
+    evaluation = load(task.target)
     runtime = getattr(config, "runtime", None)
     waiting = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
     rank_info = distributed.start(config.device if runtime is None else runtime.device, **waiting)

@@ -124,8 +124,9 @@ def functions_of(module) -> list:
 
 
 def test_every_setting_is_explained():
-    from iwm_fast.cli import COMMANDS, load
+    from iwm_fast.cli import COMMANDS
     from iwm_fast.config.loading import describe_fields
+    from iwm_fast.evaluate import load
 
     kinds = {load(command.settings) for command in COMMANDS.values() if command.settings}
     assert len(kinds) >= 8

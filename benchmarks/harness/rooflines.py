@@ -24,10 +24,6 @@ class Cost(NamedTuple):
     bytes: int
     flops: int
 
-    def floor_ms(self, bytes_per_s: float, flops_per_s: float) -> float:
-        """Return the time of the slower of the two."""
-        return 1e3 * max(self.bytes / bytes_per_s, self.flops / flops_per_s)
-
 
 def _with_both(forward: Cost, backward: Cost) -> dict[str, Cost]:
     both = Cost(forward.bytes + backward.bytes, forward.flops + backward.flops)

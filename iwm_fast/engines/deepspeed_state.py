@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwm_fast.engines.portable_state import MOMENTS, adam_steps, check_state, copy_to_host, get_moment, set_moments
+from iwm_fast.engines.portable_state import (
+    MOMENTS,
+    adam_steps,
+    check_state,
+    copy_to_host,
+    get_moment,
+    parameters_with_prefix,
+    set_moments,
+)
 from iwm_fast.runtime.distributed import all_gather
 
 
@@ -25,9 +33,7 @@ class FlatState:
         self._module, self._zero, self._rank = module, zero, rank
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._module.named_parameters():
-            if name.startswith(prefix):
-                yield name, parameter
+        return parameters_with_prefix(self._module, prefix)
 
     def state(self) -> dict[str, Tensor]:
         state = {}

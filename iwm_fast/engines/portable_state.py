@@ -60,6 +60,11 @@ def check_state(state: dict[str, Tensor], named_parameters: Iterable[tuple[str, 
         raise ValueError(f"the saved state has {superfluous[0]}, which this model does not have")
 
 
+def parameters_with_prefix(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters whose names begin with a prefix, under their whole names."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if name.startswith(prefix))
+
+
 class WholeState:
     """The state where every rank holds whole weights, gradients and moments."""
 
@@ -68,9 +73,7 @@ class WholeState:
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """See `iwm_fast.engines.base.Engine`, as for the others."""
-        for name, parameter in self._module.named_parameters():
-            if name.startswith(prefix):
-                yield name, parameter
+        return parameters_with_prefix(self._module, prefix)
 
     def state(self) -> dict[str, Tensor]:
         if self._rank != 0:
