@@ -130,7 +130,7 @@ COMMANDS = {
         "run=DIR | lab=DIR", "write one HTML page of a run or a lab: curves, tables, pictures, settings",
         _report, "iwm_fast.config.commands:ReportConfig"),
     "lab": Command(
-        "LAB.yaml", "make a grid of small runs, measure them and judge the claims they are for; goes on", _lab),
+        "LAB.yaml", "run a grid of small trainings, evaluate them and judge the claims; resumes if stopped", _lab),
     "replay": Command(
         "run=DIR step=S [key=value ...]", "render the views of a logged step again, as training saw them",
         "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),

@@ -147,6 +147,14 @@ def test_the_project_stands_on_its_own():
     assert found == []
 
 
+def test_files_that_the_documentation_names_are_there():
+    named = re.compile(r"`((?:iwm_fast|kernels|pipelines|benchmarks|tests|examples|docs)/[\w./-]*)`")
+    pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
+    found = {name for page in pages for name in named.findall(page.read_text(encoding="utf-8"))}
+    assert len(found) > 30
+    assert sorted(name for name in found if not (PROJECT / name).exists()) == []
+
+
 def run_tool(*command: str) -> None:
     done = subprocess.run(
         [str(TOOLS / command[0]), *command[1:]], cwd=PROJECT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The training step's measurements: what records are called, what is to be reached, and the tables."""
+"""The training step's measurements: names of the records, goals and tables."""
 
 from collections.abc import Callable, Sequence
 

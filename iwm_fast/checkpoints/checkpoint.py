@@ -4,7 +4,7 @@
         model.safetensors   the engine's state (see portable_state) and teacher/<name>
         state.json          progress, run_id, fingerprint, versions
         config.yaml         every setting of the run that wrote it
-        manifest.json       size and SHA-256 of each (see commit)
+        manifest.json       size and SHA-256 of each (see pipelines.storage.atomic)
 
 It knows nothing of ranks and ZeRO stages: any number of ranks and any engine continues from it. It holds no state of a
 random generator, because there is none: sample order, crops, actions and masks are pure functions of (seed, step,

@@ -18,4 +18,4 @@ def require_undamaged(folder: Path, names: tuple[str, ...]) -> None:
     try:
         verify(folder, names)
     except OSError as error:
-        raise CheckpointError(f"{error}: it is damaged; the run's other checkpoints may be whole") from error
+        raise CheckpointError(f"{error}: it is damaged; the run's other checkpoints may be complete") from error

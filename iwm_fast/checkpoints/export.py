@@ -6,7 +6,7 @@
         predictor.safetensors         the world model; not there for the identity predictor
         config.json                   timm's call, settings of the networks, the action's entries, pixel statistics
         README.md                     model card
-        manifest.json                 size and SHA-256 of each (see commit)
+        manifest.json                 size and SHA-256 of each (see pipelines.storage.atomic)
 
 It is there whole or not at all.
 """

@@ -57,7 +57,8 @@ class ReplayConfig:
     run: str = ""
     """Run folder; the run was trained with output.action_log=true."""
     step: int | None = None
-    """Which step, from 0: in metrics.jsonl step 100 stands behind step 99. If unset, you are told which there are."""
+    """Step to render, from 0; step 99 is the one whose row in metrics.jsonl says 100. Unset: the steps that are logged
+    are listed."""
     first_slot: int = 0
     """Place in the global batch to begin with."""
     num_images: int | None = None

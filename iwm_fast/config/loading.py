@@ -131,7 +131,7 @@ def describe_fields(kind: Any) -> Iterator[tuple[str, str, Any, str]]:
 
 
 def _leaf_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
-    """Yield (dotted name, field, dataclass that has it) of every setting, in order."""
+    """Yield (dotted name, field, its dataclass) of every setting, in order."""
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(item.type):
             yield from _leaf_fields(item.type, f"{prefix}{item.name}.")

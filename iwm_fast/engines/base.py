@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Yield the module's whole float32 weights under its own names, those that begin with the prefix; collective.
+        """Yield the module's unsharded float32 weights whose names begin with the prefix; collective.
 
         They are those of this moment: take them before the next step.
         """
@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a whole state, which every rank passes.
+        """Load an unsharded state, which every rank passes.
 
         Raises:
             ValueError: if its names or shapes are not this model's.
@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the module back with whole weights on every rank, for use without the engine, which ends; collective.
+        """Leave the module usable without the engine, with unsharded weights on every rank; collective.
 
         With ZeRO stage 3 its parameters are new objects.
         """
