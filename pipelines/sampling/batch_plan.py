@@ -104,11 +104,6 @@ class Stream:
         first = self.start.position + (step - self.start.step) * self.global_batch_size
         return self.order.samples_at(first + slots)
 
-    def following(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return the samples of the slots behind an image's in the global batch: the same for any ranks."""
-        slots = (request.slots[image] + np.arange(1, self.global_batch_size)) % self.global_batch_size
-        return self.samples(request.step, slots)
-
 
 # the micro-batches of one step follow each other
 @lru_cache(maxsize=2)
@@ -117,21 +112,32 @@ def _masks_of_step(mask: MaskConfig, grid: int, seed: int, step: int, global_bat
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """Pretraining: two views and masks for every slot of the stream, whoever asks."""
+class _StreamPlan:
+    """What the two endless plans share: each is one rank's share of a stream."""
 
     views: ViewConfig
-    mask: MaskConfig
     seed: int
     grid: int
     """Patches along one side of a view."""
     stream: Stream
-    augment: None = None
 
     @property
     def largest(self) -> int:
         """Most images of one request."""
         return self.stream.micro_batch_size
+
+    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+        """Return the samples of the following slots of the global batch: the same for any number of ranks."""
+        slots = (request.slots[image] + np.arange(1, self.stream.global_batch_size)) % self.stream.global_batch_size
+        return self.stream.samples(request.step, slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan(_StreamPlan):
+    """Pretraining: two views and masks for every slot of the stream."""
+
+    mask: MaskConfig
+    augment: None = None
 
     def request(self, index: int) -> Request:
         """Return micro-batch number `index` of this rank, counted from step 0."""
@@ -149,48 +155,26 @@ class TrainingPlan:
             target=ragged_index(masks.target[slots], int(masks.target.sum())),
         )
 
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return the samples of the following slots of the global batch."""
-        return self.stream.following(request, image)
-
 
 @dataclass(frozen=True, kw_only=True)
-class FinetunePlan:
-    """Finetuning: one crop for every slot of the stream, augmented or as it is, all patches, no action."""
+class FinetunePlan(_StreamPlan):
+    """Finetuning: one crop for every slot of the stream, all patches, no action. Of `views`, size, crop and flip."""
 
-    views: ViewConfig
-    """Size, crop and flip are used; photometry is RandAugment's."""
     augment: RandAugmentConfig | None
-    """None: crop and flip are all that is done."""
-    seed: int
-    grid: int
-    stream: Stream
-
-    @property
-    def largest(self) -> int:
-        """Most images of one request."""
-        return self.stream.micro_batch_size
+    """What else is done to the crop; None: nothing."""
 
     def request(self, index: int) -> Request:
         """Return micro-batch number `index` of this rank, counted from step 0."""
         step, slots = self.stream.place(index)
-        samples = self.stream.samples(step, slots)
         drawn = draw(self.views, self.seed, step, slots)
-        everything = all_patches(len(slots), self.grid * self.grid)
-        return Request(
-            step=step,
-            slots=slots,
-            samples=samples,
-            planned=samples,
+        return _whole_images(
+            step,
+            slots,
+            self.stream.samples(step, slots),
+            self.grid,
             draws=replace(clean_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
-            context=everything,
-            target=everything,
             augment=None if self.augment is None else draw_augment(self.augment, self.seed, step, slots),
         )
-
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return the samples of the following slots of the global batch."""
-        return self.stream.following(request, image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,17 +201,31 @@ class EvaluationPlan:
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
-        everything = all_patches(len(slots), self.grid * self.grid)
-        return Request(
-            step=0,
-            slots=slots,
-            samples=self.samples[slots],
-            planned=self.samples[slots],
-            draws=clean_draws(len(slots)),
-            context=everything,
-            target=everything,
-        )
+        return _whole_images(0, slots, self.samples[slots], self.grid, draws=clean_draws(len(slots)))
 
     def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return none: a measurement on other samples would be another measurement."""
         return np.empty(0, np.int64)
+
+
+def _whole_images(
+    step: int,
+    slots: Int64[np.ndarray, "B"],
+    samples: Int64[np.ndarray, "B"],
+    grid: int,
+    *,
+    draws: Draws,
+    augment: AugmentDraws | None = None,
+) -> Request:
+    """Return a request for all patches of one view."""
+    patches = all_patches(len(slots), grid * grid)
+    return Request(
+        step=step,
+        slots=slots,
+        samples=samples,
+        planned=samples,
+        draws=draws,
+        context=patches,
+        target=patches,
+        augment=augment,
+    )
