@@ -1,10 +1,10 @@
 """A trained run as a user takes it: `iwm_fast.load(folder)` gives encoder, predictor and action space.
 
 model = iwm_fast.load("runs/demo")                           # a run, or an export
-image = model.open("photo.jpg")                              # (1, 3, H, W), normalised
+image = model.load_image("photo.jpg")                              # (1, 3, H, W), normalised
 action = model.action(brightness=0.5, hue=0.1)               # (1, A): half as bright again, a tenth of a turn
 imagined = model.predict(image, action)                      # (1, N, D): the tokens of the changed image
-there = model.targets(model.open("brighter.jpg"))            # (1, N, D): what they are compared with
+there = model.encode_targets(model.load_image("brighter.jpg"))            # (1, N, D): what they are compared with
 """
 
 import logging
@@ -30,7 +30,7 @@ from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.transforms.action import action_of
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import clean_draws
+from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class WorldModel:
     """Optimiser steps of the checkpoint; 0 for an untrained model."""
     device: torch.device
 
-    def open(self, path: str | Path) -> Float[Tensor, "1 3 H W"]:
+    def load_image(self, path: str | Path) -> Float[Tensor, "1 3 H W"]:
         """Read an image file as the networks see it: its largest centred square at the run's size, normalised.
 
         Raises:
@@ -60,7 +60,7 @@ class WorldModel:
             pixels = decode_image(encoded)
         except UNDECODABLE as error:
             raise ValueError(f"{path} must be a whole image of a known format: {error}") from error
-        window = crop_window(clean_draws(1).crop, np.array([pixels.shape[:2]]))
+        window = crop_window(identity_draws(1).crop, np.array([pixels.shape[:2]]))
         return normalize_view(resized_crop(pixels, window[0], self.config.views.size)[None]).to(self.device)
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
@@ -106,7 +106,7 @@ class WorldModel:
         predicted = self.predictor(tokens.flatten(0, 1), action.to(self.device), everything, everything)
         return predicted.unflatten(0, (num_images, num_patches))
 
-    def targets(self, view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def encode_targets(self, view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         """Return what the predictor was trained to predict: tokens, LayerNormed without parameters."""
         tokens = self.encode(view)
         return functional.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)

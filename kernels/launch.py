@@ -120,7 +120,7 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
-def pieces(width: int, smallest: int, most: int = 3) -> tuple[int, ...]:
+def power_of_two_tiles(width: int, smallest: int, most: int = 3) -> tuple[int, ...]:
     """Cover `width` by powers of two, the largest first; only the last may reach beyond.
 
     Triton's tiles have powers of two as sides. 384 columns are 256 + 128, 208 keys 128 + 64 + 16, not 512 and 256.

@@ -16,7 +16,7 @@ from iwm_fast.pipelines.transforms.geometry import source_geometry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedViews:
     """What a backend makes of a request."""
 
     source_view: Float32[Tensor, "B 3 H W"]
@@ -26,7 +26,9 @@ class Rendered:
     source_window: Float32[np.ndarray, "B 4"]
 
 
-def assemble(request: Request, rendered: Rendered, shards: ShardSet, views: ViewConfig, device: torch.device) -> Batch:
+def assemble(
+    request: Request, rendered: RenderedViews, shards: ShardSet, views: ViewConfig, device: torch.device
+) -> Batch:
     """Put pixels and request together, on the device."""
     draws = request.draws
     geometry = source_geometry(draws, rendered.crop_window, rendered.source_window)
@@ -41,7 +43,7 @@ def assemble(request: Request, rendered: Rendered, shards: ShardSet, views: View
         source_window=torch.tensor(rendered.source_window),
         label=torch.from_numpy(shards.labels(request.samples)),
         sample=torch.from_numpy(request.samples),
-        planned=torch.from_numpy(request.planned),
+        scheduled_sample=torch.from_numpy(request.scheduled_samples),
         slot=torch.from_numpy(request.slots),
         key=tuple(shards.key(int(sample)) for sample in request.samples),
         step=request.step,

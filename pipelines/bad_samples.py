@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.sampling.batch_plan import Plan, Request
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image
@@ -31,10 +31,10 @@ _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_TAIL = 64
 
 
-class Substitutes:
+class BadSampleReplacer:
     """Puts other samples in the place of those that cannot be decoded, and counts them."""
 
-    def __init__(self, plan: Plan, shards: ShardSet, reader: Reader, most: float) -> None:
+    def __init__(self, plan: BatchPlan, shards: ShardSet, reader: Reader, most: float) -> None:
         """Take how many different bad samples are accepted: a count from 1 on, a share of the samples below 1.
 
         Raises:
@@ -52,7 +52,7 @@ class Substitutes:
             ShardError: with shard and key, if too many samples are bad or nothing can stand in for one.
         """
         is_known = [int(sample) in self._reason_of for sample in request.samples]
-        suspects = [image for image, content in enumerate(encoded) if is_known[image] or not looks_whole(content)]
+        suspects = [image for image, content in enumerate(encoded) if is_known[image] or not looks_complete(content)]
         return self._replace(request, encoded, suspects) if suspects else (request, encoded)
 
     def search(self, request: Request, encoded: list[Encoded]) -> tuple[Request, list[Encoded]]:
@@ -81,7 +81,7 @@ class Substitutes:
 
     def _substitute(self, request: Request, image: int, reason: str) -> tuple[int, Encoded]:
         bad = int(request.samples[image])
-        candidates = self._plan.substitutes(request, image)
+        candidates = self._plan.fallback_samples(request, image)
         if len(candidates):
             self._count(bad, reason, request.step)
         for sample in candidates:
@@ -124,7 +124,7 @@ class Substitutes:
         return ShardError(what, **self._shards.where(sample), remedy=remedy)
 
 
-def looks_whole(content: Encoded) -> bool:
+def looks_complete(content: Encoded) -> bool:
     """Return whether the bytes begin and end as a JPEG, PNG or WebP does; other formats have no end to look for."""
     head, tail = content[:12].tobytes(), content[-_JPEG_TAIL:].tobytes()
     if head.startswith(_JPEG):

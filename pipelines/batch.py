@@ -52,8 +52,8 @@ class Batch:
     """Class number, -1 where the sample has none."""
     sample: Int64[Tensor, "B"]
     """Number of the sample in the data set."""
-    planned: Int64[Tensor, "B"]
-    """Number of the sample that the order put here; another than `sample` where that one could not be decoded."""
+    scheduled_sample: Int64[Tensor, "B"]
+    """Number of the sample that the shuffled order put here; differs from `sample` if it could not be decoded."""
     slot: Int64[Tensor, "B"]
     """Place in the global batch."""
     key: tuple[str, ...]

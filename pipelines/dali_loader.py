@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.pipelines.assemble import Rendered, assemble
-from iwm_fast.pipelines.bad_samples import Encoded, Substitutes
+from iwm_fast.pipelines.assemble import RenderedViews, assemble
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer, Encoded
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
-from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry
@@ -34,12 +34,12 @@ class DaliLoader:
     """Carries out a plan's requests, `config.prefetch` batches ahead of the caller."""
 
     def __init__(
-        self, plan: Plan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
         self._plan, self._shards, self._device = plan, shards, device
         self._settings = graph_settings(plan, config, device)
         self._reader = Reader(shards, num_threads=config.reader_threads)
-        self._substitutes = Substitutes(plan, shards, self._reader, config.max_bad_samples)
+        self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
         self._planned: deque[Future[tuple[Request, Future[list[Encoded]]]]] = deque()
         self._in_graph: deque[_Read] = deque()
@@ -75,7 +75,7 @@ class DaliLoader:
         except EndOfPlanError:
             raise StopIteration from None
         self._plan_ahead()
-        request, encoded = self._substitutes.screen(request, reading.result())
+        request, encoded = self._replacer.screen(request, reading.result())
         self._in_graph.append(_Read(request=request, encoded=encoded))
         return self._inputs(self._in_graph[-1])
 
@@ -119,7 +119,7 @@ class DaliLoader:
             if not self._plan.views.has_source_geometry:
                 source_view = target_view
             source_view, target_view = self._photometry.views(source_view, target_view, request.draws)
-        rendered = Rendered(
+        rendered = RenderedViews(
             source_view=source_view,
             target_view=target_view,
             crop_window=np.array(window.as_tensor()),
@@ -133,7 +133,7 @@ class DaliLoader:
     def _run_without_bad_samples(self) -> tuple[Any, ...]:
         """Render the batch that failed once more, in a graph of its own: the first has gone on to the next one."""
         failed = self._in_graph[0]
-        request, encoded = self._substitutes.search(failed.request, failed.encoded)
+        request, encoded = self._replacer.search(failed.request, failed.encoded)
         self._in_graph[0] = _Read(request=request, encoded=encoded)
         if self._spare_graph is None:
             settings = replace(self._settings, prefetch=1)
@@ -154,12 +154,12 @@ class DaliLoader:
         del self._graph, self._spare_graph
 
 
-def graph_settings(plan: Plan, config: LoaderConfig, device: torch.device) -> GraphSettings:
+def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) -> GraphSettings:
     """Return what a plan's graph is built from."""
     is_on_gpu = device.type == "cuda"
     return GraphSettings(
         views=plan.views,
-        max_batch_size=plan.largest,
+        max_batch_size=plan.max_batch_size,
         num_threads=config.loader_threads,
         prefetch=config.prefetch,
         device_id=device.index or 0 if is_on_gpu else None,

@@ -7,7 +7,7 @@ import torch
 
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, check
-from iwm_fast.pipelines.sampling.batch_plan import Plan
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 
@@ -24,7 +24,9 @@ class Loader(Protocol):
         ...
 
 
-def build_loader(plan: Plan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0) -> Loader:
+def build_loader(
+    plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+) -> Loader:
     """Build a loader that delivers the plan's micro-batches on a device, from number `first` on.
 
     With loader dali, a GPU also decodes and renders them.

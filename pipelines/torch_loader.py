@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
-from iwm_fast.pipelines.assemble import Rendered, assemble
-from iwm_fast.pipelines.bad_samples import Substitutes
+from iwm_fast.pipelines.assemble import RenderedViews, assemble
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
-from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Plan, Request
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_window
@@ -23,12 +23,12 @@ class TorchLoader:
     """Carries out a plan's requests one after the other."""
 
     def __init__(
-        self, plan: Plan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
         self._plan, self._shards, self._next = plan, shards, first
         self._views, self._device = plan.views, device
         self._reader = Reader(shards, num_threads=1)
-        self._substitutes = Substitutes(plan, shards, self._reader, config.max_bad_samples)
+        self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -39,7 +39,7 @@ class TorchLoader:
         except EndOfPlanError:
             raise StopIteration from None
         self._next += 1
-        request, images = self._decode(*self._substitutes.screen(request, self._reader.read(request.samples)))
+        request, images = self._decode(*self._replacer.screen(request, self._reader.read(request.samples)))
         return assemble(request, self._render(request, images), self._shards, self._views, self._device)
 
     def _decode(
@@ -48,10 +48,10 @@ class TorchLoader:
         try:
             return request, [decode_image(content) for content in encoded]
         except UNDECODABLE:
-            request, encoded = self._substitutes.search(request, encoded)
+            request, encoded = self._replacer.search(request, encoded)
             return request, [decode_image(content) for content in encoded]
 
-    def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> Rendered:
+    def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> RenderedViews:
         draws = request.draws
         window = crop_window(draws.crop, np.array([image.shape[:2] for image in images]))
         inner = source_window(draws.source_crop, window)
@@ -60,7 +60,7 @@ class TorchLoader:
         source = (
             self._crop(images, inner, draws.flip ^ draws.source_flip) if self._views.has_source_geometry else target
         )
-        return Rendered(
+        return RenderedViews(
             source_view=normalize_view(render(source, draws.source)),
             target_view=normalize_view(render(target, draws.target)),
             crop_window=window,

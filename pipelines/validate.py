@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, size_difference, upright_size
 from iwm_fast.pipelines.config import IMAGE_FORMATS
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.storage.index_cache import keep_without, stamp_of
+from iwm_fast.pipelines.storage.index_cache import file_version, save_filtered_index
 from iwm_fast.pipelines.storage.shard import Shard, index_shard
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
@@ -75,7 +75,7 @@ def validate(paths: Sequence[str], num_processes: int | None = None) -> Iterator
 
 def validate_shard(path: str) -> ShardReport:
     """Decode every image and mask of a shard; keep an index that leaves out the samples that are broken."""
-    report, stamp = ShardReport(path=path), stamp_of(path)
+    report, stamp = ShardReport(path=path), file_version(path)
     try:
         # from the headers and not from a kept index, which may lack samples already
         shard = index_shard(path)
@@ -96,7 +96,7 @@ def validate_shard(path: str) -> ShardReport:
     if len(bad) == len(shard.keys):
         report.refusal = f"{path}: none of its {len(bad)} samples can be decoded; write the shard again"
         return report
-    keep_without(shard, stamp, bad)
+    save_filtered_index(shard, stamp, bad)
     return report
 
 

@@ -125,13 +125,13 @@ def functions_of(module) -> list:
 
 def test_every_setting_is_explained():
     from iwm_fast.cli import COMMANDS
-    from iwm_fast.config.loading import describe_fields
+    from iwm_fast.config.loading import iter_settings
     from iwm_fast.evaluate import load
 
     kinds = {load(command.settings) for command in COMMANDS.values() if command.settings}
     assert len(kinds) >= 8
     for kind in kinds:
-        for name, _, _, text in describe_fields(kind):
+        for name, _, _, text in iter_settings(kind):
             assert text.endswith("."), name
 
 

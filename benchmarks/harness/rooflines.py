@@ -97,14 +97,14 @@ def launches_waste(launches: Sequence[Launch], length: int) -> float:
 def scores_computed(launch: Launch, length: int) -> int:
     """Return how many scores of one sequence and head a launch computes; 0 if it leaves the length to another."""
     constants = launch.constants
-    if "LADDER" in constants:
-        for rung, split in enumerate(constants["LADDER"]):
+    if "KEY_SPLITS" in constants:
+        for rung, split in enumerate(constants["KEY_SPLITS"]):
             if constants["LIMITS"][rung] < length <= constants["LIMITS"][rung + 1]:
                 return sum(split) * _up_to(length, constants["NUM_QUERIES"])
         return 0
     if length <= constants["LIMITS"][0]:
         return 0
-    return _up_to(length, constants["NUM_OWN"]) * _up_to(length, constants["NUM_OTHER"])
+    return _up_to(length, constants["BLOCK_M"]) * _up_to(length, constants["BLOCK_N"])
 
 
 def _up_to(length: int, tile: int) -> int:

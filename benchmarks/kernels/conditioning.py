@@ -9,7 +9,7 @@ from benchmarks.harness.providers import Function, Provider, compiled, leaf
 from benchmarks.harness.rooflines import conditioning_costs
 from benchmarks.harness.session import Case, Session
 from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
-from iwm_fast.kernels.predictor_input.layout import PatchRows, SequenceRows, sequence_rows
+from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import Mixer
 from iwm_fast.pipelines.config import ViewConfig
 
@@ -59,19 +59,19 @@ def conditioning(session: Session, kind: str, images: int, width: int = WIDTH, n
 
 def split(
     images: int, num_patches: int, num_context: int, num_tokens: int, device: str
-) -> tuple[PatchRows, SequenceRows]:
+) -> tuple[PatchIndex, PackedLayout]:
     """Draw which patches of each image are context, and where rows go."""
     order = torch.rand(images, num_patches).argsort(1) + num_patches * torch.arange(images)[:, None]
     context, targets = order[:, :num_context].sort(1)[0], order[:, num_context:].sort(1)[0]
-    patches = PatchRows(context.flatten().to(device), targets.flatten().to(device))
+    patches = PatchIndex(context.flatten().to(device), targets.flatten().to(device))
     image = torch.arange(images + 1, dtype=torch.int32, device=device)
     sizes = {"num_context": len(patches.context), "num_targets": len(patches.targets)}
     ends = image * num_context, image * (num_patches - num_context)
-    return patches, sequence_rows(*ends, num_tokens, **sizes)
+    return patches, packed_layout(*ends, num_tokens, **sizes)
 
 
 def feature_inputs(
-    patches: PatchRows, images: int, width: int, device: str
+    patches: PatchIndex, images: int, width: int, device: str
 ) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """Return names and tensors: context as autocast leaves it, mask token and the mixer's weights in float32."""
     weights = [(width, width + NUM_ACTIONS), (width,), (width, width), (width,), (width, width), (width,)]
@@ -81,19 +81,19 @@ def feature_inputs(
 
 
 def sequence_inputs(
-    patches: PatchRows, images: int, width: int, device: str
+    patches: PatchIndex, images: int, width: int, device: str
 ) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """Return names and tensors: context as autocast leaves it, mask token and action tokens in float32."""
     tokens = leaf(images, NUM_ACTIONS, width, device=device)
     return ("d_context", "d_mask_token", "d_action_tokens"), (*_rows(patches, width, device), tokens)
 
 
-def _rows(patches: PatchRows, width: int, device: str) -> tuple[Tensor, Tensor]:
+def _rows(patches: PatchIndex, width: int, device: str) -> tuple[Tensor, Tensor]:
     return leaf(len(patches.context), width, device=device, dtype=torch.bfloat16), leaf(width, device=device)
 
 
 def assembled(
-    ops: Ops, given: Sequence[Tensor], rows: tuple[PatchRows, SequenceRows], device: str, *, exact: bool
+    ops: Ops, given: Sequence[Tensor], rows: tuple[PatchIndex, PackedLayout], device: str, *, exact: bool
 ) -> Function:
     """Return the operation as the predictor calls it, under autocast; exact: in float64 without."""
     positions, action = (tensor.double() if exact else tensor for tensor in given)

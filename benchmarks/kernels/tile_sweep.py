@@ -23,7 +23,7 @@ from iwm_fast.kernels.attention.flash import Cut, Tiles
 from iwm_fast.kernels.attention.op import backward_launches, forward_launches
 from iwm_fast.kernels.attention.packed import Packed
 from iwm_fast.kernels.attention.short import Group
-from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compilable, interpretable, pieces
+from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compilable, interpretable, power_of_two_tiles
 
 WHOLE_LENGTHS = (196, 256, 212)
 TILED_LENGTHS = (400, 320)
@@ -91,8 +91,15 @@ def tiled(session: Session, images: int, length: int, heads: tuple[int, int], pa
 def groups(length: int) -> list[Group]:
     """Return settings for one length: splits of the keys, queries of a tile, warps, stages."""
     splits = dict.fromkeys(
-        (pieces(length, 16), pieces(length, 64), (128, 64, 64), (256,), (128, 128), (64,) * triton.cdiv(length, 64))
-    )  # fmt: skip
+        (
+            power_of_two_tiles(length, 16),
+            power_of_two_tiles(length, 64),
+            (128, 64, 64),
+            (256,),
+            (128, 128),
+            (64,) * triton.cdiv(length, 64),
+        )
+    )
     return [Group((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
 
 
@@ -103,13 +110,13 @@ def all_tiles() -> list[Tiles]:
 
 def name_group(group: Group) -> str:
     """Return a group's name in the tables."""
-    split = "+".join(map(str, group.ladder[-1]))
+    split = "+".join(map(str, group.key_splits[-1]))
     return f"{split} q{group.num_queries} w{group.num_warps} s{group.num_stages}"
 
 
 def name_tiles(tiles: Tiles) -> str:
     """Return tiles' name in the tables."""
-    return f"{tiles.num_own}x{tiles.num_other} w{tiles.num_warps} s{tiles.num_stages}"
+    return f"{tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages}"
 
 
 def prepared(images: int, length: int, heads: tuple[int, int], device: str) -> Buffers:

@@ -19,7 +19,7 @@ from benchmarks.pipelines.streams import Workload, loader_stream
 from iwm_fast.pipelines.action_log.writer import GROUP_ROWS, ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.transforms.parameters import draw
-from iwm_fast.training.loaders import log_head
+from iwm_fast.training.loaders import log_metadata
 
 NUM_ROWS = 4 * GROUP_ROWS
 _GROUP_BATCHES = 8
@@ -57,7 +57,13 @@ def _batches(workload: Workload, count: int) -> list[Batch]:
         window = 1 + (500 * torch.rand(workload.batch_size, 4, generator=generator)).floor()
         sample = torch.randint(0, last, (workload.batch_size,), generator=generator)
         draws = draw(workload.views, 0, step, slots)
-        fields = {"draws": draws, "crop_window": window, "source_window": window, "sample": sample, "planned": sample}
+        fields = {
+            "draws": draws,
+            "crop_window": window,
+            "source_window": window,
+            "sample": sample,
+            "scheduled_sample": sample,
+        }
         key = tuple(workload.shards.key(number) for number in sample.tolist())
         batches.append(dataclasses.replace(template, step=step, key=key, **fields))
     return batches
@@ -81,5 +87,5 @@ def logged_stream(workload: Workload) -> Stream:
 
 def open_log(workload: Workload, folder: Path, group_rows: int) -> ActionLog:
     """Open a log of a single process."""
-    head = log_head(workload.config(), workload.shards)
+    head = log_metadata(workload.config(), workload.shards)
     return ActionLog(folder, head=head, shards=workload.shards, rank=0, group_rows=group_rows)

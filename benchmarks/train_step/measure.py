@@ -15,7 +15,7 @@ from benchmarks.harness.timing import Failure, first_line
 from benchmarks.train_step.engines import Contestant, Training, allocated
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PARTS
-from iwm_fast.monitoring.throughput import build_yardstick
+from iwm_fast.monitoring.throughput import build_throughput_meter
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime.distributed import RankInfo
 
@@ -44,7 +44,7 @@ def take_turn(
     reports = [training.step(batches) for _ in range(steps)]
     peak = _peak(rank_info) - before
     step_s = (time.perf_counter() - began) / steps
-    taken = [report.stopwatch.seconds() for report in reports]
+    taken = [report.timer.seconds() for report in reports]
     return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
 
 
@@ -122,7 +122,7 @@ def note(
     rank_info: RankInfo,
 ) -> None:
     """Write a record for each contestant: ms per step, images/s, parts, and what it takes beyond its base, if any."""
-    yardstick = build_yardstick(workload.config(), rank_info)
+    yardstick = build_throughput_meter(workload.config(), rank_info)
     for name, result in found.turns.items():
         if isinstance(result, Failure):
             session.note(case, name, failure=result.line)

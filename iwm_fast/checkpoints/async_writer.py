@@ -104,7 +104,7 @@ class CheckpointWriter:
         try:
             remove_leftovers(checkpoint.folder.parent)
             checkpoints.write(checkpoint, self._config)
-            for old in superfluous(checkpoints.step_folders(self._run_folder), self._config.output):
+            for old in checkpoints_to_delete(checkpoints.step_folders(self._run_folder), self._config.output):
                 remove(old)
         # whatever it was, every rank must hear of it; wait() raises it on
         except Exception as error:
@@ -114,7 +114,7 @@ class CheckpointWriter:
             )
 
 
-def superfluous(folders: list[Path], kept: OutputConfig) -> list[Path]:
+def checkpoints_to_delete(folders: list[Path], kept: OutputConfig) -> list[Path]:
     """Return which of a run's checkpoints, given in order, are neither among the newest nor kept for ever."""
     every = kept.keep_every
     return [old for old in folders[: -kept.keep_last] if every is None or checkpoints.step_of(old) % every]

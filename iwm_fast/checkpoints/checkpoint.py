@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
-from iwm_fast.config.fingerprint import is_of_the_stream
+from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
@@ -196,7 +196,7 @@ def differing_settings(
         CheckpointError: listing every setting that differs and must not.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    ways_out = {_way_out(name) for name in names}
+    ways_out = {_remedy(name) for name in names}
     if ways_out <= {way for way, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
         return names
     rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
@@ -207,8 +207,8 @@ def differing_settings(
     )
 
 
-def _way_out(name: str) -> str:
-    if is_of_the_stream(name):
+def _remedy(name: str) -> str:
+    if defines_sample_stream(name):
         return _RESTART
     return _EXTEND if name == "optim.epochs" else ""
 

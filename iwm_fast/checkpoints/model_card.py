@@ -67,7 +67,7 @@ def _use(described: dict[str, Any]) -> str:
         f"{text}\n\nThe world model, with iwm-fast:\n\n"
         "```python\nimport iwm_fast\n"
         'model = iwm_fast.load(".")\n'
-        f'image = model.open("photo.jpg")  # (1, 3, {size}, {size})\n'
+        f'image = model.load_image("photo.jpg")  # (1, 3, {size}, {size})\n'
         f"action = model.action({described['action'][0]['name']}=0.5)\n"
         f"imagined = model.predict(image, action)  # (1, patches, {dim})\n```"
     )

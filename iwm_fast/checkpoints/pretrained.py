@@ -47,7 +47,7 @@ class Source:
     """What a user should know of them, one sentence each."""
 
 
-def starts_anew(config: RunConfig) -> bool:
+def is_fresh_start(config: RunConfig) -> bool:
     """Return whether no checkpoint would be gone on from; the same on every rank, collective."""
     return distributed.broadcast_from_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
 
@@ -62,7 +62,7 @@ def initialize_from(config: RunConfig, student: Student) -> None:
         ValueError: if it holds no weights that fit, naming the first that does not.
         CheckpointError: if a folder's files are damaged.
     """
-    if not config.init_from or not starts_anew(config):
+    if not config.init_from or not is_fresh_start(config):
         return
     source = read_source(config, student)
     student.encoder.load_state_dict(source.encoder | {_POSITIONS: student.encoder.pos_embed})
@@ -132,7 +132,7 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> Source:
     named = f"the encoder starts with the teacher of {path}, step {step}"
     # positions follow from the grid, so weights may go on at another size of views
     encoder = {name: value for name, value in encoder.items() if name != _POSITIONS}
-    unfit = _why_not_the_predictor(theirs, config, predictor, student)
+    unfit = _predictor_mismatch(theirs, config, predictor, student)
     remarks = (named,)
     if config.model.predictor.depth > 0:
         remarks = (named, f"the predictor starts anew, {unfit}" if unfit else "the predictor starts with the one there")
@@ -147,9 +147,7 @@ def _require_same_encoder(theirs: RunConfig, ours: RunConfig, path: Path) -> Non
         raise ValueError(f"init_from: {path} has another encoder (there -> here: {rows}); set model.encoder as there")
 
 
-def _why_not_the_predictor(
-    theirs: RunConfig, ours: RunConfig, weights: dict[str, Tensor], student: Student
-) -> str | None:
+def _predictor_mismatch(theirs: RunConfig, ours: RunConfig, weights: dict[str, Tensor], student: Student) -> str | None:
     """Return why a predictor of other settings cannot be taken over, None if it can.
 
     Raises:

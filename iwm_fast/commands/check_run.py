@@ -236,7 +236,7 @@ def memory_table(
         ]
         for checkpointed in (False, True)
     )  # fmt: skip
-    for name in ("weights", "gradients", "adam", "teacher", "bf16_copies", "activations", "at_work"):
+    for name in ("weights", "gradients", "adam", "teacher", "bf16_copies", "activations", "workspace"):
         table.add_row(name.replace("_", " "), *(f"{getattr(memory, name) / _GIB:.3g}" for memory in plain))
     table.add_section()
     is_on = config.runtime.activation_checkpointing

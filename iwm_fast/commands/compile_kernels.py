@@ -10,7 +10,7 @@ from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.sampling.masks import all_patches
-from iwm_fast.pipelines.transforms.parameters import clean_draws
+from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.runtime import distributed
 from iwm_fast.training.teacher import Teacher
 
@@ -55,9 +55,9 @@ def noise(config: RunConfig, device: torch.device) -> Batch:
         source_window=torch.zeros(NUM_IMAGES, 4, device=device),
         label=numbers,
         sample=numbers,
-        planned=numbers,
+        scheduled_sample=numbers,
         slot=numbers,
         key=("noise",) * NUM_IMAGES,
         step=0,
-        draws=clean_draws(NUM_IMAGES),
+        draws=identity_draws(NUM_IMAGES),
     )

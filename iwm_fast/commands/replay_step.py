@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RuntimeConfig, loader_config
-from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, parts, read_step
+from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, list_log_files, read_step
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
-from iwm_fast.pipelines.action_log.schema import LogHead, column, head_of, legible
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_metadata, to_valid_unicode
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import DataConfig, LoaderConfig, check
 from iwm_fast.pipelines.loader import build_loader
@@ -38,11 +38,11 @@ def replay(config: ReplayConfig) -> Path:
     """
     run, folder = Path(config.run), Path(config.run) / "actions"
     runtime = load_run_config(run).runtime
-    every = parts(folder)
+    every = list_log_files(folder)
     if config.step is None and every:
         raise ActionLogError(f"step must be one of those in {folder}, {describe_steps(every)}; none was given")
     rows = read_step(folder, config.step or 0)
-    head = head_of(rows.schema)
+    head = read_metadata(rows.schema)
     check(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
     rows = rows.slice(config.first_slot, config.num_images or (_PICTURED if config.format == "png" else None))
     shards = open_training_shards(DataConfig(train=config.shards or head.shards, max_samples=head.max_samples))
@@ -66,7 +66,7 @@ def _loader_config(config: ReplayConfig, runtime: RuntimeConfig, device: torch.d
     )  # fmt: skip
 
 
-def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> None:
+def require_same_samples(rows: pa.Table, head: LogMetadata, shards: ShardSet) -> None:
     """Check that the shards hold what they held when the rows were written.
 
     Raises:
@@ -82,7 +82,7 @@ def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> Non
                 f"sample {sample} ({key!r} of {path}) was in slot {slot}, there are {shards.num_samples} now; {remedy}"
             )
         now = shards.where(sample)
-        now_key, now_path = legible(now["key"]), legible(now["shard"])
+        now_key, now_path = to_valid_unicode(now["key"]), to_valid_unicode(now["shard"])
         if (now_key, PurePath(now_path).name) != (key, PurePath(path).name):
             raise ActionLogError(
                 f"sample {sample} in slot {slot} was {key!r} of {path}, it is {now_key!r} of {now_path} now; {remedy}"
@@ -94,7 +94,7 @@ def require_same_samples(rows: pa.Table, head: LogHead, shards: ShardSet) -> Non
 
 
 def rendered_again(
-    rows: pa.Table, head: LogHead, shards: ShardSet, config: LoaderConfig, device: torch.device
+    rows: pa.Table, head: LogMetadata, shards: ShardSet, config: LoaderConfig, device: torch.device
 ) -> Iterator[Batch]:
     """Yield a step's rows as batches again, in order, with everything that training received.
 
@@ -123,26 +123,26 @@ def _require_as_logged(batch: Batch, rows: pa.Table) -> None:
             )
 
 
-def _save_picture(path: Path, batches: Iterable[Batch], head: LogHead, title: str) -> None:
+def _save_picture(path: Path, batches: Iterable[Batch], head: LogMetadata, title: str) -> None:
     columns = [column for batch in batches for column in _columns(batch, head)]
     save_sheet(path, ("source view", "target view"), list(zip(*columns, strict=True)), title)
 
 
-def _columns(batch: Batch, head: LogHead) -> Iterator[tuple[Panel, Panel]]:
+def _columns(batch: Batch, head: LogMetadata) -> Iterator[tuple[Panel, Panel]]:
     source, target, action = (
         values.cpu().numpy()
         for values in (denormalize_view(batch.source_view), denormalize_view(batch.target_view), batch.action)
     )
     for image, key in enumerate(batch.key):
-        sample, planned = int(batch.sample[image]), int(batch.planned[image])
+        sample, planned = int(batch.sample[image]), int(batch.scheduled_sample[image])
         stands_in = f", in place of sample {planned}" if planned != sample else ""
         yield (
-            Panel(pixels=source[image], caption=f"slot {int(batch.slot[image])}: {legible(key)}{stands_in}"),
+            Panel(pixels=source[image], caption=f"slot {int(batch.slot[image])}: {to_valid_unicode(key)}{stands_in}"),
             Panel(pixels=target[image], caption=f"action: {describe_action(action[image], head.views)}"),
         )
 
 
-def _save_tensors(path: Path, batches: Iterable[Batch], head: LogHead, title: str) -> None:
+def _save_tensors(path: Path, batches: Iterable[Batch], head: LogMetadata, title: str) -> None:
     columns = [
         {
             "source_view": denormalize_view(batch.source_view).cpu(),

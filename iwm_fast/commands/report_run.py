@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import describe_fields, load_run_config, to_tree
+from iwm_fast.config.loading import iter_settings, load_run_config, to_tree
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
@@ -141,7 +141,7 @@ def _result(result: Result) -> str:
 def _differences(config: RunConfig) -> str:
     """Show what differs from the defaults."""
     flat = dict(_flatten(to_tree(config)))
-    defaults = {name: value for name, _, value, _ in describe_fields(RunConfig)}
+    defaults = {name: value for name, _, value, _ in iter_settings(RunConfig)}
     rows = [
         (name, json.dumps(value))
         for name, value in flat.items()

@@ -23,7 +23,7 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     return flat
 
 
-def is_of_the_stream(name: str) -> bool:
+def defines_sample_stream(name: str) -> bool:
     """Return whether an entry of the fingerprint only decides which data comes: such may change with a new epoch."""
     return name.startswith(_STREAM)
 

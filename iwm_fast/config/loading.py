@@ -122,7 +122,7 @@ def _unknown_key(kind: type, name: str) -> str:
     return f"unknown setting {name!r}; {hint}"
 
 
-def describe_fields(kind: Any) -> Iterator[tuple[str, str, Any, str]]:
+def iter_settings(kind: Any) -> Iterator[tuple[str, str, Any, str]]:
     """Yield (dotted name, type, default, explanation) of every setting, in order."""
     for name, item, owner in _leaf_fields(kind):
         has_default = item.default is not dataclasses.MISSING
@@ -146,7 +146,7 @@ def _type_name(item: "dataclasses.Field[Any]") -> str:
 def settings_text(kind: Any) -> str:
     """Return every setting of a dataclass with its type, default and explanation, as `--help` prints them."""
     rows = [
-        f"  {name} ({type_name}, {default!r})\n      {text}" for name, type_name, default, text in describe_fields(kind)
+        f"  {name} ({type_name}, {default!r})\n      {text}" for name, type_name, default, text in iter_settings(kind)
     ]
     return "\n".join(["settings (type, default):", *rows])
 

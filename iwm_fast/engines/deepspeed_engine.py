@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import StepOutcome
-from iwm_fast.engines.deepspeed_state import FlatState, ShardedState, replace_parameters
-from iwm_fast.engines.gradients import check_num_backwards, finish_gradient, poison_unless_finite
+from iwm_fast.engines.deepspeed_state import PartitionedMoments, PartitionedParameters, replace_parameters
+from iwm_fast.engines.gradients import check_num_backwards, clip_gradients, propagate_nonfinite_loss
 from iwm_fast.engines.optimizer import set_hyperparameters
-from iwm_fast.engines.portable_state import WholeState
+from iwm_fast.engines.portable_state import ReplicatedState
 from iwm_fast.runtime.distributed import RankInfo
 
 # elements; DeepSpeed's 5e8 allocates 2 GB per backward. 64 MiB is past the size at which all-reduce saturates
@@ -110,13 +110,15 @@ class DeepSpeedEngine:
         self._loss_scale = rank_info.world_size if self._stage == 3 else 1
         if self._stage == 3:
             for part in module.modules():
-                for parameter in getattr(part, "borrowed_parameters", tuple)():
+                for parameter in getattr(part, "external_parameters", tuple)():
                     deepspeed.zero.register_external_parameter(part, parameter)
 
-    def _choose_state(self, module: nn.Module, rank: int) -> WholeState | FlatState | ShardedState:
+    def _choose_state(
+        self, module: nn.Module, rank: int
+    ) -> ReplicatedState | PartitionedMoments | PartitionedParameters:
         if self._stage == 0:
-            return WholeState(module, self._engine.optimizer, rank)
-        kind = ShardedState if self._stage == 3 else FlatState
+            return ReplicatedState(module, self._engine.optimizer, rank)
+        kind = PartitionedParameters if self._stage == 3 else PartitionedMoments
         return kind(module, self._engine.optimizer, rank)
 
     def forward(self, batch: Any) -> Any:
@@ -128,7 +130,7 @@ class DeepSpeedEngine:
         # DeepSpeed counts calls of its step(); we call it once per optimiser step
         self._engine.set_gradient_accumulation_boundary(self._num_backwards == self._accumulation)
         with _local_rank_in_environment(self._local_rank):
-            self._engine.backward(poison_unless_finite(loss) * self._loss_scale, scale_wrt_gas=False)
+            self._engine.backward(propagate_nonfinite_loss(loss) * self._loss_scale, scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
         check_num_backwards(self._num_backwards, self._accumulation)
@@ -143,7 +145,7 @@ class DeepSpeedEngine:
 
     def _step_unsharded(self) -> StepOutcome:
         # at this stage DeepSpeed would take what is not finite into the weights
-        norm = finish_gradient(self._trained, self._clip_norm)
+        norm = clip_gradients(self._trained, self._clip_norm)
         if math.isfinite(norm):
             self._engine.step()
         else:

@@ -23,7 +23,7 @@ from iwm_fast.engines.portable_state import (
 from iwm_fast.runtime.distributed import all_gather
 
 
-class FlatState:
+class PartitionedMoments:
     """Stages 1 and 2: whole weights on every rank, moments in parts.
 
     Per parameter group there is one flat float32 vector, cut into equal parts, one per rank.
@@ -72,7 +72,7 @@ class FlatState:
             yield names[id(parameter)], whole[offset : offset + parameter.numel()].view(parameter.shape)
 
 
-class ShardedState:
+class PartitionedParameters:
     """Stage 3: every parameter is cut into equal parts, the last one padded, one per rank.
 
     The trained ones lie one behind the other in a few flat vectors, which are what the optimiser knows.

@@ -7,7 +7,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.deepspeed_engine import DeepSpeedEngine
 from iwm_fast.engines.optimizer import check_optimizer
-from iwm_fast.engines.torch_engine import PlainEngine
+from iwm_fast.engines.torch_engine import TorchEngine
 from iwm_fast.runtime.distributed import RankInfo, copy_from_rank_zero
 
 
@@ -21,5 +21,5 @@ def build_engine(config: RunConfig, module: nn.Module, optimizer: Optimizer, ran
     check_optimizer(optimizer, module.named_parameters())
     for parameter in module.parameters():
         copy_from_rank_zero(parameter)
-    kind = DeepSpeedEngine if config.runtime.engine == "deepspeed" else PlainEngine
+    kind = DeepSpeedEngine if config.runtime.engine == "deepspeed" else TorchEngine
     return kind(config, module, optimizer, rank_info)

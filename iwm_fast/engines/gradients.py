@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def poison_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def propagate_nonfinite_loss(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the loss, with NaN gradients if it is not finite.
 
     So one look at the summed gradients' norm covers losses and gradients of every rank, without a device sync.
@@ -27,7 +27,7 @@ def check_num_backwards(found: int, wanted: int) -> None:
         raise RuntimeError(f"step() after {found} micro-batches; it must follow {wanted}")
 
 
-def finish_gradient(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> float:
     """Clip gradients in place and return their norm before, infinite if one is not finite: they must not be used then.
 
     A parameter that no loss reached counts as zero, as in ZeRO, and keeps being decayed.

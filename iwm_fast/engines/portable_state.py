@@ -65,7 +65,7 @@ def parameters_with_prefix(module: nn.Module, prefix: str) -> Iterator[tuple[str
     return ((name, parameter) for name, parameter in module.named_parameters() if name.startswith(prefix))
 
 
-class WholeState:
+class ReplicatedState:
     """The state where every rank holds whole weights, gradients and moments."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, rank: int) -> None:

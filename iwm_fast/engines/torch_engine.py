@@ -12,20 +12,20 @@ from torch.optim import Optimizer
 
 from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import StepOutcome
-from iwm_fast.engines.gradients import check_num_backwards, finish_gradient, poison_unless_finite
+from iwm_fast.engines.gradients import check_num_backwards, clip_gradients, propagate_nonfinite_loss
 from iwm_fast.engines.optimizer import set_hyperparameters
-from iwm_fast.engines.portable_state import WholeState
+from iwm_fast.engines.portable_state import ReplicatedState
 from iwm_fast.runtime.distributed import RankInfo
 
 
-class PlainEngine:
+class TorchEngine:
     """The plain twin of DeepSpeedEngine: PyTorch alone, with DistributedDataParallel where there are several ranks."""
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> None:
         self._optimizer, self._clip_norm = optimizer, config.optim.clip_norm
         self._accumulation = accumulation_steps(config, rank_info.world_size)[1]
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._state = WholeState(module, optimizer, rank_info.rank)
+        self._state = ReplicatedState(module, optimizer, rank_info.rank)
         self._num_backwards = 0
         self._module = _in_parallel(module) if rank_info.world_size > 1 else module
 
@@ -39,13 +39,13 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._num_backwards += 1
-        poison_unless_finite(loss).backward()
+        propagate_nonfinite_loss(loss).backward()
 
     def step(self) -> StepOutcome:
         check_num_backwards(self._num_backwards, self._accumulation)
         self._num_backwards = 0
         # the summed gradient has the same bits on every rank, so all decide alike
-        norm = finish_gradient(self._trained, self._clip_norm)
+        norm = clip_gradients(self._trained, self._clip_norm)
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """Return what `forward` takes from a layer that it does not call: ZeRO-3 must fetch it."""
         return list(self.proj.parameters())
 

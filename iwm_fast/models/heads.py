@@ -67,7 +67,7 @@ class AttentiveHead(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.query, std=0.02)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """Return what `forward` takes from layers that it does not call: ZeRO-3 must fetch it."""
         return [*self.to_key.parameters(), *self.to_value.parameters()]
 

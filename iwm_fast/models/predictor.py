@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from iwm_fast.config.run import PredictorConfig
 from iwm_fast.kernels.ops import Ops
-from iwm_fast.kernels.predictor_input.layout import PatchRows, sequence_rows
+from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import Mixer
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
 from iwm_fast.pipelines.batch import RaggedIndex
@@ -82,7 +82,7 @@ class Predictor(nn.Module):
         self.norm = ResidualNorm(dim, ops)
         self.project = nn.Linear(dim, encoder_dim)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """Return what `forward` takes from layers that it does not call itself: ZeRO-3 must fetch it."""
         return [] if self.mixer is None else list(self.mixer.parameters())
 
@@ -108,9 +108,9 @@ class Predictor(nn.Module):
         mixer = None if self.mixer is None else self.mixer(action)
         action_tokens = None if self.tokenizer is None else self.tokenizer(action)
         num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
-        patches = PatchRows(context.row, target.row)
+        patches = PatchIndex(context.row, target.row)
         sizes = {"num_context": len(patches.context), "num_targets": len(patches.targets)}
-        rows = sequence_rows(context.offsets, target.offsets, num_tokens, **sizes)
+        rows = packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
         tokens = self.assemble(
             self.embed(context_tokens),
             self.mask_token,
@@ -123,7 +123,7 @@ class Predictor(nn.Module):
         if extra_tokens is not None:
             tokens = _append(tokens, rows.offsets, extra_tokens)
             num_tokens += extra_tokens.shape[1]
-            rows = sequence_rows(context.offsets, target.offsets, num_tokens, **sizes)
+            rows = packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
         longest = context.longest + target.longest + num_tokens
         tokens, update = self.blocks(tokens, rows.offsets, longest)
         tokens, update = (part.index_select(0, rows.targets) for part in (tokens, update))

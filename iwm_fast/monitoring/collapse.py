@@ -70,7 +70,7 @@ def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     return torch.special.entr(share).sum().exp()
 
 
-def warnings_of(values: dict[str, float]) -> list[str]:
+def collapse_warnings(values: dict[str, float]) -> list[str]:
     """Say in sentences which collapse monitors look bad; a name that is missing is not judged."""
     remedy = "lower optim.lr or raise optim.teacher_momentum"
     signs = {

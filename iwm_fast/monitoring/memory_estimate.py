@@ -36,12 +36,20 @@ class Memory:
     teacher: float
     bf16_copies: float
     activations: float
-    at_work: float
+    workspace: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        parts = self.weights, self.gradients, self.adam, self.teacher, self.bf16_copies, self.activations, self.at_work
+        parts = (
+            self.weights,
+            self.gradients,
+            self.adam,
+            self.teacher,
+            self.bf16_copies,
+            self.activations,
+            self.workspace,
+        )
         return sum(parts)
 
 
@@ -77,7 +85,7 @@ def estimate_memory(
     kept = sum(stack.tokens * stack.depth * _block_bytes(config, stack, checkpoints_activations) for stack in stacks)
     teacher_stack = _encoder_stack(config, float(config.grid**2))
     views = 2 * 2 * 3 * 4 * config.views.size**2
-    at_work = teacher_stack.tokens * _block_bytes(config, teacher_stack, False) + views
+    workspace = teacher_stack.tokens * _block_bytes(config, teacher_stack, False) + views
     return Memory(
         weights=part if stage == 3 else whole,
         gradients=part if stage >= 2 else whole,
@@ -85,7 +93,7 @@ def estimate_memory(
         teacher=4.0 * encoder,
         bf16_copies=2.0 * trained if is_bf16 else 0.0,
         activations=micro_batch_size * kept,
-        at_work=micro_batch_size * at_work,
+        workspace=micro_batch_size * workspace,
     )
 
 

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from iwm_fast.monitoring.collapse import warnings_of
+from iwm_fast.monitoring.collapse import collapse_warnings
 from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger(__name__)
@@ -19,13 +19,13 @@ _DRAWN_PER_S = 2
 _OVER_THE_LINE = "\r\x1b[2K"
 
 
-def open_display(rank_info: RankInfo, step: int, total_steps: int) -> "Lines | MovingLine":
+def open_display(rank_info: RankInfo, step: int, total_steps: int) -> "Lines | LiveDisplay":
     """Return what fits where standard error goes; `step` steps are done."""
     console = Console(stderr=True)
     if not (sys.stderr.isatty() and console.is_interactive and not console.is_dumb_terminal):
         return Lines(total_steps)
     if rank_info.rank == 0:
-        return MovingLine(console, step, total_steps)
+        return LiveDisplay(console, step, total_steps)
     # rank 0's line may stand on the same terminal
     for handler in _handlers_on_standard_error():
         handler.setFormatter(logging.Formatter(f"{_OVER_THE_LINE}[rank {rank_info.rank}] %(message)s"))
@@ -51,7 +51,7 @@ class Lines:
         """Leave the terminal as it was."""
 
 
-class MovingLine:
+class LiveDisplay:
     """One line at the foot of a terminal; what is logged or printed meanwhile goes above it; see `Lines`."""
 
     def __init__(self, console: Console, step: int, total_steps: int) -> None:
@@ -99,5 +99,5 @@ def _words(values: dict[str, float], loss: float) -> str:
 
 
 def _warn(step: int, values: dict[str, float]) -> None:
-    for sentence in warnings_of(values):
+    for sentence in collapse_warnings(values):
         log.warning("step %d: %s", step, sentence)

@@ -17,7 +17,7 @@ BEFORE_EXCHANGE: tuple[str, ...] = ("wait", "forward", "teacher")
 """Parts in which a rank does not wait for others (but with ZeRO stage 3, where the forward pass gathers weights)."""
 
 
-class Stopwatch:
+class StepTimer:
     """Takes one step's time; a part lasts until the next begins, and may begin again."""
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Stopwatch:
         return event
 
     @property
-    def is_late(self) -> bool:
+    def needs_sync(self) -> bool:
         """Whether reading at once would wait for a device."""
         return self._is_on_gpu
 

@@ -12,7 +12,7 @@ from iwm_fast.runtime.distributed import RankInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yardstick:
+class ThroughputMeter:
     """What a run's speed is measured by."""
 
     global_batch_size: int
@@ -49,10 +49,10 @@ class Yardstick:
         return f"{need}; speed/mfu is the share of {self.peak_flops / 1e12:.0f} TFLOP/s per rank, {self.peak_name}"
 
 
-def build_yardstick(config: RunConfig, rank_info: RankInfo) -> Yardstick:
+def build_throughput_meter(config: RunConfig, rank_info: RankInfo) -> ThroughputMeter:
     """Return what the settings ask of the devices."""
     peak, name = peak_flops(rank_info.device, config.optim.precision)
-    return Yardstick(
+    return ThroughputMeter(
         global_batch_size=config.optim.global_batch_size,
         num_ranks=rank_info.world_size,
         flops_per_image=training_flops(config).total,

@@ -4,14 +4,14 @@ import numpy as np
 import torch
 
 from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
-from iwm_fast.pipelines.action_log.schema import LogHead
+from iwm_fast.pipelines.action_log.schema import LogMetadata
 from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, check
 from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import (
     BEGINNING,
     EvaluationPlan,
     FinetunePlan,
-    Stream,
+    SampleStream,
     StreamStart,
     TrainingPlan,
 )
@@ -40,7 +40,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
     most = shards.num_samples
     check(data.max_samples <= most, "data.max_samples", data.max_samples,
           f"be at most the {most} samples of data.train, or unset")  # fmt: skip
-    return shards.first(data.max_samples)
+    return shards.truncated(data.max_samples)
 
 
 def training_loader(
@@ -73,10 +73,10 @@ def finetune_loader(
     return build_loader(plan, shards, loader_config(config.runtime), rank_info.device, first=first_step * accumulation)
 
 
-def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> Stream:
+def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> SampleStream:
     """Return this rank's share of the order of the training samples."""
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
-    return Stream(
+    return SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -86,9 +86,9 @@ def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, st
     )
 
 
-def log_head(config: RunConfig, shards: ShardSet) -> LogHead:
+def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
     """Return what an action log says of the run as a whole."""
-    return LogHead(
+    return LogMetadata(
         views=config.views,
         mask=config.mask,
         seed=config.seed,

@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from iwm_fast.monitoring.collapse import collapse_monitors
-from iwm_fast.monitoring.step_timer import BEFORE_EXCHANGE, PARTS, Stopwatch
+from iwm_fast.monitoring.step_timer import BEFORE_EXCHANGE, PARTS, StepTimer
 from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.training.schedules import Schedules
@@ -16,22 +16,22 @@ from iwm_fast.training.task import TrainTask
 from iwm_fast.training.train_state import TrainState
 
 
-class PartTimes:
+class PhaseTimes:
     """What the parts of this rank's steps took; a GPU's are read one step late, when they are there anyway."""
 
     def __init__(self) -> None:
-        self._late: Stopwatch | None = None
+        self._late: StepTimer | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._sums, self._num_steps = dict.fromkeys(PARTS, 0.0), 0
 
-    def add(self, stopwatch: Stopwatch) -> None:
+    def add(self, timer: StepTimer) -> None:
         """Take in a step that was stopped."""
-        late, self._late = self._late, stopwatch
+        late, self._late = self._late, timer
         if late is not None:
             self._read(late)
-        if not stopwatch.is_late:
+        if not timer.needs_sync:
             self._read_last()
 
     def _read_last(self) -> None:
@@ -39,8 +39,8 @@ class PartTimes:
             self._read(self._late)
             self._late = None
 
-    def _read(self, stopwatch: Stopwatch) -> None:
-        for part, seconds in stopwatch.seconds().items():
+    def _read(self, timer: StepTimer) -> None:
+        for part, seconds in timer.seconds().items():
             self._sums[part] += seconds
         self._num_steps += 1
 
@@ -59,7 +59,7 @@ class LogWindow:
     def __init__(self, task: TrainTask, schedules: Schedules) -> None:
         self._task = task
         self._schedules = schedules
-        self._parts = PartTimes()
+        self._parts = PhaseTimes()
         self._begin()
 
     def _begin(self) -> None:
@@ -71,7 +71,7 @@ class LogWindow:
     def add(self, report: StepReport) -> None:
         """Count one step; nothing is waited for."""
         self._losses.append(report.loss)
-        self._parts.add(report.stopwatch)
+        self._parts.add(report.timer)
         self._skipped += not report.is_applied
         self._num_replaced += report.num_replaced
 

@@ -18,7 +18,7 @@ FILE = "skipped_steps.jsonl"
 _MOST_SHOWN = 8
 
 
-class SkippedSteps:
+class NonfiniteGuard:
     """Counts the skipped steps in a row; every rank has one and is told of each step."""
 
     def __init__(self, folder: Path, rank_info: RankInfo, *, most: int, remedy: str) -> None:

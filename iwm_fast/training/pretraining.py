@@ -10,15 +10,15 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import Engine
-from iwm_fast.monitoring.throughput import build_yardstick
-from iwm_fast.pipelines.action_log.files import remove_from
+from iwm_fast.monitoring.throughput import build_throughput_meter
+from iwm_fast.pipelines.action_log.files import truncate_from
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.loader import Loader
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.components import TrainingComponents
-from iwm_fast.training.loaders import log_head, training_loader
+from iwm_fast.training.loaders import log_metadata, training_loader
 from iwm_fast.training.resume import stream_start
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport, train_step
@@ -38,7 +38,7 @@ class PretrainTask:
         self.rank_info = components.rank_info
         self.shards = components.shards
         self.fingerprint: dict[str, Any] = components.fingerprint
-        self.meter = build_yardstick(components.config, components.rank_info)
+        self.meter = build_throughput_meter(components.config, components.rank_info)
         self._components = components
         self._accumulation = accumulation_steps(components.config, components.rank_info.world_size)[1]
         self._loader: Loader | None = None
@@ -49,13 +49,13 @@ class PretrainTask:
         state.start = stream_start(saved, self.config, self.fingerprint, self.shards.num_samples)
         return state
 
-    def take_weights(self, saved: Checkpoint) -> None:
+    def load_weights(self, saved: Checkpoint) -> None:
         checkpoints.restore(saved, self._components.engine)
         self._components.teacher.load_state_dict(saved.teacher_state)
 
     def start(self, saved: Checkpoint | None) -> Engine:
         if saved is not None:
-            self.take_weights(saved)
+            self.load_weights(saved)
             self._log_changes(saved)
         log.info("%s", self.meter)
         return self._components.engine
@@ -76,10 +76,10 @@ class PretrainTask:
     def _open_action_log(self, step: int) -> ActionLog | None:
         folder = self._components.folder / "actions"
         # what was logged after the checkpoint is logged again
-        distributed.rank_zero_only(lambda: remove_from(folder, step))
+        distributed.rank_zero_only(lambda: truncate_from(folder, step))
         if not self.config.output.action_log:
             return None
-        head = log_head(self.config, self.shards)
+        head = log_metadata(self.config, self.shards)
         return ActionLog(folder, head=head, shards=self.shards, rank=self.rank_info.rank)
 
     def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:

@@ -9,7 +9,7 @@ from typing import Any
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.config.fingerprint import is_of_the_stream
+from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.sampling.batch_plan import StreamStart
 from iwm_fast.pipelines.storage.atomic import set_aside
@@ -93,7 +93,7 @@ def stream_start(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, An
         may_restart=config.data.restart_epoch,
         may_extend=config.resume == "extend",
     )
-    of_the_stream = [name for name in changed if is_of_the_stream(name)]
+    of_the_stream = [name for name in changed if defines_sample_stream(name)]
     if not of_the_stream:
         return start
     batch = saved.fingerprint["optim.global_batch_size"]

@@ -11,7 +11,7 @@ from iwm_fast.pipelines.counter_rng import random_bits
 
 
 @contextmanager
-def drawing_from(*counters: int, seed: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(*counters: int, seed: int, device: torch.device) -> Iterator[None]:
     """Let torch, numpy and Python draw what follows from the seed and the counters alone, and forget it afterwards.
 
     Their generators are the process's: other threads must not draw meanwhile, and none of ours ever does.

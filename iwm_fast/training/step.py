@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwm_fast.engines.base import Engine
 from iwm_fast.models.student import Prediction
-from iwm_fast.monitoring.step_timer import Stopwatch
+from iwm_fast.monitoring.step_timer import StepTimer
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.schedules import Schedules
@@ -30,7 +30,7 @@ class StepReport:
     """Global norm before clipping."""
     is_applied: bool
     """False if a non-finite gradient left weights and teacher as they were."""
-    stopwatch: Stopwatch
+    timer: StepTimer
     """What its parts took, waiting for the loader first."""
     num_replaced: int
     """Images of this rank that stand in for others that could not be decoded."""
@@ -74,33 +74,33 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
-    losses, keys, num_replaced, stopwatch = [], [], 0, Stopwatch(next(teacher.encoder.parameters()).device)
+    losses, keys, num_replaced, timer = [], [], 0, StepTimer(next(teacher.encoder.parameters()).device)
     for _ in range(accumulation):
-        stopwatch.begin("wait")
+        timer.begin("wait")
         batch = next(batches)
-        stopwatch.begin("forward")
+        timer.begin("forward")
         prediction = engine.forward(batch)
-        stopwatch.begin("teacher")
+        timer.begin("teacher")
         target_tokens = teacher.encode(batch.target_view, prediction.patches)
-        stopwatch.begin("backward")
+        timer.begin("backward")
         loss = objective(prediction, target_tokens, prediction.patches)
         engine.backward(loss)
         losses.append(loss.detach())
         keys.append(batch.key)
-        num_replaced += int((batch.sample != batch.planned).sum())
-    stopwatch.begin("optimizer")
+        num_replaced += int((batch.sample != batch.scheduled_sample).sum())
+    timer.begin("optimizer")
     outcome = engine.step()
-    stopwatch.begin("teacher_update")
+    timer.begin("teacher_update")
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
-    stopwatch.stop()
+    timer.stop()
     return StepReport(
         losses=torch.stack(losses),
         grad_norm=outcome.grad_norm,
         prediction=prediction,
         target_tokens=target_tokens,
         is_applied=outcome.applied,
-        stopwatch=stopwatch,
+        timer=timer,
         num_replaced=num_replaced,
         keys=keys,
     )

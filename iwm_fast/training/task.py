@@ -8,7 +8,7 @@ from torch import Tensor
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
-from iwm_fast.monitoring.throughput import Yardstick
+from iwm_fast.monitoring.throughput import ThroughputMeter
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
@@ -32,7 +32,7 @@ class TrainTask(Protocol):
     """Name of the loss in log rows."""
     remedy: str
     """What to do when the loss is not finite."""
-    meter: Yardstick
+    meter: ThroughputMeter
     """Turns durations into the speed values of log rows."""
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
@@ -43,7 +43,7 @@ class TrainTask(Protocol):
         """
         ...
 
-    def take_weights(self, saved: Checkpoint) -> None:
+    def load_weights(self, saved: Checkpoint) -> None:
         """Take over the weights of a checkpoint after the last step; collective."""
         ...
 

@@ -25,7 +25,7 @@ from iwm_fast.runtime.provenance import describe_run
 from iwm_fast.runtime.run_lock import FolderLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.training.log_window import LogWindow
-from iwm_fast.training.nonfinite_guard import SkippedSteps
+from iwm_fast.training.nonfinite_guard import NonfiniteGuard
 from iwm_fast.training.resume import find_start
 from iwm_fast.training.schedules import Schedules, build_schedules
 from iwm_fast.training.step import StepReport
@@ -90,7 +90,7 @@ class Trainer:
             saved, schedules = self._find_start()
             if self._state.step >= schedules.total_steps and saved is not None:
                 log.info("%s is finished: %d steps", self._folder, schedules.total_steps)
-                self._task.take_weights(saved)
+                self._task.load_weights(saved)
                 return self._state
             batches = self._open(saved, schedules)
             first = self._state.step
@@ -136,7 +136,7 @@ class Trainer:
         self._writer = self._open_folder() if self._is_main else None
         self._window = LogWindow(task, schedules)
         most = config.runtime.max_skipped_steps
-        self._skipped = SkippedSteps(self._folder, task.rank_info, most=most, remedy=task.remedy)
+        self._skipped = NonfiniteGuard(self._folder, task.rank_info, most=most, remedy=task.remedy)
         self._resources.callback(task.close)
         batches = task.open_stream(state)
         self._profiler = StepProfiler(config.runtime.profile, self._folder / "profile", task.rank_info)

@@ -22,9 +22,9 @@ from iwm_fast.kernels.launch import Launch
 class Tiles(NamedTuple):
     """How one kernel is cut."""
 
-    num_own: int
+    block_m: int
     """Rows a program owns: queries (forward, dQ), keys (dK and dV)."""
-    num_other: int
+    block_n: int
     """Rows that pass by at a time."""
     num_warps: int
     num_stages: int
@@ -48,14 +48,14 @@ WIDE = Cut(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
 
 
 @triton.jit
-def _place(offsets_ptr, longest, num_heads, LIMITS: tl.constexpr, NUM_OWN: tl.constexpr):
+def _place(offsets_ptr, longest, num_heads, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return head, the sequence's first row and length, and the first row of this program's tile."""
     # tiles of one head are neighbours: they read the same keys
-    num_tiles = (longest + NUM_OWN - 1) // NUM_OWN
+    num_tiles = (longest + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0).to(tl.int64)
     unit = program // num_tiles
     first, length = sequence_span(offsets_ptr, unit // num_heads, longest)
-    begin = ((program % num_tiles) * NUM_OWN).to(tl.int32)
+    begin = ((program % num_tiles) * BLOCK_M).to(tl.int32)
     if length <= LIMITS[0]:
         # somebody else's: nothing of it is in this tile
         length = length * 0
@@ -65,24 +65,24 @@ def _place(offsets_ptr, longest, num_heads, LIMITS: tl.constexpr, NUM_OWN: tl.co
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _forward_kernel(
     qkv_ptr, offsets_ptr, out_ptr, lse_ptr, longest, num_heads, num_rows,
-    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, NUM_OWN: tl.constexpr, NUM_OTHER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, FLOAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # qkv_ptr: (rows, 3, H, d); out_ptr: (rows, H, d); lse_ptr: (H, rows), base 2
-    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, NUM_OWN)
+    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, BLOCK_M)
     if begin >= length:
         return
     width = num_heads * HEAD_DIM
     query_ptr = qkv_ptr + first * 3 * width + head * HEAD_DIM
-    query = load_rows(query_ptr, begin, length, 3 * width, NUM_OWN, HEAD_DIM, False)
-    top = tl.full((NUM_OWN,), float("-inf"), FLOAT)
-    total = tl.zeros((NUM_OWN,), FLOAT)
-    out = tl.zeros((NUM_OWN, HEAD_DIM), FLOAT)
-    for other in range(0, length, NUM_OTHER):
-        key = load_rows(query_ptr + width, other, length, 3 * width, NUM_OTHER, HEAD_DIM, False)
-        value = load_rows(query_ptr + 2 * width, other, length, 3 * width, NUM_OTHER, HEAD_DIM, False)
+    query = load_rows(query_ptr, begin, length, 3 * width, BLOCK_M, HEAD_DIM, False)
+    top = tl.full((BLOCK_M,), float("-inf"), FLOAT)
+    total = tl.zeros((BLOCK_M,), FLOAT)
+    out = tl.zeros((BLOCK_M, HEAD_DIM), FLOAT)
+    for other in range(0, length, BLOCK_N):
+        key = load_rows(query_ptr + width, other, length, 3 * width, BLOCK_N, HEAD_DIM, False)
+        value = load_rows(query_ptr + 2 * width, other, length, 3 * width, BLOCK_N, HEAD_DIM, False)
         score = tl.dot(query, tl.trans(key), out_dtype=FLOAT, input_precision=PRECISION) * (SCALE * LOG2_E)
-        is_key = other + tl.arange(0, NUM_OTHER) < length
+        is_key = other + tl.arange(0, BLOCK_N) < length
         score = tl.where(is_key[None, :], score, float("-inf"))
         # never -inf: every tile that passes holds a key
         raised = tl.maximum(top, tl.max(score, 1))
@@ -93,38 +93,38 @@ def _forward_kernel(
         out = tl.dot(weight.to(value.dtype), value, out, out_dtype=FLOAT, input_precision=PRECISION)
         top = raised
     store_rows(out_ptr + first * width + head * HEAD_DIM, out / total[:, None], begin, length, width)
-    row = begin + tl.arange(0, NUM_OWN)
+    row = begin + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + head * num_rows + first + row, top + tl.log2(total), mask=row < length)
 
 
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _d_query_kernel(
     qkv_ptr, offsets_ptr, out_ptr, d_out_ptr, d_qkv_ptr, lse_ptr, delta_ptr, longest, num_heads, num_rows,
-    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, NUM_OWN: tl.constexpr, NUM_OTHER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, FLOAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # writes dQ, and delta (H, rows) = sum(out * d_out) for the kernel that follows
-    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, NUM_OWN)
+    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, BLOCK_M)
     if begin >= length:
         return
     width = num_heads * HEAD_DIM
     query_ptr = qkv_ptr + first * 3 * width + head * HEAD_DIM
     at_out = first * width + head * HEAD_DIM
     at_lse = head * num_rows + first
-    query = load_rows(query_ptr, begin, length, 3 * width, NUM_OWN, HEAD_DIM, False)
-    out = load_rows(out_ptr + at_out, begin, length, width, NUM_OWN, HEAD_DIM, False)
-    d_out = load_rows(d_out_ptr + at_out, begin, length, width, NUM_OWN, HEAD_DIM, False)
-    row = begin + tl.arange(0, NUM_OWN)
+    query = load_rows(query_ptr, begin, length, 3 * width, BLOCK_M, HEAD_DIM, False)
+    out = load_rows(out_ptr + at_out, begin, length, width, BLOCK_M, HEAD_DIM, False)
+    d_out = load_rows(d_out_ptr + at_out, begin, length, width, BLOCK_M, HEAD_DIM, False)
+    row = begin + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + at_lse + row, mask=row < length, other=0.0)
     delta = tl.sum(out.to(FLOAT) * d_out.to(FLOAT), 1)
     tl.store(delta_ptr + at_lse + row, delta, mask=row < length)
-    d_query = tl.zeros((NUM_OWN, HEAD_DIM), FLOAT)
-    for other in range(0, length, NUM_OTHER):
-        key = load_rows(query_ptr + width, other, length, 3 * width, NUM_OTHER, HEAD_DIM, False)
-        value = load_rows(query_ptr + 2 * width, other, length, 3 * width, NUM_OTHER, HEAD_DIM, False)
+    d_query = tl.zeros((BLOCK_M, HEAD_DIM), FLOAT)
+    for other in range(0, length, BLOCK_N):
+        key = load_rows(query_ptr + width, other, length, 3 * width, BLOCK_N, HEAD_DIM, False)
+        value = load_rows(query_ptr + 2 * width, other, length, 3 * width, BLOCK_N, HEAD_DIM, False)
         score = tl.dot(query, tl.trans(key), out_dtype=FLOAT, input_precision=PRECISION)
         weight = tl.exp2(score * (SCALE * LOG2_E) - lse[:, None])
-        is_key = other + tl.arange(0, NUM_OTHER) < length
+        is_key = other + tl.arange(0, BLOCK_N) < length
         weight = tl.where(is_key[None, :], weight, 0.0)
         d_weight = tl.dot(d_out, tl.trans(value), out_dtype=FLOAT, input_precision=PRECISION)
         d_score = (weight * (d_weight - delta[:, None])).to(key.dtype)
@@ -135,11 +135,11 @@ def _d_query_kernel(
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _d_key_kernel(
     qkv_ptr, offsets_ptr, d_out_ptr, d_qkv_ptr, lse_ptr, delta_ptr, longest, num_heads, num_rows,
-    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, NUM_OWN: tl.constexpr, NUM_OTHER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, FLOAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # writes dK and dV; transposed as in attention_whole
-    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, NUM_OWN)
+    head, first, length, begin = _place(offsets_ptr, longest, num_heads, LIMITS, BLOCK_M)
     if begin >= length:
         return
     width = num_heads * HEAD_DIM
@@ -147,15 +147,15 @@ def _d_key_kernel(
     d_query_ptr = d_qkv_ptr + first * 3 * width + head * HEAD_DIM
     row_ptr = d_out_ptr + first * width + head * HEAD_DIM
     at_lse = head * num_rows + first
-    key = load_rows(query_ptr + width, begin, length, 3 * width, NUM_OWN, HEAD_DIM, False)
-    value = load_rows(query_ptr + 2 * width, begin, length, 3 * width, NUM_OWN, HEAD_DIM, False)
-    is_key = begin + tl.arange(0, NUM_OWN) < length
-    d_key = tl.zeros((NUM_OWN, HEAD_DIM), FLOAT)
-    d_value = tl.zeros((NUM_OWN, HEAD_DIM), FLOAT)
-    for other in range(0, length, NUM_OTHER):
-        query = load_rows(query_ptr, other, length, 3 * width, NUM_OTHER, HEAD_DIM, False)
-        d_out = load_rows(row_ptr, other, length, width, NUM_OTHER, HEAD_DIM, False)
-        row = other + tl.arange(0, NUM_OTHER)
+    key = load_rows(query_ptr + width, begin, length, 3 * width, BLOCK_M, HEAD_DIM, False)
+    value = load_rows(query_ptr + 2 * width, begin, length, 3 * width, BLOCK_M, HEAD_DIM, False)
+    is_key = begin + tl.arange(0, BLOCK_M) < length
+    d_key = tl.zeros((BLOCK_M, HEAD_DIM), FLOAT)
+    d_value = tl.zeros((BLOCK_M, HEAD_DIM), FLOAT)
+    for other in range(0, length, BLOCK_N):
+        query = load_rows(query_ptr, other, length, 3 * width, BLOCK_N, HEAD_DIM, False)
+        d_out = load_rows(row_ptr, other, length, width, BLOCK_N, HEAD_DIM, False)
+        row = other + tl.arange(0, BLOCK_N)
         lse = tl.load(lse_ptr + at_lse + row, mask=row < length, other=0.0)
         delta = tl.load(delta_ptr + at_lse + row, mask=row < length, other=0.0)
         score = tl.dot(key, tl.trans(query), out_dtype=FLOAT, input_precision=PRECISION)
@@ -191,11 +191,11 @@ def backward_launches(
 
 
 def _launch(kernel, tiles: Tiles, packed: Packed, limit: int, tensors: dict[str, Tensor]) -> Launch:
-    num_tiles = triton.cdiv(packed.longest, tiles.num_own)
+    num_tiles = triton.cdiv(packed.longest, tiles.block_m)
     constants = {
         "LIMITS": (limit,),
-        "NUM_OWN": tiles.num_own,
-        "NUM_OTHER": tiles.num_other,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
         # float32 is multiplied as three tensor-core products: 22 of its 24 bits, as torch's own default nearly
         "PRECISION": "tf32x3" if packed.qkv.dtype == torch.float32 else "tf32",
     }

@@ -1,7 +1,7 @@
 """Attention over sequences that fit on a multiprocessor whole: one program per (sequence, head), no running softmax.
 
 Keys and values of a head are read once and stay; queries pass by in tiles. Keys come in pieces, powers of two, so that
-196 keys cost 128 + 64 + 16 and not 256. A kernel holds a ladder of such splits, and each program takes the smallest
+196 keys cost 128 + 64 + 16 and not 256. A kernel holds a key_splits of such splits, and each program takes the smallest
 one that holds its sequence: short sequences of a ragged batch do not pay for the longest. Sequences that a launch has
 no rung for are left to the other launches.
 
@@ -28,7 +28,7 @@ from iwm_fast.kernels.launch import Launch
 class Group(NamedTuple):
     """Lengths that one launch takes care of."""
 
-    ladder: tuple[tuple[int, ...], ...]
+    key_splits: tuple[tuple[int, ...], ...]
     """Splits of the keys into pieces, shortest first; all pieces but a split's last are full."""
     num_queries: int
     """Queries of a tile."""
@@ -39,7 +39,7 @@ class Group(NamedTuple):
     @property
     def longest(self) -> int:
         """The longest sequence the last rung holds."""
-        return sum(self.ladder[-1])
+        return sum(self.key_splits[-1])
 
 
 _TO_128 = ((64,), (128,))
@@ -126,7 +126,7 @@ def _attend(
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _forward_kernel(
     qkv_ptr, offsets_ptr, out_ptr, lse_ptr, longest, num_heads, num_rows,
-    HEAD_DIM: tl.constexpr, LADDER: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KEY_SPLITS: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
     SCALE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     # qkv_ptr: (rows, 3, H, d); out_ptr: (rows, H, d); lse_ptr: (H, rows), base 2
@@ -137,9 +137,11 @@ def _forward_kernel(
     query_ptr = qkv_ptr + first * 3 * width + head * HEAD_DIM
     row_ptr = out_ptr + first * width + head * HEAD_DIM
     row_lse_ptr = lse_ptr + head * num_rows + first
-    for i in tl.static_range(len(LADDER)):
+    for i in tl.static_range(len(KEY_SPLITS)):
         if (length > LIMITS[i]) & (length <= LIMITS[i + 1]):
-            _attend(query_ptr, row_ptr, row_lse_ptr, length, num_heads, HEAD_DIM, LADDER[i], NUM_QUERIES, SCALE, FLOAT)
+            _attend(
+                query_ptr, row_ptr, row_lse_ptr, length, num_heads, HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, FLOAT
+            )
 
 
 @triton.jit
@@ -197,7 +199,7 @@ def _attend_backward(
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _backward_kernel(
     qkv_ptr, offsets_ptr, d_out_ptr, d_qkv_ptr, lse_ptr, longest, num_heads, num_rows,
-    HEAD_DIM: tl.constexpr, LADDER: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KEY_SPLITS: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
     SCALE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     # d_out_ptr: (rows, H, d); d_qkv_ptr: (rows, 3, H, d); lse_ptr: (H, rows), base 2
@@ -209,11 +211,11 @@ def _backward_kernel(
     d_query_ptr = d_qkv_ptr + first * 3 * width + head * HEAD_DIM
     row_ptr = d_out_ptr + first * width + head * HEAD_DIM
     row_lse_ptr = lse_ptr + head * num_rows + first
-    for i in tl.static_range(len(LADDER)):
+    for i in tl.static_range(len(KEY_SPLITS)):
         if (length > LIMITS[i]) & (length <= LIMITS[i + 1]):
             _attend_backward(
                 query_ptr, row_ptr, d_query_ptr, row_lse_ptr, length, num_heads,
-                HEAD_DIM, LADDER[i], NUM_QUERIES, SCALE, FLOAT,
+                HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, FLOAT,
             )  # fmt: skip
 
 
@@ -240,8 +242,8 @@ def _launches(kernel: Any, groups: tuple[Group, ...], packed: Packed, tensors: d
     for group in groups:
         # dense sequences all have the longest's length, packed ones up to it
         is_needed = packed.longest > below and (packed.offsets is not None or packed.longest <= group.longest)
-        limits = (below, *(sum(split) for split in group.ladder))
-        constants = {"LADDER": group.ladder, "LIMITS": limits, "NUM_QUERIES": group.num_queries}
+        limits = (below, *(sum(split) for split in group.key_splits))
+        constants = {"KEY_SPLITS": group.key_splits, "LIMITS": limits, "NUM_QUERIES": group.num_queries}
         if is_needed:
             grid = (packed.num_sequences * packed.num_heads,)
             arguments, constants = packed.arguments | tensors, packed.constants | constants

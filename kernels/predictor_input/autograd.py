@@ -1,6 +1,7 @@
 """The predictor's input as two operations of torch: target rows copied from a table, or made by the mixer.
 
-Both are opaque to the compiler on purpose: a new number of rows is no new graph. `rows` is [*PatchRows, *SequenceRows].
+Both are opaque to the compiler on purpose: a new number of rows is no new graph. `rows` is
+[*PatchIndex, *PackedLayout].
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 from iwm_fast.kernels.launch import architecture, interpretable
 from iwm_fast.kernels.predictor_input.conditioning_mlp import FirstLayer, first_launch, second_launch, third_launch
 from iwm_fast.kernels.predictor_input.gather_scatter import place_launch, sum_launch, take_launch
-from iwm_fast.kernels.predictor_input.layout import PatchRows, SequenceRows
+from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 
 
 @torch.library.custom_op("iwm_fast::copied_input", mutates_args=())
@@ -166,11 +167,11 @@ def _backward_mixed(ctx, d_packed, _):
 mixed_input.register_autograd(_backward_mixed, setup_context=_keep_mixed)
 
 
-def _split(rows: Sequence[Tensor]) -> tuple[PatchRows, SequenceRows]:
-    return PatchRows(*rows[:2]), SequenceRows(*rows[2:])
+def _split(rows: Sequence[Tensor]) -> tuple[PatchIndex, PackedLayout]:
+    return PatchIndex(*rows[:2]), PackedLayout(*rows[2:])
 
 
-def _num_packed(places: SequenceRows) -> int:
+def _num_packed(places: PackedLayout) -> int:
     return places.context.shape[0] + places.targets.shape[0] + places.action_tokens.shape[0]
 
 
@@ -190,7 +191,7 @@ def _sums(rows: Tensor, members: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _members(places: SequenceRows, patch_row: Tensor, num_patches: int, row: Tensor) -> Tensor:
+def _members(places: PackedLayout, patch_row: Tensor, num_patches: int, row: Tensor) -> Tensor:
     """Return (B, N) int32: the row that stands for a patch of an image, -1 where none does."""
     num_images = len(places.offsets) - 1
     members = torch.full((num_images * num_patches,), -1, dtype=torch.int32, device=row.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class PatchRows(NamedTuple):
+class PatchIndex(NamedTuple):
     """Which patches the rows of context and targets stand for, packed one image after the other: image * N + patch.
 
     The patches of one image's targets must differ.
@@ -18,7 +18,7 @@ class PatchRows(NamedTuple):
     """(T,) int64."""
 
 
-class SequenceRows(NamedTuple):
+class PackedLayout(NamedTuple):
     """Where every row goes in the packed sequences."""
 
     context: Tensor
@@ -31,9 +31,9 @@ class SequenceRows(NamedTuple):
     """(B + 1,) int32: where each image's sequence begins."""
 
 
-def sequence_rows(
+def packed_layout(
     context_offsets: Tensor, target_offsets: Tensor, num_action_tokens: int, *, num_context: int, num_targets: int
-) -> SequenceRows:
+) -> PackedLayout:
     """Compute the destination of every row; integers only, on the offsets' device and without waiting for it.
 
     Args:
@@ -56,7 +56,7 @@ def sequence_rows(
     before_targets = context_offsets[1:] + num_action_tokens * image[:-1]
     token = torch.arange(num_action_tokens, device=image.device)
     action_tokens = (offsets[1:] - num_action_tokens)[:, None] + token
-    return SequenceRows(
+    return PackedLayout(
         context=_moved(context_offsets, before_context, num_context),
         targets=_moved(target_offsets, before_targets, num_targets),
         action_tokens=action_tokens.flatten(),

@@ -35,7 +35,7 @@ from iwm_fast.kernels.launch import Launch, check_contiguous, check_dtype
 from iwm_fast.kernels.predictor_input.autograd import copied_input, mixed_input
 from iwm_fast.kernels.predictor_input.conditioning_mlp import FirstLayer, first_launch, second_launch, third_launch
 from iwm_fast.kernels.predictor_input.gather_scatter import place_launch, sum_launch, take_launch
-from iwm_fast.kernels.predictor_input.layout import PatchRows, SequenceRows
+from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 
 
 class Mixer(NamedTuple):
@@ -61,8 +61,8 @@ def predictor_input_reference(
     context: Tensor,
     mask_token: Tensor,
     positions: Tensor,
-    patches: PatchRows,
-    places: SequenceRows,
+    patches: PatchIndex,
+    places: PackedLayout,
     *,
     action_tokens: Tensor | None = None,
     mixer: Mixer | None = None,
@@ -74,7 +74,7 @@ def predictor_input_reference(
         mask_token: (P,).
         positions: (N, P), constant.
         patches: which patch of which image each row is.
-        places: where each row goes, from `sequence_rows`.
+        places: where each row goes, from `packed_layout`.
         action_tokens: (B, k, P), or None for none.
         mixer: what makes target rows of mask tokens, or None to take them as they are. Not with action tokens.
 
@@ -101,8 +101,8 @@ def predictor_input(
     context: Tensor,
     mask_token: Tensor,
     positions: Tensor,
-    patches: PatchRows,
-    places: SequenceRows,
+    patches: PatchIndex,
+    places: PackedLayout,
     *,
     action_tokens: Tensor | None = None,
     mixer: Mixer | None = None,
@@ -173,8 +173,8 @@ def _check_shapes(
     context: Tensor,
     mask_token: Tensor,
     positions: Tensor,
-    patches: PatchRows,
-    places: SequenceRows,
+    patches: PatchIndex,
+    places: PackedLayout,
     *,
     action_tokens: Tensor | None,
     mixer: Mixer | None,

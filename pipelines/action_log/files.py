@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from iwm_fast.pipelines.action_log.schema import column, head_of
+from iwm_fast.pipelines.action_log.schema import column, read_metadata
 from iwm_fast.pipelines.storage.atomic import force_to_disk
 
 # readers of whole folders (pyarrow, DuckDB) pass over names that begin with a dot
@@ -39,7 +39,7 @@ class ActionLogError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class LogPart:
+class LogFile:
     """One published file."""
 
     first_step: int
@@ -49,7 +49,7 @@ class LogPart:
     path: Path
 
 
-class PartWriter:
+class LogFileWriter:
     """A part while it is written, under a name that nobody reads."""
 
     def __init__(self, folder: Path, rank: int, schema: pa.Schema) -> None:
@@ -94,17 +94,17 @@ class PartWriter:
                 remove()
 
 
-def parts(folder: Path) -> list[LogPart]:
+def list_log_files(folder: Path) -> list[LogFile]:
     """Return the published files of a log in order of step and rank, none if there is no such folder."""
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.parquet")]
     return sorted(
-        LogPart(first_step=int(match[1]), end_step=int(match[2]), rank=int(match[3]), path=path)
+        LogFile(first_step=int(match[1]), end_step=int(match[2]), rank=int(match[3]), path=path)
         for path, match in matches
         if match
     )
 
 
-def remove_from(folder: Path, step: int) -> None:
+def truncate_from(folder: Path, step: int) -> None:
     """Remove the rows of this step and all behind it, and what killed processes left; nobody may be writing here.
 
     Raises:
@@ -115,7 +115,7 @@ def remove_from(folder: Path, step: int) -> None:
         return
     for leftover in folder.glob(f"{_TEMPORARY}*"):
         leftover.unlink()
-    for part in parts(folder):
+    for part in list_log_files(folder):
         if part.first_step >= step:
             part.path.unlink()
         elif part.end_step > step:
@@ -123,14 +123,14 @@ def remove_from(folder: Path, step: int) -> None:
     force_to_disk(folder)
 
 
-def _cut(part: LogPart, step: int) -> None:
+def _cut(part: LogFile, step: int) -> None:
     """Remove a part's rows from this step on.
 
     A part ends where a checkpoint is, so this is needed only for a checkpoint that was put there by hand.
     """
     folder = part.path.parent
     kept = _read(part, part.first_step, step)
-    draft = PartWriter(folder, part.rank, kept.schema)
+    draft = LogFileWriter(folder, part.rank, kept.schema)
     draft.write(kept)
     draft.finish()
     # rows first, then the name: whatever ends the process in between leaves a part that is cut once more
@@ -149,7 +149,7 @@ def read_rows(folder: Path, first_step: int, end_step: int) -> pa.Table:
     Raises:
         ActionLogError: if there is no log, a row is missing or there twice, or a file is damaged; says which.
     """
-    every = parts(folder)
+    every = list_log_files(folder)
     if not every:
         raise ActionLogError(f"{folder} holds no action log; train with output.action_log=true to get one")
     chosen = [part for part in every if part.first_step < end_step and part.end_step > first_step]
@@ -168,12 +168,12 @@ def read_rows(folder: Path, first_step: int, end_step: int) -> pa.Table:
     return joined.take(order)
 
 
-def describe_steps(every: list[LogPart]) -> str:
+def describe_steps(every: list[LogFile]) -> str:
     """Say which steps these parts, given in order, hold: "0 .. 9, 20 .. 29"."""
     return ", ".join(f"{first} .. {end - 1}" for first, end in _ranges(every))
 
 
-def _ranges(every: list[LogPart]) -> Iterator[tuple[int, int]]:
+def _ranges(every: list[LogFile]) -> Iterator[tuple[int, int]]:
     first, end = every[0].first_step, every[0].end_step
     for part in every[1:]:
         if part.first_step > end:
@@ -183,7 +183,7 @@ def _ranges(every: list[LogPart]) -> Iterator[tuple[int, int]]:
     yield first, end
 
 
-def _read(part: LogPart, first_step: int, end_step: int) -> pa.Table:
+def _read(part: LogFile, first_step: int, end_step: int) -> pa.Table:
     try:
         return pq.read_table(part.path, filters=[("step", ">=", first_step), ("step", "<", end_step)])
     except (OSError, pa.ArrowException) as error:
@@ -192,9 +192,9 @@ def _read(part: LogPart, first_step: int, end_step: int) -> pa.Table:
         ) from error
 
 
-def _common_batch_size(chosen: list[LogPart], tables: list[pa.Table]) -> int:
+def _common_batch_size(chosen: list[LogFile], tables: list[pa.Table]) -> int:
     # where the shards lie may change from launch to launch
-    heads = [replace(head_of(table.schema), shards="") for table in tables]
+    heads = [replace(read_metadata(table.schema), shards="") for table in tables]
     for (part, head), (other, next_head) in pairwise(zip(chosen, heads, strict=True)):
         if head != next_head:
             raise ActionLogError(
@@ -204,7 +204,7 @@ def _common_batch_size(chosen: list[LogPart], tables: list[pa.Table]) -> int:
     return heads[0].global_batch_size
 
 
-def _require_once(position: Int64[np.ndarray, "rows"], size: int, chosen: list[LogPart]) -> None:
+def _require_once(position: Int64[np.ndarray, "rows"], size: int, chosen: list[LogFile]) -> None:
     twice = np.flatnonzero(position[1:] == position[:-1])
     if len(twice):
         step, slot = divmod(int(position[twice[0]]), size)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from iwm_fast.pipelines.action_log.schema import LogHead, column, draws_of
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, draws_of
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Request
 from iwm_fast.pipelines.sampling.masks import draw_masks, ragged_index
@@ -18,10 +18,10 @@ LARGEST = 64
 class ReplayPlan:
     """Rows of one step, cut into micro-batches in their order; ranks and micro-batches of the run do not matter."""
 
-    head: LogHead
+    head: LogMetadata
     rows: pa.Table
     """As `iwm_fast.pipelines.action_log.files.read_step` returns them, or some of them."""
-    largest: int = LARGEST
+    max_batch_size: int = LARGEST
     augment: None = None
 
     @property
@@ -35,7 +35,7 @@ class ReplayPlan:
         Raises:
             EndOfPlanError: behind the last row.
         """
-        rows = self.rows.slice(index * self.largest, self.largest)
+        rows = self.rows.slice(index * self.max_batch_size, self.max_batch_size)
         if rows.num_rows == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {self.rows.num_rows} rows end before it")
         step = int(column(rows, "step")[0])
@@ -47,12 +47,12 @@ class ReplayPlan:
             step=step,
             slots=slots,
             samples=column(rows, "sample"),
-            planned=column(rows, "planned"),
+            scheduled_samples=column(rows, "planned"),
             draws=draws_of(rows),
             context=ragged_index(masks.context[slots], int(masks.context.sum())),
             target=ragged_index(masks.target[slots], int(masks.target.sum())),
         )
 
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+    def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return none: training saw this sample and no other."""
         return np.empty(0, np.int64)

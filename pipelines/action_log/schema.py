@@ -27,7 +27,7 @@ from iwm_fast.pipelines.config import MaskConfig, ViewConfig, check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.geometry import source_geometry
-from iwm_fast.pipelines.transforms.parameters import Draws, Photometry, clean_draws
+from iwm_fast.pipelines.transforms.parameters import Draws, Photometry, identity_draws
 
 FORMAT = 1
 
@@ -35,11 +35,11 @@ _HEAD = "action_log"
 _VIEWS = ("source", "target")
 _SHARED = ("crop", "flip", "source_crop", "source_flip")
 _PHOTOMETRY = tuple(field.name for field in dataclasses.fields(Photometry))
-_NUMBERS = ("slot", "sample", "planned", "label", "crop_window", "source_window")
+_NUMBERS = ("slot", "sample", "scheduled_sample", "label", "crop_window", "source_window")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogHead:
+class LogMetadata:
     """What holds for every row of a file: the settings that it was drawn with."""
 
     views: ViewConfig
@@ -58,13 +58,13 @@ class LogHead:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Received:
+class BatchRecord:
     """What a batch leaves to the log: nothing that lies on a device."""
 
     step: int
     slot: Int64[Tensor, "B"]
     sample: Int64[Tensor, "B"]
-    planned: Int64[Tensor, "B"]
+    scheduled_sample: Int64[Tensor, "B"]
     label: Int64[Tensor, "B"]
     key: tuple[str, ...]
     crop_window: Float[Tensor, "B 4"]
@@ -72,22 +72,22 @@ class Received:
     draws: Draws
 
 
-def received(batch: Batch) -> Received:
+def received(batch: Batch) -> BatchRecord:
     """Take from a batch what its rows are made of, without copying."""
-    return Received(**{name: getattr(batch, name) for name in _RECEIVED})
+    return BatchRecord(**{name: getattr(batch, name) for name in _RECEIVED})
 
 
-_RECEIVED = tuple(field.name for field in dataclasses.fields(Received))
+_RECEIVED = tuple(field.name for field in dataclasses.fields(BatchRecord))
 
 
-class RowMaker:
+class RowBuilder:
     """Turns the batches of one rank into rows."""
 
-    def __init__(self, head: LogHead, shards: ShardSet, rank: int) -> None:
+    def __init__(self, head: LogMetadata, shards: ShardSet, rank: int) -> None:
         self._views, self._shards, self._rank = head.views, shards, rank
         self.schema = row_schema(head)
 
-    def rows(self, batches: Sequence[Received]) -> pa.Table:
+    def rows(self, batches: Sequence[BatchRecord]) -> pa.Table:
         """Return the rows of some batches, at least one, in their order."""
         draws = _join_draws([batch.draws for batch in batches])
         joined = {name: np.concatenate([getattr(batch, name).numpy() for batch in batches]) for name in _NUMBERS}
@@ -98,6 +98,8 @@ class RowMaker:
         columns = {
             "step": np.repeat(np.array([batch.step for batch in batches]), sizes),
             "rank": np.full(sum(sizes), self._rank),
+            # the column keeps the name that it has in every log so far
+            "planned": joined.pop("scheduled_sample"),
             **joined,
             **_flat(draws),
             "action": action,
@@ -116,9 +118,9 @@ class RowMaker:
         return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), paths)
 
 
-def row_schema(head: LogHead) -> pa.Schema:
+def row_schema(head: LogMetadata) -> pa.Schema:
     """Return the columns, with the head in the metadata."""
-    drawn = {name: _array(values).type for name, values in _flat(clean_draws(1)).items()}
+    drawn = {name: _array(values).type for name, values in _flat(identity_draws(1)).items()}
     four = pa.list_(pa.float32(), 4)
     columns = {
         **dict.fromkeys(("step", "slot", "rank"), pa.int32()),
@@ -135,7 +137,7 @@ def row_schema(head: LogHead) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata={_HEAD: json.dumps(about)})
 
 
-def head_of(schema: pa.Schema) -> LogHead:
+def read_metadata(schema: pa.Schema) -> LogMetadata:
     """Return the head that a file's or a table's schema carries.
 
     Raises:
@@ -147,7 +149,7 @@ def head_of(schema: pa.Schema) -> LogHead:
     # for readers that know nothing of views
     del about["action_entries"]
     views, mask = ViewConfig(**_tuples(about.pop("views"))), MaskConfig(**_tuples(about.pop("mask")))
-    return LogHead(views=views, mask=mask, **about)
+    return LogMetadata(views=views, mask=mask, **about)
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def draws_of(rows: pa.Table) -> Draws:
     return Draws(**{name: column(rows, name) for name in _SHARED}, source=source, target=target)
 
 
-def legible(text: str) -> str:
+def to_valid_unicode(text: str) -> str:
     r"""Return a name as valid Unicode: what of a file name is none is written out as \xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -199,4 +201,4 @@ def _texts(texts: list[str]) -> pa.Array:
     try:
         return pa.array(texts, pa.string())
     except UnicodeEncodeError:
-        return pa.array([legible(text) for text in texts], pa.string())
+        return pa.array([to_valid_unicode(text) for text in texts], pa.string())

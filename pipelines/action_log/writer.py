@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from iwm_fast.pipelines.action_log.files import PartWriter
-from iwm_fast.pipelines.action_log.schema import LogHead, Received, RowMaker, received
+from iwm_fast.pipelines.action_log.files import LogFileWriter
+from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder, received
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
@@ -34,13 +34,13 @@ class ActionLog:
         self,
         folder: Path,
         *,
-        head: LogHead,
+        head: LogMetadata,
         shards: ShardSet,
         rank: int,
         group_rows: int = GROUP_ROWS,
         part_rows: int = PART_ROWS,
     ) -> None:
-        """Make the folder; after `iwm_fast.pipelines.action_log.files.remove_from`, which no rank may be behind.
+        """Make the folder; after `iwm_fast.pipelines.action_log.files.truncate_from`, which no rank may be behind.
 
         Args:
             group_rows: rows that are made and written together.
@@ -49,16 +49,16 @@ class ActionLog:
         Raises:
             OSError: if the folder cannot be made.
         """
-        self._folder, self._rank, self._maker = folder, rank, RowMaker(head, shards, rank)
+        self._folder, self._rank, self._maker = folder, rank, RowBuilder(head, shards, rank)
         self._group_rows, self._part_rows = group_rows, part_rows
-        self._received: list[Received] = []
+        self._received: list[BatchRecord] = []
         self._num_received, self._num_in_part, self._last_step = 0, 0, -1
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="action-log")
         self._writing: deque[Future[None]] = deque()
         self.failure: Exception | None = None
         """What the thread ran into; everything behind it is lost."""
         # only the thread touches it
-        self._part: PartWriter | None = None
+        self._part: LogFileWriter | None = None
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -112,7 +112,7 @@ class ActionLog:
         if self.failure is not None:
             raise self.failure
 
-    def _write(self, batches: list[Received], ends_part: bool) -> None:
+    def _write(self, batches: list[BatchRecord], ends_part: bool) -> None:
         """Write a group of rows and publish the part if it ends; on the thread."""
         if self.failure is not None:
             return
@@ -125,9 +125,9 @@ class ActionLog:
             if self._part is not None:
                 self._part.discard()
 
-    def _write_group(self, batches: list[Received], ends_part: bool) -> None:
+    def _write_group(self, batches: list[BatchRecord], ends_part: bool) -> None:
         if batches:
-            self._part = self._part or PartWriter(self._folder, self._rank, self._maker.schema)
+            self._part = self._part or LogFileWriter(self._folder, self._rank, self._maker.schema)
             self._part.write(self._maker.rows(batches))
         if ends_part and self._part is not None:
             self._part.publish()

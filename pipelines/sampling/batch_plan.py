@@ -15,7 +15,7 @@ from iwm_fast.pipelines.batch import RaggedIndex
 from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.sampling.masks import Masks, all_patches, draw_masks, ragged_index
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
-from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, clean_draws, draw, draw_augment
+from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, draw, draw_augment, identity_draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Request:
     slots: Int64[np.ndarray, "B"]
     samples: Int64[np.ndarray, "B"]
     """What is shown."""
-    planned: Int64[np.ndarray, "B"]
+    scheduled_samples: Int64[np.ndarray, "B"]
     """What the order put there; differs from `samples` where that cannot be decoded."""
     draws: Draws
     context: RaggedIndex
@@ -54,7 +54,7 @@ class EndOfPlanError(Exception):
 
 
 @runtime_checkable
-class Plan(Protocol):
+class BatchPlan(Protocol):
     """The sequence of requests of one rank."""
 
     @property
@@ -68,7 +68,7 @@ class Plan(Protocol):
         ...
 
     @property
-    def largest(self) -> int:
+    def max_batch_size(self) -> int:
         """Most images of one request."""
         ...
 
@@ -76,13 +76,13 @@ class Plan(Protocol):
         """Return micro-batch number `index`; raises EndOfPlanError behind the last one."""
         ...
 
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+    def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return which samples may stand in for an image that cannot be decoded, the first choice first."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class SampleStream:
     """One rank's share of the endless order: position = step * global batch + slot, counted from its start."""
 
     order: SampleOrder
@@ -92,7 +92,7 @@ class Stream:
     world_size: int
     start: StreamStart = BEGINNING
 
-    def place(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
+    def slots_of(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
         """Return step and slots of this rank's micro-batch number `index`, counted from step 0."""
         accumulation = self.global_batch_size // (self.micro_batch_size * self.world_size)
         step, micro = divmod(index, accumulation)
@@ -119,14 +119,14 @@ class _StreamPlan:
     seed: int
     grid: int
     """Patches along one side of a view."""
-    stream: Stream
+    stream: SampleStream
 
     @property
-    def largest(self) -> int:
+    def max_batch_size(self) -> int:
         """Most images of one request."""
         return self.stream.micro_batch_size
 
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+    def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return the samples of the following slots of the global batch: the same for any number of ranks."""
         slots = (request.slots[image] + np.arange(1, self.stream.global_batch_size)) % self.stream.global_batch_size
         return self.stream.samples(request.step, slots)
@@ -141,7 +141,7 @@ class TrainingPlan(_StreamPlan):
 
     def request(self, index: int) -> Request:
         """Return micro-batch number `index` of this rank, counted from step 0."""
-        step, slots = self.stream.place(index)
+        step, slots = self.stream.slots_of(index)
         samples = self.stream.samples(step, slots)
         # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
         masks = _masks_of_step(self.mask, self.grid, self.seed, step, self.stream.global_batch_size)
@@ -149,7 +149,7 @@ class TrainingPlan(_StreamPlan):
             step=step,
             slots=slots,
             samples=samples,
-            planned=samples,
+            scheduled_samples=samples,
             draws=draw(self.views, self.seed, step, slots),
             context=ragged_index(masks.context[slots], int(masks.context.sum())),
             target=ragged_index(masks.target[slots], int(masks.target.sum())),
@@ -165,14 +165,14 @@ class FinetunePlan(_StreamPlan):
 
     def request(self, index: int) -> Request:
         """Return micro-batch number `index` of this rank, counted from step 0."""
-        step, slots = self.stream.place(index)
+        step, slots = self.stream.slots_of(index)
         drawn = draw(self.views, self.seed, step, slots)
         return _whole_images(
             step,
             slots,
             self.stream.samples(step, slots),
             self.grid,
-            draws=replace(clean_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
+            draws=replace(identity_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
             augment=None if self.augment is None else draw_augment(self.augment, self.seed, step, slots),
         )
 
@@ -188,7 +188,7 @@ class EvaluationPlan:
     augment: None = None
 
     @property
-    def largest(self) -> int:
+    def max_batch_size(self) -> int:
         """Most images of one request."""
         return self.micro_batch_size
 
@@ -201,9 +201,9 @@ class EvaluationPlan:
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
-        return _whole_images(0, slots, self.samples[slots], self.grid, draws=clean_draws(len(slots)))
+        return _whole_images(0, slots, self.samples[slots], self.grid, draws=identity_draws(len(slots)))
 
-    def substitutes(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
+    def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return none: a measurement on other samples would be another measurement."""
         return np.empty(0, np.int64)
 
@@ -223,7 +223,7 @@ def _whole_images(
         step=step,
         slots=slots,
         samples=samples,
-        planned=samples,
+        scheduled_samples=samples,
         draws=draws,
         context=patches,
         target=patches,

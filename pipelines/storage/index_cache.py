@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 # changes with the meaning of what is kept
 FORMAT = 2
 # a shard changed as lately as this may change again without showing it: file systems count time in steps
-YOUNGEST_NS = 2_000_000_000
+MIN_AGE_NS = 2_000_000_000
 _NUMBERS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
 
 
-class Stamp(NamedTuple):
+class FileVersion(NamedTuple):
     """What tells that a shard is still the one that was indexed."""
 
     size_bytes: int
@@ -46,19 +46,19 @@ def load_or_index(path: str) -> Shard:
         ShardError: if the shard has to be read and cannot be used.
     """
     # before the headers: should the shard change meanwhile, the new index is out of date and not wrong
-    stamp = stamp_of(path)
+    stamp = file_version(path)
     places = _places(path)
     kept = [shard for shard in (_read(place, path, stamp) for place in places) if shard is not None]
     if kept:
         # of two, one was made where the other could not be replaced: whoever checked the shard knows more
         return max(kept, key=lambda shard: shard.num_left_out)
     shard = index_shard(path)
-    if time.time_ns() - stamp.changed_ns >= YOUNGEST_NS:
+    if time.time_ns() - stamp.changed_ns >= MIN_AGE_NS:
         _keep(shard, stamp, places)
     return shard
 
 
-def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
+def save_filtered_index(shard: Shard, stamp: FileVersion, positions: list[int]) -> None:
     """Keep an index without the samples at these positions; it holds until the shard changes.
 
     Args:
@@ -73,11 +73,11 @@ def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
     numbers = {name: getattr(shard, name)[kept] for name in _NUMBERS}
     keys = tuple(shard.keys[position] for position in kept)
     # what was left out once must not come back because the shard is young
-    time.sleep(max(0, stamp.changed_ns + YOUNGEST_NS - time.time_ns()) / 1e9)
+    time.sleep(max(0, stamp.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     places = _places(shard.path)
     _keep(replace(shard, keys=keys, num_left_out=len(positions), **numbers), stamp, places)
     # read back as a run will: a store may tell no time of change, the shard may have changed meanwhile
-    read = [_read(place, shard.path, stamp_of(shard.path)) for place in places]
+    read = [_read(place, shard.path, file_version(shard.path)) for place in places]
     if positions and max((found.num_left_out for found in read if found), default=0) != len(positions):
         folders = " or ".join(str(place.parent) for place in places)
         raise OSError(
@@ -87,14 +87,14 @@ def keep_without(shard: Shard, stamp: Stamp, positions: list[int]) -> None:
         )
 
 
-def stamp_of(path: str) -> Stamp:
+def file_version(path: str) -> FileVersion:
     """Return what the shard looks like from outside."""
     if "://" in path:
         info = file_info(path)
         # a store that tells no time of change keeps no index: it would never be known to be out of date
-        return Stamp(int(info.size or 0), int(info.mtime_ns or time.time_ns()))
+        return FileVersion(int(info.size or 0), int(info.mtime_ns or time.time_ns()))
     status = os.stat(path)
-    return Stamp(status.st_size, status.st_mtime_ns)
+    return FileVersion(status.st_size, status.st_mtime_ns)
 
 
 def _places(path: str) -> list[Path]:
@@ -105,7 +105,7 @@ def _places(path: str) -> list[Path]:
     return [*beside, folder / f"{name}.index"]
 
 
-def _read(place: Path, path: str, stamp: Stamp) -> Shard | None:
+def _read(place: Path, path: str, stamp: FileVersion) -> Shard | None:
     if not place.is_file():
         return None
     try:
@@ -127,7 +127,7 @@ def _read(place: Path, path: str, stamp: Stamp) -> Shard | None:
     return Shard(path=path, size_bytes=stamp.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **numbers)
 
 
-def _keep(shard: Shard, stamp: Stamp, places: list[Path]) -> None:
+def _keep(shard: Shard, stamp: FileVersion, places: list[Path]) -> None:
     keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
     arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _NUMBERS}
     arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)

@@ -112,11 +112,11 @@ class Reader:
         reading.work()
         return reading.result.result()
 
-    def _begin(self, samples: Int64[np.ndarray, "B"]) -> "_Reading":
+    def _begin(self, samples: Int64[np.ndarray, "B"]) -> "_PendingRead":
         shard, position = self._shards.locate(samples)
         # files are read forward, and few at a time
         order = np.lexsort((position, shard)).tolist()
-        reading = _Reading(order, lambda index: self._read_image(int(shard[index]), int(position[index])))
+        reading = _PendingRead(order, lambda index: self._read_image(int(shard[index]), int(position[index])))
         # the pool takes tasks in their order, so no thread begins with a later request while an earlier one has images
         for _ in range(min(self._num_threads, len(order))):
             self._pool.submit(reading.work).add_done_callback(reading.fail_if_cancelled)
@@ -154,7 +154,7 @@ class Reader:
         self.close()
 
 
-class _Reading:
+class _PendingRead:
     """The images of one request, taken one by one by whichever thread is free, so that none waits for a slow answer."""
 
     def __init__(self, order: list[int], read_image: Callable[[int], np.ndarray]) -> None:

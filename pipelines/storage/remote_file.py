@@ -71,7 +71,7 @@ class RemoteFile:
             OSError: if the store cannot be reached after several attempts.
         """
         self.uri = uri
-        self._file, self.size_bytes = _persist(uri, "opening it", lambda: _open(uri))
+        self._file, self.size_bytes = _with_retries(uri, "opening it", lambda: _open(uri))
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, fewer only at the end of the file.
@@ -83,7 +83,7 @@ class RemoteFile:
         size = max(0, min(size, self.size_bytes - offset))
         if size == 0:
             return b""
-        return _persist(self.uri, f"reading {size} bytes at byte {offset}", lambda: self._read_once(offset, size))
+        return _with_retries(self.uri, f"reading {size} bytes at byte {offset}", lambda: self._read_once(offset, size))
 
     def _read_once(self, offset: int, size: int) -> bytes:
         content = bytearray(size)
@@ -111,7 +111,7 @@ def file_info(uri: str) -> fs.FileInfo:
         FileNotFoundError: if the bucket does not exist.
         PermissionError, OSError: as `RemoteFile`.
     """
-    info = _persist(uri, "asking what it is", lambda: _look_up(uri))
+    info = _with_retries(uri, "asking what it is", lambda: _look_up(uri))
     if info.type == fs.FileType.NotFound:
         _require_bucket(*_split(uri)[:2])
     return info
@@ -124,7 +124,7 @@ def list_files(uri: str) -> list[str]:
         ValueError: if the address is none, or holds credentials.
         FileNotFoundError, PermissionError, OSError: as `RemoteFile`.
     """
-    entries = _persist(uri, "listing it", lambda: _client_of(uri).get_file_info(fs.FileSelector(_split(uri).path)))
+    entries = _with_retries(uri, "listing it", lambda: _client_of(uri).get_file_info(fs.FileSelector(_split(uri).path)))
     return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.File)
 
 
@@ -207,7 +207,7 @@ def _require_bucket(scheme: str, bucket: str) -> None:
         return
     uri = f"{scheme}://{bucket}"
     try:
-        info = _persist(uri, "looking for the bucket", lambda: _look_up(uri))
+        info = _with_retries(uri, "looking for the bucket", lambda: _look_up(uri))
     except PermissionError:
         # who may read a file need not be allowed to ask about its bucket
         return
@@ -215,7 +215,7 @@ def _require_bucket(scheme: str, bucket: str) -> None:
         raise FileNotFoundError(f"bucket {uri} does not exist; {_WHERE}")
 
 
-def _persist(uri: str, what: str, request: Callable[[], _Result]) -> _Result:
+def _with_retries(uri: str, what: str, request: Callable[[], _Result]) -> _Result:
     """Carry out a request; try again while it fails for reasons that may pass."""
     begin_s = time.monotonic()
     for attempt in range(1, NUM_ATTEMPTS + 1):
@@ -228,7 +228,7 @@ def _persist(uri: str, what: str, request: Callable[[], _Result]) -> _Result:
             if final is not None:
                 raise final from error
             if attempt == NUM_ATTEMPTS or time.monotonic() - begin_s > PATIENCE_S:
-                raise _given_up(uri, what, error, attempt, time.monotonic() - begin_s) from error
+                raise _retries_exhausted(uri, what, error, attempt, time.monotonic() - begin_s) from error
             wait_s = FIRST_WAIT_S * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1)
             log.warning(
                 "%s: %s failed (attempt %d of %d), again in %.1f s: %s", uri, what, attempt, NUM_ATTEMPTS, wait_s, error
@@ -250,7 +250,7 @@ def _final(uri: str, error: OSError) -> OSError | None:
     return OSError(f"{uri}: {text}") if _REFUSED.search(text) else None
 
 
-def _given_up(uri: str, what: str, error: OSError, num_attempts: int, seconds: float) -> OSError:
+def _retries_exhausted(uri: str, what: str, error: OSError, num_attempts: int, seconds: float) -> OSError:
     failure = OSError(f"{uri}: {what} failed: {error}")
     failure.add_note(
         f"{uri} was tried {num_attempts} times in {seconds:.0f} s; check that the store answers and can be reached "

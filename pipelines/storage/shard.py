@@ -102,7 +102,7 @@ def require_unchanged(shard: Shard, file: ShardFile) -> None:
         raise ShardError(what, shard=shard.path, remedy="restart to index it again")
 
 
-def split_name(name: str) -> tuple[str, str] | None:
+def parse_member_name(name: str) -> tuple[str, str] | None:
     """Split a member's name into key and lower-case extension, at the first dot of the file name.
 
     None where the member belongs to no sample: hidden files (macOS writes ._name), no extension, top-level metadata.
@@ -119,7 +119,7 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
     seen: set[str] = set()
     current = _Sample(key="")
     for member in tar_members(window):
-        split = split_name(member.name)
+        split = parse_member_name(member.name)
         if split is None:
             continue
         key, extension = split

@@ -43,7 +43,7 @@ class ShardSet:
     def _label(self) -> Int64[np.ndarray, "samples"]:
         return np.concatenate([shard.label for shard in self.shards])
 
-    def first(self, num_samples: int) -> "ShardSet":
+    def truncated(self, num_samples: int) -> "ShardSet":
         """Return the set of the first so many samples, in the order of the shards.
 
         Raises:

@@ -95,16 +95,16 @@ def draw_augment(config: RandAugmentConfig, seed: int, step: int, slots: np.ndar
     )
 
 
-def neutral_photometry(num_images: int) -> Photometry:
+def identity_photometry(num_images: int) -> Photometry:
     """Return the parameters that change nothing."""
     jitter = {name: np.full(num_images, value, np.float32) for name, value in _NEUTRAL.items()}
     flags = {name: np.zeros(num_images, bool) for name in ("grayscale", "blur", "solarize")}
     return Photometry(**jitter, **flags, blur_sigma=np.ones(num_images, np.float32))
 
 
-def clean_draws(num_images: int) -> Draws:
+def identity_draws(num_images: int) -> Draws:
     """Return the draws of evaluation: the largest centred square, nothing changed."""
-    crop, unflipped, neutral = _whole(num_images), np.zeros(num_images, bool), neutral_photometry(num_images)
+    crop, unflipped, neutral = _whole(num_images), np.zeros(num_images, bool), identity_photometry(num_images)
     return Draws(crop=crop, flip=unflipped, source_crop=crop, source_flip=unflipped, source=neutral, target=neutral)
 
 

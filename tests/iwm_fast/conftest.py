@@ -6,7 +6,7 @@ import torch
 from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.parameters import clean_draws
+from iwm_fast.pipelines.transforms.parameters import identity_draws
 
 GRID, PATCH = 4, 4
 
@@ -35,8 +35,8 @@ def _batch(context, target, seed=0):
         target=_ragged(target),
         crop_window=torch.zeros(images, 4),
         source_window=torch.zeros(images, 4),
-        planned=number,
-        draws=clean_draws(images),
+        scheduled_sample=number,
+        draws=identity_draws(images),
         label=number,
         sample=number,
         slot=number,

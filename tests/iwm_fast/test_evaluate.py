@@ -11,7 +11,7 @@ from pyarrow import parquet
 from fixtures.launchers import deepspeed, torchrun
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
-from iwm_fast.config.loading import describe_fields
+from iwm_fast.config.loading import iter_settings
 from iwm_fast.evals.results import read_result
 from iwm_fast.evaluate import TASKS
 from iwm_fast.train import run
@@ -30,7 +30,7 @@ def data(tiny_shards) -> list[str]:
 
 def test_every_task_has_settings_that_are_explained():
     for name, task in TASKS.items():
-        texts = {setting: text for setting, _, _, text in describe_fields(task.settings)}
+        texts = {setting: text for setting, _, _, text in iter_settings(task.settings)}
         assert {"run", "data.val", "seed"} <= texts.keys() and all(texts.values()), name
 
 

@@ -19,7 +19,7 @@ from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.action import action_difference, action_vector
-from iwm_fast.pipelines.transforms.parameters import draw_photometry, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import draw_photometry, identity_photometry
 from iwm_fast.train import run
 
 
@@ -64,19 +64,19 @@ def test_an_opened_file_is_what_evaluations_see_of_it(model, tmp_path):
     (tmp_path / "0.jpg").write_bytes(encoded)
     write_tar(tmp_path / "a.tar", [("0.jpg", encoded)])
     (batch,) = batches(model, open_shards(str(tmp_path / "a.tar")), np.arange(1))
-    opened = model.open(tmp_path / "0.jpg")
+    opened = model.load_image(tmp_path / "0.jpg")
     assert opened.shape == (1, 3, 16, 16) and torch.equal(opened, batch.source_view)
     assert samples_of(str(tmp_path / "a.tar"))[0]["jpg"] == encoded
 
 
 def test_a_file_that_is_missing_or_no_image_is_refused_by_name(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
-        model.open(tmp_path / "absent.jpg")
+        model.load_image(tmp_path / "absent.jpg")
     whole = encode(photograph("coffee.png")[:90, :90])
     for name, content in (("note.jpg", b"not an image"), ("empty.jpg", b""), ("half.jpg", whole[: len(whole) // 2])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name} must be a whole image of a known format"):
-            model.open(str(tmp_path / name))
+            model.load_image(str(tmp_path / name))
 
 
 def test_an_action_by_name_is_the_one_that_training_tells(tiny_config):
@@ -89,7 +89,7 @@ def test_an_action_by_name_is_the_one_that_training_tells(tiny_config):
     torch.testing.assert_close(model.action(**change), torch.from_numpy(told))
     assert model.action(brightness=0.4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
     assert model.action(grayscale=1.0)[0].tolist() == [0, 0, 0, 0, 0, 1, 0]
-    neutral = action_vector(neutral_photometry(1), neutral_photometry(1), views)
+    neutral = action_vector(identity_photometry(1), identity_photometry(1), views)
     assert torch.equal(model.action(), torch.from_numpy(neutral)) and not model.action().any()
 
 
@@ -111,14 +111,14 @@ def test_a_prediction_is_the_predictors_at_all_positions_and_comes_from_tokens_t
         plain = model.predictor(tokens.flatten(0, 1), action, everything, everything)
     assert torch.equal(predicted.flatten(0, 1), plain) and torch.equal(model.predict_from(tokens, action), predicted)
     assert not torch.allclose(predicted, model.predict(view, -action))
-    assert not any(one.requires_grad for one in (predicted, tokens, model.targets(view)))
+    assert not any(one.requires_grad for one in (predicted, tokens, model.encode_targets(view)))
 
 
 def test_targets_are_the_tokens_normed_without_parameters(model):
     view = torch.randn(2, 3, 16, 16)
     # an untrained encoder ends with a norm that changes nothing
     model.encoder.norm.weight.mul_(3).add_(torch.arange(16))
-    targets = model.targets(view)
+    targets = model.encode_targets(view)
     torch.testing.assert_close(targets, functional.layer_norm(model.encode(view), (16,), eps=1e-6))
     torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from fixtures.tar_files import encode, photograph, write_tar
-from iwm_fast.pipelines.bad_samples import looks_whole
+from iwm_fast.pipelines.bad_samples import looks_complete
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import build_loader
-from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image
@@ -59,7 +59,7 @@ def shards_with(folder, bad: dict[int, bytes], count: int = 24) -> ShardSet:
 
 def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH) -> TrainingPlan:
     order = SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3)
-    stream = Stream(
+    stream = SampleStream(
         order=order, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, rank=rank, world_size=world_size
     )
     return TrainingPlan(views=ViewConfig(size=32), mask=MaskConfig(), seed=0, grid=4, stream=stream)
@@ -82,15 +82,15 @@ def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float 
 def test_a_bad_image_is_replaced_by_the_next_slot_of_its_batch_and_named(tmp_path, backend, kind, caplog):
     shards = shards_with(tmp_path, {7: damaged(kind)})
     batches = take(training_plan(shards), shards, 6, backend)  # two epochs
-    planned = torch.cat([batch.planned for batch in batches])
+    planned = torch.cat([batch.scheduled_sample for batch in batches])
     shown = torch.cat([batch.sample for batch in batches])
     assert (planned == 7).sum() == 2 and (shown != planned).nonzero().flatten().tolist() == (
         planned == 7
     ).nonzero().flatten().tolist()
     for batch in batches:
-        for slot in (batch.planned == 7).nonzero().flatten().tolist():
+        for slot in (batch.scheduled_sample == 7).nonzero().flatten().tolist():
             following = (slot + 1) % GLOBAL_BATCH
-            assert batch.sample[slot] == batch.planned[following]
+            assert batch.sample[slot] == batch.scheduled_sample[following]
             # key and label are those of what is shown
             assert batch.key[slot] == batch.key[following] and batch.label[slot] == batch.label[following]
     named = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -107,7 +107,7 @@ def test_a_substitute_keeps_what_was_drawn_for_its_slot(tmp_path):
         assert torch.equal(got.action, expected.action) and torch.equal(got.target.patch, expected.target.patch)
         is_same = got.sample == expected.sample
         assert torch.equal(got.source_view[is_same], expected.source_view[is_same])
-        assert torch.equal(got.planned, expected.planned)
+        assert torch.equal(got.scheduled_sample, expected.scheduled_sample)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "png with a wrong checksum"])
@@ -163,13 +163,13 @@ def test_only_what_is_cut_off_or_foreign_has_to_be_decoded_twice():
     pixels = photograph("coffee.png")[:40, :50]
     for kind in ("JPEG", "PNG", "WEBP"):
         whole = np.frombuffer(encode(pixels, kind), np.uint8)
-        assert looks_whole(whole), kind
+        assert looks_complete(whole), kind
         for cut in (1, 100, len(whole) // 2, len(whole) - 3):
             part = whole[:-cut]
             # WebP and PNG carry a length or mark at their end, a JPEG two bytes
-            assert not looks_whole(part), (kind, cut)
+            assert not looks_complete(part), (kind, cut)
     with_tail = np.frombuffer(encode(pixels) + bytes(20), np.uint8)
-    assert looks_whole(with_tail)
+    assert looks_complete(with_tail)
 
 
 def test_a_file_that_only_looks_cut_off_is_kept(tmp_path, caplog):
@@ -180,7 +180,7 @@ def test_a_file_that_only_looks_cut_off_is_kept(tmp_path, caplog):
     shards = shards_with(tmp_path, {3: odd, 7: file.getvalue()})
     for backend in BACKENDS:
         batches = take(training_plan(shards), shards, 3, backend, 0.0)
-        assert all(torch.equal(batch.sample, batch.planned) for batch in batches)
+        assert all(torch.equal(batch.sample, batch.scheduled_sample) for batch in batches)
     assert not caplog.records
 
 
@@ -191,7 +191,7 @@ def test_a_format_that_dali_does_not_read_is_bad_on_both_backends(tmp_path, kind
     shards = shards_with(tmp_path, {7: file.getvalue()})
     for backend in BACKENDS:
         batches = take(training_plan(shards), shards, 3, backend)
-        assert sum(int((batch.sample != batch.planned).sum()) for batch in batches) == 1
+        assert sum(int((batch.sample != batch.scheduled_sample).sum()) for batch in batches) == 1
 
 
 def test_sixteen_bits_are_scaled_and_cmyk_is_converted(tmp_path):

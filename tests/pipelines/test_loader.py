@@ -9,7 +9,7 @@ from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import build_loader
-from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
@@ -27,7 +27,7 @@ def training_plan(
         mask=MaskConfig(),
         seed=seed,
         grid=8,
-        stream=Stream(
+        stream=SampleStream(
             order=SampleOrder([len(shard.keys) for shard in shards.shards], seed, 2),
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=micro,
@@ -92,7 +92,7 @@ def join(parts: list[Batch]) -> Batch:
             "source_window",
             "label",
             "sample",
-            "planned",
+            "scheduled_sample",
             "slot",
         )
     }

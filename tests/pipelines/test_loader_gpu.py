@@ -8,7 +8,7 @@ from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
-from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, Plan, Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, FinetunePlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COUNT, GLOBAL_BATCH, SIZE = 48, 16, 64
-EXACT = ("crop_window", "source_window", "label", "sample", "planned", "slot")
+EXACT = ("crop_window", "source_window", "label", "sample", "scheduled_sample", "slot")
 
 
 def damaged() -> dict[int, bytes]:
@@ -39,9 +39,11 @@ def shards_at(folder, bad: dict[int, bytes] | None = None) -> ShardSet:
     return open_shards(str(folder))
 
 
-def stream(shards: ShardSet) -> Stream:
+def stream(shards: ShardSet) -> SampleStream:
     order = SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3)
-    return Stream(order=order, global_batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH, rank=0, world_size=1)
+    return SampleStream(
+        order=order, global_batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH, rank=0, world_size=1
+    )
 
 
 def plan(shards: ShardSet, **views) -> TrainingPlan:
@@ -49,7 +51,7 @@ def plan(shards: ShardSet, **views) -> TrainingPlan:
     return TrainingPlan(views=config, mask=MaskConfig(), seed=0, grid=8, stream=stream(shards))
 
 
-def take(plan: Plan, shards: ShardSet, count: int, device=GPU, first: int = 0, **settings) -> list[Batch]:
+def take(plan: BatchPlan, shards: ShardSet, count: int, device=GPU, first: int = 0, **settings) -> list[Batch]:
     chosen = {"reader_threads": 4, "loader_threads": 4, "prefetch": 2, "max_bad_samples": 100.0} | settings
     loader = build_loader(plan, shards, LoaderConfig(**chosen), device, first=first)
     try:

@@ -19,7 +19,7 @@ from torchvision.transforms import functional as reference
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
-from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, clean_draws, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, identity_draws, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image, render, resized_crop
 
 SIZE = 224
@@ -93,7 +93,7 @@ def crops() -> Tensor:
 
 
 def change(**values: float | bool | np.ndarray) -> Photometry:
-    neutral = vars(neutral_photometry(len(PHOTOGRAPHS)))
+    neutral = vars(identity_photometry(len(PHOTOGRAPHS)))
     changed = {
         name: np.broadcast_to(values.get(name, old), old.shape).astype(old.dtype) for name, old in neutral.items()
     }
@@ -124,7 +124,7 @@ def as_png(crops: Tensor) -> list[np.ndarray]:
 
 def photometric(crops: Tensor, photometry: Photometry) -> tuple[Tensor, Tensor]:
     """Return what the graph and the plain twin make of the crops."""
-    draws = replace(clean_draws(len(crops)), source=photometry)
+    draws = replace(identity_draws(len(crops)), source=photometry)
     return in_graph(as_png(crops), draws).source, render(crops, photometry)
 
 
@@ -164,12 +164,12 @@ def test_an_operator_gives_the_pixels_of_its_twin_and_of_torchvision(crops, name
 )
 def test_both_views_are_recoloured_alike(crops, name):
     photometry = change(**OPERATORS[name].change)
-    views = in_graph(as_png(crops), replace(clean_draws(len(crops)), source=photometry, target=photometry))
+    views = in_graph(as_png(crops), replace(identity_draws(len(crops)), source=photometry, target=photometry))
     assert torch.equal(views.source, views.target)
 
 
 def test_a_flip_is_torchvisions(crops):
-    draws = replace(clean_draws(len(crops)), flip=np.arange(len(crops)) % 2 == 0)
+    draws = replace(identity_draws(len(crops)), flip=np.arange(len(crops)) % 2 == 0)
     views = in_graph(as_png(crops), draws)
     theirs = by_reference(crops, reference.hflip)
     theirs[1::2] = crops[1::2]
@@ -179,7 +179,7 @@ def test_a_flip_is_torchvisions(crops):
 @pytest.mark.parametrize("size", [224, 96, 64])
 @pytest.mark.parametrize("crop", [(0.8, 0.6, 0.3, 0.7), (0.4, 0.5, 0.9, 0.1), (1.0, 1.0, 0.5, 0.5)])
 def test_a_resized_crop_is_the_twins_and_torchvisions(crops, crop, size):
-    draws = replace(clean_draws(len(crops)), crop=np.tile(np.float32(crop), (len(crops), 1)))
+    draws = replace(identity_draws(len(crops)), crop=np.tile(np.float32(crop), (len(crops), 1)))
     graph = in_graph(as_png(crops), draws, size)
     twin = torch.stack([resized_crop(image, window, size) for image, window in zip(crops, graph.window, strict=True)])
     windows = graph.window.astype(int).tolist()
@@ -252,7 +252,7 @@ def as_jpeg(crops: Tensor, mode: str = "RGB", **options) -> list[np.ndarray]:
 def test_a_jpeg_is_decoded_as_by_pillow_whole_and_in_part(crops, kind):
     encoded = as_jpeg(crops, **JPEGS[kind])
     decoded = torch.stack([decode_image(one) for one in encoded])
-    clean = clean_draws(len(crops))
+    clean = identity_draws(len(crops))
     assert_within(in_graph(encoded, clean).source, decoded, JPEG)
     # a corner that lies between the blocks in which chroma is kept
     half = in_graph(encoded, replace(clean, crop=np.tile(np.float32([0.5, 0.5, 0.3, 0.6]), (len(crops), 1))), SIZE // 2)

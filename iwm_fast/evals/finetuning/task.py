@@ -21,8 +21,8 @@ from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import compute_dtype
-from iwm_fast.monitoring.step_timer import Stopwatch
-from iwm_fast.monitoring.throughput import Yardstick
+from iwm_fast.monitoring.step_timer import StepTimer
+from iwm_fast.monitoring.throughput import ThroughputMeter
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -30,7 +30,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import finetune_loader
 from iwm_fast.training.schedules import Schedules
-from iwm_fast.training.seeding import drawing_from
+from iwm_fast.training.seeding import seeded_rng
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.train_state import TrainState
 
@@ -103,7 +103,7 @@ class FinetuneTask:
         self.rank_info: RankInfo = rank_info
         self.shards: ShardSet = shards
         self.fingerprint: dict[str, Any] = job_fingerprint(job, task, config, shards)
-        self.meter = Yardstick(global_batch_size=config.optim.global_batch_size, num_ranks=rank_info.world_size)
+        self.meter = ThroughputMeter(global_batch_size=config.optim.global_batch_size, num_ranks=rank_info.world_size)
         self._job: Job = job
         self._augment = task.augment.operations if task.augment.rand_augment else None
         self._accumulation: int = accumulation_steps(config, rank_info.world_size)[1]
@@ -123,7 +123,7 @@ class FinetuneTask:
         return TrainState.from_checkpoint(saved)
 
     @torch.no_grad()
-    def take_weights(self, saved: Checkpoint) -> None:
+    def load_weights(self, saved: Checkpoint) -> None:
         module = self._job.module.to(self.rank_info.device)
         weights = saved.weights(_PREFIX)
         for name, parameter in module.named_parameters():
@@ -151,27 +151,27 @@ class FinetuneTask:
         assert self._engine is not None
         engine, device, applied = self._engine, self.rank_info.device, state.applied_steps
         engine.set_hyperparameters(lr=schedules.lr(applied), weight_decay=schedules.weight_decay(applied))
-        losses, keys, num_replaced, stopwatch = [], [], 0, Stopwatch(device)
+        losses, keys, num_replaced, timer = [], [], 0, StepTimer(device)
         for micro in range(self._accumulation):
-            stopwatch.begin("wait")
+            timer.begin("wait")
             batch = next(batches)
             counters = state.step, micro, self.rank_info.rank
-            with drawing_from(*counters, seed=self.config.seed, device=device):
-                stopwatch.begin("forward")
+            with seeded_rng(*counters, seed=self.config.seed, device=device):
+                timer.begin("forward")
                 loss = self._loss(engine, batch)
-                stopwatch.begin("backward")
+                timer.begin("backward")
                 engine.backward(loss)
             losses.append(loss.detach())
             keys.append(batch.key)
-            num_replaced += int((batch.sample != batch.planned).sum())
-        stopwatch.begin("optimizer")
+            num_replaced += int((batch.sample != batch.scheduled_sample).sum())
+        timer.begin("optimizer")
         outcome = engine.step()
-        stopwatch.stop()
+        timer.stop()
         return StepReport(
             losses=torch.stack(losses),
             grad_norm=outcome.grad_norm,
             is_applied=outcome.applied,
-            stopwatch=stopwatch,
+            timer=timer,
             num_replaced=num_replaced,
             keys=keys,
         )

@@ -52,7 +52,7 @@ class TaskPredictor(nn.Module):
             nn.init.trunc_normal_(token, std=0.02)
         self.heads = nn.ModuleList(AttentiveHead(dim, classes) for classes in num_classes)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """Return what `forward` takes from a list that is never called: ZeRO-3 must fetch it."""
         return list(self.tokens)
 

@@ -121,7 +121,7 @@ def distance_to(model: WorldModel, source: Float[Tensor, "1 3 H W"], target: Flo
 
     Both are encoded once.
     """
-    tokens, wanted = model.encode(source), model.targets(target)
+    tokens, wanted = model.encode(source), model.encode_targets(target)
     at_once = sequences_at_once(model)
 
     def measure(action: Float32[np.ndarray, "P A"]) -> Float64[np.ndarray, "P"]:

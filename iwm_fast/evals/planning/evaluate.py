@@ -139,7 +139,7 @@ def plan_images(config: PlanConfig) -> Plan:
     check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
     model = open_world_model(config.run, single_process(config.device).device)
     prior, views = training_prior(model.config.views), model.config.views
-    distance = distance_to(model, model.open(config.source), model.open(config.target))
+    distance = distance_to(model, model.load_image(config.source), model.load_image(config.target))
     found = search(distance, prior, config, sample=0)
     (before,) = distance(np.zeros((1, len(found.action)), np.float32))
     natural = action_difference(found.action[None], views)

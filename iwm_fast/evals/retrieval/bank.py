@@ -17,7 +17,7 @@ from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import JITTER, Photometry, draw_photometry, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import JITTER, Photometry, draw_photometry, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
 
@@ -89,7 +89,7 @@ def render_bank(pixels: UInt8[Tensor, "H W 3"], photometry: Photometry, model: W
 
 def source_photometry(family: Family, views: ViewConfig, num_images: int = 1) -> Photometry:
     """Return what a family's source is made with: nothing, or one destruction; blur in the middle of its range."""
-    neutral = neutral_photometry(num_images)
+    neutral = identity_photometry(num_images)
     if family == "jitter":
         return neutral
     middle = np.full(num_images, sum(views.blur_sigma) / 2, np.float32)
@@ -114,7 +114,7 @@ def sequences_at_once(model: WorldModel) -> int:
 def target_map(model: WorldModel, bank: Bank) -> Float[Tensor, "M ND"]:
     """Return each member's target tokens, flat: what a prediction is compared with."""
     parts = bank.pixels.split(sequences_at_once(model))
-    return torch.cat([model.targets(normalize_view(members)).flatten(1) for members in parts])
+    return torch.cat([model.encode_targets(normalize_view(members)).flatten(1) for members in parts])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from iwm_fast.evals.retrieval.bank import (
 from iwm_fast.evals.retrieval.mrr import chance
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import describe_action
-from iwm_fast.pipelines.transforms.parameters import JITTER, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
 from iwm_fast.rendering.image_grid import Panel, Section
 from iwm_fast.world_model import WorldModel
 
@@ -70,7 +70,7 @@ def ask_for_first(scene: Scene, model: WorldModel) -> Case:
 
 def undo(flag: Family, scene: Scene, model: WorldModel) -> Case:
     """Ask for the untouched image, given the destroyed one; it is looked up among its jittered versions."""
-    clean = render_bank(scene.pixels, neutral_photometry(1), model)
+    clean = render_bank(scene.pixels, identity_photometry(1), model)
     question = ask(scene.pixels, clean, flag, model)
     target = torch.cat([target_map(model, clean), scene.target])
     candidates = torch.cat([clean.pixels, scene.bank.pixels])
@@ -111,7 +111,7 @@ def _numbers(rank: Sequence[float], num_candidates: int, answers: Sequence[Panel
 def sweep(entry: str, scene: Scene, steps: int, model: WorldModel, strengths: str) -> Section:
     """Ask for `steps` values of one entry from its lower to its upper end, the others staying as they are."""
     values = sweep_values(entry, steps, bank_views(model.config.views, strengths))
-    swept = render_bank(scene.pixels, replace(neutral_photometry(steps), **{entry: values}), model)
+    swept = render_bank(scene.pixels, replace(identity_photometry(steps), **{entry: values}), model)
     target = torch.cat([target_map(model, swept), scene.target])
     distance = distances(predicted_map(model, ask(scene.pixels, swept, "jitter", model)), target)
     images = torch.cat([swept.pixels, scene.bank.pixels]).cpu().numpy()
@@ -128,7 +128,7 @@ def sweep(entry: str, scene: Scene, steps: int, model: WorldModel, strengths: st
         caption = "right" if is_right else f"{which}; right one at rank {rank[step]:g}"
         retrieved.append(Panel(pixels=found, caption=caption, is_right=is_right))
     missed = np.abs(value_of[nearest] - values).mean()
-    unmoved = np.abs(getattr(neutral_photometry(1), entry) - values).mean()
+    unmoved = np.abs(getattr(identity_photometry(1), entry) - values).mean()
     apart = {"retrieved is off by": f"{missed:.3f} on average, doing nothing by {unmoved:.3f}"}
     return Section(
         title=f"{entry.capitalize()}, the first image, from the lower to the upper end",
@@ -140,13 +140,13 @@ def sweep(entry: str, scene: Scene, steps: int, model: WorldModel, strengths: st
 
 def sweep_values(entry: str, steps: int, views: ViewConfig) -> Float32[np.ndarray, "steps"]:
     """Return a parameter's values at equal distances over the range that jitter draws from."""
-    middle, strength = getattr(neutral_photometry(1), entry)[0], getattr(views, entry)
+    middle, strength = getattr(identity_photometry(1), entry)[0], getattr(views, entry)
     # rounded: the middle one must be neutral to the bit
     return np.round(np.linspace(middle - strength, middle + strength, steps), 6).astype(np.float32)
 
 
 def _words(entry: str, value: float) -> str:
     """Say a parameter's value: a factor, or degrees."""
-    if value == float(getattr(neutral_photometry(1), entry)[0]):
+    if value == float(getattr(identity_photometry(1), entry)[0]):
         return "as it is"
     return f"{value * 360:+.0f}°" if entry == "hue" else f"× {value:.2f}"

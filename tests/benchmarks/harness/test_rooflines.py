@@ -82,13 +82,13 @@ def packed_of(length):
 
 def test_a_ladder_wastes_what_its_rung_and_its_queries_do():
     packed = packed_of(196)
-    ladder = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
-    (launch,) = short.forward_launches((ladder,), packed, packed.qkv, packed.qkv)
+    key_splits = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
+    (launch,) = short.forward_launches((key_splits,), packed, packed.qkv, packed.qkv)
     # 208 keys times 256 queries
     assert rooflines.launches_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
     assert rooflines.scores_computed(launch, 192) == 192 * 192
     assert rooflines.scores_computed(launch, 209) == 0, "no rung holds it"
-    fine = ladder._replace(num_queries=16)
+    fine = key_splits._replace(num_queries=16)
     (launch,) = short.forward_launches((fine,), packed, packed.qkv, packed.qkv)
     assert rooflines.launches_waste([launch], 196) == pytest.approx(1.13, abs=0.005)
 

@@ -136,7 +136,7 @@ def test_a_sweep_times_other_settings_and_drops_wrong_ones(session, pass_):
 def test_sweep_candidates_hold_the_length():
     for length in (*tile_sweep.WHOLE_LENGTHS, 197):
         for group in tile_sweep.groups(length):
-            (split,) = group.ladder
+            (split,) = group.key_splits
             # all pieces but the last are full
             assert sum(split[:-1]) < length <= sum(split)
     assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.all_tiles()}) == len(tile_sweep.all_tiles())

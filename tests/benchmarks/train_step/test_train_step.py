@@ -150,7 +150,7 @@ def test_a_gpus_share_of_its_peak_and_memory_are_noted(session, workload, monkey
     measure.note(session, workload, case, found, bases={BARE: BARE}, rank_info=gpu)
     (record,) = session.records
     # 4 images in 4 ms
-    wanted = 100 * 1000 * measure.build_yardstick(workload.config(), gpu).flops_per_image / 1e12
+    wanted = 100 * 1000 * measure.build_throughput_meter(workload.config(), gpu).flops_per_image / 1e12
     assert record.figures["mfu_percent"] == pytest.approx(wanted, abs=0.01) and record.figures["memory_gb"] == 2.0
     assert "card with fp32" in step_tables.speeds(session.records)
 

@@ -11,7 +11,7 @@ import torch
 
 from fixtures.paths import TESTS, WORKERS
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.async_writer import CheckpointWriter, superfluous
+from iwm_fast.checkpoints.async_writer import CheckpointWriter, checkpoints_to_delete
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.runtime.distributed import RankInfo
@@ -79,7 +79,7 @@ def test_the_newest_and_multiples_of_keep_every_are_kept(tmp_path):
 def test_what_is_neither_new_nor_a_multiple_is_superfluous(tmp_path, keep_last, keep_every, gone):
     folders = [checkpoints.folder_of(tmp_path, step) for step in (1, 2, 3, 4)]
     kept = OutputConfig(checkpoint_every=1, keep_last=keep_last, keep_every=keep_every)
-    assert [checkpoints.step_of(folder) for folder in superfluous(folders, kept)] == gone
+    assert [checkpoints.step_of(folder) for folder in checkpoints_to_delete(folders, kept)] == gone
 
 
 def test_a_checkpoint_that_could_not_be_written_is_told_at_once_and_raised_by_every_later_call(tmp_path, caplog):

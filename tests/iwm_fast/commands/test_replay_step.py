@@ -20,10 +20,10 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.cli import main
 from iwm_fast.commands.replay_step import rendered_again, replay
 from iwm_fast.config.commands import ReplayConfig
-from iwm_fast.config.loading import describe_fields, save_config
+from iwm_fast.config.loading import iter_settings, save_config
 from iwm_fast.config.run import RunConfig
-from iwm_fast.pipelines.action_log.files import ActionLogError, parts, read_rows, read_step
-from iwm_fast.pipelines.action_log.schema import column, head_of
+from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, read_rows, read_step
+from iwm_fast.pipelines.action_log.schema import column, read_metadata
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import DataConfig, LoaderConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
@@ -85,7 +85,7 @@ def test_the_views_of_a_step_are_rendered_again_bit_for_bit(damaged_shards, tmp_
         logged_run(damaged_shards, tmp_path / "run", loader=backend, micro_batch_size=4, max_bad_samples=2.0)
     )
     batches = captured_run(replace(config, optim=replace(config.optim, epochs=4.0)))
-    assert sum(int((batch.sample != batch.planned).sum()) for batch in batches) == 4, "once in each epoch"
+    assert sum(int((batch.sample != batch.scheduled_sample).sum()) for batch in batches) == 4, "once in each epoch"
     last = batches[-1].step
     for step in (0, last // 2, last):
         seen = [batch for batch in batches if batch.step == step]
@@ -102,11 +102,11 @@ def test_the_views_of_a_step_are_rendered_again_bit_for_bit(damaged_shards, tmp_
 def test_a_replayed_batch_has_all_that_training_received(damaged_shards, tmp_path):
     config = with_source_geometry(logged_run(damaged_shards, tmp_path / "run", loader="torch", max_bad_samples=2.0))
     batches = captured_run(config)
-    (seen,) = [batch for batch in batches if (batch.sample != batch.planned).any()][:1]
+    (seen,) = [batch for batch in batches if (batch.sample != batch.scheduled_sample).any()][:1]
     rows = read_step(tmp_path / "run" / "actions", seen.step)
     shards = open_shards(damaged_shards.pattern)
-    (again,) = rendered_again(rows, head_of(rows.schema), shards, loader_settings("torch"), torch.device("cpu"))
-    for name in ("source_view", "target_view", "planned", "label", "crop_window", "source_window"):
+    (again,) = rendered_again(rows, read_metadata(rows.schema), shards, loader_settings("torch"), torch.device("cpu"))
+    for name in ("source_view", "target_view", "scheduled_sample", "label", "crop_window", "source_window"):
         assert torch.equal(getattr(again, name), getattr(seen, name)), name
     for name in ("context", "target"):
         mine, other = getattr(again, name), getattr(seen, name)
@@ -143,7 +143,7 @@ def test_a_picture_is_drawn_from_the_command_line(tiny_shards, tmp_path, capsys)
 
 
 def test_every_setting_of_a_replay_is_explained():
-    assert all(text.endswith(".") for _, _, _, text in describe_fields(ReplayConfig))
+    assert all(text.endswith(".") for _, _, _, text in iter_settings(ReplayConfig))
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -205,7 +205,10 @@ def test_a_run_without_a_log_writes_none_and_drops_rows_that_it_will_not_make_ag
     run(config)
     shutil.rmtree(checkpoints.newest(tmp_path / "run"))
     run(replace(config, output=replace(config.output, action_log=False)))
-    assert [(part.first_step, part.end_step) for part in parts(tmp_path / "run" / "actions")] == [(0, 5), (5, 10)]
+    assert [(part.first_step, part.end_step) for part in list_log_files(tmp_path / "run" / "actions")] == [
+        (0, 5),
+        (5, 10),
+    ]
     run(tiny_run(tiny_shards, tmp_path / "unlogged", loader="torch"))
     assert not (tmp_path / "unlogged" / "actions").exists()
 
@@ -257,7 +260,7 @@ def test_a_killed_run_has_logged_as_far_as_its_checkpoint_and_goes_on_without_a_
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     actions = tmp_path / "killed" / "actions"
     assert checkpoints.newest(tmp_path / "killed").name == "step-00000005"
-    assert [part.path.name for part in parts(actions)] == ["step-00000000-00000005-rank-000.parquet"]
+    assert [part.path.name for part in list_log_files(actions)] == ["step-00000000-00000005-rank-000.parquet"]
     # what another rank was writing
     (actions / ".unfinished-rank-001.parquet").write_bytes(b"PAR1")
     run(config)

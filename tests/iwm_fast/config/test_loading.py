@@ -5,7 +5,7 @@ import pytest
 
 import iwm_fast
 from iwm_fast.config.fingerprint import digest, fingerprint
-from iwm_fast.config.loading import build, describe_fields, load_config, save_config
+from iwm_fast.config.loading import build, iter_settings, load_config, save_config
 from iwm_fast.config.run import RunConfig, accumulation_steps
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
@@ -108,7 +108,7 @@ def test_what_cannot_change_the_result_is_not_in_the_fingerprint(name, value):
 def test_every_other_setting_is_in_the_fingerprint():
     flat = fingerprint(RunConfig(), "content")
     groups = ("seed", "init_from", "data.", "views.", "mask.", "model.", "objective.", "optim.")
-    expected = {name for name, *_ in describe_fields(RunConfig) if name.startswith(groups)}
+    expected = {name for name, *_ in iter_settings(RunConfig) if name.startswith(groups)}
     expected -= {"data.val", "data.restart_epoch"}
     assert set(flat) == expected and flat["data.train"] == "content"
     for name, value in (("optim.lr", 0.5), ("init_from", "runs/other"), ("data.max_samples", 8)):

@@ -5,19 +5,19 @@ import time
 import pytest
 import torch
 
-from iwm_fast.monitoring.step_timer import PARTS, Stopwatch
-from iwm_fast.training.log_window import PartTimes, time_values
+from iwm_fast.monitoring.step_timer import PARTS, StepTimer
+from iwm_fast.training.log_window import PhaseTimes, time_values
 
 CPU = torch.device("cpu")
 
 
-def timed(*parts: tuple[str, float]) -> Stopwatch:
-    stopwatch = Stopwatch(CPU)
+def timed(*parts: tuple[str, float]) -> StepTimer:
+    timer = StepTimer(CPU)
     for part, seconds in parts:
-        stopwatch.begin(part)
+        timer.begin(part)
         time.sleep(seconds)
-    stopwatch.stop()
-    return stopwatch
+    timer.stop()
+    return timer
 
 
 def test_a_part_lasts_until_the_next_and_may_come_again():
@@ -27,7 +27,7 @@ def test_a_part_lasts_until_the_next_and_may_come_again():
 
 
 def test_a_window_holds_the_mean_of_its_own_steps():
-    parts = PartTimes()
+    parts = PhaseTimes()
     for seconds in (0.0, 0.04):
         parts.add(timed(("forward", seconds)))
     assert 0.02 <= parts.pop_means()["forward"] < 0.06
@@ -35,13 +35,13 @@ def test_a_window_holds_the_mean_of_its_own_steps():
     assert parts.pop_means()["forward"] == 0.0
 
 
-class LateStopwatch(Stopwatch):
+class LateStopwatch(StepTimer):
     """One that must not be read before the next step is over, as a GPU's."""
 
     is_read = False
 
     @property
-    def is_late(self) -> bool:
+    def needs_sync(self) -> bool:
         return True
 
     def seconds(self) -> dict[str, float]:
@@ -50,9 +50,9 @@ class LateStopwatch(Stopwatch):
 
 
 def test_a_gpus_step_is_read_one_step_late_and_counted_once():
-    parts, stopwatches = PartTimes(), [LateStopwatch(CPU) for _ in range(4)]
-    for stopwatch in stopwatches[:3]:
-        parts.add(stopwatch)
+    parts, stopwatches = PhaseTimes(), [LateStopwatch(CPU) for _ in range(4)]
+    for timer in stopwatches[:3]:
+        parts.add(timer)
     assert [one.is_read for one in stopwatches] == [True, True, False, False]
     assert parts.pop_means()["wait"] == 1.0 and not stopwatches[2].is_read
     parts.add(stopwatches[3])
@@ -61,7 +61,7 @@ def test_a_gpus_step_is_read_one_step_late_and_counted_once():
 
 
 def test_the_only_step_of_the_first_window_is_read_though_it_is_late():
-    parts = PartTimes()
+    parts = PhaseTimes()
     parts.add(LateStopwatch(CPU))
     assert parts.pop_means()["wait"] == 1.0
 
@@ -84,18 +84,18 @@ def test_the_slowest_rank_is_the_one_the_others_wait_for():
 def test_on_a_gpu_the_devices_own_time_counts():
     matrix = torch.randn(4096, 4096, device="cuda")
     for _ in range(2):
-        stopwatch = Stopwatch(matrix.device)
+        timer = StepTimer(matrix.device)
         began = time.perf_counter()
-        stopwatch.begin("wait")
+        timer.begin("wait")
         time.sleep(0.02)
-        stopwatch.begin("forward")
+        timer.begin("forward")
         for _ in range(50):
             torch.mm(matrix, matrix)
-        stopwatch.begin("backward")
-        stopwatch.stop()
-        assert stopwatch.is_late and time.perf_counter() - began < 0.05, "nothing waits for the device"
+        timer.begin("backward")
+        timer.stop()
+        assert timer.needs_sync and time.perf_counter() - began < 0.05, "nothing waits for the device"
         torch.cuda.synchronize()
         took = time.perf_counter() - began
-    seconds = stopwatch.seconds()
+    seconds = timer.seconds()
     assert seconds["wait"] >= 0.019 and seconds["backward"] < 1e-3
     assert sum(seconds.values()) == pytest.approx(took, rel=0.1)

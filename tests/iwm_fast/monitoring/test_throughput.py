@@ -11,11 +11,11 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.monitoring.flops import training_flops
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PARTS
-from iwm_fast.monitoring.throughput import Yardstick, build_yardstick, used_memory_mb
+from iwm_fast.monitoring.throughput import ThroughputMeter, build_throughput_meter, used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 
-YARDSTICK = Yardstick(
+YARDSTICK = ThroughputMeter(
     global_batch_size=2048, num_ranks=8, flops_per_image=100e9, peak_flops=1000e12, peak_name="X with bf16"
 )
 
@@ -64,6 +64,6 @@ def test_a_log_row_says_where_a_steps_time_went(tiny_shards, tmp_path, caplog):
 def test_the_yardstick_counts_the_runs_own_images_and_ranks(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path)
     rank_info = distributed.RankInfo(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
-    yardstick = build_yardstick(config, rank_info)
+    yardstick = build_throughput_meter(config, rank_info)
     assert (yardstick.global_batch_size, yardstick.num_ranks) == (16, 2)
     assert yardstick.values(1, 1.0)["speed/images_per_s_per_rank"] == 8

@@ -5,7 +5,7 @@ import torch
 
 from iwm_fast.config.run import ObjectiveConfig
 from iwm_fast.models.student import Prediction
-from iwm_fast.monitoring.collapse import collapse_monitors, warnings_of
+from iwm_fast.monitoring.collapse import collapse_monitors, collapse_warnings
 from iwm_fast.training.objective import Objective, spread_terms
 
 LENGTHS = [3, 1, 4, 2, 5, 3, 2, 4]
@@ -84,7 +84,7 @@ def test_a_micro_batch_of_hardly_any_patches_has_a_finite_loss_and_gradient(ragg
 
 def warned(predicted, target, index):
     values = {name: value.item() for name, value in collapse_monitors(predicted, target, index).items()}
-    return {sentence.split()[0] for sentence in warnings_of(values)}
+    return {sentence.split()[0] for sentence in collapse_warnings(values)}
 
 
 def test_constant_tokens_raise_every_warning(ragged):

@@ -15,7 +15,7 @@ from fixtures.kernel_cases import (
     values_and_gradients,
 )
 from iwm_fast.kernels.predictor_input.autograd import copied_input, mixed_input
-from iwm_fast.kernels.predictor_input.layout import PatchRows, sequence_rows
+from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import Mixer, predictor_input, predictor_input_reference
 
 pytestmark = pytest.mark.fused
@@ -33,8 +33,8 @@ class Case:
         self.conditioning, num_images = conditioning, len(contexts)
         num_tokens = 2 if conditioning == "sequence" else 0
         sizes = {"num_context": sum(contexts), "num_targets": sum(targets)}
-        self.patches = PatchRows(patch_rows(contexts, num_patches, 0), patch_rows(targets, num_patches, 1))
-        self.places = sequence_rows(offsets_of(contexts), offsets_of(targets), num_tokens, **sizes)
+        self.patches = PatchIndex(patch_rows(contexts, num_patches, 0), patch_rows(targets, num_patches, 1))
+        self.places = packed_layout(offsets_of(contexts), offsets_of(targets), num_tokens, **sizes)
         self.positions = draw(num_patches, width, dtype=dtype, seed=2)
         shapes = [(sum(contexts), width), (width,)]
         if conditioning == "sequence":

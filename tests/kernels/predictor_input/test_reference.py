@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from iwm_fast.kernels.predictor_input.layout import PatchRows, sequence_rows
+from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import Mixer, predictor_input_reference
 
 WIDTH, NUM_PATCHES, NUM_ACTIONS = 3, 9, 2
@@ -20,8 +20,8 @@ def rows_of(contexts, targets, num_action_tokens):
         return torch.tensor([b * NUM_PATCHES + p for b, n in enumerate(lengths) for p in range(n)], dtype=torch.int64)
 
     sizes = {"num_context": sum(contexts), "num_targets": sum(targets)}
-    places = sequence_rows(offsets_of(contexts), offsets_of(targets), num_action_tokens, **sizes)
-    return PatchRows(patches(contexts), patches(targets)), places
+    places = packed_layout(offsets_of(contexts), offsets_of(targets), num_action_tokens, **sizes)
+    return PatchIndex(patches(contexts), patches(targets)), places
 
 
 def mixer_of(num_images):
@@ -97,7 +97,7 @@ def test_positions_are_constant():
 
 def test_offsets_of_different_batches_are_refused():
     with pytest.raises(ValueError, match=r"B \+ 1 entries"):
-        sequence_rows(offsets_of([1, 2]), offsets_of([1]), 0, num_context=3, num_targets=1)
+        packed_layout(offsets_of([1, 2]), offsets_of([1]), 0, num_context=3, num_targets=1)
 
 
 def test_what_does_not_fit_is_refused_by_name():

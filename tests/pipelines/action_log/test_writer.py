@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
-from iwm_fast.pipelines.action_log.files import ActionLogError, parts, read_rows, read_step, remove_from
-from iwm_fast.pipelines.action_log.schema import LogHead, column, draws_of, head_of
+from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, read_rows, read_step, truncate_from
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, draws_of, read_metadata
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
-from iwm_fast.pipelines.sampling.batch_plan import Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.batch_plan import SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 
@@ -44,12 +44,12 @@ def shards(tmp_path_factory) -> ShardSet:
     return open_shards(str(folder))
 
 
-def head(shards: ShardSet, **changes) -> LogHead:
+def head(shards: ShardSet, **changes) -> LogMetadata:
     chosen = {
         "views": VIEWS, "mask": MaskConfig(), "seed": 0, "grid": 4, "global_batch_size": GLOBAL_BATCH,
         "shards": "somewhere", "shards_digest": shards.content_digest,
     }  # fmt: skip
-    return LogHead(**chosen | changes)
+    return LogMetadata(**chosen | changes)
 
 
 def take(shards: ShardSet, steps: range, *, rank: int = 0, world_size: int = 1, backend: str = "torch") -> list[Batch]:
@@ -60,7 +60,7 @@ def take(shards: ShardSet, steps: range, *, rank: int = 0, world_size: int = 1, 
 
 @functools.cache
 def _first_steps(shards: ShardSet, rank: int, world_size: int, backend: str) -> list[Batch]:
-    stream = Stream(
+    stream = SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 3),
         global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, rank=rank, world_size=world_size,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def write(folder: Path, shards: ShardSet, steps: range, *, world_size: int = 1, 
 
 
 def names(folder: Path) -> list[str]:
-    return [part.path.name for part in parts(folder)]
+    return [part.path.name for part in list_log_files(folder)]
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
@@ -103,10 +103,11 @@ def test_rows_are_what_the_batches_were(tmp_path, shards, backend):
     log.close_part()
     log.close()
     rows = read_rows(tmp_path / "actions", 2, 5)
-    assert head_of(rows.schema) == head(shards)
+    assert read_metadata(rows.schema) == head(shards)
     assert column(rows, "step").tolist() == np.repeat([2, 3, 4], GLOBAL_BATCH).tolist()
     for name in ("slot", "sample", "planned", "label", "crop_window", "source_window", "action"):
-        expected = torch.cat([getattr(batch, name) for batch in batches]).numpy()
+        field = "scheduled_sample" if name == "planned" else name
+        expected = torch.cat([getattr(batch, field) for batch in batches]).numpy()
         assert np.array_equal(column(rows, name), expected), name
     assert rows.column("key").to_pylist() == [key for batch in batches for key in batch.key]
     shard, _ = shards.locate(column(rows, "sample"))
@@ -186,8 +187,8 @@ def test_the_rows_of_a_restarted_run_are_those_of_a_straight_one(tmp_path, shard
     write(restarted, shards, range(3, 6), world_size=ranks[0])
     # the process dies while it writes; the checkpoint of step 6 is lost too, that of step 3 is taken
     (restarted / ".unfinished-rank-000.parquet").write_bytes(b"PAR1")
-    remove_from(restarted, 3)
-    assert {part.end_step for part in parts(restarted)} == {3} and len(os.listdir(restarted)) == ranks[0]
+    truncate_from(restarted, 3)
+    assert {part.end_step for part in list_log_files(restarted)} == {3} and len(os.listdir(restarted)) == ranks[0]
     write(restarted, shards, range(3, 7), world_size=ranks[1])
     expected, got = (read_rows(folder, 0, 7).drop_columns("rank") for folder in (tmp_path / "straight", restarted))
     assert got.equals(expected)
@@ -197,16 +198,16 @@ def test_the_rows_of_a_restarted_run_are_those_of_a_straight_one(tmp_path, shard
 def test_a_part_that_reaches_over_the_checkpoint_is_cut_there(tmp_path, shards):
     write(tmp_path, shards, range(6), world_size=2)
     whole = read_rows(tmp_path, 0, 6)
-    remove_from(tmp_path, 4)
+    truncate_from(tmp_path, 4)
     cut = ["step-00000000-00000004-rank-000.parquet", "step-00000000-00000004-rank-001.parquet"]
     assert sorted(os.listdir(tmp_path)) == cut
     assert read_rows(tmp_path, 0, 4).equals(whole.slice(0, 4 * GLOBAL_BATCH))
     # killed after the rows were exchanged and before the name was
     (tmp_path / cut[0]).rename(tmp_path / "step-00000000-00000006-rank-000.parquet")
-    remove_from(tmp_path, 4)
+    truncate_from(tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == cut and read_rows(tmp_path, 0, 4).num_rows == 4 * GLOBAL_BATCH
-    remove_from(tmp_path, 0)
-    remove_from(tmp_path / "absent", 0)
+    truncate_from(tmp_path, 0)
+    truncate_from(tmp_path / "absent", 0)
     assert os.listdir(tmp_path) == []
 
 
@@ -223,7 +224,7 @@ def test_missing_and_double_rows_are_errors_with_their_place(tmp_path, shards):
     with pytest.raises(ActionLogError, match=r"8 rows are missing in .* the first is step 5, slot 4"):
         read_step(tmp_path, 5)
     write(tmp_path / "elsewhere", shards, range(1), world_size=2)
-    parts(tmp_path / "elsewhere")[0].path.rename(tmp_path / "step-00000000-00000001-rank-000.parquet")
+    list_log_files(tmp_path / "elsewhere")[0].path.rename(tmp_path / "step-00000000-00000001-rank-000.parquet")
     with pytest.raises(ActionLogError, match=r"8 rows are there twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
         read_rows(tmp_path, 0, 2)
 
@@ -242,7 +243,10 @@ def test_steps_made_with_other_settings_are_read_one_by_one(tmp_path, shards):
     add(log, take(shards, range(2, 3)))
     # a run that ends by an error keeps what is behind its last checkpoint
     log.close()
-    assert head_of(read_step(tmp_path, 1).schema).seed == 0 and head_of(read_step(tmp_path, 2).schema).seed == 1
+    assert (
+        read_metadata(read_step(tmp_path, 1).schema).seed == 0
+        and read_metadata(read_step(tmp_path, 2).schema).seed == 1
+    )
     with pytest.raises(ActionLogError, match=r"step-00000002-00000003-rank-000.parquet .*other settings"):
         read_rows(tmp_path, 0, 3)
 
@@ -282,7 +286,7 @@ def wait_until(is_so) -> None:
 
 def test_a_part_is_not_written_over_another(tmp_path, shards):
     write(tmp_path, shards, range(2))
-    (part,) = parts(tmp_path)
+    (part,) = list_log_files(tmp_path)
     before = part.path.read_bytes()
     with pytest.raises(FileExistsError, match="does another run write here"):
         write(tmp_path, shards, range(2))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fixtures.tar_files import write_tar
-from iwm_fast.pipelines.storage.index_cache import YOUNGEST_NS, keep_without, load_or_index, stamp_of
+from iwm_fast.pipelines.storage.index_cache import MIN_AGE_NS, file_version, load_or_index, save_filtered_index
 from iwm_fast.pipelines.storage.shard import Shard, index_shard
 from iwm_fast.pipelines.storage.shard_set import open_shards
 
@@ -76,7 +76,7 @@ def test_a_shard_that_has_just_been_written_is_read_every_time(tmp_path, cache):
     path = shard_at(tmp_path / "new.tar", MEMBERS, time.time_ns())
     load_or_index(path)
     assert not Path(f"{path}.index").exists() and not cache.exists()
-    os.utime(path, ns=(time.time_ns() - 2 * YOUNGEST_NS,) * 2)
+    os.utime(path, ns=(time.time_ns() - 2 * MIN_AGE_NS,) * 2)
     load_or_index(path)
     assert Path(f"{path}.index").exists()
 
@@ -109,7 +109,7 @@ def test_what_was_left_out_stays_out_though_an_older_index_cannot_be_replaced(pa
     old = beside.read_bytes()
     beside.unlink()
     beside.mkdir()
-    keep_without(index_shard(path), stamp_of(path), [1])
+    save_filtered_index(index_shard(path), file_version(path), [1])
     beside.rmdir()
     beside.write_bytes(old)
     assert load_or_index(path).keys == ("a/one two", "plain") and load_or_index(path).num_left_out == 1

@@ -20,7 +20,7 @@ from pyarrow import fs
 from fixtures.paths import PROJECT
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage import remote_file
-from iwm_fast.pipelines.storage.index_cache import YOUNGEST_NS, stamp_of
+from iwm_fast.pipelines.storage.index_cache import MIN_AGE_NS, file_version
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.remote_file import ChangedError, RemoteFile, file_info, list_files
 from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
@@ -220,7 +220,7 @@ def test_folders_and_braces_give_the_same_samples_as_local_shards(store, tiny_sh
 
 
 def test_an_index_is_kept_and_no_header_is_read_again(store, tmp_path):
-    while time.time_ns() - stamp_of(SHARD).changed_ns < YOUNGEST_NS:
+    while time.time_ns() - file_version(SHARD).changed_ns < MIN_AGE_NS:
         time.sleep(0.1)
     first = open_shards("s3://bucket/tiny")
     assert store.proxy.spans and len(list((tmp_path / "cache/index").iterdir())) == 3

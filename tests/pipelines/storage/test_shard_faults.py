@@ -10,7 +10,7 @@ from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import Loader, build_loader
-from iwm_fast.pipelines.sampling.batch_plan import Stream, TrainingPlan
+from iwm_fast.pipelines.sampling.batch_plan import SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 
@@ -25,7 +25,7 @@ def shards(tiny_shards, tmp_path) -> ShardSet:
 
 def loader_of(shards: ShardSet, backend: str, most: float = 0.0) -> Loader:
     # one shard after the other, so that some are opened late
-    stream = Stream(
+    stream = SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 1),
         global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from fixtures.tar_files import write_tar
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.storage.shard import index_shard, split_name
+from iwm_fast.pipelines.storage.shard import index_shard, parse_member_name
 from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
@@ -53,7 +53,7 @@ def test_masks_are_found_and_a_png_is_the_image_only_where_no_other_is(tmp_path)
 
 
 def test_extension_begins_at_the_first_dot_of_the_file_name_and_case_does_not_matter(tmp_path):
-    assert split_name("v1.0/a.seg.PNG") == ("v1.0/a", "seg.png")
+    assert parse_member_name("v1.0/a.seg.PNG") == ("v1.0/a", "seg.png")
     members = {"a.seg.png": b"mask", "a.JPG": JPEG, "b.jpg.bak": b"no", "b.Png": b"png"}
     assert images_of(shard_at(tmp_path / "s.tar", members)) == {"a": JPEG, "b": b"png"}
 
@@ -188,7 +188,7 @@ def test_a_missing_label_is_reported_with_its_address_where_labels_are_needed(nu
 @pytest.mark.parametrize("count", range(1, 49))
 def test_the_first_samples_of_a_set_are_a_set_of_their_own(tiny_shards, count):
     whole = open_shards(tiny_shards.pattern)
-    first = whole.first(count)
+    first = whole.truncated(count)
     assert first.num_samples == count
     assert [first.address(sample) for sample in range(count)] == [whole.address(sample) for sample in range(count)]
     assert first.labels(np.arange(count)).tolist() == whole.labels(np.arange(count)).tolist()
@@ -199,7 +199,7 @@ def test_the_first_samples_of_a_set_are_a_set_of_their_own(tiny_shards, count):
 @pytest.mark.parametrize("count", [0, -1, 49])
 def test_no_samples_or_more_than_there_are_cannot_be_the_first(tiny_shards, count):
     with pytest.raises(ValueError, match=rf"num_samples must lie in 1 \.\. 48, got {count}"):
-        open_shards(tiny_shards.pattern).first(count)
+        open_shards(tiny_shards.pattern).truncated(count)
 
 
 def test_digest_follows_content_and_order_but_not_paths(tmp_path):

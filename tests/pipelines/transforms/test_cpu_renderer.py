@@ -11,7 +11,7 @@ from fixtures.tar_files import photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry, RecycledMemory
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import clean_draws, draw
+from iwm_fast.pipelines.transforms.parameters import draw, identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 SIZE = 64
@@ -46,7 +46,7 @@ def test_views_are_the_twins_but_for_rounding(crops, photometry):
 
 
 def test_without_a_change_both_views_are_the_crop_bit_for_bit(crops, photometry):
-    source, target = photometry.views(crops, crops, clean_draws(len(crops)))
+    source, target = photometry.views(crops, crops, identity_draws(len(crops)))
     assert torch.equal(source, normalize_view(crops)) and torch.equal(target, source)
     assert source.data_ptr() != target.data_ptr()
 

@@ -10,7 +10,7 @@ from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import crop_window
-from iwm_fast.pipelines.transforms.parameters import Draws, clean_draws, draw
+from iwm_fast.pipelines.transforms.parameters import Draws, draw, identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 SIZE = 64
@@ -40,7 +40,7 @@ def as_cpu(output):
 
 
 def without_crop(draws: Draws) -> Draws:
-    return replace(clean_draws(len(draws.flip)), source=draws.source, target=draws.target)
+    return replace(identity_draws(len(draws.flip)), source=draws.source, target=draws.target)
 
 
 def test_window_is_the_twins_to_the_pixel(images):
@@ -55,7 +55,7 @@ def test_photometry_is_the_twins_within_one_grey_level(images):
     for step in range(4):
         draws = without_crop(draw(config, 0, step, np.arange(len(images))))
         source, target, _ = run(images, draws)
-        clean, _, _ = run(images, clean_draws(len(images)))
+        clean, _, _ = run(images, identity_draws(len(images)))
         for ours, parameters in ((source, draws.source), (target, draws.target)):
             theirs = render(clean, parameters)
             difference = (ours.int() - theirs.int()).abs()
@@ -68,13 +68,13 @@ def test_photometry_is_the_twins_within_one_grey_level(images):
 
 def test_identity_parameters_leave_both_views_bit_equal_to_the_crop():
     pixels = photograph("coffee.png")[:SIZE, :SIZE]
-    source, target, window = run([pixels], clean_draws(1))
+    source, target, window = run([pixels], identity_draws(1))
     assert torch.equal(source[0], torch.from_numpy(pixels)) and torch.equal(target, source)
     assert (window == [[0, 0, SIZE, SIZE]]).all()
 
 
 def test_flip_mirrors_both_views(images):
-    clean = clean_draws(len(images))
+    clean = identity_draws(len(images))
     source, target, _ = run(images, replace(clean, flip=np.ones(len(images), bool)))
     straight, _, _ = run(images, clean)
     assert torch.equal(source, straight.flip(2)) and torch.equal(target, straight.flip(2))
@@ -93,7 +93,7 @@ def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
     # left half dark, right half bright: the source shows the left quarter alone
     pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
     pixels[:, SIZE // 2 :] = 200
-    clean = clean_draws(1)
+    clean = identity_draws(1)
     halved = replace(clean.source, contrast=np.array([0.5], np.float32))
     draws = replace(clean, source_crop=np.array([[0.25, 1, 0, 0]], np.float32), source=halved, target=halved)
     settings = GraphSettings(

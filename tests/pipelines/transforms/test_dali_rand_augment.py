@@ -7,14 +7,14 @@ import torch
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import LoaderConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
-from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, Stream
+from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, SampleStream
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, clean_draws, draw_augment
+from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, draw_augment, identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image, resized_crop
 
 SIZE = 64
@@ -33,7 +33,7 @@ def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> 
         operation=np.array(operations, np.int32)[:, None], is_negated=np.full((count, 1), is_negated, np.int32)
     )
     encoded = [np.frombuffer(encode(photograph("coffee.png")[:SIZE, :SIZE], "PNG"), np.uint8)] * count
-    parameters = augment_parameters(clean_draws(count), draws)
+    parameters = augment_parameters(identity_draws(count), draws)
     config = RandAugmentConfig(num_operations=1, magnitude=magnitude)
     return np.array(build_augment_graph(settings, config, lambda: (encoded, *parameters)).run()[0].as_tensor())
 
@@ -73,7 +73,7 @@ AUGMENT = RandAugmentConfig()
 def plan(
     shards: ShardSet, rank: int = 0, world_size: int = 1, augment: RandAugmentConfig | None = AUGMENT
 ) -> FinetunePlan:
-    stream = Stream(
+    stream = SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 2),
         global_batch_size=16, micro_batch_size=16 // world_size, rank=rank, world_size=world_size,
     )  # fmt: skip

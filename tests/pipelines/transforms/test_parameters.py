@@ -8,14 +8,14 @@ from fixtures.tar_files import photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import action_difference, action_vector, describe_action
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_geometry, source_window
-from iwm_fast.pipelines.transforms.parameters import JITTER, LUMA, color_matrix, draw, gray_gain, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import JITTER, LUMA, color_matrix, draw, gray_gain, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 CONFIG = ViewConfig()
 
 
 def test_neutral_parameters_give_the_exact_identity_matrix():
-    neutral = neutral_photometry(3)
+    neutral = identity_photometry(3)
     assert (color_matrix(neutral) == np.eye(3, dtype=np.float32)).all()
     assert (gray_gain(neutral) == 0).all()
 
@@ -33,7 +33,7 @@ def test_action_tells_the_drawn_difference_and_the_flags(step: int):
 
 
 def test_no_change_is_the_zero_vector():
-    neutral = neutral_photometry(2)
+    neutral = identity_photometry(2)
     assert (action_vector(neutral, neutral, CONFIG) == 0).all()
     assert describe_action(np.zeros(7, np.float32), CONFIG) == "no change"
 

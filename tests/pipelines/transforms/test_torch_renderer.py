@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from fixtures.tar_files import photograph
-from iwm_fast.pipelines.transforms.parameters import Photometry, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import Photometry, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image, recolor, render, resized_crop
 
 
 def change(count: int = 1, **values: float) -> Photometry:
-    neutral = vars(neutral_photometry(count))
+    neutral = vars(identity_photometry(count))
     return Photometry(**{name: np.full_like(old, values.get(name, old[0])) for name, old in neutral.items()})
 
 
@@ -20,7 +20,7 @@ def crop() -> torch.Tensor:
 
 
 def test_identity_leaves_pixels_bit_equal(crop):
-    assert torch.equal(render(crop, neutral_photometry(1)), crop)
+    assert torch.equal(render(crop, identity_photometry(1)), crop)
 
 
 def test_jitter_clamps_once_so_that_bright_and_dark_cancel(crop):

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from fixtures.tiny_finetuning import plain_augment, tiny_task
 from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
-from iwm_fast.training.seeding import drawing_from
+from iwm_fast.training.seeding import seeded_rng
 
 LABEL = torch.tensor([0, 1, 2, 3])
 
@@ -23,7 +23,7 @@ def mixing(shards, *, micro=4, **augment):
 
 
 def seeded(seed=0):
-    return drawing_from(seed, seed=0, device=torch.device("cpu"))
+    return seeded_rng(seed, seed=0, device=torch.device("cpu"))
 
 
 def test_nothing_asked_for_changes_nothing(tiny_shards):

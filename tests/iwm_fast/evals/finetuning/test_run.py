@@ -26,7 +26,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.run_lock import FolderLock
 from iwm_fast.runtime.run_status import read_status
-from iwm_fast.training.seeding import drawing_from
+from iwm_fast.training.seeding import seeded_rng
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_draws_follow_from_seed_and_counters_and_leave_no_trace():
     cpu = torch.device("cpu")
 
     def drawn(*counters, seed=0):
-        with drawing_from(*counters, seed=seed, device=cpu):
+        with seeded_rng(*counters, seed=seed, device=cpu):
             return draws()
 
     torch.manual_seed(1), np.random.seed(1), random.seed(1)

@@ -260,7 +260,7 @@ def test_the_change_between_two_image_files_is_said_in_natural_units(folder, fil
     assert plan == plan_images(settings) and isinstance(plan, Plan)
     model = world_model.load(folder)
     assert tuple(plan.change) == model.config.views.entries
-    view, wanted = model.open(source), model.targets(model.open(target))
+    view, wanted = model.load_image(source), model.encode_targets(model.load_image(target))
 
     def distance(action):
         return float((model.predict(view, action) - wanted).square().mean())

@@ -24,7 +24,7 @@ from iwm_fast.evals.retrieval.mrr import chance
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import action_difference
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import JITTER, neutral_photometry
+from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 
@@ -84,7 +84,7 @@ def test_jitter_is_asked_of_the_untouched_image_and_says_what_each_member_differ
     assert torch.equal(question.source, pixels)
     change = action_difference(question.action.numpy(), model.config.views)
     for name in JITTER:
-        neutral = getattr(neutral_photometry(1), name)[0]
+        neutral = getattr(identity_photometry(1), name)[0]
         np.testing.assert_allclose(neutral + change[name], getattr(bank.photometry, name), atol=1e-6)
     assert not any(change[name].any() for name in FLAGS)
 
@@ -95,7 +95,7 @@ def test_other_families_ask_the_same_of_the_destroyed_image_and_name_the_destruc
     forward, backward = (ask(pixels, bank, one, model) for one in ("jitter", family))
     # the middle of the run's range (0.1, 1.0)
     suffered = {"blur_sigma": np.array([0.55], np.float32), family: np.array([True])}
-    assert torch.equal(backward.source, render(pixels[None], replace(neutral_photometry(1), **suffered))[0])
+    assert torch.equal(backward.source, render(pixels[None], replace(identity_photometry(1), **suffered))[0])
     assert not torch.equal(backward.source, pixels)
     entries = model.config.views.entries
     is_flag = torch.tensor([name == family for name in entries])
