@@ -6,12 +6,13 @@ the teacher follow the encoder.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwm_fast.engines.base import Engine
+from iwm_fast.engines.base import Engine, StepOutcome
 from iwm_fast.models.student import Prediction
 from iwm_fast.monitoring.step_timer import Stopwatch
 from iwm_fast.pipelines.batch import Batch
@@ -53,6 +54,43 @@ class StepReport:
         return [key for keys in chosen for key in keys]
 
 
+class StepRecord:
+    """What one optimiser step has done so far: its micro-batches and what they took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stopwatch = Stopwatch(device)
+        self._losses: list[Tensor] = []
+        self._keys: list[tuple[str, ...]] = []
+        self._num_replaced = 0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Wait for the next micro-batch; its forward pass begins."""
+        self.stopwatch.begin("wait")
+        batch = next(batches)
+        self._keys.append(batch.key)
+        self._num_replaced += int((batch.sample != batch.planned).sum())
+        self.stopwatch.begin("forward")
+        return batch
+
+    def backward(self, engine: Engine, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of the micro-batch's loss."""
+        engine.backward(loss)
+        self._losses.append(loss.detach())
+
+    def report(self, outcome: StepOutcome, **predicted: Any) -> StepReport:
+        """Return the report of the step, which ends here; `predicted` are its fields for the collapse monitors."""
+        self.stopwatch.stop()
+        return StepReport(
+            losses=torch.stack(self._losses),
+            grad_norm=outcome.grad_norm,
+            is_applied=outcome.applied,
+            stopwatch=self.stopwatch,
+            num_replaced=self._num_replaced,
+            keys=self._keys,
+            **predicted,
+        )
+
+
 ENCODER = "encoder."
 
 
@@ -74,33 +112,17 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
-    losses, keys, num_replaced, stopwatch = [], [], 0, Stopwatch(next(teacher.encoder.parameters()).device)
+    record = StepRecord(next(teacher.encoder.parameters()).device)
     for _ in range(accumulation):
-        stopwatch.begin("wait")
-        batch = next(batches)
-        stopwatch.begin("forward")
+        batch = record.next_batch(batches)
         prediction = engine.forward(batch)
-        stopwatch.begin("teacher")
+        record.stopwatch.begin("teacher")
         target_tokens = teacher.encode(batch.target_view, prediction.patches)
-        stopwatch.begin("backward")
-        loss = objective(prediction, target_tokens, prediction.patches)
-        engine.backward(loss)
-        losses.append(loss.detach())
-        keys.append(batch.key)
-        num_replaced += int((batch.sample != batch.planned).sum())
-    stopwatch.begin("optimizer")
+        record.stopwatch.begin("backward")
+        record.backward(engine, objective(prediction, target_tokens, prediction.patches))
+    record.stopwatch.begin("optimizer")
     outcome = engine.step()
-    stopwatch.begin("teacher_update")
+    record.stopwatch.begin("teacher_update")
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
-    stopwatch.stop()
-    return StepReport(
-        losses=torch.stack(losses),
-        grad_norm=outcome.grad_norm,
-        prediction=prediction,
-        target_tokens=target_tokens,
-        is_applied=outcome.applied,
-        stopwatch=stopwatch,
-        num_replaced=num_replaced,
-        keys=keys,
-    )
+    return record.report(outcome, prediction=prediction, target_tokens=target_tokens)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from iwm_fast.evals.datasets import batches
@@ -52,21 +52,15 @@ def draw_tasks(
     for batch in batches(model, shards, samples):
         for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
             change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
-            yield _task(model, pixels, sample, change)
-
-
-def _task(
-    model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, change: tuple[Photometry, Photometry]
-) -> Task:
-    source, target = (normalize_view(render(pixels[None], view)) for view in change)
-    spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
-    return Task(
-        sample=sample,
-        source=source,
-        target=target,
-        action=action_vector(*change, model.config.views)[0],
-        has_colour=bool(spread.mean() >= _COLOURLESS),
-    )
+            source, target = (normalize_view(render(pixels[None], view)) for view in change)
+            spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
+            yield Task(
+                sample=sample,
+                source=source,
+                target=target,
+                action=action_vector(*change, model.config.views)[0],
+                has_colour=bool(spread.mean() >= _COLOURLESS),
+            )
 
 
 def draw_change(views: ViewConfig, sample: int, *, kind: Kind, split: str, seed: int) -> tuple[Photometry, Photometry]:
