@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
@@ -19,6 +19,7 @@ from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
@@ -71,15 +72,9 @@ def label_sets(
     max_train: int | None = None,
     max_val: int | None = None,
 ) -> LabelledSets:
-    """Return samples of both sets, spread over them, with classes numbered by the training set.
+    """Return at most so many samples of both sets, spread over them; None: all.
 
-    Args:
-        train: samples to learn from.
-        val: samples to be asked about.
-        label: cls, or json.FIELD.
-        classes: names in the order of their numbers; None: what the training set holds.
-        max_train: most samples to learn from; None: all.
-        max_val: most samples to be asked about; None: all.
+    Classes are those named, or what the training set holds, and have the same numbers in both.
 
     Raises:
         ShardError: if a sample has no label, or a validation sample one that no training sample has.
@@ -110,15 +105,9 @@ class Comparison:
         details: dict[str, Any],
         **cost: Any,
     ) -> Result:
-        """Return and save the accuracy of the run's encoder beside the control's.
+        """Return and save the accuracy on the features of the run's encoder, beside that on those of the control.
 
-        Args:
-            task: name of the evaluation.
-            config: its settings.
-            correct: whether each validation image is named rightly on the features of the run's encoder.
-            control: the same on those of the control.
-            details: what else a reader wants to know.
-            cost: further fields of the row.
+        Both are given by whether each validation image is named rightly; `cost` are further fields of the row.
         """
         row = mean_row(
             "encoder",
@@ -205,6 +194,14 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
             gc.collect()
 
 
+def clean_images(
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]
+) -> Iterator[tuple[UInt8[Tensor, "H W 3"], int]]:
+    """Yield the pixels of the given samples once, untouched, each with the sample's number."""
+    for batch in batches(model, shards, samples):
+        yield from zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True)
+
+
 def compute_rows(
     samples: Int64[np.ndarray, "samples"],
     rows_of: Callable[[Int64[np.ndarray, "share"]], Iterable[Float[Tensor, "*shape"]]],
@@ -212,14 +209,9 @@ def compute_rows(
     what: str,
     rank_info: RankInfo,
 ) -> Float[Tensor, "samples *shape"]:
-    """Return one row of numbers for each sample, in order; each rank computes its share, all return the whole.
+    """Return one row of numbers for each sample, in order: each rank computes its share, all return the whole.
 
-    Args:
-        samples: their numbers.
-        rows_of: yields the rows of some samples; must not wait for other ranks.
-        shape: of a row.
-        what: says what is computed while it is.
-        rank_info: this process.
+    Collective; `rows_of`, which yields the rows of a share, must not be. `what` says meanwhile what is computed.
     """
     share = local_share(samples, rank_info)
     local = drop_padding(share)

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn import functional
+
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig
 from iwm_fast.evals.datasets import LabelledSets, label_sets, result_name, tensors_digest
-from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
+from iwm_fast.evals.finetuning.mixup import Mixing
+from iwm_fast.evals.finetuning.networks import networks
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     Learnt,
@@ -26,7 +29,7 @@ from iwm_fast.evals.finetuning.run import (
 )
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_arm, build_vit, vit_config
-from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, arm_networks, build_arm, origin_of
+from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, build_arm, origin_of
 from iwm_fast.evals.results import Result, accuracy_gain, mean_row, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
@@ -98,7 +101,7 @@ def _run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | N
 def classification_arm(name: str, model: WorldModel, context: FinetuneContext, num_classes: int) -> Arm:
     """Build an arm of classification from the run's teacher and predictor; the same on every rank."""
     head = functools.partial(LinearHead if name == "encoder" else AttentiveHead, num_classes=num_classes)
-    return build_arm(name, arm_networks(name, model, context.task, context.rank_info), context, head)
+    return build_arm(name, networks(model, context.task, context.rank_info, name), context, head)
 
 
 def _timm_model(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> Subject:
@@ -145,7 +148,8 @@ def classification_job(arm: Arm, context: FinetuneContext, labels: Labels, origi
         ValueError: if images are to be mixed and a micro-batch is of odd size.
     """
     mixing = Mixing(context.task, len(labels.classes), context.rank_info.world_size)
-    return arm.job(lambda batch: mixing(batch.source_view, labels.of(batch.sample)), soft_cross_entropy, origin)
+    loss = functools.partial(functional.cross_entropy, reduction="sum")
+    return arm.job(lambda batch: mixing(batch.source_view, labels.of(batch.sample)), loss, origin)
 
 
 def _report(context: FinetuneContext, sets: LabelledSets, learnt: dict[str, Learnt]) -> Result:

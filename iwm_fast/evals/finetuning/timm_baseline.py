@@ -33,7 +33,8 @@ class TimmNetwork(nn.Module):
         self.vit = vit
         self.head = LinearHead(vit.embed_dim, num_classes)
         expected: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
-        mean, std = (torch.tensor(expected.get(name, ours)) for name, ours in _OURS.items())
+        mean = torch.tensor(expected.get("mean", PIXEL_MEAN))
+        std = torch.tensor(expected.get("std", PIXEL_STD))
         # views come normalised with our mean and deviation, the weights may know others
         self.register_buffer("scale", (torch.tensor(PIXEL_STD) / std)[:, None, None], persistent=False)
         self.register_buffer("shift", ((torch.tensor(PIXEL_MEAN) - mean) / std)[:, None, None], persistent=False)
@@ -43,9 +44,6 @@ class TimmNetwork(nn.Module):
         assert inputs.view is not None
         tokens = self.vit.forward_features(inputs.view * self.scale + self.shift)
         return self.head(tokens[:, self.vit.num_prefix_tokens :])
-
-
-_OURS = {"mean": PIXEL_MEAN, "std": PIXEL_STD}
 
 
 def build_vit(config: FinetuneConfig) -> VisionTransformer:

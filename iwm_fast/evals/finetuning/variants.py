@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwm_fast.config.finetuning import TuneConfig, TuneTask
+from iwm_fast.config.finetuning import TuneConfig
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
 from iwm_fast.evals.finetuning.layer_decay import layer_of, top_layer
-from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
+from iwm_fast.evals.finetuning.networks import Encode, frozen, seeded
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.models.encoder import Encoder
@@ -29,8 +29,6 @@ from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor
 from iwm_fast.models.student import Student
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.world_model import WorldModel
 
 Head = LinearHead | AttentiveHead | PatchHead
 
@@ -123,26 +121,12 @@ class Arm:
         return self.module(self._inputs(batch, batch.source_view))
 
 
-def arm_networks(name: str, model: WorldModel, task: TuneTask, rank_info: RankInfo) -> Student:
-    """Return encoder and predictor as an arm begins with them; the same on every rank.
-
-    They are the run's teacher and predictor, but random_predictor has a predictor and untrained_head an encoder as
-    before training.
-    """
-    student = networks(model, task, rank_info)
-    if name == "random_predictor":
-        student.predictor = networks(model, task, rank_info, is_new=True).predictor
-    if name == "untrained_head":
-        student.encoder = networks(model, task, rank_info, is_new=True).encoder
-    return student
-
-
 def build_arm(name: str, student: Student, context: FinetuneContext, make_head: Callable[[int], Head]) -> Arm:
     """Put an arm together; the same on every rank.
 
     Args:
         name: of the arm.
-        student: its encoder and predictor.
+        student: encoder and predictor as it begins with them.
         context: what all arms are trained with.
         make_head: from the width of the encoder to a head with new weights.
     """

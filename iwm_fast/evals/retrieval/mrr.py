@@ -23,7 +23,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.evals.datasets import batches, compute_rows, spread, validation_shards
+from iwm_fast.evals.datasets import clean_images, compute_rows, spread, validation_shards
 from iwm_fast.evals.results import Result, Row, mean_row, save_result
 from iwm_fast.evals.retrieval.bank import (
     Bank,
@@ -41,7 +41,6 @@ from iwm_fast.evals.retrieval.bank import (
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -85,10 +84,9 @@ def bank_ranks(
 
     The models share their encoder: it is the predictors that are compared. Nothing here waits for other ranks.
     """
-    for batch in batches(models[0], shards, samples):
-        for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
-            bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
-            yield ranks_in_bank(models, pixels, bank, config)
+    for pixels, sample in clean_images(models[0], shards, samples):
+        bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
+        yield ranks_in_bank(models, pixels, bank, config)
 
 
 def ranks_in_bank(

@@ -17,6 +17,7 @@ from torch import Tensor
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
 from iwm_fast.evals.datasets import spread
+from iwm_fast.evals.finetuning.networks import networks
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     Learnt,
@@ -27,7 +28,7 @@ from iwm_fast.evals.finetuning.run import (
     tune,
 )
 from iwm_fast.evals.finetuning.task import Job
-from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, arm_networks, build_arm, origin_of
+from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, build_arm, origin_of
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.evals.segmentation.figure import Answer, Shown, save_picture
 from iwm_fast.evals.segmentation.masks import ViewMasks, count_classes
@@ -138,7 +139,7 @@ def choose_shown(bench: Bench) -> Int64[np.ndarray, "samples"]:
 def _learn(name: str, bench: Bench, chosen: Int64[np.ndarray, "samples"]) -> tuple[Learnt, Answer]:
     """Train an arm, or go on with it, and ask it about the validation images; collective."""
     context, size = bench.context, bench.context.model_config.views.size
-    student = arm_networks(name, bench.model, bench.config, context.rank_info)
+    student = networks(bench.model, bench.config, context.rank_info, name)
     arm = build_arm(name, student, context, partial(PatchHead, num_classes=bench.num_classes))
     with bench.masks(context.train) as masks:
         tuned = tune(segmentation_job(arm, student, bench, masks), context)

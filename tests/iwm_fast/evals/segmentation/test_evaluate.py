@@ -128,13 +128,14 @@ def test_micro_batches_do_not_change_the_outcome(rank_info, run_folder):
 
 
 def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(rank_info, run_folder):
+    from iwm_fast.evals.finetuning.networks import networks
     from iwm_fast.evals.finetuning.run import tune
-    from iwm_fast.evals.finetuning.variants import arm_networks, build_arm
+    from iwm_fast.evals.finetuning.variants import build_arm
     from iwm_fast.evals.segmentation.evaluate import open_bench, segmentation_job
 
     bench = open_bench(SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5)), rank_info)
     for name, parts in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
-        student = arm_networks(name, bench.model, bench.config, rank_info)
+        student = networks(bench.model, bench.config, rank_info, name)
         arm = build_arm(name, student, bench.context, partial(PatchHead, num_classes=bench.num_classes))
         before = {key: value.clone() for key, value in arm.module.named_parameters()}
         with bench.masks(bench.context.train) as masks:
