@@ -6,7 +6,6 @@ the teacher follow the encoder.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,8 +76,10 @@ class StepRecord:
         engine.backward(loss)
         self._losses.append(loss.detach())
 
-    def report(self, outcome: StepOutcome, **predicted: Any) -> StepReport:
-        """Return the report of the step, which ends here; `predicted` are its fields for the collapse monitors."""
+    def report(
+        self, outcome: StepOutcome, prediction: Prediction | None = None, target_tokens: Tensor | None = None
+    ) -> StepReport:
+        """End the step and return its report, with what was predicted of the last micro-batch, and of what."""
         self.stopwatch.stop()
         return StepReport(
             losses=torch.stack(self._losses),
@@ -87,7 +88,8 @@ class StepRecord:
             stopwatch=self.stopwatch,
             num_replaced=self._num_replaced,
             keys=self._keys,
-            **predicted,
+            prediction=prediction,
+            target_tokens=target_tokens,
         )
 
 
@@ -125,4 +127,4 @@ def train_step(
     record.stopwatch.begin("teacher_update")
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
-    return record.report(outcome, prediction=prediction, target_tokens=target_tokens)
+    return record.report(outcome, prediction, target_tokens)

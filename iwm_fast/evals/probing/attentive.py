@@ -38,8 +38,7 @@ class AttentiveGrid(nn.Module):
             head = AttentiveHead(examples.rows.shape[-1], num_classes)
         self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_points)).to(examples.device)
 
-    def forward(self, rows: Float[Tensor, "B N D"], only: int | None = None) -> Float[Tensor, "points B K"]:
-        """Return the scores of each classifier, or of one."""
-        heads = list(self.heads) if only is None else [self.heads[only]]
+    def forward(self, rows: Float[Tensor, "B N D"]) -> Float[Tensor, "points B K"]:
+        """Return the scores of each classifier."""
         tokens = rows.float()
-        return torch.stack([head(tokens) for head in heads])
+        return torch.stack([head(tokens) for head in self.heads])
