@@ -15,8 +15,8 @@ from torch import Tensor
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evals.datasets import Labelled, spread
-from iwm_fast.evals.probing.knn import knn_accuracies, labelled_samples
+from iwm_fast.evals.datasets import LabelledSets, label_sets, spread
+from iwm_fast.evals.probing.knn import knn_accuracy
 from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, mean_reciprocal
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -66,12 +66,11 @@ class OnlineEvaluation:
         check(bool(val), "data.val", val, f"name validation shards where output.evaluate_every is set ({every})")
         self._val = open_shards(val)
         self._labelled = _labelled_samples(self._train, self._val)
-        measured = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        controls = dict(measured)
+        controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if self._has_world_model:
             controls["eval/mrr_chance"] = chance(_MRR.bank_size)
         if self._labelled:
-            controls["eval/knn_chance"] = 1 / len(self._labelled[0].labels.classes)
+            controls["eval/knn_chance"] = self._labelled.chance
         return controls
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
@@ -87,20 +86,19 @@ class OnlineEvaluation:
         """
         started = time.perf_counter()
         # an error here is told before the others wait for this rank to gather weights
-        model = distributed.rank_zero_only(self._new_model)
+        model = distributed.rank_zero_only(lambda: self._new_model(teacher))
         _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
         # called on rank 0 only, which has the model
-        measured = distributed.broadcast_from_rank_zero(lambda: self._measure_copy(model, teacher) if model else {})
+        measured = distributed.broadcast_from_rank_zero(lambda: self._measure(model) if model else {})
         return {**measured, **self._controls, "eval/time_s": time.perf_counter() - started}
 
-    def _new_model(self) -> WorldModel:
+    def _new_model(self, teacher: dict[str, Tensor] | None = None) -> WorldModel:
         # torch's layers fill themselves from the global generator before ours are drawn
         with torch.random.fork_rng(devices=[]):
-            return world_model.untrained(self._config, self._rank_info.device)
-
-    def _measure_copy(self, model: WorldModel, teacher: dict[str, Tensor]) -> dict[str, float]:
-        model.encoder.load_state_dict(teacher)
-        return self._measure(model)
+            model = world_model.untrained(self._config, self._rank_info.device)
+        if teacher is not None:
+            model.encoder.load_state_dict(teacher)
+        return model
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
         measured = {}
@@ -109,7 +107,7 @@ class OnlineEvaluation:
             rank = np.stack(list(bank_ranks([model], self._val, samples, _MRR)))
             measured["eval/mrr"] = mean_reciprocal(rank)
         if self._labelled:
-            (measured["eval/knn"],) = knn_accuracies([model], *self._labelled, _KNN)
+            measured["eval/knn"] = knn_accuracy(model, self._labelled, _KNN)
         if self._rank_info.device.type == "cuda":
             # what training's allocator does not use is there for DALI's
             torch.cuda.empty_cache()
@@ -124,7 +122,7 @@ def _copy(parameters: Iterable[tuple[str, Tensor]], own: dict[str, Tensor]) -> N
             own[name.removeprefix(_PREDICTOR)].copy_(parameter)
 
 
-def _labelled_samples(train: ShardSet, val: ShardSet) -> tuple[Labelled, Labelled] | None:
+def _labelled_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
     for name, shards in (("data.train", train), ("data.val", val)):
         num_missing = int((shards.labels(np.arange(shards.num_samples)) < 0).sum())
         if num_missing:
@@ -133,4 +131,4 @@ def _labelled_samples(train: ShardSet, val: ShardSet) -> tuple[Labelled, Labelle
                 num_missing, shards.num_samples, name,
             )  # fmt: skip
             return None
-    return labelled_samples(train, val, _KNN, _MAX_VAL_SAMPLES)
+    return label_sets(train, val, _KNN.data.label, max_train=_KNN.max_train_samples, max_val=_MAX_VAL_SAMPLES)

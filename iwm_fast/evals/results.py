@@ -150,20 +150,48 @@ def bootstrap(values: Float[np.ndarray, "images"], seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
-def accuracy_row(
-    subject: str, correct: Shaped[np.ndarray, "images"], seed: int, *, control: float | None = None, **more: Any
+def mean_row(
+    subject: str,
+    metric: str,
+    values: Shaped[np.ndarray, "images"],
+    seed: int,
+    *,
+    control: Shaped[np.ndarray, "..."] | None = None,
+    control_name: str = "",
+    **more: Any,
 ) -> Row:
-    """Return the accuracy of a subject with its interval over images.
+    """Return the mean of a number over images, with its interval.
 
     Args:
         subject: what was measured.
-        correct: whether, or for which share of tasks, it names each image rightly.
+        metric: name of the number.
+        values: of each image; booleans count as 0 and 1.
         seed: of the interval's resampling.
-        control: accuracy of what it is compared with.
+        control: the same of what it is compared with; None if there is nothing.
+        control_name: what that is.
         more: further fields of the row.
     """
-    low, high = bootstrap(correct.astype(np.float64), seed)
+    low, high = bootstrap(values.astype(np.float64), seed)
+    compared = {} if control is None else {"control": float(control.mean()), "control_name": control_name}
     return Row(
-        subject=subject, metric="accuracy", value=float(correct.mean()), low=low, high=high, control=control,
-        num_samples=len(correct), **more,
-    )  # fmt: skip
+        subject=subject,
+        metric=metric,
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        num_samples=len(values),
+        **compared,
+        **more,
+    )
+
+
+def accuracy_gain(
+    correct: Shaped[np.ndarray, "images"], control: Shaped[np.ndarray, "images"], seed: int
+) -> dict[str, float]:
+    """Return how much more accurate one is than the other, with the interval of the difference.
+
+    Both are of the same images, so that it varies less than the difference of two independent accuracies.
+    """
+    gain = correct.astype(np.float64) - control
+    low, high = bootstrap(gain, seed)
+    return {"accuracy": float(gain.mean()), "low": low, "high": high}

@@ -100,11 +100,10 @@ def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome
 def _compare(better: Number, worse: Number, values: Callable[[Number], dict[int, float]]) -> Comparison:
     first, second = values(better), values(worse)
     seeds = sorted(first.keys() & second.keys())
-    pairs = tuple(tuple(found[seed] for seed in seeds) for found in (first, second))
     differences = [first[seed] - second[seed] for seed in seeds]
     return Comparison(
         better=better,
         worse=worse,
-        values=(pairs[0], pairs[1]),
+        values=(tuple(first[seed] for seed in seeds), tuple(second[seed] for seed in seeds)),
         difference=interval(differences) if differences else None,
     )

@@ -120,14 +120,9 @@ def _numbers(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:
         found.setdefault((row["cell"], row["result"], row["subject"], row["metric"]), []).append(row["value"])
     order = {name: place for place, name in enumerate(lab.cells)}
     keys = sorted(found, key=lambda key: (key[1], key[2], key[3], order[key[0]]))
-    body = [
-        (
-            *key[1:],
-            key[0],
-            f"{sum(found[key]) / len(found[key]):.4f}",
-            f"{min(found[key]):.4f}",
-            f"{max(found[key]):.4f}",
-        )
-        for key in keys
-    ]
+    body = []
+    for key in keys:
+        values = found[key]
+        numbers = sum(values) / len(values), min(values), max(values)
+        body.append((*key[1:], key[0], *(f"{number:.4f}" for number in numbers)))
     return table(["result", "subject", "measured", "cell", "mean", "least", "most"], body)

@@ -65,8 +65,8 @@ class Step:
     """Of `iwm`."""
 
 
-class StoppedError(Exception):
-    """The lab was told to stop."""
+class LabStoppedError(Exception):
+    """A lab was told to stop, and its runs have stopped in order."""
 
 
 def cells_of(lab: LabConfig) -> list[Cell]:
@@ -119,9 +119,10 @@ class Workers:
         self._lab = lab
         num_gpus = torch.cuda.device_count()
         self.count = lab.workers or num_gpus or os.cpu_count() or 1
-        self._gpus: Queue[str] = Queue()
-        for worker in range(self.count if num_gpus else 0):
-            self._gpus.put(str(worker % num_gpus))
+        self._places: Queue[dict[str, str]] = Queue()
+        for worker in range(self.count):
+            on_gpu = {"CUDA_VISIBLE_DEVICES": str(worker % num_gpus)} if num_gpus else None
+            self._places.put(on_gpu or {"OMP_NUM_THREADS": "1"})
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._lock, self._stopped = Lock(), Event()
         self._num_steps = sum(len(list(steps_of(lab, cell))) for cell in cells_of(lab))
@@ -132,7 +133,7 @@ class Workers:
         """Make every cell and return what went wrong.
 
         Raises:
-            StoppedError: if the lab was told to stop; what was under way has saved.
+            LabStoppedError: if the lab was told to stop; what was under way has saved.
         """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -142,7 +143,7 @@ class Workers:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stopped.is_set():
-            raise StoppedError
+            raise LabStoppedError("stopped; the same command goes on")
         return [failure for failure in failures if failure]
 
     def _on_signal(self, number: int, _: object) -> None:
@@ -152,24 +153,19 @@ class Workers:
 
     def _make(self, cell: Cell) -> str:
         """Carry out a cell's steps on a GPU that is free, if there are any, until one fails, and say which."""
-        gpu = self._gpus.get() if torch.cuda.is_available() else None
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        place = self._places.get()
         try:
-            return self._make_steps(cell, environment)
+            for step in steps_of(self._lab, cell):
+                if self._stopped.is_set():
+                    break
+                is_there = is_done(step)
+                code = 0 if is_there else self._carry_out(step, os.environ | place)
+                if code != 0:
+                    return "" if self._stopped.is_set() else self._describe_failure(step, code)
+                self._tell(step, is_there)
+            return ""
         finally:
-            if gpu is not None:
-                self._gpus.put(gpu)
-
-    def _make_steps(self, cell: Cell, environment: dict[str, str]) -> str:
-        for step in steps_of(self._lab, cell):
-            if self._stopped.is_set():
-                return ""
-            is_there = is_done(step)
-            code = 0 if is_there else self._carry_out(step, environment)
-            if code != 0:
-                return "" if self._stopped.is_set() else self._describe_failure(step, code)
-            self._tell(step, is_there)
-        return ""
+            self._places.put(place)
 
     def _carry_out(self, step: Step, environment: dict[str, str]) -> int:
         step.cell.folder.mkdir(parents=True, exist_ok=True)
@@ -206,10 +202,6 @@ class Workers:
                      left / 60)  # fmt: skip
 
 
-class LabStoppedError(Exception):
-    """A lab was told to stop, and its runs have stopped in order."""
-
-
 def run_lab(path: Path) -> Path:
     """Make what is not there yet, judge the claims and write the page; return that.
 
@@ -225,8 +217,6 @@ def run_lab(path: Path) -> Path:
     failures: list[str] = []
     try:
         failures = Workers(lab).run()
-    except StoppedError:
-        raise LabStoppedError("stopped; the same command goes on") from None
     finally:
         page = write_outcome(lab)
     if failures:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwm_fast.engines.base import Engine
+from iwm_fast.engines.base import Engine, StepOutcome
 from iwm_fast.models.student import Prediction
 from iwm_fast.monitoring.step_timer import StepTimer
 from iwm_fast.pipelines.batch import Batch
@@ -53,6 +53,46 @@ class StepReport:
         return [key for keys in chosen for key in keys]
 
 
+class StepRecord:
+    """What one optimiser step has done so far: its micro-batches and what they took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.timer = StepTimer(device)
+        self._losses: list[Tensor] = []
+        self._keys: list[tuple[str, ...]] = []
+        self._num_replaced = 0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Wait for the next micro-batch; its forward pass begins."""
+        self.timer.begin("wait")
+        batch = next(batches)
+        self._keys.append(batch.key)
+        self._num_replaced += int((batch.sample != batch.scheduled_sample).sum())
+        self.timer.begin("forward")
+        return batch
+
+    def backward(self, engine: Engine, loss: Float[Tensor, ""]) -> None:
+        """Add the gradients of the micro-batch's loss."""
+        engine.backward(loss)
+        self._losses.append(loss.detach())
+
+    def report(
+        self, outcome: StepOutcome, prediction: Prediction | None = None, target_tokens: Tensor | None = None
+    ) -> StepReport:
+        """End the step and return its report, with what was predicted of the last micro-batch, and of what."""
+        self.timer.stop()
+        return StepReport(
+            losses=torch.stack(self._losses),
+            grad_norm=outcome.grad_norm,
+            is_applied=outcome.applied,
+            timer=self.timer,
+            num_replaced=self._num_replaced,
+            keys=self._keys,
+            prediction=prediction,
+            target_tokens=target_tokens,
+        )
+
+
 ENCODER = "encoder."
 
 
@@ -74,33 +114,17 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
-    losses, keys, num_replaced, timer = [], [], 0, StepTimer(next(teacher.encoder.parameters()).device)
+    record = StepRecord(next(teacher.encoder.parameters()).device)
     for _ in range(accumulation):
-        timer.begin("wait")
-        batch = next(batches)
-        timer.begin("forward")
+        batch = record.next_batch(batches)
         prediction = engine.forward(batch)
-        timer.begin("teacher")
+        record.timer.begin("teacher")
         target_tokens = teacher.encode(batch.target_view, prediction.patches)
-        timer.begin("backward")
-        loss = objective(prediction, target_tokens, prediction.patches)
-        engine.backward(loss)
-        losses.append(loss.detach())
-        keys.append(batch.key)
-        num_replaced += int((batch.sample != batch.scheduled_sample).sum())
-    timer.begin("optimizer")
+        record.timer.begin("backward")
+        record.backward(engine, objective(prediction, target_tokens, prediction.patches))
+    record.timer.begin("optimizer")
     outcome = engine.step()
-    timer.begin("teacher_update")
+    record.timer.begin("teacher_update")
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
-    timer.stop()
-    return StepReport(
-        losses=torch.stack(losses),
-        grad_norm=outcome.grad_norm,
-        prediction=prediction,
-        target_tokens=target_tokens,
-        is_applied=outcome.applied,
-        timer=timer,
-        num_replaced=num_replaced,
-        keys=keys,
-    )
+    return record.report(outcome, prediction, target_tokens)

@@ -8,7 +8,6 @@ from jaxtyping import Float, Int64
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.nn import functional
 
 from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.evals.finetuning.run import micro_batches
@@ -52,8 +51,3 @@ class Mixing:
         if self._mixup is not None:
             return self._mixup(images, label)
         return images, mixup_target(label, self._num_classes, smoothing=self._label_smoothing)
-
-
-def soft_cross_entropy(scores: Float[Tensor, "B K"], label: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
-    """Return the cross-entropy with labels that are shares of classes, summed over images."""
-    return -(label * functional.log_softmax(scores, dim=1)).sum()

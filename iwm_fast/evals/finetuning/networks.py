@@ -1,4 +1,4 @@
-"""What tasks that train are put together from: this process, the run's networks on the settings' operations."""
+"""What tasks that train are put together from: the run's networks on the settings' operations, frozen or new."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,21 +18,28 @@ Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 """From normalised images to the tokens of all their patches."""
 
 
-def networks(model: WorldModel, task: TuneTask, rank_info: RankInfo, *, is_new: bool = False) -> Student:
+def networks(model: WorldModel, task: TuneTask, rank_info: RankInfo, arm: str = "") -> Student:
     """Return encoder and predictor of the run on the task's operations, on the CPU and apart from the model's.
 
     Args:
         model: the run.
-        task: settings; with is_new, its seed gives the weights.
+        task: settings; its seed gives new weights.
         rank_info: this process.
-        is_new: whether weights are as before training.
+        arm: random_predictor has a predictor, and untrained_head an encoder, as before training.
     """
-    config = replace(model.config, runtime=task.runtime, seed=task.seed if is_new else model.config.seed)
-    student = build_student(config, choose_ops(config, rank_info.device))
-    if not is_new:
-        student.encoder.load_state_dict(model.encoder.state_dict())
-        student.predictor.load_state_dict(model.predictor.state_dict())
+    student = _build(model, task, rank_info, model.config.seed)
+    student.encoder.load_state_dict(model.encoder.state_dict())
+    student.predictor.load_state_dict(model.predictor.state_dict())
+    if arm == "random_predictor":
+        student.predictor = _build(model, task, rank_info, task.seed).predictor
+    if arm == "untrained_head":
+        student.encoder = _build(model, task, rank_info, task.seed).encoder
     return student
+
+
+def _build(model: WorldModel, task: TuneTask, rank_info: RankInfo, seed: int) -> Student:
+    config = replace(model.config, runtime=task.runtime, seed=seed)
+    return build_student(config, choose_ops(config, rank_info.device))
 
 
 def frozen(encoder: Encoder, rank_info: RankInfo) -> Encode:

@@ -21,7 +21,6 @@ from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import compute_dtype
-from iwm_fast.monitoring.step_timer import StepTimer
 from iwm_fast.monitoring.throughput import ThroughputMeter
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.loader import Loader
@@ -31,7 +30,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import finetune_loader
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.seeding import seeded_rng
-from iwm_fast.training.step import StepReport
+from iwm_fast.training.step import StepRecord, StepReport
 from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -151,30 +150,16 @@ class FinetuneTask:
         assert self._engine is not None
         engine, device, applied = self._engine, self.rank_info.device, state.applied_steps
         engine.set_hyperparameters(lr=schedules.lr(applied), weight_decay=schedules.weight_decay(applied))
-        losses, keys, num_replaced, timer = [], [], 0, StepTimer(device)
+        record = StepRecord(device)
         for micro in range(self._accumulation):
-            timer.begin("wait")
-            batch = next(batches)
+            batch = record.next_batch(batches)
             counters = state.step, micro, self.rank_info.rank
             with seeded_rng(*counters, seed=self.config.seed, device=device):
-                timer.begin("forward")
                 loss = self._loss(engine, batch)
-                timer.begin("backward")
-                engine.backward(loss)
-            losses.append(loss.detach())
-            keys.append(batch.key)
-            num_replaced += int((batch.sample != batch.scheduled_sample).sum())
-        timer.begin("optimizer")
-        outcome = engine.step()
-        timer.stop()
-        return StepReport(
-            losses=torch.stack(losses),
-            grad_norm=outcome.grad_norm,
-            is_applied=outcome.applied,
-            timer=timer,
-            num_replaced=num_replaced,
-            keys=keys,
-        )
+                record.timer.begin("backward")
+                record.backward(engine, loss)
+        record.timer.begin("optimizer")
+        return record.report(engine.step())
 
     def _loss(self, engine: Engine, batch: Batch) -> Float[Tensor, ""]:
         autocast = torch.autocast(self.rank_info.device.type, dtype=self._dtype, enabled=self._dtype is not None)

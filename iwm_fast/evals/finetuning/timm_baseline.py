@@ -15,7 +15,8 @@ from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, Run
 from iwm_fast.engines.optimizer import adamw
 from iwm_fast.evals.finetuning.layer_decay import timm_scales
 from iwm_fast.evals.finetuning.networks import seeded
-from iwm_fast.evals.finetuning.variants import Arm, ArmInputs, Lesson, arm_of, tensors_digest
+from iwm_fast.evals.finetuning.run import FinetuneContext
+from iwm_fast.evals.finetuning.variants import Arm, ArmInputs
 from iwm_fast.models.heads import LinearHead
 from iwm_fast.pipelines.config import ViewConfig, check
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
@@ -32,7 +33,8 @@ class TimmNetwork(nn.Module):
         self.vit = vit
         self.head = LinearHead(vit.embed_dim, num_classes)
         expected: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
-        mean, std = (torch.tensor(expected.get(name, ours)) for name, ours in _OURS.items())
+        mean = torch.tensor(expected.get("mean", PIXEL_MEAN))
+        std = torch.tensor(expected.get("std", PIXEL_STD))
         # views come normalised with our mean and deviation, the weights may know others
         self.register_buffer("scale", (torch.tensor(PIXEL_STD) / std)[:, None, None], persistent=False)
         self.register_buffer("shift", ((torch.tensor(PIXEL_MEAN) - mean) / std)[:, None, None], persistent=False)
@@ -42,9 +44,6 @@ class TimmNetwork(nn.Module):
         assert inputs.view is not None
         tokens = self.vit.forward_features(inputs.view * self.scale + self.shift)
         return self.head(tokens[:, self.vit.num_prefix_tokens :])
-
-
-_OURS = {"mean": PIXEL_MEAN, "std": PIXEL_STD}
 
 
 def build_vit(config: FinetuneConfig) -> VisionTransformer:
@@ -98,13 +97,12 @@ def vit_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     )
 
 
-def build_timm_arm(config: FinetuneConfig, vit: VisionTransformer, lesson: Lesson) -> Arm:
+def build_timm_arm(vit: VisionTransformer, context: FinetuneContext, num_classes: int) -> Arm:
     """Build the encoder arm of a timm ViT."""
-    with seeded(config.seed):
-        module = TimmNetwork(vit, lesson.num_classes).to(lesson.rank_info.device)
-    origin = {"timm": config.timm, "timm.weights": tensors_digest(vit.state_dict().values())}
-    optimizer = adamw(_groups(module, config.tune), lesson.config.optim)
-    return arm_of("encoder", module, optimizer, lesson, encode=None, origin=origin)
+    with seeded(context.task.seed):
+        module = TimmNetwork(vit, num_classes).to(context.rank_info.device)
+    optimizer = adamw(_groups(module, context.task.tune), context.config.optim)
+    return Arm(name="encoder", module=module, encode=None, optimizer=optimizer)
 
 
 def _groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, Any]]:

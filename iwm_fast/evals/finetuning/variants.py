@@ -15,23 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwm_fast.config.finetuning import TuneTask
-from iwm_fast.config.run import OptimConfig, RunConfig
+from iwm_fast.config.finetuning import TuneConfig
+from iwm_fast.config.run import ModelConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
 from iwm_fast.evals.finetuning.layer_decay import layer_of, top_layer
-from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
-from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
+from iwm_fast.evals.finetuning.networks import Encode, frozen, seeded
+from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.heads import AttentiveHead, LinearHead, PatchHead
 from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor
 from iwm_fast.models.student import Student
-from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.world_model import WorldModel
 
 Head = LinearHead | AttentiveHead | PatchHead
 
@@ -51,8 +48,8 @@ class ArmInputs:
     """Null: nothing is to change."""
     everything: RaggedIndex
     """All patches: context and target alike."""
-    label: Float[Tensor, "B K"] | None = None
-    """Shares of classes, in training."""
+    label: Any = None
+    """What the loss compares with, in training."""
 
 
 class ArmNetwork(nn.Module):
@@ -78,80 +75,62 @@ class ArmNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to learn the task, ready to be trained and asked."""
-
-    job: Job
-    call: Callable[[Batch], Float[Tensor, "B K"]]
-    """Scores of clean images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """What all arms have in common."""
-
-    task: TuneTask
-    config: RunConfig
-    """See `iwm_fast.evals.finetuning.run.run_config`."""
-    labels: Labels
-    """Of the training samples."""
-    rank_info: RankInfo
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the training samples have."""
-        return len(self.labels.classes)
-
-
-def build_arm(name: str, model: WorldModel, lesson: Lesson) -> Arm:
-    """Build an arm of classification from the run's teacher and predictor; the same on every rank.
-
-    Raises:
-        ValueError: if images are to be mixed and a micro-batch is of odd size.
-    """
-    head = functools.partial(LinearHead if name == "encoder" else AttentiveHead, num_classes=lesson.num_classes)
-    parts = build_parts(name, model, lesson.task, lesson.rank_info, head)
-    optimizer = parts.optimizer(lesson.config.optim)
-    origin = origin_of(model.step, model.encoder, model.predictor)
-    return arm_of(name, parts.module, optimizer, lesson, encode=parts.encode, origin=origin)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The networks of an arm, of any task."""
+    """One way to learn a task: its networks, and how fast they learn."""
 
     name: str
-    module: ArmNetwork
-    """What is trained."""
+    module: nn.Module
+    """What is trained; takes `ArmInputs`."""
     encode: Encode | None
     """The frozen encoder; None where images go into the network."""
-    student: Student
-    """Encoder and predictor as the arm begins with them."""
-    task: TuneTask
-    model: WorldModel
+    optimizer: torch.optim.AdamW
+    """Over the trained parameters, each part at its own rate."""
 
-    def optimizer(self, config: OptimConfig) -> torch.optim.AdamW:
-        """Return AdamW over the trained parameters, each part at its own rate."""
-        scales = functools.partial(lr_scale, arm=self.name, task=self.task, model=self.model)
-        return scaled_optimizer(self.module, config, scales)
+    def job(
+        self,
+        change: Callable[[Batch], tuple[Float[Tensor, "B 3 H W"], Any]],
+        loss: Callable[[Float[Tensor, "B *rest"], Any], Float[Tensor, ""]],
+        origin: dict[str, Any],
+    ) -> Job:
+        """Return what is to be trained.
+
+        Args:
+            change: returns the images of a micro-batch as they are learnt from, and their labels.
+            loss: of scores and labels, the sum over images.
+            origin: what the outcome depends on beside the settings.
+        """
+        return Job(
+            name=self.name,
+            module=self.module,
+            prepare=lambda batch: self._inputs(batch, *change(batch)),
+            loss=lambda scores, inputs: loss(scores, inputs.label),
+            optimizer=self.optimizer,
+            origin=origin,
+        )
+
+    def _inputs(self, batch: Batch, view: Float[Tensor, "B 3 H W"], label: Any = None) -> ArmInputs:
+        return ArmInputs(
+            view=view if self.encode is None else None,
+            tokens=None if self.encode is None else self.encode(view),
+            action=torch.zeros_like(batch.action),
+            everything=batch.context,
+            label=label,
+        )
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "B *rest"]:
+        """Return the scores of clean images."""
+        return self.module(self._inputs(batch, batch.source_view))
 
 
-def build_parts(
-    name: str, model: WorldModel, task: TuneTask, rank_info: RankInfo, make_head: Callable[[int], Head]
-) -> Parts:
-    """Build an arm's networks from the run's teacher and predictor; the same on every rank.
+def build_arm(name: str, student: Student, context: FinetuneContext, make_head: Callable[[int], Head]) -> Arm:
+    """Put an arm together; the same on every rank.
 
     Args:
-        name: of the arm: random_predictor has a predictor, untrained_head an encoder as before training.
-        model: the run.
-        task: settings.
-        rank_info: this process.
+        name: of the arm.
+        student: encoder and predictor as it begins with them.
+        context: what all arms are trained with.
         make_head: from the width of the encoder to a head with new weights.
     """
-    student = networks(model, task, rank_info)
-    if name == "random_predictor":
-        student.predictor = networks(model, task, rank_info, is_new=True).predictor
-    if name == "untrained_head":
-        student.encoder = networks(model, task, rank_info, is_new=True).encoder
+    task = context.task
     with seeded(task.seed):
         head = make_head(student.encoder.dim)
     is_trained = name in WITH_ENCODER
@@ -160,61 +139,17 @@ def build_parts(
     assert not isinstance(predictor, IdentityPredictor)
     module = ArmNetwork(head, predictor=predictor, encoder=student.encoder if is_trained else None)
     set_drop_path_(module, task.tune.drop_path)
-    return Parts(
+    scales = functools.partial(lr_scale, arm=name, tune=task.tune, networks_of=context.model_config.model)
+    return Arm(
         name=name,
         module=module,
-        encode=None if is_trained else frozen(student.encoder, rank_info),
-        student=student,
-        task=task,
-        model=model,
+        encode=None if is_trained else frozen(student.encoder, context.rank_info),
+        optimizer=scaled_optimizer(module, context.config.optim, scales),
     )
 
 
-def arm_of(
-    name: str,
-    module: nn.Module,
-    optimizer: torch.optim.AdamW,
-    lesson: Lesson,
-    *,
-    encode: Encode | None,
-    origin: dict[str, Any],
-) -> Arm:
-    """Put a network that takes `ArmInputs` to its data.
-
-    Args:
-        name: of the arm.
-        module: what is trained.
-        optimizer: over its parameters.
-        lesson: what all arms have in common.
-        encode: the frozen encoder; None where images go into the network.
-        origin: what the outcome depends on beside the settings.
-    """
-    mixing = Mixing(lesson.task, lesson.num_classes, lesson.rank_info.world_size)
-
-    def inputs(view: Float[Tensor, "B 3 H W"], batch: Batch, label: Tensor | None = None) -> ArmInputs:
-        return ArmInputs(
-            view=view if encode is None else None,
-            tokens=None if encode is None else encode(view),
-            action=torch.zeros_like(batch.action),
-            everything=batch.context,
-            label=label,
-        )
-
-    def prepare(batch: Batch) -> ArmInputs:
-        view, label = mixing(batch.source_view, lesson.labels.of(batch.sample))
-        return inputs(view, batch, label)
-
-    def loss(scores: Float[Tensor, "B K"], given: ArmInputs) -> Float[Tensor, ""]:
-        assert given.label is not None
-        return soft_cross_entropy(scores, given.label)
-
-    job = Job(name=name, module=module, prepare=prepare, loss=loss, optimizer=optimizer, origin=origin)
-    return Arm(job=job, call=lambda batch: module(inputs(batch.source_view, batch)))
-
-
-def lr_scale(parameter: str, *, arm: str, task: TuneTask, model: WorldModel) -> float:
+def lr_scale(parameter: str, *, arm: str, tune: TuneConfig, networks_of: ModelConfig) -> float:
     """Return a parameter's peak learning rate over tune.lr."""
-    tune, networks_of = task.tune, model.config.model
     is_head = parameter.startswith("head.")
     if arm == "encoder":
         depth = networks_of.encoder.depth

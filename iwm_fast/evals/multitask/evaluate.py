@@ -6,9 +6,8 @@ predictor of one task alone gets the same images per step of its task and as man
 it sees of its task is the same.
 """
 
-import gc
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,36 +19,31 @@ from iwm_fast import world_model
 from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.config.loading import to_tree
 from iwm_fast.engines.optimizer import scaled_optimizer
-from iwm_fast.evals.datasets import training_shards, validation_shards
+from iwm_fast.evals.datasets import label_sets
 from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
-from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
+from iwm_fast.evals.finetuning.run import (
+    FinetuneContext,
+    Learnt,
+    free_memory,
+    micro_batches,
+    open_context,
+    predict,
+    tune,
+)
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.variants import origin_of
 from iwm_fast.evals.multitask.network import Division, TaskInputs, TaskPredictor, weighted_loss
-from iwm_fast.evals.multitask.report import LabelledTask, Learnt, report
-from iwm_fast.evals.multitask.task_list import TaskSpec, read_task_list
+from iwm_fast.evals.multitask.report import LabelledTask, report
+from iwm_fast.evals.multitask.task_list import read_task_list
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import Predictor
-from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import check
-from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.preemption import Preemption
 from iwm_fast.world_model import WorldModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """What all predictors are trained and measured with."""
-
-    model: WorldModel
-    rank_info: RankInfo
-    train: ShardSet
-    val: ShardSet
-    preemption: Preemption | None
 
 
 def evaluate_multitask(
@@ -69,13 +63,15 @@ def evaluate_multitask(
         check_split(config, len(specs), rank_info.world_size)
         model = world_model.load(config.run, rank_info.device)
         model.require_predictor()
-        train, val = training_shards(model, config.data), validation_shards(model, config.data)
-    tasks = broadcast_from_rank_zero(lambda: [_labelled(spec, train, val) for spec in specs])
-    bench = _Bench(model=model, rank_info=rank_info, train=train, val=val, preemption=preemption)
-    together = _learn("multitask", tasks, config, bench)
+        context = open_context("multitask", config, model, rank_info, preemption)
+    train, val = context.train, context.val
+    tasks = broadcast_from_rank_zero(
+        lambda: [LabelledTask(spec, label_sets(train, val, spec.label, classes=spec.classes)) for spec in specs]
+    )
+    together = _learn("multitask", tasks, config, model, context)
     few = share_of_one(config, len(tasks))
-    alone = [_learn(f"alone_{task.spec.name}", [task], few, bench) for task in tasks] if config.single else []
-    result = report(config, model.step, tasks, together, alone)
+    alone = [_learn(f"alone_{task.spec.name}", [task], few, model, context) for task in tasks] if config.single else []
+    result = report(context, tasks, together, alone)
     rank_zero_only(lambda: save_result(config.run, result))
     return result
 
@@ -114,51 +110,38 @@ def _part(epochs: float, num_tasks: int) -> float:
     return epochs if num_tasks == 1 else math.floor(epochs / num_tasks * 1e12) / 1e12
 
 
-def _labelled(spec: TaskSpec, train: ShardSet, val: ShardSet) -> LabelledTask:
-    known = read_labels(train, spec.label, classes=spec.classes)
-    return LabelledTask(spec=spec, train=known, val=read_labels(val, spec.label, classes=known.classes))
-
-
-def _learn(name: str, tasks: list[LabelledTask], config: MultitaskConfig, bench: _Bench) -> Learnt:
+def _learn(
+    name: str, tasks: list[LabelledTask], config: MultitaskConfig, model: WorldModel, context: FinetuneContext
+) -> Learnt:
     """Train a predictor, or go on with it, and ask it about the validation images; collective."""
-    model, rank_info = bench.model, bench.rank_info
-    student = networks(model, config, rank_info)
+    context = replace(context, task=config)
+    student = networks(model, config, context.rank_info)
     assert isinstance(student.predictor, Predictor)
-    encode = frozen(student.encoder, rank_info)
+    encode = frozen(student.encoder, context.rank_info)
     with seeded(config.seed):
-        module = TaskPredictor(student.predictor, [len(task.train.classes) for task in tasks])
+        module = TaskPredictor(student.predictor, [len(task.sets.classes) for task in tasks])
     set_drop_path_(module, config.tune.drop_path)
-    folder = task_folder(config.run, "multitask", config.name)
-    settings, factor = run_config(config, model.config, folder), config.tune.pretrained_lr_factor
+    factor, labels = config.tune.pretrained_lr_factor, [task.sets.train.labels for task in tasks]
     # weights tell tasks of one predictor from each other
-    of_tasks = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
+    weights = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
     job = Job(
         name=name,
         module=module,
-        prepare=Division([task.train for task in tasks], share_of_one(config, len(tasks)), encode, rank_info),
-        loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, of_tasks),
+        prepare=Division(labels, share_of_one(config, len(tasks)), encode, context.rank_info),
+        loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, weights),
         optimizer=scaled_optimizer(
-            module, settings.optim, lambda part: factor if part.startswith("predictor.") else 1.0
+            module, context.config.optim, lambda part: factor if part.startswith("predictor.") else 1.0
         ),
         origin=origin_of(model.step, model.encoder, model.predictor)
         | {"tasks": [to_tree(task.spec) for task in tasks]},
     )
-    tuned = tune(
-        job,
-        config,
-        model_config=model.config,
-        shards=bench.train,
-        rank_info=rank_info,
-        folder=folder,
-        preemption=bench.preemption,
-    )
-    everyone = np.arange(bench.val.num_samples)
-    named = predict(partial(_answers, module, encode=encode), settings, bench.val, everyone, rank_info)
-    true = np.stack([task.val.number for task in tasks], axis=1)
-    # engines hold on to themselves in circles, and on to memory
+    tuned = tune(job, context)
+    named = predict(partial(_answers, module, encode=encode), context).numpy()
+    true = np.stack([task.sets.val.number for task in tasks], axis=1)
+    # their memory is given back before the next ones are built
     del job, module
-    gc.collect()
-    return Learnt(correct=named.numpy() == true, tuned=tuned)
+    free_memory(context.rank_info.device)
+    return Learnt(measured=named == true, tuned=tuned)
 
 
 def _answers(module: TaskPredictor, batch: Batch, *, encode: Encode) -> Int64[Tensor, "B tasks"]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from iwm_fast.config.finetuning import TuneTask
-from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
+from iwm_fast.evals.finetuning.mixup import Mixing
 from iwm_fast.evals.finetuning.networks import Encode
 from iwm_fast.models.heads import AttentiveHead
 from iwm_fast.models.predictor import Predictor
@@ -109,5 +110,5 @@ def weighted_loss(
     scores: Sequence[Float[Tensor, "_ _"]], labels: Sequence[Float[Tensor, "_ _"]], weights: list[float]
 ) -> Float[Tensor, ""]:
     """Return the sum over images of each one's cross-entropy times the weight of its task."""
-    losses = [soft_cross_entropy(*pair) for pair in zip(scores, labels, strict=True)]
+    losses = [functional.cross_entropy(*pair, reduction="sum") for pair in zip(scores, labels, strict=True)]
     return sum((loss * weight for loss, weight in zip(losses, weights, strict=True)), start=losses[0].new_zeros(()))

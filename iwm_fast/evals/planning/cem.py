@@ -52,13 +52,9 @@ class Found:
 
 def searched_entries(views: ViewConfig) -> tuple[str, ...]:
     """Return the entries of the action that training has varied; not where the source lies, if that was varied."""
-    return tuple(name for name in views.entries if name in (*JITTER, *FLAGS) and _is_varied(name, views))
-
-
-def _is_varied(name: str, views: ViewConfig) -> bool:
-    if name in FLAGS:
-        return getattr(views, f"{name}_probability") > 0
-    return views.jitter_probability > 0 and getattr(views, name) > 0
+    varied = [name for name in FLAGS if getattr(views, f"{name}_probability") > 0]
+    varied += [name for name in JITTER if views.jitter_probability > 0 and getattr(views, name) > 0]
+    return tuple(name for name in views.entries if name in varied)
 
 
 def training_prior(views: ViewConfig) -> Prior:

@@ -9,29 +9,28 @@ on frozen features, which learnt from training images. Nothing is chosen on the 
 Where in the image the source lies is not searched for: source and target show the same place.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
-from iwm_fast.evals.datasets import spread, training_shards, validation_shards
+from iwm_fast.evals.datasets import compute_rows, spread, training_shards, validation_shards
 from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import KINDS, Kind, Task, draw_tasks, pooled
-from iwm_fast.evals.planning.report import Outcome, distance_rows, new_outcome, parameter_rows
+from iwm_fast.evals.planning.report import Outcome, distance_rows, parameter_rows
 from iwm_fast.evals.planning.ridge import ridge
 from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
-from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_difference, describe_action
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
-from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
 
@@ -67,47 +66,46 @@ def measure(
     model: WorldModel, train: ShardSet, val: ShardSet, kind: Kind, config: PlanConfig, *, rank_info: RankInfo
 ) -> Outcome:
     """Return what was done to the validation images, and what search and regression say was done; collective."""
-    models = [model, with_untrained_predictor(model, config.seed)]
-    share = local_share(spread(val.num_samples, config.num_images), rank_info)
-    local = drop_padding(share)
-    tasks = draw_tasks(model, val, local, kind=kind, split="val", seed=config.seed)
-    outcome = new_outcome(len(local), num_actions=len(model.config.views.entries))
-    features = torch.zeros(len(outcome), 3 * model.config.model.encoder.dim, device=model.device)
-    for place, task in enumerate(follow(tasks, len(outcome), f"{kind} sources searched", rank_info)):
-        _search(outcome, place, task, models, config)
-        features[place] = pooled(model, task)
-    parts = {
-        name: gather_in_order(share, torch.from_numpy(part).to(model.device), rank_info)
-        for name, part in vars(outcome).items()
-    }
-    regressed = ridge(*_examples(model, train, kind, config, rank_info), gather_in_order(share, features, rank_info))
-    return Outcome(**{name: part.cpu().numpy() for name, part in (parts | {"regressed": regressed}).items()})
+    control = with_untrained_predictor(model, config.seed)
+    num_actions, num_features = len(model.config.views.entries), 3 * model.config.model.encoder.dim
+
+    def searched(local: Int64[np.ndarray, "share"]) -> Iterator[Float[Tensor, "row"]]:
+        for task in draw_tasks(model, val, local, kind=kind, split="val", seed=config.seed):
+            yield torch.cat([_search(model, control, task, config).to(model.device), pooled(model, task)])
+
+    def examples(local: Int64[np.ndarray, "share"]) -> Iterator[Float[Tensor, "row"]]:
+        for task in draw_tasks(model, train, local, kind=kind, split="train", seed=config.seed):
+            yield torch.cat([torch.from_numpy(task.action).to(model.device), pooled(model, task)])
+
+    sizes = [num_actions, num_actions, num_actions, 3, 1, num_features]
+    samples = spread(val.num_samples, config.num_images)
+    rows = compute_rows(samples, searched, (sum(sizes),), f"{kind} sources searched", rank_info)
+    *parts, asked = rows.split(sizes, dim=1)
+    samples = spread(train.num_samples, config.num_train_images)
+    rows = compute_rows(samples, examples, (num_actions + num_features,), "training images encoded", rank_info)
+    answers, known = rows.split([num_actions, num_features], dim=1)
+    done, found, untrained, distance, has_colour, regressed = (
+        part.cpu().numpy() for part in (*parts, ridge(known, answers, asked))
+    )
+    return Outcome(
+        done=done,
+        found=found,
+        untrained=untrained,
+        regressed=regressed,
+        distance=distance,
+        has_colour=has_colour[:, 0],
+    )
 
 
-def _search(outcome: Outcome, place: int, task: Task, models: list[WorldModel], config: PlanConfig) -> None:
-    """Fill one image's row, but for the regression."""
-    model, control = models
+def _search(model: WorldModel, control: WorldModel, task: Task, config: PlanConfig) -> Float[Tensor, "row"]:
+    """Return actions (done, found, found by the control), distances (found, done, no change) and whether has colour."""
     prior = training_prior(model.config.views)
     distance = distance_to(model, task.source, task.target)
     found = search(distance, prior, config, task.sample)
     untrained = search(distance_to(control, task.source, task.target), prior, config, task.sample)
-    outcome.done[place], outcome.found[place], outcome.untrained[place] = task.action, found.action, untrained.action
-    outcome.distance[place] = found.distance, *distance(np.stack([task.action, np.zeros_like(task.action)]))
-    outcome.has_colour[place] = task.has_colour
-
-
-def _examples(
-    model: WorldModel, train: ShardSet, kind: Kind, config: PlanConfig, rank_info: RankInfo
-) -> tuple[Float[Tensor, "train F"], Float[Tensor, "train A"]]:
-    """Return features and actions of pairs of training images; collective."""
-    share = local_share(spread(train.num_samples, config.num_train_images), rank_info)
-    local = drop_padding(share)
-    tasks = draw_tasks(model, train, local, kind=kind, split="train", seed=config.seed)
-    known = torch.zeros(len(local), 3 * model.config.model.encoder.dim, device=model.device)
-    answers = torch.zeros(len(known), len(model.config.views.entries), device=model.device)
-    for place, task in enumerate(follow(tasks, len(known), "training images encoded", rank_info)):
-        known[place], answers[place] = pooled(model, task), torch.from_numpy(task.action)
-    return gather_in_order(share, known, rank_info), gather_in_order(share, answers, rank_info)
+    others = distance(np.stack([task.action, np.zeros_like(task.action)]))
+    row = (task.action, found.action, untrained.action, [found.distance, *others, task.has_colour])
+    return torch.from_numpy(np.concatenate(row).astype(np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)

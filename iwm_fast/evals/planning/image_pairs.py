@@ -6,17 +6,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from iwm_fast.evals.datasets import batches
+from iwm_fast.evals.datasets import clean_images
 from iwm_fast.evals.planning.cem import FLAGS, searched_entries
 from iwm_fast.evals.retrieval.bank import bank_views
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
-from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
+from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import Photometry, draw_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
@@ -49,24 +49,17 @@ def draw_tasks(
 
     What is drawn is a pure function of seed, split (train or val), kind and sample.
     """
-    for batch in batches(model, shards, samples):
-        for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
-            change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
-            yield _task(model, pixels, sample, change)
-
-
-def _task(
-    model: WorldModel, pixels: UInt8[Tensor, "H W 3"], sample: int, change: tuple[Photometry, Photometry]
-) -> Task:
-    source, target = (normalize_view(render(pixels[None], view)) for view in change)
-    spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
-    return Task(
-        sample=sample,
-        source=source,
-        target=target,
-        action=action_vector(*change, model.config.views)[0],
-        has_colour=bool(spread.mean() >= _COLOURLESS),
-    )
+    for pixels, sample in clean_images(model, shards, samples):
+        change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
+        source, target = (normalize_view(render(pixels[None], view)) for view in change)
+        spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
+        yield Task(
+            sample=sample,
+            source=source,
+            target=target,
+            action=action_vector(*change, model.config.views)[0],
+            has_colour=bool(spread.mean() >= _COLOURLESS),
+        )
 
 
 def draw_change(views: ViewConfig, sample: int, *, kind: Kind, split: str, seed: int) -> tuple[Photometry, Photometry]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.planning.cem import FLAGS
 from iwm_fast.evals.planning.image_pairs import Kind
-from iwm_fast.evals.results import Row, bootstrap
+from iwm_fast.evals.results import Row, mean_row
 from iwm_fast.pipelines.transforms.action import action_difference
 
 
@@ -33,68 +33,41 @@ class Outcome:
         return len(self.done)
 
 
-def new_outcome(num_images: int, num_actions: int) -> Outcome:
-    """Return zeros to be overwritten."""
-    actions = [np.zeros((num_images, num_actions), np.float32) for _ in range(4)]
-    names = ("done", "found", "untrained", "regressed")
-    return Outcome(
-        **dict(zip(names, actions, strict=True)),
-        distance=np.zeros((num_images, 3), np.float32),
-        has_colour=np.zeros(num_images, np.float32),
-    )
-
-
 def parameter_rows(outcome: Outcome, entries: Sequence[str], config: RunConfig, seed: int) -> list[Row]:
     """Return for each entry what search, regression and doing nothing miss by.
 
     That is the mean absolute difference in natural units for jitter, the share of wrong answers for flags. Where some
     photographs have no colour, saturation and hue have a further row for those that have.
     """
-    has_colour = outcome.has_colour > 0
+    has_colour, num_tuned = outcome.has_colour > 0, 3 * config.model.encoder.dim + 1
     rows = []
     for name in entries:
-        rows += _rows_of(outcome, name, config, seed)
+        metric = "wrong" if name in FLAGS else "error"
+        rows += [
+            _search_row(outcome, name, metric, config, seed),
+            mean_row(name, f"{metric}_of_regression", _missed(outcome, outcome.regressed, name, config), seed,
+                     num_tuned=num_tuned),
+            mean_row(name, f"{metric}_of_no_change", _missed(outcome, 0 * outcome.done, name, config), seed),
+        ]  # fmt: skip
         if name in ("saturation", "hue") and 0 < has_colour.sum() < len(outcome):
-            rows.append(_search_row(outcome, name, config, seed, is_counted=has_colour))
+            coloured = Outcome(**{part: values[has_colour] for part, values in vars(outcome).items()})
+            rows.append(_search_row(coloured, name, f"{metric}_with_colour", config, seed))
     if {"saturation", "hue"} & set(entries):
         share = float(1 - has_colour.mean())
         rows.append(Row(subject="photographs", metric="share_without_colour", value=share, num_samples=len(outcome)))
     return rows
 
 
-def _rows_of(outcome: Outcome, name: str, config: RunConfig, seed: int) -> list[Row]:
-    everything = np.ones(len(outcome), bool)
-    metric = "wrong" if name in FLAGS else "error"
-    rows = [_search_row(outcome, name, config, seed, is_counted=everything)]
-    num_tuned = 3 * config.model.encoder.dim + 1
-    for answer, words, tuned in ((outcome.regressed, "regression", num_tuned), (0 * outcome.done, "no_change", 0)):
-        missed = _missed(outcome, answer, name, config)
-        low, high = bootstrap(missed, seed)
-        rows.append(
-            Row(subject=name, metric=f"{metric}_of_{words}", value=float(missed.mean()), low=low, high=high,
-                num_tuned=tuned, num_samples=len(outcome))
-        )  # fmt: skip
-    return rows
-
-
-def _search_row(
-    outcome: Outcome, name: str, config: RunConfig, seed: int, *, is_counted: Bool[np.ndarray, "images"]
-) -> Row:
-    missed, untrained, guessed = (
-        missed[is_counted]
-        for missed in (
-            _missed(outcome, outcome.found, name, config),
-            _missed(outcome, outcome.untrained, name, config),
-            _missed_by_guess(outcome, name, config),
-        )
+def _search_row(outcome: Outcome, name: str, metric: str, config: RunConfig, seed: int) -> Row:
+    return mean_row(
+        name,
+        metric,
+        _missed(outcome, outcome.found, name, config),
+        seed,
+        control=_missed(outcome, outcome.untrained, name, config),
+        control_name="untrained predictor",
+        chance=float(_missed_by_guess(outcome, name, config).mean()),
     )
-    low, high = bootstrap(missed, seed)
-    metric = "wrong" if name in FLAGS else "error"
-    return Row(
-        subject=name, metric=metric if is_counted.all() else f"{metric}_with_colour", value=float(missed.mean()),
-        low=low, high=high, control=float(untrained.mean()), control_name="untrained predictor",
-        chance=float(guessed.mean()), num_samples=int(is_counted.sum()),
-    )  # fmt: skip
 
 
 def _missed(
@@ -116,12 +89,6 @@ def _missed_by_guess(outcome: Outcome, name: str, config: RunConfig) -> Float[np
 
 def distance_rows(outcome: Outcome, kind: Kind, seed: int) -> list[Row]:
     """Return how near the predictions come: for the action found, for the true one, and for no change."""
-    rows = []
-    for column, metric in enumerate(("distance_found", "distance_of_true_action", "distance_of_no_change")):
-        values = outcome.distance[:, column].astype(np.float64)
-        low, high = bootstrap(values, seed)
-        rows.append(
-            Row(subject=f"{kind} sources", metric=metric, value=float(values.mean()), low=low, high=high,
-                num_samples=len(outcome))
-        )  # fmt: skip
-    return rows
+    metrics = ("distance_found", "distance_of_true_action", "distance_of_no_change")
+    columns = zip(metrics, outcome.distance.T.astype(np.float64), strict=True)
+    return [mean_row(f"{kind} sources", metric, values, seed) for metric, values in columns]

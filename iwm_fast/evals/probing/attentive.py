@@ -1,6 +1,7 @@
 """Attentive probe: one learned query looks at an image's frozen tokens, then an MLP and a linear classifier."""
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -23,26 +24,21 @@ def evaluate_attentive(config: AttentiveConfig, rank_info: RankInfo | None = Non
         ValueError: if settings leave no image to learn from or to choose on, the tokens need more room than there is,
             or all heads diverge.
     """
-
-    def build(examples: Examples, num_classes: int, num_points: int) -> AttentiveGrid:
-        dim = examples.rows.shape[-1]
-        return AttentiveGrid(dim, num_classes, num_points, seed=config.seed).to(examples.device)
-
+    build = partial(AttentiveGrid, seed=config.seed)
     return evaluate_probe("attentive", config, "tokens", build, max_cache_gb=config.max_cache_gb, rank_info=rank_info)
 
 
 class AttentiveGrid(nn.Module):
     """An attentive classifier for each point of a grid; all begin with the same weights."""
 
-    def __init__(self, dim: int, num_classes: int, num_points: int, *, seed: int) -> None:
+    def __init__(self, examples: Examples, num_classes: int, num_points: int, *, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = AttentiveHead(dim, num_classes)
-        self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_points))
+            head = AttentiveHead(examples.rows.shape[-1], num_classes)
+        self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_points)).to(examples.device)
 
-    def forward(self, rows: Float[Tensor, "B N D"], only: int | None = None) -> Float[Tensor, "points B K"]:
-        """Return the scores of each classifier, or of one."""
-        heads = list(self.heads) if only is None else [self.heads[only]]
+    def forward(self, rows: Float[Tensor, "B N D"]) -> Float[Tensor, "points B K"]:
+        """Return the scores of each classifier."""
         tokens = rows.float()
-        return torch.stack([head(tokens) for head in heads])
+        return torch.stack([head(tokens) for head in self.heads])

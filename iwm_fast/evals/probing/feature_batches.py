@@ -4,20 +4,23 @@ A mixed epoch takes runs of rows that lie together, in random order, and mixes t
 memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from iwm_fast.evals.probing.extraction import one_ahead
+
 # a disk or a network folder reads this much nearly as fast as it reads on; of tokens it is 7 images of a ViT-S/16
 RUN_BYTES = 2**20
 # two of them are in memory; a class has to be spread over many runs of a window if shards are sorted by class
 WINDOW_BYTES = 2**29
+
+LabelledRows = tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,46 +40,32 @@ class Examples:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]]:
+    def in_order(self, batch_size: int) -> Iterator[LabelledRows]:
         """Yield each example once; the last batch may be smaller."""
         for first in range(0, len(self), batch_size):
             rows = self.chosen[first : first + batch_size]
             yield self._deliver(self.rows[rows], rows)
 
-    def mixed(
-        self, batch_size: int, epochs: int, seed: int
-    ) -> Iterator[tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]]:
+    def mixed(self, batch_size: int, epochs: int, seed: int) -> Iterator[LabelledRows]:
         """Yield each example once in each epoch, in an order of its own; the last batch of an epoch may be smaller."""
         row_bytes = self.rows[:1].nbytes
         run = max(1, self.run_bytes // row_bytes)
         size = max(1, self.window_bytes // row_bytes // batch_size) * batch_size
-        order = (
-            rows
-            for epoch in range(epochs)
-            for rows in mixed_windows(self.chosen, run, size, np.random.default_rng((seed, epoch)))
-        )
-        for rows, content in self._read_ahead(order):
-            place = np.searchsorted(np.sort(rows), rows)
-            for first in range(0, len(rows), batch_size):
-                part = slice(first, first + batch_size)
-                yield self._deliver(content[place[part]], rows[part])
-
-    def _read_ahead(
-        self, order: Iterable[Int64[np.ndarray, "rows"]]
-    ) -> Iterator[tuple[Int64[np.ndarray, "rows"], Shaped[np.ndarray, "rows *rest"]]]:
-        """Yield windows of row numbers with the rows in ascending order; the next is read while one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
-            # ascending, so that runs are read as a whole
-            readings = ((rows, reader.submit(lambda chosen: self.rows[np.sort(chosen)], rows)) for rows in order)
-            before = next(readings, None)
-            for after in chain(readings, [None]):
-                if before is not None:
-                    yield before[0], before[1].result()
-                before = after
+            windows = (
+                # read in ascending order, so that runs are read as a whole
+                (rows, reader.submit(lambda ascending: self.rows[ascending], np.sort(rows)))
+                for epoch in range(epochs)
+                for rows in mixed_windows(self.chosen, run, size, np.random.default_rng((seed, epoch)))
+            )
+            # the next window is read while one is used
+            for rows, reading in one_ahead(windows):
+                content, place = reading.result(), np.searchsorted(np.sort(rows), rows)
+                for first in range(0, len(rows), batch_size):
+                    part = slice(first, first + batch_size)
+                    yield self._deliver(content[place[part]], rows[part])
 
-    def _deliver(
-        self, content: Shaped[np.ndarray, "B *rest"], rows: Int64[np.ndarray, "B"]
-    ) -> tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]:
+    def _deliver(self, content: Shaped[np.ndarray, "B *rest"], rows: Int64[np.ndarray, "B"]) -> LabelledRows:
         label = torch.from_numpy(self.label[rows])
         return torch.from_numpy(np.ascontiguousarray(content)).to(self.device), label.to(self.device)
 
@@ -89,10 +78,3 @@ def mixed_windows(
     order = np.concatenate([runs[number] for number in generator.permutation(len(runs))])
     for first in range(0, len(order), size):
         yield generator.permutation(order[first : first + size])
-
-
-def split(num_examples: int, holdout: float, seed: int) -> tuple[Int64[np.ndarray, "fit"], Int64[np.ndarray, "held"]]:
-    """Return which examples are learnt from, and on which hyperparameters are chosen, both ascending."""
-    order = np.random.default_rng(seed).permutation(num_examples).astype(np.int64)
-    num_held = round(holdout * num_examples)
-    return np.sort(order[num_held:]), np.sort(order[:num_held])

@@ -12,28 +12,27 @@ evaluated last are kept, for every set of images; the folder may be deleted at a
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
 from iwm_fast.evals.datasets import Labelled, tensors_digest
-from iwm_fast.evals.probing.extraction import Kind, encoded
+from iwm_fast.evals.probing.extraction import DTYPES, Kind, encode_in_order, row_shape
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.atomic import publish, remove, remove_leftovers, save_json, verify
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.run_lock import lock_folder
-from iwm_fast.training.loaders import EVALUATION_BATCH as BLOCK
+from iwm_fast.training.loaders import EVALUATION_BATCH
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 FOLDER, ROWS, ABOUT = "features", "rows.npy", "about.json"
 # raise it when the same key would give other rows
 _FORMAT = 2
-_GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class FeatureSpec:
             "shards": self.part.shards.content_digest,
             "samples": hashlib.sha256(self.part.samples.astype("<i8").tobytes()).hexdigest(),
             "kind": self.kind,
-            "dtype": self.dtype.name,
+            "dtype": DTYPES[self.kind].name,
             "loader": config.runtime.loader,
             "device": self.model.device.type,
         }
@@ -77,20 +75,14 @@ class FeatureSpec:
         return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
-    def dtype(self) -> np.dtype:
-        """Of the rows."""
-        return np.dtype(np.float32 if self.kind == "pooled" else np.float16)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of all rows."""
-        num_images, dim = len(self.part.samples), self.model.config.model.encoder.dim
-        return (num_images, dim) if self.kind == "pooled" else (num_images, self.model.config.grid**2, dim)
+        return (len(self.part.samples), *row_shape(self.model, self.kind))
 
     @property
-    def size_bytes(self) -> int:
-        """Of all rows."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+    def size_gb(self) -> float:
+        """Of all rows, on the disk."""
+        return math.prod(self.shape) * DTYPES[self.kind].itemsize / 1e9
 
 
 class FeatureCache:
@@ -109,22 +101,18 @@ class FeatureCache:
         return FeatureSpec(model=model, weights=self._weights[id(model)], part=part, kind=kind)
 
     def require_room(self, specs: Sequence[FeatureSpec], max_gb: float) -> None:
-        """Check that rows may take so much room and that the disk has it; collective.
+        """Check that rows may take so much room and that the disk has it.
 
         Raises:
             ValueError: with the room they take, naming the settings that change it.
         """
-        distributed.rank_zero_only(
-            lambda: self._check_room({one.digest: one.size_bytes / _GB for one in specs}, max_gb)
-        )
-
-    def _check_room(self, size: dict[str, float], max_gb: float) -> None:
+        size = {self._folder / spec.digest: spec.size_gb for spec in specs}
         whole = sum(size.values())
-        missing = sum(size[digest] for digest in size if not (self._folder / digest).exists())
         check(whole <= max_gb, "max_cache_gb", max_gb,
               f"be at least {whole:.4g}: that much room the features of all images take in {self._folder}; raise it, "
               "or lower max_train_samples")  # fmt: skip
-        free = shutil.disk_usage(self._folder.parent).free / _GB
+        missing = sum(gb for folder, gb in size.items() if not folder.exists())
+        free = shutil.disk_usage(self._folder.parent).free / 1e9
         if missing > free:
             raise ValueError(
                 f"{missing:.4g} GB are still to be written in {self._folder} and {free:.4g} GB are free; make room, or "
@@ -147,7 +135,7 @@ class FeatureCache:
                 extract(folder, spec, self._rank_info)
             # still locked, so that nobody removes it before it is mapped
             rows = distributed.rank_zero_only(lambda: np.load(folder / ROWS, mmap_mode="r"))
-        return np.empty((0, *spec.shape[1:]), spec.dtype) if rows is None else rows
+        return np.empty((0, *spec.shape[1:]), DTYPES[kind]) if rows is None else rows
 
     def _remove_others(self) -> None:
         remove_leftovers(self._folder)
@@ -158,15 +146,9 @@ class FeatureCache:
         if others:
             log.info("removed the features of other checkpoints from %s, sets of images: %d", self._folder, len(others))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other evaluations of the run out of the folder; rank 0 does it for all."""
-        lock = distributed.rank_zero_only(lambda: lock_folder(self._folder, wait=True))
-        try:
-            yield
-        finally:
-            if lock is not None:
-                lock.close()
+    def _locked(self) -> AbstractContextManager[object]:
+        """Keep other evaluations of the run out of the folder until the context ends; rank 0 does it for all."""
+        return distributed.rank_zero_only(lambda: lock_folder(self._folder, wait=True)) or nullcontext()
 
 
 def is_complete(folder: Path) -> bool:
@@ -184,51 +166,30 @@ def is_complete(folder: Path) -> bool:
 
 def extract(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
     """Encode a share of the images on each rank, and publish all rows from rank 0; collective."""
-    blocks = encode_in_order(spec, rank_info)
+    batch_size = EVALUATION_BATCH * rank_info.world_size
+    what = f"batches of {batch_size} images encoded, step {spec.model.step}"
+    encoding = encode_in_order(spec.model, spec.part, spec.kind, rank_info)
+    batches = follow(encoding, -(-len(spec.part.samples) // batch_size), what, rank_info)
 
     def write_rows(path: Path) -> None:
-        num_blocks = -(-len(spec.part.samples) // (BLOCK * rank_info.world_size))
-        what = f"batches of {BLOCK * rank_info.world_size} images encoded, step {spec.model.step}"
         # written, not mapped: a full disk is an error then, and no signal that kills
         with path.open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(spec.dtype), "fortran_order": False, "shape": spec.shape}
+            descr = np.lib.format.dtype_to_descr(DTYPES[spec.kind])
+            header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
             np.lib.format.write_array_header_2_0(file, header)
-            for rows in follow(blocks, num_blocks, what, rank_info):
+            for rows in batches:
                 file.write(rows.contiguous().numpy().data)
 
     if rank_info.rank != 0:
-        # each block is gathered by all ranks
-        for _ in blocks:
+        # each batch is gathered by all ranks
+        for _ in batches:
             pass
         return
     publish(folder, {ROWS: write_rows, ABOUT: lambda path: save_json(spec.key, path)})
     log.info(
         "%d images encoded at step %d, %.3g GB in %s, which may be deleted",
-        len(spec.part.samples), spec.model.step, spec.size_bytes / _GB, folder.parent,
+        len(spec.part.samples), spec.model.step, spec.size_gb, folder.parent,
     )  # fmt: skip
-
-
-def encode_in_order(spec: FeatureSpec, rank_info: RankInfo) -> Iterator[Shaped[Tensor, "B *rest"]]:
-    """Yield all rows in order on every rank, each encoded by one of them; collective.
-
-    Ranks take blocks of images that are the same for any number of ranks, because a row's last bits may depend on the
-    other images of its batch.
-    """
-    samples, world_size = spec.part.samples, rank_info.world_size
-    blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
-    own = blocks[rank_info.rank :: world_size]
-    encoder = encoded(spec.model, spec.part.shards, np.concatenate(own or [samples[:0]]), spec.kind)
-    for first in range(0, len(blocks), world_size):
-        rows = next(encoder, None) if first + rank_info.rank < len(blocks) else None
-        if world_size == 1:
-            assert rows is not None
-            yield rows
-            continue
-        padded = torch.zeros(BLOCK, *spec.shape[1:], dtype=getattr(torch, spec.dtype.name), device=rank_info.device)
-        if rows is not None:
-            padded[: len(rows)] = rows
-        gathered = distributed.all_gather(padded.flatten()).view(-1, *spec.shape[1:]).cpu()
-        yield gathered[: len(samples) - first * BLOCK]
 
 
 def _weights_in(about: Path) -> str:

@@ -27,8 +27,8 @@ class Grid(Protocol):
     heads: nn.ModuleList
     """What is trained, one for each point."""
 
-    def __call__(self, rows: Shaped[Tensor, "B *rest"], only: int | None = None) -> Float[Tensor, "points B K"]:
-        """Return each head's scores, or those of one."""
+    def __call__(self, rows: Shaped[Tensor, "B *rest"]) -> Float[Tensor, "points B K"]:
+        """Return each head's scores."""
         ...
 
 
@@ -78,12 +78,12 @@ def losses(logits: Float[Tensor, "points B K"], label: Int64[Tensor, "B"]) -> Fl
 
 @torch.no_grad()
 def score(
-    grid: Grid, examples: Examples, batch_size: int, only: int | None = None
+    grid: Grid, examples: Examples, batch_size: int
 ) -> tuple[Bool[np.ndarray, "points images"], Float[np.ndarray, "points"]]:
-    """Return of each head what it names rightly, and its mean cross-entropy; or of one alone."""
+    """Return of each head what it names rightly, and its mean cross-entropy."""
     correct, loss = [], []
     for rows, label in examples.in_order(batch_size):
-        logits = grid(rows, only)
+        logits = grid(rows)
         correct.append((logits.argmax(dim=2) == label).cpu())
         loss.append(losses(logits, label).double().cpu())
     return torch.cat(correct, dim=1).numpy(), torch.cat(loss, dim=1).mean(dim=1).numpy()

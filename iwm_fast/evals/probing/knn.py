@@ -5,7 +5,6 @@ each of the k nearest training images votes with weight exp(similarity / tempera
 """
 
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from iwm_fast.config.evaluation import KnnConfig
-from iwm_fast.evals.datasets import Comparison, Labelled, open_comparison, read_both_labels, result_name, spread
+from iwm_fast.evals.datasets import Comparison, LabelledSets, open_comparison
 from iwm_fast.evals.probing.extraction import Features, extract_features
 from iwm_fast.evals.probing.feature_cache import FeatureCache
-from iwm_fast.evals.results import Result, save_result
-from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.evals.results import Result
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
 from iwm_fast.world_model import WorldModel
 
@@ -35,70 +33,37 @@ def evaluate_knn(config: KnnConfig, rank_info: RankInfo | None = None) -> Result
     """
     rank_info = rank_info or single_process(config.device)
     compared = open_comparison(config, rank_info)
-    train, val = compared.train, compared.val
-    models = (compared.model, compared.control)
-    cache = FeatureCache(config.run, models, rank_info)
-    rows = [[cache.rows(model, part, "pooled") for part in (train, val)] for model in models]
+    cache = FeatureCache(config.run, compared.models, rank_info)
+    rows = [[cache.rows(model, part, "pooled") for part in compared.sets] for model in compared.models]
     return broadcast_from_rank_zero(lambda: _report(config, compared, rows))
 
 
 def _report(config: KnnConfig, compared: Comparison, rows: list[list[np.ndarray]]) -> Result:
     begin = time.perf_counter()
     correct, control = (_correct(config, compared, *pair) for pair in rows)
-    row = compared.row(correct, control, config.seed, time_s=time.perf_counter() - begin)
-    result = Result(
-        task="knn",
-        name=result_name("knn", config.data),
-        rows=(row,),
-        step=compared.model.step,
-        seed=config.seed,
-        settings=asdict(config),
-        details={
-            "num_train": len(compared.train.samples),
-            "num_classes": len(compared.train.labels.classes),
-            "most_common_class": compared.most_common,
-        },
-    )
-    save_result(config.run, result)
-    return result
+    time_s = time.perf_counter() - begin
+    details = {"num_train": len(compared.sets.train.samples)}
+    return compared.report("knn", config, correct, control, details=details, time_s=time_s)
 
 
 def _correct(config: KnnConfig, compared: Comparison, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
     # copies, because torch wants memory that it may write to
-    bank = Features(features=torch.from_numpy(np.array(known)), label=torch.from_numpy(compared.train.number))
-    queries = Features(features=torch.from_numpy(np.array(asked)), label=torch.from_numpy(compared.val.number))
-    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=compared.model.device)
+    bank, queries = (
+        Features(features=torch.from_numpy(np.array(rows)), label=torch.from_numpy(part.number))
+        for rows, part in zip((known, asked), compared.sets, strict=True)
+    )
+    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=compared.models[0].device)
     return correct.numpy()
 
 
-def labelled_samples(
-    train: ShardSet, val: ShardSet, config: KnnConfig, max_val_samples: int | None = None
-) -> tuple[Labelled, Labelled]:
-    """Return the samples to vote and to be named, spread over their sets, with classes numbered by the first.
-
-    Raises:
-        ShardError: if a sample has no label, or one that no training sample has.
-    """
-    labels, val_labels = read_both_labels(train, val, config.data.label)
-    samples = spread(train.num_samples, config.max_train_samples)
-    val_samples = spread(val.num_samples, max_val_samples or val.num_samples)
-    return (
-        Labelled(shards=train, labels=labels, samples=samples),
-        Labelled(shards=val, labels=val_labels, samples=val_samples),
-    )
-
-
-def knn_accuracies(models: list[WorldModel], bank: Labelled, queries: Labelled, config: KnnConfig) -> list[float]:
-    """Return for each model the share of queries that their nearest samples of the bank name rightly.
+def knn_accuracy(model: WorldModel, sets: LabelledSets, config: KnnConfig) -> float:
+    """Return the share of validation images that their nearest training images name rightly.
 
     Nothing is cached and no other rank is waited for: this is for evaluation while a run goes on.
     """
-    accuracies = []
-    for model in models:
-        known, asked = (extract_features(model, part) for part in (bank, queries))
-        correct = knn_correct(known, asked, config.num_neighbors, config.temperature, device=model.device)
-        accuracies.append(float(correct.double().mean()))
-    return accuracies
+    bank, queries = (extract_features(model, part) for part in sets)
+    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=model.device)
+    return float(correct.double().mean())
 
 
 def knn_correct(

@@ -47,13 +47,12 @@ class LinearGrid(nn.Module):
             nn.init.zeros_(parameter)
         self.to(examples.device)
 
-    def forward(self, rows: Float[Tensor, "B D"], only: int | None = None) -> Float[Tensor, "points B K"]:
-        """Return the scores of each classifier, or of one."""
-        heads = list(self.heads) if only is None else [self.heads[only]]
-        weight = torch.cat([head.get_parameter("weight") for head in heads])
-        bias = torch.cat([head.get_parameter("bias") for head in heads])
+    def forward(self, rows: Float[Tensor, "B D"]) -> Float[Tensor, "points B K"]:
+        """Return the scores of each classifier."""
+        weight = torch.cat([head.get_parameter("weight") for head in self.heads])
+        bias = torch.cat([head.get_parameter("bias") for head in self.heads])
         scores = functional.linear((rows - self.mean) / self.deviation, weight, bias)
-        return scores.unflatten(1, (len(heads), -1)).transpose(0, 1)
+        return scores.unflatten(1, (len(self.heads), -1)).transpose(0, 1)
 
 
 def statistics(examples: Examples) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:

@@ -9,17 +9,18 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
 from iwm_fast.config.evaluation import ProbeConfig
-from iwm_fast.evals.datasets import Comparison, Labelled, open_comparison, result_name
+from iwm_fast.evals.datasets import Comparison, Labelled, open_comparison
 from iwm_fast.evals.probing.extraction import Kind
-from iwm_fast.evals.probing.feature_batches import Examples, split
+from iwm_fast.evals.probing.feature_batches import Examples
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.evals.probing.head_grid import Grid, Tried, choose, points_of, score, train_grid, try_each
-from iwm_fast.evals.results import Result, save_result
+from iwm_fast.evals.results import Result
 from iwm_fast.pipelines.config import check
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 
@@ -39,8 +40,6 @@ class Probed:
     tried: tuple[Tried, ...]
     num_tuned: int
     """Parameters of one head."""
-    num_seen: int
-    """Images in training, each as often as it was seen."""
     time_s: float
     """Training of all heads, and their trial on the held-out part."""
 
@@ -64,11 +63,12 @@ def evaluate_probe(
     """
     rank_info = rank_info or single_process(config.device)
     compared = open_comparison(config, rank_info)
-    rank_zero_only(lambda: require_parts(compared.train, config))
-    models, parts = (compared.model, compared.control), (compared.train, compared.val)
+    rank_zero_only(lambda: require_parts(compared.sets.train, config))
+    models, parts = compared.models, compared.sets
     cache = FeatureCache(config.run, models, rank_info)
     if max_cache_gb is not None:
-        cache.require_room([cache.spec(model, part, kind) for model in models for part in parts], max_cache_gb)
+        specs = [cache.spec(model, part, kind) for model in models for part in parts]
+        rank_zero_only(partial(cache.require_room, specs, max_cache_gb))
     rows = [[cache.rows(model, part, kind) for part in parts] for model in models]
     return broadcast_from_rank_zero(lambda: _measure(task, config, compared, rows, build))
 
@@ -98,14 +98,12 @@ def _measure(
     found = []
     for pair in rows:
         train, val = (
-            Examples(rows=part, label=of.number, chosen=np.arange(len(part)), device=compared.model.device)
-            for part, of in zip(pair, (compared.train, compared.val), strict=True)
+            Examples(rows=part, label=of.number, chosen=np.arange(len(part)), device=compared.models[0].device)
+            for part, of in zip(pair, compared.sets, strict=True)
         )
-        found.append(probe(train, val, len(compared.train.labels.classes), build, config))
+        found.append(probe(train, val, len(compared.sets.classes), build, config))
     _warn_at_edge(config, found[0].chosen)
-    result = _report(task, config, compared, *found)
-    save_result(config.run, result)
-    return result
+    return _report(task, config, compared, *found)
 
 
 def probe(train: Examples, val: Examples, num_classes: int, build: Build, config: ProbeConfig) -> Probed:
@@ -121,7 +119,8 @@ def probe(train: Examples, val: Examples, num_classes: int, build: Build, config
     Raises:
         ValueError: if all heads diverge.
     """
-    fit, held = (_some(train, rows) for rows in split(len(train), config.holdout, config.seed))
+    parts = split(len(train), config.holdout, config.seed)
+    fit, held = (replace(train, chosen=train.chosen[rows]) for rows in parts)
     points = points_of(config)
     grid = build(fit, num_classes, len(points))
     begin = time.perf_counter()
@@ -129,19 +128,23 @@ def probe(train: Examples, val: Examples, num_classes: int, build: Build, config
     tried = try_each(grid, held, points, config.batch_size)
     time_s = time.perf_counter() - begin
     number = choose(tried)
-    correct, _ = score(grid, val, config.batch_size, only=number)
+    # the others are not asked
+    grid.heads = grid.heads[number : number + 1]
+    correct, _ = score(grid, val, config.batch_size)
     return Probed(
         correct=correct[0],
         chosen=tried[number],
         tried=tried,
-        num_tuned=sum(parameter.numel() for parameter in grid.heads[number].parameters()),
-        num_seen=config.epochs * len(fit),
+        num_tuned=sum(parameter.numel() for parameter in grid.heads.parameters()),
         time_s=time_s,
     )
 
 
-def _some(examples: Examples, rows: Int64[np.ndarray, "rows"]) -> Examples:
-    return replace(examples, chosen=examples.chosen[rows])
+def split(num_examples: int, holdout: float, seed: int) -> tuple[Int64[np.ndarray, "fit"], Int64[np.ndarray, "held"]]:
+    """Return which examples are learnt from, and on which hyperparameters are chosen, both ascending."""
+    order = np.random.default_rng(seed).permutation(num_examples).astype(np.int64)
+    num_held = round(holdout * num_examples)
+    return np.sort(order[num_held:]), np.sort(order[:num_held])
 
 
 def _warn_at_edge(config: ProbeConfig, chosen: Tried) -> None:
@@ -151,30 +154,21 @@ def _warn_at_edge(config: ProbeConfig, chosen: Tried) -> None:
 
 
 def _report(task: str, config: ProbeConfig, compared: Comparison, probed: Probed, control: Probed) -> Result:
-    num_fit, num_held = (len(part) for part in split(len(compared.train.samples), config.holdout, config.seed))
-    row = compared.row(
+    num_fit, num_held = (len(part) for part in split(len(compared.sets.train.samples), config.holdout, config.seed))
+    return compared.report(
+        task,
+        config,
         probed.correct,
         control.correct,
-        config.seed,
-        num_tuned=probed.num_tuned,
-        images_per_s=probed.num_seen / probed.time_s,
-        time_s=probed.time_s,
-    )
-    return Result(
-        task=task,
-        name=result_name(task, config.data),
-        rows=(row,),
-        step=compared.model.step,
-        seed=config.seed,
-        settings=asdict(config),
         details={
             "num_fit": num_fit,
             "num_held_out": num_held,
-            "num_classes": len(compared.train.labels.classes),
-            "most_common_class": compared.most_common,
             "chosen": asdict(probed.chosen),
             "held_out": [asdict(one) for one in probed.tried],
             "control_chosen": asdict(control.chosen),
             "control_held_out": [asdict(one) for one in control.tried],
         },
+        num_tuned=probed.num_tuned,
+        images_per_s=config.epochs * num_fit / probed.time_s,
+        time_s=probed.time_s,
     )

@@ -23,8 +23,8 @@ from pyarrow import parquet
 from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.evals.datasets import batches, spread, validation_shards
-from iwm_fast.evals.results import Result, Row, bootstrap, save_result
+from iwm_fast.evals.datasets import clean_images, compute_rows, spread, validation_shards
+from iwm_fast.evals.results import Result, Row, mean_row, save_result
 from iwm_fast.evals.retrieval.bank import (
     Bank,
     ask,
@@ -38,15 +38,12 @@ from iwm_fast.evals.retrieval.bank import (
     target_map,
     with_untrained_predictor,
 )
-from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
-from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -67,16 +64,13 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
         model = open_world_model(config.run, rank_info.device)
         shards = validation_shards(model, config.data)
     samples = spread(shards.num_samples, config.num_images)
-    share = local_share(samples, rank_info)
-    local = drop_padding(share)
     models = [model, with_untrained_predictor(model, config.seed)]
-    measured = bank_ranks(models, shards, local, config)
-    mine = np.zeros((len(local), len(models), len(config.families), config.bank_size), np.float32)
-    for row, found in zip(mine, follow(measured, len(mine), "images ranked", rank_info), strict=True):
-        row[:] = found
-    rank, control = (
-        gather_in_order(share, torch.from_numpy(mine).to(model.device), rank_info).cpu().numpy().swapaxes(0, 1)
-    )
+    shape = len(models), len(config.families), config.bank_size
+
+    def ranked(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
+        return map(torch.from_numpy, bank_ranks(models, shards, local, config))
+
+    rank, control = compute_rows(samples, ranked, shape, "images ranked", rank_info).cpu().numpy().swapaxes(0, 1)
     result = _result(rank, control, model, config)
     keys = [shards.key(int(sample)) for sample in samples]
     rank_zero_only(lambda: _save(result, keys, rank, control))
@@ -90,10 +84,9 @@ def bank_ranks(
 
     The models share their encoder: it is the predictors that are compared. Nothing here waits for other ranks.
     """
-    for batch in batches(models[0], shards, samples):
-        for pixels, sample in zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True):
-            bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
-            yield ranks_in_bank(models, pixels, bank, config)
+    for pixels, sample in clean_images(models[0], shards, samples):
+        bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
+        yield ranks_in_bank(models, pixels, bank, config)
 
 
 def ranks_in_bank(
@@ -149,17 +142,12 @@ def _rows(
         "recall_at_1": (lambda place: place <= 1, 1 / size),
         "recall_at_5": (lambda place: place <= 5, min(1.0, 5 / size)),
     }
-    rows = []
-    for metric, (score, by_chance) in scores.items():
+    return [
         # banks differ by image, members of one bank are not independent
-        of_image = score(rank.astype(np.float64)).mean(axis=1)
-        low, high = bootstrap(of_image, seed)
-        rows.append(
-            Row(subject=family, metric=metric, value=float(of_image.mean()), low=low, high=high,
-                control=float(score(control.astype(np.float64)).mean()), control_name="untrained predictor",
-                chance=by_chance, num_samples=len(rank))
-        )  # fmt: skip
-    return rows
+        mean_row(subject=family, metric=metric, values=score(rank.astype(np.float64)).mean(axis=1), seed=seed,
+                 control=score(control.astype(np.float64)), control_name="untrained predictor", chance=by_chance)
+        for metric, (score, by_chance) in scores.items()
+    ]  # fmt: skip
 
 
 def _strange(config: MrrConfig, views: ViewConfig) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
-from iwm_fast.evals.datasets import batches, spread, validation_shards
+from iwm_fast.evals.datasets import clean_images, spread, validation_shards
 from iwm_fast.evals.retrieval.bank import draw_bank, open_world_model, target_map
 from iwm_fast.evals.retrieval.sweeps import (
     Case,
@@ -22,7 +22,6 @@ from iwm_fast.evals.retrieval.sweeps import (
     undone_flags,
 )
 from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.rendering.image_grid import Section, require_writable, save_sections
 from iwm_fast.rendering.imagine_page import write_page
 from iwm_fast.runtime.distributed import single_process
@@ -77,8 +76,6 @@ def _sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Section], 
 def _scenes(model: WorldModel, config: ImagineConfig) -> Iterator[Scene]:
     shards = validation_shards(model, config.data)
     samples = spread(shards.num_samples, config.num_images)
-    loaded = batches(model, shards, samples)
-    pairs = (pair for batch in loaded for pair in zip(denormalize_view(batch.source_view), batch.sample, strict=True))
-    for pixels, sample in follow(pairs, len(samples), "images asked about"):
-        bank = draw_bank(pixels, int(sample), config.bank_size, model=model, strengths=config.bank, seed=config.seed)
+    for pixels, sample in follow(clean_images(model, shards, samples), len(samples), "images asked about"):
+        bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
         yield Scene(pixels=pixels, bank=bank, target=target_map(model, bank))

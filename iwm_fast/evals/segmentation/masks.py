@@ -88,9 +88,3 @@ class ViewMasks:
         """Stop the threads and close the files."""
         self._pool.shutdown(cancel_futures=True)
         self._files.close()
-
-    def __enter__(self) -> "ViewMasks":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -1,25 +1,12 @@
 """Classes of pixels from tokens of patches: a linear classifier of each patch, its scores spread over the pixels."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.evals.finetuning.variants import ArmInputs
-
 # images whose pixels' scores are in memory at once without a gradient: of 150 classes at 512 x 512, 160 MB each
 _IMAGES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentInputs(ArmInputs):
-    """A micro-batch as an arm's network takes it, and its maps."""
-
-    wait_for_masks: Callable[[], UInt8[Tensor, "B H W"]]
-    """Gives the maps, which are read meanwhile."""
 
 
 def pixel_scores(scores: Float[Tensor, "B N K"], size: int) -> Float[Tensor, "B K H W"]:

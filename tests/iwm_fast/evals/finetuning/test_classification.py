@@ -23,15 +23,14 @@ from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import EvalData
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig, TuneConfig
 from iwm_fast.config.run import RuntimeConfig
-from iwm_fast.evals.finetuning.classification import evaluate_finetune
-from iwm_fast.evals.finetuning.run import predict, run_config, tune
+from iwm_fast.evals.finetuning.classification import classification_arm, classification_job, evaluate_finetune
+from iwm_fast.evals.finetuning.run import open_context, predict, tune
 from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit
-from iwm_fast.evals.finetuning.variants import ArmInputs, Lesson, build_arm, lr_scale
+from iwm_fast.evals.finetuning.variants import ArmInputs, lr_scale
 from iwm_fast.evals.results import read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.sampling.masks import all_patches
-from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
@@ -70,18 +69,18 @@ def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
 
 
 def arm_of(name, run, rank_info, **changes):
-    """Return an arm, its settings, the run and the training samples."""
+    """Return an arm, its job, the context and the run."""
     task, model = settings(run, **changes), world_model.load(run)
-    shards = open_shards(model.config.data.train)
-    config = run_config(task, model.config, Path(run) / "job")
-    lesson = Lesson(task=task, config=config, labels=read_labels(shards, LABEL), rank_info=rank_info)
-    return build_arm(name, model, lesson), task, model, shards
+    context = open_context("arm", task, model, rank_info, None)
+    labels = read_labels(context.train, LABEL)
+    arm = classification_arm(name, model, context, len(labels.classes))
+    return arm, classification_job(arm, context, labels, {}), context, model
 
 
-def first_batch(model, shards, count=8):
+def first_batch(context):
     batches = []
-    rank_info = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    predict(lambda batch: batches.append(batch) or batch.sample, model.config, shards, np.arange(count), rank_info)
+    in_training = replace(context, val=context.train)
+    predict(lambda batch: batches.append(batch) or batch.sample, in_training, np.arange(8))
     return batches[0]
 
 
@@ -115,18 +114,18 @@ def test_every_arm_learns_a_planted_label_and_reports_what_it_cost(rank_info, ru
 
 @pytest.mark.parametrize("name", ["predictor", "random_predictor", "attentive"])
 def test_the_encoder_stays_as_it_is_under_arms_that_do_not_train_it(rank_info, run, name):
-    arm, task, model, shards = arm_of(name, run, rank_info, tune={"epochs": 1.0})
-    batch = first_batch(model, shards)
-    before = arm.job.prepare(batch).tokens
+    _, job, context, model = arm_of(name, run, rank_info, tune={"epochs": 1.0})
+    batch = first_batch(context)
+    before = job.prepare(batch).tokens
     torch.testing.assert_close(before, model.encode(batch.source_view))
-    tune(arm.job, task, model_config=model.config, shards=shards, rank_info=rank_info, folder=Path(run) / "job")
-    assert torch.equal(arm.job.prepare(batch).tokens, before) and not before.requires_grad
-    saved = checkpoints.read(checkpoints.newest(Path(run) / "job" / name))
+    tune(job, context)
+    assert torch.equal(job.prepare(batch).tokens, before) and not before.requires_grad
+    saved = checkpoints.read(checkpoints.newest(context.folder / name))
     assert not [entry for entry in saved.engine_state if "encoder" in entry]
 
 
 def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(rank_info, run):
-    arms = {name: arm_of(name, run, rank_info)[0].job.module for name in ARMS}
+    arms = {name: arm_of(name, run, rank_info)[0].module for name in ARMS}
     saved = checkpoints.read(checkpoints.newest(Path(run)))
     trained = saved.weights("predictor.")
     for name in ("encoder", "end_to_end"):
@@ -142,40 +141,40 @@ def test_arms_begin_with_the_teacher_and_the_run_s_predictor_or_a_new_one(rank_i
 
 
 def test_the_world_model_is_asked_for_the_whole_image_unchanged(rank_info, run):
-    arm, _, model, shards = arm_of("predictor", run, rank_info)
-    batch = first_batch(model, shards)
+    arm, job, context, model = arm_of("predictor", run, rank_info)
+    batch = first_batch(context)
     strange = replace(batch, action=torch.ones_like(batch.action))
-    inputs = arm.job.prepare(strange)
+    inputs = job.prepare(strange)
     assert (inputs.action == 0).all() and inputs.action.shape == batch.action.shape
     num_patches = model.config.grid**2
     assert inputs.everything.row.tolist() == list(range(8 * num_patches))
-    arm.job.module.eval()
+    arm.module.eval()
     with torch.no_grad():
-        assert torch.equal(arm.call(strange), arm.call(batch))
+        assert torch.equal(arm(strange), arm(batch))
         # what the head sees is what the run predicts for no change; another action would give something else
         predicted = model.predict(batch.source_view, torch.zeros_like(batch.action))
-        torch.testing.assert_close(arm.call(batch), arm.job.module.head(predicted))
+        torch.testing.assert_close(arm(batch), arm.module.head(predicted))
         asked = replace(inputs, action=torch.ones_like(batch.action))
-        assert not torch.allclose(arm.job.module(asked), arm.call(batch))
+        assert not torch.allclose(arm.module(asked), arm(batch))
 
 
 def test_validation_images_are_neither_mixed_nor_erased_nor_dropped(rank_info, run):
-    arm, _, model, shards = arm_of(
+    arm, job, context, _ = arm_of(
         "end_to_end", run, rank_info, augment=plain_augment(mixup=1.0, cutmix=1.0, erasing=1.0), tune={"drop_path": 0.9}
     )
-    batch = first_batch(model, shards)
-    assert not torch.equal(arm.job.prepare(batch).view, batch.source_view)
-    arm.job.module.eval()
-    assert torch.equal(arm.call(batch), arm.call(batch))
-    arm.job.module.train()
-    assert not torch.equal(arm.call(batch), arm.call(batch)), "drop path draws in training"
+    batch = first_batch(context)
+    assert not torch.equal(job.prepare(batch).view, batch.source_view)
+    arm.module.eval()
+    assert torch.equal(arm(batch), arm(batch))
+    arm.module.train()
+    assert not torch.equal(arm(batch), arm(batch)), "drop path draws in training"
 
 
 def test_each_arm_has_its_rates(run):
     model, task = world_model.load(run), settings(run, tune={"lr": 1e-3, "encoder_lr": 2e-3, "layer_decay": 0.5})
 
     def scale(arm, name):
-        return lr_scale(name, arm=arm, task=task, model=model)
+        return lr_scale(name, arm=arm, tune=task.tune, networks_of=model.config.model)
 
     # two encoder blocks, one of the predictor
     assert [scale("encoder", name) for name in ("head.linear.weight", "encoder.blocks.1.norm1.bias",

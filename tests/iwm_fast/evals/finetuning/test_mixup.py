@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from fixtures.tiny_finetuning import plain_augment, tiny_task
-from iwm_fast.evals.finetuning.mixup import Mixing, soft_cross_entropy
+from iwm_fast.evals.finetuning.mixup import Mixing
 from iwm_fast.training.seeding import seeded_rng
 
 LABEL = torch.tensor([0, 1, 2, 3])
@@ -84,9 +83,3 @@ def test_an_odd_micro_batch_cannot_be_mixed_and_says_which_setting(tiny_shards):
     with pytest.raises(ValueError, match=r"runtime.micro_batch_size .*must be even where augment.mixup .*got 3"):
         mixing(tiny_shards, micro=3, mixup=0.8)
     mixing(tiny_shards, micro=3, erasing=0.5)
-
-
-def test_the_loss_is_the_summed_cross_entropy_of_hard_labels():
-    scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    wanted = functional.cross_entropy(scores, LABEL, reduction="sum")
-    torch.testing.assert_close(soft_cross_entropy(scores, torch.eye(4)[LABEL]), wanted)

@@ -13,7 +13,7 @@ import torch
 
 from fixtures.launchers import CHILD, free_port
 from fixtures.paths import PYTHONPATH, WORKERS
-from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_job, train_toy, weights_of
+from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_context, toy_job, train_toy, weights_of
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
@@ -21,7 +21,6 @@ from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
 from iwm_fast.evals.finetuning.task import InPrecision, in_float32
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.run_lock import FolderLock
@@ -200,14 +199,7 @@ def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
     task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
     job = replace(toy_job(task, config), origin={"run.step": 7})
     with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
-        tune(
-            job,
-            task,
-            model_config=config,
-            shards=open_shards(tiny_shards.pattern),
-            rank_info=rank_info,
-            folder=tmp_path,
-        )
+        tune(job, toy_context(rank_info, tiny_shards, tmp_path, task))
 
 
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_gone_on_from(rank_info, tiny_shards, tmp_path):
@@ -318,10 +310,9 @@ def test_sizes_that_do_not_divide_are_refused_in_the_task_s_words(tiny_shards):
 
 
 def test_predictions_come_in_the_order_asked_for(rank_info, tiny_shards, tmp_path):
-    shards, config = open_shards(tiny_shards.pattern), tiny_run(tiny_shards, tmp_path)
-    samples = np.array([40, 3, 17, 5])
-    numbers = predict(lambda batch: batch.sample, config, shards, samples, rank_info)
-    assert numbers.tolist() == samples.tolist()
-    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples, rank_info)
-    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), config, shards, samples[2:3], rank_info)
+    context, samples = toy_context(rank_info, tiny_shards, tmp_path), np.array([40, 3, 17, 5])
+    assert predict(lambda batch: batch.sample, context, samples).tolist() == samples.tolist()
+    assert predict(lambda batch: batch.sample, context).tolist() == list(range(48))
+    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples)
+    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples[2:3])
     assert means[2] == third and len(set(means.tolist())) == 4

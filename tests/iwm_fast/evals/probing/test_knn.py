@@ -12,7 +12,7 @@ from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig
 from iwm_fast.evals.datasets import open_comparison
 from iwm_fast.evals.probing.extraction import Features
-from iwm_fast.evals.probing.knn import evaluate_knn, knn_accuracies, knn_correct, vote
+from iwm_fast.evals.probing.knn import evaluate_knn, knn_accuracy, knn_correct, vote
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.runtime.distributed import single_process
@@ -118,7 +118,8 @@ def test_value_and_control_are_the_run_and_the_networks_before_training(run_fold
         config = KnnConfig(run=str(run_folder), seed=seed, data=data)
         row = evaluate_knn(config).row("encoder", "accuracy")
         compared = open_comparison(config, single_process("cpu"))
-        models = [compared.model, world_model.untrained(replace(compared.model.config, seed=seed))]
-        assert [row.value, row.control] == knn_accuracies(models, compared.train, compared.val, config)
+        model = compared.models[0]
+        models = [model, world_model.untrained(replace(model.config, seed=seed))]
+        assert [row.value, row.control] == [knn_accuracy(one, compared.sets, config) for one in models]
         controls.add(row.control)
     assert len(controls) > 1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from iwm_fast.evals.results import read_result
 from iwm_fast.evals.segmentation.evaluate import evaluate_segment
 from iwm_fast.evals.segmentation.figure import paint
 from iwm_fast.evals.segmentation.network import pixel_classes, pixel_loss, pixel_scores
+from iwm_fast.models.heads import PatchHead
 from iwm_fast.pipelines.config import RandAugmentConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.runtime import distributed
@@ -102,7 +104,7 @@ def test_arms_learn_what_the_maps_say_beside_their_controls(rank_info, run_folde
 
 
 def test_the_picture_shows_images_of_several_classes(rank_info, run_folder, tmp_path):
-    from iwm_fast.evals.segmentation.evaluate import _open, choose_shown
+    from iwm_fast.evals.segmentation.evaluate import choose_shown, open_bench
 
     content = []
     for number in range(10):
@@ -113,7 +115,7 @@ def test_the_picture_shows_images_of_several_classes(rank_info, run_folder, tmp_
         content += [(f"{number}.jpg", encode(COLOURS[mask])), (f"{number}.seg.png", encode(mask, "PNG"))]
     write_tar(tmp_path / "val.tar", content)
     data = EvalData(val=str(tmp_path / "val.tar"))
-    bench = _open(SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning()), rank_info)
+    bench = open_bench(SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning()), rank_info)
     assert choose_shown(bench).tolist() == [0, 3, 8]
 
 
@@ -126,26 +128,19 @@ def test_micro_batches_do_not_change_the_outcome(rank_info, run_folder):
 
 
 def test_a_frozen_encoder_stays_as_it_is_and_every_trained_part_moves(rank_info, run_folder):
+    from iwm_fast.evals.finetuning.networks import networks
     from iwm_fast.evals.finetuning.run import tune
-    from iwm_fast.evals.segmentation.evaluate import _open
-    from iwm_fast.evals.segmentation.variants import build_arm
+    from iwm_fast.evals.finetuning.variants import build_arm
+    from iwm_fast.evals.segmentation.evaluate import open_bench, segmentation_job
 
-    config = SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5))
-    bench = _open(config, rank_info)
+    bench = open_bench(SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5)), rank_info)
     for name, parts in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
-        arm = build_arm(name, bench)
-        before = {key: value.clone() for key, value in arm.parts.module.named_parameters()}
-        with bench.masks(bench.train) as masks:
-            job = arm.job(bench, masks)
-            tune(
-                job,
-                config,
-                model_config=bench.model.config,
-                shards=bench.train,
-                rank_info=rank_info,
-                folder=bench.folder,
-            )
-        moved = {key for key, value in arm.parts.module.named_parameters() if not torch.equal(value, before[key])}
+        student = networks(bench.model, bench.config, rank_info, name)
+        arm = build_arm(name, student, bench.context, partial(PatchHead, num_classes=bench.num_classes))
+        before = {key: value.clone() for key, value in arm.module.named_parameters()}
+        with bench.masks(bench.context.train) as masks:
+            tune(segmentation_job(arm, student, bench, masks), bench.context)
+        moved = {key for key, value in arm.module.named_parameters() if not torch.equal(value, before[key])}
         assert {key.split(".")[0] for key in before} == parts
         # the null action's columns of the mixer see no gradient, but their layer does
         assert before.keys() == moved, before.keys() - moved

@@ -1,5 +1,6 @@
 """Maps beside batches: each pixel's class is what the view shows there, however it is cut and mirrored."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +39,7 @@ def classes_shown(view):
 
 def masks_of(shards, loader, count, **settings):
     given = {"size": 32, "num_classes": 4, "ignore_index": IGNORED, "num_threads": 2}
-    with ViewMasks(shards, **given | settings) as masks:
+    with closing(ViewMasks(shards, **given | settings)) as masks:
         batches = [next(loader) for _ in range(count)]
         waits = [masks.begin(batch) for batch in batches]
         found = [(batch, wait()) for batch, wait in zip(batches, waits, strict=True)]
