@@ -89,6 +89,23 @@ class Session:
         if self.out is not None:
             records.append(self.out, record)
 
+    def note_failure(self, case: Case, provider: str, error: Exception, pass_: str = "") -> None:
+        """Write what a provider raised; if the GPU computes no more after it, raise that."""
+        self.note(case, provider, pass_, failure=timing.first_line(error))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def check_and_measure(
+        self, case: Case, providers: Sequence[Provider], exact: Provider, names: Sequence[str]
+    ) -> None:
+        """Check the fused operation, the first provider, beside the plain one, the second; time all that run.
+
+        Raises:
+            WrongResultError: see `check`.
+        """
+        is_able = self.check(case, names, fused=providers[0], plain=providers[1], exact=exact)
+        self.measure(case, providers if is_able else providers[1:])
+
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:
         """Time every pass of all providers in turns; one that raises is written down and drops out."""
         if torch.cuda.is_available():
@@ -97,36 +114,41 @@ class Session:
         able = [one for one in providers if not any(name in one.name for name in self.without)]
         for pass_ in passes:
             found = timing.compare({one.name: one.work(pass_) for one in able}, effort=self.effort)
-            for name, result in found.items():
-                self._note_timing(case, name, pass_, result)
+            self.note_timings(case, pass_, found)
             able = [one for one in able if not isinstance(found[one.name], Failure)]
 
-    def _note_timing(self, case: Case, name: str, pass_: str, result: timing.Timing | Failure) -> None:
-        if isinstance(result, Failure):
-            self.note(case, name, pass_, failure=result.line)
-            return
-        values: dict[str, Any] = result._asdict()
-        if case.costs is not None:
-            cost, bandwidth = case.costs[pass_], self.machine.get("copy_bytes_per_s")
-            values |= {"bytes": cost.bytes or None, "flops": cost.flops or None}
-            if bandwidth and cost.bytes:
-                values["share_of_floor"] = 1e3 * cost.bytes / bandwidth / result.median_ms
-        self.note(case, name, pass_, **values)
+    def note_timings(self, case: Case, pass_: str, found: dict[str, timing.Timing | Failure]) -> None:
+        """Write a record for each provider: its times, and how near the floor they are, or why there are none."""
+        for name, result in found.items():
+            if isinstance(result, Failure):
+                self.note(case, name, pass_, failure=result.line)
+                continue
+            values: dict[str, Any] = result._asdict()
+            if case.costs is not None:
+                cost, bandwidth = case.costs[pass_], self.machine.get("copy_bytes_per_s")
+                values |= {"bytes": cost.bytes or None, "flops": cost.flops or None}
+                if bandwidth and cost.bytes:
+                    values["share_of_floor"] = 1e3 * cost.bytes / bandwidth / result.median_ms
+            self.note(case, name, pass_, **values)
 
     def check(
         self,
         case: Case,
-        providers: dict[str, Provider],
         names: Sequence[str],
         *,
+        fused: Provider,
+        plain: Provider,
+        exact: Provider,
         rows: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> bool:
         """Compare fused results and gradients with float64's, and so with what plain PyTorch makes of the same.
 
         Args:
             case: what is about to be timed.
-            providers: "fused"; "plain", the reference in the same precision; "exact", it in float64.
             names: of the outputs, then the inputs.
+            fused: the fused operation.
+            plain: the reference in the same precision.
+            exact: the reference in float64.
             rows: what of the fused tensors the others compute.
 
         Returns:
@@ -135,34 +157,29 @@ class Session:
         Raises:
             WrongResultError: if an error exceeds twice the plain one's, and 3e-2.
         """
-        exact = providers["exact"].outputs_and_gradients()
-        plain = relative_errors(providers["plain"].outputs_and_gradients(), exact, names)
+        wanted = exact.outputs_and_gradients()
+        expected = dict(zip(names, map(relative_error, plain.outputs_and_gradients(), wanted), strict=True))
         try:
-            got = [rows(tensor) for tensor in providers["fused"].outputs_and_gradients()]
+            got = [rows(tensor) for tensor in fused.outputs_and_gradients()]
         except Exception as error:
-            self.note(case, providers["fused"].name, failure=timing.first_line(error))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            self.note_failure(case, fused.name, error)
             return False
-        fused = relative_errors(got, exact, names)
+        found = dict(zip(names, map(relative_error, got, wanted), strict=True))
         checked = Case(f"{case.what} error", case.shape, case.dtype)
-        self.note(checked, providers["fused"].name, figures=fused)
-        self.note(checked, "plain", figures=plain)
+        self.note(checked, fused.name, figures=found)
+        self.note(checked, "plain", figures=expected)
         for name in names:
-            allowed = max(2 * plain[name], WRONG)
+            allowed = max(2 * expected[name], WRONG)
             # written so that NaN fails
-            if not fused[name] <= allowed:
+            if not found[name] <= allowed:
                 raise WrongResultError(
-                    f"{case}: {name} of {providers['fused'].name} is off by {fused[name]:.2e} relative to float64, "
+                    f"{case}: {name} of {fused.name} is off by {found[name]:.2e} relative to float64, "
                     f"allowed {allowed:.2e}; run pytest tests/kernels"
                 )
         return True
 
 
-def relative_errors(got: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> dict[str, float]:
-    """Return ||got - wanted|| / ||wanted|| of each tensor."""
-    errors = {}
-    for name, left, right in zip(names, got, wanted, strict=True):
-        difference = (left.double() - right.double()).norm()
-        errors[name] = float(difference / right.double().norm().clamp(min=1e-30))
-    return errors
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return ||got - wanted|| / ||wanted||."""
+    difference = (got.double() - wanted.double()).norm()
+    return float(difference / wanted.double().norm().clamp(min=1e-30))

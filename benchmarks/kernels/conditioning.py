@@ -38,23 +38,19 @@ def conditioning(session: Session, kind: str, images: int, width: int = WIDTH, n
     if not session.has_time(case):
         return
     patches, places = split(images, num_patches, half, num_tokens, session.device)
-    make = feature_inputs if kind == "feature" else sequence_inputs
-    names, inputs = make(patches, images, width, session.device)
+    inputs = kind_inputs(kind, images, len(patches.context), width, session.device)
     positions = torch.randn(num_patches, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
 
     def assemble(ops: Ops, exact: bool = False) -> Function:
         return assembled(ops, (positions, action), (patches, places), session.device, exact=exact)
 
-    packed_rows = len(patches.context) + len(patches.targets) + len(places.action_tokens)
-    d_packed = torch.randn(packed_rows, width, device=session.device)
-    fused = Provider("fused", assemble(FUSED), inputs, (d_packed,))
+    d_packed = torch.randn(sum(rows), width, device=session.device)
+    fused = Provider("fused", assemble(FUSED), tuple(inputs.values()), (d_packed,))
     eager = fused._replace(name="eager", function=assemble(REFERENCE))
-    exact = fused.in_double(assemble(REFERENCE, exact=True))
     providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    parts = {"fused": fused, "plain": eager, "exact": exact}
-    is_able = session.check(case, parts, ("packed", *names))
-    session.measure(case, providers if is_able else providers[1:])
+    exact = fused.in_double(assemble(REFERENCE, exact=True))
+    session.check_and_measure(case, providers, exact, ("packed", *(f"d_{name}" for name in inputs)))
 
 
 def split(
@@ -70,26 +66,18 @@ def split(
     return patches, sequence_rows(*ends, num_tokens, **sizes)
 
 
-def feature_inputs(
-    patches: PatchRows, images: int, width: int, device: str
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors: context as autocast leaves it, mask token and the mixer's weights in float32."""
-    weights = [(width, width + NUM_ACTIONS), (width,), (width, width), (width,), (width, width), (width,)]
-    layers = [leaf(*shape, device=device, scale=width**-0.5) for shape in weights]
-    names = "d_context", "d_mask_token", "d_w1", "d_b1", "d_w2", "d_b2", "d_w3", "d_b3"
-    return names, (*_rows(patches, width, device), *layers)
-
-
-def sequence_inputs(
-    patches: PatchRows, images: int, width: int, device: str
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors: context as autocast leaves it, mask token and action tokens in float32."""
-    tokens = leaf(images, NUM_ACTIONS, width, device=device)
-    return ("d_context", "d_mask_token", "d_action_tokens"), (*_rows(patches, width, device), tokens)
-
-
-def _rows(patches: PatchRows, width: int, device: str) -> tuple[Tensor, Tensor]:
-    return leaf(len(patches.context), width, device=device, dtype=torch.bfloat16), leaf(width, device=device)
+def kind_inputs(kind: str, images: int, num_context: int, width: int, device: str) -> dict[str, Tensor]:
+    """Return what wants a gradient: context as autocast leaves it; mask token, mixer or action tokens in float32."""
+    inputs = {
+        "context": leaf(num_context, width, device=device, dtype=torch.bfloat16),
+        "mask_token": leaf(width, device=device),
+    }
+    if kind == "sequence":
+        return inputs | {"action_tokens": leaf(images, NUM_ACTIONS, width, device=device)}
+    for layer, inner in enumerate((width + NUM_ACTIONS, width, width), 1):
+        inputs[f"w{layer}"] = leaf(width, inner, device=device, scale=width**-0.5)
+        inputs[f"b{layer}"] = leaf(width, device=device, scale=width**-0.5)
+    return inputs
 
 
 def assembled(

@@ -2,6 +2,8 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +13,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.providers import Provider
 from benchmarks.harness.records import BOTH
 from benchmarks.harness.session import Case, Session
-from benchmarks.kernels import attention_baselines
-from benchmarks.kernels.attention_baselines import NUM_HEADS, Attend, inputs
+from benchmarks.kernels.attention_baselines import NUM_HEADS, SDPA, Attend, attend_dense, by, inputs
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 
 NEW_LENGTHS = range(50, 401)
@@ -22,21 +23,18 @@ _LIMIT_S = 20.0
 """For one provider's loop; cuDNN plans anew for each length."""
 
 
-class Compilations:
-    """Counts what Triton compiles while it is entered, kernels read back from its cache on disk included."""
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Collect the names of what Triton compiles, kernels read back from its cache on disk included."""
+    found: list[str] = []
 
-    def __enter__(self) -> list[str]:
-        self.found: list[str] = []
-        self.before = knobs.compilation.listener
+    def count(*, src: Any, **_: object) -> None:
+        found.append(src.name)
+
+    with knobs.compilation.scope():
         # and not a hook of the jit: those write the constants as JSON, which tuples of constants cannot be
-        knobs.compilation.listener = self._count
-        return self.found
-
-    def __exit__(self, *_: object) -> None:
-        knobs.compilation.listener = self.before
-
-    def _count(self, *, src: Any, **_: object) -> None:
-        self.found.append(src.name)
+        knobs.compilation.listener = count
+        yield found
 
 
 def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, num_heads: int = NUM_HEADS) -> None:
@@ -50,29 +48,22 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
     providers = {
         "fused": FUSED.ragged_attention,
         "eager": REFERENCE.ragged_attention,
-        **{name: _by(name) for name in attention_baselines.SDPA},
+        **{name: by(backend, attend_dense) for name, backend in SDPA.items()},
     }
     for name, attend in providers.items():
         if not session.has_time(f"{case} {name}"):
             continue
         try:
             first = [_timed_call(attend, images, length, (num_heads, head_dim), session.device) for length in _SEEN]
-            with Compilations() as compilations:
+            with counted_compilations() as compilations:
                 times = _loop(attend, images, lengths, (num_heads, head_dim), session.device)
         except Exception as error:
-            session.note(case, name, BOTH, failure=timing.first_line(error))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            session.note_failure(case, name, error, BOTH)
             continue
         figures = {"mean_ms": sum(times) / len(times), "longest_ms": max(times), "first_calls_ms": sum(first)}
         figures |= {"calls": len(times), "compilations": len(compilations)}
         values = timing.summarize([(spent, spent) for spent in times])._asdict()
         session.note(case, name, BOTH, figures=figures, **values)
-
-
-def _by(name: str) -> Attend:
-    backend = attention_baselines.SDPA[name]
-    return lambda qkv, offsets, longest: attention_baselines.attend_dense(backend, qkv, offsets, longest)
 
 
 def _loop(attend: Attend, images: int, lengths: list[int], heads: tuple[int, int], device: str) -> list[float]:

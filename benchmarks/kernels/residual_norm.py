@@ -31,10 +31,9 @@ def norm(session: Session, rows: int, width: int) -> None:
     d_sum = torch.randn(rows, width, device=device)
     fused = Provider("fused", normed(FUSED, device), inputs, (d_sum, d_sum.bfloat16()))
     eager = fused._replace(name="eager", function=normed(REFERENCE, device))
-    parts = {"fused": fused, "plain": eager, "exact": fused.in_double(normed_exactly)}
-    is_able = session.check(case, parts, ("sum", "normed", "d_update", "d_residual", "d_weight", "d_bias"))
     providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    session.measure(case, providers if is_able else providers[1:])
+    names = ("sum", "normed", "d_update", "d_residual", "d_weight", "d_bias")
+    session.check_and_measure(case, providers, fused.in_double(normed_exactly), names)
 
 
 def normed(ops: Ops, device: str) -> Function:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import tables, timing
 from benchmarks.harness.records import BACKWARD, FORWARD, Record
-from benchmarks.harness.session import ROUNDING, Case, Session, relative_errors
+from benchmarks.harness.session import ROUNDING, Case, Session, relative_error
 from benchmarks.kernels.attention_baselines import inputs
 from iwm_fast.kernels.attention import flash, short
 from iwm_fast.kernels.attention.flash import Cut, Tiles
@@ -162,18 +162,14 @@ def time_launches(
                 continue
             got = _result([launch], pass_, buffers)
         except Exception as error:
-            session.note(case, name, pass_, failure=timing.first_line(error))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            session.note_failure(case, name, error, pass_)
             continue
-        (error,) = relative_errors([got], [wanted], ["it"]).values()
+        error = relative_error(got, wanted)
         if not error <= ROUNDING:
             session.note(case, name, pass_, failure=f"differs from the shipped setting by {error:.1e}")
             continue
         works[name] = timing.Work(lambda _, launch=launch: launch.run())
-    for name, result in timing.compare(works, effort=session.effort).items():
-        values = {"failure": result.line} if isinstance(result, timing.Failure) else result._asdict()
-        session.note(case, name, pass_, **values)
+    session.note_timings(case, pass_, timing.compare(works, effort=session.effort))
 
 
 def _result(launches: Sequence[Launch], pass_: str, buffers: Buffers) -> Tensor:

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import io
 import os
-from contextlib import contextmanager
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -76,11 +75,7 @@ def one(session):
 
 
 def stream_of(batches) -> Stream:
-    @contextmanager
-    def begin():
-        yield iter(batches)
-
-    return Stream(begin, len)
+    return Stream(lambda: (batch for batch in batches), len)
 
 
 def test_photographs_have_the_size_they_should_and_are_written_once(workload):
