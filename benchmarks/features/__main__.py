@@ -20,6 +20,7 @@ from benchmarks.features.report import FEATURES, FORWARD, POOLED, TOKENS
 from benchmarks.harness import cli, interleave, results
 from benchmarks.harness.interleave import Turn
 from benchmarks.harness.photograph_shards import PhotographShards, read_into_memory
+from benchmarks.harness.records import Shape
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import in_turns
 from iwm_fast import world_model
@@ -44,8 +45,7 @@ class Workload:
 
     model: WorldModel
     part: Labelled
-    shape: dict[str, int | str]
-    rounds: int
+    shape: Shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +83,6 @@ def build_workload(folder: Path, device: str, is_quick: bool) -> Workload:
         part=Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)),
         shape={"encoder": name, "view": size, "images": shards.num_samples, "B": EVALUATION_BATCH,
                "photographs": f"{photographs.width}x{photographs.height}", "threads": torch.get_num_threads()},
-        rounds=1 if is_quick else 3,
     )  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def measure(session: Session, workload: Workload, kinds: dict[str, Kind]) -> Non
         check(workload, views, name, kind)
         works[name] = lambda kind=kind: extraction(workload, kind)
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for name in in_turns(works, workload.rounds, lambda number: session.has_time(f"round {number}")):
+    for name in in_turns(works, 1 if session.is_quick else 3, lambda number: session.has_time(f"round {number}")):
         begin = time.perf_counter()
         works[name]()
         taken[name].append(time.perf_counter() - begin)

@@ -3,15 +3,16 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import records, timing
+from benchmarks.harness import timing
 from benchmarks.harness.providers import Provider
-from benchmarks.harness.records import PASSES, Record
+from benchmarks.harness.records import PASSES, Record, Shape, append
 from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.timing import Effort, Failure
 
@@ -29,7 +30,7 @@ class Case(NamedTuple):
     """A task that providers compete in."""
 
     what: str
-    shape: dict[str, int | str]
+    shape: Shape
     dtype: str = "bfloat16"
     costs: dict[str, Cost] | None = None
     """By pass."""
@@ -38,28 +39,27 @@ class Case(NamedTuple):
         return f"{self.what} {' '.join(f'{name}={value}' for name, value in self.shape.items())}"
 
 
+@dataclass
 class Session:
     """Where measurements go."""
 
-    def __init__(
-        self,
-        machine: dict[str, Any],
-        *,
-        effort: Effort,
-        device: str,
-        out: Path | None = None,
-        limit_s: float = 1e9,
-        without: Sequence[str] = (),
-    ) -> None:
-        self.machine = machine
-        self.effort = effort
-        self.device = device
-        self.out = out
-        self.without = without
-        self.deadline = time.monotonic() + limit_s
-        self.records: list[Record] = []
-        self.left_out: list[str] = []
-        self.is_quick = effort == timing.QUICK
+    machine: dict[str, Any]
+    _: KW_ONLY
+    effort: Effort
+    device: str
+    out: Path | None = None
+    """File that records are appended to."""
+    limit_s: float = 1e9
+    """Seconds after which nothing new is started."""
+    without: Sequence[str] = ()
+    """Providers whose names contain one of these are left out."""
+    records: list[Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """What there was no time or no device for."""
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.limit_s
+        self.is_quick = self.effort == timing.QUICK
 
     def has_time(self, what: object) -> bool:
         """Return whether something new may start; remember what may not."""
@@ -87,7 +87,7 @@ class Session:
         )
         self.records.append(record)
         if self.out is not None:
-            records.append(self.out, record)
+            append(self.out, record)
 
     def note_failure(self, case: Case, provider: str, error: Exception, pass_: str = "") -> None:
         """Write what a provider raised; if the GPU computes no more after it, raise that."""

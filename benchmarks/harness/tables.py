@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness.records import Record
+from benchmarks.harness.records import Record, Shape
 
 Column = Callable[[Record], Any]
 """Returns a record's cell."""
@@ -62,7 +62,7 @@ def image_rates(form: str) -> Column:
     return column
 
 
-def describe(shape: dict[str, int | str]) -> str:
+def describe(shape: Shape) -> str:
     """Return a shape in words."""
     return " ".join(f"{name}={value}" for name, value in shape.items())
 

@@ -37,7 +37,7 @@ def compare(session: Session, lengths: list[int], head_dim: int, num_heads: int 
     shortest, longest = min(lengths), max(lengths)
     is_dense = shortest == longest
     span = longest if is_dense else f"{shortest}-{longest}"
-    shape: dict[str, int | str] = {"N": span, "d": head_dim, "H": num_heads, "B": len(lengths)}
+    shape = {"N": span, "d": head_dim, "H": num_heads, "B": len(lengths)}
     costs = attention_costs(lengths, num_heads, head_dim)
     case = Case("attention" if is_dense else "packed attention", shape, costs=costs)
     if not session.has_time(case):

@@ -69,12 +69,9 @@ def attend_packed(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
 
 def dense_providers(qkv: Tensor, longest: int, d_out: Tensor) -> list[Provider]:
     """Return everybody for sequences of one length: qkv (B * N, 3, H, d), d_out (B * N, H, d)."""
-    functions: dict[str, Attend] = {
-        "fused": FUSED.ragged_attention,
-        "eager": REFERENCE.ragged_attention,
-        "compiled": compiled(REFERENCE.ragged_attention),
-    }
-    functions |= {name: by(backend, attend_dense) for name, backend in SDPA.items()}
+    own = {"fused": FUSED.ragged_attention, "eager": REFERENCE.ragged_attention}
+    peers = {name: by(backend, attend_dense) for name, backend in SDPA.items()}
+    functions = {**own, "compiled": compiled(REFERENCE.ragged_attention), **peers}
     return [Provider(name, _call(attend, None, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
 
 
@@ -84,11 +81,8 @@ def packed_providers(qkv: Tensor, offsets: Tensor, longest: int, d_out: Tensor) 
     Those that need padding get padded tensors as inputs, and leave the result padded: moving is not in their time.
     Without a mask padding is attended to, which is wrong and the least that padding can cost.
     """
-    functions: dict[str, Attend] = {
-        "fused": FUSED.ragged_attention,
-        "eager": REFERENCE.ragged_attention,
-        "varlen_attn": attend_packed,
-    }
+    own = {"fused": FUSED.ragged_attention, "eager": REFERENCE.ragged_attention}
+    functions = {**own, "varlen_attn": attend_packed}
     packed = [Provider(name, _call(attend, offsets, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
     is_key = torch.arange(longest, device=qkv.device) < offsets.diff()[:, None]
     padded = _padded(qkv, is_key).requires_grad_()

@@ -9,19 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import tables
+from benchmarks.harness import rooflines, tables
 from benchmarks.harness.records import BACKWARD, FORWARD, Record
-from benchmarks.harness.rooflines import (
-    H200_BYTES_PER_S,
-    H200_FLOPS_PER_S,
-    Cost,
-    attention_costs,
-    conditioning_costs,
-    launches_waste,
-    library_waste,
-    norm_costs,
-    programs_per_multiprocessor,
-)
+from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.session import Case, Session
 from benchmarks.harness.tables import describe, figure, record_table, shape
 from benchmarks.kernels.conditioning import IMAGES, NUM_ACTIONS, NUM_CONTEXT, NUM_PATCHES, WIDTH
@@ -93,7 +83,7 @@ def _case(what: str, **shape: int | str) -> Case:
 def figures(launch: Launch, arch: int) -> dict[str, Any]:
     """Return what comes of compiling a launch."""
     found = compile_for(launch, arch)
-    programs = programs_per_multiprocessor(found.registers, found.shared_bytes, launch.num_warps, arch)
+    programs = rooflines.programs_per_multiprocessor(found.registers, found.shared_bytes, launch.num_warps, arch)
     counts = {"warps": launch.num_warps, "stages": launch.num_stages, "programs": programs}
     return found._asdict() | counts | {"source": source_digest(launch, arch)}
 
@@ -102,8 +92,8 @@ def tile_waste(session: Session, arch: int, head_dim: int) -> None:
     """Record scores computed per score needed, by the launches of dense batches and by square tiles."""
     for length in WASTE_LENGTHS:
         found = dense_launches(arch, length, head_dim)
-        waste = {pass_: launches_waste(launches, length) for pass_, launches in found.items()}
-        waste |= {f"{tile}x{tile}": library_waste(length, tile) for tile in (128, 192)}
+        waste = {pass_: rooflines.launches_waste(launches, length) for pass_, launches in found.items()}
+        waste |= {f"{tile}x{tile}": rooflines.library_waste(length, tile) for tile in (128, 192)}
         session.note(_case("tile waste", arch=arch, d=head_dim, N=length), "fused", figures=waste)
 
 
@@ -134,20 +124,23 @@ def floors(session: Session) -> None:
     for head_dim in ragged_attention.HEAD_DIMS:
         for length in WASTE_LENGTHS:
             case = _case("floor", task="attention", N=length, d=head_dim, H=12, B=1024)
-            _floors(session, case, attention_costs([length] * 1024, 12, head_dim))
+            _floors(session, case, rooflines.attention_costs([length] * 1024, 12, head_dim))
     context, tokens = IMAGES * NUM_CONTEXT, IMAGES * NUM_ACTIONS
     targets = IMAGES * NUM_PATCHES - context
     for task, num_tokens, has_mixer in (("feature", 0, True), ("sequence", tokens, False)):
-        costs = conditioning_costs((context, targets, num_tokens), WIDTH, has_mixer=has_mixer)
+        costs = rooflines.conditioning_costs((context, targets, num_tokens), WIDTH, has_mixer=has_mixer)
         _floors(session, _case("floor", task=f"{task} conditioning", P=WIDTH, B=IMAGES), costs)
     for width in WIDTHS:
-        _floors(session, _case("floor", task="residual norm", D=width, M=ROWS), norm_costs(ROWS, width))
+        _floors(session, _case("floor", task="residual norm", D=width, M=ROWS), rooflines.norm_costs(ROWS, width))
 
 
 def _floors(session: Session, case: Case, costs: dict[str, Cost]) -> None:
     for pass_ in (FORWARD, BACKWARD):
         num_bytes, flops = costs[pass_]
-        floors_ms = {"bytes_ms": 1e3 * num_bytes / H200_BYTES_PER_S, "flops_ms": 1e3 * flops / H200_FLOPS_PER_S}
+        floors_ms = {
+            "bytes_ms": 1e3 * num_bytes / rooflines.H200_BYTES_PER_S,
+            "flops_ms": 1e3 * flops / rooflines.H200_FLOPS_PER_S,
+        }
         session.note(case, "", pass_, bytes=num_bytes, flops=flops or None, figures=floors_ms)
 
 

@@ -33,7 +33,7 @@ def conditioning(session: Session, kind: str, images: int, width: int = WIDTH, n
     num_tokens = NUM_ACTIONS if kind == "sequence" else 0
     rows = images * half, images * (num_patches - half), images * num_tokens
     costs = conditioning_costs(rows, width, has_mixer=kind == "feature")
-    shape: dict[str, int | str] = {"context": half, "targets": num_patches - half, "P": width, "B": images}
+    shape = {"context": half, "targets": num_patches - half, "P": width, "B": images}
     case = Case(f"{kind} conditioning", shape, costs=costs)
     if not session.has_time(case):
         return

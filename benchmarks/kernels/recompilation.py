@@ -2,8 +2,9 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
 
     Before it each provider has seen one length of every group that the fused tables know.
     """
-    shape: dict[str, int | str] = {"N": f"{NEW_LENGTHS[0]}-{NEW_LENGTHS[-1]}", "d": head_dim, "H": num_heads}
+    shape = {"N": f"{NEW_LENGTHS[0]}-{NEW_LENGTHS[-1]}", "d": head_dim, "H": num_heads}
     case = Case("new lengths", shape | {"B": images, "calls": count})
     lengths = random.Random(1).choices(NEW_LENGTHS, k=count)
     providers = {
@@ -53,10 +54,11 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
     for name, attend in providers.items():
         if not session.has_time(f"{case} {name}"):
             continue
+        call = partial(_timed_call, attend, images, heads=(num_heads, head_dim), device=session.device)
         try:
-            first = [_timed_call(attend, images, length, (num_heads, head_dim), session.device) for length in _SEEN]
+            first = [call(length) for length in _SEEN]
             with counted_compilations() as compilations:
-                times = _loop(attend, images, lengths, (num_heads, head_dim), session.device)
+                times = _loop(call, lengths)
         except Exception as error:
             session.note_failure(case, name, error, BOTH)
             continue
@@ -66,16 +68,16 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
         session.note(case, name, BOTH, figures=figures, **values)
 
 
-def _loop(attend: Attend, images: int, lengths: list[int], heads: tuple[int, int], device: str) -> list[float]:
+def _loop(call: Callable[[int], float], lengths: list[int]) -> list[float]:
     times: list[float] = []
     for length in lengths:
-        times.append(_timed_call(attend, images, length, heads, device))
+        times.append(call(length))
         if sum(times) > 1e3 * _LIMIT_S and len(times) > 1:
             break
     return times
 
 
-def _timed_call(attend: Attend, images: int, length: int, heads: tuple[int, int], device: str) -> float:
+def _timed_call(attend: Attend, images: int, length: int, *, heads: tuple[int, int], device: str) -> float:
     """Return milliseconds until the device is done."""
     qkv, d_out = inputs(images * length, *heads, device)
     one = Provider("", lambda tensor: attend(tensor, None, length), (qkv,), (d_out,))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness import tables
 from benchmarks.harness.goals import Goal, goal_table
-from benchmarks.harness.records import BACKWARD, BOTH, FORWARD, Record
+from benchmarks.harness.records import BACKWARD, BOTH, FORWARD, Record, Shape
 from benchmarks.harness.session import ROUNDING
 from benchmarks.harness.tables import describe, figure, record_table, time
 
@@ -106,84 +106,66 @@ def worst_error(records: Sequence[Record]) -> float | None:
     return max(ratios, default=None)
 
 
-class Timed(NamedTuple):
-    """A pass of a task."""
-
-    what: str
-    shape: dict[str, int | str]
-    """What the records' shape says, among other things."""
-    pass_: str
-
-    def by(self, provider: str, records: Sequence[Record]) -> Record | None:
-        """Return a provider's record."""
-        fitting = [
-            record
-            for record in records
-            if (record.provider, record.what, record.pass_) == (provider, self.what, self.pass_)
-            and self.shape.items() <= record.shape.items()
-        ]
-        return fitting[-1] if fitting else None
-
-
-def beside_peer(timed: Timed, peer: str, wanted: float, label: str) -> Goal:
-    """Return a goal for a peer's median over that of the fused operation."""
-
-    def measured(records: Sequence[Record]) -> float | None:
-        # one shape only, and records.latest() sees to one run
-        other, fused = timed.by(peer, records), timed.by("fused", records)
-        return None if other is None or fused is None else (other.median_ms or 0.0) / (fused.median_ms or 1.0)
-
-    return Goal(f"{label}: {peer} / fused", wanted, measured, pass_=timed.pass_)
-
-
-def of_fused(
-    timed: Timed, text: str, wanted: float, value: Callable[[Record], float | None], *, is_at_most: bool
+def _goal(
+    text: str,
+    wanted: float,
+    task: tuple[str, Shape, str],
+    value: Callable[[dict[str, Record]], float | None],
+    *,
+    is_at_most: bool = False,
 ) -> Goal:
-    """Return a goal for a value of the fused operation's record."""
+    """Return a goal for a value of the records, by provider, of a task: what, some of its shape, and the pass."""
+    what, shape, pass_ = task
 
     def measured(records: Sequence[Record]) -> float | None:
-        record = timed.by("fused", records)
-        return None if record is None else value(record)
+        fitting = [one for one in records if (one.what, one.pass_) == (what, pass_)]
+        # one shape only, and records.latest() sees to one run
+        found = {one.provider: one for one in fitting if shape.items() <= one.shape.items()}
+        return value(found) if "fused" in found else None
 
-    return Goal(text, wanted, measured, is_at_most, timed.pass_)
-
-
-def _over_floor(record: Record, bytes_factor: float = 1.0) -> float | None:
-    return None if record.share_of_floor is None else 1 / (bytes_factor * record.share_of_floor)
+    return Goal(text, wanted, measured, is_at_most, pass_)
 
 
-def _share_of_floor(record: Record) -> float | None:
-    return record.share_of_floor
+def _over_fused(peer: str) -> Callable[[dict[str, Record]], float | None]:
+    """Return how to find the ratio of a peer's median to that of the fused operation."""
+    return lambda found: (found[peer].median_ms or 0.0) / (found["fused"].median_ms or 1.0) if peer in found else None
+
+
+def _share_of_floor(found: dict[str, Record]) -> float | None:
+    return found["fused"].share_of_floor
+
+
+def _over_floor(found: dict[str, Record], bytes_factor: float = 1.0) -> float | None:
+    share = found["fused"].share_of_floor
+    return None if share is None else 1 / (bytes_factor * share)
 
 
 def _attention_goals() -> Iterator[Goal]:
     for length, forward, backward in ((196, 1.3, 1.3), (197, 1.3, 1.3), (212, 1.3, 1.3), (256, 1.0, 1.2)):
         for head_dim in (32, 64):
             for pass_, wanted in ((FORWARD, forward), (BACKWARD, backward)):
-                timed = Timed("attention", {"N": length, "d": head_dim, "B": 256}, pass_)
-                yield beside_peer(timed, "cuDNN", wanted, f"attention N={length} d={head_dim}")
+                task = "attention", {"N": length, "d": head_dim, "B": 256}, pass_
+                yield _goal(f"attention N={length} d={head_dim}: cuDNN / fused", wanted, task, _over_fused("cuDNN"))
     for head_dim in (32, 64):
         for pass_, wanted in ((FORWARD, 1.5), (BACKWARD, 1.8)):
-            timed = Timed("packed attention", {"d": head_dim}, pass_)
-            yield beside_peer(timed, "varlen_attn", wanted, f"packed attention N=50-256 d={head_dim}")
-    shape: dict[str, int | str] = {"N": 196, "d": 64, "B": 256}
-    text = "attention N=196 d=64: fused / byte floor"
-    yield of_fused(Timed("attention", shape, FORWARD), text, 1.4, _over_floor, is_at_most=True)
+            text, task = f"packed attention N=50-256 d={head_dim}", ("packed attention", {"d": head_dim}, pass_)
+            yield _goal(f"{text}: varlen_attn / fused", wanted, task, _over_fused("varlen_attn"))
+    text, shape = "attention N=196 d=64: fused / byte floor", {"N": 196, "d": 64, "B": 256}
+    yield _goal(text, 1.4, ("attention", shape, FORWARD), _over_floor, is_at_most=True)
     # this goal was set for a backward pass that reads the output too, 8 tensors instead of 7
-    value = partial(_over_floor, bytes_factor=8 / 7)
-    text = f"{text} that reads the output"
-    yield of_fused(Timed("attention", shape, BACKWARD), text, 1.7, value, is_at_most=True)
+    value, text = partial(_over_floor, bytes_factor=8 / 7), f"{text} that reads the output"
+    yield _goal(text, 1.7, ("attention", shape, BACKWARD), value, is_at_most=True)
 
 
 def _other_goals() -> Iterator[Goal]:
-    calls, text = Timed(NEW_LENGTHS, {}, BOTH), "new length every call: compilations"
-    yield of_fused(calls, text, 0, lambda record: record.figures.get("compilations"), is_at_most=True)
+    text, task = "new length every call: compilations", (NEW_LENGTHS, {}, BOTH)
+    yield _goal(text, 0, task, lambda found: found["fused"].figures.get("compilations"), is_at_most=True)
     for kind in ("feature conditioning", "sequence conditioning"):
         for peer, wanted in (("eager", 5.0), ("compiled", 1.3)):
-            yield beside_peer(Timed(kind, {"B": 256}, FORWARD), peer, wanted, kind)
+            yield _goal(f"{kind}: {peer} / fused", wanted, (kind, {"B": 256}, FORWARD), _over_fused(peer))
     for pass_, wanted in ((FORWARD, 0.7), (BACKWARD, 0.6)):
-        timed, text = Timed("residual norm", {"D": 384}, pass_), "residual norm D=384: share of copy bandwidth"
-        yield of_fused(timed, text, wanted, _share_of_floor, is_at_most=False)
+        task = "residual norm", {"D": 384}, pass_
+        yield _goal("residual norm D=384: share of copy bandwidth", wanted, task, _share_of_floor)
     yield Goal("largest error to float64: fused / plain bfloat16", 2, worst_error, is_at_most=True)
 
 

@@ -33,20 +33,18 @@ def norm(session: Session, rows: int, width: int) -> None:
     eager = fused._replace(name="eager", function=normed(REFERENCE, device))
     providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
     names = ("sum", "normed", "d_update", "d_residual", "d_weight", "d_bias")
-    session.check_and_measure(case, providers, fused.in_double(normed_exactly), names)
+    session.check_and_measure(case, providers, fused.in_double(normed(REFERENCE, device, exact=True)), names)
 
 
-def normed(ops: Ops, device: str) -> Function:
-    """Return the operation, with the norm in the dtype of the product that follows: autocast would cast it there."""
+def normed(ops: Ops, device: str, *, exact: bool = False) -> Function:
+    """Return the operation, with the norm in the dtype of the product that follows: autocast would cast it there.
+
+    Exact: without autocast, in the dtype of the inputs.
+    """
 
     def add_and_norm(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=not exact):
             total, norm = ops.residual_norm(update, residual, weight, bias, NORM_EPS)
-        return total, norm.bfloat16()
+        return total, norm if exact else norm.bfloat16()
 
     return add_and_norm
-
-
-def normed_exactly(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reference's result without autocast."""
-    return REFERENCE.residual_norm(update, residual, weight, bias, NORM_EPS)

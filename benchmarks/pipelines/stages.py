@@ -4,24 +4,9 @@ from benchmarks.harness import interleave
 from benchmarks.harness.interleave import Stream
 from benchmarks.harness.photograph_shards import drop_from_memory, read_into_memory
 from benchmarks.harness.session import Case, Session
-from benchmarks.pipelines import baselines, checks
+from benchmarks.pipelines import baselines, checks, report
 from benchmarks.pipelines.action_log import logged_stream
 from benchmarks.pipelines.baselines import STYLES
-from benchmarks.pipelines.report import (
-    COLD,
-    CROP,
-    DALI_READER,
-    DECODE,
-    LIBRARY_READER,
-    LOGGED,
-    OURS,
-    PEER,
-    READ,
-    SAME_VIEWS,
-    TWIN,
-    VIEWS,
-    WARM,
-)
 from benchmarks.pipelines.streams import Workload, loader_stream, reader_stream, stage_stream
 from iwm_fast.pipelines.storage.shard_set import find_shards
 
@@ -40,7 +25,7 @@ def run(session: Session, workload: Workload) -> None:
     if session.has_time("streams from memory"):
         found = interleave.compare(streams, workload.turns, deadline=session.deadline_of(WARM_SHARE))
         for (task, provider), result in found.items():
-            interleave.note(session, Case(task, {"from": WARM, **workload.shape}), provider, result)
+            interleave.note(session, Case(task, {"from": report.WARM, **workload.shape}), provider, result)
     if session.has_time("streams from the disk"):
         measure_cold(session, workload, streams)
 
@@ -48,16 +33,17 @@ def run(session: Session, workload: Workload) -> None:
 def warm_streams(workload: Workload) -> dict[Name, Stream]:
     """Return everything that is compared."""
     streams = {
-        (READ, OURS): reader_stream(workload),
-        (READ, DALI_READER): baselines.dali_reader_stream(workload),
-        (READ, LIBRARY_READER): baselines.library_reader_stream(workload),
-        (DECODE, OURS): stage_stream(workload, "decode"),
-        (CROP, OURS): stage_stream(workload, "crop"),
-        (VIEWS, OURS): loader_stream(workload),
-        (VIEWS, LOGGED): logged_stream(workload),
-        (VIEWS, TWIN): loader_stream(workload, "torch"),
+        (report.READ, report.OURS): reader_stream(workload),
+        (report.READ, report.DALI_READER): baselines.dali_reader_stream(workload),
+        (report.READ, report.LIBRARY_READER): baselines.library_reader_stream(workload),
+        (report.DECODE, report.OURS): stage_stream(workload, "decode"),
+        (report.CROP, report.OURS): stage_stream(workload, "crop"),
+        (report.VIEWS, report.OURS): loader_stream(workload),
+        (report.VIEWS, report.LOGGED): logged_stream(workload),
+        (report.VIEWS, report.TWIN): loader_stream(workload, "torch"),
     }
-    return streams | {(VIEWS, f"{PEER}, {style}"): baselines.peer_stream(workload, style) for style in STYLES}
+    peers = {(report.VIEWS, f"{report.PEER}, {style}"): baselines.peer_stream(workload, style) for style in STYLES}
+    return streams | peers
 
 
 def check(session: Session, workload: Workload, streams: dict[Name, Stream]) -> None:
@@ -66,20 +52,20 @@ def check(session: Session, workload: Workload, streams: dict[Name, Stream]) -> 
     Raises:
         WrongResultError: naming the one that does not.
     """
-    readers = {provider: stream for (task, provider), stream in streams.items() if task == READ}
+    readers = {provider: stream for (task, provider), stream in streams.items() if task == report.READ}
     checks.check_readers(readers, workload.shards.num_samples)
-    checks.check_stage("decode", streams[DECODE, OURS], workload)
-    checks.check_stage("crop", streams[CROP, OURS], workload)
-    ours, twin = (checks.first_batch(streams[VIEWS, provider]) for provider in (OURS, TWIN))
-    session.note(Case(SAME_VIEWS, workload.shape), OURS, figures=checks.check_views(ours, twin))
+    checks.check_stage("decode", streams[report.DECODE, report.OURS], workload)
+    checks.check_stage("crop", streams[report.CROP, report.OURS], workload)
+    ours, twin = (checks.first_batch(streams[report.VIEWS, provider]) for provider in (report.OURS, report.TWIN))
+    session.note(Case(report.SAME_VIEWS, workload.shape), report.OURS, figures=checks.check_views(ours, twin))
     for (task, provider), stream in streams.items():
-        if task == VIEWS:
+        if task == report.VIEWS:
             checks.check_shapes(stream, provider, workload)
 
 
 def measure_cold(session: Session, workload: Workload, streams: dict[Name, Stream]) -> None:
     """Time readers and our whole line over shards of which the kernel holds nothing; a turn is one epoch at most."""
-    names = [(READ, OURS), (READ, DALI_READER), (READ, LIBRARY_READER), (VIEWS, OURS)]
+    names = [name for name in streams if name[0] == report.READ] + [(report.VIEWS, report.OURS)]
     paths = find_shards(workload.pattern)
     left: list[float] = []
     found = interleave.compare(
@@ -90,5 +76,5 @@ def measure_cold(session: Session, workload: Workload, streams: dict[Name, Strea
         deadline=session.deadline_of(COLD_SHARE),
     )
     for (task, provider), result in found.items():
-        shape = {"from": COLD, **workload.shape}
+        shape = {"from": report.COLD, **workload.shape}
         interleave.note(session, Case(task, shape), provider, result, share_left_in_memory=round(max(left), 4))

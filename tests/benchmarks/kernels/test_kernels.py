@@ -127,7 +127,7 @@ def test_a_sweep_times_other_settings_and_drops_wrong_ones(session, pass_):
     elsewhere = launches["128"]._replace(constants=launches["128"].constants | {"LIMITS": (64, 128)})
     usual = tile_sweep.shipped(pass_, buffers)
     case = Case("attention sweep", {"N": 20})
-    tile_sweep.time_launches(session, case, pass_, (launches | {"elsewhere": elsewhere}, usual, buffers))
+    tile_sweep.time_launches(session, case, pass_, launches | {"elsewhere": elsewhere}, usual, buffers=buffers)
     failures = {one.provider: one.failure for one in session.records}
     assert failures["128"] is None and failures[tile_sweep.SHIPPED] is None
     assert "differs" in failures["elsewhere"]

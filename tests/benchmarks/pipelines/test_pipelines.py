@@ -211,7 +211,7 @@ def test_memory_is_watched_in_a_process_of_its_own(session, workload):
 
 
 def test_growth_is_counted_from_where_buffers_have_settled():
-    resident = [50_000_000, 100_000_000, *(100_000_000 + 100_000 * batch for batch in range(1, 11))]
+    resident = [50.0, 100.0, *(100 + 0.1 * batch for batch in range(1, 11))]
     figures = loader_memory.figures_of(resident, settled=2)
     assert figures["growth_percent"] == pytest.approx(1.0)
     assert figures["slope_bytes_per_batch"] == pytest.approx(100_000) and figures["batches"] == 12
