@@ -1,11 +1,15 @@
-"""Turn the committed results into tables: `python -m benchmarks.report` writes benchmarks/README.md."""
+"""Turn the committed results into tables: `python -m benchmarks.report` writes benchmarks/README.md.
+
+What stands between the tables is in `README.template.md`.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from benchmarks.features import report as features_report
-from benchmarks.harness import records, results
+from benchmarks.harness import records, results, tables
 from benchmarks.harness.goals import NOT_YET, goal_table
 from benchmarks.harness.machine import machine_line, processor
 from benchmarks.harness.records import Record
@@ -15,24 +19,8 @@ from benchmarks.pipelines import report as pipelines_report
 from benchmarks.train_step import report as steps_report
 
 README = Path(__file__).parent / "README.md"
+TEMPLATE = README.with_suffix(".template.md")
 ARCH = 90
-
-_HEAD = """\
-# Benchmarks
-
-Written by `python -m benchmarks.report` from `results/*.jsonl`; do not edit.
-
-```
-python -m benchmarks.gpu_check           on a GPU: tests first, then every timing
-python -m benchmarks.pipelines           the data line, on a GPU or a CPU; --quick: in a minute or two
-python -m benchmarks.train_step          the step under every engine, on a GPU or a CPU; --quick: does it run?
-python -m benchmarks.features            frozen features beside the encoder's forward, on a GPU or a CPU
-python -m benchmarks.kernels             the fused operations; without a GPU the offline figures
-python -m benchmarks.kernels --sweep   other settings of the attention tables
-python -m benchmarks.kernels --only offline --arch 80 90 100 --write
-python -m benchmarks.report              this file
-```
-"""
 
 
 def main() -> None:
@@ -54,14 +42,15 @@ def render(
     features: Sequence[Record] = (),
 ) -> str:
     """Return the README for records of fused operations, of the data line, the training step and frozen features."""
-    parts = [_HEAD]
-    for report, found in ((pipelines_report, pipelines), (steps_report, steps), (features_report, features)):
-        parts += [f"# {report.TITLE}\n", report.NOTE, *_of_machines(report, found)]
-    parts += [f"# {kernels_report.TITLE}\n", kernels_report.NOTE]
     on_gpu = [record for record in kernels if record.machine.get("gpu")]
-    parts += ["## Times\n"] * (not on_gpu)
-    parts += _of_machines(kernels_report, on_gpu, lambda about: about["gpu"], "a GPU")
-    return "\n".join(parts + _offline([record for record in kernels if not record.machine.get("gpu")]))
+    times = _of_machines(kernels_report, on_gpu, lambda about: about["gpu"], "a GPU")
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        pipelines=_of_machines(pipelines_report, pipelines),
+        steps=_of_machines(steps_report, steps),
+        features=_of_machines(features_report, features),
+        kernels=times if on_gpu else f"## Times\n\n{times}",
+        **_offline([record for record in kernels if not record.machine.get("gpu")]),
+    )
 
 
 def _of_machines(
@@ -69,25 +58,34 @@ def _of_machines(
     found: Sequence[Record],
     name_of: Callable[[dict[str, Any]], str] = processor,
     where: str = "any machine",
-) -> list[str]:
+) -> str:
     """Return what the module `report` makes of the records of each machine."""
     if not found:
-        return [f"On {where}: {NOT_YET}.\n", goal_table(report.GOALS, []) + "\n"]
+        return f"On {where}: {NOT_YET}.\n\n{goal_table(report.GOALS, [])}"
     parts = []
     for name in dict.fromkeys(name_of(record.machine) for record in found):
         own = records.latest(record for record in found if name_of(record.machine) == name)
         runs = {str(record.machine.get("run")): record.machine for record in own}
-        lines = [f"- {machine_line(about)}" for _, about in sorted(runs.items())]
-        parts += [f"## {name}\n", *lines, "", report.sections(own) + "\n"]
-    return parts
+        lines = "\n".join(f"- {machine_line(about)}" for _, about in sorted(runs.items()))
+        parts.append(f"## {name}\n\n{lines}\n\n{report.sections(own)}")
+    return "\n\n".join(parts)
 
 
-def _offline(found: list[Record]) -> list[str]:
-    if not found:
-        return ["## Without a GPU\n", f"Offline figures: {NOT_YET}.\n"]
-    tables = compiler_report.sections(found, [ARCH], level="###", is_folded=True)
-    about = machine_line(found[0].machine), compiler_report.NOTE.rstrip(), compiler_report.spill_line(found)
-    return ["## Without a GPU\n", "\n\n".join((*about, tables)) + "\n"]
+def _offline(found: list[Record]) -> dict[str, str]:
+    """Return what the template says without a GPU."""
+    launches = compiler_report.launch_tables(found, ARCH)
+    return {
+        "machine": machine_line(found[0].machine) if found else f"Offline figures: {NOT_YET}.",
+        "spills": compiler_report.spill_line(found),
+        "launches": tables.sections({heading: _folded(text) for heading, text in launches.items()}, [], "###"),
+        "tile_waste": compiler_report.waste_table(found, ARCH),
+        "binaries": compiler_report.binaries_line(found, ARCH),
+        "floors": compiler_report.floor_table(found),
+    }
+
+
+def _folded(table: str) -> str:
+    return f"<details><summary>{table.count(chr(10)) - 1} launches</summary>\n\n{table}\n\n</details>"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,6 @@ from benchmarks.harness.goals import Goal, goal_table
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import describe, figure, record_table, time
 
-TITLE = "Frozen features"
-NOTE = """\
-An untrained encoder in float32 looks at each photograph once. "Forward alone" has its batches in memory; an extraction
-begins with a closed loader and ends with a published file. They take turns over all images; "over forward" is the
-median over rounds of how much longer an extraction takes than the forward of the same round.
-"""
 FEATURES = "frozen features"
 FORWARD, POOLED, TOKENS = "forward alone", "extraction, pooled", "extraction, tokens"
 

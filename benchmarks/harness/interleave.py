@@ -113,28 +113,25 @@ def take_turn(stream: Stream, turns: Turns, most_batches: int | None = None) -> 
     return Turn(images, batch_s)
 
 
-def note(session: Session, case: Case, provider: str, result: list[Turn] | Failure, **figures: Any) -> None:
-    """Write a record: ms per batch over whole turns, images per second, and how long batches were waited for."""
-    if isinstance(result, Failure):
-        session.note(case, provider, failure=result.line)
-    else:
-        session.note(case, provider, **summarize(result), figures=_figures(session, result) | figures)
-
-
 def summarize(taken: Sequence[Turn]) -> dict[str, Any]:
     """Return median and percentiles over turns of the milliseconds per batch, at the size of the first."""
     size = taken[0].images / len(taken[0].batch_s)
     return spread([1e3 * size / turn.images_per_s for turn in taken])
 
 
-def _figures(session: Session, taken: Sequence[Turn]) -> dict[str, float | int]:
-    images_per_s = statistics.median(turn.images_per_s for turn in taken)
-    waits_ms = sorted(1e3 * wait for turn in taken for wait in turn.batch_s)
-    return {
+def note(session: Session, case: Case, provider: str, result: list[Turn] | Failure, **figures: Any) -> None:
+    """Write a record: ms per batch over whole turns, images per second, and how long batches were waited for."""
+    if isinstance(result, Failure):
+        session.note(case, provider, failure=result.line)
+        return
+    images_per_s = statistics.median(turn.images_per_s for turn in result)
+    waits_ms = sorted(1e3 * wait for turn in result for wait in turn.batch_s)
+    found = {
         "images_per_s": round(images_per_s, 1),
         "images_per_s_per_core": round(images_per_s / session.machine["cores"], 1),
         "batch_p50_ms": round(statistics.median(waits_ms), 2),
-        "batch_p99_ms": round(waits_ms[min(int(0.99 * len(waits_ms)), len(waits_ms) - 1)], 2),
+        "batch_p99_ms": round(waits_ms[int(0.99 * len(waits_ms))], 2),
         "batches": len(waits_ms),
-        "images": sum(turn.images for turn in taken),
+        "images": sum(turn.images for turn in result),
     }
+    session.note(case, provider, **summarize(result), figures=found | figures)

@@ -66,7 +66,7 @@ def offline(options: argparse.Namespace) -> None:
         out.unlink(missing_ok=True)
     session = Session(machine.describe(options.commit), effort=timing.QUICK, device="meta", out=out)
     compiler_report.measure(session, options.arch)
-    print(f"\n{compiler_report.sections(session.records, options.arch, level='##')}")
+    print(f"\n{compiler_report.sections(session.records, options.arch)}")
 
 
 def measured(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from benchmarks.harness import rooflines, tables
 from benchmarks.harness.records import BACKWARD, FORWARD, Record
 from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.session import Case, Session
-from benchmarks.harness.tables import describe, figure, record_table, shape
+from benchmarks.harness.tables import Column, describe, figure, record_table, shape
 from benchmarks.kernels.conditioning import IMAGES, NUM_ACTIONS, NUM_CONTEXT, NUM_PATCHES, WIDTH
 from benchmarks.kernels.recompilation import NEW_LENGTHS
 from benchmarks.kernels.residual_norm import ROWS, WIDTHS
@@ -24,19 +24,6 @@ from iwm_fast.kernels.launch import IS_INTERPRETING, Launch
 from iwm_fast.kernels.offline_compile import compile_for, source_digest
 from iwm_fast.kernels.predictor_input import op as predictor_input
 
-NOTE = """\
-Real output of the compiler, nothing was run: registers per thread, bytes per thread that did not fit into them, shared
-memory per program, matrix instructions (fast: wgmma) and how many programs fit on a multiprocessor.
-"""
-_WASTE_NOTE = """\
-Queries times keys that dense sequences of N cost in tiles, over N squared: by the shipped tables, and in the square
-tiles of FlashAttention 2 (128) and of FlashAttention 3's forward pass at these head sizes (192). A backward pass of two
-kernels counts by their mean.
-"""
-_FLOOR_NOTE = """\
-No kernel is faster than its bytes at 4.3 TB/s and its products at 790 TFLOP/s, what one H200 copies and multiplies;
-calculated, not measured.
-"""
 ARCHITECTURES = (80, 90, 100)
 WASTE_LENGTHS = (50, 64, 128, 196, 197, 212, 256, 320, 400)
 MODULES = {"ragged_attention": ragged_attention, "predictor_input": predictor_input, "residual_norm": residual_norm}
@@ -137,26 +124,61 @@ def floors(session: Session) -> None:
 def _floors(session: Session, case: Case, costs: dict[str, Cost]) -> None:
     for pass_ in (FORWARD, BACKWARD):
         num_bytes, flops = costs[pass_]
-        floors_ms = {
-            "bytes_ms": 1e3 * num_bytes / rooflines.H200_BYTES_PER_S,
-            "flops_ms": 1e3 * flops / rooflines.H200_FLOPS_PER_S,
-        }
+        bytes_ms, flops_ms = 1e3 * num_bytes / rooflines.H200_BYTES_PER_S, 1e3 * flops / rooflines.H200_FLOPS_PER_S
+        floors_ms = {"bytes_ms": bytes_ms, "flops_ms": flops_ms}
         session.note(case, "", pass_, bytes=num_bytes, flops=flops or None, figures=floors_ms)
 
 
-def sections(records: Sequence[Record], architectures: Sequence[int], *, level: str, is_folded: bool = False) -> str:
-    """Return the tables for these architectures; folded: as HTML that opens a module's launches when clicked."""
+_LAUNCH = {
+    "launch": shape("launch"),
+    "registers": figure("registers"),
+    "spilled B": figure("spill_bytes"),
+    "shared B": figure("shared_bytes"),
+    "fast MMA": figure("fast_products"),
+    "all MMA": figure("matrix_products"),
+    "warps": figure("warps"),
+    "stages": figure("stages"),
+    "programs/SM": figure("programs"),
+}
+_WASTE = {name: shape(name) for name in ("d", "N")} | {
+    name: figure(name, ".2f") for name in (FORWARD, BACKWARD, "128x128", "192x192")
+}
+_FLOOR: dict[str, Column] = {
+    "task": shape("task"),
+    "shape": lambda record: describe({name: size for name, size in record.shape.items() if name != "task"}),
+    "pass": lambda record: record.pass_,
+    "GB": lambda record: f"{(record.bytes or 0) / 1e9:.3f}",
+    "GFLOP": lambda record: f"{(record.flops or 0) / 1e9:.1f}",
+    "bytes, ms": figure("bytes_ms", ".4f"),
+    "FLOPs, ms": figure("flops_ms", ".4f"),
+}
+
+
+def sections(records: Sequence[Record], architectures: Sequence[int]) -> str:
+    """Return all tables for these architectures, each under a heading."""
     found = {}
     for arch in architectures:
-        for module in MODULES:
-            launches = launch_table(records, arch, module)
-            summary = f"<details><summary>{launches.count(chr(10)) - 1} launches</summary>"
-            text = f"{summary}\n\n{launches}\n\n</details>" if is_folded else launches
-            found[f"{module} on sm_{arch}"] = text
-        waste = f"{_WASTE_NOTE}\n{waste_table(records, arch)}\n\n{binaries_line(records, arch)}"
+        found |= launch_tables(records, arch)
+        waste = f"{waste_table(records, arch)}\n\n{binaries_line(records, arch)}"
         found[f"Scores computed per score needed, sm_{arch}"] = waste
-    found["Floors"] = f"{_FLOOR_NOTE}\n{floor_table(records)}"
-    return tables.sections(found, records, level)
+    found["Floors at an H200's 4.3 TB/s and 790 TFLOP/s; measured times come from a GPU only"] = floor_table(records)
+    return tables.sections(found, records, "##")
+
+
+def launch_tables(records: Sequence[Record], arch: int) -> dict[str, str]:
+    """Return each module's launches on an architecture by a heading."""
+    launches = {module: _of(records, "launch", arch=arch, module=module) for module in MODULES}
+    return {f"{module} on sm_{arch}": record_table(found, _LAUNCH) for module, found in launches.items()}
+
+
+def waste_table(records: Sequence[Record], arch: int) -> str:
+    """Return scores computed per score needed."""
+    return record_table(_of(records, "tile waste", arch=arch), _WASTE)
+
+
+def floor_table(records: Sequence[Record]) -> str:
+    """Return bytes, operations and the time that an H200 needs for each."""
+    return record_table(_of(records, "floor"), _FLOOR)
 
 
 def _of(records: Sequence[Record], what: str, **shape: int | str) -> list[Record]:
@@ -173,45 +195,8 @@ def spill_line(records: Sequence[Record]) -> str:
     return "; ".join(parts) + "."
 
 
-def launch_table(records: Sequence[Record], arch: int, module: str) -> str:
-    """Return a module's launches on an architecture."""
-    columns = {
-        "launch": shape("launch"),
-        "registers": figure("registers"),
-        "spilled B": figure("spill_bytes"),
-        "shared B": figure("shared_bytes"),
-        "fast MMA": figure("fast_products"),
-        "all MMA": figure("matrix_products"),
-        "warps": figure("warps"),
-        "stages": figure("stages"),
-        "programs/SM": figure("programs"),
-    }
-    return record_table(_of(records, "launch", arch=arch, module=module), columns)
-
-
-def waste_table(records: Sequence[Record], arch: int) -> str:
-    """Return scores computed per score needed."""
-    columns = {"d": shape("d"), "N": shape("N")}
-    columns |= {name: figure(name, ".2f") for name in (FORWARD, BACKWARD, "128x128", "192x192")}
-    return record_table(_of(records, "tile waste", arch=arch), columns)
-
-
 def binaries_line(records: Sequence[Record], arch: int) -> str:
     """Return how much is compiled for all lengths, in words."""
     found = _of(records, "binaries", arch=arch)
     parts = [f"{one.figures['kernels']} kernels for N={one.shape['N']} at d={one.shape['d']}" for one in found]
     return f"Compiled in all, forward and backward of dense batches: {', '.join(parts)}; a new length compiles nothing."
-
-
-def floor_table(records: Sequence[Record]) -> str:
-    """Return bytes, operations and the time that an H200 needs for each."""
-    columns = {
-        "task": shape("task"),
-        "shape": lambda record: describe({name: size for name, size in record.shape.items() if name != "task"}),
-        "pass": lambda record: record.pass_,
-        "GB": lambda record: f"{(record.bytes or 0) / 1e9:.3f}",
-        "GFLOP": lambda record: f"{(record.flops or 0) / 1e9:.1f}",
-        "bytes, ms": figure("bytes_ms", ".4f"),
-        "FLOPs, ms": figure("flops_ms", ".4f"),
-    }
-    return record_table(_of(records, "floor"), columns)

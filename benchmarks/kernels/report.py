@@ -10,13 +10,6 @@ from benchmarks.harness.records import BACKWARD, BOTH, FORWARD, Record, Shape
 from benchmarks.harness.session import ROUNDING
 from benchmarks.harness.tables import describe, figure, record_table, time
 
-TITLE = "Fused operations"
-NOTE = """\
-Times are medians of the device's, by events, out of the cache, providers in turns; in brackets the share of the time
-that the task's fewest bytes take at the copy bandwidth measured in the same run. A backward pass has its own forward
-before it, untimed. "eager" is the plain reference, "compiled" the same through torch.compile in its default mode.
-Peers take queries, keys and values as views of one tensor and their gradients are put into one again, as in a model.
-"""
 NEW_LENGTHS = "new lengths"
 
 

@@ -85,18 +85,22 @@ def peer_stream(workload: Workload, style: str) -> Stream:
     is_on_gpu, workers = workload.device.type == "cuda", workload.threads
 
     def start() -> Iterator[list[Tensor]]:
-        transform = TwoViews(workload.views, style)
+        # a fork of a process with DALI's threads may hang; this one has imported the module already
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        transform, normalize = TwoViews(workload.views, style), _normalize()
         loader = DataLoader(
             shuffled(find_shards(workload.pattern)).map(transform).repeat(),
             batch_size=workload.batch_size,
             num_workers=workers,
             prefetch_factor=_PREFETCH,
             pin_memory=is_on_gpu,
-            # a fork of a process with DALI's threads may hang
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=context,
         )
-        # closing this lets go of the loader's iterator, which stops the workers
-        return (_delivered(views, workload.device) for views in loader)
+        # closing the generator lets go of the loader's iterator, which stops the workers
+        for views in loader:
+            moved = [view.to(workload.device, non_blocking=True) for view in views]
+            yield [normalize(view) if view.dtype == torch.uint8 else view for view in moved]
 
     def take(views: list[Tensor]) -> int:
         if is_on_gpu:
@@ -104,19 +108,6 @@ def peer_stream(workload: Workload, style: str) -> Stream:
         return len(views[0])
 
     return Stream(start, take, ahead=_PREFETCH * workers, burst=workers)
-
-
-def _worker_context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    # workers are forked from a process that has imported this already
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _delivered(views: list[Tensor], device: torch.device) -> list[Tensor]:
-    moved = [view.to(device, non_blocking=True) for view in views]
-    normalize = _normalize()
-    return [normalize(view) if view.dtype == torch.uint8 else view for view in moved]
 
 
 class TwoViews:

@@ -7,19 +7,6 @@ from benchmarks.harness.goals import Goal, Measured, goal_table
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import Column, describe, figure, record_table, shape, time
 
-TITLE = "Data line"
-NOTE = """\
-Everything reads the same shards of photographs in one run, in turns, one at a time: a turn opens a stream, leaves out
-what was made ahead and counts images for some seconds. Images/s are the median over turns; "turns" has their 20th and
-80th percentile; p50 and p99 tell how long a batch was waited for. From "memory": the kernel holds the shards; from
-"disk": it was made to forget them before each turn, what the disk itself keeps is out of reach. Two views are what a
-training gets: 224 x 224, jitter on both, gray, blur and solarize on the source, normalised. The peer draws from the
-same ranges, with a worker for each core, its images decoded and changed as tensors or by Pillow.
-"decode to views" is the graph as a GPU runs it, on a CPU and fed from memory: as it is, each operation only for the
-samples that want it, and with all operations for all samples, where some change nothing. Both give the same pixels,
-bit for bit.
-"""
-
 READ, DECODE, CROP, VIEWS = TASKS = ("read", "read, decode", "read, decode crop, resize", "two views")
 SAME_VIEWS = "same views"
 """Our loader beside its plain twin: by how many grey levels pixels differ."""

@@ -57,7 +57,9 @@ def run(session: Session, workload: Workload, chosen: Set | None = None) -> None
     windows = sorted({min(window, chosen.num_shards) for window in WINDOWS})
     orders = {f"{OURS}, window {window}": our_order(chosen, window) for window in windows}
     orders |= {DALI_READER: dali_order(shards, chosen), LIBRARY_READER: library_order(shards)}
-    full_shards, full_pairs = np.mean([mixing(_full(chosen, repeat), chosen) for repeat in range(_REPEATS)], axis=0)
+    generators = [np.random.default_rng(seed) for seed in range(_REPEATS)]
+    full = [np.stack([one.permutation(chosen.num_samples) for _ in range(2)]) for one in generators]
+    full_shards, full_pairs = np.mean([mixing(epochs, chosen) for epochs in full], axis=0)
     case = Case(SHUFFLING, {"shards": chosen.num_shards, "samples": chosen.num_samples, "B": chosen.batch_size})
     for name, order in orders.items():
         check(name, order, chosen)
@@ -106,11 +108,6 @@ def library_order(shards: ShardSet) -> Order:
     data = shuffled([shard.path for shard in shards.shards])
     epochs = [[int(content) for (content,) in data] for _ in range(2)]
     return Order(np.array(epochs), 1, BUFFER)
-
-
-def _full(chosen: Set, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return np.stack([generator.permutation(chosen.num_samples) for _ in range(2)])
 
 
 def mixing(epochs: np.ndarray, chosen: Set) -> tuple[float, float]:

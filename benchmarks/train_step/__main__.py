@@ -16,7 +16,7 @@ from benchmarks.harness import cli, results
 from benchmarks.harness.session import Case, Session
 from benchmarks.harness.timing import Failure, in_turns
 from benchmarks.train_step import report
-from benchmarks.train_step.engines import Contestant, Training, contestants_of
+from benchmarks.train_step.engines import Training, contestants_of
 from benchmarks.train_step.measure import Comparison, StepTurn, check_losses, compare, note, take_turn
 from benchmarks.train_step.report import BARE, CACHED, COMPILED, DDP, DEFAULT, FUSED, LOADING, SHARDS, STEP
 from benchmarks.train_step.two_ranks import NUM_RANKS, compare_on_ranks
@@ -52,7 +52,7 @@ def engines(session: Session, workload: StepWorkload, rank_info: RankInfo) -> No
     if not workload.with_compile:
         session.left_out.append("engines: compiled")
     found = compare(workload, contestants, rank_info, deadline=session.deadline_of(0.6))
-    check_losses(found.losses, contestants[0].name, workload.precision)
+    check_losses(found.losses, next(iter(contestants)), workload.precision)
     case = Case(STEP, workload.shape(1), workload.precision)
     note(session, workload, case, found, base_of=base_of, rank_info=rank_info)
 
@@ -82,27 +82,28 @@ def ranks(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None
 
 def loading(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None:
     """Compare a step whose batch is there already with one that the real loader feeds."""
-    chosen = fastest(workload)
-    case = Case(LOADING, workload.shape(1) | {"engine": chosen.name}, workload.precision)
+    name = fastest(workload)
+    case = Case(LOADING, workload.shape(1) | {"engine": name}, workload.precision)
     try:
-        found = with_and_without_loader(session, workload, rank_info, chosen)
+        training = Training(contestants_of(workload)[name], workload, rank_info)
+        found = with_and_without_loader(session, workload, rank_info, training)
     except Exception as error:
         session.note_failure(case, SHARDS, error)
         return
     note(session, workload, case, Comparison(found, {}, {}), base_of=lambda _: CACHED, rank_info=rank_info)
 
 
-def fastest(workload: StepWorkload) -> Contestant:
+def fastest(workload: StepWorkload) -> str:
     """Return the default engine with all that makes it fast on a GPU; on a CPU compiling takes its time."""
     ending = FUSED + (COMPILED if workload.with_compile else "") if workload.device.type == "cuda" else ""
-    return next(one for one in contestants_of(workload) if one.name == DEFAULT + ending)
+    return DEFAULT + ending
 
 
 def with_and_without_loader(
-    session: Session, workload: StepWorkload, rank_info: RankInfo, contestant: Contestant
+    session: Session, workload: StepWorkload, rank_info: RankInfo, training: Training
 ) -> dict[str, list[StepTurn] | Failure]:
     """Let one training step in turns on a cached batch and on what a loader brings."""
-    training, cached = Training(contestant, workload, rank_info), repeat(workload.cached_batch(rank_info))
+    cached = repeat(workload.cached_batch(rank_info))
     training.warm_up(cached, workload.turns.warm_ups)
     runtime, steps = training.config.runtime, _LOADER_STEPS * workload.turns.steps
     turns: dict[str, list[StepTurn]] = {CACHED: [], SHARDS: []}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import Failure, first_line, in_turns, spread
-from benchmarks.train_step.engines import Contestant, Training, allocated
+from benchmarks.train_step.engines import Contestants, Training, allocated
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PARTS
 from iwm_fast.monitoring.throughput import build_yardstick
@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    workload: StepWorkload, contestants: Sequence[Contestant], rank_info: RankInfo, *, deadline: float = math.inf
+    workload: StepWorkload, contestants: Contestants, rank_info: RankInfo, *, deadline: float = math.inf
 ) -> Comparison:
     """Build all, then give each its turns with one cached batch; one that raises is a failure and the others go on.
 
@@ -84,13 +84,13 @@ def compare(
     """
     batches = repeat(workload.cached_batch(rank_info))
     losses, trainings, failures = {}, {}, {}
-    for contestant in contestants:
+    for name, runtime in contestants.items():
         try:
-            training = Training(contestant, workload, rank_info)
-            losses[contestant.name] = training.warm_up(batches, workload.turns.warm_ups)
-            trainings[contestant.name] = training
+            training = Training(runtime, workload, rank_info)
+            losses[name] = training.warm_up(batches, workload.turns.warm_ups)
+            trainings[name] = training
         except Exception as error:
-            failures[contestant.name] = Failure(first_line(error))
+            failures[name] = Failure(first_line(error))
     taken: dict[str, list[StepTurn]] = {name: [] for name in trainings}
     gc.collect()
     for name in in_turns(trainings, workload.turns.rounds, lambda _: time.monotonic() <= deadline):

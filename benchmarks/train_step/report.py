@@ -8,16 +8,6 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.tables import Column, describe, figure, record_table, shape, time
 from iwm_fast.monitoring.step_timer import PARTS
 
-TITLE = "Training step"
-NOTE = """\
-Everyone trains the same networks on the same batch; all are built first and then step in turns, one at a time.
-Images/s follow from the median over turns, "turns" has their 20th and 80th percentile; "by" is the median over rounds
-of how much longer a step is than that of "over" in the same round. The bare loop is forward, backward, clip and step as
-anyone writes them, on one rank, without a look at what is not finite. "Wait" is what a step waits for its batch:
-nothing with a cached one. On two ranks "backward" and "optimizer" hold their exchange. MFU counts what the model needs,
-a multiply-add as two.
-"""
-
 STEP, LOADING = "training step", "training step with its loader"
 
 BARE, PLAIN, DDP = "bare loop", "plain engine", "DistributedDataParallel"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.machine import PROJECT
-from benchmarks.train_step.engines import contestants_of_ranks
+from benchmarks.train_step.engines import CONTESTANTS_OF_RANKS
 from benchmarks.train_step.measure import Comparison, compare
 from benchmarks.train_step.workload import build_workload
 from iwm_fast.runtime import distributed
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workload = build_workload(options.data, rank_info.device, options.quick)
     # written by one, before the others look
     distributed.broadcast_from_rank_zero(lambda: workload.pattern)
-    found = compare(workload, contestants_of_ranks(), rank_info)
+    found = compare(workload, CONTESTANTS_OF_RANKS, rank_info)
     if rank_info.rank == 0:
         options.out.write_bytes(pickle.dumps(found))
     distributed.stop()
