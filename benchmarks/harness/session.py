@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import timing
-from benchmarks.harness.providers import Provider
+from benchmarks.harness.providers import Function, Provider, compiled
 from benchmarks.harness.records import PASSES, Record, Shape, append
 from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.timing import Effort, Failure
+from iwm_fast.kernels.ops import FUSED, REFERENCE
 
 ROUNDING = 5e-3
 """Relative errors below are bfloat16's own: rounding a result once costs up to 2e-3."""
@@ -95,16 +96,30 @@ class Session:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def check_and_measure(
-        self, case: Case, providers: Sequence[Provider], exact: Provider, names: Sequence[str]
+    def compare_ops(
+        self,
+        case: Case,
+        operation: Callable[..., Function],
+        inputs: dict[str, Tensor],
+        d_outputs: dict[str, Tensor],
     ) -> None:
-        """Check the fused operation, the first provider, beside the plain one, the second; time all that run.
+        """Check the fused operation, and time it, the plain one and that compiled.
+
+        Args:
+            case: what is compared.
+            operation: takes `Ops`, and exact=True for float64 without autocast; returns the function of the inputs.
+            inputs: what is passed, by name.
+            d_outputs: the gradient that comes back for each output, by name.
 
         Raises:
             WrongResultError: see `check`.
         """
-        is_able = self.check(case, names, fused=providers[0], plain=providers[1], exact=exact)
-        self.measure(case, providers if is_able else providers[1:])
+        fused = Provider("fused", operation(FUSED), tuple(inputs.values()), tuple(d_outputs.values()))
+        plain = fused._replace(name="eager", function=operation(REFERENCE))
+        exact = fused.in_double(operation(REFERENCE, exact=True))
+        names = [*d_outputs, *(f"d_{name}" for name in inputs)]
+        own = [fused] if self.check(case, names, fused=fused, plain=plain, exact=exact) else []
+        self.measure(case, [*own, plain, plain._replace(name="compiled", function=compiled(plain.function))])
 
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:
         """Time every pass of all providers in turns; one that raises is written down and drops out."""

@@ -59,6 +59,7 @@ def measure(session: Session, architectures: Sequence[int]) -> None:
                 )
         for head_dim in ragged_attention.HEAD_DIMS:
             tile_waste(session, arch, head_dim)
+        for head_dim in ragged_attention.HEAD_DIMS:
             count_kernels(session, arch, head_dim)
     floors(session)
 

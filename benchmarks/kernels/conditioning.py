@@ -1,14 +1,15 @@
 """The predictor's input, assembled and conditioned: by features (the mixer) and by sequence (action tokens)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.providers import Function, Provider, compiled, leaf
+from benchmarks.harness.providers import Function, leaf
 from benchmarks.harness.rooflines import conditioning_costs
 from benchmarks.harness.session import Case, Session
-from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
+from iwm_fast.kernels.ops import Ops
 from iwm_fast.kernels.predictor_input.layout import PatchRows, SequenceRows, sequence_rows
 from iwm_fast.kernels.predictor_input.op import Mixer
 from iwm_fast.pipelines.config import ViewConfig
@@ -42,15 +43,8 @@ def conditioning(session: Session, kind: str, images: int, width: int = WIDTH, n
     positions = torch.randn(num_patches, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
 
-    def assemble(ops: Ops, exact: bool = False) -> Function:
-        return assembled(ops, (positions, action), (patches, places), session.device, exact=exact)
-
-    d_packed = torch.randn(sum(rows), width, device=session.device)
-    fused = Provider("fused", assemble(FUSED), tuple(inputs.values()), (d_packed,))
-    eager = fused._replace(name="eager", function=assemble(REFERENCE))
-    providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    exact = fused.in_double(assemble(REFERENCE, exact=True))
-    session.check_and_measure(case, providers, exact, ("packed", *(f"d_{name}" for name in inputs)))
+    operation = partial(assembled, (positions, action), (patches, places), session.device)
+    session.compare_ops(case, operation, inputs, {"packed": torch.randn(sum(rows), width, device=session.device)})
 
 
 def split(
@@ -81,21 +75,16 @@ def kind_inputs(kind: str, images: int, num_context: int, width: int, device: st
 
 
 def assembled(
-    ops: Ops, given: Sequence[Tensor], rows: tuple[PatchRows, SequenceRows], device: str, *, exact: bool
+    given: Sequence[Tensor], rows: tuple[PatchRows, SequenceRows], device: str, ops: Ops, *, exact: bool = False
 ) -> Function:
     """Return the operation as the predictor calls it, under autocast; exact: in float64 without."""
     positions, action = (tensor.double() if exact else tensor for tensor in given)
 
     def assemble(context: Tensor, mask_token: Tensor, *others: Tensor) -> Tensor:
-        layers, tokens = ((), others[0]) if len(others) == 1 else (others, None)
+        # action tokens, or the mixer's weights
+        how = {"action_tokens": others[0]} if len(others) == 1 else {"mixer": Mixer(action, *others)}
+        how = {"action_tokens": None, "mixer": None} | how
         with torch.autocast(device, torch.bfloat16, enabled=not exact):
-            return ops.predictor_input(
-                context,
-                mask_token,
-                positions,
-                *rows,
-                action_tokens=tokens,
-                mixer=Mixer(action, *layers) if layers else None,
-            )
+            return ops.predictor_input(context, mask_token, positions, *rows, **how)
 
     return assemble

@@ -1,12 +1,14 @@
 """Residual addition and LayerNorm as a block calls them: a bfloat16 update, a float32 stream, autocast."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from benchmarks.harness.providers import Function, Provider, compiled, leaf
+from benchmarks.harness.providers import Function, leaf
 from benchmarks.harness.rooflines import norm_costs
 from benchmarks.harness.session import Case, Session
-from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
+from iwm_fast.kernels.ops import Ops
 from iwm_fast.models.layers import NORM_EPS
 
 ROWS = 256 * 196
@@ -25,18 +27,17 @@ def norm(session: Session, rows: int, width: int) -> None:
     if not session.has_time(case):
         return
     device = session.device
-    update = leaf(rows, width, device=device, dtype=torch.bfloat16)
-    affine = leaf(width, device=device), leaf(width, device=device)
-    inputs = update, leaf(rows, width, device=device), *affine
+    inputs = {
+        "update": leaf(rows, width, device=device, dtype=torch.bfloat16),
+        "residual": leaf(rows, width, device=device),
+        "weight": leaf(width, device=device),
+        "bias": leaf(width, device=device),
+    }
     d_sum = torch.randn(rows, width, device=device)
-    fused = Provider("fused", normed(FUSED, device), inputs, (d_sum, d_sum.bfloat16()))
-    eager = fused._replace(name="eager", function=normed(REFERENCE, device))
-    providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    names = ("sum", "normed", "d_update", "d_residual", "d_weight", "d_bias")
-    session.check_and_measure(case, providers, fused.in_double(normed(REFERENCE, device, exact=True)), names)
+    session.compare_ops(case, partial(normed, device), inputs, {"sum": d_sum, "normed": d_sum.bfloat16()})
 
 
-def normed(ops: Ops, device: str, *, exact: bool = False) -> Function:
+def normed(device: str, ops: Ops, *, exact: bool = False) -> Function:
     """Return the operation, with the norm in the dtype of the product that follows: autocast would cast it there.
 
     Exact: without autocast, in the dtype of the inputs.

@@ -28,6 +28,8 @@ from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compi
 WHOLE_LENGTHS = (196, 256, 212)
 TILED_LENGTHS = (400, 320)
 HEAD_DIMS = (64, 32)
+TILES = [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+"""Settings for long sequences."""
 SHIPPED = "shipped"
 _PARTS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
 
@@ -72,7 +74,7 @@ def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str,
         # the second kernel backward reads what the first one writes
         first.run()
         shared = {} if kernel == "forward" else {"delta_ptr": first.arguments["delta_ptr"]}
-        candidates = {name_tiles(tiles): tiled_launch(tiles, kernel, buffers, shared) for tiles in all_tiles()}
+        candidates = {name_tiles(tiles): tiled_launch(tiles, kernel, buffers, shared) for tiles in TILES}
         usual = [tiled_launch(getattr(cut, kernel), kernel, buffers, shared)]
     time_launches(session, case, pass_, candidates, usual, buffers=buffers)
 
@@ -83,11 +85,6 @@ def groups(length: int) -> list[Group]:
         (pieces(length, 16), pieces(length, 64), (128, 64, 64), (256,), (128, 128), (64,) * triton.cdiv(length, 64))
     )  # fmt: skip
     return [Group((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
-
-
-def all_tiles() -> list[Tiles]:
-    """Return settings for long sequences."""
-    return [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
 
 
 def name_group(group: Group) -> str:

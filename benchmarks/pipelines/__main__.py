@@ -16,7 +16,6 @@ from benchmarks.harness.session import Session
 from benchmarks.pipelines import (
     action_log,
     dali_conditionals,
-    decoder_sweep,
     loader_memory,
     report,
     shuffle_quality,
@@ -28,7 +27,7 @@ from iwm_fast.pipelines.config import ViewConfig
 
 SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "streams": stages.run,
-    "sweep": decoder_sweep.run,
+    "sweep": stages.sweep_decoder,
     "log": action_log.run,
     "conditionals": dali_conditionals.run,
     "shuffle": shuffle_quality.run,

@@ -10,8 +10,9 @@ from benchmarks.pipelines.baselines import STYLES
 from benchmarks.pipelines.streams import Workload, loader_stream, reader_stream, stage_stream
 from iwm_fast.pipelines.storage.shard_set import find_shards
 
-WARM_SHARE, COLD_SHARE = 0.5, 0.3
+WARM_SHARE, COLD_SHARE, SWEEP_SHARE = 0.5, 0.3, 0.5
 """Of the time that is left when they begin."""
+DECODER_LOADS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 
 Name = tuple[str, str]
 """Task and provider."""
@@ -78,3 +79,22 @@ def measure_cold(session: Session, workload: Workload, streams: dict[Name, Strea
     for (task, provider), result in found.items():
         shape = {"from": report.COLD, **workload.shape}
         interleave.note(session, Case(task, shape), provider, result, share_left_in_memory=round(max(left), 4))
+
+
+def sweep_decoder(session: Session, workload: Workload) -> None:
+    """On a GPU, time our loader with each number of threads and each share of the JPEGs for its own decoder."""
+    if workload.device.type != "cuda":
+        session.left_out.append("decoder sweep (there is no GPU here)")
+        return
+    cores, turns = workload.threads, workload.turns
+    streams = {
+        (threads, load): loader_stream(workload, loader_threads=threads, hw_decoder_load=load)
+        for threads in sorted({max(cores // 2, 1), cores, 2 * cores})
+        for load in DECODER_LOADS
+    }
+    # many settings: a little of each
+    few = turns._replace(rounds=min(turns.rounds, 2), seconds=min(turns.seconds, 3.0))
+    found = interleave.compare(streams, few, deadline=session.deadline_of(SWEEP_SHARE))
+    for (threads, load), result in found.items():
+        shape = workload.shape | {"threads": threads, "hw_decoder_load": str(load)}
+        interleave.note(session, Case(report.SWEEP, shape), report.OURS, result)

@@ -40,30 +40,20 @@ def take_turn(
     """Run some steps, of which the first ones do not count."""
     for _ in range(left_out):
         training.step(batches)
-    before = _wait(rank_info)
-    began = time.perf_counter()
-    reports = [training.step(batches) for _ in range(steps)]
-    peak = _peak(rank_info) - before
-    step_s = (time.perf_counter() - began) / steps
-    taken = [report.stopwatch.seconds() for report in reports]
-    return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
-
-
-def _wait(rank_info: RankInfo) -> int:
-    """Wait for all that was started, here and on the other ranks; return what is in use on a GPU."""
-    if rank_info.device.type == "cuda":
+    is_on_gpu = rank_info.device.type == "cuda"
+    if is_on_gpu:
         torch.cuda.synchronize(rank_info.device)
         torch.cuda.reset_peak_memory_stats(rank_info.device)
     if rank_info.world_size > 1:
         dist.barrier()
-    return allocated(rank_info.device)
-
-
-def _peak(rank_info: RankInfo) -> int:
-    if rank_info.device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(rank_info.device)
-    return torch.cuda.max_memory_allocated(rank_info.device)
+    before, began = allocated(rank_info.device), time.perf_counter()
+    reports = [training.step(batches) for _ in range(steps)]
+    if is_on_gpu:
+        torch.cuda.synchronize(rank_info.device)
+    step_s = (time.perf_counter() - began) / steps
+    peak = torch.cuda.max_memory_allocated(rank_info.device) - before if is_on_gpu else 0
+    taken = [report.stopwatch.seconds() for report in reports]
+    return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
 
 
 class Comparison(NamedTuple):

@@ -51,17 +51,14 @@ def speeds(timed: Sequence[Record]) -> str:
         "memory, GB": figure("memory_gb", ".1f"),
     }
     peaks = dict.fromkeys(str(record.figures["peak"]) for record in timed if "peak" in record.figures)
-    shapes = dict.fromkeys(describe(_common(record)) for record in timed)
+    about = ({**one.shape, "networks": one.shape["model"], "precision": one.dtype} for one in timed)
+    names = ("networks", "view", "B", "precision")
+    shapes = dict.fromkeys(describe({name: shape[name] for name in names}) for shape in about)
     return f"{record_table(timed, columns)}\n\n{'; '.join([*shapes, *peaks])}."
 
 
 def _who(record: Record) -> str:
     return f"{record.shape['engine']}, {record.provider}" if record.what == LOADING else record.provider
-
-
-def _common(record: Record) -> dict[str, int | str]:
-    view, size = record.shape["view"], record.shape["B"]
-    return {"networks": record.shape["model"], "view": view, "B": size, "precision": record.dtype}
 
 
 def parts(timed: Sequence[Record]) -> str:

@@ -140,7 +140,7 @@ def test_sweep_candidates_hold_the_length():
             (split,) = group.ladder
             # all pieces but the last are full
             assert sum(split[:-1]) < length <= sum(split)
-    assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.all_tiles()}) == len(tile_sweep.all_tiles())
+    assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.TILES}) == len(tile_sweep.TILES)
     assert tile_sweep.name_tiles(Tiles(64, 32, 4, 2)) == "64x32 w4 s2"
 
 

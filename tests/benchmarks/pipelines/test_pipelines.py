@@ -24,7 +24,6 @@ from benchmarks.pipelines import (
     action_log,
     checks,
     dali_conditionals,
-    decoder_sweep,
     loader_memory,
     report,
     shuffle_quality,
@@ -169,7 +168,7 @@ def test_neutral_parameters_make_the_same_pixels_and_are_timed(session, workload
 
 
 def test_without_a_gpu_its_decoder_is_left_out(session, workload):
-    decoder_sweep.run(session, workload)
+    stages.sweep_decoder(session, workload)
     assert session.records == [] and "no GPU" in session.left_out[0]
 
 
