@@ -15,12 +15,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.features import report as feature_tables
+from benchmarks.features import report
 from benchmarks.features.report import FEATURES, FORWARD, POOLED, TOKENS
 from benchmarks.harness import cli, interleave, results
 from benchmarks.harness.interleave import Turn
 from benchmarks.harness.photograph_shards import PhotographShards, read_into_memory
+from benchmarks.harness.records import Shape
 from benchmarks.harness.session import Case, Session, WrongResultError
+from benchmarks.harness.timing import in_turns
 from iwm_fast import world_model
 from iwm_fast.config.run import EncoderConfig, ModelConfig, RunConfig, RuntimeConfig
 from iwm_fast.evals.datasets import Labelled, batches
@@ -43,23 +45,20 @@ class Workload:
 
     model: WorldModel
     part: Labelled
-    shape: dict[str, int | str]
-    rounds: int
+    shape: Shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
     options = cli.parser("features", __doc__, KINDS, suffix=results.FEATURES).parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    session = cli.open_session(options, device, PACKAGES, suffix=results.FEATURES)
-    if device == "cpu":
+    session = cli.open_session(options, PACKAGES, suffix=results.FEATURES)
+    if session.device == "cpu":
         # as an evaluation does, so that decoding threads and torch's do not fight for the same cores
         torch.set_num_threads(1)
     kinds: dict[str, Kind] = {name: kind for name, kind in KINDS.items() if options.only in (None, name)}
-    return cli.conduct(
-        session,
-        lambda: measure(session, build_workload(options.data, device, options.quick), kinds),
-        lambda found: feature_tables.sections(found, level="##"),
+    workload = build_workload(options.data, session.device, options.quick)
+    return cli.run_and_report(
+        session, lambda: measure(session, workload, kinds), lambda found: report.sections(found, level="##")
     )
 
 
@@ -84,7 +83,6 @@ def build_workload(folder: Path, device: str, is_quick: bool) -> Workload:
         part=Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)),
         shape={"encoder": name, "view": size, "images": shards.num_samples, "B": EVALUATION_BATCH,
                "photographs": f"{photographs.width}x{photographs.height}", "threads": torch.get_num_threads()},
-        rounds=1 if is_quick else 3,
     )  # fmt: skip
 
 
@@ -94,25 +92,21 @@ def measure(session: Session, workload: Workload, kinds: dict[str, Kind]) -> Non
     Raises:
         WrongResultError: if an extraction keeps something else than the forward says.
     """
-    views = [
-        batch.source_view.clone() for batch in batches(workload.model, workload.part.shards, workload.part.samples)
-    ]
+    part = workload.part
+    views = [batch.source_view.clone() for batch in batches(workload.model, part.shards, part.samples)]
     works: dict[str, Callable[[], np.ndarray]] = {FORWARD: lambda: forward(workload.model, views, "pooled")}
     for name, kind in kinds.items():
         check(workload, views, name, kind)
         works[name] = lambda kind=kind: extraction(workload, kind)
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(workload.rounds):
-        if number > 0 and not session.has_time(f"round {number + 1}"):
-            break
-        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
-            begin = time.perf_counter()
-            works[name]()
-            taken[name].append(time.perf_counter() - begin)
+    for name in in_turns(works, 1 if session.is_quick else 3, lambda number: session.has_time(f"round {number}")):
+        begin = time.perf_counter()
+        works[name]()
+        taken[name].append(time.perf_counter() - begin)
     for name, times_s in taken.items():
         over = [100 * (own / base - 1) for own, base in zip(times_s, taken[FORWARD], strict=True)]
         figures = {} if name == FORWARD else {"over_percent": round(statistics.median(over), 2)}
-        result = [Turn(len(workload.part.samples), [time_s]) for time_s in times_s]
+        result = [Turn(len(part.samples), [time_s]) for time_s in times_s]
         interleave.note(session, Case(FEATURES, workload.shape, "float32"), name, result, **figures)
 
 
@@ -125,11 +119,8 @@ def forward(model: WorldModel, views: list[torch.Tensor], kind: Kind) -> np.ndar
 def extraction(workload: Workload, kind: Kind) -> np.ndarray:
     """Do what an evaluation does for the features of these images."""
     with TemporaryDirectory() as folder:
-        return np.array(
-            FeatureCache(folder, [workload.model], single_process(workload.model.device.type)).rows(
-                workload.model, workload.part, kind
-            )
-        )
+        cache = FeatureCache(folder, [workload.model], single_process(workload.model.device.type))
+        return np.array(cache.rows(workload.model, workload.part, kind))
 
 
 def check(workload: Workload, views: list[torch.Tensor], name: str, kind: Kind) -> None:

@@ -1,45 +1,40 @@
-"""The measurements of frozen features as a table: on the terminal and in the README."""
+"""The measurements of frozen features: names of the records, goal and table."""
 
 from collections.abc import Sequence
 
-from benchmarks.harness.goals import Goal, verdict
+from benchmarks.harness import tables
+from benchmarks.harness.goals import Goal, goal_table
 from benchmarks.harness.records import Record
-from benchmarks.harness.tables import describe, failures, table
+from benchmarks.harness.tables import describe, figure, record_table, time
 
 FEATURES = "frozen features"
 FORWARD, POOLED, TOKENS = "forward alone", "extraction, pooled", "extraction, tokens"
 
-_GOAL = Goal("extraction over the encoder's own forward, %", "", {}, "", 10.0, is_at_most=True)
-
 
 def sections(records: Sequence[Record], level: str = "###") -> str:
-    """Return the table, the goal first."""
+    """Return every table that has something in it, each under a heading, the goals first."""
+    found = {"Goals": goal_table(GOALS, records), "Extraction": _speeds(records)}
+    return tables.sections(found, records, level)
+
+
+def slowest_percent(records: Sequence[Record]) -> float | None:
+    """Return how much longer the slower kind of extraction takes than the forward in the same round."""
+    return max((record.figures["over_percent"] for record in records if "over_percent" in record.figures), default=None)
+
+
+GOALS = (Goal("extraction over the encoder's own forward, %", 10.0, slowest_percent, is_at_most=True),)
+
+
+def _speeds(records: Sequence[Record]) -> str:
     timed = [record for record in records if record.what == FEATURES and record.failure is None]
     if not timed:
         return ""
-    found = {
-        "Goals": table(["goal", "wanted", "measured", "met"], [[_GOAL.text, *verdict(_GOAL, slowest_percent(timed))]]),
-        "Extraction": _speeds(timed),
-        "Raised": "\n".join(f"- {line}" for line in failures(records)),
+    columns = {
+        "who": tables.provider,
+        "images/s": figure("images_per_s", ".2f"),
+        "s": time("median_ms", ".2f", 1e3),
+        "turns": lambda record: "-".join(time(name, ".2f", 1e3)(record) for name in ("p20_ms", "p80_ms")),
+        "over forward, %": figure("over_percent", ".1f"),
     }
-    return "\n\n".join(f"{level} {heading}\n\n{text}" for heading, text in found.items() if text)
-
-
-def slowest_percent(timed: Sequence[Record]) -> float | None:
-    """Return how much longer the slower kind of extraction takes than the forward in the same round."""
-    return max((record.figures["over_percent"] for record in timed if "over_percent" in record.figures), default=None)
-
-
-def _speeds(timed: Sequence[Record]) -> str:
-    rows = [
-        [
-            record.provider,
-            f"{record.figures['images_per_s']:.2f}",
-            f"{(record.median_ms or 0.0) / 1e3:.2f}",
-            f"{(record.p20_ms or 0.0) / 1e3:.2f}-{(record.p80_ms or 0.0) / 1e3:.2f}",
-            f"{record.figures['over_percent']:.1f}" if "over_percent" in record.figures else "-",
-        ]
-        for record in timed
-    ]
     shapes = dict.fromkeys(describe(record.shape) for record in timed)
-    return f"{table(['who', 'images/s', 's', 'turns', 'over forward, %'], rows)}\n\n{'; '.join(shapes)}."
+    return f"{record_table(timed, columns)}\n\n{'; '.join(shapes)}."

@@ -8,15 +8,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from benchmarks.harness.session import Case, Session
-from benchmarks.harness.timing import Failure, first_line
-
-Name = TypeVar("Name", bound=Hashable)
+from benchmarks.harness.timing import Failure, Name, first_line, in_turns, spread
 
 
 class Turns(NamedTuple):
@@ -36,14 +34,18 @@ QUICK = Turns(rounds=2, seconds=1.0, fewest=2)
 class Stream(NamedTuple):
     """Batches from someone who makes them."""
 
-    open: Callable[[], AbstractContextManager[Iterator[Any]]]
-    """Start to make batches; leaving the context stops."""
+    start: Callable[[], Any]
+    """Start to make batches; returns an iterator, often a generator, whose close() stops it."""
     take: Callable[[Any], int]
     """Have a batch as training would, and return how many images are in it."""
     ahead: int = 0
     """Batches that may have been made before they were asked for."""
     burst: int = 1
     """Batches that are made at the same time, each by a worker: a turn ends with the last of them."""
+
+    def open(self) -> closing[Any]:
+        """Return a context in which batches are made."""
+        return closing(self.start())
 
 
 class Turn(NamedTuple):
@@ -78,19 +80,16 @@ def compare(
     """
     failures: dict[Name, Failure] = {}
     taken: dict[Name, list[Turn]] = {name: [] for name in streams}
-    for number in range(turns.rounds):
-        if number > 0 and time.monotonic() > deadline:
-            break
-        for name in list(streams)[:: 1 if number % 2 == 0 else -1]:
-            if name in failures:
-                continue
-            # an earlier stream may hold files and memory until it is cleared away
-            gc.collect()
-            prepare()
-            try:
-                taken[name].append(take_turn(streams[name], turns, most_batches))
-            except Exception as error:
-                failures[name] = Failure(first_line(error))
+    for name in in_turns(streams, turns.rounds, lambda _: time.monotonic() <= deadline):
+        if name in failures:
+            continue
+        # an earlier stream may hold files and memory until it is cleared away
+        gc.collect()
+        prepare()
+        try:
+            taken[name].append(take_turn(streams[name], turns, most_batches))
+        except Exception as error:
+            failures[name] = Failure(first_line(error))
     return {name: failures.get(name) or taken[name] for name in streams}
 
 
@@ -114,31 +113,25 @@ def take_turn(stream: Stream, turns: Turns, most_batches: int | None = None) -> 
     return Turn(images, batch_s)
 
 
+def summarize(taken: Sequence[Turn]) -> dict[str, Any]:
+    """Return median and percentiles over turns of the milliseconds per batch, at the size of the first."""
+    size = taken[0].images / len(taken[0].batch_s)
+    return spread([1e3 * size / turn.images_per_s for turn in taken])
+
+
 def note(session: Session, case: Case, provider: str, result: list[Turn] | Failure, **figures: Any) -> None:
     """Write a record: ms per batch over whole turns, images per second, and how long batches were waited for."""
     if isinstance(result, Failure):
         session.note(case, provider, failure=result.line)
-    else:
-        session.note(case, provider, **summarize(result), figures=_figures(session, result) | figures)
-
-
-def summarize(taken: Sequence[Turn]) -> dict[str, Any]:
-    """Return median and percentiles over turns of the milliseconds per batch, at the size of the first."""
-    size = taken[0].images / len(taken[0].batch_s)
-    per_batch_ms = [1e3 * size / turn.images_per_s for turn in taken]
-    # one turn has no spread: then all three are it
-    tenths = statistics.quantiles(per_batch_ms, n=10, method="inclusive") if len(taken) > 1 else per_batch_ms * 9
-    return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7], "repeats": len(taken)}
-
-
-def _figures(session: Session, taken: Sequence[Turn]) -> dict[str, float | int]:
-    images_per_s = statistics.median(turn.images_per_s for turn in taken)
-    waits_ms = sorted(1e3 * wait for turn in taken for wait in turn.batch_s)
-    return {
+        return
+    images_per_s = statistics.median(turn.images_per_s for turn in result)
+    waits_ms = sorted(1e3 * wait for turn in result for wait in turn.batch_s)
+    found = {
         "images_per_s": round(images_per_s, 1),
         "images_per_s_per_core": round(images_per_s / session.machine["cores"], 1),
         "batch_p50_ms": round(statistics.median(waits_ms), 2),
-        "batch_p99_ms": round(waits_ms[min(int(0.99 * len(waits_ms)), len(waits_ms) - 1)], 2),
+        "batch_p99_ms": round(waits_ms[int(0.99 * len(waits_ms))], 2),
         "batches": len(waits_ms),
-        "images": sum(turn.images for turn in taken),
+        "images": sum(turn.images for turn in result),
     }
+    session.note(case, provider, **summarize(result), figures=found | figures)

@@ -42,11 +42,12 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit or _known_commit(),
-        "command": _command(),
+        "commit": commit or provenance.commit(),
+        # as it was typed, without the interpreter's folder
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value not in (None, "unknown")}
 
 
 def slug(name: str) -> str:
@@ -62,25 +63,12 @@ def num_cores() -> int:
 
 
 def _driver() -> str | None:
-    return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
-
-
-def _known_commit() -> str | None:
-    found = provenance.commit()
-    return None if found == "unknown" else found
-
-
-def _command() -> str:
-    # as it was typed, without the interpreter's folder
-    return " ".join(["python", *sys.orig_argv[1:]])
-
-
-def _answer(*command: str) -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return answer.strip().partition("\n")[0] or None
 
 
 def processor(about: dict[str, Any]) -> str:

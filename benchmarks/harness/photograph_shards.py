@@ -12,15 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
-from webdataset.writer import ShardWriter
 
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.demo_data import DEMO_PHOTOGRAPHS
 from iwm_fast.pipelines.storage.shard_set import find_shards
+from iwm_fast.pipelines.storage.shard_writer import publish_folder, write_shards
 
 NUM_PHOTOGRAPHS = 10
 """Of those of the demonstration: the ones in colour."""
@@ -85,11 +84,9 @@ def load_photograph(path: str) -> Image.Image:
 
 def write_numbers(folder: Path, num_shards: int, samples_per_shard: int) -> str:
     """Write shards of samples that hold their own number as text, sorted; return their pattern."""
-    place = folder / f"numbers-{num_shards}x{samples_per_shard}"
-    count = num_shards * samples_per_shard
-    return write_once(
-        place, ({"__key__": f"{number:08}", "jpg": str(number).encode()} for number in range(count)), samples_per_shard
-    )
+    numbers = range(num_shards * samples_per_shard)
+    samples = ({"__key__": f"{number:08}", "jpg": str(number).encode()} for number in numbers)
+    return write_once(folder / f"numbers-{num_shards}x{samples_per_shard}", samples, samples_per_shard)
 
 
 def write_linked(folder: Path, num_shards: int, samples_per_shard: int) -> str:
@@ -110,16 +107,9 @@ def write_linked(folder: Path, num_shards: int, samples_per_shard: int) -> str:
 def write_once(place: Path, samples: Iterable[Sample], samples_per_shard: int) -> str:
     """Write shards into a folder that is whole or not there, and keep them; return their pattern."""
     if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
         print(f"writing {place}", flush=True)
-        with TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as temporary:
-            staging = Path(temporary, "shards")
-            staging.mkdir()
-            pattern = str(staging.absolute()).replace("%", "%%") + "/%06d.tar"
-            with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, mtime=0, encoder=False) as writer:
-                for sample in samples:
-                    writer.write(sample)
-            staging.rename(place)
+        with publish_folder(place) as staging:
+            write_shards(staging / "shard", samples, samples_per_shard)
     return str(place)
 
 

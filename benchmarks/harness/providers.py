@@ -1,6 +1,5 @@
 """Who is compared: a differentiable function on inputs of its own, and the passes over it that are timed."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,16 +57,8 @@ class Provider(NamedTuple):
 
 
 def compiled(function: Any) -> Any:
-    """Return a function through torch.compile in its default mode, each shape on its own, when it is first called."""
-
-    @functools.cache
-    def make() -> Any:
-        return torch.compile(function, dynamic=False)
-
-    def call(*inputs: Any) -> Any:
-        return make()(*inputs)
-
-    return call
+    """Return a function through torch.compile in its default mode, each shape on its own."""
+    return torch.compile(function, dynamic=False)
 
 
 def leaf(*shape: int, device: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

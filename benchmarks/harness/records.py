@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+Shape = Mapping[str, int | str]
+"""Sizes and choices by name."""
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward+backward")
 
@@ -16,7 +19,7 @@ class Record:
     what: str
     provider: str
     """Who did it; "" where nobody did."""
-    shape: dict[str, int | str]
+    shape: Shape
     dtype: str = ""
     pass_: str = ""
     """One of PASSES, or "" where there is none."""

@@ -27,7 +27,5 @@ def committed_kernels() -> list[Record]:
 def newest_gpu(found: Sequence[Record]) -> list[Record]:
     """Return the records of the GPU that was measured last."""
     measured = [record for record in found if record.machine.get("gpu")]
-    if not measured:
-        return []
-    gpu = max(measured, key=lambda record: str(record.machine.get("run"))).machine["gpu"]
-    return [record for record in measured if record.machine["gpu"] == gpu]
+    newest = max(measured, key=lambda record: str(record.machine.get("run")), default=None)
+    return [record for record in measured if newest and record.machine["gpu"] == newest.machine["gpu"]]

@@ -70,19 +70,6 @@ def norm_costs(rows: int, width: int) -> dict[str, Cost]:
     return _with_both(Cost(12 * rows * width + statistics, 0), Cost(16 * rows * width + statistics, 0))
 
 
-def predictor_flops(sizes: dict[str, int]) -> int:
-    """Return operations of one training step of the predictor with a mixer: three times those forward.
-
-    Per row and block 24 width^2 (MLP of four widths) and 4 width per row attended to; embedding, projection, mixer.
-    """
-    width, images = sizes["dim"], sizes["B"]
-    context, targets = images * sizes["context"], images * sizes["targets"]
-    rows, longest = context + targets, sizes["context"] + sizes["targets"]
-    blocks = sizes["depth"] * rows * (24 * width**2 + 4 * width * longest)
-    ends = 2 * sizes["encoder_dim"] * width * rows
-    return 3 * (blocks + ends + 4 * targets * width**2)
-
-
 def library_waste(length: int, tile: int) -> float:
     """Return scores computed per score needed if queries and keys both come in tiles of one size."""
     return (math.ceil(length / tile) * tile / length) ** 2

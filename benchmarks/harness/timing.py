@@ -7,8 +7,8 @@ Without a GPU the same code times by the host's clock: good for trying the bench
 import functools
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ MATRIX_SIDE = 8192
 
 _CYCLES_PER_MS = 2_000_000
 _LONGEST_NAP_MS = 50.0
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -75,14 +77,8 @@ def measure(function: Callable[[], object], *, effort: Effort = FULL) -> Timing:
 
 def compare(works: dict[str, Work], *, effort: Effort = FULL) -> dict[str, Timing | Failure]:
     """Time functions in turns; one that raises while it warms up is a failure and the others go on."""
-    failures: dict[str, Failure] = {}
-    naps: dict[str, float] = {}
-    for name, work in works.items():
-        nap_ms = warm_up(work, effort.warm_ups)
-        if isinstance(nap_ms, Failure):
-            failures[name] = nap_ms
-        else:
-            naps[name] = nap_ms
+    warmed = {name: warm_up(work, effort.warm_ups) for name, work in works.items()}
+    naps = {name: nap_ms for name, nap_ms in warmed.items() if not isinstance(nap_ms, Failure)}
     begin = time.perf_counter()
     for name, nap_ms in naps.items():
         _once(works[name], nap_ms)
@@ -92,14 +88,28 @@ def compare(works: dict[str, Work], *, effort: Effort = FULL) -> dict[str, Timin
     for _ in range(repeats):
         for name, nap_ms in naps.items():
             times[name].append(_once(works[name], nap_ms))
-    return {name: failures[name] if name in failures else summarize(times[name]) for name in works}
+    return {name: one if isinstance(one, Failure) else summarize(times[name]) for name, one in warmed.items()}
 
 
-def summarize(times: list[tuple[float, float]]) -> Timing:
-    """Return median and percentiles of (device, host) milliseconds; two at least."""
-    device_ms = statistics.quantiles([device for device, _ in times], n=10, method="inclusive")
-    host_ms = statistics.median(host for _, host in times)
-    return Timing(device_ms[4], device_ms[1], device_ms[7], len(times), host_ms)
+def in_turns(names: Iterable[Name], rounds: int, has_time: Callable[[int], bool]) -> Iterator[Name]:
+    """Yield all names once a round, in changing order, as long as there is time for the second round and so on."""
+    order = list(names)
+    for number in range(rounds):
+        if number > 0 and not has_time(number + 1):
+            break
+        yield from order[:: 1 if number % 2 == 0 else -1]
+
+
+def spread(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Return median and percentiles of milliseconds under a record's names; a single time is all of them."""
+    tenths = statistics.quantiles(times_ms, n=10, method="inclusive") if len(times_ms) > 1 else [*times_ms] * 9
+    return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7], "repeats": len(times_ms)}
+
+
+def summarize(times: Sequence[tuple[float, float]]) -> Timing:
+    """Return median and percentiles of (device, host) milliseconds."""
+    device_ms, host_ms = zip(*times, strict=True)
+    return Timing(**spread(device_ms), host_ms=statistics.median(host_ms))
 
 
 def warm_up(work: Work, times: int) -> float | Failure:

@@ -26,32 +26,28 @@ def run(session: Session) -> None:
     """Measure everything about attention."""
     for head_dim in HEAD_DIMS[:1] if session.is_quick else HEAD_DIMS:
         for images, length in QUICK_DENSE if session.is_quick else DENSE:
-            dense(session, images, length, head_dim)
+            compare(session, [length] * images, head_dim)
         generator = random.Random(0)
-        packed(session, [generator.randint(SHORTEST, LONGEST) for _ in range(256)], head_dim)
+        compare(session, [generator.randint(SHORTEST, LONGEST) for _ in range(256)], head_dim)
     new_lengths(session, 64, 50 if session.is_quick else 200)
 
 
-def dense(session: Session, images: int, length: int, head_dim: int, num_heads: int = NUM_HEADS) -> None:
-    """Measure a batch of one length."""
-    shape: dict[str, int | str] = {"N": length, "d": head_dim, "H": num_heads, "B": images}
-    case = Case("attention", shape, costs=attention_costs([length] * images, num_heads, head_dim))
-    if not session.has_time(case):
-        return
-    qkv, d_out = attention_baselines.inputs(images * length, num_heads, head_dim, session.device)
-    providers = attention_baselines.dense_providers(qkv, length, d_out)
-    session.measure(case, checked(session, case, providers, [length] * images))
-
-
-def packed(session: Session, lengths: list[int], head_dim: int, num_heads: int = NUM_HEADS) -> None:
-    """Measure packed sequences of different lengths."""
-    span = f"{min(lengths)}-{max(lengths)}"
-    shape: dict[str, int | str] = {"N": span, "d": head_dim, "H": num_heads, "B": len(lengths)}
-    case = Case("packed attention", shape, costs=attention_costs(lengths, num_heads, head_dim))
+def compare(session: Session, lengths: list[int], head_dim: int, num_heads: int = NUM_HEADS) -> None:
+    """Measure sequences of these lengths: as a dense batch if all have the same, packed otherwise."""
+    shortest, longest = min(lengths), max(lengths)
+    is_dense = shortest == longest
+    span = longest if is_dense else f"{shortest}-{longest}"
+    shape = {"N": span, "d": head_dim, "H": num_heads, "B": len(lengths)}
+    costs = attention_costs(lengths, num_heads, head_dim)
+    case = Case("attention" if is_dense else "packed attention", shape, costs=costs)
     if not session.has_time(case):
         return
     qkv, d_out = attention_baselines.inputs(sum(lengths), num_heads, head_dim, session.device)
-    providers = attention_baselines.packed_providers(qkv, offsets_of(lengths, session.device), max(lengths), d_out)
+    if is_dense:
+        providers = attention_baselines.dense_providers(qkv, longest, d_out)
+    else:
+        offsets = offsets_of(lengths, session.device)
+        providers = attention_baselines.packed_providers(qkv, offsets, longest, d_out)
     session.measure(case, checked(session, case, providers, lengths))
 
 
@@ -70,6 +66,6 @@ def checked(session: Session, case: Case, providers: list[Provider], lengths: li
     some = fused.at([fused.inputs[0][rows]], [fused.d_outputs[0][rows]])
     plain = some._replace(function=lambda qkv: REFERENCE.ragged_attention(qkv, *sequences))
     exact = plain.in_double(plain.function)
-    parts = {"fused": fused, "plain": plain, "exact": exact}
-    is_able = session.check(case, parts, ("out", "d_qkv"), rows=lambda tensor: tensor[rows])
+    names, pick = ("out", "d_qkv"), lambda tensor: tensor[rows]
+    is_able = session.check(case, names, fused=fused, plain=plain, exact=exact, rows=pick)
     return providers if is_able else providers[1:]

@@ -6,6 +6,7 @@ gradients into one again; that is part of their time, as it is in a model. `long
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,24 +35,27 @@ def inputs(rows: int, num_heads: int, head_dim: int, device: str) -> tuple[Tenso
     return qkv, torch.randn(rows, num_heads, head_dim, device=device).bfloat16()
 
 
-def attend_dense(backend: SDPBackend, qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
-    """Attend within each `longest` rows of (sum N, 3, H, d) by one backend of PyTorch; offsets are taken for granted.
+def by(backend: SDPBackend, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function whose attention is computed by one backend of PyTorch, which raises where it cannot."""
 
-    Raises:
-        RuntimeError: if the backend cannot.
-    """
-    with sdpa_kernel(backend):
-        return attend_by_default(qkv, offsets, longest)
+    def call(*inputs: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return function(*inputs)
+
+    return call
 
 
-def attend_by_default(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
-    """Attend like `attend_dense`, by the backend that PyTorch prefers or that the caller has chosen."""
-    _, _, num_heads, head_dim = qkv.shape
+def attend_padded(padded: Tensor, is_key: Tensor | None = None) -> Tensor:
+    """Attend in (B, L, 3, H, d), padded to one length, to all keys or those that are some: is_key (B, 1, 1, L)."""
+    query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
+    mask = None if is_key is None else is_key.expand(-1, 1, query.shape[2], -1)
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(0, 1)
+
+
+def attend_dense(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
+    """Attend within each `longest` rows of (sum N, 3, H, d); offsets are taken for granted."""
     # -1: as many sequences as there are, without asking how many rows
-    parts = qkv.view(-1, longest, 3, num_heads, head_dim).unbind(2)
-    query, key, value = (part.transpose(1, 2) for part in parts)
-    out = F.scaled_dot_product_attention(query, key, value)
-    return out.transpose(1, 2).reshape(-1, num_heads, head_dim)
+    return attend_padded(qkv.view(-1, longest, *qkv.shape[1:]))
 
 
 def attend_packed(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
@@ -63,22 +67,11 @@ def attend_packed(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tensor:
     return out
 
 
-def attend_masked(backend: SDPBackend, is_key: Tensor, padded: Tensor) -> Tensor:
-    """Attend in (B, L, 3, H, d), padded to one length, to keys that are some: is_key (B, 1, 1, L)."""
-    query, key, value = (part.transpose(1, 2) for part in padded.unbind(2))
-    with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(query, key, value, is_key.expand(-1, 1, query.shape[2], -1))
-    return out.transpose(1, 2).flatten(0, 1)
-
-
 def dense_providers(qkv: Tensor, longest: int, d_out: Tensor) -> list[Provider]:
     """Return everybody for sequences of one length: qkv (B * N, 3, H, d), d_out (B * N, H, d)."""
-    functions: dict[str, Attend] = {
-        "fused": FUSED.ragged_attention,
-        "eager": REFERENCE.ragged_attention,
-        "compiled": compiled(REFERENCE.ragged_attention),
-    }
-    functions |= {name: partial(attend_dense, backend) for name, backend in SDPA.items()}
+    own = {"fused": FUSED.ragged_attention, "eager": REFERENCE.ragged_attention}
+    peers = {name: by(backend, attend_dense) for name, backend in SDPA.items()}
+    functions = {**own, "compiled": compiled(REFERENCE.ragged_attention), **peers}
     return [Provider(name, _call(attend, None, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
 
 
@@ -88,31 +81,19 @@ def packed_providers(qkv: Tensor, offsets: Tensor, longest: int, d_out: Tensor) 
     Those that need padding get padded tensors as inputs, and leave the result padded: moving is not in their time.
     Without a mask padding is attended to, which is wrong and the least that padding can cost.
     """
-    functions: dict[str, Attend] = {
-        "fused": FUSED.ragged_attention,
-        "eager": REFERENCE.ragged_attention,
-        "varlen_attn": attend_packed,
-    }
+    own = {"fused": FUSED.ragged_attention, "eager": REFERENCE.ragged_attention}
+    functions = {**own, "varlen_attn": attend_packed}
     packed = [Provider(name, _call(attend, offsets, longest), (qkv,), (d_out,)) for name, attend in functions.items()]
     is_key = torch.arange(longest, device=qkv.device) < offsets.diff()[:, None]
     padded = _padded(qkv, is_key).requires_grad_()
     d_padded = _padded(d_out, is_key).flatten(0, 1)
-    backend = SDPA["cuDNN"]
-    unmasked = partial(_unmasked, backend)
-    masked = partial(attend_masked, backend, is_key[:, None, None])
-    return [
-        *packed,
-        Provider("cuDNN padded", unmasked, (padded,), (d_padded,)),
-        Provider("cuDNN padded, mask", masked, (padded,), (d_padded,)),
-    ]
+    unmasked = Provider("cuDNN padded", by(SDPA["cuDNN"], attend_padded), (padded,), (d_padded,))
+    attend = by(SDPA["cuDNN"], partial(attend_padded, is_key=is_key[:, None, None]))
+    return [*packed, unmasked, unmasked._replace(name="cuDNN padded, mask", function=attend)]
 
 
 def _call(attend: Attend, offsets: Tensor | None, longest: int) -> Function:
     return lambda qkv: attend(qkv, offsets, longest)
-
-
-def _unmasked(backend: SDPBackend, padded: Tensor) -> Tensor:
-    return attend_dense(backend, padded.flatten(0, 1), None, padded.shape[1])
 
 
 def _padded(packed: Tensor, is_key: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """The predictor's input, assembled and conditioned: by features (the mixer) and by sequence (action tokens)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.providers import Function, Provider, compiled, leaf
+from benchmarks.harness.providers import Function, leaf
 from benchmarks.harness.rooflines import conditioning_costs
 from benchmarks.harness.session import Case, Session
-from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
+from iwm_fast.kernels.ops import Ops
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import Mixer
 from iwm_fast.pipelines.config import ViewConfig
@@ -33,28 +34,17 @@ def conditioning(session: Session, kind: str, images: int, width: int = WIDTH, n
     num_tokens = NUM_ACTIONS if kind == "sequence" else 0
     rows = images * half, images * (num_patches - half), images * num_tokens
     costs = conditioning_costs(rows, width, has_mixer=kind == "feature")
-    shape: dict[str, int | str] = {"context": half, "targets": num_patches - half, "P": width, "B": images}
+    shape = {"context": half, "targets": num_patches - half, "P": width, "B": images}
     case = Case(f"{kind} conditioning", shape, costs=costs)
     if not session.has_time(case):
         return
     patches, places = split(images, num_patches, half, num_tokens, session.device)
-    make = feature_inputs if kind == "feature" else sequence_inputs
-    names, inputs = make(patches, images, width, session.device)
+    inputs = kind_inputs(kind, images, len(patches.context), width, session.device)
     positions = torch.randn(num_patches, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
 
-    def assemble(ops: Ops, exact: bool = False) -> Function:
-        return assembled(ops, (positions, action), (patches, places), session.device, exact=exact)
-
-    packed_rows = len(patches.context) + len(patches.targets) + len(places.action_tokens)
-    d_packed = torch.randn(packed_rows, width, device=session.device)
-    fused = Provider("fused", assemble(FUSED), inputs, (d_packed,))
-    eager = fused._replace(name="eager", function=assemble(REFERENCE))
-    exact = fused.in_double(assemble(REFERENCE, exact=True))
-    providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    parts = {"fused": fused, "plain": eager, "exact": exact}
-    is_able = session.check(case, parts, ("packed", *names))
-    session.measure(case, providers if is_able else providers[1:])
+    operation = partial(assembled, (positions, action), (patches, places), session.device)
+    session.compare_ops(case, operation, inputs, {"packed": torch.randn(sum(rows), width, device=session.device)})
 
 
 def split(
@@ -70,44 +60,31 @@ def split(
     return patches, packed_layout(*ends, num_tokens, **sizes)
 
 
-def feature_inputs(
-    patches: PatchIndex, images: int, width: int, device: str
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors: context as autocast leaves it, mask token and the mixer's weights in float32."""
-    weights = [(width, width + NUM_ACTIONS), (width,), (width, width), (width,), (width, width), (width,)]
-    layers = [leaf(*shape, device=device, scale=width**-0.5) for shape in weights]
-    names = "d_context", "d_mask_token", "d_w1", "d_b1", "d_w2", "d_b2", "d_w3", "d_b3"
-    return names, (*_rows(patches, width, device), *layers)
-
-
-def sequence_inputs(
-    patches: PatchIndex, images: int, width: int, device: str
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors: context as autocast leaves it, mask token and action tokens in float32."""
-    tokens = leaf(images, NUM_ACTIONS, width, device=device)
-    return ("d_context", "d_mask_token", "d_action_tokens"), (*_rows(patches, width, device), tokens)
-
-
-def _rows(patches: PatchIndex, width: int, device: str) -> tuple[Tensor, Tensor]:
-    return leaf(len(patches.context), width, device=device, dtype=torch.bfloat16), leaf(width, device=device)
+def kind_inputs(kind: str, images: int, num_context: int, width: int, device: str) -> dict[str, Tensor]:
+    """Return what wants a gradient: context as autocast leaves it; mask token, mixer or action tokens in float32."""
+    inputs = {
+        "context": leaf(num_context, width, device=device, dtype=torch.bfloat16),
+        "mask_token": leaf(width, device=device),
+    }
+    if kind == "sequence":
+        return inputs | {"action_tokens": leaf(images, NUM_ACTIONS, width, device=device)}
+    for layer, inner in enumerate((width + NUM_ACTIONS, width, width), 1):
+        inputs[f"w{layer}"] = leaf(width, inner, device=device, scale=width**-0.5)
+        inputs[f"b{layer}"] = leaf(width, device=device, scale=width**-0.5)
+    return inputs
 
 
 def assembled(
-    ops: Ops, given: Sequence[Tensor], rows: tuple[PatchIndex, PackedLayout], device: str, *, exact: bool
+    given: Sequence[Tensor], rows: tuple[PatchIndex, PackedLayout], device: str, ops: Ops, *, exact: bool = False
 ) -> Function:
     """Return the operation as the predictor calls it, under autocast; exact: in float64 without."""
     positions, action = (tensor.double() if exact else tensor for tensor in given)
 
     def assemble(context: Tensor, mask_token: Tensor, *others: Tensor) -> Tensor:
-        layers, tokens = ((), others[0]) if len(others) == 1 else (others, None)
+        # action tokens, or the mixer's weights
+        how = {"action_tokens": others[0]} if len(others) == 1 else {"mixer": Mixer(action, *others)}
+        how = {"action_tokens": None, "mixer": None} | how
         with torch.autocast(device, torch.bfloat16, enabled=not exact):
-            return ops.predictor_input(
-                context,
-                mask_token,
-                positions,
-                *rows,
-                action_tokens=tokens,
-                mixer=Mixer(action, *layers) if layers else None,
-            )
+            return ops.predictor_input(context, mask_token, positions, *rows, **how)
 
     return assemble

@@ -2,6 +2,9 @@
 
 import random
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +14,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.providers import Provider
 from benchmarks.harness.records import BOTH
 from benchmarks.harness.session import Case, Session
-from benchmarks.kernels import attention_baselines
-from benchmarks.kernels.attention_baselines import NUM_HEADS, Attend, inputs
+from benchmarks.kernels.attention_baselines import NUM_HEADS, SDPA, Attend, attend_dense, by, inputs
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 
 NEW_LENGTHS = range(50, 401)
@@ -22,21 +24,18 @@ _LIMIT_S = 20.0
 """For one provider's loop; cuDNN plans anew for each length."""
 
 
-class Compilations:
-    """Counts what Triton compiles while it is entered, kernels read back from its cache on disk included."""
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Collect the names of what Triton compiles, kernels read back from its cache on disk included."""
+    found: list[str] = []
 
-    def __enter__(self) -> list[str]:
-        self.found: list[str] = []
-        self.before = knobs.compilation.listener
+    def count(*, src: Any, **_: object) -> None:
+        found.append(src.name)
+
+    with knobs.compilation.scope():
         # and not a hook of the jit: those write the constants as JSON, which tuples of constants cannot be
-        knobs.compilation.listener = self._count
-        return self.found
-
-    def __exit__(self, *_: object) -> None:
-        knobs.compilation.listener = self.before
-
-    def _count(self, *, src: Any, **_: object) -> None:
-        self.found.append(src.name)
+        knobs.compilation.listener = count
+        yield found
 
 
 def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, num_heads: int = NUM_HEADS) -> None:
@@ -44,25 +43,24 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
 
     Before it each provider has seen one length of every group that the fused tables know.
     """
-    shape: dict[str, int | str] = {"N": f"{NEW_LENGTHS[0]}-{NEW_LENGTHS[-1]}", "d": head_dim, "H": num_heads}
+    shape = {"N": f"{NEW_LENGTHS[0]}-{NEW_LENGTHS[-1]}", "d": head_dim, "H": num_heads}
     case = Case("new lengths", shape | {"B": images, "calls": count})
     lengths = random.Random(1).choices(NEW_LENGTHS, k=count)
     providers = {
         "fused": FUSED.ragged_attention,
         "eager": REFERENCE.ragged_attention,
-        **{name: _by(name) for name in attention_baselines.SDPA},
+        **{name: by(backend, attend_dense) for name, backend in SDPA.items()},
     }
     for name, attend in providers.items():
         if not session.has_time(f"{case} {name}"):
             continue
+        call = partial(_timed_call, attend, images, heads=(num_heads, head_dim), device=session.device)
         try:
-            first = [_timed_call(attend, images, length, (num_heads, head_dim), session.device) for length in _SEEN]
-            with Compilations() as compilations:
-                times = _loop(attend, images, lengths, (num_heads, head_dim), session.device)
+            first = [call(length) for length in _SEEN]
+            with counted_compilations() as compilations:
+                times = _loop(call, lengths)
         except Exception as error:
-            session.note(case, name, BOTH, failure=timing.first_line(error))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            session.note_failure(case, name, error, BOTH)
             continue
         figures = {"mean_ms": sum(times) / len(times), "longest_ms": max(times), "first_calls_ms": sum(first)}
         figures |= {"calls": len(times), "compilations": len(compilations)}
@@ -70,21 +68,16 @@ def new_lengths(session: Session, images: int, count: int, head_dim: int = 32, n
         session.note(case, name, BOTH, figures=figures, **values)
 
 
-def _by(name: str) -> Attend:
-    backend = attention_baselines.SDPA[name]
-    return lambda qkv, offsets, longest: attention_baselines.attend_dense(backend, qkv, offsets, longest)
-
-
-def _loop(attend: Attend, images: int, lengths: list[int], heads: tuple[int, int], device: str) -> list[float]:
+def _loop(call: Callable[[int], float], lengths: list[int]) -> list[float]:
     times: list[float] = []
     for length in lengths:
-        times.append(_timed_call(attend, images, length, heads, device))
+        times.append(call(length))
         if sum(times) > 1e3 * _LIMIT_S and len(times) > 1:
             break
     return times
 
 
-def _timed_call(attend: Attend, images: int, length: int, heads: tuple[int, int], device: str) -> float:
+def _timed_call(attend: Attend, images: int, length: int, *, heads: tuple[int, int], device: str) -> float:
     """Return milliseconds until the device is done."""
     qkv, d_out = inputs(images * length, *heads, device)
     one = Provider("", lambda tensor: attend(tensor, None, length), (qkv,), (d_out,))

@@ -1,12 +1,14 @@
 """Residual addition and LayerNorm as a block calls them: a bfloat16 update, a float32 stream, autocast."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from benchmarks.harness.providers import Function, Provider, compiled, leaf
+from benchmarks.harness.providers import Function, leaf
 from benchmarks.harness.rooflines import norm_costs
 from benchmarks.harness.session import Case, Session
-from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
+from iwm_fast.kernels.ops import Ops
 from iwm_fast.models.layers import NORM_EPS
 
 ROWS = 256 * 196
@@ -25,29 +27,25 @@ def norm(session: Session, rows: int, width: int) -> None:
     if not session.has_time(case):
         return
     device = session.device
-    update = leaf(rows, width, device=device, dtype=torch.bfloat16)
-    affine = leaf(width, device=device), leaf(width, device=device)
-    inputs = update, leaf(rows, width, device=device), *affine
+    inputs = {
+        "update": leaf(rows, width, device=device, dtype=torch.bfloat16),
+        "residual": leaf(rows, width, device=device),
+        "weight": leaf(width, device=device),
+        "bias": leaf(width, device=device),
+    }
     d_sum = torch.randn(rows, width, device=device)
-    fused = Provider("fused", normed(FUSED, device), inputs, (d_sum, d_sum.bfloat16()))
-    eager = fused._replace(name="eager", function=normed(REFERENCE, device))
-    parts = {"fused": fused, "plain": eager, "exact": fused.in_double(normed_exactly)}
-    is_able = session.check(case, parts, ("sum", "normed", "d_update", "d_residual", "d_weight", "d_bias"))
-    providers = [fused, eager, eager._replace(name="compiled", function=compiled(eager.function))]
-    session.measure(case, providers if is_able else providers[1:])
+    session.compare_ops(case, partial(normed, device), inputs, {"sum": d_sum, "normed": d_sum.bfloat16()})
 
 
-def normed(ops: Ops, device: str) -> Function:
-    """Return the operation, with the norm in the dtype of the product that follows: autocast would cast it there."""
+def normed(device: str, ops: Ops, *, exact: bool = False) -> Function:
+    """Return the operation, with the norm in the dtype of the product that follows: autocast would cast it there.
+
+    Exact: without autocast, in the dtype of the inputs.
+    """
 
     def add_and_norm(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=not exact):
             total, norm = ops.residual_norm(update, residual, weight, bias, NORM_EPS)
-        return total, norm.bfloat16()
+        return total, norm if exact else norm.bfloat16()
 
     return add_and_norm
-
-
-def normed_exactly(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reference's result without autocast."""
-    return REFERENCE.residual_norm(update, residual, weight, bias, NORM_EPS)

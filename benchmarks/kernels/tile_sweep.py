@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import tables, timing
 from benchmarks.harness.records import BACKWARD, FORWARD, Record
-from benchmarks.harness.session import ROUNDING, Case, Session, relative_errors
+from benchmarks.harness.session import ROUNDING, Case, Session, relative_error
 from benchmarks.kernels.attention_baselines import inputs
 from iwm_fast.kernels.attention import flash, short
 from iwm_fast.kernels.attention.flash import Cut, Tiles
@@ -28,6 +28,8 @@ from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compi
 WHOLE_LENGTHS = (196, 256, 212)
 TILED_LENGTHS = (400, 320)
 HEAD_DIMS = (64, 32)
+TILES = [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+"""Settings for long sequences."""
 SHIPPED = "shipped"
 _PARTS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
 
@@ -49,43 +51,32 @@ class Buffers(NamedTuple):
 
 def run(session: Session) -> None:
     """Time every candidate for the lengths that matter most, and for long sequences."""
-    images = 256
     for head_dim, length in itertools.product(HEAD_DIMS, WHOLE_LENGTHS[:1] if session.is_quick else WHOLE_LENGTHS):
         for pass_ in (BACKWARD, FORWARD):
-            whole(session, images, length, (12, head_dim), pass_)
+            sweep(session, length, head_dim, "whole", pass_)
     for head_dim, length in itertools.product(HEAD_DIMS, () if session.is_quick else TILED_LENGTHS):
-        for part in _PARTS:
-            tiled(session, images, length, (12, head_dim), part)
+        for part, pass_ in _PARTS.items():
+            sweep(session, length, head_dim, part, pass_)
 
 
-def whole(session: Session, images: int, length: int, heads: tuple[int, int], pass_: str) -> None:
-    """Time settings of `attention_whole` for one length."""
-    case = Case("attention sweep", {"N": length, "d": heads[1], "H": heads[0], "B": images, "kernel": "whole"})
+def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str, *, images: int = 256) -> None:
+    """Time settings for one length: of the kernel for whole sequences, or of one of those for tiles."""
+    case = Case("attention sweep", {"N": length, "d": head_dim, "H": 12, "B": images, "kernel": kernel})
     if not session.has_time(f"{case} {pass_}"):
         return
-    buffers = prepared(images, length, heads, session.device)
-    candidates = {name_group(group): whole_launch(group, pass_, buffers) for group in groups(length)}
-    time_launches(session, case, pass_, (candidates, shipped(pass_, buffers), buffers))
-
-
-def tiled(session: Session, images: int, length: int, heads: tuple[int, int], part: str) -> None:
-    """Time settings of one kernel of `attention_tiled` for one length."""
-    case = Case("attention sweep", {"N": length, "d": heads[1], "H": heads[0], "B": images, "kernel": part})
-    if not session.has_time(case):
-        return
-    buffers = prepared(images, length, heads, session.device)
-    cut = flash.cut_for(architecture(buffers.out.device), buffers.packed)
-    # the second kernel backward reads what the first one writes
-    first = tiled_launch(cut.d_query, "d_query", buffers)
-    first.run()
-    delta = {} if part == "forward" else {"delta_ptr": first.arguments["delta_ptr"]}
-
-    def launch(tiles: Tiles) -> Launch:
-        made = tiled_launch(tiles, part, buffers)
-        return made._replace(arguments=made.arguments | delta)
-
-    candidates = {name_tiles(tiles): launch(tiles) for tiles in all_tiles()}
-    time_launches(session, case, _PARTS[part], (candidates, [launch(getattr(cut, part))], buffers))
+    buffers = prepared(images, length, (12, head_dim), session.device)
+    if kernel == "whole":
+        candidates = {name_group(group): whole_launch(group, pass_, buffers) for group in groups(length)}
+        usual = shipped(pass_, buffers)
+    else:
+        cut = flash.cut_for(architecture(buffers.out.device), buffers.packed)
+        first = tiled_launch(cut.d_query, "d_query", buffers)
+        # the second kernel backward reads what the first one writes
+        first.run()
+        shared = {} if kernel == "forward" else {"delta_ptr": first.arguments["delta_ptr"]}
+        candidates = {name_tiles(tiles): tiled_launch(tiles, kernel, buffers, shared) for tiles in TILES}
+        usual = [tiled_launch(getattr(cut, kernel), kernel, buffers, shared)]
+    time_launches(session, case, pass_, candidates, usual, buffers=buffers)
 
 
 def groups(length: int) -> list[Group]:
@@ -101,11 +92,6 @@ def groups(length: int) -> list[Group]:
         )
     )
     return [Group((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
-
-
-def all_tiles() -> list[Tiles]:
-    """Return settings for long sequences."""
-    return [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
 
 
 def name_group(group: Group) -> str:
@@ -145,20 +131,26 @@ def whole_launch(group: Group, pass_: str, buffers: Buffers) -> Launch:
     return short.backward_launches((group,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
 
 
-def tiled_launch(tiles: Tiles, part: str, buffers: Buffers) -> Launch:
-    """Return one kernel over sequences of any length."""
+def tiled_launch(tiles: Tiles, part: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
+    """Return one kernel over sequences of any length, with arguments that it shares with others."""
     cut = Cut(tiles, tiles, tiles)
     if part == "forward":
-        return flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
-    launches = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)
-    return launches[part == "d_key"]
+        launch = flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
+    else:
+        launch = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)[part == "d_key"]
+    return launch._replace(arguments=launch.arguments | (shared or {}))
 
 
 def time_launches(
-    session: Session, case: Case, pass_: str, given: tuple[dict[str, Launch], list[Launch], Buffers]
+    session: Session,
+    case: Case,
+    pass_: str,
+    candidates: dict[str, Launch],
+    usual: list[Launch],
+    *,
+    buffers: Buffers,
 ) -> None:
-    """Time candidates beside what is usually started; `given` is both, and the tensors they work on."""
-    candidates, usual, buffers = given
+    """Time candidates beside what is usually started, all on the same tensors."""
     compile_all([*candidates.values(), *usual])
     wanted = _result(usual, pass_, buffers)
     works = {SHIPPED: timing.Work(lambda _: [launch.run() for launch in usual])}
@@ -169,18 +161,14 @@ def time_launches(
                 continue
             got = _result([launch], pass_, buffers)
         except Exception as error:
-            session.note(case, name, pass_, failure=timing.first_line(error))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            session.note_failure(case, name, error, pass_)
             continue
-        (error,) = relative_errors([got], [wanted], ["it"]).values()
+        error = relative_error(got, wanted)
         if not error <= ROUNDING:
             session.note(case, name, pass_, failure=f"differs from the shipped setting by {error:.1e}")
             continue
         works[name] = timing.Work(lambda _, launch=launch: launch.run())
-    for name, result in timing.compare(works, effort=session.effort).items():
-        values = {"failure": result.line} if isinstance(result, timing.Failure) else result._asdict()
-        session.note(case, name, pass_, **values)
+    session.note_timings(case, pass_, timing.compare(works, effort=session.effort))
 
 
 def _result(launches: Sequence[Launch], pass_: str, buffers: Buffers) -> Tensor:

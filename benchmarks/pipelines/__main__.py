@@ -16,19 +16,18 @@ from benchmarks.harness.session import Session
 from benchmarks.pipelines import (
     action_log,
     dali_conditionals,
-    decoder_sweep,
     loader_memory,
+    report,
     shuffle_quality,
     stages,
     startup,
 )
-from benchmarks.pipelines import report as pipeline_tables
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.config import ViewConfig
 
 SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "streams": stages.run,
-    "sweep": decoder_sweep.run,
+    "sweep": stages.sweep_decoder,
     "log": action_log.run,
     "conditionals": dali_conditionals.run,
     "shuffle": shuffle_quality.run,
@@ -41,15 +40,15 @@ _FULL_BATCH, _QUICK_BATCH = 64, 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
     options = parse(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    session = cli.open_session(options, device, machine.PIPELINE_PACKAGES, suffix=results.PIPELINES)
-    if device == "cpu":
+    session = cli.open_session(options, machine.PIPELINE_PACKAGES, suffix=results.PIPELINES)
+    if session.device == "cpu":
         # as a run does, so that decoding threads and torch's do not fight for the same cores
         torch.set_num_threads(1)
-    return cli.conduct(
+    workload = workload_of(options, session.device)
+    return cli.run_and_report(
         session,
-        lambda: measure(session, workload_of(options, device), options.only),
-        lambda found: pipeline_tables.sections(found, level="##"),
+        lambda: cli.run_sections(session, SECTIONS, options.only, workload),
+        lambda found: report.sections(found, level="##"),
     )
 
 
@@ -72,13 +71,6 @@ def workload_of(options: argparse.Namespace, device: str) -> Workload:
         device=torch.device("cuda", 0) if device == "cuda" else torch.device(device),
         turns=interleave.QUICK if options.quick else interleave.FULL,
     )
-
-
-def measure(session: Session, workload: Workload, only: str | None) -> None:
-    """Run the sections one after the other as long as there is time."""
-    for name, section in SECTIONS.items():
-        if only in (None, name) and session.has_time(name):
-            section(session, workload)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,16 +72,16 @@ def logged_stream(workload: Workload) -> Stream:
     """Return our loader with a log behind it, as a run has it."""
     plain = loader_stream(workload)
 
-    @contextmanager
-    def begin() -> Iterator[Iterator[Any]]:
-        with plain.open() as loader, TemporaryDirectory() as folder:
-            log = open_log(workload, Path(folder), _GROUP_BATCHES * workload.batch_size)
-            try:
-                yield map(log.add, loader)
-            finally:
-                log.close()
+    def start() -> Iterator[Batch]:
+        group_rows = _GROUP_BATCHES * workload.batch_size
+        with (
+            plain.open() as loader,
+            TemporaryDirectory() as folder,
+            closing(open_log(workload, Path(folder), group_rows)) as log,
+        ):
+            yield from map(log.add, loader)
 
-    return plain._replace(open=begin)
+    return plain._replace(start=start)
 
 
 def open_log(workload: Workload, folder: Path, group_rows: int) -> ActionLog:

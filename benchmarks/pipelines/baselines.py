@@ -7,7 +7,6 @@ and samples shuffled; with torchvision on tensors and on Pillow images, whicheve
 import io
 import multiprocessing
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,7 @@ from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
 from benchmarks.harness.interleave import Stream
-from benchmarks.pipelines.dali_baselines import read_graph
+from benchmarks.pipelines.dali_baselines import read_graph, runs
 from benchmarks.pipelines.streams import Workload, touch
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.storage.shard_set import ShardSet, find_shards
@@ -38,14 +37,13 @@ _PREFETCH = 2
 def dali_reader_stream(workload: Workload) -> Stream:
     """Return DALI's reader alone."""
 
-    @contextmanager
-    def begin() -> Iterator[Iterator[Any]]:
+    def start() -> Iterator[Any]:
         with TemporaryDirectory() as folder:
             paths, index_paths = write_indexes(workload.shards, Path(folder))
             # without an index it would read every shard while it opens
-            yield arrays(read_graph(paths, index_paths, batch_size=workload.batch_size, num_threads=1))
+            yield from arrays(read_graph(paths, index_paths, batch_size=workload.batch_size, num_threads=1))
 
-    return Stream(begin, touch, ahead=4)
+    return Stream(start, touch, ahead=4)
 
 
 def write_indexes(shards: ShardSet, folder: Path) -> tuple[list[str], list[str]]:
@@ -59,19 +57,18 @@ def write_indexes(shards: ShardSet, folder: Path) -> tuple[list[str], list[str]]
 
 def arrays(graph: Any) -> Iterator[list[np.ndarray]]:
     """Return the batches of DALI's reader, for ever."""
-    while True:
-        (encoded,) = graph.run()
+    for (encoded,) in runs(graph):
         yield [np.asarray(encoded.at(image)) for image in range(len(encoded))]
 
 
 def library_reader_stream(workload: Workload) -> Stream:
     """Return the webdataset library alone, in this process."""
 
-    @contextmanager
-    def begin() -> Iterator[Iterator[Any]]:
-        yield iter(shuffled(find_shards(workload.pattern)).repeat().batched(workload.batch_size, collation_fn=_bytes))
+    def start() -> Iterator[Any]:
+        data = shuffled(find_shards(workload.pattern)).repeat().batched(workload.batch_size, collation_fn=_bytes)
+        return (batch for batch in data)
 
-    return Stream(begin, touch)
+    return Stream(start, touch)
 
 
 def shuffled(paths: list[str]) -> Any:
@@ -87,44 +84,30 @@ def peer_stream(workload: Workload, style: str) -> Stream:
     """Return two views from the webdataset library and torchvision; style is one of STYLES."""
     is_on_gpu, workers = workload.device.type == "cuda", workload.threads
 
-    @contextmanager
-    def begin() -> Iterator[Iterator[Any]]:
-        transform = TwoViews(workload.views, style)
+    def start() -> Iterator[list[Tensor]]:
+        # a fork of a process with DALI's threads may hang; this one has imported the module already
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        transform, normalize = TwoViews(workload.views, style), _normalize()
         loader = DataLoader(
             shuffled(find_shards(workload.pattern)).map(transform).repeat(),
             batch_size=workload.batch_size,
             num_workers=workers,
             prefetch_factor=_PREFETCH,
             pin_memory=is_on_gpu,
-            # a fork of a process with DALI's threads may hang
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=context,
         )
-        batches = (_delivered(views, workload.device) for views in loader)
-        try:
-            yield batches
-        finally:
-            # lets go of the loader's iterator, which stops the workers
-            batches.close()
+        # closing the generator lets go of the loader's iterator, which stops the workers
+        for views in loader:
+            moved = [view.to(workload.device, non_blocking=True) for view in views]
+            yield [normalize(view) if view.dtype == torch.uint8 else view for view in moved]
 
     def take(views: list[Tensor]) -> int:
         if is_on_gpu:
             torch.cuda.current_stream(workload.device).synchronize()
         return len(views[0])
 
-    return Stream(begin, take, ahead=_PREFETCH * workers, burst=workers)
-
-
-def _worker_context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    # workers are forked from a process that has imported this already
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _delivered(views: list[Tensor], device: torch.device) -> list[Tensor]:
-    moved = [view.to(device, non_blocking=True) for view in views]
-    normalize = _normalize()
-    return [normalize(view) if view.dtype == torch.uint8 else view for view in moved]
+    return Stream(start, take, ahead=_PREFETCH * workers, burst=workers)
 
 
 class TwoViews:

@@ -4,14 +4,13 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportIndexIssue=false
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import (
     GraphSettings,
     crop_window_nodes,
@@ -62,38 +61,33 @@ def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) ->
     return graph
 
 
-def build_stage(stage: str, views: ViewConfig, feed: Feed, settings: dict[str, Any]) -> Pipeline:
-    """Build the first part of our graph, fed with encoded images and crops.
+def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:
+    """Build the first part of our graph: "decode", the whole image, or "crop", only the window, resized.
 
-    Args:
-        stage: "decode", the whole image, or "crop", only the window, resized.
-        views: the crop's size and more.
-        feed: makes the inputs.
-        settings: of the `Pipeline`.
+    It is fed with encoded images and, for "crop", crops.
     """
     inputs = {"encoded": (types.UINT8, 1)} | ({} if stage == "decode" else {"crop": (types.FLOAT, 1)})
-    graph = Pipeline(**settings)
+    graph = Pipeline(**settings.of_pipeline)
     with graph:
         data = fed(inputs, feed)
         if stage == "decode":
-            device = "cpu" if settings["device_id"] is None else "mixed"
+            device = "cpu" if settings.device_id is None else "mixed"
             graph.set_outputs(fn.decoders.image(data["encoded"], device=device))
         else:
-            window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-            pixels = decode_window(data["encoded"], window, _graph_settings(views, settings))
-            graph.set_outputs(to_square(pixels, views.size))
+            graph.set_outputs(_crop_nodes(data, settings))
     graph.build()
     return graph
 
 
-def _graph_settings(views: ViewConfig, settings: dict[str, Any]) -> GraphSettings:
-    return GraphSettings(
-        views=views,
-        max_batch_size=settings["batch_size"],
-        num_threads=settings["num_threads"],
-        prefetch=settings["prefetch_queue_depth"],
-        device_id=settings["device_id"],
-    )
+def _crop_nodes(data: dict[str, Any], settings: GraphSettings) -> Any:
+    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
+    return to_square(decode_window(data["encoded"], window, settings), settings.views.size)
+
+
+def runs(graph: Pipeline) -> Generator[Any]:
+    """Yield a graph's outputs, for ever."""
+    while True:
+        yield graph.run()
 
 
 def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
@@ -114,9 +108,7 @@ def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
     is_gpu = settings.device_id is not None
     with graph:
         data = fed(_NEUTRAL, feed)
-        window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-        crop = to_square(decode_window(data["encoded"], window, settings), settings.views.size)
-        crop = fn.flip(crop, horizontal=data["flip"])
+        crop = fn.flip(_crop_nodes(data, settings), horizontal=data["flip"])
         gray = gray_mean_nodes(crop, is_gpu=is_gpu)
         gains = [data["target_gain"], data["source_gain"]]
         target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains

@@ -1,20 +1,19 @@
 """Two ways to leave operations out for some samples: DALI's conditional execution, as ours, or neutral parameters."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.harness import interleave
 from benchmarks.harness.interleave import Stream
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.pipelines.dali_baselines import Feed, neutral_graph, neutral_parameters
+from benchmarks.pipelines.dali_baselines import Feed, neutral_graph, neutral_parameters, runs
 from benchmarks.pipelines.report import CONDITIONALS, OURS
-from benchmarks.pipelines.streams import Ahead, Workload, runs
-from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from benchmarks.pipelines.streams import Workload, encoded_batches
+from iwm_fast.pipelines.transforms.dali_graph import build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.parameters import Draws, draw
 
 NEUTRAL = "always, with neutral parameters"
@@ -26,9 +25,8 @@ NUM_BATCHES = 8
 
 def run(session: Session, workload: Workload) -> None:
     """Check that both graphs make the same pixels, and time them."""
-    ahead = Ahead(workload)
-    with ahead.reader:
-        images = list(islice(ahead, NUM_BATCHES))
+    with closing(encoded_batches(workload)) as batches:
+        images = list(islice(batches, NUM_BATCHES))
     draws = [draw(workload.views, 0, step, np.arange(workload.batch_size)) for step in range(NUM_BATCHES)]
     streams = graph_streams(workload, images, draws)
     check(streams, _pixels)
@@ -39,36 +37,25 @@ def run(session: Session, workload: Workload) -> None:
 
 def graph_streams(workload: Workload, images: list[list[np.ndarray]], draws: list[Draws]) -> dict[str, Stream]:
     """Return both graphs, fed with the same images and draws."""
-    settings = GraphSettings(
-        views=workload.views,
-        max_batch_size=workload.batch_size,
-        num_threads=workload.threads,
-        prefetch=2,
-        device_id=workload.device_id,
-    )
+    settings = workload.graph_settings
 
     def feed_of(parameters: Any) -> Feed:
         inputs = cycle([(encoded, *parameters(drawn)) for encoded, drawn in zip(images, draws, strict=True)])
         return lambda: next(inputs)
 
-    def stream(build: Any) -> Stream:
-        @contextmanager
-        def begin() -> Iterator[Iterator[Any]]:
-            yield runs(build().run)
+    def take(outputs: Any) -> int:
+        if workload.device.type == "cuda":
+            # the graph works in a stream of its own; copying a view waits for it
+            outputs[0].as_cpu()
+        return len(outputs[0])
 
-        return Stream(begin, lambda outputs: _take(outputs, workload.device), ahead=2)
+    def ours() -> Iterator[Any]:
+        return runs(build_graph(settings, feed_of(lambda drawn: graph_parameters(drawn, settings))))
 
-    return {
-        OURS: stream(lambda: build_graph(settings, feed_of(lambda drawn: graph_parameters(drawn, settings)))),
-        NEUTRAL: stream(lambda: neutral_graph(settings, feed_of(neutral_parameters))),
-    }
+    def neutral() -> Iterator[Any]:
+        return runs(neutral_graph(settings, feed_of(neutral_parameters)))
 
-
-def _take(outputs: Any, device: torch.device) -> int:
-    if device.type == "cuda":
-        # the graph works in a stream of its own; copying a view waits for it
-        outputs[0].as_cpu()
-    return len(outputs[0])
+    return {OURS: Stream(ours, take, ahead=2), NEUTRAL: Stream(neutral, take, ahead=2)}
 
 
 def check(streams: dict[str, Stream], pixels_of: Callable[[Any], np.ndarray]) -> None:

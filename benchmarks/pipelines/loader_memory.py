@@ -5,9 +5,7 @@ It runs in a process of its own, so that what others have left behind neither hi
 
 import dataclasses
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.harness.session import Case, Session
 from benchmarks.pipelines.report import MEMORY, OURS
 from benchmarks.pipelines.streams import Workload, loader_stream
+from iwm_fast.monitoring.throughput import used_memory_mb
 
 SETTLED = 100
 """Batches after which all buffers have their size."""
@@ -33,33 +32,28 @@ def run(session: Session, workload: Workload, num_batches: int = NUM_BATCHES, se
     session.note(Case(MEMORY, small.shape), OURS, figures=figures_of(resident, settled))
 
 
-def watch(workload: Workload, num_batches: int) -> list[int]:
-    """Return the bytes in memory after each batch."""
+def watch(workload: Workload, num_batches: int) -> list[float]:
+    """Return the megabytes in memory after each batch."""
     torch.set_num_threads(1)
     stream = loader_stream(workload)
     resident = []
     with stream.open() as batches:
         for _ in range(num_batches):
             stream.take(next(batches))
-            resident.append(resident_bytes())
+            resident.append(used_memory_mb(torch.device("cpu")))
     return resident
 
 
-def figures_of(resident: list[int], settled: int) -> dict[str, float | int]:
+def figures_of(resident: list[float], settled: int) -> dict[str, float | int]:
     """Return megabytes at both ends, growth between in percent, and the slope in bytes per batch."""
     first, last = resident[settled - 1], resident[-1]
     slope = np.polyfit(np.arange(settled - 1, len(resident)), resident[settled - 1 :], 1)[0]
     return {
         "batches": len(resident),
         "settled": settled,
-        "first_mb": round(first / 1e6, 1),
-        "last_mb": round(last / 1e6, 1),
-        "largest_mb": round(max(resident) / 1e6, 1),
+        "first_mb": round(first, 1),
+        "last_mb": round(last, 1),
+        "largest_mb": round(max(resident), 1),
         "growth_percent": round(100 * (last / first - 1), 3),
-        "slope_bytes_per_batch": round(float(slope), 1),
+        "slope_bytes_per_batch": round(1e6 * float(slope), 1),
     }
-
-
-def resident_bytes() -> int:
-    """Return how much of this process is in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

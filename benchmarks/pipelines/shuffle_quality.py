@@ -4,13 +4,13 @@ Two figures, each over that of a full shuffle: the effective number of shards in
 entropy), and how often two samples that shared a batch share one again in the next epoch (1: as chance has it).
 """
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import entropy
 
 from benchmarks.harness.photograph_shards import write_numbers
 from benchmarks.harness.session import Case, Session, WrongResultError
@@ -54,9 +54,12 @@ def run(session: Session, workload: Workload, chosen: Set | None = None) -> None
     """Write a record for each order."""
     chosen = chosen or Set()
     shards = open_shards(write_numbers(workload.folder, chosen.num_shards, chosen.samples_per_shard))
-    orders = {f"{OURS}, window {window}": our_order(chosen, window) for window in _windows(chosen)}
+    windows = sorted({min(window, chosen.num_shards) for window in WINDOWS})
+    orders = {f"{OURS}, window {window}": our_order(chosen, window) for window in windows}
     orders |= {DALI_READER: dali_order(shards, chosen), LIBRARY_READER: library_order(shards)}
-    full_shards, full_pairs = np.mean([mixing(_full(chosen, repeat), chosen) for repeat in range(_REPEATS)], axis=0)
+    generators = [np.random.default_rng(seed) for seed in range(_REPEATS)]
+    full = [np.stack([one.permutation(chosen.num_samples) for _ in range(2)]) for one in generators]
+    full_shards, full_pairs = np.mean([mixing(epochs, chosen) for epochs in full], axis=0)
     case = Case(SHUFFLING, {"shards": chosen.num_shards, "samples": chosen.num_samples, "B": chosen.batch_size})
     for name, order in orders.items():
         check(name, order, chosen)
@@ -69,10 +72,6 @@ def run(session: Session, workload: Workload, chosen: Set | None = None) -> None
             "buffered_samples": order.buffered,
         }
         session.note(case, name, figures=figures)
-
-
-def _windows(chosen: Set) -> list[int]:
-    return sorted({min(window, chosen.num_shards) for window in WINDOWS})
 
 
 def check(name: str, order: Order, chosen: Set) -> None:
@@ -100,7 +99,8 @@ def dali_order(shards: ShardSet, chosen: Set) -> Order:
         paths, index_paths = write_indexes(shards, Path(folder))
         graph = dali_baselines.read_graph(paths, index_paths, batch_size=chosen.batch_size, num_threads=1)
         numbers = (int(bytes(content)) for batch in arrays(graph) for content in batch)
-        return Order(_two_epochs(numbers, chosen.num_samples), 1, dali_baselines.BUFFER)
+        epochs = np.fromiter(islice(numbers, 2 * chosen.num_samples), np.int64).reshape(2, -1)
+        return Order(epochs, 1, dali_baselines.BUFFER)
 
 
 def library_order(shards: ShardSet) -> Order:
@@ -110,21 +110,12 @@ def library_order(shards: ShardSet) -> Order:
     return Order(np.array(epochs), 1, BUFFER)
 
 
-def _two_epochs(numbers: Iterator[int], num_samples: int) -> np.ndarray:
-    return np.fromiter(islice(numbers, 2 * num_samples), np.int64).reshape(2, num_samples)
-
-
-def _full(chosen: Set, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return np.stack([generator.permutation(chosen.num_samples) for _ in range(2)])
-
-
 def mixing(epochs: np.ndarray, chosen: Set) -> tuple[float, float]:
     """Return the effective number of shards in a batch, and the share of pairs that are together in both epochs."""
     num_batches = chosen.num_samples // chosen.batch_size
     whole = epochs[:, : num_batches * chosen.batch_size]
     shards = whole.reshape(-1, chosen.batch_size) // chosen.samples_per_shard
-    effective = [_effective_number(np.bincount(one)) for one in shards]
+    effective = [np.exp(entropy(np.bincount(one))) for one in shards]
     # each sample's batch in both epochs, then how many samples have the same two
     batch = np.full((2, chosen.num_samples), num_batches)
     for epoch in range(2):
@@ -132,8 +123,3 @@ def mixing(epochs: np.ndarray, chosen: Set) -> tuple[float, float]:
     together = np.bincount(batch[0] * (num_batches + 1) + batch[1]).astype(float)
     pairs = num_batches * chosen.batch_size * (chosen.batch_size - 1)
     return float(np.mean(effective)), float((together * (together - 1)).sum() / pairs)
-
-
-def _effective_number(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))

@@ -4,7 +4,7 @@ import time
 
 from benchmarks.harness.photograph_shards import write_linked
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import summarize
+from benchmarks.harness.timing import spread
 from benchmarks.pipelines.report import OPENING, OURS
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
@@ -26,9 +26,7 @@ def run(
     _ = shards.content_digest
     figures = {"first_s": round(first_s, 3), "digest_s": round(time.perf_counter() - begin, 3)}
     case = Case(OPENING, {"shards": num_shards, "samples": shards.num_samples})
-    spread = summarize([(spent, 0.0) for spent in times])._asdict()
-    del spread["host_ms"]
-    session.note(case, OURS, **spread, figures=figures)
+    session.note(case, OURS, **spread(times), figures=figures)
 
 
 def _opened(folder: str) -> tuple[float, ShardSet]:

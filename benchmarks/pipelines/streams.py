@@ -1,8 +1,8 @@
 """The product's own streams, from encoded bytes to two views: what each stage of the data line costs."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -14,16 +14,16 @@ import torch
 
 from benchmarks.harness.interleave import Stream, Turns
 from benchmarks.harness.photograph_shards import PhotographShards
-from benchmarks.pipelines.dali_baselines import build_stage
+from benchmarks.pipelines.dali_baselines import build_stage, runs
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import Backend, DataConfig, ViewConfig
-from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.parameters import draw
-from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import training_loader
 
 AHEAD = 4
@@ -62,27 +62,25 @@ class Workload:
         return {"B": self.batch_size, "threads": self.threads, "image": image, "view": self.views.size}
 
     @property
-    def device_id(self) -> int | None:
-        """Number of the GPU for DALI, None on a CPU."""
-        return self.device.index or 0 if self.device.type == "cuda" else None
-
-    @property
-    def rank_info(self) -> RankInfo:
-        """A single process."""
-        return RankInfo(rank=0, local_rank=0, world_size=1, device=self.device)
+    def graph_settings(self) -> GraphSettings:
+        """Settings of DALI graphs that are fed by hand."""
+        return GraphSettings(
+            views=self.views,
+            max_batch_size=self.batch_size,
+            num_threads=self.threads,
+            prefetch=2,
+            device_id=self.device.index or 0 if self.device.type == "cuda" else None,
+        )
 
     def config(self, **runtime: Any) -> RunConfig:
         """Return a run's settings: the default ones, with all cores decoding."""
-        largest = OptimConfig().global_batch_size
-        batches = max(largest // self.batch_size, 1)
+        batches = max(OptimConfig().global_batch_size // self.batch_size, 1)
         return RunConfig(
             data=DataConfig(train=self.pattern),
             views=self.views,
             # masks are drawn for all of it, whatever the micro-batch is
             optim=OptimConfig(global_batch_size=batches * self.batch_size),
-            runtime=RuntimeConfig(
-                **{"loader_threads": self.threads, "micro_batch_size": self.batch_size, **runtime},
-            ),
+            runtime=RuntimeConfig(**{"loader_threads": self.threads, "micro_batch_size": self.batch_size, **runtime}),
         )
 
 
@@ -91,59 +89,32 @@ def loader_stream(workload: Workload, backend: Backend = "dali", **runtime: Any)
     config = workload.config(loader=backend, **runtime)
     ahead = config.runtime.prefetch + config.runtime.read_ahead if backend == "dali" else 1
 
-    @contextmanager
-    def begin() -> Iterator[Loader]:
-        loader = training_loader(config, workload.shards, workload.rank_info)
-        try:
-            yield loader
-        finally:
-            loader.close()
+    def take(batch: Batch) -> int:
+        if workload.device.type == "cuda":
+            # without this the clock would stop at a promise
+            torch.cuda.current_stream(workload.device).synchronize()
+        return len(batch.key)
 
-    return Stream(begin, lambda batch: take(batch, workload.device), ahead)
-
-
-def take(batch: Batch, device: torch.device) -> int:
-    """Wait until a batch is there, and return how many images are in it."""
-    if device.type == "cuda":
-        # without this the clock would stop at a promise
-        torch.cuda.current_stream(device).synchronize()
-    return len(batch.key)
+    process = single_process(workload.device.type)
+    return Stream(lambda: training_loader(config, workload.shards, process), take, ahead)
 
 
-class Ahead:
-    """Encoded images of the training order, batch after batch, read some batches ahead."""
-
-    def __init__(self, workload: Workload, depth: int = AHEAD) -> None:
-        config = workload.config()
-        sizes = [len(shard.keys) for shard in workload.shards.shards]
-        self._order = SampleOrder(sizes, config.seed, config.data.shuffle_window)
-        self._batch_size = workload.batch_size
-        self.reader = Reader(workload.shards, num_threads=config.runtime.reader_threads)
-        self._step = count()
-        self._reading = deque(self._submit() for _ in range(depth))
-
-    def _submit(self) -> Any:
-        first = next(self._step) * self._batch_size
-        return self.reader.submit(self._order.samples_at(np.arange(first, first + self._batch_size)))
-
-    def __iter__(self) -> "Ahead":
-        return self
-
-    def __next__(self) -> list[np.ndarray]:
-        self._reading.append(self._submit())
-        return self._reading.popleft().result()
+def encoded_batches(workload: Workload, depth: int = AHEAD) -> Generator[list[np.ndarray]]:
+    """Yield encoded images of the training order, batch after batch, read some batches ahead."""
+    config, size = workload.config(), workload.batch_size
+    sizes = [len(shard.keys) for shard in workload.shards.shards]
+    order = SampleOrder(sizes, config.seed, config.data.shuffle_window)
+    with Reader(workload.shards, num_threads=config.runtime.reader_threads) as reader:
+        reading = deque()
+        for first in count(0, size):
+            reading.append(reader.submit(order.samples_at(np.arange(first, first + size))))
+            if len(reading) > depth:
+                yield reading.popleft().result()
 
 
 def reader_stream(workload: Workload) -> Stream:
     """Return the reader alone, in the training order."""
-
-    @contextmanager
-    def begin() -> Iterator[Ahead]:
-        ahead = Ahead(workload)
-        with ahead.reader:
-            yield ahead
-
-    return Stream(begin, touch, ahead=AHEAD)
+    return Stream(lambda: encoded_batches(workload), touch, ahead=AHEAD)
 
 
 def touch(images: list[np.ndarray]) -> int:
@@ -157,38 +128,13 @@ def touch(images: list[np.ndarray]) -> int:
 def stage_stream(workload: Workload, stage: str) -> Stream:
     """Return the reader with the graph's first stages behind it: "decode" or "crop"."""
 
-    @contextmanager
-    def begin() -> Iterator[Iterator[Any]]:
-        ahead = Ahead(workload)
-        with ahead.reader:
-            feed = _feed(workload, ahead, stage)
-            yield runs(build_stage(stage, workload.views, feed, _graph_size(workload)).run)
+    def start() -> Iterator[Any]:
+        slots = np.arange(workload.batch_size)
+        with closing(encoded_batches(workload)) as encoded:
+            if stage == "decode":
+                inputs = ((images,) for images in encoded)
+            else:
+                inputs = ((images, draw(workload.views, 0, step, slots).crop) for step, images in enumerate(encoded))
+            yield from runs(build_stage(stage, workload.graph_settings, lambda: next(inputs)))
 
-    return Stream(begin, lambda outputs: len(outputs[0]), ahead=AHEAD)
-
-
-def _graph_size(workload: Workload) -> dict[str, Any]:
-    return {
-        "batch_size": workload.batch_size,
-        "num_threads": workload.threads,
-        "device_id": workload.device_id,
-        "prefetch_queue_depth": 2,
-    }
-
-
-def _feed(workload: Workload, ahead: Ahead, stage: str) -> Callable[[], tuple[Any, ...]]:
-    step = count()
-
-    def feed() -> tuple[Any, ...]:
-        if stage == "decode":
-            return (next(ahead),)
-        draws = draw(workload.views, 0, next(step), np.arange(workload.batch_size))
-        return next(ahead), draws.crop
-
-    return feed
-
-
-def runs(run: Callable[[], Any]) -> Iterator[Any]:
-    """Return what a graph's runs give, for ever."""
-    while True:
-        yield run()
+    return Stream(start, lambda outputs: len(outputs[0]), ahead=AHEAD)

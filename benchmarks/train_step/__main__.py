@@ -7,15 +7,16 @@ another than the bare loop's ends the run with status 1. Without a GPU a ViT-S/1
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import repeat
 
 import torch
 
 from benchmarks.harness import cli, results
 from benchmarks.harness.session import Case, Session
-from benchmarks.harness.timing import Failure, first_line
-from benchmarks.train_step import report as step_tables
-from benchmarks.train_step.engines import Contestant, Training, contestants_of
+from benchmarks.harness.timing import Failure, in_turns
+from benchmarks.train_step import report
+from benchmarks.train_step.engines import Training, contestants_of
 from benchmarks.train_step.measure import Comparison, StepTurn, check_losses, compare, note, take_turn
 from benchmarks.train_step.report import BARE, CACHED, COMPILED, DDP, DEFAULT, FUSED, LOADING, SHARDS, STEP
 from benchmarks.train_step.two_ranks import NUM_RANKS, compare_on_ranks
@@ -33,37 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
     options = cli.parser("train_step", __doc__, SECTIONS, suffix=results.STEPS).parse_args(arguments)
     rank_info = distributed.start("cuda" if torch.cuda.is_available() else "cpu")
-    session = cli.open_session(options, rank_info.device.type, PACKAGES, suffix=results.STEPS)
+    session = cli.open_session(options, PACKAGES, suffix=results.STEPS)
+    workload = build_workload(options.data, rank_info.device, options.quick)
     try:
-        return cli.conduct(
+        return cli.run_and_report(
             session,
-            lambda: measure(
-                session, build_workload(options.data, rank_info.device, options.quick), rank_info, options.only
-            ),
-            lambda found: step_tables.sections(found, level="##"),
+            lambda: cli.run_sections(session, SECTIONS, options.only, workload, rank_info),
+            lambda found: report.sections(found, level="##"),
         )
     finally:
         distributed.stop()
 
 
-def measure(session: Session, workload: StepWorkload, rank_info: RankInfo, only: str | None) -> None:
-    """Run the sections one after the other as long as there is time."""
-    for name, section in SECTIONS.items():
-        if only in (None, name) and session.has_time(name):
-            section(session, workload, rank_info)
-
-
 def engines(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None:
     """Compare every engine with the bare loop, on one rank."""
-    deadline = session.deadline_of(0.6)
     contestants = contestants_of(workload)
     if not workload.with_compile:
         session.left_out.append("engines: compiled")
-    found = compare(workload, contestants, rank_info, has_time=lambda: time.monotonic() < deadline)
-    base = contestants[0].name
-    check_losses(found.losses, base, workload.precision)
-    bases = {one.name: base_of(one.name) for one in contestants}
-    note(session, workload, Case(STEP, workload.shape(1), workload.precision), found, bases=bases, rank_info=rank_info)
+    found = compare(workload, contestants, rank_info, deadline=session.deadline_of(0.6))
+    check_losses(found.losses, next(iter(contestants)), workload.precision)
+    case = Case(STEP, workload.shape(1), workload.precision)
+    note(session, workload, case, found, base_of=base_of, rank_info=rank_info)
 
 
 def base_of(name: str) -> str:
@@ -82,50 +73,47 @@ def ranks(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None
         found = compare_on_ranks(workload.folder, rank_info.device, session.is_quick, limit_s)
     except RuntimeError as error:
         print(error, file=sys.stderr)
-        session.note(case, DDP, failure=first_line(error))
+        session.note_failure(case, DDP, error)
         return
     check_losses(found.losses, DDP, workload.precision)
     both = RankInfo(rank=0, local_rank=0, world_size=NUM_RANKS, device=rank_info.device)
-    note(session, workload, case, found, bases=dict.fromkeys(found.turns, DDP), rank_info=both)
+    note(session, workload, case, found, base_of=lambda _: DDP, rank_info=both)
 
 
 def loading(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None:
     """Compare a step whose batch is there already with one that the real loader feeds."""
-    chosen = fastest(workload)
-    case = Case(LOADING, workload.shape(1) | {"engine": chosen.name}, workload.precision)
+    name = fastest(workload)
+    case = Case(LOADING, workload.shape(1) | {"engine": name}, workload.precision)
     try:
-        found = with_and_without_loader(session, workload, rank_info, chosen)
+        training = Training(contestants_of(workload)[name], workload, rank_info)
+        found = with_and_without_loader(session, workload, rank_info, training)
     except Exception as error:
-        session.note(case, SHARDS, failure=first_line(error))
+        session.note_failure(case, SHARDS, error)
         return
-    note(session, workload, case, Comparison(found, {}, {}), bases={SHARDS: CACHED}, rank_info=rank_info)
+    note(session, workload, case, Comparison(found, {}, {}), base_of=lambda _: CACHED, rank_info=rank_info)
 
 
-def fastest(workload: StepWorkload) -> Contestant:
+def fastest(workload: StepWorkload) -> str:
     """Return the default engine with all that makes it fast on a GPU; on a CPU compiling takes its time."""
     ending = FUSED + (COMPILED if workload.with_compile else "") if workload.device.type == "cuda" else ""
-    return next(one for one in contestants_of(workload) if one.name == DEFAULT + ending)
+    return DEFAULT + ending
 
 
 def with_and_without_loader(
-    session: Session, workload: StepWorkload, rank_info: RankInfo, contestant: Contestant
+    session: Session, workload: StepWorkload, rank_info: RankInfo, training: Training
 ) -> dict[str, list[StepTurn] | Failure]:
     """Let one training step in turns on a cached batch and on what a loader brings."""
-    training, cached = Training(contestant, workload, rank_info), repeat(workload.cached_batch(rank_info))
+    cached = repeat(workload.cached_batch(rank_info))
     training.warm_up(cached, workload.turns.warm_ups)
     runtime, steps = training.config.runtime, _LOADER_STEPS * workload.turns.steps
     turns: dict[str, list[StepTurn]] = {CACHED: [], SHARDS: []}
-    loader = workload.loader(rank_info)
-    try:
-        for number in range(max(workload.turns.rounds // 2, 1)):
-            if number > 0 and not session.has_time(f"loader, round {number + 1}"):
-                break
-            turns[CACHED].append(take_turn(training, cached, steps, rank_info))
-            # what was made ahead in the other's turn would hide the wait
-            ahead = runtime.prefetch + runtime.read_ahead
-            turns[SHARDS].append(take_turn(training, loader, steps, rank_info, left_out=ahead))
-    finally:
-        loader.close()
+    with closing(workload.loader(rank_info)) as loader:
+        # what was made ahead in the other's turn would hide the wait
+        sources = {CACHED: (cached, 0), SHARDS: (loader, runtime.prefetch + runtime.read_ahead)}
+        rounds = max(workload.turns.rounds // 2, 1)
+        for name in in_turns(sources, rounds, lambda number: session.has_time(f"loader, round {number}")):
+            batches, ahead = sources[name]
+            turns[name].append(take_turn(training, batches, steps, rank_info, left_out=ahead))
     return dict(turns)
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.train_step.report import BARE, COMPILED, DDP, FUSED, PLAIN, ZERO
+from benchmarks.train_step.report import BARE, COMPILED, DDP, DEFAULT, FUSED, PLAIN, ZERO
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine, StepOutcome
@@ -22,34 +22,27 @@ from iwm_fast.training.schedules import build_schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.teacher import Teacher
 
-
-class Contestant(NamedTuple):
-    """A way to train."""
-
-    name: str
-    runtime: dict[str, Any]
-    """Settings of the run; without an engine it is the bare loop."""
+Contestants = dict[str, dict[str, Any]]
+"""Settings of a run by the name of the way to train; without an engine it is the bare loop."""
 
 
-def contestants_of(workload: StepWorkload) -> list[Contestant]:
+ENGINES: Contestants = {
+    PLAIN: {"engine": "plain"},
+    **{name: {"engine": "deepspeed", "zero_stage": stage} for stage, name in enumerate(ZERO)},
+}
+CONTESTANTS_OF_RANKS: Contestants = {DDP if name == PLAIN else name: engine for name, engine in ENGINES.items()}
+
+
+def contestants_of(workload: StepWorkload) -> Contestants:
     """Return who trains in one process: every engine, and with and without what a GPU or a compiler adds."""
     is_gpu = workload.device.type == "cuda"
     ops, ending = ({"ops": "fused"}, FUSED) if is_gpu else ({}, "")
-    plain, zero = {"engine": "plain"}, {"engine": "deepspeed", "zero_stage": 1}
-    found = [Contestant(BARE + ending, ops), Contestant(PLAIN + ending, plain | ops)]
-    found += [Contestant(name + ending, zero | {"zero_stage": stage} | ops) for stage, name in enumerate(ZERO)]
+    found = {BARE + ending: ops, **{name + ending: engine | ops for name, engine in ENGINES.items()}}
     if is_gpu:
-        found += [Contestant(BARE, {}), Contestant(PLAIN, plain), Contestant(ZERO[1], zero)]
+        found |= {BARE: {}, **{name: ENGINES[name] for name in (PLAIN, DEFAULT)}}
     if workload.with_compile:
-        for name, engine in ((PLAIN, plain), (ZERO[1], zero)):
-            found.append(Contestant(name + ending + COMPILED, engine | ops | {"compile": True}))
+        found |= {name + ending + COMPILED: ENGINES[name] | ops | {"compile": True} for name in (PLAIN, DEFAULT)}
     return found
-
-
-def contestants_of_ranks() -> list[Contestant]:
-    """Return who trains on several ranks."""
-    zero = [Contestant(name, {"engine": "deepspeed", "zero_stage": stage}) for stage, name in enumerate(ZERO)]
-    return [Contestant(DDP, {"engine": "plain"}), *zero]
 
 
 class BareEngine:
@@ -91,14 +84,16 @@ class BareEngine:
 class Training:
     """A run that has been built and goes on step by step."""
 
-    def __init__(self, contestant: Contestant, workload: StepWorkload, rank_info: RankInfo) -> None:
-        config = workload.config(**contestant.runtime)
-        before = allocated(rank_info.device)
-        self._engine, self._teacher, self._objective = _build(contestant, config, rank_info)
-        self._schedules = build_schedules(config.optim, workload.photographs.num_samples)
+    def __init__(self, runtime: dict[str, Any], workload: StepWorkload, rank_info: RankInfo) -> None:
+        self.config = workload.config(**runtime)
+        self._before, self._device = allocated(rank_info.device), rank_info.device
+        if "engine" in runtime:
+            built = build_components(self.config, rank_info)
+            self._engine, self._teacher, self._objective = built.engine, built.teacher, built.objective
+        else:
+            self._engine, self._teacher, self._objective = _build_bare(self.config, rank_info)
+        self._schedules = build_schedules(self.config.optim, workload.photographs.num_samples)
         self._num_steps = 0
-        self._before, self._device = before, rank_info.device
-        self.config = config
         self.kept_bytes = 0
         """Weights, moments and whatever else stays between steps, on a GPU."""
 
@@ -118,10 +113,7 @@ class Training:
         return losses
 
 
-def _build(contestant: Contestant, config: RunConfig, rank_info: RankInfo) -> tuple[Engine, Teacher, Objective]:
-    if "engine" in contestant.runtime:
-        trainer = build_components(config, rank_info)
-        return trainer.engine, trainer.teacher, trainer.objective
+def _build_bare(config: RunConfig, rank_info: RankInfo) -> tuple[Engine, Teacher, Objective]:
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     engine = BareEngine(config, student, build_optimizer(student, config.optim))
     return engine, Teacher(student.encoder, compute_dtype(config)), Objective(config.objective, is_identity=False)

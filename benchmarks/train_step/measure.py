@@ -1,6 +1,7 @@
 """Time training steps in turns: all that are compared are built first, then step round after round, one at a time."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import Failure, first_line
-from benchmarks.train_step.engines import Contestant, Training, allocated
+from benchmarks.harness.timing import Failure, first_line, in_turns, spread
+from benchmarks.train_step.engines import Contestants, Training, allocated
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PARTS
 from iwm_fast.monitoring.throughput import build_throughput_meter
@@ -39,30 +40,20 @@ def take_turn(
     """Run some steps, of which the first ones do not count."""
     for _ in range(left_out):
         training.step(batches)
-    before = _wait(rank_info)
-    began = time.perf_counter()
-    reports = [training.step(batches) for _ in range(steps)]
-    peak = _peak(rank_info) - before
-    step_s = (time.perf_counter() - began) / steps
-    taken = [report.timer.seconds() for report in reports]
-    return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
-
-
-def _wait(rank_info: RankInfo) -> int:
-    """Wait for all that was started, here and on the other ranks; return what is in use on a GPU."""
-    if rank_info.device.type == "cuda":
+    is_on_gpu = rank_info.device.type == "cuda"
+    if is_on_gpu:
         torch.cuda.synchronize(rank_info.device)
         torch.cuda.reset_peak_memory_stats(rank_info.device)
     if rank_info.world_size > 1:
         dist.barrier()
-    return allocated(rank_info.device)
-
-
-def _peak(rank_info: RankInfo) -> int:
-    if rank_info.device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(rank_info.device)
-    return torch.cuda.max_memory_allocated(rank_info.device)
+    before, began = allocated(rank_info.device), time.perf_counter()
+    reports = [training.step(batches) for _ in range(steps)]
+    if is_on_gpu:
+        torch.cuda.synchronize(rank_info.device)
+    step_s = (time.perf_counter() - began) / steps
+    peak = torch.cuda.max_memory_allocated(rank_info.device) - before if is_on_gpu else 0
+    taken = [report.timer.seconds() for report in reports]
+    return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
 
 
 class Comparison(NamedTuple):
@@ -75,25 +66,25 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    workload: StepWorkload, contestants: Sequence[Contestant], rank_info: RankInfo, *, has_time: Callable[[], bool]
+    workload: StepWorkload, contestants: Contestants, rank_info: RankInfo, *, deadline: float = math.inf
 ) -> Comparison:
-    """Build all, then give each its turns with one cached batch; one that raises is a failure and the others go on."""
+    """Build all, then give each its turns with one cached batch; one that raises is a failure and the others go on.
+
+    No further round is started after the deadline on the monotonic clock.
+    """
     batches = repeat(workload.cached_batch(rank_info))
     losses, trainings, failures = {}, {}, {}
-    for contestant in contestants:
+    for name, runtime in contestants.items():
         try:
-            training = Training(contestant, workload, rank_info)
-            losses[contestant.name] = training.warm_up(batches, workload.turns.warm_ups)
-            trainings[contestant.name] = training
+            training = Training(runtime, workload, rank_info)
+            losses[name] = training.warm_up(batches, workload.turns.warm_ups)
+            trainings[name] = training
         except Exception as error:
-            failures[contestant.name] = Failure(first_line(error))
+            failures[name] = Failure(first_line(error))
     taken: dict[str, list[StepTurn]] = {name: [] for name in trainings}
     gc.collect()
-    for number in range(workload.turns.rounds):
-        if number > 0 and not has_time():
-            break
-        for name in list(trainings)[:: 1 if number % 2 == 0 else -1]:
-            taken[name].append(take_turn(trainings[name], batches, workload.turns.steps, rank_info))
+    for name in in_turns(trainings, workload.turns.rounds, lambda _: time.monotonic() <= deadline):
+        taken[name].append(take_turn(trainings[name], batches, workload.turns.steps, rank_info))
     kept = {name: training.kept_bytes for name, training in trainings.items()}
     return Comparison(failures | taken, losses, kept)
 
@@ -118,19 +109,19 @@ def note(
     case: Case,
     found: Comparison,
     *,
-    bases: Mapping[str, str],
+    base_of: Callable[[str], str],
     rank_info: RankInfo,
 ) -> None:
-    """Write a record for each contestant: ms per step, images/s, parts, and what it takes beyond its base, if any."""
+    """Write a record for each contestant: ms per step, images/s, parts, and what it takes beyond another, its base."""
     yardstick = build_throughput_meter(workload.config(), rank_info)
     for name, result in found.turns.items():
         if isinstance(result, Failure):
             session.note(case, name, failure=result.line)
             continue
-        times = summarize(result)
+        times = spread([1e3 * turn.step_s for turn in result])
         images_per_s = 1e3 * workload.batch_size / times["median_ms"]
         figures: dict[str, Any] = {"images_per_s": round(images_per_s, 2), **part_figures(result)}
-        over = bases.get(name, name)
+        over = base_of(name)
         base = found.turns.get(over)
         if isinstance(base, list) and over != name:
             figures |= {"over": over, "over_percent": round(over_percent(result, base), 2)}
@@ -141,13 +132,6 @@ def note(
             peak = found.kept_bytes.get(name, 0) + max(turn.peak_bytes for turn in result)
             figures["memory_gb"] = round(peak / 1e9, 2)
         session.note(case, name, **times, figures=figures)
-
-
-def summarize(taken: Sequence[StepTurn]) -> dict[str, Any]:
-    """Return median and percentiles over turns of the milliseconds per step."""
-    steps_ms = [1e3 * turn.step_s for turn in taken]
-    tenths = statistics.quantiles(steps_ms, n=10, method="inclusive") if len(taken) > 1 else steps_ms * 9
-    return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7], "repeats": len(taken)}
 
 
 def part_figures(taken: Sequence[StepTurn]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What every training step of a comparison does, and the batch they all take."""
 
 import dataclasses
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,11 +75,8 @@ class StepWorkload:
 
     def cached_batch(self, rank_info: RankInfo) -> Batch:
         """Return this rank's first batch of a run in memory of its own."""
-        loader = self.loader(rank_info)
-        try:
+        with closing(self.loader(rank_info)) as loader:
             return _copy(next(loader))
-        finally:
-            loader.close()
 
 
 def _copy(value: Any) -> Any:
@@ -92,11 +90,11 @@ def _copy(value: Any) -> Any:
 
 def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWorkload:
     """Return what this machine is measured with: a ViT-S/16 on a CPU, a ViT-B/16 on a GPU, or something tiny."""
+    common: dict[str, Any] = {"folder": folder, "device": device}
     if is_quick:
         return StepWorkload(
+            **common,
             name="tiny",
-            folder=folder,
-            device=device,
             batch_size=4,
             turns=StepTurns(rounds=2, steps=1, warm_ups=2),
             # heads of 32, for the kernels
@@ -111,9 +109,8 @@ def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWo
         )
     if device.type == "cuda":
         return StepWorkload(
+            **common,
             name=BASE,
-            folder=folder,
-            device=device,
             batch_size=256,
             turns=StepTurns(rounds=7, steps=10, warm_ups=3),
             model=ModelConfig(predictor=PredictorConfig(depth=18)),
@@ -121,16 +118,13 @@ def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWo
             # more than a turn takes, however often it comes
             photographs=PhotographShards(),
         )
-    # a step of three seconds on one core
+    encoder, predictor = EncoderConfig(dim=384, depth=12, num_heads=6), PredictorConfig(dim=192, depth=6, num_heads=6)
     return StepWorkload(
+        **common,
         name=SMALL,
-        folder=folder,
-        device=device,
         batch_size=8,
+        # a step takes three seconds on one core
         turns=StepTurns(rounds=6, steps=1, warm_ups=2),
-        model=ModelConfig(
-            encoder=EncoderConfig(dim=384, depth=12, num_heads=6),
-            predictor=PredictorConfig(dim=192, depth=6, num_heads=6),
-        ),
+        model=ModelConfig(encoder=encoder, predictor=predictor),
         precision="fp32",
     )

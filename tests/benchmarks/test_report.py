@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from benchmarks import report
+from benchmarks.features import report as feature_tables
 from benchmarks.harness import goals, tables
 from benchmarks.harness.records import Record
+from benchmarks.kernels import report as kernel_tables
 from benchmarks.pipelines import report as pipeline_tables
 from benchmarks.train_step import report as step_tables
 
@@ -34,10 +36,15 @@ OFFLINE = [
 ]
 
 
+def kernel_goals(records):
+    return {(one.text, one.pass_): one.verdict(records) for one in kernel_tables.GOALS}
+
+
 def test_without_results_nothing_is_claimed():
     text = report.render([])
-    of_others = len(pipeline_tables.goal_rows([])) + 1 + len(step_tables.goal_rows([])) + 1
-    assert text.count(goals.NOT_YET) == len(goals.rows([])) + 2 + of_others
+    of_goals = sum(len(one.GOALS) for one in (kernel_tables, pipeline_tables, step_tables, feature_tables))
+    # the four benchmarks, and the offline figures
+    assert text.count(goals.NOT_YET) == of_goals + 4 + 1
 
 
 def test_offline_figures_stand_beside_times_not_yet_measured():
@@ -49,7 +56,7 @@ def test_offline_figures_stand_beside_times_not_yet_measured():
 
 def test_goals_are_ratios_of_one_run():
     found = [timing("fused", 0.10, share_of_floor=0.8), timing("cuDNN", 0.15), timing("FA2", None, failure="no")]
-    rows = {(text, pass_): rest for text, pass_, *rest in goals.rows(found)}
+    rows = kernel_goals(found)
     assert rows["attention N=196 d=64: cuDNN / fused", "forward"] == ["at least 1.3", "1.50", "yes"]
     assert rows["attention N=196 d=64: fused / byte floor", "forward"] == ["at most 1.4", "1.25", "yes"]
     assert rows["attention N=196 d=64: cuDNN / fused", "backward"][1] == goals.NOT_YET
@@ -62,24 +69,27 @@ def test_goals_are_ratios_of_one_run():
 
 
 def test_a_failed_peer_or_a_missing_one_meets_no_goal():
-    assert goals.reached(goals.GOALS[0], [timing("fused", 0.1, shape=SHAPE | {"d": 32})]) is None
-    assert goals.reached(goals.GOALS[0], [timing("cuDNN", 0.1, shape=SHAPE | {"d": 32})]) is None
+    assert kernel_tables.GOALS[0].measured([timing("fused", 0.1, shape=SHAPE | {"d": 32})]) is None
+    assert kernel_tables.GOALS[0].measured([timing("cuDNN", 0.1, shape=SHAPE | {"d": 32})]) is None
 
 
 @pytest.mark.parametrize(("error", "plain", "worst"), [(0.02, 0.01, 2.0), (0.004, 1e-7, 0.8)])
 def test_errors_are_told_relative_to_plain_bfloat16_and_rounding(error, plain, worst):
     checks = [timing(name, None, what="attention error", pass_="", figures={"out": value})
               for name, value in (("fused", error), ("plain", plain))]  # fmt: skip
-    assert goals.worst_error(checks) == pytest.approx(worst)
-    assert f"{error:.1e}" in tables.errors(checks)
+    assert kernel_tables.worst_error(checks) == pytest.approx(worst)
+    assert f"{error:.1e}" in kernel_tables.errors(checks)
 
 
 def test_a_new_length_tells_what_was_compiled():
     values = {"mean_ms": 1.0, "longest_ms": 2.0, "first_calls_ms": 3.0, "calls": 200, "compilations": 0}
     one = timing("fused", 0.9, p80_ms=1.1, what="new lengths", pass_="forward+backward", figures=values)
-    assert "|   200 |" in tables.section("new lengths", [one])
-    rows = {text: rest for text, _, *rest in goals.rows([one])}
-    assert rows["new length every call: compilations"] == ["at most 0", "0.00", "yes"]
+    assert "|   200 |" in kernel_tables.sections([one])
+    assert kernel_goals([one])["new length every call: compilations", "forward+backward"] == [
+        "at most 0",
+        "0.00",
+        "yes",
+    ]
 
 
 def test_numbers_stand_to_the_right_and_words_to_the_left():
@@ -104,8 +114,8 @@ def stream(provider, images_per_s, machine=CPU, what="two views", **shape):
 
 
 def goal(records, text):
-    ((_, wanted, measured, met),) = [row for row in pipeline_tables.goal_rows(records) if text in row[0]]
-    return wanted, measured, met
+    (found,) = [one for one in pipeline_tables.GOALS if text in one.text]
+    return tuple(found.verdict(records))
 
 
 def test_ours_is_compared_with_the_fastest_peer_from_memory():

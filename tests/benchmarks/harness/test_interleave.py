@@ -1,7 +1,6 @@
 """Turns: one stream at a time, without what was made ahead; failures, spread, time that runs out."""
 
 import time
-from contextlib import contextmanager
 from itertools import count, repeat
 
 import pytest
@@ -18,15 +17,16 @@ def stream(made=None, images=4, opened=None, **values):
     """Return a stream that lists its batches in `made` and itself in `opened` while it is open."""
     made, opened = [] if made is None else made, [] if opened is None else opened
 
-    @contextmanager
-    def begin():
+    def start():
         opened.append("open")
         try:
-            yield (made.append(number) or images for number in count())
+            for number in count():
+                made.append(number)
+                yield images
         finally:
             opened.append("closed")
 
-    return Stream(begin, lambda batch: batch, **values)
+    return Stream(start, lambda batch: batch, **values)
 
 
 def test_what_was_made_ahead_is_not_counted():
@@ -50,16 +50,14 @@ def test_streams_are_open_one_at_a_time_and_change_places():
     log = []
 
     def logging(name):
-        inner = stream()
-
-        @contextmanager
-        def begin():
+        def start():
             log.append(name)
-            with inner.open() as batches:
-                yield batches
-            log.append(name.lower())
+            try:
+                yield from repeat(4)
+            finally:
+                log.append(name.lower())
 
-        return inner._replace(open=begin)
+        return Stream(start, lambda batch: batch)
 
     found = interleave.compare({name: logging(name) for name in "AB"}, SHORT, prepare=lambda: log.append("-"))
     assert "".join(log) == "-Aa-Bb" + "-Bb-Aa" + "-Aa-Bb"

@@ -64,13 +64,6 @@ def test_conditioning_reads_and_writes_rows_once():
     assert feature[BACKWARD].flops == 2 * feature[FORWARD].flops
 
 
-def test_a_predictor_row_costs_what_the_layers_say():
-    sizes = {"dim": 384, "depth": 1, "context": 98, "targets": 98, "B": 1, "encoder_dim": 0}
-    mixer = 3 * 4 * 98 * 384**2
-    per_row = (rooflines.predictor_flops(sizes) - mixer) / 3 / 196
-    assert per_row / 1e6 == pytest.approx(3.84, abs=0.005)
-
-
 @pytest.mark.parametrize(("length", "tile", "waste"), [(196, 192, 3.84), (196, 128, 1.71), (256, 128, 1.0)])
 def test_square_tiles_waste_what_does_not_fit(length, tile, waste):
     assert rooflines.library_waste(length, tile) == pytest.approx(waste, abs=0.005)

@@ -27,8 +27,8 @@ def provider(function, name="fused"):
 def check(one, rows=lambda tensor: tensor):
     place = session()
     plain = provider(lambda x: x * x, "plain")
-    parts = {"fused": one, "plain": plain, "exact": plain.in_double(plain.function)}
-    return place.check(CASE, parts, NAMES, rows=rows), place.records
+    exact = plain.in_double(plain.function)
+    return place.check(CASE, NAMES, fused=one, plain=plain, exact=exact, rows=rows), place.records
 
 
 def test_a_right_result_passes_and_its_errors_are_written_down():

@@ -1,6 +1,7 @@
 """Every section in small: interpreted without a GPU, where the peers that need one are written down as raising."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks import gpu_check
 from benchmarks.harness.records import BACKWARD, FORWARD, PASSES
-from benchmarks.harness.session import Case, Session, relative_errors
+from benchmarks.harness.session import Case, Session, relative_error
 from benchmarks.harness.timing import Effort
 from benchmarks.kernels import (
     __main__ as benchmark,
@@ -46,8 +47,8 @@ def passes_of(session, provider):
 
 @pytest.mark.fused
 def test_attention_dense_and_packed(session):
-    attention.dense(session, 2, 5, 32, num_heads=1)
-    attention.packed(session, [5, 7], 32, num_heads=1)
+    attention.compare(session, [5, 5], 32, num_heads=1)
+    attention.compare(session, [5, 7], 32, num_heads=1)
     assert passes_of(session, "fused") == passes_of(session, "eager") == 2 * list(PASSES)
     names = {one.provider for one in session.records}
     assert {"cuDNN", "FA2", "mem-efficient", "varlen_attn", "cuDNN padded", "cuDNN padded, mask"} <= names
@@ -84,11 +85,11 @@ def predictor_step(ops, given):
 def test_the_predictors_step_is_the_same_by_dense_attention_and_in_float64():
     given = predictor.batch(2, 4, DEVICE)
     found = []
-    for attend in (REFERENCE.ragged_attention, attention_baselines.attend_by_default):
+    for attend in (REFERENCE.ragged_attention, attention_baselines.attend_dense):
         plain, model = predictor_step(REFERENCE._replace(ragged_attention=attend), given)
         rounded = plain.outputs_and_gradients()
-        found.append(predictor.exact_provider(model, given, plain).outputs_and_gradients())
-        assert relative_errors(rounded[:1], found[-1][:1], ["predicted"])["predicted"] < 3e-2
+        found.append(predictor.provider("float64", model, given, exact=True).outputs_and_gradients())
+        assert relative_error(rounded[0], found[-1][0]) < 3e-2
     torch.testing.assert_close(*found)
 
 
@@ -96,18 +97,18 @@ def test_the_predictors_step_is_the_same_by_dense_attention_and_in_float64():
 def test_peers_compute_what_the_reference_does():
     # the backends need a GPU; what surrounds them is the same for PyTorch's own arithmetic
     qkv, d_out = draw(3 * 7, 3, 2, 32), draw(3 * 7, 2, 32, seed=1)
-    wanted = REFERENCE.ragged_attention(qkv, None, 7)
-    torch.testing.assert_close(attention_baselines.attend_dense(SDPBackend.MATH, qkv, None, 7), wanted)
+    wanted, by_math = REFERENCE.ragged_attention(qkv, None, 7), partial(attention_baselines.by, SDPBackend.MATH)
+    torch.testing.assert_close(by_math(attention_baselines.attend_dense)(qkv, None, 7), wanted)
     lengths = [7, 3, 5]
     packed, offsets = qkv[: sum(lengths)].clone().requires_grad_(), offsets_of(lengths)
     providers = attention_baselines.packed_providers(packed, offsets, 7, d_out[: sum(lengths)])
     masked = providers[-1]
     is_key = torch.arange(7) < torch.tensor(lengths)[:, None]
-    by_math = masked._replace(
-        function=lambda padded: attention_baselines.attend_masked(SDPBackend.MATH, is_key[:, None, None], padded)
+    masked = masked._replace(
+        function=by_math(lambda padded: attention_baselines.attend_padded(padded, is_key[:, None, None]))
     )
     eager = next(one for one in providers if one.name == "eager")
-    (out, d_padded), (wanted, d_packed) = by_math.outputs_and_gradients(), eager.outputs_and_gradients()
+    (out, d_padded), (wanted, d_packed) = masked.outputs_and_gradients(), eager.outputs_and_gradients()
     torch.testing.assert_close(out.view(3, 7, 2, 32)[is_key], wanted)
     torch.testing.assert_close(d_padded[is_key], d_packed)
 
@@ -126,7 +127,7 @@ def test_a_sweep_times_other_settings_and_drops_wrong_ones(session, pass_):
     elsewhere = launches["128"]._replace(constants=launches["128"].constants | {"LIMITS": (64, 128)})
     usual = tile_sweep.shipped(pass_, buffers)
     case = Case("attention sweep", {"N": 20})
-    tile_sweep.time_launches(session, case, pass_, (launches | {"elsewhere": elsewhere}, usual, buffers))
+    tile_sweep.time_launches(session, case, pass_, launches | {"elsewhere": elsewhere}, usual, buffers=buffers)
     failures = {one.provider: one.failure for one in session.records}
     assert failures["128"] is None and failures[tile_sweep.SHIPPED] is None
     assert "differs" in failures["elsewhere"]
@@ -139,15 +140,15 @@ def test_sweep_candidates_hold_the_length():
             (split,) = group.key_splits
             # all pieces but the last are full
             assert sum(split[:-1]) < length <= sum(split)
-    assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.all_tiles()}) == len(tile_sweep.all_tiles())
+    assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.TILES}) == len(tile_sweep.TILES)
     assert tile_sweep.name_tiles(Tiles(64, 32, 4, 2)) == "64x32 w4 s2"
 
 
 @without_gpu
-def test_the_interpreter_is_refused_with_the_remedy(capsys):
+def test_the_interpreter_is_refused_with_the_remedy(session, capsys):
     assert IS_INTERPRETING
     with pytest.raises(RuntimeError, match="unset"):
-        next(compiler_report.measure([90], {}))
+        compiler_report.measure(session, [90])
     assert benchmark.main([]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import io
 import os
-from contextlib import contextmanager
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from benchmarks.pipelines import (
     action_log,
     checks,
     dali_conditionals,
-    decoder_sweep,
     loader_memory,
     report,
     shuffle_quality,
@@ -76,11 +74,7 @@ def one(session):
 
 
 def stream_of(batches) -> Stream:
-    @contextmanager
-    def begin():
-        yield iter(batches)
-
-    return Stream(begin, len)
+    return Stream(lambda: (batch for batch in batches), len)
 
 
 def test_photographs_have_the_size_they_should_and_are_written_once(workload):
@@ -174,7 +168,7 @@ def test_neutral_parameters_make_the_same_pixels_and_are_timed(session, workload
 
 
 def test_without_a_gpu_its_decoder_is_left_out(session, workload):
-    decoder_sweep.run(session, workload)
+    stages.sweep_decoder(session, workload)
     assert session.records == [] and "no GPU" in session.left_out[0]
 
 
@@ -216,7 +210,7 @@ def test_memory_is_watched_in_a_process_of_its_own(session, workload):
 
 
 def test_growth_is_counted_from_where_buffers_have_settled():
-    resident = [50_000_000, 100_000_000, *(100_000_000 + 100_000 * batch for batch in range(1, 11))]
+    resident = [50.0, 100.0, *(100 + 0.1 * batch for batch in range(1, 11))]
     figures = loader_memory.figures_of(resident, settled=2)
     assert figures["growth_percent"] == pytest.approx(1.0)
     assert figures["slope_bytes_per_batch"] == pytest.approx(100_000) and figures["batches"] == 12

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from benchmarks.harness.timing import QUICK, Failure
 from benchmarks.train_step import __main__ as benchmark
 from benchmarks.train_step import measure
 from benchmarks.train_step import report as step_tables
-from benchmarks.train_step.engines import Contestant, Training, contestants_of
+from benchmarks.train_step.engines import Training, contestants_of
 from benchmarks.train_step.measure import Comparison, StepTurn
 from benchmarks.train_step.report import (
     BARE,
@@ -104,19 +105,19 @@ def test_ranks_that_take_too_long_are_ended(folder):
 
 
 def test_one_that_raises_drops_out_and_the_others_go_on(workload, rank_info):
-    wrong = Contestant("wrong", {"engine": "plain", "micro_batch_size": 3})
-    found = measure.compare(workload, [wrong, Contestant(PLAIN, {"engine": "plain"})], rank_info, has_time=lambda: True)
+    plain = {"engine": "plain"}
+    found = measure.compare(workload, {"wrong": plain | {"micro_batch_size": 3}, PLAIN: plain}, rank_info)
     assert isinstance(found.turns["wrong"], Failure) and len(found.turns[PLAIN]) == 2
     measure.check_losses(found.losses, "wrong", workload.precision)
 
 
 def test_without_time_there_is_one_round(workload, rank_info):
-    found = measure.compare(workload, [Contestant(BARE, {})], rank_info, has_time=lambda: False)
+    found = measure.compare(workload, {BARE: {}}, rank_info, deadline=time.monotonic() - 1)
     assert len(found.turns[BARE]) == 1
 
 
 def test_one_that_trains_otherwise_is_refused(workload, rank_info):
-    bare = Training(Contestant(BARE, {}), workload, rank_info)
+    bare = Training({}, workload, rank_info)
     batch = workload.cached_batch(rank_info)
     losses = bare.warm_up(iter([batch] * 3), 3)
     assert losses[0] != losses[2]
@@ -147,7 +148,7 @@ def test_a_gpus_share_of_its_peak_and_memory_are_noted(session, workload, monkey
     found = Comparison({BARE: [turn(0.004)]}, {}, {BARE: 2_000_000_000})
     gpu = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
     case = benchmark.Case(STEP, workload.shape(1), workload.precision)
-    measure.note(session, workload, case, found, bases={BARE: BARE}, rank_info=gpu)
+    measure.note(session, workload, case, found, base_of=benchmark.base_of, rank_info=gpu)
     (record,) = session.records
     # 4 images in 4 ms
     wanted = 100 * 1000 * measure.build_throughput_meter(workload.config(), gpu).flops_per_image / 1e12
@@ -157,12 +158,12 @@ def test_a_gpus_share_of_its_peak_and_memory_are_noted(session, workload, monkey
 
 def test_a_gpu_adds_fused_kernels_and_a_compiler_compiled_networks(workload, folder):
     gpu = build_workload(folder, torch.device("cuda", 0), is_quick=False)
-    names = [one.name for one in contestants_of(gpu)]
-    assert {BARE + FUSED, PLAIN, DEFAULT + FUSED, DEFAULT + FUSED + COMPILED, ZERO[3] + FUSED} <= set(names)
-    assert benchmark.fastest(gpu).runtime["compile"] and gpu.name == BASE
+    names = set(contestants_of(gpu))
+    assert {BARE + FUSED, PLAIN, DEFAULT + FUSED, DEFAULT + FUSED + COMPILED, ZERO[3] + FUSED} <= names
+    assert contestants_of(gpu)[benchmark.fastest(gpu)]["compile"] and gpu.name == BASE
     assert gpu.model == ModelConfig(predictor=dataclasses.replace(ModelConfig().predictor, depth=18))
-    assert not any(FUSED in one.name for one in contestants_of(workload))
-    assert {benchmark.base_of(name) for name in names} <= set(names)
+    assert not any(FUSED in name for name in contestants_of(workload))
+    assert {benchmark.base_of(name) for name in names} <= names
 
 
 def record(provider, images_per_s, *, gpu: str | None = "NVIDIA H200", what=STEP, model=BASE, **figures):
@@ -173,7 +174,7 @@ def record(provider, images_per_s, *, gpu: str | None = "NVIDIA H200", what=STEP
 
 
 def measured(found) -> list[str]:
-    return [row[2] for row in step_tables.goal_rows(found)]
+    return [goal.verdict(found)[1] for goal in step_tables.GOALS]
 
 
 def test_goals_are_for_the_machines_and_networks_they_name():
