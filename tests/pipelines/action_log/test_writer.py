@@ -16,7 +16,7 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, read_rows, read_step, truncate_from
-from iwm_fast.pipelines.action_log.schema import LogMetadata, column, draws_of, read_metadata
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_draws, read_metadata
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
@@ -112,7 +112,7 @@ def test_rows_are_what_the_batches_were(tmp_path, shards, backend):
     assert rows.column("key").to_pylist() == [key for batch in batches for key in batch.key]
     shard, _ = shards.locate(column(rows, "sample"))
     assert rows.column("shard").to_pylist() == [shards.shards[number].path for number in shard]
-    assert_same_draws(draws_of(rows), [batch.draws for batch in batches])
+    assert_same_draws(read_draws(rows), [batch.draws for batch in batches])
     assert (column(rows, "sample") != column(rows, "planned")).sum() == 2, "the damaged one comes twice in 48"
     assert (column(rows, "source_window") != column(rows, "crop_window")).any()
 
@@ -174,7 +174,7 @@ def test_nothing_is_seen_of_a_part_before_it_is_whole(tmp_path, shards):
 
 @pytest.mark.parametrize("group_rows", [1, 24, 1000])
 def test_long_parts_end_with_a_step(tmp_path, shards, group_rows):
-    write(tmp_path, shards, range(7), group_rows=group_rows, part_rows=40)
+    write(tmp_path, shards, range(7), group_rows=group_rows, file_rows=40)
     assert names(tmp_path) == [f"step-{first:08}-{end:08}-rank-000.parquet" for first, end in ((0, 3), (3, 6), (6, 7))]
     assert read_rows(tmp_path, 0, 7).num_rows == 7 * GLOBAL_BATCH
 
@@ -225,7 +225,7 @@ def test_missing_and_double_rows_are_errors_with_their_place(tmp_path, shards):
         read_step(tmp_path, 5)
     write(tmp_path / "elsewhere", shards, range(1), world_size=2)
     list_log_files(tmp_path / "elsewhere")[0].path.rename(tmp_path / "step-00000000-00000001-rank-000.parquet")
-    with pytest.raises(ActionLogError, match=r"8 rows are there twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
+    with pytest.raises(ActionLogError, match=r"8 rows occur twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
         read_rows(tmp_path, 0, 2)
 
 
@@ -288,7 +288,7 @@ def test_a_part_is_not_written_over_another(tmp_path, shards):
     write(tmp_path, shards, range(2))
     (part,) = list_log_files(tmp_path)
     before = part.path.read_bytes()
-    with pytest.raises(FileExistsError, match="does another run write here"):
+    with pytest.raises(FileExistsError, match="check that no other run writes"):
         write(tmp_path, shards, range(2))
     assert os.listdir(tmp_path) == [part.path.name] and part.path.read_bytes() == before
 

@@ -95,7 +95,7 @@ def test_an_epoch_of_imagenet_size_is_opened_without_looking_at_its_samples():
     order = SampleOrder([1000] * 1281, 3, 16)
     samples = order.samples_at(np.arange(10**9, 10**9 + 256))
     assert len(np.unique(samples)) == 256 and len(np.unique(samples // 1000)) <= 16
-    assert order._samples.cache_info().currsize == 1
+    assert order._window_permutation.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize(("shard_sizes", "window"), [([], 1), ([3, 0], 1), ([3], 0)])
