@@ -120,7 +120,8 @@ class ActionLog:
             self._submitted.popleft().result()
         future = self._thread.submit(self._write, self._pending, ends_file)
         self._submitted.append(future)
-        self._pending, self._num_pending_rows = [], 0
+        self._pending = []
+        self._num_pending_rows = 0
         self._num_file_rows = 0 if ends_file else self._num_file_rows
         return future
 
