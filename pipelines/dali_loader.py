@@ -65,7 +65,7 @@ class DaliLoader:
         self._photometry = CpuPhotometry(config.loader_threads) if is_cropping else None
         # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        self._rendered = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
+        self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
 
     def _build_graph(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
         if self._plan.augment is not None:
@@ -102,11 +102,11 @@ class DaliLoader:
         return self
 
     def __next__(self) -> Batch:
-        batch, rendering_done = self._rendered.popleft().result()
-        self._rendered.append(self._renderer.submit(self._render_next_batch))
+        batch, rendering_done = self._pending_batches.popleft().result()
+        self._pending_batches.append(self._renderer.submit(self._render_next_batch))
         if rendering_done is not None:
-            # The GPU waits for the rendering, the host does not. `record_stream` tells the caching allocator that the
-            # training stream uses memory of the rendering stream: it is not given out again before training used it.
+            # Only the GPU waits for the rendering, not the host. The memory belongs to the rendering stream;
+            # `record_stream` keeps the caching allocator from reusing it before the training stream has read it.
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rendering_done)
             for tensor in batch.tensors_on_device():
@@ -156,6 +156,7 @@ class DaliLoader:
         The main graph cannot repeat a batch: after an error it continues with the next one. A second graph, which does
         not prefetch, renders the repaired batch.
         """
+        # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
         request, encoded = self._replacer.replace_undecodable(failed.request, failed.encoded)
         self._in_graph[0] = _LoadedRequest(request=request, encoded=encoded)

@@ -46,10 +46,6 @@ class ActionLog:
         rank opens it, since that function removes unfinished files.
 
         Args:
-            folder: folder of the log, the same for all ranks.
-            head: settings that all rows share.
-            shards: the samples that are trained on.
-            rank: rank of this process.
             group_rows: number of rows that are converted and written together.
             file_rows: number of rows after which a file is published at the next step, with or without a checkpoint.
 

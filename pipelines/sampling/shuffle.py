@@ -25,7 +25,7 @@ class SampleOrder:
         """
         min_size = min(shard_sizes, default=0)
         if min_size < 1:
-            raise ValueError(f"shard_sizes must be at least 1 for all of at least 1 shard, got a minimum of {min_size}")
+            raise ValueError(f"shard_sizes must be at least 1 each and not be empty, got a minimum of {min_size}")
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, got {window}")
         self._sizes = np.asarray(shard_sizes, np.int64)
