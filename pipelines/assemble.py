@@ -1,4 +1,4 @@
-"""Puts pixels, plan and action together into a batch."""
+"""Combines rendered pixels with the request that they were rendered for into a `Batch`."""
 
 from dataclasses import dataclass
 
@@ -17,20 +17,20 @@ from iwm_fast.pipelines.transforms.geometry import source_geometry
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedViews:
-    """What a backend makes of a request."""
+    """What a renderer returns for a request: both views, normalised, and the windows that they show."""
 
     source_view: Float32[Tensor, "B 3 H W"]
-    """Normalised, as in `Batch`."""
     target_view: Float32[Tensor, "B 3 H W"]
     crop_window: Float32[np.ndarray, "B 4"]
     source_window: Float32[np.ndarray, "B 4"]
 
 
-def assemble(
+def assemble_batch(
     request: Request, rendered: RenderedViews, shards: ShardSet, views: ViewConfig, device: torch.device
 ) -> Batch:
-    """Put pixels and request together, on the device."""
+    """Return the batch of a request; views, action and patch indices are moved to the device."""
     draws = request.draws
+    # Only the renderer knows the size of an image, so the geometric entries of the action follow from its windows.
     geometry = source_geometry(draws, rendered.crop_window, rendered.source_window)
     action = action_vector(draws.source, draws.target, views, geometry)
     return Batch(
@@ -41,6 +41,7 @@ def assemble(
         target=request.target.to(device),
         crop_window=torch.tensor(rendered.crop_window),
         source_window=torch.tensor(rendered.source_window),
+        # Key and label describe the sample that is shown, which may be a replacement for the scheduled one.
         label=torch.from_numpy(shards.labels(request.samples)),
         sample=torch.from_numpy(request.samples),
         scheduled_sample=torch.from_numpy(request.scheduled_samples),

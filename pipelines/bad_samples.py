@@ -1,8 +1,9 @@
-"""Images that cannot be decoded: found before or behind the decoder, replaced by others of the same global batch.
+"""Replaces images that cannot be decoded with other samples of the same global batch.
 
-DALI gives up a whole batch for one bad image, and a GPU's decoder may take a file that was cut off for whole. So every
-encoded image is looked at first: does it end as its format says? That costs microseconds. Only what does not is
-decoded by Pillow, which decides. What still makes the graph fail is found the same way afterwards.
+DALI fails on a complete batch if one of its images is bad, and the decoder of a GPU may accept a truncated file
+without an error. Every encoded image is therefore checked before decoding: do its first and last bytes mark the
+beginning and the end of its format? This takes microseconds. Only images that fail the check are decoded by Pillow,
+which decides whether they are bad. If the DALI graph fails nevertheless, Pillow decodes all images of that batch.
 """
 
 import logging
@@ -22,55 +23,62 @@ from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_ima
 
 log = logging.getLogger(__name__)
 
-Encoded = UInt8[np.ndarray, "_"]
+EncodedImage = UInt8[np.ndarray, "_"]
+_Loaded = tuple[Request, list[EncodedImage]]
 
 _JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
-# the last chunk and its checksum
+# The type of PNG's last chunk, which is empty, and its checksum.
 _PNG_END = b"IEND\xaeB`\x82"
-# cameras and editors write a little behind the end of a JPEG
+_JPEG_END = b"\xff\xd9"
+# Cameras and editors append a few bytes after JPEG's end marker. The value is a choice: an image with a longer tail
+# only costs an extra decoding by Pillow.
 _JPEG_TAIL = 64
 
 
 class BadSampleReplacer:
-    """Puts other samples in the place of those that cannot be decoded, and counts them."""
+    """Replaces samples that cannot be decoded, logs each of them once, and limits their number."""
 
-    def __init__(self, plan: BatchPlan, shards: ShardSet, reader: Reader, most: float) -> None:
-        """Take how many different bad samples are accepted: a count from 1 on, a share of the samples below 1.
+    def __init__(self, plan: BatchPlan, shards: ShardSet, reader: Reader, max_bad_samples: float) -> None:
+        """Set the limit on different bad samples: a count if it is 1 or more, else a fraction of all samples.
 
         Raises:
-            ValueError: if it is negative.
+            ValueError: if the limit is negative.
         """
-        check(most >= 0, "runtime.max_bad_samples", most, "be at least 0")
-        self._plan, self._shards, self._reader = plan, shards, reader
-        self._setting, self._most = most, most if most >= 1 else most * shards.num_samples
+        check(max_bad_samples >= 0, "runtime.max_bad_samples", max_bad_samples, "be at least 0")
+        self._plan = plan
+        self._shards = shards
+        self._reader = reader
+        self._max_bad_samples = max_bad_samples
+        self._limit = max_bad_samples if max_bad_samples >= 1 else max_bad_samples * shards.num_samples
         self._reason_of: dict[int, str] = {}
 
-    def screen(self, request: Request, encoded: list[Encoded]) -> tuple[Request, list[Encoded]]:
-        """Return request and images without those that are visibly cut off, or no image at all.
+    def replace_incomplete(self, request: Request, encoded: list[EncodedImage]) -> _Loaded:
+        """Replace the bad samples among those that look incomplete, before a batch is decoded.
 
         Raises:
-            ShardError: with shard and key, if too many samples are bad or nothing can stand in for one.
+            ShardError: with shard and key, if there are too many bad samples or none can replace one.
         """
+        # A bad image may look complete. It comes again in every epoch: once known, it is replaced before it is decoded.
         is_known = [int(sample) in self._reason_of for sample in request.samples]
         suspects = [image for image, content in enumerate(encoded) if is_known[image] or not looks_complete(content)]
         return self._replace(request, encoded, suspects) if suspects else (request, encoded)
 
-    def search(self, request: Request, encoded: list[Encoded]) -> tuple[Request, list[Encoded]]:
-        """Do the same by decoding every image, for a batch that could not be rendered.
+    def replace_undecodable(self, request: Request, encoded: list[EncodedImage]) -> _Loaded:
+        """Decode all images of a batch that could not be rendered, and replace the bad samples.
 
         Raises:
-            ShardError: as `screen`.
-            RuntimeError: if every image can be decoded, so that something else is wrong.
+            ShardError: with shard and key, if there are too many bad samples or none can replace one.
+            RuntimeError: if every image can be decoded, so that the batch failed for another reason.
         """
-        found, images = self._replace(request, encoded, list(range(len(encoded))))
-        if found is request:
+        new_request, images = self._replace(request, encoded, list(range(len(encoded))))
+        if new_request is request:
             raise RuntimeError(
                 f"a batch of step {request.step} cannot be rendered though each of its images can be decoded; "
-                "runtime.loader=torch shows whether it is the graph"
+                "set runtime.loader=torch to find out whether DALI is the cause"
             )
-        return found, images
+        return new_request, images
 
-    def _replace(self, request: Request, encoded: list[Encoded], suspects: list[int]) -> tuple[Request, list[Encoded]]:
+    def _replace(self, request: Request, encoded: list[EncodedImage], suspects: list[int]) -> _Loaded:
         samples, images = request.samples.copy(), list(encoded)
         for image in suspects:
             reason = self._reason(int(samples[image]), images[image])
@@ -79,58 +87,65 @@ class BadSampleReplacer:
         is_same = (samples == request.samples).all()
         return (request, encoded) if is_same else (replace(request, samples=samples), images)
 
-    def _substitute(self, request: Request, image: int, reason: str) -> tuple[int, Encoded]:
-        bad = int(request.samples[image])
+    def _substitute(self, request: Request, image: int, reason: str) -> tuple[int, EncodedImage]:
+        """Return number and bytes of the first fallback sample that can be decoded.
+
+        The candidates depend on the global batch alone, so the choice is the same for any number of ranks.
+        """
+        bad_sample = int(request.samples[image])
         candidates = self._plan.fallback_samples(request, image)
         if len(candidates):
-            self._count(bad, reason, request.step)
-        for sample in candidates:
-            (content,) = self._reader.read(np.array([sample]))
-            if not self._reason(int(sample), content):
-                return int(sample), content
-        what = f"cannot decode the image, drawn at step {request.step} ({reason}), and none may stand in for it"
-        raise self._error(bad, what, "or write it again")
+            self._count(bad_sample, reason, request.step)
+        for candidate in candidates:
+            (content,) = self._reader.read(np.array([candidate]))
+            if not self._reason(int(candidate), content):
+                return int(candidate), content
+        what = f"cannot decode the image, drawn at step {request.step} ({reason}), and no other sample can replace it"
+        raise self._error(bad_sample, what, "or write its shard again")
 
-    def _reason(self, sample: int, content: Encoded) -> str:
-        """Return why an image cannot be decoded, empty if it can."""
+    def _reason(self, sample: int, content: EncodedImage) -> str:
+        """Return why an image cannot be decoded; empty if it can."""
         if sample in self._reason_of:
             return self._reason_of[sample]
         try:
             decode_image(content)
         except UnidentifiedImageError:
-            # its own message names a Python object
-            return f"no image, begins with {content[:16].tobytes()!r}" if len(content) else "0 bytes"
+            # Pillow's message shows the repr of a BytesIO object, which helps no user.
+            return f"not an image, begins with {content[:16].tobytes()!r}" if len(content) else "0 bytes"
         except UNDECODABLE as error:
             return str(error) or type(error).__name__
         return ""
 
     def _count(self, sample: int, reason: str, step: int) -> None:
-        """Remember a bad sample, and say so the first time."""
+        """Record a bad sample and log it, unless it is recorded already.
+
+        Raises:
+            ShardError: if it exceeds the limit.
+        """
         if sample in self._reason_of:
             return
         self._reason_of[sample] = reason
         count = len(self._reason_of)
-        if count > self._most:
-            limit = f"runtime.max_bad_samples = {self._setting:g} allows {math.floor(self._most)} per rank"
+        if count > self._limit:
+            limit = f"runtime.max_bad_samples = {self._max_bad_samples:g} allows {math.floor(self._limit)} per rank"
             what = f"cannot decode the image, drawn at step {step} ({reason}); it is bad sample {count} and {limit}"
             raise self._error(sample, what, "or raise that limit")
-        log.warning(
-            "step %d: cannot decode %s (%s); another sample of the batch stands in for it, bad samples so far: %d",
-            step, self._shards.address(sample), reason, count,
-        )  # fmt: skip
+        message = "step %d: cannot decode %s (%s); another sample of the batch replaces it, bad samples so far: %d"
+        log.warning(message, step, self._shards.address(sample), reason, count)
 
-    def _error(self, sample: int, what: str, also: str) -> ShardError:
-        remedy = f"let `iwm shards check` find all such samples and leave them out, {also}"
+    def _error(self, sample: int, what: str, alternative: str) -> ShardError:
+        remedy = f"run `iwm shards check` to find all such samples and leave them out, {alternative}"
         return ShardError(what, **self._shards.where(sample), remedy=remedy)
 
 
-def looks_complete(content: Encoded) -> bool:
-    """Return whether the bytes begin and end as a JPEG, PNG or WebP does; other formats have no end to look for."""
+def looks_complete(content: EncodedImage) -> bool:
+    """Return whether the bytes begin and end as a JPEG, PNG or WebP file does; False for all other formats."""
     head, tail = content[:12].tobytes(), content[-_JPEG_TAIL:].tobytes()
     if head.startswith(_JPEG):
-        return b"\xff\xd9" in tail
+        return _JPEG_END in tail
     if head.startswith(_PNG):
         return _PNG_END in tail
     if head.startswith(_WEBP):
+        # RIFF stores the size of what follows the first 8 bytes.
         return len(content) >= int.from_bytes(head[4:8], "little") + 8
     return False

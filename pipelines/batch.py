@@ -1,4 +1,4 @@
-"""The objects that cross from data to training."""
+"""The data structures that a loader hands to training: `Batch`, and `RaggedIndex` for its patches."""
 
 from dataclasses import dataclass, replace
 
@@ -11,61 +11,63 @@ from iwm_fast.pipelines.transforms.parameters import Draws
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedIndex:
-    """Some patches of each image of a batch, packed one image after the other; M is their number."""
+    """Patches selected from each image of a batch, packed image after image without padding; M is their number."""
 
     patch: Int64[Tensor, "M"]
     """Number of the patch in its image's grid, in raster order."""
     row: Int64[Tensor, "M"]
     """Row in the flattened (B * N) tokens: image * N + patch."""
     offsets: Int32[Tensor, "images"]
-    """Where each image's patches begin, B + 1 entries: 0 first, M last."""
+    """Start of each image's patches: B + 1 entries, the first is 0 and the last is M."""
     longest: int
-    """Most patches of one image in this batch."""
+    """Largest number of patches of any image in this batch."""
+    # A loss over ragged targets is a sum. Dividing it by the count of the global batch, not of this micro-batch, makes
+    # it independent of the number of ranks and of gradient accumulation.
     total: int
-    """Patches over the whole global batch of the step: what a summed loss is divided by."""
+    """Number of patches in the global batch of the step: the divisor of a summed loss."""
 
     def to(self, device: torch.device) -> "RaggedIndex":
-        """Copy to a device."""
+        """Return a copy on a device."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("patch", "row", "offsets")}
         return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one rank: B images in two views and what changed between them."""
+    """One micro-batch of one rank: B images in two views, and the change between the views."""
 
     source_view: Float[Tensor, "B 3 H W"]
-    """Normalised image the context comes from."""
+    """Normalised image from which the context is taken."""
     target_view: Float[Tensor, "B 3 H W"]
     """Normalised image whose tokens are predicted."""
     action: Float[Tensor, "B A"]
-    """Change source -> target, of order one per entry; zero means no change."""
+    """Change from source to target view, of order one per entry; zero means no change."""
     context: RaggedIndex
     """Visible patches of the source view."""
     target: RaggedIndex
     """Patches to predict."""
     crop_window: Float[Tensor, "B 4"]
-    """Top, left, height, width of the shared crop in the stored image's pixels."""
+    """Top, left, height and width of the crop that both views share, in pixels of the stored image."""
     source_window: Float[Tensor, "B 4"]
-    """The same of the source view; another place only with views.source_crop."""
+    """Top, left, height and width of the source view; equal to `crop_window` unless views.source_crop is set."""
     label: Int64[Tensor, "B"]
     """Class number, -1 where the sample has none."""
     sample: Int64[Tensor, "B"]
     """Number of the sample in the data set."""
     scheduled_sample: Int64[Tensor, "B"]
-    """Number of the sample that the shuffled order put here; differs from `sample` if it could not be decoded."""
+    """Number of the sample that the shuffled order assigns to the slot; differs from `sample` if it is undecodable."""
     slot: Int64[Tensor, "B"]
-    """Place in the global batch."""
+    """Position in the global batch, 0 to global_batch_size - 1."""
     key: tuple[str, ...]
-    """Name of each sample as its shard gives it."""
+    """Name of each sample in its shard."""
     step: int
-    """Optimiser step this batch belongs to."""
+    """Optimiser step that this batch belongs to."""
     draws: Draws
-    """All that was drawn for it, on the host."""
+    """All random parameters of the batch, as NumPy arrays on the host."""
 
     def tensors_on_device(self) -> list[Tensor]:
-        """Return what the device holds of it."""
-        indexes = [
+        """Return the tensors that live on the training device; all others stay on the host."""
+        index_tensors = [
             getattr(index, name) for index in (self.context, self.target) for name in ("patch", "row", "offsets")
         ]
-        return [self.source_view, self.target_view, self.action, *indexes]
+        return [self.source_view, self.target_view, self.action, *index_tensors]

@@ -1,4 +1,12 @@
-"""The fast path: ranged reads in threads, DALI's graph, several batches ahead."""
+"""The fast loader: threads read byte ranges of shards and DALI renders the images, several batches ahead of training.
+
+Four stages run at the same time, and each hands its results to the next in order:
+
+    1. the "plan" thread computes requests and submits their reads
+    2. the threads of `Reader` fetch encoded images
+    3. the "render" thread runs the DALI graph, which asks for the inputs of its next batch, and assembles batches
+    4. the caller of `__next__` trains
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.pipelines.assemble import RenderedViews, assemble
-from iwm_fast.pipelines.bad_samples import BadSampleReplacer, Encoded
+from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer, EncodedImage
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
@@ -23,84 +31,94 @@ from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Read:
-    """A request and the images it shows."""
+class _LoadedRequest:
+    """A request and its encoded images."""
 
     request: Request
-    encoded: list[Encoded]
+    encoded: list[EncodedImage]
 
 
 class DaliLoader:
-    """Carries out a plan's requests, `config.prefetch` batches ahead of the caller."""
+    """Renders the micro-batches of a plan in order, `config.prefetch` batches ahead of the caller; see `Loader`."""
 
     def __init__(
         self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
-        self._plan, self._shards, self._device = plan, shards, device
+        self._plan = plan
+        self._shards = shards
+        self._device = device
         self._settings = graph_settings(plan, config, device)
         self._reader = Reader(shards, num_threads=config.reader_threads)
         self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
+        # Masks and draws of a request take time too, so a separate thread computes them.
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
-        self._planned: deque[Future[tuple[Request, Future[list[Encoded]]]]] = deque()
-        self._in_graph: deque[_Read] = deque()
-        self._next = first
+        self._pending_reads: deque[Future[tuple[Request, Future[list[EncodedImage]]]]] = deque()
+        # Requests whose inputs the graph has taken and whose outputs it has not returned yet, in order.
+        self._in_graph: deque[_LoadedRequest] = deque()
+        self._next_index = first
         for _ in range(config.prefetch + config.read_ahead):
-            self._plan_ahead()
+            self._submit_next_request()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graph = self._build(self._settings, self._feed)
-        self._spare_graph: Any = None
+        self._graph = self._build_graph(self._settings, self._next_inputs)
+        self._retry_graph: Any = None
         is_cropping = self._settings.output == "crops"
         self._photometry = CpuPhotometry(config.loader_threads) if is_cropping else None
-        # a thread of its own runs the graph and assembles, so that the caller's time goes into training
+        # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        self._ready = deque(self._renderer.submit(self._next_batch) for _ in range(config.prefetch))
+        self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
 
-    def _build(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
+    def _build_graph(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
         if self._plan.augment is not None:
             return build_augment_graph(settings, self._plan.augment, next_inputs)
         return build_graph(settings, next_inputs)
 
-    def _plan_ahead(self) -> None:
-        self._planned.append(self._planner.submit(self._start_reading, self._next))
-        self._next += 1
+    def _submit_next_request(self) -> None:
+        self._pending_reads.append(self._planner.submit(self._start_reading, self._next_index))
+        self._next_index += 1
 
-    def _start_reading(self, index: int) -> tuple[Request, Future[list[Encoded]]]:
+    def _start_reading(self, index: int) -> tuple[Request, Future[list[EncodedImage]]]:
         request = self._plan.request(index)
         return request, self._reader.submit(request.samples)
 
-    def _feed(self) -> tuple[Any, ...]:
-        """Hand the graph its next inputs; DALI calls this on the thread that runs it."""
+    def _next_inputs(self) -> tuple[Any, ...]:
+        """Return the graph's next inputs. DALI calls this in `run`, on the render thread, up to `prefetch` ahead."""
         try:
-            request, reading = self._planned.popleft().result()
+            request, reading = self._pending_reads.popleft().result()
         except EndOfPlanError:
+            # DALI's external source ends at StopIteration; `run` raises it after the last prefetched batch.
             raise StopIteration from None
-        self._plan_ahead()
-        request, encoded = self._replacer.screen(request, reading.result())
-        self._in_graph.append(_Read(request=request, encoded=encoded))
-        return self._inputs(self._in_graph[-1])
+        self._submit_next_request()
+        request, encoded = self._replacer.replace_incomplete(request, reading.result())
+        self._in_graph.append(_LoadedRequest(request=request, encoded=encoded))
+        return self._graph_inputs(self._in_graph[-1])
 
-    def _inputs(self, read: _Read) -> tuple[Any, ...]:
-        draws, augment = read.request.draws, read.request.augment
+    def _graph_inputs(self, loaded: _LoadedRequest) -> tuple[Any, ...]:
+        draws, augment = loaded.request.draws, loaded.request.augment
         if augment is not None:
-            return read.encoded, *augment_parameters(draws, augment)
-        return read.encoded, *graph_parameters(draws, self._settings)
+            return loaded.encoded, *augment_parameters(draws, augment)
+        return loaded.encoded, *graph_parameters(draws, self._settings)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch, is_ready = self._ready.popleft().result()
-        self._ready.append(self._renderer.submit(self._next_batch))
-        if is_ready is not None:
-            # training waits on the GPU, not on the host; the memory is free again once training has used it
+        batch, rendering_done = self._pending_batches.popleft().result()
+        self._pending_batches.append(self._renderer.submit(self._render_next_batch))
+        if rendering_done is not None:
+            # Only the GPU waits for the rendering, not the host. The memory belongs to the rendering stream;
+            # `record_stream` keeps the caching allocator from reusing it before the training stream has read it.
             stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(is_ready)
+            stream.wait_event(rendering_done)
             for tensor in batch.tensors_on_device():
                 tensor.record_stream(stream)
         return batch
 
-    def _next_batch(self) -> tuple[Batch, torch.Event | None]:
-        """Render and assemble; on a GPU in a stream of its own, so that it overlaps with training."""
+    def _render_next_batch(self) -> tuple[Batch, torch.Event | None]:
+        """Render and assemble a batch; on a GPU in a separate CUDA stream, so that it overlaps with training.
+
+        Returns:
+            The batch, and on a GPU the event after which its tensors may be read.
+        """
         if self._stream is None:
             return self._render(), None
         with torch.cuda.stream(self._stream):
@@ -111,12 +129,14 @@ class DaliLoader:
         try:
             outputs = self._run(self._graph)
         except RuntimeError:
+            # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
             outputs = self._run_without_bad_samples()
         request = self._in_graph.popleft().request
-        *shown, window, inner = outputs
-        source_view, target_view = (self._as_tensor(view) for view in shown)
+        *views, window, inner = outputs
+        source_view, target_view = (self._as_tensor(view) for view in views)
         if self._photometry is not None:
             if not self._plan.views.has_source_geometry:
+                # Identity of the tensors tells the CPU renderer to convert the crop only once.
                 source_view = target_view
             source_view, target_view = self._photometry.views(source_view, target_view, request.draws)
         rendered = RenderedViews(
@@ -125,37 +145,43 @@ class DaliLoader:
             crop_window=np.array(window.as_tensor()),
             source_window=np.array(inner.as_tensor()),
         )
-        return assemble(request, rendered, self._shards, self._plan.views, self._device)
+        return assemble_batch(request, rendered, self._shards, self._plan.views, self._device)
 
     def _run(self, graph: Any) -> tuple[Any, ...]:
         return graph.run() if self._stream is None else graph.run(self._stream)
 
     def _run_without_bad_samples(self) -> tuple[Any, ...]:
-        """Render the batch that failed once more, in a graph of its own: the first has gone on to the next one."""
+        """Replace the bad samples of the batch that failed, and render it again.
+
+        The main graph cannot repeat a batch: after an error it continues with the next one. A second graph, which does
+        not prefetch, renders the repaired batch.
+        """
+        # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
-        request, encoded = self._replacer.search(failed.request, failed.encoded)
-        self._in_graph[0] = _Read(request=request, encoded=encoded)
-        if self._spare_graph is None:
+        request, encoded = self._replacer.replace_undecodable(failed.request, failed.encoded)
+        self._in_graph[0] = _LoadedRequest(request=request, encoded=encoded)
+        if self._retry_graph is None:
             settings = replace(self._settings, prefetch=1)
-            self._spare_graph = self._build(settings, lambda: self._inputs(self._in_graph[0]))
-        return self._run(self._spare_graph)
+            self._retry_graph = self._build_graph(settings, lambda: self._graph_inputs(self._in_graph[0]))
+        return self._run(self._retry_graph)
 
     def _as_tensor(self, outputs: Any) -> Tensor:
-        """Hand over a view without copying; the graph makes new memory for its next batch."""
+        """Return a view as a tensor, without a copy: DALI allocates new memory for the outputs of each batch."""
         return torch.from_dlpack(outputs.as_tensor())
 
     def close(self) -> None:
-        """Release threads, files and the graphs."""
+        """Stop the threads, close the files and free the graphs."""
+        # The render thread uses all that follows, so it ends first.
         self._renderer.shutdown(cancel_futures=True)
         self._planner.shutdown(cancel_futures=True)
         if self._photometry is not None:
             self._photometry.close()
         self._reader.close()
-        del self._graph, self._spare_graph
+        del self._graph, self._retry_graph
 
 
 def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) -> GraphSettings:
-    """Return what a plan's graph is built from."""
+    """Return the settings of the DALI graph for a plan, a loader configuration and a device."""
     is_on_gpu = device.type == "cuda"
     return GraphSettings(
         views=plan.views,
@@ -165,6 +191,7 @@ def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) 
         device_id=device.index or 0 if is_on_gpu else None,
         hw_decoder_load=config.hw_decoder_load,
         preallocate=config.decoder_preallocate,
-        # RandAugment is DALI's; views are made in the graph on a GPU, after it on a CPU
+        # On a CPU the graph ends at the crops, because `CpuPhotometry` is faster than DALI's CPU operators for
+        # photometry (benchmarks/README.md). RandAugment exists only in DALI, so its graph renders the complete view.
         output="normalized" if is_on_gpu or plan.augment is not None else "crops",
     )

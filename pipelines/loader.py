@@ -1,4 +1,4 @@
-"""The one place that chooses a loader."""
+"""The loader interface, and the function that builds the loader that the settings select."""
 
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
@@ -13,33 +13,35 @@ from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 @runtime_checkable
 class Loader(Protocol):
-    """An iterator over one rank's micro-batches."""
+    """An iterator over the micro-batches of one rank."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
     def close(self) -> None:
-        """Release threads and files."""
+        """Stop the threads and close the files."""
         ...
 
 
 def build_loader(
     plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
 ) -> Loader:
-    """Build a loader that delivers the plan's micro-batches on a device, from number `first` on.
+    """Build a loader that delivers the plan's micro-batches on a device, starting with micro-batch number `first`.
 
-    With loader dali, a GPU also decodes and renders them.
+    With runtime.loader=dali and a GPU as the device, the GPU also decodes and renders the images.
 
     Raises:
-        ValueError: if a setting of a GPU's decoder is given and no GPU decodes, or the torch loader has to augment.
+        ValueError: if a setting of the GPU decoder is set though no GPU decodes, or if the torch loader is to apply
+            RandAugment.
     """
     is_on_gpu = config.loader == "dali" and device.type == "cuda"
     for name in ("hw_decoder_load", "decoder_preallocate"):
         value = getattr(config, name)
         check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
+    # The loaders are imported here so that the torch loader works where DALI is not installed.
     if config.loader == "torch":
-        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or that be left out")
+        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or RandAugment be left out")
         from iwm_fast.pipelines.torch_loader import TorchLoader
 
         return TorchLoader(plan, shards, config, device, first=first)

@@ -1,4 +1,4 @@
-"""The plain twin: Pillow decodes, `iwm_fast.pipelines.transforms.torch_renderer` renders, nothing runs ahead."""
+"""The reference loader: Pillow decodes, torch operations render, and each batch is made when it is requested."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
-from iwm_fast.pipelines.assemble import RenderedViews, assemble
-from iwm_fast.pipelines.bad_samples import BadSampleReplacer
+from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer, EncodedImage
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
@@ -20,13 +20,16 @@ from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_ima
 
 
 class TorchLoader:
-    """Carries out a plan's requests one after the other."""
+    """Renders the micro-batches of a plan in order, in the calling thread; see `Loader`."""
 
     def __init__(
         self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
     ) -> None:
-        self._plan, self._shards, self._next = plan, shards, first
-        self._views, self._device = plan.views, device
+        self._plan = plan
+        self._shards = shards
+        self._views = plan.views
+        self._device = device
+        self._next_index = first
         self._reader = Reader(shards, num_threads=1)
         self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
 
@@ -35,20 +38,20 @@ class TorchLoader:
 
     def __next__(self) -> Batch:
         try:
-            request = self._plan.request(self._next)
+            request = self._plan.request(self._next_index)
         except EndOfPlanError:
             raise StopIteration from None
-        self._next += 1
-        request, images = self._decode(*self._replacer.screen(request, self._reader.read(request.samples)))
-        return assemble(request, self._render(request, images), self._shards, self._views, self._device)
+        self._next_index += 1
+        encoded = self._reader.read(request.samples)
+        request, images = self._decode(*self._replacer.replace_incomplete(request, encoded))
+        return assemble_batch(request, self._render(request, images), self._shards, self._views, self._device)
 
-    def _decode(
-        self, request: Request, encoded: list[UInt8[np.ndarray, "_"]]
-    ) -> tuple[Request, list[UInt8[Tensor, "_ _ 3"]]]:
+    def _decode(self, request: Request, encoded: list[EncodedImage]) -> tuple[Request, list[UInt8[Tensor, "_ _ 3"]]]:
+        """Decode all images; return them with the request, in which undecodable samples are replaced."""
         try:
             return request, [decode_image(content) for content in encoded]
         except UNDECODABLE:
-            request, encoded = self._replacer.search(request, encoded)
+            request, encoded = self._replacer.replace_undecodable(request, encoded)
             return request, [decode_image(content) for content in encoded]
 
     def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> RenderedViews:
@@ -56,7 +59,7 @@ class TorchLoader:
         window = crop_window(draws.crop, np.array([image.shape[:2] for image in images]))
         inner = source_window(draws.source_crop, window)
         target = self._crop(images, window, draws.flip)
-        # without a crop of its own the source shows the same place
+        # Without views.source_crop and source flips, both views start from the same pixels.
         source = (
             self._crop(images, inner, draws.flip ^ draws.source_flip) if self._views.has_source_geometry else target
         )
@@ -73,11 +76,12 @@ class TorchLoader:
         window: Float32[np.ndarray, "B 4"],
         flip: Bool[np.ndarray, "B"],
     ) -> UInt8[Tensor, "B S S 3"]:
+        """Cut the windows out, resize them to the views' size, and mirror the flagged ones; on the loader's device."""
         crops = [resized_crop(*pair, self._views.size) for pair in zip(images, window, strict=True)]
         crop = torch.stack(crops).to(self._device)
         is_flipped = torch.from_numpy(flip).to(self._device)[:, None, None, None]
         return torch.where(is_flipped, crop.flip(2), crop)
 
     def close(self) -> None:
-        """Release files and threads."""
+        """Stop the reader's thread and close the files."""
         self._reader.close()

@@ -1,1 +1,1 @@
-"""What was drawn for each sample? Written as Parquet, read and rendered again."""
+"""Which samples and random parameters did training receive? They are logged, and replayed from the log."""

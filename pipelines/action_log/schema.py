@@ -1,14 +1,14 @@
-"""What the action log keeps of each sample that training received, as Arrow columns, and the way back to arrays.
+"""The schema of the action log: Arrow columns for each sample that training received, and their conversion to arrays.
 
-    step, slot, rank               optimiser step from 0, place in its global batch, who trained on it
-    sample, planned                number in the data set, and what the order had put there (see `Batch`)
-    key, shard, label              name, the path it was read from, class number or -1
-    crop, flip, source_crop, ...   everything that was drawn, named as in `Draws`; a view's as source_* and target_*
+    step, slot, rank               optimiser step from 0, position in its global batch, rank that trained on it
+    sample, planned                `Batch.sample` and `Batch.scheduled_sample`: numbers in the data set
+    key, shard, label              name, path of the shard, class number or -1
+    crop, flip, source_crop, ...   all random parameters, named as in `Draws`, with source_* and target_* for a view's
     crop_window, source_window     top, left, height, width in pixels of the stored image
-    action                         what the predictor was told; its entries are named in the head
+    action                         input of the predictor; the metadata name its entries
 
-Numbers are float32 as they were drawn. With the head, which every file carries in its schema's metadata, a row is
-enough to render both views again.
+Random parameters are stored exactly, in the types of `Draws`. A row and the metadata, which are stored in the schema of
+every file, suffice to render both views again.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig, check
+from iwm_fast.pipelines.config import MaskConfig, ViewConfig
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.geometry import source_geometry
@@ -31,35 +31,35 @@ from iwm_fast.pipelines.transforms.parameters import Draws, Photometry, identity
 
 FORMAT = 1
 
-_HEAD = "action_log"
+_METADATA_KEY = "action_log"
 _VIEWS = ("source", "target")
-_SHARED = ("crop", "flip", "source_crop", "source_flip")
+_GEOMETRY = ("crop", "flip", "source_crop", "source_flip")
 _PHOTOMETRY = tuple(field.name for field in dataclasses.fields(Photometry))
-_NUMBERS = ("slot", "sample", "scheduled_sample", "label", "crop_window", "source_window")
+_TENSORS = ("slot", "sample", "scheduled_sample", "label", "crop_window", "source_window")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogMetadata:
-    """What holds for every row of a file: the settings that it was drawn with."""
+    """The settings that all rows of a file share."""
 
     views: ViewConfig
     mask: MaskConfig
     seed: int
     grid: int
-    """Patches along one side of a view."""
+    """Number of patches along one side of a view."""
     global_batch_size: int
-    """Rows of a step, over all ranks."""
+    """Number of rows of a step, over all ranks."""
     shards: str
-    """Where the samples were, as data.train named them."""
+    """The value of data.train: where the samples were when the run started."""
     shards_digest: str
-    """What they were, see `ShardSet.content_digest`."""
+    """Digest of the samples, from `ShardSet.content_digest`."""
     max_samples: int | None = None
-    """How many of them, from the first, were trained on; None: all."""
+    """The value of data.max_samples: the run used only this many samples, the first ones; None means all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchRecord:
-    """What a batch leaves to the log: nothing that lies on a device."""
+    """The part of a batch that is logged. It has no tensor on a device, so it keeps no GPU memory alive."""
 
     step: int
     slot: Int64[Tensor, "B"]
@@ -71,133 +71,139 @@ class BatchRecord:
     source_window: Float[Tensor, "B 4"]
     draws: Draws
 
-
-def received(batch: Batch) -> BatchRecord:
-    """Take from a batch what its rows are made of, without copying."""
-    return BatchRecord(**{name: getattr(batch, name) for name in _RECEIVED})
-
-
-_RECEIVED = tuple(field.name for field in dataclasses.fields(BatchRecord))
+    @staticmethod
+    def from_batch(batch: Batch) -> "BatchRecord":
+        """Return the record of a batch, which refers to the batch's arrays without a copy."""
+        return BatchRecord(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(BatchRecord)})
 
 
 class RowBuilder:
-    """Turns the batches of one rank into rows."""
+    """Converts the batches of one rank to rows of the log."""
 
-    def __init__(self, head: LogMetadata, shards: ShardSet, rank: int) -> None:
-        self._views, self._shards, self._rank = head.views, shards, rank
-        self.schema = row_schema(head)
+    def __init__(self, metadata: LogMetadata, shards: ShardSet, rank: int) -> None:
+        self._views = metadata.views
+        self._shards = shards
+        self._rank = rank
+        self.schema = row_schema(metadata)
 
-    def rows(self, batches: Sequence[BatchRecord]) -> pa.Table:
-        """Return the rows of some batches, at least one, in their order."""
-        draws = _join_draws([batch.draws for batch in batches])
-        joined = {name: np.concatenate([getattr(batch, name).numpy() for batch in batches]) for name in _NUMBERS}
-        # on the host, from what the loader made it from: the batch's own lies on the device, and fetching it would wait
+    def build(self, batches: Sequence[BatchRecord]) -> pa.Table:
+        """Return the rows of one or more batches, in their order."""
+        draws = _concatenate_draws([batch.draws for batch in batches])
+        joined = {name: np.concatenate([getattr(batch, name).numpy() for batch in batches]) for name in _TENSORS}
+        # The action is computed again from the values that the loader used. The batch's tensor is on the device, and
+        # copying it to the host would wait for the GPU.
         geometry = source_geometry(draws, joined["crop_window"], joined["source_window"])
         action = action_vector(draws.source, draws.target, self._views, geometry)
         sizes = [len(batch.key) for batch in batches]
         columns = {
             "step": np.repeat(np.array([batch.step for batch in batches]), sizes),
             "rank": np.full(sum(sizes), self._rank),
-            # the column keeps the name that it has in every log so far
+            # The column was named before the field of `Batch` was renamed; existing logs must stay readable.
             "planned": joined.pop("scheduled_sample"),
             **joined,
-            **_flat(draws),
+            **_flatten_draws(draws),
             "action": action,
         }
-        arrays = {name: _array(values) for name, values in columns.items()}
-        arrays["key"] = _texts([key for batch in batches for key in batch.key])
+        arrays = {name: _to_arrow(values) for name, values in columns.items()}
+        arrays["key"] = _to_arrow_strings([key for batch in batches for key in batch.key])
         arrays["shard"] = self._shard_column(joined["sample"])
-        fields = [(field.name, field.type) for field in self.schema]
-        return pa.Table.from_arrays([arrays[name].cast(kind) for name, kind in fields], schema=self.schema)
+        return pa.Table.from_arrays([arrays[field.name].cast(field.type) for field in self.schema], schema=self.schema)
 
     def _shard_column(self, sample: Int64[np.ndarray, "rows"]) -> pa.DictionaryArray:
-        """Name each path once, and only those that occur: a file repeats its dictionary for every group of rows."""
-        number, _ = self._shards.locate(sample)
-        occurring, index = np.unique(number, return_inverse=True)
-        paths = _texts([self._shards.shards[int(each)].path for each in occurring])
+        # Parquet stores the dictionary in every row group, so it contains only the paths that occur.
+        shard_numbers, _ = self._shards.locate(sample)
+        occurring, index = np.unique(shard_numbers, return_inverse=True)
+        paths = _to_arrow_strings([self._shards.shards[int(number)].path for number in occurring])
         return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), paths)
 
 
-def row_schema(head: LogMetadata) -> pa.Schema:
-    """Return the columns, with the head in the metadata."""
-    drawn = {name: _array(values).type for name, values in _flat(identity_draws(1)).items()}
-    four = pa.list_(pa.float32(), 4)
+def row_schema(metadata: LogMetadata) -> pa.Schema:
+    """Return the schema of the rows, which carries the metadata as JSON."""
+    draws_types = {name: _to_arrow(values).type for name, values in _flatten_draws(identity_draws(1)).items()}
+    window = pa.list_(pa.float32(), 4)
     columns = {
         **dict.fromkeys(("step", "slot", "rank"), pa.int32()),
         **dict.fromkeys(("sample", "planned"), pa.int64()),
         "key": pa.string(),
         "shard": pa.dictionary(pa.int32(), pa.string()),
         "label": pa.int64(),
-        **drawn,
-        "crop_window": four,
-        "source_window": four,
-        "action": pa.list_(pa.float32(), len(head.views.entries)),
+        **draws_types,
+        "crop_window": window,
+        "source_window": window,
+        "action": pa.list_(pa.float32(), len(metadata.views.entries)),
     }
-    about = {"format": FORMAT, **dataclasses.asdict(head), "action_entries": head.views.entries}
-    return pa.schema(list(columns.items()), metadata={_HEAD: json.dumps(about)})
+    # The entries of the action are stored separately for programs that do not know `ViewConfig.entries`.
+    content = {"format": FORMAT, **dataclasses.asdict(metadata), "action_entries": metadata.views.entries}
+    return pa.schema(list(columns.items()), metadata={_METADATA_KEY: json.dumps(content)})
 
 
 def read_metadata(schema: pa.Schema) -> LogMetadata:
-    """Return the head that a file's or a table's schema carries.
+    """Return the metadata that the schema of a file or table carries.
 
     Raises:
-        ValueError: if it carries none, or one of another format.
+        ValueError: if there is none, or if it has another format.
     """
-    about = json.loads((schema.metadata or {}).get(_HEAD.encode(), b"{}"))
-    found = about.pop("format", None)
-    check(found == FORMAT, "the format of the log's rows", found, f"be {FORMAT}; another version may read it")
-    # for readers that know nothing of views
-    del about["action_entries"]
-    views, mask = ViewConfig(**_tuples(about.pop("views"))), MaskConfig(**_tuples(about.pop("mask")))
-    return LogMetadata(views=views, mask=mask, **about)
+    content = json.loads((schema.metadata or {}).get(_METADATA_KEY.encode(), b"{}"))
+    log_format = content.pop("format", None)
+    if log_format != FORMAT:
+        raise ValueError(
+            f"the action log has format {log_format}, this version of iwm-fast reads only format {FORMAT}; "
+            "use the version that wrote the log"
+        )
+    del content["action_entries"]
+    views = ViewConfig(**_lists_to_tuples(content.pop("views")))
+    mask = MaskConfig(**_lists_to_tuples(content.pop("mask")))
+    return LogMetadata(views=views, mask=mask, **content)
 
 
-def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Restore the tuples of settings, which JSON stores as lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def column(rows: pa.Table, name: str) -> Shaped[np.ndarray, "rows *entries"]:
-    """Return a column of numbers as an array of its own; lists become its second axis."""
+    """Return a copy of a numeric column as an array; a column of lists becomes two-dimensional."""
     values = rows.column(name).combine_chunks()
     if pa.types.is_fixed_size_list(values.type):
         return np.array(values.flatten()).reshape(len(values), values.type.list_size)
     return np.array(values)
 
 
-def draws_of(rows: pa.Table) -> Draws:
-    """Return what was drawn for these rows, bit for bit."""
+def read_draws(rows: pa.Table) -> Draws:
+    """Return the random parameters of these rows, bit for bit as they were drawn."""
     source, target = (Photometry(**{name: column(rows, f"{view}_{name}") for name in _PHOTOMETRY}) for view in _VIEWS)
-    return Draws(**{name: column(rows, name) for name in _SHARED}, source=source, target=target)
+    return Draws(**{name: column(rows, name) for name in _GEOMETRY}, source=source, target=target)
 
 
 def to_valid_unicode(text: str) -> str:
-    r"""Return a name as valid Unicode: what of a file name is none is written out as \xff."""
+    r"""Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes, such as \xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _flat(draws: Draws) -> dict[str, np.ndarray]:
-    shared = {name: getattr(draws, name) for name in _SHARED}
-    of_views = {f"{view}_{name}": value for view in _VIEWS for name, value in vars(getattr(draws, view)).items()}
-    return shared | of_views
+def _flatten_draws(draws: Draws) -> dict[str, np.ndarray]:
+    geometry = {name: getattr(draws, name) for name in _GEOMETRY}
+    photometry = {f"{view}_{name}": value for view in _VIEWS for name, value in vars(getattr(draws, view)).items()}
+    return geometry | photometry
 
 
-def _join_draws(parts: list[Draws]) -> Draws:
-    shared = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _SHARED}
-    source, target = (_join_photometry([getattr(part, view) for part in parts]) for view in _VIEWS)
-    return Draws(**shared, source=source, target=target)
+def _concatenate_draws(batches: list[Draws]) -> Draws:
+    geometry = {name: np.concatenate([getattr(draws, name) for draws in batches]) for name in _GEOMETRY}
+    source, target = (_concatenate_photometry([getattr(draws, view) for draws in batches]) for view in _VIEWS)
+    return Draws(**geometry, source=source, target=target)
 
 
-def _join_photometry(parts: list[Photometry]) -> Photometry:
-    return Photometry(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _PHOTOMETRY})
+def _concatenate_photometry(views: list[Photometry]) -> Photometry:
+    return Photometry(**{name: np.concatenate([getattr(view, name) for view in views]) for name in _PHOTOMETRY})
 
 
-def _array(values: Shaped[np.ndarray, "rows *entries"]) -> pa.Array:
+def _to_arrow(values: Shaped[np.ndarray, "rows *entries"]) -> pa.Array:
     if values.ndim == 1:
         return pa.array(values)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
-def _texts(texts: list[str]) -> pa.Array:
+def _to_arrow_strings(texts: list[str]) -> pa.Array:
+    # Almost all names are valid Unicode already, so converting each of them would waste time.
     try:
         return pa.array(texts, pa.string())
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""The action log: every sample that training received, with all that was drawn for it, written beside training.
+"""The action log: every sample that training received, with all its random parameters, written in the background.
 
-`add` only keeps references; a thread makes rows of them and writes. `close_part`, called before a checkpoint is
-published, makes sure that the log reaches as far as the checkpoint. What is not published when the process dies is
-lost, and made again by the run that goes on from the checkpoint.
+`ActionLog.add` only keeps references. A thread converts them to rows and writes these. `close_part` publishes the rows
+and must be called before a checkpoint is published, so that the log covers all steps of the checkpoint. Rows that are
+not published when the process dies are lost, but the run that resumes from the checkpoint writes them again.
 """
 
 import logging
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from iwm_fast.pipelines.action_log.files import LogFileWriter
-from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder, received
+from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
 
-# a row takes about 200 bytes in memory and 90 to 120 on disk: a group 3 MB, a part 100 MB
+# A row takes about 200 bytes in memory and 90 to 120 bytes on disk, so a group takes 3 MB and a file 100 MB.
 GROUP_ROWS = 16_384
-PART_ROWS = 1_048_576
+FILE_ROWS = 1_048_576
 
-# groups that may wait for the disk before training does
-_MOST_WAITING = 2
+# With this many groups not written yet, `ActionLog.add` waits for the disk before it hands over another group.
+_MAX_PENDING_GROUPS = 2
 
 
 class ActionLog:
@@ -38,109 +38,124 @@ class ActionLog:
         shards: ShardSet,
         rank: int,
         group_rows: int = GROUP_ROWS,
-        part_rows: int = PART_ROWS,
+        file_rows: int = FILE_ROWS,
     ) -> None:
-        """Make the folder; after `iwm_fast.pipelines.action_log.files.truncate_from`, which no rank may be behind.
+        """Create the folder and start the thread.
+
+        A log that is resumed must have been truncated by `iwm_fast.pipelines.action_log.files.truncate_from` before any
+        rank opens it, since that function removes unfinished files.
 
         Args:
-            group_rows: rows that are made and written together.
-            part_rows: rows after which a part is published at the next step, checkpoint or not.
+            group_rows: number of rows that are converted and written together.
+            file_rows: number of rows after which a file is published at the next step, with or without a checkpoint.
 
         Raises:
-            OSError: if the folder cannot be made.
+            OSError: if the folder cannot be created.
         """
-        self._folder, self._rank, self._maker = folder, rank, RowBuilder(head, shards, rank)
-        self._group_rows, self._part_rows = group_rows, part_rows
-        self._received: list[BatchRecord] = []
-        self._num_received, self._num_in_part, self._last_step = 0, 0, -1
+        self._folder = folder
+        self._rank = rank
+        self._row_builder = RowBuilder(head, shards, rank)
+        self._group_rows = group_rows
+        self._file_rows = file_rows
+        self._pending: list[BatchRecord] = []
+        self._num_pending_rows = 0
+        self._num_file_rows = 0
+        self._last_step = -1
+        # A single thread writes, so groups reach the file in the order in which they were handed over.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="action-log")
-        self._writing: deque[Future[None]] = deque()
+        self._submitted: deque[Future[None]] = deque()
         self.failure: Exception | None = None
-        """What the thread ran into; everything behind it is lost."""
-        # only the thread touches it
-        self._part: LogFileWriter | None = None
-        with _explained(folder):
+        """The first error of the thread; later rows are lost."""
+        # Only the thread uses this attribute.
+        self._file: LogFileWriter | None = None
+        with _remedy_note(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, batch: Batch) -> Batch:
-        """Hand over a batch's rows; returns the batch, so that `map(log.add, loader)` is the loader with a log.
+        """Add a batch to the log and return it, so that `map(log.add, loader)` is a loader that logs.
 
         Raises:
-            OSError: if rows that were handed over before could not be written.
+            OSError: if rows that were added before could not be written.
         """
         self._raise_failure()
-        if self._num_in_part >= self._part_rows and batch.step != self._last_step:
-            self._hand_over(ends_part=True)
-        self._received.append(received(batch))
+        # Files end between two steps: a step is never spread over two files of a rank.
+        if self._num_file_rows >= self._file_rows and batch.step != self._last_step:
+            self._submit_pending(ends_file=True)
+        self._pending.append(BatchRecord.from_batch(batch))
         self._last_step = batch.step
-        self._num_received += len(batch.key)
-        self._num_in_part += len(batch.key)
-        if self._num_received >= self._group_rows:
-            self._hand_over(ends_part=False)
+        self._num_pending_rows += len(batch.key)
+        self._num_file_rows += len(batch.key)
+        if self._num_pending_rows >= self._group_rows:
+            self._submit_pending(ends_file=False)
         return batch
 
     def close_part(self) -> None:
-        """Return when every row that was added is in a published file and on the disk.
+        """Write and publish all rows that were added, and return once they are on disk.
 
         Raises:
-            OSError: if that cannot be; no file is left half written.
+            OSError: if they could not be written; no incomplete file is left.
         """
-        self._hand_over(ends_part=True).result()
+        self._submit_pending(ends_file=True).result()
         self._raise_failure()
 
     def close(self) -> None:
-        """Publish what was added since, as far as possible, and end the thread; raises nothing.
+        """Publish the remaining rows if possible and stop the thread; an error is logged and not raised.
 
-        It also runs where training failed, whose error is the one to be seen; and the last rows show on what it failed.
+        This also runs after training failed. The user must then see the error of training, and the last rows of the log
+        name the samples on which it failed.
         """
-        self._hand_over(ends_part=True)
+        self._submit_pending(ends_file=True)
         self._thread.shutdown()
         if self.failure is not None:
             log.warning("the action log in %s lacks its last rows: %s", self._folder, self.failure)
 
-    def _hand_over(self, *, ends_part: bool) -> Future[None]:
-        if len(self._writing) >= _MOST_WAITING:
-            # a slow disk makes training wait; memory would end at some time
-            self._writing.popleft().result()
-        task = self._thread.submit(self._write, self._received, ends_part)
-        self._writing.append(task)
-        self._received, self._num_received = [], 0
-        self._num_in_part = 0 if ends_part else self._num_in_part
-        return task
+    def _submit_pending(self, *, ends_file: bool) -> Future[None]:
+        """Let the thread write the pending rows, and publish the file if it ends."""
+        if len(self._submitted) >= _MAX_PENDING_GROUPS:
+            # With a slow disk training waits here; otherwise the groups would accumulate until memory is exhausted.
+            self._submitted.popleft().result()
+        future = self._thread.submit(self._write, self._pending, ends_file)
+        self._submitted.append(future)
+        self._pending = []
+        self._num_pending_rows = 0
+        self._num_file_rows = 0 if ends_file else self._num_file_rows
+        return future
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
 
-    def _write(self, batches: list[BatchRecord], ends_part: bool) -> None:
-        """Write a group of rows and publish the part if it ends; on the thread."""
+    def _write(self, batches: list[BatchRecord], ends_file: bool) -> None:
+        """Write a group of rows and publish the file if it ends; runs on the thread."""
         if self.failure is not None:
             return
         try:
-            with _explained(self._folder):
-                self._write_group(batches, ends_part)
-        # whatever it was, the training thread must hear of it
+            with _remedy_note(self._folder):
+                self._write_group(batches, ends_file)
+        # Errors of any kind are kept: `add` and `close_part` raise them on the training thread.
         except Exception as error:
             self.failure = error
-            if self._part is not None:
-                self._part.discard()
+            if self._file is not None:
+                self._file.discard()
 
-    def _write_group(self, batches: list[BatchRecord], ends_part: bool) -> None:
+    def _write_group(self, batches: list[BatchRecord], ends_file: bool) -> None:
         if batches:
-            self._part = self._part or LogFileWriter(self._folder, self._rank, self._maker.schema)
-            self._part.write(self._maker.rows(batches))
-        if ends_part and self._part is not None:
-            self._part.publish()
-            self._part = None
+            # The file is opened with its first rows, since a file without rows has no first step to be named after.
+            self._file = self._file or LogFileWriter(self._folder, self._rank, self._row_builder.schema)
+            self._file.write(self._row_builder.build(batches))
+        if ends_file and self._file is not None:
+            self._file.publish()
+            self._file = None
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _remedy_note(folder: Path) -> Iterator[None]:
+    """Add a note with the remedy to an OSError."""
     try:
         yield
     except OSError as error:
         error.add_note(
-            f"while writing the action log in {folder}; free space there, or do without it (output.action_log=false), "
-            "then go on from the last checkpoint with resume=auto"
+            f"while writing the action log in {folder}; free some space or turn the log off (output.action_log=false), "
+            "then resume from the last checkpoint with resume=auto"
         )
         raise

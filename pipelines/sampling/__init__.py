@@ -1,1 +1,1 @@
-"""Which samples and patches come when? Pure functions of seed, step and slot."""
+"""Which samples and which patches does each micro-batch contain? Pure functions of seed, step and slot."""

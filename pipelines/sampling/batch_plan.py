@@ -1,7 +1,7 @@
-"""What each micro-batch consists of, decided before a byte is read: samples, draws, masks.
+"""The contents of every micro-batch, decided before a byte is read: samples, random parameters and masks.
 
-A plan is a pure function from the micro-batch's number to a `Request`; loaders only carry requests out. So loaders
-need no state, and the same request gives the same batch on any of them.
+A plan is a pure function from the number of a micro-batch to a `Request`, and a loader only executes requests. Loaders
+therefore have no state to save, and all of them return the same batch for the same request.
 """
 
 from dataclasses import dataclass, replace
@@ -20,37 +20,45 @@ from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, draw, 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One micro-batch of one rank, as decided."""
+    """What a loader has to load and render for one micro-batch of one rank; B is the number of images."""
 
     step: int
+    """Optimiser step."""
     slots: Int64[np.ndarray, "B"]
+    """Positions in the global batch."""
     samples: Int64[np.ndarray, "B"]
-    """What is shown."""
+    """Numbers of the samples to show."""
     scheduled_samples: Int64[np.ndarray, "B"]
-    """What the order put there; differs from `samples` where that cannot be decoded."""
+    """Samples that the order assigns to the slots; `samples` differs where one of them cannot be decoded."""
     draws: Draws
+    """Random parameters of both views."""
     context: RaggedIndex
+    """Visible patches of the source view."""
     target: RaggedIndex
+    """Patches to predict."""
     augment: AugmentDraws | None = None
-    """Given where RandAugment is wanted: then source and target view are the same augmented image."""
+    """Random parameters of RandAugment; if set, source and target view are the same augmented image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamStart:
-    """Where the stream of samples begins: for ever at the beginning, unless an epoch was begun again."""
+    """The step and position at which the present settings took over the stream of samples.
+
+    Both are 0 unless a run was resumed with data.restart_epoch, which starts its current epoch again.
+    """
 
     step: int = 0
-    """First step under the present settings."""
+    """First step with the present settings."""
     position: int = 0
-    """Its first position in the endless order: a multiple of the number of samples."""
+    """Position of that step's first sample in the endless order: a multiple of the number of samples."""
 
 
 BEGINNING = StreamStart()
-"""Of a run that never had other settings."""
+"""Start of a run whose settings have never changed."""
 
 
 class EndOfPlanError(Exception):
-    """There is no such micro-batch: the plan ends before it."""
+    """Raised for a micro-batch after the last one of a plan."""
 
 
 @runtime_checkable
@@ -59,31 +67,38 @@ class BatchPlan(Protocol):
 
     @property
     def views(self) -> ViewConfig:
-        """How views are made."""
+        """Settings of the views."""
         ...
 
     @property
     def augment(self) -> RandAugmentConfig | None:
-        """What RandAugment does, for finetuning only."""
+        """Settings of RandAugment; None to apply no RandAugment."""
         ...
 
     @property
     def max_batch_size(self) -> int:
-        """Most images of one request."""
+        """Largest number of images in a request."""
         ...
 
     def request(self, index: int) -> Request:
-        """Return micro-batch number `index`; raises EndOfPlanError behind the last one."""
+        """Return the request of micro-batch number `index`.
+
+        Raises:
+            EndOfPlanError: if the plan ends before that micro-batch.
+        """
         ...
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return which samples may stand in for an image that cannot be decoded, the first choice first."""
+        """Return the samples that may replace image number `image` if it cannot be decoded, in order of preference."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleStream:
-    """One rank's share of the endless order: position = step * global batch + slot, counted from its start."""
+    """One rank's share of the endless order of samples.
+
+    Slot s of step t holds the sample at position `start.position + (t - start.step) * global_batch_size + s`.
+    """
 
     order: SampleOrder
     global_batch_size: int
@@ -94,56 +109,58 @@ class SampleStream:
 
     def slots_of(self, index: int) -> tuple[int, Int64[np.ndarray, "B"]]:
         """Return step and slots of this rank's micro-batch number `index`, counted from step 0."""
+        # A step's slots are dealt out to the micro-batches in turn, and within a micro-batch to the ranks, so that the
+        # global batch has the same slots for any number of ranks and any micro-batch size.
         accumulation = self.global_batch_size // (self.micro_batch_size * self.world_size)
         step, micro = divmod(index, accumulation)
         first = (micro * self.world_size + self.rank) * self.micro_batch_size
         return step, np.arange(first, first + self.micro_batch_size)
 
     def samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
-        """Return what the order puts into slots of a step."""
+        """Return the numbers of the samples in these slots of a step."""
         first = self.start.position + (step - self.start.step) * self.global_batch_size
         return self.order.samples_at(first + slots)
 
 
-# the micro-batches of one step follow each other
+# All micro-batches of a step need the masks of its global batch. Two entries are enough, since a plan is read in order.
 @lru_cache(maxsize=2)
 def _masks_of_step(mask: MaskConfig, grid: int, seed: int, step: int, global_batch_size: int) -> Masks:
     return draw_masks(mask, grid, seed, step, np.arange(global_batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StreamPlan:
-    """What the two endless plans share: each is one rank's share of a stream."""
+class _EndlessPlan:
+    """Base of the plans that never end: their samples come from one rank's share of the endless order."""
 
     views: ViewConfig
     seed: int
     grid: int
-    """Patches along one side of a view."""
+    """Number of patches along one side of a view."""
     stream: SampleStream
 
     @property
     def max_batch_size(self) -> int:
-        """Most images of one request."""
+        """Largest number of images in a request."""
         return self.stream.micro_batch_size
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return the samples of the following slots of the global batch: the same for any number of ranks."""
+        """Return the samples of the following slots in the global batch, which do not depend on the number of ranks."""
         slots = (request.slots[image] + np.arange(1, self.stream.global_batch_size)) % self.stream.global_batch_size
         return self.stream.samples(request.step, slots)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan(_StreamPlan):
-    """Pretraining: two views and masks for every slot of the stream."""
+class TrainingPlan(_EndlessPlan):
+    """Plan of pretraining: two views and masks for every slot of the stream."""
 
     mask: MaskConfig
     augment: None = None
 
     def request(self, index: int) -> Request:
-        """Return micro-batch number `index` of this rank, counted from step 0."""
+        """Return the request of this rank's micro-batch number `index`, counted from step 0."""
         step, slots = self.stream.slots_of(index)
         samples = self.stream.samples(step, slots)
-        # every rank draws the masks of the whole step, so that all know the number of patches the loss is divided by
+        # Every rank draws the masks of the global batch and so knows the loss's divisor without communication.
         masks = _masks_of_step(self.mask, self.grid, self.seed, step, self.stream.global_batch_size)
         return Request(
             step=step,
@@ -157,17 +174,19 @@ class TrainingPlan(_StreamPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetunePlan(_StreamPlan):
-    """Finetuning: one crop for every slot of the stream, all patches, no action. Of `views`, size, crop and flip."""
+class FinetunePlan(_EndlessPlan):
+    """Plan of finetuning: one crop for every slot of the stream, with all patches and a zero action.
+
+    Only the size, crop and flip settings of `views` have an effect.
+    """
 
     augment: RandAugmentConfig | None
-    """What else is done to the crop; None: nothing."""
 
     def request(self, index: int) -> Request:
-        """Return micro-batch number `index` of this rank, counted from step 0."""
+        """Return the request of this rank's micro-batch number `index`, counted from step 0."""
         step, slots = self.stream.slots_of(index)
         drawn = draw(self.views, self.seed, step, slots)
-        return _whole_images(
+        return _unmasked_request(
             step,
             slots,
             self.stream.samples(step, slots),
@@ -179,7 +198,7 @@ class FinetunePlan(_StreamPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """Given samples once each, in order: the largest centred square, all patches, no change."""
+    """Plan of an evaluation: all patches of the largest centred square of each sample, once and in order."""
 
     views: ViewConfig
     grid: int
@@ -189,26 +208,26 @@ class EvaluationPlan:
 
     @property
     def max_batch_size(self) -> int:
-        """Most images of one request."""
+        """Largest number of images in a request."""
         return self.micro_batch_size
 
     def request(self, index: int) -> Request:
-        """Return micro-batch number `index`; the last may be smaller.
+        """Return the request of micro-batch number `index`; the last micro-batch may be smaller.
 
         Raises:
-            EndOfPlanError: behind the last sample.
+            EndOfPlanError: if the samples end before that micro-batch.
         """
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
-        return _whole_images(0, slots, self.samples[slots], self.grid, draws=identity_draws(len(slots)))
+        return _unmasked_request(0, slots, self.samples[slots], self.grid, draws=identity_draws(len(slots)))
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return none: a measurement on other samples would be another measurement."""
+        """Return no sample: an evaluation on other samples would measure something else."""
         return np.empty(0, np.int64)
 
 
-def _whole_images(
+def _unmasked_request(
     step: int,
     slots: Int64[np.ndarray, "B"],
     samples: Int64[np.ndarray, "B"],
@@ -217,7 +236,7 @@ def _whole_images(
     draws: Draws,
     augment: AugmentDraws | None = None,
 ) -> Request:
-    """Return a request for all patches of one view."""
+    """Return a request in which context and target are all patches."""
     patches = all_patches(len(slots), grid * grid)
     return Request(
         step=step,

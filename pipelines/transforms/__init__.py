@@ -1,1 +1,1 @@
-"""What is done to pixels, and what is the predictor told of it?"""
+"""How are the pixels of the two views changed, and which action describes the change to the predictor?"""

@@ -1,16 +1,17 @@
-"""The DALI graph: encoded bytes and drawn parameters in, two rendered views and their windows out.
+"""The DALI graph: it takes encoded images and random parameters, and returns two rendered views and their windows.
 
-One function makes it for CPU and GPU; where it runs on the CPU, loaders let it end at the crops, since DALI's operators
-for photometry are slow there, and `iwm_fast.pipelines.transforms.cpu_renderer` does the rest.
+The same function builds it for CPU and GPU. On a CPU, loaders let the graph end at the crops, since DALI's CPU
+operators for photometric transformations are slow, and `iwm_fast.pipelines.transforms.cpu_renderer` does the rest.
 
-No reader and no random operator: everything drawn enters as data, so what the predictor is told is by construction
-what happened to the pixels. `iwm_fast.pipelines.transforms.torch_renderer` is its plain twin.
+The graph contains no reader and no random operator. All random parameters are inputs, so the action is computed from
+exactly the parameters that changed the pixels. `iwm_fast.pipelines.transforms.torch_renderer` is the reference
+implementation.
 
-An operation runs only for the samples it was drawn for (DALI's conditional execution): on a CPU that is faster than
-running it on all of them with parameters that change nothing, with the same pixels (benchmarks/README.md).
+An operation runs only for the samples it was drawn for (DALI's conditional execution). On a CPU this is faster than
+running it for all samples with neutral parameters, and the pixels are equal (benchmarks/README.md).
 """
 
-# DALI's enums and graph nodes are typed too loosely to check
+# DALI's enums and graph nodes are typed too loosely to be checked.
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
@@ -26,8 +27,9 @@ from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
+# The inputs of the graph by name: type and number of dimensions per sample.
 _COLOR = {"is_recolored": (types.BOOL, 0), "matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
-_DESTROY = {
+_SOURCE_ONLY = {
     "is_blurred": (types.BOOL, 0),
     "blur_sigma": (types.FLOAT, 0),
     "blur_window": (types.INT32, 0),
@@ -36,34 +38,36 @@ _DESTROY = {
 _CROP = {"encoded": (types.UINT8, 1), "crop": (types.FLOAT, 1), "flip": (types.INT32, 0)}
 _PHOTOMETRY = {
     **{f"target_{name}": kind for name, kind in _COLOR.items()},
-    **{f"source_{name}": kind for name, kind in (_COLOR | _DESTROY).items()},
+    **{f"source_{name}": kind for name, kind in (_COLOR | _SOURCE_ONLY).items()},
 }
-# only where the source view has a place of its own
+# Inputs only if `ViewConfig.has_source_geometry`.
 _GEOMETRY = {"source_crop": (types.FLOAT, 1), "source_flip": (types.INT32, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSettings:
-    """What is decided when the graph is built."""
+    """The settings that a graph is built with; they cannot change while it runs."""
 
     views: ViewConfig
     max_batch_size: int
+    """Largest number of images in a batch."""
     num_threads: int
+    """CPU threads of DALI."""
     prefetch: int
-    """Batches computed ahead."""
+    """Number of batches that DALI computes ahead."""
     device_id: int | None
-    """GPU number; None computes on the CPU."""
+    """Number of the GPU; None runs the graph on the CPU."""
     hw_decoder_load: float | None = None
-    """Share of the JPEGs that a GPU's own decoder takes; None: DALI's default."""
+    """Fraction of the JPEG images that the GPU's hardware decoder takes; None for DALI's default."""
     preallocate: tuple[int, int] | None = None
-    """Width and height for which a GPU's own decoder makes room at the start; None: as images come."""
+    """Width and height for which the GPU's hardware decoder allocates memory in advance; None to allocate on demand."""
     output: Literal["crops", "pixels", "normalized"] = "pixels"
-    """What leaves as views: as the networks take them, (B, 3, H, W) float32; or as pixels, (B, H, W, 3) uint8;
-    or pixels before photometry, so that `iwm_fast.pipelines.transforms.cpu_renderer` does the rest."""
+    """Format of the views: "normalized" for the networks' input, (B, 3, H, W) float32; "pixels" for (B, H, W, 3) uint8;
+    "crops" for uint8 pixels before the photometric transformations."""
 
     @property
     def of_pipeline(self) -> dict[str, Any]:
-        """Arguments of DALI's `Pipeline`."""
+        """Keyword arguments of DALI's `Pipeline`."""
         return {
             "batch_size": self.max_batch_size,
             "num_threads": self.num_threads,
@@ -73,27 +77,29 @@ class GraphSettings:
 
 
 def graph_parameters(draws: Draws, settings: GraphSettings) -> tuple[np.ndarray, ...]:
-    """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images."""
+    """Return the parameters of a batch in the order of the graph's inputs, which begin with the encoded images."""
     source = draws.source
+    # `source_flip` is relative to the target view, but the graph flips both views from the stored image.
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
     geometry = (draws.source_crop, source_flip) if settings.views.has_source_geometry else ()
     if settings.output == "crops":
         return (draws.crop, flip, *geometry)
     window = np.asarray(2 * blur_radius(source.blur_sigma) + 1, np.int32)
-    destroy = (source.blur, source.blur_sigma, window, source.solarize)
-    return (draws.crop, flip, *geometry, *_color_parameters(draws.target), *_color_parameters(source), *destroy)
+    source_only = (source.blur, source.blur_sigma, window, source.solarize)
+    return (draws.crop, flip, *geometry, *_color_parameters(draws.target), *_color_parameters(source), *source_only)
 
 
 def _color_parameters(photometry: Photometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the values of the `_COLOR` inputs."""
     matrix, gain = color_matrix(photometry), gray_gain(photometry)
     is_recolored = (matrix != np.eye(3, dtype=np.float32)).any(axis=(1, 2)) | (gain != 0)
     return is_recolored, matrix, gain
 
 
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:
-    """Build the pipeline; it calls `next_inputs` once per batch.
+    """Build the pipeline. It calls `next_inputs` once per batch, and may do so up to `prefetch` batches ahead.
 
-    It returns source view, target view, window of the target view, and window of the source view.
+    Its outputs are the source view, the target view, the window of the target view and the window of the source view.
     """
     build = _two_crops if settings.output == "crops" else _two_views
     graph = build(next_inputs, settings, **settings.of_pipeline)
@@ -102,21 +108,23 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
 
 
 @pipeline_def
-@no_type_check  # DALI calls it with other arguments than it is declared with
+@no_type_check  # `pipeline_def` adds the arguments of `Pipeline` to the signature.
 def _two_crops(next_inputs, settings):
     return crop_nodes(fed(crop_inputs(settings), next_inputs), settings)
 
 
 @pipeline_def(enable_conditionals=True)
-@no_type_check  # DALI rewrites the function's code, so that `if` splits a batch, and wants it bare
+# DALI compiles the source code of this function again so that `if` splits a batch. Wrappers, such as those of
+# jaxtyping's hook, would hide the code; `no_type_check` keeps them away.
+@no_type_check
 def _two_views(next_inputs, settings):
     is_gpu, has_geometry = settings.device_id is not None, settings.views.has_source_geometry
     data = fed(crop_inputs(settings) | _PHOTOMETRY, next_inputs)
     source_view, target_view, window, inner = crop_nodes(data, settings)
-    # one mean for both views where they show the same
+    # Contrast scales about the mean of what the view shows, so views of the same region share one mean.
     target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
     source_gray = gray_mean_nodes(source_view, is_gpu=is_gpu) if has_geometry else target_gray
-    # operators take a matrix as an argument from the CPU; arithmetic needs its gain where the pixels are
+    # `coord_transform` takes its matrix from the CPU, but arithmetic needs the gains on the device of the pixels.
     gains = [data["target_gain"], data["source_gain"]]
     target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains
     if data["target_is_recolored"]:
@@ -133,14 +141,15 @@ def _two_views(next_inputs, settings):
     return source_view, target_view, window, inner
 
 
+# Plain Python on settings; `do_not_convert` excludes it from DALI's conversion of conditionals.
 @do_not_convert
 def crop_inputs(settings):
-    """Return type and dimensions of what crops are made of, by name."""
+    """Return the inputs that the crops need: type and number of dimensions by name."""
     return _CROP | (_GEOMETRY if settings.views.has_source_geometry else {})
 
 
 def crop_nodes(data, settings):
-    """Decode and crop: source, target, window of the target and of the source; without photometry."""
+    """Return nodes for source crop, target crop, window of the target and window of the source."""
     size = settings.views.size
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
     pixels = decode_window(data["encoded"], window, settings)
@@ -148,6 +157,7 @@ def crop_nodes(data, settings):
     if not settings.views.has_source_geometry:
         return target, target, window, window
     inner = source_window_nodes(data["source_crop"], window)
+    # The source crop lies inside the shared crop, which is decoded already.
     corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
     pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
     source = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
@@ -156,7 +166,7 @@ def crop_nodes(data, settings):
 
 @do_not_convert
 def fed(inputs, next_inputs):
-    """Return nodes for what `next_inputs` hands over, by name; `inputs` has the type and dimensions of each."""
+    """Return nodes for the arrays that `next_inputs` returns, by name; `inputs` has their types and dimensions."""
     dtypes, dimensions = zip(*inputs.values(), strict=True)
     nodes = fn.external_source(
         source=next_inputs, num_outputs=len(inputs), batch=True, dtype=list(dtypes), ndim=list(dimensions)
@@ -165,21 +175,21 @@ def fed(inputs, next_inputs):
 
 
 def crop_window_nodes(crop, shape):
-    """Compute the window as `geometry.crop_window` does, in the same order of float32 operations."""
+    """Return a node for the window, computed like `geometry.crop_window` in the same order of float32 operations."""
     height, width = shape[0], shape[1]
     root = math.sqrt(height * width)
-    asked_width, asked_height = crop[0] * root, crop[1] * root
-    fit = math.min(math.min(width / asked_width, height / asked_height), 1.0)
-    crop_height = math.clamp(math.floor(asked_height * fit + 0.5), 1.0, height)
-    crop_width = math.clamp(math.floor(asked_width * fit + 0.5), 1.0, width)
+    drawn_width, drawn_height = crop[0] * root, crop[1] * root
+    fit = math.min(math.min(width / drawn_width, height / drawn_height), 1.0)
+    crop_height = math.clamp(math.floor(drawn_height * fit + 0.5), 1.0, height)
+    crop_width = math.clamp(math.floor(drawn_width * fit + 0.5), 1.0, width)
     left = math.min(math.floor(crop[2] * (width - crop_width + 1.0)), width - crop_width)
     top = math.min(math.floor(crop[3] * (height - crop_height + 1.0)), height - crop_height)
     return fn.stack(top, left, crop_height, crop_width)
 
 
 def source_window_nodes(crop, window):
-    """Compute the window as `geometry.source_window` does, in the same order of float32 operations."""
-    top, left, height, width = (window[place] for place in range(4))
+    """Return a node for the window, computed like `geometry.source_window` in the same order of float32 operations."""
+    top, left, height, width = (window[index] for index in range(4))
     inner_width = math.clamp(math.floor(crop[0] * width + 0.5), 1.0, width)
     inner_height = math.clamp(math.floor(crop[1] * height + 0.5), 1.0, height)
     inner_left = math.min(math.floor(crop[2] * (width - inner_width + 1.0)), width - inner_width)
@@ -188,45 +198,47 @@ def source_window_nodes(crop, window):
 
 
 def decode_window(encoded, window, settings):
-    """Decode only the window."""
+    """Return a node for the decoded pixels of the window; the rest of the image is not decoded if its format allows."""
     corner = fn.cast(window[0:2], dtype=types.INT32)
     extent = fn.cast(window[2:4], dtype=types.INT32)
-    hints = {}
+    options = {}
     if settings.device_id is not None:
-        # chroma is upsampled as libjpeg does it on the CPU, so that both see the same pixels
-        hints["jpeg_fancy_upsampling"] = True
+        # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
+        options["jpeg_fancy_upsampling"] = True
         if settings.hw_decoder_load is not None:
-            hints["hw_decoder_load"] = settings.hw_decoder_load
+            options["hw_decoder_load"] = settings.hw_decoder_load
         if settings.preallocate is not None:
-            hints |= dict(zip(("preallocate_width_hint", "preallocate_height_hint"), settings.preallocate, strict=True))
+            options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
+    # DALI's "mixed" device takes encoded bytes on the CPU and returns pixels on the GPU.
     device = "cpu" if settings.device_id is None else "mixed"
-    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device, **hints)
+    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device, **options)
 
 
 def to_square(pixels, size):
-    """Resize to a square, antialiased."""
+    """Resize images to a square, with antialiasing."""
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 def gray_mean_nodes(pixels, *, is_gpu):
-    """Compute the mean luma of each image."""
+    """Return a node for the mean luma of each image."""
     channel_means = fn.reductions.mean(pixels, axes=[0, 1], dtype=types.FLOAT)
     return fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))
 
 
 def recolor_nodes(pixels, matrix, offset):
-    """Apply the affine colour map: matrix times pixel plus offset, one clamp."""
+    """Apply an affine colour map: matrix times pixel plus offset."""
+    # The cast from float to uint8 rounds and clamps.
     return fn.cast(fn.coord_transform(pixels, M=matrix, dtype=types.FLOAT) + offset, dtype=types.UINT8)
 
 
 def solarize_nodes(pixels):
-    """Invert values of 128 and more."""
-    # x + (x >= 128) * (255 - 2 x), in integers
-    inverted = (pixels >= 128) * (255 - 2 * fn.cast(pixels, dtype=types.INT32))
-    return fn.cast(pixels + inverted, dtype=types.UINT8)
+    """Invert values of 128 and above."""
+    # DALI has no element-wise selection, so x becomes x + (x >= 128) * (255 - 2 x), in integers.
+    change = (pixels >= 128) * (255 - 2 * fn.cast(pixels, dtype=types.INT32))
+    return fn.cast(pixels + change, dtype=types.UINT8)
 
 
 def normalize_nodes(pixels):
-    """Do what `normalization.normalize_view` does."""
+    """Normalise pixels like `normalization.normalize_view`."""
     mean, std = ([255 * value for value in values] for values in (PIXEL_MEAN, PIXEL_STD))
     return fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)

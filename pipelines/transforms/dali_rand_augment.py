@@ -1,10 +1,10 @@
-"""The DALI graph of finetuning: encoded bytes and draws in, one crop changed by RandAugment out.
+"""The DALI graph of finetuning: it takes encoded images and random parameters, and returns crops with RandAugment.
 
-DALI's operations, our draws: which operation and in which direction enters as data, so that a batch is a function of
-(seed, step, slot) here, too.
+The operations are DALI's. Which operations are applied, and in which direction, are inputs of the graph, so that a
+batch is a function of (seed, step, slot) as in pretraining.
 """
 
-# DALI's graph nodes are typed too loosely to check
+# DALI's graph nodes are typed too loosely to be checked.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
 
 import warnings
@@ -35,38 +35,44 @@ _INPUTS = {
     "operation": (types.INT32, 1),
     "is_negated": (types.INT32, 1),
 }
-# as the suite's own magnitudes: 31 steps; shifts go up to 100 of 224 pixels
-_NUM_MAGNITUDES, _LARGEST_SHIFT = 31, 100 / 224
+# The defaults of DALI's `rand_augment`: magnitudes 0 .. 30, and translations of up to 100 pixels in a 224 pixel image.
+_NUM_MAGNITUDES, _MAX_SHIFT = 31, 100 / 224
+# Grey value of the pixels that a geometric operation uncovers.
 _FILL = 128
 
 
 def augment_parameters(draws: Draws, augment: AugmentDraws) -> tuple[np.ndarray, ...]:
-    """Lay out what is drawn for one batch in the order the graph takes it, behind the encoded images."""
+    """Return the parameters of a batch in the order of the graph's inputs, which begin with the encoded images."""
     return draws.crop, draws.flip.astype(np.int32), augment.operation, augment.is_negated
 
 
 def build_augment_graph(
     settings: GraphSettings, augment: RandAugmentConfig, next_inputs: Callable[[], tuple[Any, ...]]
 ) -> Pipeline:
-    """Build the pipeline; it is fed and read like that of `build_graph`, and both views are the same."""
-    # DALI's suite calls operators of its own library by their former names, and no filter hides that
+    """Build the pipeline. It calls `next_inputs` once per batch, and may do so up to `prefetch` batches ahead.
+
+    Its outputs are the view twice, as source and target view, and its window twice.
+    """
+    # DALI's suite calls operators by their deprecated names. The warnings cannot be filtered by module, so they are
+    # recorded, and all others are issued again.
     with warnings.catch_warnings(record=True) as caught:
         graph = _augmented_view(next_inputs, settings, augment, **settings.of_pipeline)
-    for other in (warning for warning in caught if warning.category is not DeprecationWarning):
-        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    for warning in caught:
+        if warning.category is not DeprecationWarning:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     graph.build()
     return graph
 
 
 @pipeline_def(enable_conditionals=True)
-@no_type_check  # DALI rewrites the function's code and wants it bare
+@no_type_check  # DALI compiles the function's source code again, which a wrapper would hide.
 def _augmented_view(next_inputs, settings, augment):
     data = fed(_INPUTS, next_inputs)
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
     pixels = decode_window(data["encoded"], window, settings)
     view = fn.flip(to_square(pixels, settings.views.size), horizontal=data["flip"])
-    suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _LARGEST_SHIFT))
-    assert len(suite) == NUM_OPERATIONS, f"this DALI has {len(suite)} operations of RandAugment"
+    suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _MAX_SHIFT))
+    assert len(suite) == NUM_OPERATIONS, f"this version of DALI has {len(suite)} RandAugment operations"
     for number in range(augment.num_operations):
         view = select(
             suite,

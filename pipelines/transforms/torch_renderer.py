@@ -1,4 +1,4 @@
-"""Plain torch image operations on uint8 pixels: the twin of the DALI graph, and what evaluations render with."""
+"""The reference implementation of the image operations, in torch on uint8 pixels; evaluations render with it, too."""
 
 import io
 
@@ -12,26 +12,26 @@ from torch.nn import functional
 from iwm_fast.pipelines.config import IMAGE_FORMATS
 from iwm_fast.pipelines.transforms.parameters import LUMA, Photometry, blur_radius, color_matrix, gray_gain
 
-# what Pillow raises for bytes that are no (complete) image
+# The errors that Pillow raises for bytes that are not a complete image.
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def decode_image(encoded: UInt8[np.ndarray, "bytes"]) -> UInt8[Tensor, "H W 3"]:
-    """Decode one image to RGB, turned upright as its EXIF tag says.
+    """Decode an image to RGB and apply the orientation in its EXIF data.
 
     Raises:
-        one of UNDECODABLE: if the bytes are no complete image of an accepted format.
+        One of UNDECODABLE: if the bytes are not a complete image of an accepted format.
     """
     with Image.open(io.BytesIO(encoded.tobytes()), formats=IMAGE_FORMATS) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
-            # Pillow would clip 16 bits to 8 instead of scaling them
+            # Pillow's `convert` clips 16-bit values at 255 instead of scaling them by 255 / 65535.
             upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
         return torch.from_numpy(np.array(upright.convert("RGB")))
 
 
 def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:
-    """Cut (top, left, height, width) out of an image and resize it to a square, antialiased."""
+    """Cut the window (top, left, height, width) out of an image and resize it to a square, with antialiasing."""
     top, left, height, width = (int(value) for value in window)
     pixels = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float()
     pixels = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -39,7 +39,7 @@ def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"]
 
 
 def render(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
-    """Apply one view's parameters: jitter and grayscale, then blur and solarize where they are flagged."""
+    """Apply the parameters of a view: jitter and grayscale, then blur, then solarize."""
     pixels = recolor(crop, photometry)
     flagged = np.flatnonzero(photometry.blur)
     if len(flagged):
@@ -49,12 +49,12 @@ def render(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tens
 
 
 def recolor(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Tensor, "B H W 3"]:
-    """Apply the affine colour map of `iwm_fast.pipelines.transforms.parameters` with one clamp."""
+    """Apply the affine colour map defined in `iwm_fast.pipelines.transforms.parameters`, and clamp once at the end."""
     matrix = torch.from_numpy(color_matrix(photometry)).to(crop.device)
     gain = torch.from_numpy(gray_gain(photometry)).to(crop.device)
     pixels = crop.float()
     gray_mean = _luma(pixels.mean(dim=(1, 2)))
-    # written out: a batched matrix product may round differently with the size of the batch
+    # The product is written out, since the rounding of a batched matrix product may depend on the size of the batch.
     red, green, blue = (pixels[..., None, channel] for channel in range(3))
     columns = matrix[:, None, None].unbind(dim=-1)
     mapped = red * columns[0] + green * columns[1] + blue * columns[2]
@@ -62,14 +62,14 @@ def recolor(crop: UInt8[Tensor, "B H W 3"], photometry: Photometry) -> UInt8[Ten
 
 
 def blur(pixels: UInt8[Tensor, "B H W 3"], sigma: Float32[np.ndarray, "B"]) -> UInt8[Tensor, "B H W 3"]:
-    """Blur each image with its own Gaussian, cut at `blur_radius`, reflected at the border."""
+    """Blur each image with a Gaussian of its `sigma`, truncated at `blur_radius`, with reflection at the border."""
     return torch.stack([_blur_one(*pair) for pair in zip(pixels, sigma.tolist(), strict=True)])
 
 
 def _blur_one(pixels: UInt8[Tensor, "H W 3"], sigma: float) -> UInt8[Tensor, "H W 3"]:
     radius = int(blur_radius(np.float32(sigma)))
-    place = torch.arange(-radius, radius + 1, device=pixels.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (place / sigma) ** 2)
+    offset = torch.arange(-radius, radius + 1, device=pixels.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
     kernel = (kernel / kernel.sum())[None, None]
     planes = functional.pad(pixels.permute(2, 0, 1).float()[:, None], (radius,) * 4, mode="reflect")
     planes = functional.conv2d(functional.conv2d(planes, kernel[:, :, None]), kernel[..., None])
@@ -85,5 +85,7 @@ def _to_uint8(pixels: Shaped[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _where(flag: Bool[np.ndarray, "B"], yes: UInt8[Tensor, "B H W 3"], no: UInt8[Tensor, "B H W 3"]) -> Tensor:
-    return torch.where(torch.from_numpy(flag).to(yes.device)[:, None, None, None], yes, no)
+def _where(
+    flag: Bool[np.ndarray, "B"], if_true: UInt8[Tensor, "B H W 3"], if_false: UInt8[Tensor, "B H W 3"]
+) -> Tensor:
+    return torch.where(torch.from_numpy(flag).to(if_true.device)[:, None, None, None], if_true, if_false)

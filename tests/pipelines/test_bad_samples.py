@@ -1,4 +1,4 @@
-"""Images that cannot be decoded are replaced, the same everywhere, counted, named, and too many end the run."""
+"""Images that cannot be decoded are replaced and logged, the same way on all ranks, and too many end the run."""
 
 import io
 import logging
@@ -35,7 +35,7 @@ def damaged(kind: str) -> bytes:
         "no byte": b"",
         "html": b"<html>not found</html>",
         "truncated png": png[: len(png) // 2],
-        # these two look whole, so that only the decoder finds them
+        # These two look complete, so only the decoder detects them.
         "png with a wrong checksum": bytes(flipped),
         "jpeg with a broken header": bytes(headless),
     }[kind]
@@ -49,8 +49,7 @@ def shards_with(folder, bad: dict[int, bytes], count: int = 24) -> ShardSet:
     pixels = photograph("chelsea.png")
     for shard in range(3):
         members = []
-        for place in range(count // 3):
-            number = shard * (count // 3) + place
+        for number in range(shard * (count // 3), (shard + 1) * (count // 3)):
             good = encode(pixels[number : number + 64, 2 * number : 2 * number + 80])
             members += [(f"{number:02}.jpg", bad.get(number, good)), (f"{number:02}.cls", str(number % 5).encode())]
         write_tar(folder / f"{shard}.tar", members)
@@ -65,11 +64,10 @@ def training_plan(shards: ShardSet, *, rank: int = 0, world_size: int = 1, micro
     return TrainingPlan(views=ViewConfig(size=32), mask=MaskConfig(), seed=0, grid=4, stream=stream)
 
 
-def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float = 100.0) -> list[Batch]:
+def take(plan, shards: ShardSet, count: int, backend: str = "dali", max_bad_samples: float = 100.0) -> list[Batch]:
     settings = LoaderConfig(
-        loader=backend, reader_threads=2, loader_threads=1, prefetch=2,
-        max_bad_samples=most,
-    )  # fmt: skip
+        loader=backend, reader_threads=2, loader_threads=1, prefetch=2, max_bad_samples=max_bad_samples
+    )
     loader = build_loader(plan, shards, settings, torch.device("cpu"))
     try:
         return [next(loader) for _ in range(count)]
@@ -79,49 +77,49 @@ def take(plan, shards: ShardSet, count: int, backend: str = "dali", most: float 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_image_is_replaced_by_the_next_slot_of_its_batch_and_named(tmp_path, backend, kind, caplog):
+def test_a_bad_image_is_replaced_by_the_sample_of_the_next_slot_and_logged(tmp_path, backend, kind, caplog):
     shards = shards_with(tmp_path, {7: damaged(kind)})
     batches = take(training_plan(shards), shards, 6, backend)  # two epochs
-    planned = torch.cat([batch.scheduled_sample for batch in batches])
+    scheduled = torch.cat([batch.scheduled_sample for batch in batches])
     shown = torch.cat([batch.sample for batch in batches])
-    assert (planned == 7).sum() == 2 and (shown != planned).nonzero().flatten().tolist() == (
-        planned == 7
-    ).nonzero().flatten().tolist()
+    assert (scheduled == 7).sum() == 2 and torch.equal(shown != scheduled, scheduled == 7)
     for batch in batches:
         for slot in (batch.scheduled_sample == 7).nonzero().flatten().tolist():
             following = (slot + 1) % GLOBAL_BATCH
             assert batch.sample[slot] == batch.scheduled_sample[following]
-            # key and label are those of what is shown
+            # Key and label belong to the image that is shown.
             assert batch.key[slot] == batch.key[following] and batch.label[slot] == batch.label[following]
-    named = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(named) == 1, "once, though it comes in every epoch"
-    assert f"{tmp_path}/0.tar:07" in named[0].getMessage() and "bad samples so far: 1" in named[0].getMessage()
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1, "it is logged once, though it comes in every epoch"
+    message = warnings[0].getMessage()
+    assert f"{tmp_path}/0.tar:07" in message and "bad samples so far: 1" in message
 
 
-def test_a_substitute_keeps_what_was_drawn_for_its_slot(tmp_path):
+def test_a_replacement_keeps_the_random_parameters_of_its_slot(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.mkdir()
     bad.mkdir()
-    whole, torn = shards_with(good, {}), shards_with(bad, {7: damaged("html")})
-    for expected, got in zip(take(training_plan(whole), whole, 3), take(training_plan(torn), torn, 3), strict=True):
-        assert torch.equal(got.action, expected.action) and torch.equal(got.target.patch, expected.target.patch)
-        is_same = got.sample == expected.sample
-        assert torch.equal(got.source_view[is_same], expected.source_view[is_same])
-        assert torch.equal(got.scheduled_sample, expected.scheduled_sample)
+    intact, damaged_shards = shards_with(good, {}), shards_with(bad, {7: damaged("html")})
+    batches = (take(training_plan(shards), shards, 3) for shards in (intact, damaged_shards))
+    for expected, actual in zip(*batches, strict=True):
+        assert torch.equal(actual.action, expected.action) and torch.equal(actual.target.patch, expected.target.patch)
+        is_same = actual.sample == expected.sample
+        assert torch.equal(actual.source_view[is_same], expected.source_view[is_same])
+        assert torch.equal(actual.scheduled_sample, expected.scheduled_sample)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "png with a wrong checksum"])
-def test_ranks_micro_batches_and_backends_choose_the_same_substitutes(tmp_path, kind):
-    # neighbours in the order too, so that a first choice is bad itself, and several batches in a row fail
+def test_ranks_micro_batches_and_loaders_choose_the_same_replacements(tmp_path, kind):
+    # Some of them follow each other in the order, so that a first choice is bad, too, and consecutive batches fail.
     bad = {number: damaged(kind) for number in (0, 3, 5, 6, 11, 12, 13, 20)}
     shards = shards_with(tmp_path, bad)
-    whole = take(training_plan(shards), shards, 6)
-    assert not set(torch.cat([batch.sample for batch in whole]).tolist()) & set(bad)
-    twin = take(training_plan(shards), shards, 6, "torch")
+    single = take(training_plan(shards), shards, 6)
+    assert not set(torch.cat([batch.sample for batch in single]).tolist()) & set(bad)
+    reference = take(training_plan(shards), shards, 6, "torch")
     ranks = [take(training_plan(shards, rank=rank, world_size=2, micro=2), shards, 12) for rank in (0, 1)]
-    for step, batch in enumerate(whole):
-        assert torch.equal(batch.sample, twin[step].sample) and batch.key == twin[step].key
-        assert (batch.source_view - twin[step].source_view).abs().mean() < 0.05
+    for step, batch in enumerate(single):
+        assert torch.equal(batch.sample, reference[step].sample) and batch.key == reference[step].key
+        assert (batch.source_view - reference[step].source_view).abs().mean() < 0.05
         parts = sorted(
             ranks[0][2 * step : 2 * step + 2] + ranks[1][2 * step : 2 * step + 2], key=lambda part: int(part.slot[0])
         )
@@ -130,13 +128,12 @@ def test_ranks_micro_batches_and_backends_choose_the_same_substitutes(tmp_path, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("most", "limit"), [(2.0, 2), (0.1, 2), (0.0, 0)])
-def test_too_many_bad_samples_end_the_run_with_shard_and_key(tmp_path, backend, most, limit):
+@pytest.mark.parametrize(("max_bad_samples", "limit"), [(2.0, 2), (0.1, 2), (0.0, 0)])
+def test_too_many_bad_samples_end_the_run_with_shard_and_key(tmp_path, backend, max_bad_samples, limit):
     shards = shards_with(tmp_path, {number: damaged("html") for number in (1, 9, 17)})
-    with pytest.raises(
-        ShardError, match=f"bad sample {limit + 1} and runtime.max_bad_samples = {most:g} allows {limit}"
-    ) as caught:
-        take(training_plan(shards), shards, 6, backend, most)
+    message = f"bad sample {limit + 1} and runtime.max_bad_samples = {max_bad_samples:g} allows {limit}"
+    with pytest.raises(ShardError, match=message) as caught:
+        take(training_plan(shards), shards, 6, backend, max_bad_samples)
     number = int(caught.value.key)
     assert number in (1, 9, 17) and caught.value.shard == str(tmp_path / f"{number // 8}.tar")
     assert "iwm shards check" in str(caught.value)
@@ -145,13 +142,13 @@ def test_too_many_bad_samples_end_the_run_with_shard_and_key(tmp_path, backend, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_without_any_good_image_is_an_error(tmp_path, backend):
     shards = shards_with(tmp_path, {number: damaged("truncated") for number in range(24)})
-    with pytest.raises(ShardError, match="none may stand in for it"):
+    with pytest.raises(ShardError, match="no other sample can replace it"):
         take(training_plan(shards), shards, 1, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["truncated", "html", "png with a wrong checksum"])
-def test_evaluations_replace_nothing(tmp_path, backend, kind):
+def test_evaluations_do_not_replace_bad_images(tmp_path, backend, kind):
     shards = shards_with(tmp_path, {7: damaged(kind)})
     plan = EvaluationPlan(views=ViewConfig(size=32), grid=4, samples=np.arange(24), micro_batch_size=8)
     with pytest.raises(ShardError, match=r"sample '07': cannot decode the image") as caught:
@@ -159,25 +156,23 @@ def test_evaluations_replace_nothing(tmp_path, backend, kind):
     assert caught.value.shard == str(tmp_path / "0.tar")
 
 
-def test_only_what_is_cut_off_or_foreign_has_to_be_decoded_twice():
+def test_only_truncated_or_unknown_files_look_incomplete():
     pixels = photograph("coffee.png")[:40, :50]
     for kind in ("JPEG", "PNG", "WEBP"):
-        whole = np.frombuffer(encode(pixels, kind), np.uint8)
-        assert looks_complete(whole), kind
-        for cut in (1, 100, len(whole) // 2, len(whole) - 3):
-            part = whole[:-cut]
-            # WebP and PNG carry a length or mark at their end, a JPEG two bytes
-            assert not looks_complete(part), (kind, cut)
+        complete = np.frombuffer(encode(pixels, kind), np.uint8)
+        assert looks_complete(complete), kind
+        for num_removed in (1, 100, len(complete) // 2, len(complete) - 3):
+            assert not looks_complete(complete[:-num_removed]), (kind, num_removed)
     with_tail = np.frombuffer(encode(pixels) + bytes(20), np.uint8)
     assert looks_complete(with_tail)
 
 
-def test_a_file_that_only_looks_cut_off_is_kept(tmp_path, caplog):
-    # trailing zeros behind the end mark, and a bitmap, which has no end mark at all
-    odd = encode(photograph("coffee.png")[:64, :80]) + bytes(500)
+def test_a_complete_file_that_looks_truncated_is_used(tmp_path, caplog):
+    # A JPEG with zeros after its end marker, and a bitmap, which has no end marker.
+    padded = encode(photograph("coffee.png")[:64, :80]) + bytes(500)
     file = io.BytesIO()
     Image.fromarray(photograph("coffee.png")[:64, :80]).save(file, "BMP")
-    shards = shards_with(tmp_path, {3: odd, 7: file.getvalue()})
+    shards = shards_with(tmp_path, {3: padded, 7: file.getvalue()})
     for backend in BACKENDS:
         batches = take(training_plan(shards), shards, 3, backend, 0.0)
         assert all(torch.equal(batch.sample, batch.scheduled_sample) for batch in batches)
@@ -185,7 +180,7 @@ def test_a_file_that_only_looks_cut_off_is_kept(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "ICO"])
-def test_a_format_that_dali_does_not_read_is_bad_on_both_backends(tmp_path, kind):
+def test_a_format_that_dali_cannot_read_is_bad_for_both_loaders(tmp_path, kind):
     file = io.BytesIO()
     Image.fromarray(photograph("coffee.png")[:64, :64]).save(file, kind)
     shards = shards_with(tmp_path, {7: file.getvalue()})
@@ -196,12 +191,12 @@ def test_a_format_that_dali_does_not_read_is_bad_on_both_backends(tmp_path, kind
 
 def test_sixteen_bits_are_scaled_and_cmyk_is_converted(tmp_path):
     gray = np.array(Image.fromarray(photograph("coffee.png")[:64, :80]).convert("L"))
-    deep, ink = io.BytesIO(), io.BytesIO()
-    Image.fromarray(gray.astype(np.uint16) * 257).save(deep, "PNG")
-    Image.fromarray(photograph("coffee.png")[:64, :80]).convert("CMYK").save(ink, "JPEG", quality=95)
-    decoded = decode_image(np.frombuffer(deep.getvalue(), np.uint8))
+    gray16, cmyk = io.BytesIO(), io.BytesIO()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(gray16, "PNG")
+    Image.fromarray(photograph("coffee.png")[:64, :80]).convert("CMYK").save(cmyk, "JPEG", quality=95)
+    decoded = decode_image(np.frombuffer(gray16.getvalue(), np.uint8))
     assert torch.equal(decoded, torch.from_numpy(gray)[..., None].expand(-1, -1, 3))
-    shards = shards_with(tmp_path, {7: deep.getvalue(), 12: ink.getvalue()})
+    shards = shards_with(tmp_path, {7: gray16.getvalue(), 12: cmyk.getvalue()})
     for fast, plain in zip(
         *(take(training_plan(shards), shards, 3, backend, 0.0) for backend in BACKENDS), strict=True
     ):

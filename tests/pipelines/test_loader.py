@@ -38,8 +38,7 @@ def training_plan(
 
 
 def settings(backend: str = "dali", **changes) -> LoaderConfig:
-    chosen = {"reader_threads": 2, "loader_threads": 1, "prefetch": 2} | changes
-    return LoaderConfig(loader=backend, **chosen)
+    return LoaderConfig(loader=backend, **{"reader_threads": 2, "loader_threads": 1, "prefetch": 2} | changes)
 
 
 def take(plan, shards: ShardSet, count: int, first: int = 0, **changes) -> list[Batch]:
@@ -50,40 +49,41 @@ def take(plan, shards: ShardSet, count: int, first: int = 0, **changes) -> list[
         loader.close()
 
 
-def flat(batch: Batch) -> dict[str, torch.Tensor | tuple | int]:
-    """Everything in a batch that training depends on."""
+def flatten_batch(batch: Batch) -> dict[str, torch.Tensor | tuple | int]:
+    """Return all values of a batch by dotted name."""
     values = {}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, RaggedIndex):
             values |= {f"{field.name}.{name}": item for name, item in vars(value).items()}
         elif isinstance(value, Draws):
-            values |= flat_draws(value, field.name)
+            values |= flatten_draws(value, field.name)
         else:
             values[field.name] = value
     return values
 
 
-def flat_draws(draws, prefix: str) -> dict[str, torch.Tensor]:
+def flatten_draws(draws, prefix: str) -> dict[str, torch.Tensor]:
     values = {}
     for name, value in vars(draws).items():
         is_array = isinstance(value, np.ndarray)
-        values |= {f"{prefix}.{name}": torch.from_numpy(value)} if is_array else flat_draws(value, f"{prefix}.{name}")
+        path = f"{prefix}.{name}"
+        values |= {path: torch.from_numpy(value)} if is_array else flatten_draws(value, path)
     return values
 
 
 def assert_same_batch(first: Batch, second: Batch) -> None:
-    mine, other = flat(first), flat(second)
-    for name, value in mine.items():
-        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        assert same, name
+    first_values, second_values = flatten_batch(first), flatten_batch(second)
+    for name, value in first_values.items():
+        other = second_values[name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
 
 
-def join(parts: list[Batch]) -> Batch:
-    """Put micro-batches of one step together in the order of their slots."""
-    parts = sorted(parts, key=lambda part: int(part.slot[0]))
+def join(batches: list[Batch]) -> Batch:
+    """Concatenate the micro-batches of a step in the order of their slots."""
+    batches = sorted(batches, key=lambda batch: int(batch.slot[0]))
     joined = {
-        name: torch.cat([getattr(part, name) for part in parts])
+        name: torch.cat([getattr(batch, name) for batch in batches])
         for name in (
             "source_view",
             "target_view",
@@ -96,27 +96,30 @@ def join(parts: list[Batch]) -> Batch:
             "slot",
         )
     }
-    key = tuple(name for part in parts for name in part.key)
-    indexes = {name: join_indexes([getattr(part, name) for part in parts]) for name in ("context", "target")}
-    return Batch(**joined, **indexes, key=key, step=parts[0].step, draws=join_draws([part.draws for part in parts]))
+    key = tuple(name for batch in batches for name in batch.key)
+    indexes = {name: join_indexes([getattr(batch, name) for batch in batches]) for name in ("context", "target")}
+    return Batch(
+        **joined, **indexes, key=key, step=batches[0].step, draws=join_draws([batch.draws for batch in batches])
+    )
 
 
 def join_draws(parts: list) -> object:
-    """Put dataclasses of arrays together, whatever they hold."""
-    if isinstance(parts[0], np.ndarray):
+    """Concatenate nested dataclasses of arrays."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
         return np.concatenate(parts)
-    return type(parts[0])(**{name: join_draws([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    return type(first)(**{name: join_draws([getattr(part, name) for part in parts]) for name in vars(first)})
 
 
-def join_indexes(parts: list[RaggedIndex]) -> RaggedIndex:
-    images = np.cumsum([0] + [len(part.offsets) - 1 for part in parts])
-    lengths = torch.cat([part.offsets.diff() for part in parts])
+def join_indexes(indexes: list[RaggedIndex]) -> RaggedIndex:
+    images = np.cumsum([0] + [len(index.offsets) - 1 for index in indexes])
+    lengths = torch.cat([index.offsets.diff() for index in indexes])
     return RaggedIndex(
-        patch=torch.cat([part.patch for part in parts]),
-        row=torch.cat([part.row + 64 * int(image) for part, image in zip(parts, images[:-1], strict=True)]),
+        patch=torch.cat([index.patch for index in indexes]),
+        row=torch.cat([index.row + 64 * int(image) for index, image in zip(indexes, images[:-1], strict=True)]),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]),
-        longest=max(part.longest for part in parts),
-        total=parts[0].total,
+        longest=max(index.longest for index in indexes),
+        total=indexes[0].total,
     )
 
 
@@ -126,13 +129,13 @@ def shards(tiny_shards) -> ShardSet:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_ranks_and_micro_batches_get_the_same_batch_bit_for_bit(shards, backend):
-    whole = take(training_plan(shards), shards, 3, backend=backend)
+def test_batches_are_bit_equal_for_any_ranks_and_micro_batches(shards, backend):
+    single = take(training_plan(shards), shards, 3, backend=backend)
     two_ranks = [
         take(training_plan(shards, rank=rank, world_size=2, micro=16), shards, 3, backend=backend) for rank in (0, 1)
     ]
     accumulated = take(training_plan(shards, micro=8), shards, 12, backend=backend)
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(single):
         assert_same_batch(batch, join([ranks[step] for ranks in two_ranks]))
         assert_same_batch(batch, join(accumulated[4 * step : 4 * step + 4]))
 
@@ -145,34 +148,34 @@ def test_threads_and_prefetch_do_not_change_a_batch(shards):
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_starting_in_the_middle_gives_the_batches_of_a_straight_run(shards, backend):
-    straight = take(training_plan(shards), shards, 4, backend=backend)
+def test_starting_in_the_middle_gives_the_batches_of_an_uninterrupted_run(shards, backend):
+    uninterrupted = take(training_plan(shards), shards, 4, backend=backend)
     for first, second in zip(
-        straight[2:], take(training_plan(shards), shards, 2, first=2, backend=backend), strict=True
+        uninterrupted[2:], take(training_plan(shards), shards, 2, first=2, backend=backend), strict=True
     ):
         assert_same_batch(first, second)
 
 
-def test_going_on_with_other_ranks_micro_batches_and_threads_gives_the_same_batches(shards):
-    straight = take(training_plan(shards), shards, 5)
-    parts = [
-        # two ranks of two micro-batches each, from step 3 on
+def test_resuming_with_other_ranks_and_threads_gives_the_same_batches(shards):
+    uninterrupted = take(training_plan(shards), shards, 5)
+    batches = [
+        # Two ranks with two micro-batches per step start at step 3.
         take(training_plan(shards, rank=rank, world_size=2, micro=8), shards, 4, first=6, reader_threads=3, prefetch=1)
         for rank in (0, 1)
     ]
     for step in (3, 4):
-        of_step = [part for rank in parts for part in rank if part.step == step]
-        assert_same_batch(straight[step], join(of_step))
+        of_step = [batch for rank in batches for batch in rank if batch.step == step]
+        assert_same_batch(uninterrupted[step], join(of_step))
 
 
-def test_every_sample_comes_once_per_epoch_though_batches_straddle_epochs(shards):
+def test_every_sample_comes_once_per_epoch_if_batches_span_two_epochs(shards):
     batches = take(training_plan(shards), shards, 6)  # 192 = 4 epochs of 48
     seen = torch.cat([batch.sample for batch in batches]).view(4, 48)
     assert (seen.sort(dim=1).values == torch.arange(48)).all()
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_steps_differ_in_views_actions_and_masks_though_they_share_a_plan(shards):
+def test_steps_of_a_plan_differ_in_views_actions_and_masks(shards):
     first, second = take(training_plan(shards), shards, 2)
     assert not torch.equal(first.action, second.action)
     assert not torch.equal(first.context.offsets, second.context.offsets)
@@ -186,38 +189,38 @@ def test_another_seed_gives_other_samples_views_actions_and_masks(shards):
     assert not torch.equal(first.crop_window, second.crop_window)
 
 
-def test_the_dali_loader_gives_the_twins_batch_with_pixels_close(shards):
+def test_the_dali_loader_gives_the_batch_of_the_torch_loader(shards):
     fast, plain = (take(training_plan(shards), shards, 2, backend=backend) for backend in ("dali", "torch"))
     for batches in zip(fast, plain, strict=True):
-        assert_twins(*batches)
+        assert_close(*batches)
 
 
-def assert_twins(fast: Batch, plain: Batch) -> None:
-    """Everything but the pixels is the same; pixels are close."""
-    for name, mine in flat(fast).items():
-        other = flat(plain)[name]
+def assert_close(fast: Batch, plain: Batch) -> None:
+    """Check that pixels are close and everything else is equal."""
+    for name, value in flatten_batch(fast).items():
+        other = flatten_batch(plain)[name]
         if not name.endswith("_view"):
-            assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other, name
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
     for view in ("source_view", "target_view"):
         pixels = [denormalize_view(getattr(batch, view)).int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float()
-        # JPEG decoders and antialiased resizing differ by a few grey levels at edges
+        # JPEG decoders and antialiased resizing differ by a few grey levels at edges.
         assert difference.mean() < 1.0 and difference.quantile(0.99) <= 12
 
 
-def test_a_source_with_a_place_of_its_own_is_the_same_on_both_loaders(shards):
+def test_a_further_source_crop_is_the_same_with_both_loaders(shards):
     views = ViewConfig(size=32, source_crop=(0.2, 0.8), source_flip_probability=0.5)
     fast, plain = (
         take(training_plan(shards, views=views), shards, 2, backend=backend) for backend in ("dali", "torch")
     )
     for batches in zip(fast, plain, strict=True):
-        assert_twins(*batches)
+        assert_close(*batches)
     shared = take(training_plan(shards), shards, 2)
-    for batch, without in zip(fast, shared, strict=True):
-        assert batch.action.shape[1] == 12 and torch.equal(batch.action[:, :7], without.action)
-        # the target does not notice, the source does
-        assert torch.equal(batch.target_view, without.target_view)
-        assert not torch.equal(batch.source_view, without.source_view)
+    for batch, shared_batch in zip(fast, shared, strict=True):
+        assert batch.action.shape[1] == 12 and torch.equal(batch.action[:, :7], shared_batch.action)
+        # The crop changes the source view and leaves the target view as it was.
+        assert torch.equal(batch.target_view, shared_batch.target_view)
+        assert not torch.equal(batch.source_view, shared_batch.source_view)
         assert (batch.source_window[:, 2:] <= batch.crop_window[:, 2:]).all()
         assert set(batch.action[:, 11].tolist()) == {0.0, 1.0}
 
@@ -228,13 +231,13 @@ def test_keys_and_labels_belong_to_their_pixels(shards):
         assert key == f"{sample:04}" and label == sample % 3
 
 
-def test_normalizing_loses_nothing():
+def test_normalizing_is_invertible():
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     assert torch.equal(denormalize_view(normalize_view(pixels)), pixels)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_evaluation_gives_each_sample_once_and_stops(shards, backend):
+def test_evaluation_yields_each_sample_once_and_ends(shards, backend):
     plan = EvaluationPlan(views=VIEWS, grid=8, samples=np.arange(20, 48), micro_batch_size=12)
     loader = build_loader(plan, shards, settings(backend), torch.device("cpu"))
     batches = list(loader)

@@ -1,4 +1,4 @@
-"""The loader with a GPU: inputs exact, pixels measured, bad images replaced as on the CPU, hand-over without races."""
+"""The loader on a GPU: equal inputs, close pixels, the same replacements as on the CPU, and no races with training."""
 
 import numpy as np
 import pytest
@@ -31,8 +31,7 @@ def shards_at(folder, bad: dict[int, bytes] | None = None) -> ShardSet:
     pixels = photograph("chelsea.png")
     for shard in range(3):
         members = []
-        for place in range(COUNT // 3):
-            number = shard * (COUNT // 3) + place
+        for number in range(shard * (COUNT // 3), (shard + 1) * (COUNT // 3)):
             good = encode(pixels[number : number + 200, 2 * number : 2 * number + 250])
             members += [(f"{number:02}.jpg", (bad or {}).get(number, good)), (f"{number:02}.cls", b"1")]
         write_tar(folder / f"{shard}.tar", members)
@@ -52,8 +51,8 @@ def plan(shards: ShardSet, **views) -> TrainingPlan:
 
 
 def take(plan: BatchPlan, shards: ShardSet, count: int, device=GPU, first: int = 0, **settings) -> list[Batch]:
-    chosen = {"reader_threads": 4, "loader_threads": 4, "prefetch": 2, "max_bad_samples": 100.0} | settings
-    loader = build_loader(plan, shards, LoaderConfig(**chosen), device, first=first)
+    settings = {"reader_threads": 4, "loader_threads": 4, "prefetch": 2, "max_bad_samples": 100.0} | settings
+    loader = build_loader(plan, shards, LoaderConfig(**settings), device, first=first)
     try:
         return [next(loader) for _ in range(count)]
     finally:
@@ -69,19 +68,19 @@ def assert_close(fast: Batch, plain: Batch) -> None:
     for view in ("source_view", "target_view"):
         pixels = [denormalize_view(getattr(batch, view)).cpu().int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float()
-        # decoders and resizing differ by a few grey levels; solarize may stand on either side of 128
+        # Decoders and resizing differ by a few grey levels, which solarize enlarges for values near 128.
         assert difference.mean() < 1.5 and difference.quantile(0.98) <= 8, view
 
 
 @pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8), "source_flip_probability": 0.5}])
-def test_batches_of_a_gpu_are_those_of_the_cpu(tmp_path, views):
+def test_batches_are_the_same_on_a_gpu_and_on_the_cpu(tmp_path, views):
     shards = shards_at(tmp_path)
     fast, plain = (take(plan(shards, **views), shards, 4, device) for device in (GPU, CPU))
     for pair in zip(fast, plain, strict=True):
         assert_close(*pair)
 
 
-def test_bad_images_are_replaced_as_on_the_cpu(tmp_path):
+def test_bad_images_are_replaced_like_on_the_cpu(tmp_path):
     bad = damaged()
     shards = shards_at(tmp_path, bad)
     fast, plain = (take(plan(shards), shards, 6, device) for device in (GPU, CPU))
@@ -91,35 +90,32 @@ def test_bad_images_are_replaced_as_on_the_cpu(tmp_path):
     assert not set(shown) & set(bad) and len(shown) == 6 * GLOBAL_BATCH
 
 
-def test_going_on_in_the_middle_gives_the_same_inputs_and_pixels(tmp_path):
+def test_resuming_gives_the_same_inputs_and_pixels(tmp_path):
     shards = shards_at(tmp_path, damaged())
-    straight = take(plan(shards), shards, 5)[3:]
+    uninterrupted = take(plan(shards), shards, 5)[3:]
     resumed = take(plan(shards), shards, 2, first=3)
-    for first, second in zip(straight, resumed, strict=True):
+    for first, second in zip(uninterrupted, resumed, strict=True):
         for name in EXACT:
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         difference = (denormalize_view(first.source_view).int() - denormalize_view(second.source_view).int()).abs()
-        # which of the decoders takes an image is not fixed
+        # Which of the decoders takes an image varies from run to run.
         assert difference.float().mean() < 0.5
 
 
-def test_training_that_is_behind_reads_whole_batches(tmp_path):
-    """Rendering runs ahead in a stream of its own: what is handed over must be whole, and stay until it was used."""
+def test_slow_training_reads_complete_batches(tmp_path):
+    """A batch that was rendered ahead in another stream is complete and is not overwritten before training used it."""
     shards = shards_at(tmp_path)
     expected = [batch.source_view.double().sum() for batch in take(plan(shards), shards, 12)]
     torch.cuda.synchronize()
-    loader = build_loader(
-        plan(shards), shards,
-        LoaderConfig(reader_threads=4, loader_threads=4, prefetch=2),
-        GPU,
-    )  # fmt: skip
+    settings = LoaderConfig(reader_threads=4, loader_threads=4, prefetch=2)
+    loader = build_loader(plan(shards), shards, settings, GPU)
     sums = []
-    big = torch.randn(4096, 4096, device=GPU)
+    matrix = torch.randn(4096, 4096, device=GPU)
     for _ in range(12):
         batch = next(loader)
         for _ in range(10):
-            big = (big @ big).clamp(-1, 1)
-        # queued behind the products, while the host asks for the next batch and drops this one
+            matrix = (matrix @ matrix).clamp(-1, 1)
+        # The GPU computes this sum after the products, when the host has already dropped the batch.
         sums.append(batch.source_view.double().sum())
         del batch
     loader.close()
@@ -127,13 +123,13 @@ def test_training_that_is_behind_reads_whole_batches(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"hw_decoder_load": 0.0}, {"hw_decoder_load": 1.0}, {"preallocate": (250, 200)}])
-def test_settings_of_the_decoder_do_not_change_what_comes(tmp_path, settings):
+def test_settings_of_the_decoder_do_not_change_the_batches(tmp_path, settings):
     shards = shards_at(tmp_path)
     for pair in zip(take(plan(shards), shards, 2, **settings), take(plan(shards), shards, 2, CPU), strict=True):
         assert_close(*pair)
 
 
-def test_rand_augment_on_a_gpu_is_that_of_the_cpu(tmp_path):
+def test_rand_augment_is_the_same_on_a_gpu_and_on_the_cpu(tmp_path):
     shards = shards_at(tmp_path)
     finetuning = FinetunePlan(
         views=ViewConfig(size=SIZE), augment=RandAugmentConfig(), seed=0, grid=8, stream=stream(shards)
@@ -141,5 +137,5 @@ def test_rand_augment_on_a_gpu_is_that_of_the_cpu(tmp_path):
     for fast, plain in zip(*(take(finetuning, shards, 3, device) for device in (GPU, CPU)), strict=True):
         pixels = [denormalize_view(batch.source_view).cpu().int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float().mean(dim=(1, 2, 3)).numpy()
-        # a posterised or solarized pixel may fall on either side of a step
+        # A posterised or solarized pixel may fall on either side of a threshold.
         assert np.median(difference) < 3 and difference.mean() < 8

@@ -1,7 +1,7 @@
-"""Each operator on natural images: the DALI graph against its plain twin, and both against torchvision.
+"""All operators on natural images: the DALI graph, the reference renderer and torchvision compared with each other.
 
-The images are PNG, so that decoders play no part; how the decoders of JPEG agree is a test of its own. Differences are
-uint8 grey levels, as mean, 99th percentile and largest over all pixels of eight 224 x 224 crops.
+The images are PNG files, which all decoders decode to the same pixels; JPEG decoders are compared by another test. The
+differences are in grey levels: mean, 99th percentile and maximum over all pixels of eight 224 x 224 crops.
 """
 
 import io
@@ -23,7 +23,7 @@ from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, id
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image, render, resized_crop
 
 SIZE = 224
-# name, top and left of a crop that shows objects and not only background
+# Name of the photograph, and top and left of a crop that shows objects and not only background.
 PHOTOGRAPHS = (
     ("astronaut.png", 0, 100), ("chelsea.png", 40, 120), ("coffee.png", 120, 180), ("hubble_deep_field.jpg", 300, 300),
     ("ihc.png", 100, 100), ("motorcycle_left.png", 150, 250), ("retina.jpg", 500, 500), ("rocket.jpg", 100, 250),
@@ -32,57 +32,57 @@ SIGMAS = np.linspace(0.1, 2.0, len(PHOTOGRAPHS), dtype=np.float32)
 
 
 class Limit(NamedTuple):
-    """Largest differences that are allowed, in grey levels."""
+    """Largest allowed differences, or the measured ones, in grey levels."""
 
     mean: float
     p99: float
-    most: float
+    max: float
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What is changed, torchvision's way to do it, and how far that may be from ours."""
+    """Parameters that differ from neutral, the function of torchvision, and the largest allowed difference from it."""
 
     change: dict[str, float | bool | np.ndarray]
     reference: Callable[[Tensor], Tensor]
     limit: Limit
 
 
-def each(function: Callable[..., Tensor], *arguments: float) -> Callable[[Tensor], Tensor]:
-    """Let a function act on each image alone, as contrast has to; arguments may differ by image."""
+def by_image(function: Callable[..., Tensor], *arguments: float) -> Callable[[Tensor], Tensor]:
+    """Return a function that acts on each image separately, as contrast must; arguments may differ by image."""
 
     def act(planes: Tensor) -> Tensor:
-        by_image = [np.broadcast_to(argument, len(planes)).tolist() for argument in arguments]
-        return torch.stack([function(image, *values) for image, *values in zip(planes, *by_image, strict=True)])
+        values_of = [np.broadcast_to(argument, len(planes)).tolist() for argument in arguments]
+        return torch.stack([function(image, *values) for image, *values in zip(planes, *values_of, strict=True)])
 
     return act
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:
-    # 23 pixels are the usual kernel for 224; ours end at three standard deviations
+    # 23 pixels are the usual kernel size for 224 pixels; our kernels end at three standard deviations.
     return reference.gaussian_blur(image, [23, 23], [sigma, sigma])
 
 
 EQUAL = Limit(0, 0, 0)
-# the same arithmetic in float32, in another order
-TWIN = Limit(0.002, 0, 1)
+# The same arithmetic in float32, in another order.
+RENDERER = Limit(0.002, 0, 1)
 OPERATORS = {
-    "brightness 0.6": Operator({"brightness": 0.6}, each(reference.adjust_brightness, 0.6), Limit(0.45, 1, 1)),
-    "brightness 1.4": Operator({"brightness": 1.4}, each(reference.adjust_brightness, 1.4), Limit(0.45, 1, 1)),
-    "contrast 0.6": Operator({"contrast": 0.6}, each(reference.adjust_contrast, 0.6), Limit(0.8, 1, 1)),
-    "contrast 1.4": Operator({"contrast": 1.4}, each(reference.adjust_contrast, 1.4), Limit(0.3, 1, 1)),
-    "saturation 0.6": Operator({"saturation": 0.6}, each(reference.adjust_saturation, 0.6), Limit(0.7, 1, 1)),
-    "saturation 1.4": Operator({"saturation": 1.4}, each(reference.adjust_saturation, 1.4), Limit(0.3, 1, 1)),
+    "brightness 0.6": Operator({"brightness": 0.6}, by_image(reference.adjust_brightness, 0.6), Limit(0.45, 1, 1)),
+    "brightness 1.4": Operator({"brightness": 1.4}, by_image(reference.adjust_brightness, 1.4), Limit(0.45, 1, 1)),
+    "contrast 0.6": Operator({"contrast": 0.6}, by_image(reference.adjust_contrast, 0.6), Limit(0.8, 1, 1)),
+    "contrast 1.4": Operator({"contrast": 1.4}, by_image(reference.adjust_contrast, 1.4), Limit(0.3, 1, 1)),
+    "saturation 0.6": Operator({"saturation": 0.6}, by_image(reference.adjust_saturation, 0.6), Limit(0.7, 1, 1)),
+    "saturation 1.4": Operator({"saturation": 1.4}, by_image(reference.adjust_saturation, 1.4), Limit(0.3, 1, 1)),
     "grayscale": Operator({"grayscale": True}, lambda planes: reference.rgb_to_grayscale(planes, 3), Limit(0.6, 1, 2)),
-    "blur 0.1": Operator({"blur": True, "blur_sigma": 0.1}, each(blurred, 0.1), EQUAL),
-    "blur 0.5": Operator({"blur": True, "blur_sigma": 0.5}, each(blurred, 0.5), Limit(0.002, 0, 1)),
-    "blur 1.0": Operator({"blur": True, "blur_sigma": 1.0}, each(blurred, 1.0), Limit(0.01, 0, 1)),
-    "blur 2.0": Operator({"blur": True, "blur_sigma": 2.0}, each(blurred, 2.0), Limit(0.025, 1, 1)),
-    "blur 0.1 .. 2.0": Operator({"blur": True, "blur_sigma": SIGMAS}, each(blurred, SIGMAS), Limit(0.02, 1, 1)),
+    "blur 0.1": Operator({"blur": True, "blur_sigma": 0.1}, by_image(blurred, 0.1), EQUAL),
+    "blur 0.5": Operator({"blur": True, "blur_sigma": 0.5}, by_image(blurred, 0.5), Limit(0.002, 0, 1)),
+    "blur 1.0": Operator({"blur": True, "blur_sigma": 1.0}, by_image(blurred, 1.0), Limit(0.01, 0, 1)),
+    "blur 2.0": Operator({"blur": True, "blur_sigma": 2.0}, by_image(blurred, 2.0), Limit(0.025, 1, 1)),
+    "blur 0.1 .. 2.0": Operator({"blur": True, "blur_sigma": SIGMAS}, by_image(blurred, SIGMAS), Limit(0.02, 1, 1)),
     "solarize": Operator({"solarize": True}, lambda planes: reference.solarize(planes, 128), EQUAL),
 }
-# DALI's resize rounds its weights, where pixels are few and edges sharp by several levels
-CROP_TWIN, CROP_REFERENCE = Limit(0.15, 1, 16), Limit(0.005, 0, 1)
+# DALI's resize rounds its weights: where few pixels have sharp edges, this changes several levels.
+CROP_DALI, CROP_REFERENCE = Limit(0.15, 1, 16), Limit(0.005, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +101,15 @@ def change(**values: float | bool | np.ndarray) -> Photometry:
 
 
 class Views(NamedTuple):
-    """What the graph gives for one batch."""
+    """Outputs of the graph for a batch."""
 
     source: Tensor
     target: Tensor
     window: np.ndarray
 
 
-def in_graph(encoded: list[np.ndarray], draws: Draws, size: int = SIZE) -> Views:
-    """Let the DALI graph render encoded images on the CPU."""
+def render_in_graph(encoded: list[np.ndarray], draws: Draws, size: int = SIZE) -> Views:
+    """Return the views that the DALI graph renders from encoded images on the CPU."""
     settings = GraphSettings(
         views=ViewConfig(size=size), max_batch_size=len(encoded), num_threads=1, prefetch=1, device_id=None
     )
@@ -123,9 +123,9 @@ def as_png(crops: Tensor) -> list[np.ndarray]:
 
 
 def photometric(crops: Tensor, photometry: Photometry) -> tuple[Tensor, Tensor]:
-    """Return what the graph and the plain twin make of the crops."""
+    """Return the crops as rendered by the graph and by the reference renderer."""
     draws = replace(identity_draws(len(crops)), source=photometry)
-    return in_graph(as_png(crops), draws).source, render(crops, photometry)
+    return render_in_graph(as_png(crops), draws).source, render(crops, photometry)
 
 
 def by_reference(crops: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -137,25 +137,25 @@ def difference(ours: Tensor, theirs: Tensor) -> Limit:
     return Limit(float(levels.mean()), float(np.quantile(levels, 0.99)), float(levels.max()))
 
 
-def is_within(found: Limit, limit: Limit) -> bool:
-    return all(value <= largest for value, largest in zip(found, limit, strict=True))
+def is_within(actual: Limit, limit: Limit) -> bool:
+    return all(value <= max_value for value, max_value in zip(actual, limit, strict=True))
 
 
 def assert_within(ours: Tensor, theirs: Tensor, limit: Limit) -> None:
-    found = difference(ours, theirs)
-    assert is_within(found, limit), f"{found} instead of at most {limit}"
+    actual = difference(ours, theirs)
+    assert is_within(actual, limit), f"{actual} instead of at most {limit}"
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_gives_the_pixels_of_its_twin_and_of_torchvision(crops, name):
+def test_operators_match_the_reference_renderer_and_torchvision(crops, name):
     operator = OPERATORS[name]
-    graph, twin = photometric(crops, change(**operator.change))
+    graph, plain = photometric(crops, change(**operator.change))
     theirs = by_reference(crops, operator.reference)
-    assert_within(graph, twin, TWIN)
+    assert_within(graph, plain, RENDERER)
     assert_within(graph, theirs, operator.limit)
-    assert_within(twin, theirs, operator.limit)
-    # at 0.1 the kernel's neighbours weigh nothing
-    assert name == "blur 0.1" or difference(crops, theirs).mean > 1, "doing nothing would pass as well"
+    assert_within(plain, theirs, operator.limit)
+    # With a sigma of 0.1 the neighbours have no weight.
+    assert name == "blur 0.1" or difference(crops, theirs).mean > 1, "leaving the crops unchanged would pass, too"
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_an_operator_gives_the_pixels_of_its_twin_and_of_torchvision(crops, name
 )
 def test_both_views_are_recoloured_alike(crops, name):
     photometry = change(**OPERATORS[name].change)
-    views = in_graph(as_png(crops), replace(identity_draws(len(crops)), source=photometry, target=photometry))
+    views = render_in_graph(as_png(crops), replace(identity_draws(len(crops)), source=photometry, target=photometry))
     assert torch.equal(views.source, views.target)
 
 
-def test_a_flip_is_torchvisions(crops):
+def test_flips_match_torchvision(crops):
     draws = replace(identity_draws(len(crops)), flip=np.arange(len(crops)) % 2 == 0)
-    views = in_graph(as_png(crops), draws)
+    views = render_in_graph(as_png(crops), draws)
     theirs = by_reference(crops, reference.hflip)
     theirs[1::2] = crops[1::2]
     assert torch.equal(views.source, theirs) and torch.equal(views.target, theirs)
@@ -178,18 +178,18 @@ def test_a_flip_is_torchvisions(crops):
 
 @pytest.mark.parametrize("size", [224, 96, 64])
 @pytest.mark.parametrize("crop", [(0.8, 0.6, 0.3, 0.7), (0.4, 0.5, 0.9, 0.1), (1.0, 1.0, 0.5, 0.5)])
-def test_a_resized_crop_is_the_twins_and_torchvisions(crops, crop, size):
+def test_resized_crops_match_the_reference_renderer_and_torchvision(crops, crop, size):
     draws = replace(identity_draws(len(crops)), crop=np.tile(np.float32(crop), (len(crops), 1)))
-    graph = in_graph(as_png(crops), draws, size)
-    twin = torch.stack([resized_crop(image, window, size) for image, window in zip(crops, graph.window, strict=True)])
+    graph = render_in_graph(as_png(crops), draws, size)
+    plain = torch.stack([resized_crop(image, window, size) for image, window in zip(crops, graph.window, strict=True)])
     windows = graph.window.astype(int).tolist()
     theirs = torch.stack([
         reference.resized_crop(image.permute(2, 0, 1), *window, [size, size], antialias=True).permute(1, 2, 0)
         for image, window in zip(crops, windows, strict=True)
     ])  # fmt: skip
-    assert_within(twin, theirs, CROP_REFERENCE)
-    assert_within(graph.target, twin, CROP_TWIN)
-    assert_within(graph.target, theirs, CROP_TWIN)
+    assert_within(plain, theirs, CROP_REFERENCE)
+    assert_within(graph.target, plain, CROP_DALI)
+    assert_within(graph.target, theirs, CROP_DALI)
     assert torch.equal(graph.source, graph.target)
 
 
@@ -205,26 +205,26 @@ def test_hue_keeps_luma_where_torchvision_does_not(crops, turn):
 
 
 @pytest.mark.parametrize("turn", [0.02, 0.05, 0.1, -0.1, 0.25, 0.5])
-def test_hue_of_the_graph_is_its_twins(crops, turn):
-    assert_within(*photometric(crops, change(hue=turn)), TWIN)
+def test_hue_of_the_graph_matches_the_reference(crops, turn):
+    assert_within(*photometric(crops, change(hue=turn)), RENDERER)
 
 
 @pytest.mark.parametrize("turn", [0.1, -0.1])
-def test_hue_differs_from_torchvision_by_more_than_ten_grey_levels_at_36_degrees(crops, turn):
+def test_hue_at_36_degrees_differs_from_torchvision_by_over_ten_levels(crops, turn):
     theirs = by_reference(crops, lambda planes: reference.adjust_hue(planes, turn))
     for ours in photometric(crops, change(hue=turn)):
-        found = difference(ours, theirs)
-        assert found.mean > 10 and found.p99 > 50
-        # no nearer than the image as it was
-        assert found.mean > 0.95 * difference(crops, theirs).mean
+        actual = difference(ours, theirs)
+        assert actual.mean > 10 and actual.p99 > 50
+        # The result is hardly closer than the unchanged image.
+        assert actual.mean > 0.95 * difference(crops, theirs).mean
 
 
 def test_hue_turns_the_way_torchvision_does_from_red_to_yellow(crops):
-    there, back = (
+    forward, backward = (
         by_reference(crops, lambda planes, turn=turn: reference.adjust_hue(planes, turn)) for turn in (0.25, -0.25)
     )
     for ours in photometric(crops, change(hue=0.25)):
-        assert 2 * difference(ours, there).mean < difference(ours, back).mean
+        assert 2 * difference(ours, forward).mean < difference(ours, backward).mean
 
 
 JPEGS = {
@@ -235,7 +235,7 @@ JPEGS = {
     "grey": {"mode": "L"},
     "CMYK": {"mode": "CMYK"},
 }
-# the same library on a CPU, which may come in another version
+# Both use libjpeg-turbo on a CPU, but possibly different versions of it.
 JPEG = Limit(0.01, 0, 1)
 
 
@@ -249,13 +249,15 @@ def as_jpeg(crops: Tensor, mode: str = "RGB", **options) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_a_jpeg_is_decoded_as_by_pillow_whole_and_in_part(crops, kind):
+def test_jpegs_are_decoded_like_by_pillow_completely_and_in_part(crops, kind):
     encoded = as_jpeg(crops, **JPEGS[kind])
-    decoded = torch.stack([decode_image(one) for one in encoded])
+    decoded = torch.stack([decode_image(content) for content in encoded])
     clean = identity_draws(len(crops))
-    assert_within(in_graph(encoded, clean).source, decoded, JPEG)
-    # a corner that lies between the blocks in which chroma is kept
-    half = in_graph(encoded, replace(clean, crop=np.tile(np.float32([0.5, 0.5, 0.3, 0.6]), (len(crops), 1))), SIZE // 2)
+    assert_within(render_in_graph(encoded, clean).source, decoded, JPEG)
+    # The corner of this crop lies inside one of the blocks of pixels that share a chroma value.
+    half = render_in_graph(
+        encoded, replace(clean, crop=np.tile(np.float32([0.5, 0.5, 0.3, 0.6]), (len(crops), 1))), SIZE // 2
+    )
     top, left, height, width = (int(value) for value in half.window[0])
     assert (height, width, top % 2, left % 2) == (SIZE // 2, SIZE // 2, 1, 1)
     assert_within(half.source, decoded[:, top : top + height, left : left + width], JPEG)

@@ -275,7 +275,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on_from_the_check
     assert ended.returncode == 2
     assert "File too large" in ended.stderr and "Traceback" not in ended.stderr
     actions = tmp_path / "full" / "actions"
-    assert f"while writing the action log in {actions}; free space there" in ended.stderr
+    assert f"while writing the action log in {actions}; free some space" in ended.stderr
     assert "output.action_log=false" in ended.stderr and "resume=auto" in ended.stderr
     # nothing half written, and no checkpoint that the log does not reach
     assert sorted(path.name for path in actions.iterdir()) == ["step-00000000-00000005-rank-000.parquet"]

@@ -1,4 +1,4 @@
-"""The action log says of every sample what it was and what was drawn for it: once, whole, and beside training."""
+"""The action log has one complete row for every sample that training received, and is written in the background."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, read_rows, read_step, truncate_from
-from iwm_fast.pipelines.action_log.schema import LogMetadata, column, draws_of, read_metadata
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_draws, read_metadata
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
@@ -31,7 +31,7 @@ VIEWS = ViewConfig(size=32, source_crop=(0.3, 0.9), source_flip_probability=0.5)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
-    """Three shards of eight photographs, one of which is cut off."""
+    """Three shards of eight photographs, one of which is truncated."""
     folder = tmp_path_factory.mktemp("shards")
     pixels = photograph("chelsea.png")
     images = [encode(pixels[number : number + 64, 2 * number : 2 * number + 80]) for number in range(24)]
@@ -44,16 +44,16 @@ def shards(tmp_path_factory) -> ShardSet:
     return open_shards(str(folder))
 
 
-def head(shards: ShardSet, **changes) -> LogMetadata:
-    chosen = {
+def metadata(shards: ShardSet, **changes) -> LogMetadata:
+    fields = {
         "views": VIEWS, "mask": MaskConfig(), "seed": 0, "grid": 4, "global_batch_size": GLOBAL_BATCH,
-        "shards": "somewhere", "shards_digest": shards.content_digest,
+        "shards": "shards/*.tar", "shards_digest": shards.content_digest,
     }  # fmt: skip
-    return LogMetadata(**chosen | changes)
+    return LogMetadata(**fields | changes)
 
 
 def take(shards: ShardSet, steps: range, *, rank: int = 0, world_size: int = 1, backend: str = "torch") -> list[Batch]:
-    """Return one rank's micro-batches of four images, for some steps."""
+    """Return the micro-batches of four images that a rank receives in these steps."""
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
     return _first_steps(shards, rank, world_size, backend)[steps.start * accumulation : steps.stop * accumulation]
 
@@ -74,7 +74,7 @@ def _first_steps(shards: ShardSet, rank: int, world_size: int, backend: str) -> 
 
 
 def open_log(folder: Path, shards: ShardSet, rank: int = 0, **settings) -> ActionLog:
-    return ActionLog(folder, **{"head": head(shards), "shards": shards, "rank": rank} | settings)
+    return ActionLog(folder, **{"head": metadata(shards), "shards": shards, "rank": rank} | settings)
 
 
 def add(log: ActionLog, batches: list[Batch]) -> None:
@@ -83,7 +83,7 @@ def add(log: ActionLog, batches: list[Batch]) -> None:
 
 
 def write(folder: Path, shards: ShardSet, steps: range, *, world_size: int = 1, **settings) -> None:
-    """Log some steps as ranks of this number would, each with a log of its own."""
+    """Log these steps like a run with `world_size` ranks, each of which has its log."""
     for rank in range(world_size):
         log = open_log(folder, shards, rank, **settings)
         add(log, take(shards, steps, rank=rank, world_size=world_size))
@@ -92,18 +92,18 @@ def write(folder: Path, shards: ShardSet, steps: range, *, world_size: int = 1, 
 
 
 def names(folder: Path) -> list[str]:
-    return [part.path.name for part in list_log_files(folder)]
+    return [file.path.name for file in list_log_files(folder)]
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_rows_are_what_the_batches_were(tmp_path, shards, backend):
+def test_rows_contain_the_values_of_the_batches(tmp_path, shards, backend):
     batches = take(shards, range(2, 5), backend=backend)
     log = open_log(tmp_path / "actions", shards, rank=3)
     add(log, batches)
     log.close_part()
     log.close()
     rows = read_rows(tmp_path / "actions", 2, 5)
-    assert read_metadata(rows.schema) == head(shards)
+    assert read_metadata(rows.schema) == metadata(shards)
     assert column(rows, "step").tolist() == np.repeat([2, 3, 4], GLOBAL_BATCH).tolist()
     for name in ("slot", "sample", "planned", "label", "crop_window", "source_window", "action"):
         field = "scheduled_sample" if name == "planned" else name
@@ -112,22 +112,24 @@ def test_rows_are_what_the_batches_were(tmp_path, shards, backend):
     assert rows.column("key").to_pylist() == [key for batch in batches for key in batch.key]
     shard, _ = shards.locate(column(rows, "sample"))
     assert rows.column("shard").to_pylist() == [shards.shards[number].path for number in shard]
-    assert_same_draws(draws_of(rows), [batch.draws for batch in batches])
-    assert (column(rows, "sample") != column(rows, "planned")).sum() == 2, "the damaged one comes twice in 48"
+    assert_same_draws(read_draws(rows), [batch.draws for batch in batches])
+    assert (column(rows, "sample") != column(rows, "planned")).sum() == 2, (
+        "the truncated image comes twice in 48 samples"
+    )
     assert (column(rows, "source_window") != column(rows, "crop_window")).any()
 
 
 def assert_same_draws(logged, drawn: list) -> None:
     for field in dataclasses.fields(logged):
-        value, parts_of_it = getattr(logged, field.name), [getattr(part, field.name) for part in drawn]
+        value, expected_parts = getattr(logged, field.name), [getattr(draws, field.name) for draws in drawn]
         if isinstance(value, np.ndarray):
-            expected = np.concatenate(parts_of_it)
+            expected = np.concatenate(expected_parts)
             assert value.dtype == expected.dtype and np.array_equal(value, expected), field.name
         else:
-            assert_same_draws(value, parts_of_it)
+            assert_same_draws(value, expected_parts)
 
 
-def test_any_reader_of_parquet_understands_the_folder(tmp_path, shards):
+def test_any_parquet_reader_can_read_the_folder(tmp_path, shards):
     write(tmp_path, shards, range(3), world_size=2)
     (tmp_path / ".unfinished-rank-001.parquet").write_bytes(b"PAR1")
     table = pq.read_table(tmp_path)
@@ -136,8 +138,8 @@ def test_any_reader_of_parquet_understands_the_folder(tmp_path, shards):
     assert str(VIEWS.entries[-1]).encode() in table.schema.metadata[b"action_log"]
 
 
-def test_rows_are_written_beside_training_and_a_disk_that_hangs_makes_it_wait(tmp_path, shards):
-    # opening a pipe for writing waits for its reader: a disk that hangs until we let it go on
+def test_rows_are_written_in_the_background_until_the_disk_hangs(tmp_path, shards):
+    # Opening a pipe for writing waits for a reader, like a disk that hangs until the test releases it.
     pipe = tmp_path / ".unfinished-rank-000.parquet"
     os.mkfifo(pipe)
     batches, added = take(shards, range(2)), []
@@ -148,20 +150,20 @@ def test_rows_are_written_beside_training_and_a_disk_that_hangs_makes_it_wait(tm
     try:
         wait_until(lambda: len(added) == 2)
         time.sleep(0.2)
-        # of groups of one batch, one hangs and one waits; the third must wait before it is handed over
+        # Groups have one batch: the first hangs, the second waits, and the third is not accepted.
         assert len(added) == 2 and training.is_alive()
     finally:
         drain.start()
         training.join(20)
     assert len(added) == len(batches) * 4
-    with pytest.raises(OSError) as caught:  # a pipe cannot be forced to disk
+    with pytest.raises(OSError) as caught:  # a pipe cannot be synced to disk
         log.close_part()
     assert "output.action_log=false" in caught.value.__notes__[0]
     log.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("action-log")]
 
 
-def test_nothing_is_seen_of_a_part_before_it_is_whole(tmp_path, shards):
+def test_a_file_is_visible_only_when_it_is_complete(tmp_path, shards):
     log = open_log(tmp_path, shards, group_rows=4)
     add(log, take(shards, range(2)))
     assert names(tmp_path) == []
@@ -169,49 +171,49 @@ def test_nothing_is_seen_of_a_part_before_it_is_whole(tmp_path, shards):
     assert names(tmp_path) == ["step-00000000-00000002-rank-000.parquet"]
     log.close_part()
     log.close()
-    assert len(os.listdir(tmp_path)) == 1, "no rows, no file"
+    assert len(os.listdir(tmp_path)) == 1, "without rows there is no file"
 
 
 @pytest.mark.parametrize("group_rows", [1, 24, 1000])
-def test_long_parts_end_with_a_step(tmp_path, shards, group_rows):
-    write(tmp_path, shards, range(7), group_rows=group_rows, part_rows=40)
+def test_long_files_end_with_a_step(tmp_path, shards, group_rows):
+    write(tmp_path, shards, range(7), group_rows=group_rows, file_rows=40)
     assert names(tmp_path) == [f"step-{first:08}-{end:08}-rank-000.parquet" for first, end in ((0, 3), (3, 6), (6, 7))]
     assert read_rows(tmp_path, 0, 7).num_rows == 7 * GLOBAL_BATCH
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 4), (4, 1)])
-def test_the_rows_of_a_restarted_run_are_those_of_a_straight_one(tmp_path, shards, ranks):
+def test_a_resumed_run_has_the_rows_of_an_uninterrupted_run(tmp_path, shards, ranks):
     write(tmp_path / "straight", shards, range(7))
     restarted = tmp_path / "restarted"
     write(restarted, shards, range(3), world_size=ranks[0])
     write(restarted, shards, range(3, 6), world_size=ranks[0])
-    # the process dies while it writes; the checkpoint of step 6 is lost too, that of step 3 is taken
+    # The process dies while it writes, and the run resumes from the checkpoint of step 3, not from that of step 6.
     (restarted / ".unfinished-rank-000.parquet").write_bytes(b"PAR1")
     truncate_from(restarted, 3)
-    assert {part.end_step for part in list_log_files(restarted)} == {3} and len(os.listdir(restarted)) == ranks[0]
+    assert {file.end_step for file in list_log_files(restarted)} == {3} and len(os.listdir(restarted)) == ranks[0]
     write(restarted, shards, range(3, 7), world_size=ranks[1])
-    expected, got = (read_rows(folder, 0, 7).drop_columns("rank") for folder in (tmp_path / "straight", restarted))
-    assert got.equals(expected)
+    expected, actual = (read_rows(folder, 0, 7).drop_columns("rank") for folder in (tmp_path / "straight", restarted))
+    assert actual.equals(expected)
     assert set(column(read_step(restarted, 6), "rank")) == set(range(ranks[1]))
 
 
-def test_a_part_that_reaches_over_the_checkpoint_is_cut_there(tmp_path, shards):
+def test_a_file_that_extends_past_the_checkpoint_is_truncated(tmp_path, shards):
     write(tmp_path, shards, range(6), world_size=2)
-    whole = read_rows(tmp_path, 0, 6)
+    rows = read_rows(tmp_path, 0, 6)
     truncate_from(tmp_path, 4)
-    cut = ["step-00000000-00000004-rank-000.parquet", "step-00000000-00000004-rank-001.parquet"]
-    assert sorted(os.listdir(tmp_path)) == cut
-    assert read_rows(tmp_path, 0, 4).equals(whole.slice(0, 4 * GLOBAL_BATCH))
-    # killed after the rows were exchanged and before the name was
-    (tmp_path / cut[0]).rename(tmp_path / "step-00000000-00000006-rank-000.parquet")
+    truncated = ["step-00000000-00000004-rank-000.parquet", "step-00000000-00000004-rank-001.parquet"]
+    assert sorted(os.listdir(tmp_path)) == truncated
+    assert read_rows(tmp_path, 0, 4).equals(rows.slice(0, 4 * GLOBAL_BATCH))
+    # The process was killed after the rows were replaced and before the file was renamed.
+    (tmp_path / truncated[0]).rename(tmp_path / "step-00000000-00000006-rank-000.parquet")
     truncate_from(tmp_path, 4)
-    assert sorted(os.listdir(tmp_path)) == cut and read_rows(tmp_path, 0, 4).num_rows == 4 * GLOBAL_BATCH
+    assert sorted(os.listdir(tmp_path)) == truncated and read_rows(tmp_path, 0, 4).num_rows == 4 * GLOBAL_BATCH
     truncate_from(tmp_path, 0)
     truncate_from(tmp_path / "absent", 0)
     assert os.listdir(tmp_path) == []
 
 
-def test_missing_and_double_rows_are_errors_with_their_place(tmp_path, shards):
+def test_missing_and_duplicate_rows_are_errors_that_name_step_and_slot(tmp_path, shards):
     with pytest.raises(ActionLogError, match=r"holds no action log; train with output\.action_log=true"):
         read_step(tmp_path, 0)
     write(tmp_path, shards, range(2), world_size=2)
@@ -225,11 +227,11 @@ def test_missing_and_double_rows_are_errors_with_their_place(tmp_path, shards):
         read_step(tmp_path, 5)
     write(tmp_path / "elsewhere", shards, range(1), world_size=2)
     list_log_files(tmp_path / "elsewhere")[0].path.rename(tmp_path / "step-00000000-00000001-rank-000.parquet")
-    with pytest.raises(ActionLogError, match=r"8 rows are there twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
+    with pytest.raises(ActionLogError, match=r"8 rows occur twice in .* step 0, slot 0, in .*0001-.*0002-rank-000"):
         read_rows(tmp_path, 0, 2)
 
 
-def test_a_damaged_part_is_named(tmp_path, shards):
+def test_a_damaged_file_is_named(tmp_path, shards):
     write(tmp_path, shards, range(3))
     (path,) = tmp_path.iterdir()
     os.truncate(path, path.stat().st_size - 20)
@@ -237,11 +239,11 @@ def test_a_damaged_part_is_named(tmp_path, shards):
         read_step(tmp_path, 1)
 
 
-def test_steps_made_with_other_settings_are_read_one_by_one(tmp_path, shards):
+def test_steps_with_different_settings_can_only_be_read_separately(tmp_path, shards):
     write(tmp_path, shards, range(2))
-    log = open_log(tmp_path, shards, head=head(shards, seed=1))
+    log = open_log(tmp_path, shards, head=metadata(shards, seed=1))
     add(log, take(shards, range(2, 3)))
-    # a run that ends by an error keeps what is behind its last checkpoint
+    # A run that ends with an error also publishes the rows after its last checkpoint.
     log.close()
     assert (
         read_metadata(read_step(tmp_path, 1).schema).seed == 0
@@ -252,7 +254,7 @@ def test_steps_made_with_other_settings_are_read_one_by_one(tmp_path, shards):
 
 
 @pytest.mark.parametrize("is_open", [False, True])
-def test_what_cannot_be_written_is_heard_of_and_leaves_what_was_published(tmp_path, shards, is_open, caplog):
+def test_a_write_error_is_raised_and_published_files_remain(tmp_path, shards, is_open, caplog):
     folder = tmp_path / "actions"
     batches, log = take(shards, range(3)), open_log(folder, shards, group_rows=4)
     add(log, batches[:4])
@@ -277,23 +279,23 @@ def test_what_cannot_be_written_is_heard_of_and_leaves_what_was_published(tmp_pa
     assert read_step(moved, 0).num_rows == GLOBAL_BATCH
 
 
-def wait_until(is_so) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 20
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_part_is_not_written_over_another(tmp_path, shards):
+def test_a_file_does_not_overwrite_another(tmp_path, shards):
     write(tmp_path, shards, range(2))
-    (part,) = list_log_files(tmp_path)
-    before = part.path.read_bytes()
-    with pytest.raises(FileExistsError, match="does another run write here"):
+    (file,) = list_log_files(tmp_path)
+    before = file.path.read_bytes()
+    with pytest.raises(FileExistsError, match="check that no other run writes"):
         write(tmp_path, shards, range(2))
-    assert os.listdir(tmp_path) == [part.path.name] and part.path.read_bytes() == before
+    assert os.listdir(tmp_path) == [file.path.name] and file.path.read_bytes() == before
 
 
-def test_keys_that_are_no_text_are_kept_legible(tmp_path, shards):
+def test_keys_that_are_not_valid_unicode_stay_readable(tmp_path, shards):
     image = encode(photograph("coffee.png")[:40, :50])
     odd = os.fsdecode(b"caf\xe9")
     write_tar(tmp_path / "odd.tar", [(f"{odd}{number}.jpg", image) for number in range(16)])

@@ -11,23 +11,23 @@ CONFIG = MaskConfig()
 
 @given(st.integers(4, 20), st.integers(0, 1000), st.booleans())
 @settings(max_examples=40)
-def test_context_and_target_are_disjoint_and_never_empty(grid: int, step: int, is_cut: bool):
-    config = MaskConfig(context_scale=(0.85, 1.0) if is_cut else None)
+def test_context_and_target_are_disjoint_and_never_empty(grid: int, step: int, has_context_block: bool):
+    config = MaskConfig(context_scale=(0.85, 1.0) if has_context_block else None)
     masks = draw_masks(config, grid, 0, step, np.arange(16))
     assert not (masks.context & masks.target).any()
     assert masks.context.any(axis=1).all() and masks.target.any(axis=1).all()
-    assert is_cut or (masks.context | masks.target).all()
+    assert has_context_block or (masks.context | masks.target).all()
 
 
-def test_numbers_of_patches_are_those_of_the_method():
+def test_the_numbers_of_patches_match_the_method():
     masks = draw_masks(CONFIG, 14, 0, 0, np.arange(20_000))
     lengths = masks.target.sum(axis=1)
     assert abs(lengths.mean() - 93) < 2 and abs(masks.context.sum(axis=1).mean() - 103) < 2
     assert lengths.min() >= 28 and lengths.max() <= 160
 
 
-def _line_cover(grid: int) -> np.ndarray:
-    """Probability that one block covers each cell of the grid, summed exactly over areas, aspects and places."""
+def _cell_cover(grid: int) -> np.ndarray:
+    """Return the probability that a block covers a cell, for all cells, summed over areas, aspects and positions."""
     uniform = (np.arange(400) + 0.5) / 400
     area = (CONFIG.block_scale[0] + np.diff(CONFIG.block_scale) * uniform)[:, None] * grid * grid
     low, high = CONFIG.block_aspect
@@ -37,19 +37,21 @@ def _line_cover(grid: int) -> np.ndarray:
     cover = np.zeros((grid, grid))
     sides, counts = np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)
     for (height, width), count in zip(sides, counts, strict=True):
-        cover += count * np.outer(_one_axis(grid, height), _one_axis(grid, width))
+        cover += count * np.outer(_axis_cover(grid, height), _axis_cover(grid, width))
     return cover / len(heights)
 
 
-def _one_axis(grid: int, side: int) -> np.ndarray:
-    places = grid - side + 1
-    return np.array([sum(top <= cell < top + side for top in range(places)) / places for cell in range(grid)])
+def _axis_cover(grid: int, side: int) -> np.ndarray:
+    num_positions = grid - side + 1
+    return np.array(
+        [sum(top <= cell < top + side for top in range(num_positions)) / num_positions for cell in range(grid)]
+    )
 
 
-def test_every_cell_is_covered_as_often_as_the_closed_form_says():
+def test_every_cell_is_covered_as_often_as_the_closed_form_predicts():
     masks = draw_masks(CONFIG, 14, 0, 0, np.arange(60_000))
     measured = masks.target.mean(axis=0).reshape(14, 14)
-    expected = 1 - (1 - _line_cover(14)) ** CONFIG.num_target_blocks
+    expected = 1 - (1 - _cell_cover(14)) ** CONFIG.num_target_blocks
     assert expected.min() > 0.01  # corners included
     np.testing.assert_allclose(measured, expected, atol=5 * np.sqrt(0.25 / 60_000))
 
@@ -67,13 +69,13 @@ def test_area_and_aspect_of_a_block_are_drawn_independently():
     assert abs(np.corrcoef(heights * widths, heights / widths)[0, 1]) < 0.05
 
 
-def test_a_slot_has_the_same_mask_in_any_company():
+def test_the_mask_of_a_slot_does_not_depend_on_other_slots():
     together = draw_masks(CONFIG, 14, 0, 5, np.arange(64))
     alone = draw_masks(CONFIG, 14, 0, 5, np.array([17]))
     assert (together.target[17] == alone.target[0]).all()
 
 
-def test_lists_keep_their_own_length_and_every_entry():
+def test_the_ragged_index_keeps_every_patch_of_every_image():
     masks = draw_masks(CONFIG, 8, 0, 0, np.arange(16))
     index = ragged_index(masks.target, total=999)
     lengths = np.diff(index.offsets.numpy())

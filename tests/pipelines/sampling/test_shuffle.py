@@ -1,4 +1,4 @@
-"""Laws of the sample order."""
+"""Properties of the shuffled order of samples."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 seeds = st.integers(0, 2**32)
 windows = st.integers(1, 14)
-# a busy machine is no failure
+# Without a deadline, since a busy machine must not fail these tests.
 law = settings(deadline=None)
 
 
@@ -26,24 +26,24 @@ def test_each_sample_comes_once_per_epoch(shard_sizes, seed, window, epoch):
 @law
 @given(sizes, seeds, windows, st.lists(st.integers(0, 10**6), min_size=1, max_size=40))
 def test_order_is_a_pure_function_of_seed_and_position(shard_sizes, seed, window, positions):
-    asked = np.array(positions)
-    together = SampleOrder(shard_sizes, seed, window).samples_at(asked)
+    positions = np.array(positions)
+    together = SampleOrder(shard_sizes, seed, window).samples_at(positions)
     order = SampleOrder(shard_sizes, seed, window)
-    one_by_one = [int(order.samples_at(asked[index : index + 1])[0]) for index in reversed(range(len(asked)))]
+    one_by_one = [int(order.samples_at(positions[[index]])[0]) for index in reversed(range(len(positions)))]
     assert together.tolist() == one_by_one[::-1]
 
 
 @law
 @given(seeds, windows, st.integers(1, 4))
-def test_ranks_that_share_a_batch_read_what_one_rank_would(seed, window, world_size):
+def test_ranks_together_read_the_samples_of_a_single_rank(seed, window, world_size):
     order = SampleOrder([5, 7, 3, 8], seed, window)
-    whole = order.samples_at(np.arange(0, 48))
+    single_rank = order.samples_at(np.arange(0, 48))
     by_rank = [
         SampleOrder([5, 7, 3, 8], seed, window).samples_at(np.arange(rank, 48, world_size))
         for rank in range(world_size)
     ]
     for rank, samples in enumerate(by_rank):
-        assert samples.tolist() == whole[rank::world_size].tolist()
+        assert samples.tolist() == single_rank[rank::world_size].tolist()
 
 
 @law
@@ -60,11 +60,11 @@ def test_epochs_differ_and_seeds_differ(seed):
 
 @law
 @given(sizes, seeds, windows)
-def test_samples_of_a_window_come_from_as_many_shards_as_the_window_has(shard_sizes, seed, window):
+def test_samples_of_a_window_come_from_at_most_as_many_shards_as_it_has(shard_sizes, seed, window):
     count = sum(shard_sizes)
     shard_of = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
     visited = shard_of[SampleOrder(shard_sizes, seed, window).samples_at(np.arange(count))]
-    # a shard is in use from its first to its last sample; a window ends where no shard is
+    # A shard is in use from its first to its last sample. A window ends where no shard is in use.
     begin = 0
     while begin < count:
         shards, end = {int(visited[begin])}, begin + 1
@@ -79,27 +79,27 @@ def test_a_window_mixes_its_shards_and_their_samples():
     samples = SampleOrder([100] * 8, 0, 4).samples_at(np.arange(400))
     shards, counts = np.unique(samples // 100, return_counts=True)
     assert counts.tolist() == [100] * 4
-    # the first quarter of a window holds about a quarter of each of its shards
+    # The first quarter of a window contains about a quarter of the samples of each of its shards.
     early = [int(((samples[:100] // 100) == shard).sum()) for shard in shards]
     assert min(early) > 10 and max(early) < 45
     assert abs(np.corrcoef(np.arange(400), samples % 100)[0, 1]) < 0.15
 
 
 def test_every_sample_comes_early_and_late_over_many_epochs():
-    places = np.argsort(SampleOrder([4] * 5, 1, 2).samples_at(np.arange(20 * 600)).reshape(600, 20), axis=1)
-    # uniform over 0 .. 19: mean 9.5 with a standard error of 5.77 / sqrt(600) = 0.24
-    assert np.abs(places.mean(axis=0) - 9.5).max() < 1.0
+    positions = np.argsort(SampleOrder([4] * 5, 1, 2).samples_at(np.arange(20 * 600)).reshape(600, 20), axis=1)
+    # Uniform over 0 .. 19: the mean is 9.5, with a standard error of 5.77 / sqrt(600) = 0.24.
+    assert np.abs(positions.mean(axis=0) - 9.5).max() < 1.0
 
 
-def test_an_epoch_of_imagenet_size_is_opened_without_looking_at_its_samples():
+def test_an_epoch_of_imagenet_size_permutes_only_the_windows_that_are_read():
     order = SampleOrder([1000] * 1281, 3, 16)
     samples = order.samples_at(np.arange(10**9, 10**9 + 256))
     assert len(np.unique(samples)) == 256 and len(np.unique(samples // 1000)) <= 16
-    assert order._samples.cache_info().currsize == 1
+    assert order._window_permutation.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize(("shard_sizes", "window"), [([], 1), ([3, 0], 1), ([3], 0)])
-def test_settings_that_allow_no_order_are_refused(shard_sizes, window):
+def test_empty_shards_and_windows_are_refused(shard_sizes, window):
     with pytest.raises(ValueError, match="must be at least 1"):
         SampleOrder(shard_sizes, 0, window)
 

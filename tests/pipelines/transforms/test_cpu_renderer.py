@@ -1,4 +1,4 @@
-"""Photometry in planes against its plain twin, and memory that is used again."""
+"""The CPU renderer compared with the reference renderer, and its reuse of memory."""
 
 import gc
 
@@ -16,7 +16,7 @@ from iwm_fast.pipelines.transforms.torch_renderer import render
 
 SIZE = 64
 MANY = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
-# one grey level after normalising, by the smallest standard deviation
+# One grey level after normalisation, for the channel with the smallest standard deviation.
 LEVEL = 1 / (255 * 0.224)
 
 
@@ -28,30 +28,30 @@ def crops() -> Tensor:
 
 @pytest.fixture
 def photometry():
-    made = CpuPhotometry(num_threads=2)
-    yield made
-    made.close()
+    renderer = CpuPhotometry(num_threads=2)
+    yield renderer
+    renderer.close()
 
 
-def test_views_are_the_twins_but_for_rounding(crops, photometry):
+def test_views_match_the_reference_except_for_rounding(crops, photometry):
     for step in range(8):
         draws = draw(MANY, 0, step, np.arange(len(crops)))
         views = photometry.views(crops, crops, draws)
         for ours, parameters in zip(views, (draws.source, draws.target), strict=True):
             difference = (ours - normalize_view(render(crops, parameters))).abs()
-            # a level's difference before solarize may stand on either side of 128
+            # A difference of one level before solarize may lie on both sides of 128, and be large afterwards.
             is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250 * LEVEL)
             assert ((difference < 1.1 * LEVEL) | is_split).all()
             assert (difference > 1e-5).float().mean() < 1e-3
 
 
-def test_without_a_change_both_views_are_the_crop_bit_for_bit(crops, photometry):
+def test_neutral_parameters_leave_both_views_bit_equal_to_the_crop(crops, photometry):
     source, target = photometry.views(crops, crops, identity_draws(len(crops)))
     assert torch.equal(source, normalize_view(crops)) and torch.equal(target, source)
     assert source.data_ptr() != target.data_ptr()
 
 
-def test_each_view_is_made_of_its_own_crop(crops, photometry):
+def test_each_view_is_rendered_from_its_crop(crops, photometry):
     draws = draw(MANY, 0, 0, np.arange(len(crops)))
     turned = crops.flip(1).contiguous()
     source, target = photometry.views(turned, crops, draws)
@@ -64,32 +64,32 @@ def test_threads_and_batches_do_not_change_a_view(crops, photometry):
     single = CpuPhotometry(num_threads=1)
     alone = single.views(crops[5:6], crops[5:6], draw(MANY, 0, 3, np.array([5])))
     single.close()
-    for whole, one in zip(together, alone, strict=True):
-        assert torch.equal(whole[5], one[0])
+    for view, single_view in zip(together, alone, strict=True):
+        assert torch.equal(view[5], single_view[0])
 
 
-def test_memory_is_used_again_only_when_nothing_shows_it_any_more():
+def test_memory_is_reused_only_when_no_tensor_refers_to_it():
     memory = RecycledMemory()
     first = memory.take((2, 3))
-    kept = first.fill_(7.0)[1]
-    place = first.data_ptr()
+    slice_of_first = first.fill_(7.0)[1]
+    address = first.data_ptr()
     del first
     gc.collect()
-    other = memory.take((2, 3)).fill_(0.0)
-    assert other.data_ptr() != place and (kept == 7).all()
-    del kept
+    second = memory.take((2, 3)).fill_(0.0)
+    assert second.data_ptr() != address and (slice_of_first == 7).all()
+    del slice_of_first
     gc.collect()
-    assert memory.take((2, 3)).data_ptr() == place
+    assert memory.take((2, 3)).data_ptr() == address
     assert memory.take((2, 4)).shape == (2, 4)
 
 
 def test_memory_is_kept_while_a_gradient_needs_it():
     memory = RecycledMemory()
     pixels = memory.take((4,)).fill_(3.0)
-    place, weight = pixels.data_ptr(), torch.ones(4, requires_grad=True)
+    address, weight = pixels.data_ptr(), torch.ones(4, requires_grad=True)
     product = (pixels * weight).sum()
     del pixels
     gc.collect()
-    assert memory.take((4,)).data_ptr() != place
+    assert memory.take((4,)).data_ptr() != address
     product.backward()
     assert weight.grad is not None and (weight.grad == 3).all()

@@ -1,4 +1,4 @@
-"""The DALI graph against its plain twin, on decoded arrays (PNG), so that decoders play no part."""
+"""The DALI graph compared with the reference renderer, on PNG files, which all decoders decode to the same pixels."""
 
 from dataclasses import replace
 
@@ -39,27 +39,27 @@ def as_cpu(output):
     return output.as_cpu() if hasattr(output, "as_cpu") else output
 
 
-def without_crop(draws: Draws) -> Draws:
+def with_neutral_geometry(draws: Draws) -> Draws:
     return replace(identity_draws(len(draws.flip)), source=draws.source, target=draws.target)
 
 
-def test_window_is_the_twins_to_the_pixel(images):
+def test_windows_equal_those_of_the_reference(images):
     shapes = np.array([image.shape[:2] for image in images])
     for step in range(8):
         draws = draw(ViewConfig(size=SIZE), 0, step, np.arange(len(images)))
         assert (run(images, draws)[2] == crop_window(draws.crop, shapes)).all()
 
 
-def test_photometry_is_the_twins_within_one_grey_level(images):
+def test_photometry_matches_the_reference_within_one_grey_level(images):
     config = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
     for step in range(4):
-        draws = without_crop(draw(config, 0, step, np.arange(len(images))))
+        draws = with_neutral_geometry(draw(config, 0, step, np.arange(len(images))))
         source, target, _ = run(images, draws)
         clean, _, _ = run(images, identity_draws(len(images)))
         for ours, parameters in ((source, draws.source), (target, draws.target)):
             theirs = render(clean, parameters)
             difference = (ours.int() - theirs.int()).abs()
-            # a grey level's difference before solarize may stand on either side of 128
+            # A difference of one level before solarize may lie on both sides of 128, and be large afterwards.
             is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250)
             allowed = torch.where(torch.from_numpy(parameters.grayscale | parameters.blur), 2, 1)
             assert ((difference <= allowed[:, None, None, None]) | is_split).all()
@@ -85,12 +85,12 @@ def test_a_sample_is_rendered_the_same_alone_and_in_a_batch(images):
     together = run(images, draws)
     alone_draws = draw(ViewConfig(size=SIZE), 0, 3, np.array([5]))
     alone = run(images[5:6], alone_draws)
-    for whole, single in zip(together, alone, strict=True):
-        assert (np.asarray(whole[5]) == np.asarray(single[0])).all()
+    for outputs, single_output in zip(together, alone, strict=True):
+        assert (np.asarray(outputs[5]) == np.asarray(single_output[0])).all()
 
 
-def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
-    # left half dark, right half bright: the source shows the left quarter alone
+def test_contrast_scales_about_the_mean_of_the_view_itself():
+    # The left half is dark and the right half bright; the source view shows only the left quarter.
     pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
     pixels[:, SIZE // 2 :] = 200
     clean = identity_draws(1)
@@ -107,7 +107,7 @@ def test_contrast_pivots_about_the_mean_of_what_the_view_itself_shows():
 
 
 @pytest.mark.gpu
-def test_the_graph_on_a_gpu_gives_the_views_of_the_graph_on_the_cpu(images):
+def test_the_graph_renders_the_same_views_on_a_gpu_and_on_the_cpu(images):
     config = ViewConfig(size=SIZE, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.0)
     for step in range(4):
         draws = draw(config, 0, step, np.arange(len(images)))

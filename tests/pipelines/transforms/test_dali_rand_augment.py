@@ -1,4 +1,4 @@
-"""RandAugment with our draws: every operation does something, and a batch is a function of its step."""
+"""RandAugment with drawn operations: each changes the image, and a batch is a function of its step."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraw
 from iwm_fast.pipelines.transforms.torch_renderer import decode_image, resized_crop
 
 SIZE = 64
-# no magnitude: what makes the histogram flat, stretches it, or changes nothing
-WITHOUT_STRENGTH = (11, 12, 13)
-WITHOUT_DIRECTION = (9, 10, *WITHOUT_STRENGTH)
+# Operations that have no magnitude: they equalize or stretch the histogram, or change nothing.
+WITHOUT_MAGNITUDE = (11, 12, 13)
+WITHOUT_DIRECTION = (9, 10, *WITHOUT_MAGNITUDE)
 
 
 def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> np.ndarray:
-    """Apply one operation to one photograph, for each of the given ones."""
+    """Return a photograph changed by each of the operations."""
     count = len(operations)
     settings = GraphSettings(
         views=ViewConfig(size=SIZE), max_batch_size=count, num_threads=1, prefetch=1, device_id=None
@@ -38,22 +38,24 @@ def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> 
     return np.array(build_augment_graph(settings, config, lambda: (encoded, *parameters)).run()[0].as_tensor())
 
 
-def test_every_operation_but_identity_changes_the_image_and_more_with_more_strength():
+def test_operations_change_the_image_more_at_a_higher_magnitude():
     original = photograph("coffee.png")[:SIZE, :SIZE].astype(int)
-    everything = list(range(NUM_OPERATIONS))
-    weak, strong = (np.abs(augmented(everything, magnitude=m) - original).mean(axis=(1, 2, 3)) for m in (6, 30))
-    assert strong[13] == weak[13] == 0, "identity is the last"
+    operations = list(range(NUM_OPERATIONS))
+    weak, strong = (
+        np.abs(augmented(operations, magnitude=magnitude) - original).mean(axis=(1, 2, 3)) for magnitude in (6, 30)
+    )
+    assert strong[13] == weak[13] == 0, "the last operation is the identity"
     for operation in range(13):
         assert strong[operation] > 0.3, operation
-        if operation not in WITHOUT_STRENGTH:
+        if operation not in WITHOUT_MAGNITUDE:
             assert strong[operation] > weak[operation], operation
 
 
-def test_directions_differ_where_there_are_two():
-    everything = list(range(NUM_OPERATIONS))
-    one_way, other_way = (augmented(everything, magnitude=20, is_negated=flag) for flag in (0, 1))
-    same = {operation for operation in everything if (one_way[operation] == other_way[operation]).all()}
-    assert same == set(WITHOUT_DIRECTION)
+def test_directions_differ_for_operations_that_have_two():
+    operations = list(range(NUM_OPERATIONS))
+    straight, reversed_ = (augmented(operations, magnitude=20, is_negated=flag) for flag in (0, 1))
+    undirected = {operation for operation in operations if (straight[operation] == reversed_[operation]).all()}
+    assert undirected == set(WITHOUT_DIRECTION)
 
 
 def test_draws_are_uniform_and_a_function_of_the_slot():
@@ -90,7 +92,7 @@ def take(plan: FinetunePlan, shards: ShardSet, count: int, first: int = 0, backe
         loader.close()
 
 
-def test_finetuning_batches_hold_one_augmented_view_its_label_and_no_action(tiny_shards):
+def test_finetuning_batches_have_one_augmented_view_and_a_zero_action(tiny_shards):
     shards = open_shards(tiny_shards.pattern)
     for batch in take(plan(shards), shards, 2):
         assert torch.equal(batch.source_view, batch.target_view) and (batch.action == 0).all()
@@ -99,17 +101,17 @@ def test_finetuning_batches_hold_one_augmented_view_its_label_and_no_action(tiny
         assert len({image.numpy().tobytes() for image in pixels}) == 16
 
 
-def test_a_finetuning_batch_is_the_same_for_other_ranks_and_after_a_restart(tiny_shards):
+def test_finetuning_batches_do_not_depend_on_ranks_and_restarts(tiny_shards):
     shards = open_shards(tiny_shards.pattern)
     straight = take(plan(shards), shards, 3)
     (resumed,) = take(plan(shards), shards, 1, first=2)
     assert torch.equal(straight[2].source_view, resumed.source_view) and straight[2].key == resumed.key
     ranks = [take(plan(shards, rank, 2), shards, 3)[2] for rank in (0, 1)]
-    assert torch.equal(straight[2].source_view, torch.cat([part.source_view for part in ranks]))
+    assert torch.equal(straight[2].source_view, torch.cat([batch.source_view for batch in ranks]))
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_without_randaugment_images_are_cropped_and_mirrored_and_nothing_else(tiny_shards, backend):
+def test_without_randaugment_images_are_only_cropped_and_flipped(tiny_shards, backend):
     shards = open_shards(tiny_shards.pattern)
     (batch,) = take(plan(shards, augment=None), shards, 1, backend=backend)
     assert torch.equal(batch.source_view, batch.target_view) and (batch.action == 0).all()
@@ -117,11 +119,11 @@ def test_without_randaugment_images_are_cropped_and_mirrored_and_nothing_else(ti
     assert 0 < flips.sum() < 16
     for image, (window, sample) in enumerate(zip(batch.crop_window, batch.sample, strict=True)):
         pixels = decode_image(Reader(shards, num_threads=1).read(sample[None].numpy())[0])
-        wanted = resized_crop(pixels, window.numpy(), SIZE)
-        wanted = wanted.flip(1) if flips[image] else wanted
-        shown = denormalize_view(batch.source_view[image : image + 1])[0]
-        # decoders and resizing differ by little, colours by much
-        assert (shown.int() - wanted.int()).abs().float().mean() < (2.0 if backend == "dali" else 0.5)
+        expected = resized_crop(pixels, window.numpy(), SIZE)
+        expected = expected.flip(1) if flips[image] else expected
+        actual = denormalize_view(batch.source_view[image : image + 1])[0]
+        # Decoders and resizing differ by a few levels; changed colours would differ by many.
+        assert (actual.int() - expected.int()).abs().float().mean() < (2.0 if backend == "dali" else 0.5)
 
 
 def test_crops_and_order_do_not_depend_on_randaugment(tiny_shards):

@@ -22,7 +22,7 @@ def test_neutral_parameters_give_the_exact_identity_matrix():
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=50)
-def test_action_tells_the_drawn_difference_and_the_flags(step: int):
+def test_the_action_contains_the_drawn_differences_and_flags(step: int):
     drawn = draw(CONFIG, 0, step, np.arange(16))
     difference = action_difference(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
     for name in JITTER:
@@ -32,13 +32,13 @@ def test_action_tells_the_drawn_difference_and_the_flags(step: int):
         assert (difference[name].astype(bool) == getattr(drawn.source, name)).all()
 
 
-def test_no_change_is_the_zero_vector():
+def test_the_action_of_no_change_is_zero():
     neutral = identity_photometry(2)
     assert (action_vector(neutral, neutral, CONFIG) == 0).all()
     assert describe_action(np.zeros(7, np.float32), CONFIG) == "no change"
 
 
-def test_entries_are_of_order_one_whatever_the_strength():
+def test_entries_are_of_order_one_for_any_strength():
     for strength in (0.05, 0.8):
         config = ViewConfig(brightness=strength, contrast=strength, saturation=strength, hue=strength / 2)
         drawn = draw(config, 0, 0, np.arange(4000))
@@ -46,16 +46,16 @@ def test_entries_are_of_order_one_whatever_the_strength():
         assert (spread > 0.5).all() and (spread < 1).all()
 
 
-def test_action_keeps_the_asked_entries_in_their_order():
+def test_the_action_has_the_configured_entries_in_order():
     config = ViewConfig(action_entries=("hue", "brightness"))
     drawn = draw(config, 0, 0, np.arange(32))
-    whole = action_vector(drawn.source, drawn.target, CONFIG)
-    chosen = action_vector(drawn.source, drawn.target, config)
+    all_entries = action_vector(drawn.source, drawn.target, CONFIG)
+    selected = action_vector(drawn.source, drawn.target, config)
     columns = [CONFIG.entries.index(name) for name in ("hue", "brightness")]
-    assert (chosen == whole[:, columns]).all()
+    assert (selected == all_entries[:, columns]).all()
 
 
-def test_only_the_source_is_destroyed():
+def test_only_the_source_loses_information():
     drawn = draw(
         ViewConfig(grayscale_probability=1.0, blur_probability=1.0, solarize_probability=1.0), 0, 0, np.arange(64)
     )
@@ -63,13 +63,13 @@ def test_only_the_source_is_destroyed():
         assert getattr(drawn.source, name).all() and not getattr(drawn.target, name).any()
 
 
-def test_probabilities_are_met():
+def test_flips_blurs_and_jitters_have_their_probabilities():
     drawn = draw(CONFIG, 0, 0, np.arange(20_000))
     assert abs(drawn.flip.mean() - 0.5) < 0.015
     assert abs(drawn.source.blur.mean() - 0.2) < 0.012
     assert abs((drawn.target.brightness == 1).mean() - 0.2) < 0.012
     both = (drawn.source.brightness == 1) & (drawn.target.brightness == 1)
-    assert abs(both.mean() - 0.04) < 0.006  # the two views are jittered independently
+    assert abs(both.mean() - 0.04) < 0.006  # the views are jittered independently
 
 
 def test_saturation_and_hue_keep_luma():
@@ -101,11 +101,11 @@ def test_the_crop_lies_inside_the_image(height: int, width: int, step: int):
     assert (top + crop_height <= height).all() and (left + crop_width <= width).all()
 
 
-def test_the_crop_has_the_asked_area_and_reaches_every_border():
+def test_crops_have_areas_in_range_and_reach_every_border():
     crop = draw(CONFIG, 0, 0, np.arange(20_000)).crop
     top, left, height, width = crop_window(crop, np.tile([400, 400], (20_000, 1))).T
     share = height * width / 400**2
-    # only large crops of an extreme aspect do not fit and are shrunk
+    # Only large crops of an extreme aspect do not fit into the image and are shrunk.
     assert share[share < 0.75].min() > 0.295 and share.max() <= 1
     assert abs(share.mean() - 0.63) < 0.03
     assert (top == 0).any() and (top + height == 400).any() and (left == 0).any() and (left + width == 400).any()
@@ -123,7 +123,7 @@ def test_the_source_lies_inside_the_target(height: int, width: int, step: int):
     assert (inner[:, :2] + inner[:, 2:] <= window[:, :2] + window[:, 2:]).all()
 
 
-def test_the_source_crop_has_the_asked_share_and_reaches_every_border():
+def test_source_crops_have_areas_in_range_and_reach_every_border():
     drawn = draw(ZOOM, 0, 0, np.arange(20_000))
     window = np.tile(np.array([100, 50, 400, 300], np.float32), (20_000, 1))
     inner = source_window(drawn.source_crop, window)
@@ -134,31 +134,31 @@ def test_the_source_crop_has_the_asked_share_and_reaches_every_border():
     assert abs(drawn.source_flip.mean() - 0.5) < 0.015
 
 
-def test_geometry_tells_where_in_the_target_view_the_source_view_lies():
-    """Cut the source out of a rendered target view by what the action says, and compare with the direct way."""
+def test_geometry_locates_the_source_view_in_the_target_view():
+    """Cut the region that the action names out of a rendered target view, and compare it with the source view."""
     image = torch.from_numpy(photograph("astronaut.png")[:400, :400].copy())
     drawn = draw(ZOOM, 3, 0, np.arange(16))
     window = crop_window(drawn.crop, np.tile([400, 400], (16, 1)))
     inner = source_window(drawn.source_crop, window)
     action = action_vector(drawn.target, drawn.target, ZOOM, source_geometry(drawn, window, inner))
-    told = action_difference(action, ZOOM)
+    change = action_difference(action, ZOOM)
     size = 256
     for number in range(16):
         target = resized_crop(image, window[number], size)
         target = target.flip(1) if drawn.flip[number] else target
         source = resized_crop(image, inner[number], size)
         source = source.flip(1) if drawn.flip[number] ^ drawn.source_flip[number] else source
-        width, height = (size * np.exp(told[name][number]) for name in ("crop_width", "crop_height"))
-        left = size * (0.5 + told["crop_x"][number]) - width / 2
-        top = size * (0.5 + told["crop_y"][number]) - height / 2
-        found = resized_crop(target, np.round([top, left, height, width]).astype(np.float32), size)
-        found = found.flip(1) if told["flip"][number] > 0.5 else found
-        # the detour over the target's pixels blurs, and rounds the window; another place is another picture
-        assert (found.float() - source.float()).abs().mean() < 10
-        assert (found.flip(1).float() - source.float()).abs().mean() > 25
+        width, height = (size * np.exp(change[name][number]) for name in ("crop_width", "crop_height"))
+        left = size * (0.5 + change["crop_x"][number]) - width / 2
+        top = size * (0.5 + change["crop_y"][number]) - height / 2
+        actual = resized_crop(target, np.round([top, left, height, width]).astype(np.float32), size)
+        actual = actual.flip(1) if change["flip"][number] > 0.5 else actual
+        # Resizing twice blurs and rounds the window, but another region would differ by much more.
+        assert (actual.float() - source.float()).abs().mean() < 10
+        assert (actual.flip(1).float() - source.float()).abs().mean() > 25
 
 
-def test_entries_of_the_crop_are_of_order_one_and_zero_where_there_is_none():
+def test_crop_entries_are_of_order_one_and_zero_without_a_source_crop():
     for low in (0.1, 0.6):
         config = ViewConfig(source_crop=(low, 1.0), source_flip_probability=0.5)
         drawn = draw(config, 0, 0, np.arange(4000))
@@ -172,7 +172,7 @@ def test_entries_of_the_crop_are_of_order_one_and_zero_where_there_is_none():
     assert (source_geometry(drawn, window, window) == 0).all()
 
 
-def test_an_action_is_put_into_words():
+def test_an_action_is_described_in_english():
     config = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
     action = np.zeros(12, np.float32)
     action[[0, 7, 9, 10, 11]] = 0.5, 0.4, 0.5, 1.0, 1.0

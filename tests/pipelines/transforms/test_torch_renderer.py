@@ -1,4 +1,4 @@
-"""The plain twin on its own; tests/pipelines/test_parity.py compares it with the DALI graph and torchvision."""
+"""The reference renderer; tests/pipelines/test_parity.py compares it with the DALI graph and torchvision."""
 
 import numpy as np
 import pytest
@@ -24,9 +24,9 @@ def test_identity_leaves_pixels_bit_equal(crop):
 
 
 def test_jitter_clamps_once_so_that_bright_and_dark_cancel(crop):
-    back = recolor(crop, change(contrast=0.5, brightness=2.0)).float()
-    direct = (crop.float() + (crop.float() @ torch.tensor([0.299, 0.587, 0.114])).mean()).clamp(0, 255)
-    assert (back - direct).abs().max() <= 0.51
+    actual = recolor(crop, change(contrast=0.5, brightness=2.0)).float()
+    expected = (crop.float() + (crop.float() @ torch.tensor([0.299, 0.587, 0.114])).mean()).clamp(0, 255)
+    assert (actual - expected).abs().max() <= 0.51
 
 
 def test_solarize_inverts_values_of_128_and_more():
@@ -43,10 +43,10 @@ def test_flags_act_on_their_own_image_only(crop):
     assert not torch.equal(rendered[1], crop[0]) and not torch.equal(rendered[2], crop[0])
 
 
-def test_a_crop_of_the_whole_square_at_its_own_size_changes_nothing(crop):
+def test_a_crop_of_the_full_square_at_its_size_changes_nothing(crop):
     assert torch.equal(resized_crop(crop[0], np.array([0, 0, 96, 96], np.float32), 96), crop[0])
 
 
-def test_bytes_that_are_no_image_are_refused():
+def test_bytes_that_are_not_an_image_are_refused():
     with pytest.raises(OSError, match="cannot identify image file"):
         decode_image(np.frombuffer(b"<html>not found</html>", np.uint8))
