@@ -91,7 +91,7 @@ def test_fused_agrees_at_any_number_of_rows(rows):
 
 @pytest.mark.parametrize("width", [128, 528])
 def test_a_program_adds_up_the_weights_of_all_its_rows(monkeypatch, width):
-    monkeypatch.setattr(module, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(module, "_MAX_PROGRAMS", 2)
     assert_twins_agree(inputs(21, width))
 
 
