@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_by_name():
     tokens, mixer = draw(1, 0, WIDTH), mixer_of(1)
     with pytest.raises(ValueError, match="exclude each other"):
         predictor_input_reference(*given, action_tokens=tokens, mixer=mixer)
-    with pytest.raises(ValueError, match=r"places.action_tokens must have shape \(2,\), got \(0,\)"):
+    with pytest.raises(ValueError, match=r"layout.action_tokens must have shape \(2,\), got \(0,\)"):
         predictor_input_reference(*given, action_tokens=draw(1, 2, WIDTH))
     with pytest.raises(ValueError, match=r"mixer.w1 must have shape \(3, 5\), got \(5, 3\)"):
         predictor_input_reference(*given, mixer=mixer._replace(w1=mixer.w1.t()))
