@@ -71,12 +71,8 @@ def _forward_kernel(
     total_ptr,  # (M, WIDTH)
     normed_ptr,  # (M, WIDTH)
     stats_ptr,  # (2, M): mean, 1 / standard deviation
-    num_rows,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    num_rows, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     sum_dtype = stats_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -121,11 +117,8 @@ def _backward_kernel(
     partial_ptr,  # (2, programs, WIDTH): d_weight, d_bias
     d_x_ptr,  # (M, WIDTH)
     d_residual_ptr,  # (M, WIDTH), or None if it has the dtype of d_x and so the same values
-    num_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    num_rows, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     sum_dtype = stats_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -212,12 +205,9 @@ def _empty_gradients(total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.
 def _backward_launch(
     inputs: Sequence[Tensor | None], stats: Tensor, gradients: Sequence[Tensor]
 ) -> tuple[Launch, Tensor]:
-    """Return the launch that fills `gradients`, and the (2, programs, D) sums of d_weight and d_bias that it fills.
+    """Return the launch that fills `gradients`, and the (2, programs, D) partial sums of d_weight and d_bias.
 
-    Args:
-        inputs: d_sum (or None), d_normed, sum, statistics and weight.
-        stats: the statistics (2, M) once more, whose dtype the sums have.
-        gradients: from `_empty_gradients`.
+    `inputs` are d_sum (or None), d_normed, sum, statistics and weight; partial sums have the dtype of `stats`.
     """
     num_rows, width = gradients[0].shape
     sizes = _tile_sizes(width)
@@ -283,12 +273,7 @@ def _residual_norm_backward(
 ) -> list[Tensor]:
     """Return the gradients of weight and bias, not yet rounded, of x and, if its dtype is different, of residual.
 
-    Args:
-        d_total: (M, D), or None if the sum is not used.
-        d_normed: (M, D).
-        saved: sum, statistics and weight.
-        x_dtype: dtype of x and of its gradient.
-        residual_dtype: dtype of residual and of its gradient.
+    `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
     """
     gradients = _empty_gradients(saved[0], x_dtype, residual_dtype)
     kernel_gradients = [*map(interpretable, gradients)]

@@ -50,17 +50,12 @@ _FLOAT32_CONFIG = Cut(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4,
 
 
 @triton.jit
-def _locate_tile(
-    offsets_ptr,  # (B + 1,) int32, or None
-    longest,
-    num_heads,
-    LIMITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def _locate_tile(offsets_ptr, longest, num_heads, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return this program's head, its sequence's first row and length, and the first row of its tile in the sequence.
 
     The length is returned as 0 if the kernels of `short` compute this sequence.
     """
+    # offsets_ptr: (B + 1,) int32, or None
     # Consecutive programs take the tiles of one head, so that the keys they share are read from the cache.
     num_tiles = (longest + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0).to(tl.int64)

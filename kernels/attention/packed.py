@@ -60,35 +60,25 @@ class Packed(NamedTuple):
 
 
 @triton.jit
-def sequence_span(
-    offsets_ptr,  # (B + 1,) int32, or None
-    sequence,
-    longest,
-):
+def sequence_span(offsets_ptr, sequence, longest):
     """Return the first row (int64) and the length of a sequence; without offsets its length is `longest`."""
     if offsets_ptr is None:
         return sequence * longest, longest
     else:
+        # offsets_ptr: (B + 1,) int32
         start = tl.load(offsets_ptr + sequence)
         # 64 bits: row * 3 * H * d exceeds 2^31 in large batches.
         return start.to(tl.int64), tl.load(offsets_ptr + sequence + 1) - start
 
 
 @triton.jit
-def load_rows(
-    base_ptr,  # (length, DIM) with row stride `stride`: one head of one sequence
-    tile_start,
-    length,
-    stride,
-    NUM_ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    IS_FULL: tl.constexpr,
-):
+def load_rows(base_ptr, tile_start, length, stride, NUM_ROWS: tl.constexpr, DIM: tl.constexpr, IS_FULL: tl.constexpr):
     """Return the tile (NUM_ROWS, DIM) of a sequence that begins at row `tile_start`; rows from `length` on are zero.
 
     Those rows belong to the next sequence. They are not read, because a weight of zero times NaN is NaN. `IS_FULL`
     promises that the tile has no such rows and saves the mask.
     """
+    # base_ptr: (length, DIM) with row stride `stride`, one head of one sequence
     row = tile_start + tl.arange(0, NUM_ROWS)
     pointer = base_ptr + row[:, None] * stride + tl.arange(0, DIM)[None, :]
     if IS_FULL:
@@ -98,14 +88,9 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    base_ptr,  # (length, columns) with row stride `stride`: one head of one sequence
-    tile,
-    tile_start,
-    length,
-    stride,
-):
+def store_rows(base_ptr, tile, tile_start, length, stride):
     """Store a (rows, columns) tile at row `tile_start` of a sequence, in its dtype; skip rows from `length` on."""
+    # base_ptr: (length, columns) with row stride `stride`, one head of one sequence
     row = tile_start + tl.arange(0, tile.shape[0])
     pointer = base_ptr + row[:, None] * stride + tl.arange(0, tile.shape[1])[None, :]
     tl.store(pointer, tile.to(base_ptr.dtype.element_ty), mask=(row < length)[:, None])

@@ -75,14 +75,9 @@ BACKWARD_CONFIGS = {
 
 
 @triton.jit
-def _load_keys(
-    base_ptr,  # (length, HEAD_DIM) with row stride `stride`: keys or values of one head
-    length,
-    stride,
-    HEAD_DIM: tl.constexpr,
-    KEY_SPLIT: tl.constexpr,
-):
+def _load_keys(base_ptr, length, stride, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr):
     """Return all keys (or values) of a head as a tuple of tiles; rows from `length` on are zero."""
+    # base_ptr: (length, HEAD_DIM) with row stride `stride`
     # Triton's tuples cannot be changed in place, so here and below each turn of an unrolled loop builds a new one.
     tiles = ()
     key_start = 0
@@ -94,14 +89,9 @@ def _load_keys(
 
 
 @triton.jit
-def _store_keys(
-    base_ptr,  # (length, HEAD_DIM) with row stride `stride`: gradient of the keys or values of one head
-    tiles,
-    length,
-    stride,
-    KEY_SPLIT: tl.constexpr,
-):
+def _store_keys(base_ptr, tiles, length, stride, KEY_SPLIT: tl.constexpr):
     """Store a tuple of tiles, one after the other, as rows of one head; skip rows from `length` on."""
+    # base_ptr: (length, HEAD_DIM) with row stride `stride`
     key_start = 0
     for i in tl.static_range(len(KEY_SPLIT)):
         store_rows(base_ptr, tiles[i], key_start, length, stride)

@@ -86,11 +86,7 @@ copied_input.register_autograd(_copied_gradients, setup_context=_copied_setup_co
 
 @torch.library.custom_op("iwm_fast::mixed_input", mutates_args=())
 def mixed_input(
-    context: Tensor,
-    tables: Sequence[Tensor],
-    layers: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    packed_dtype: torch.dtype,
+    context: Tensor, tables: Sequence[Tensor], layers: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Pack context + positions[patch] and W3 relu(W2 relu(position_term[patch] + action_term[image]) + b2) + b3.
 
@@ -99,7 +95,7 @@ def mixed_input(
         tables: positions (N, P), constant; position_term (N, P) and action_term (B, P) in the dtype of the sums.
         layers: W2, b2, W3, b3: weights (P, P) in the dtype of the products, biases (P,) in that of the sums.
         indices: [*PatchIndex, *PackedLayout].
-        packed_dtype: dtype of the result.
+        dtype: dtype of the result.
 
     Returns:
         (L, P), and the second layer's output (T, P), which the backward pass needs.
@@ -109,20 +105,20 @@ def mixed_input(
     patches, layout = _split_indices(indices)
     positions, position_term, action_term = tables
     w2, b2, w3, b3 = layers
-    packed = _empty_rows(context, _num_packed(layout), packed_dtype)
+    packed = _empty_rows(context, _num_packed(layout), dtype)
     hidden = _empty_rows(context, len(layout.targets), w2.dtype)
     scatter_launch(packed, layout.context, values=context, table=positions, patch_row=patches.context).run()
     second_launch(hidden, FirstLayer(position_term, action_term, patches.targets), w2, b2).run()
     # In the interpreter this rounds to bfloat16, as a GPU does when it stores the second layer.
     hidden = hidden.to(w2.dtype)
     third_launch(packed, layout.targets, hidden, w3, b3).run()
-    return packed.to(packed_dtype), hidden
+    return packed.to(dtype), hidden
 
 
 @mixed_input.register_fake
-def _(context, tables, layers, indices, packed_dtype):
+def _(context, tables, layers, indices, dtype):
     width, (_, layout) = context.shape[1], _split_indices(indices)
-    packed = context.new_empty(_num_packed(layout), width, dtype=packed_dtype)
+    packed = context.new_empty(_num_packed(layout), width, dtype=dtype)
     return packed, context.new_empty(layout.targets.shape[0], width, dtype=layers[0].dtype)
 
 

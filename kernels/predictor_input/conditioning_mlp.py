@@ -46,12 +46,8 @@ def _relu(x):
 def _first_layer(
     position_term_ptr,  # (N, P)
     action_term_ptr,  # (B, P)
-    patch_row,
-    column,
-    mask,
-    N: tl.constexpr,
-    P: tl.constexpr,
-):
+    patch_row, column, mask, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """Return a (rows, columns) tile of the first layer's output."""
     patch, image = patch_row % N, patch_row // N
     position_term = tl.load(position_term_ptr + patch[:, None] * P + column[None, :], mask=mask, other=0.0)
@@ -65,12 +61,8 @@ def _first_kernel(
     position_term_ptr,  # (N, P)
     action_term_ptr,  # (B, P)
     patch_row_ptr,  # (T,)
-    num_rows,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < num_rows
     patch_row = tl.load(patch_row_ptr + row, mask=is_row, other=0)
@@ -90,14 +82,9 @@ def _layer_kernel(
     weight_ptr,  # (P out, P in)
     bias_ptr,  # (P,) in the dtype of the sums
     packed_row_ptr,  # (T,); None: rows are not scattered and a ReLU follows
-    num_rows,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,  # divides P
-    INPUT_PRECISION: tl.constexpr,
-):
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
     # Consecutive programs compute different columns of the same rows, whose inputs they then read from the cache.
     num_column_blocks: tl.constexpr = (P + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0).to(tl.int64)
@@ -107,6 +94,7 @@ def _layer_kernel(
     if hidden_ptr is None:
         patch_row = tl.load(patch_row_ptr + row, mask=is_row, other=0)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), bias_ptr.dtype.element_ty)
+    # BLOCK_INNER divides P, so the inner dimension needs no mask.
     for start in range(0, P, BLOCK_INNER):
         inner = start + tl.arange(0, BLOCK_INNER)
         if hidden_ptr is None:

@@ -35,12 +35,8 @@ def _scatter_kernel(
     values_ptr,  # (M, P), or None
     table_ptr,  # (N, P), or None
     patch_row_ptr,  # (M,), used with the table
-    num_rows,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     dtype: tl.constexpr = packed_ptr.dtype.element_ty
     row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_ROWS, BLOCK_COLUMNS)
     packed_row = tl.load(packed_row_ptr + row, mask=is_row, other=0)
@@ -58,11 +54,8 @@ def _gather_kernel(
     out_ptr,  # (M, P)
     packed_ptr,  # (L, P)
     packed_row_ptr,  # (M,)
-    num_rows,
-    P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    num_rows, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_ROWS, BLOCK_COLUMNS)
     packed_row = tl.load(packed_row_ptr + row, mask=is_row, other=0)
     value = tl.load(packed_ptr + packed_row[:, None] * P + column, mask=mask, other=0.0)
@@ -74,13 +67,9 @@ def _group_sum_kernel(
     out_ptr,  # (G, P), in the dtype of the sums
     values_ptr,  # (M, P)
     member_ptr,  # (G, members): a row of the values, or -1 for none
-    num_members,
-    group_stride,
-    member_stride,
-    P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    num_members, group_stride, member_stride, P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), out_ptr.dtype.element_ty)

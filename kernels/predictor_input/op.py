@@ -44,23 +44,16 @@ from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 class Mixer(NamedTuple):
     """Actions, and weights of the three-layer MLP that mixes an image's action into each of its mask tokens.
 
-    Source: IWM section 3, feature conditioning.
+    Shapes: action (B, A), w1 (P, P + A), w2 and w3 (P, P), biases (P,). Source: IWM section 3, feature conditioning.
     """
 
     action: Tensor
-    """(B, A)."""
     w1: Tensor
-    """(P, P + A)."""
     b1: Tensor
-    """(P,)."""
     w2: Tensor
-    """(P, P)."""
     b2: Tensor
-    """(P,)."""
     w3: Tensor
-    """(P, P)."""
     b3: Tensor
-    """(P,)."""
 
 
 def predictor_input_reference(
