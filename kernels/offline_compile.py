@@ -20,10 +20,7 @@ from triton.compiler import ASTSource
 from iwm_fast.kernels.launch import Launch, compilable
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Largest number of bytes of shared memory that a program may use, by architecture.
-
-Source: CUDA C++ Programming Guide, technical specifications per compute capability.
-"""
+"""Largest shared memory of a program in bytes, by architecture; source: CUDA C++ Programming Guide."""
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """PTX name of the fastest tensor-core instruction of each architecture."""
 
@@ -58,11 +55,9 @@ def source_digest(launch: Launch, architecture: int) -> str:
 
 
 def compile_for(launch: Launch, architecture: int) -> CompilationReport:
-    """Compile a launch and count registers, spills, shared memory and tensor-core instructions.
+    """Compile a launch for compute capability 8.0, 9.0 or 10.0, passed as 80, 90 or 100.
 
-    Args:
-        launch: may hold tensors on the meta device, since only their dtypes are used.
-        architecture: compute capability times ten: 80, 90 or 100.
+    Its tensors may be on the meta device, since only their dtypes are used.
     """
     target = GPUTarget("cuda", architecture, 32)
     compiled: Any = triton.compile(_ast_source(launch), target=target, options=launch.options)

@@ -36,7 +36,7 @@ from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, chec
 def residual_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x + residual and its LayerNorm, in plain PyTorch.
+    """Return x + residual (M, D) and its LayerNorm (M, D), in plain PyTorch.
 
     Args:
         x: (M, D), output of a block.
@@ -44,20 +44,17 @@ def residual_norm_reference(
         weight: (D,).
         bias: (D,).
         eps: added to the variance.
-
-    Returns:
-        The sum (M, D) and its LayerNorm (M, D).
     """
     total = x + residual
     return total, F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
 
 
 @triton.jit
-def _locate_block(block, rows, num_rows, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Return columns, element offsets and mask of a block of columns, each (BLOCK_ROWS, BLOCK_COLUMNS)."""
+def _locate_block(block, rows, num_rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return columns, element offsets and mask of a block of columns, each (BLOCK_M, BLOCK_N)."""
     # `columns` has the shape of the tile instead of one row: a vector of weights would be loaded in another layout
     # and pass through shared memory to the threads that need it.
-    columns = block * BLOCK_COLUMNS + tl.broadcast_to(tl.arange(0, BLOCK_COLUMNS)[None, :], (BLOCK_ROWS, BLOCK_COLUMNS))
+    columns = block * BLOCK_N + tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)
     return columns, rows[:, None] * WIDTH + columns, mask
 
@@ -71,16 +68,16 @@ def _forward_kernel(
     total_ptr,  # (M, WIDTH)
     normed_ptr,  # (M, WIDTH)
     stats_ptr,  # (2, M): mean, 1 / standard deviation
-    num_rows, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    num_rows, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     sum_dtype = stats_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     totals = ()
     # Sums are kept per column of a block and reduced over the columns once, at the end.
-    column_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype)
+    column_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
     for i in tl.static_range(NUM_BLOCKS):
-        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_COLUMNS, BLOCK_ROWS)
+        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
         total = tl.load(x_ptr + offset, mask, other=0.0).to(sum_dtype)
         total += tl.load(residual_ptr + offset, mask, other=0.0).to(sum_dtype)
         # The norm is that of the sum as it is stored, which is rounded.
@@ -88,9 +85,9 @@ def _forward_kernel(
         column_sums += totals[i]
     mean = tl.sum(column_sums, 1) / WIDTH
     # The variance is summed in a second pass over registers: mean(x^2) - mean^2 would cancel where the mean is large.
-    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype)
+    squares = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
     for i in tl.static_range(NUM_BLOCKS):
-        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_COLUMNS, BLOCK_ROWS)
+        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
         # Stored here and not in the loop above: the compiler never moves a load ahead of a store, so the loads of the
         # next block would wait.
         tl.store(total_ptr + offset, totals[i].to(total_ptr.dtype.element_ty), mask)
@@ -98,7 +95,7 @@ def _forward_kernel(
         squares += centred * centred
     rstd = tl.rsqrt(tl.sum(squares, 1) / WIDTH + EPS)
     for i in tl.static_range(NUM_BLOCKS):
-        columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_COLUMNS, BLOCK_ROWS)
+        columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
         weight = tl.load(weight_ptr + columns, mask, other=0.0).to(sum_dtype)
         bias = tl.load(bias_ptr + columns, mask, other=0.0).to(sum_dtype)
         normed = (totals[i] - mean[:, None]) * rstd[:, None] * weight + bias
@@ -117,26 +114,26 @@ def _backward_kernel(
     partial_ptr,  # (2, programs, WIDTH): d_weight, d_bias
     d_x_ptr,  # (M, WIDTH)
     d_residual_ptr,  # (M, WIDTH), or None if it has the dtype of d_x and so the same values
-    num_rows, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    num_rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     sum_dtype = stats_ptr.dtype.element_ty
     program = tl.program_id(0)
     d_weights, d_biases = (), ()
     for _i in tl.static_range(NUM_BLOCKS):
-        d_weights = d_weights + (tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype),)
-        d_biases = d_biases + (tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype),)
+        d_weights = d_weights + (tl.zeros((BLOCK_M, BLOCK_N), sum_dtype),)
+        d_biases = d_biases + (tl.zeros((BLOCK_M, BLOCK_N), sum_dtype),)
     # Programs stride over the rows, so that there is one partial sum per program and not one per block of rows.
-    for row_block in range(program, tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
-        rows = tl.cast(row_block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    for row_block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+        rows = tl.cast(row_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mean = tl.load(stats_ptr + rows, rows < num_rows, other=0.0)[:, None]
         rstd = tl.load(stats_ptr + num_rows + rows, rows < num_rows, other=0.0)[:, None]
         # Tuples cannot be changed in place: the unrolled loops build new ones.
         d_totals, d_standardized, standardized, new_d_weights, new_d_biases = (), (), (), (), ()
-        gradient_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype)
-        product_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), sum_dtype)
+        gradient_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
+        product_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
         for i in tl.static_range(NUM_BLOCKS):
-            columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_COLUMNS, BLOCK_ROWS)
+            columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
             if d_total_ptr is not None:
                 # Loaded here and not in the loop that uses it, where it would wait for the stores of the block before.
                 d_totals = d_totals + (tl.load(d_total_ptr + offset, mask, other=0.0),)
@@ -153,7 +150,7 @@ def _backward_kernel(
         mean_gradient = (tl.sum(gradient_sums, 1) / WIDTH)[:, None]
         mean_product = (tl.sum(product_sums, 1) / WIDTH)[:, None]
         for i in tl.static_range(NUM_BLOCKS):
-            _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_COLUMNS, BLOCK_ROWS)
+            _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
             d_input = (d_standardized[i] - mean_gradient - standardized[i] * mean_product) * rstd
             if d_total_ptr is not None:
                 d_input += d_totals[i].to(sum_dtype)
@@ -161,7 +158,7 @@ def _backward_kernel(
             if d_residual_ptr is not None:
                 tl.store(d_residual_ptr + offset, d_input.to(d_residual_ptr.dtype.element_ty), mask)
     for i in tl.static_range(NUM_BLOCKS):
-        columns = i * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        columns = i * BLOCK_N + tl.arange(0, BLOCK_N)
         pointer = partial_ptr + program.to(tl.int64) * WIDTH + columns
         tl.store(pointer, tl.sum(d_weights[i], 0), columns < WIDTH)
         tl.store(pointer + tl.num_programs(0) * WIDTH, tl.sum(d_biases[i], 0), columns < WIDTH)
@@ -170,7 +167,7 @@ def _backward_kernel(
 # Tile sizes by largest width. A block of these rows is 16 bytes of float32 for each thread of eight warps, and all
 # blocks of a row lie in the same threads. Up to 512 columns one warp holds a row and reduces it without barriers; wider
 # rows would then need over 128 registers a thread, so four warps share each of them.
-_TILE_SIZES = {512: {"BLOCK_COLUMNS": 128, "BLOCK_ROWS": 8}, 1536: {"BLOCK_COLUMNS": 512, "BLOCK_ROWS": 2}}
+_TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOCK_M": 2}}
 # Largest number of programs of the backward pass: with up to 128 registers a thread, an H100 runs two programs on each
 # of its 132 multiprocessors. The number is the same on all GPUs so that the order of the sums is the same, too.
 _MAX_PROGRAMS = 264
@@ -193,7 +190,7 @@ def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: fl
     sizes = _tile_sizes(width)
     # In the order of the kernel's parameters; the names that are left over are the constants'.
     arguments: dict[str, Any] = dict(zip(_forward_kernel.arg_names, (*inputs, *outputs, num_rows), strict=False))
-    grid = (triton.cdiv(num_rows, sizes["BLOCK_ROWS"]),)
+    grid = (triton.cdiv(num_rows, sizes["BLOCK_M"]),)
     return Launch(_forward_kernel, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
 
 
@@ -211,7 +208,7 @@ def _backward_launch(
     """
     num_rows, width = gradients[0].shape
     sizes = _tile_sizes(width)
-    num_programs = min(triton.cdiv(num_rows, sizes["BLOCK_ROWS"]), _MAX_PROGRAMS)
+    num_programs = min(triton.cdiv(num_rows, sizes["BLOCK_M"]), _MAX_PROGRAMS)
     partial = stats.new_empty(2, num_programs, width)
     d_x, d_residual = (*gradients, None)[:2]
     values = (*inputs, partial, d_x, d_residual, num_rows)

@@ -100,14 +100,11 @@ def _store_keys(base_ptr, tiles, length, stride, KEY_SPLIT: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query_ptr,  # (length, 3, H, d), at this head's queries; keys and values follow at distances of H * d
-    out_ptr,  # (length, H, d), at this head
-    lse_ptr,  # (length,)
-    length, num_heads,
-    HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr, NUM_QUERIES: tl.constexpr,
-    SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
+    query_ptr, out_ptr, lse_ptr, length, num_heads, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute the output and the softmax's log-denominator of one sequence and head."""
+    # query_ptr: (length, 3, H, d), at the head's queries; out_ptr: (length, H, d), at the head; lse_ptr: (length,)
     width = num_heads * HEAD_DIM
     keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
     values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
@@ -166,15 +163,12 @@ def _forward_kernel(
 
 @triton.jit
 def _attend_backward(
-    query_ptr,  # (length, 3, H, d), at this head's queries; keys and values follow at distances of H * d
-    d_out_ptr,  # (length, H, d), at this head
-    d_query_ptr,  # (length, 3, H, d), like `query_ptr`
-    lse_ptr,  # (length,)
-    length, num_heads,
-    HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr, NUM_QUERIES: tl.constexpr,
-    SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
+    query_ptr, d_out_ptr, d_query_ptr, lse_ptr, length, num_heads, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ, dK and dV of one sequence and head."""
+    # query_ptr, d_query_ptr: (length, 3, H, d), at the head's queries; d_out_ptr: (length, H, d), at the head;
+    # lse_ptr: (length,)
     width = num_heads * HEAD_DIM
     keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
     values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, KEY_SPLIT)

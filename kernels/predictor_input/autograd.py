@@ -100,7 +100,6 @@ def mixed_input(
     Returns:
         (L, P), and the second layer's output (T, P), which the backward pass needs.
     """
-    # Raises if tensors are not on a GPU and kernels are not interpreted.
     architecture(context.device)
     patches, layout = _split_indices(indices)
     positions, position_term, action_term = tables
@@ -192,7 +191,6 @@ def _empty_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return packed[packed_row] in a dtype."""
     out = _empty_rows(packed, len(packed_row), dtype)
     gather_launch(out, packed, packed_row).run()
     return out.to(dtype)

@@ -1,7 +1,7 @@
 """Kernels of the mixer, a three-layer MLP that conditions mask tokens; its first layer needs no product per row.
 
 `patch_row` is image * N + patch; `packed_row` is a row of the packed sequences. Each function that ends in `_launch`
-describes one start of one kernel.
+describes one start of one kernel. Products are in the dtype of the weights, sums in that of the biases.
 """
 
 from typing import NamedTuple
@@ -29,9 +29,9 @@ class FirstLayer(NamedTuple):
 
 
 class _TileConfig(NamedTuple):
-    block_rows: int
-    block_columns: int
-    block_inner: int
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
 
@@ -61,12 +61,12 @@ def _first_kernel(
     position_term_ptr,  # (N, P)
     action_term_ptr,  # (B, P)
     patch_row_ptr,  # (T,)
-    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     patch_row = tl.load(patch_row_ptr + row, mask=is_row, other=0)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = is_row[:, None] & (column < P)[None, :]
     first = _first_layer(position_term_ptr, action_term_ptr, patch_row, column, mask, N, P)
     tl.store(out_ptr + row[:, None] * P + column[None, :], first.to(out_ptr.dtype.element_ty), mask=mask)
@@ -82,21 +82,21 @@ def _layer_kernel(
     weight_ptr,  # (P out, P in)
     bias_ptr,  # (P,) in the dtype of the sums
     packed_row_ptr,  # (T,); None: rows are not scattered and a ReLU follows
-    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs compute different columns of the same rows, whose inputs they then read from the cache.
-    num_column_blocks: tl.constexpr = (P + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    num_column_blocks: tl.constexpr = (P + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0).to(tl.int64)
-    row = program // num_column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = program % num_column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = program // num_column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = program % num_column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row, is_column = row < num_rows, column < P
     if hidden_ptr is None:
         patch_row = tl.load(patch_row_ptr + row, mask=is_row, other=0)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), bias_ptr.dtype.element_ty)
-    # BLOCK_INNER divides P, so the inner dimension needs no mask.
-    for start in range(0, P, BLOCK_INNER):
-        inner = start + tl.arange(0, BLOCK_INNER)
+    total = tl.zeros((BLOCK_M, BLOCK_N), bias_ptr.dtype.element_ty)
+    # BLOCK_K divides P, so the inner dimension needs no mask.
+    for start in range(0, P, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
         if hidden_ptr is None:
             hidden = _first_layer(position_term_ptr, action_term_ptr, patch_row, inner, is_row[:, None], N, P)
         else:
@@ -115,39 +115,32 @@ def _layer_kernel(
 
 def _tile_config(dtype: torch.dtype, width: int) -> _TileConfig:
     """Return tile sizes that compile without spills and let two programs share a multiprocessor of sm_90."""
-    block_inner = 32 if width % 32 == 0 else 16
+    block_k = 32 if width % 32 == 0 else 16
     if dtype.itemsize > 2:
-        return _TileConfig(block_rows=64, block_columns=64, block_inner=block_inner, num_warps=4, num_stages=2)
+        return _TileConfig(64, 64, block_k, num_warps=4, num_stages=2)
     # Common widths such as 192 = 3 x 64 and 384 = 3 x 128 leave no columns of a tile idle.
-    block_columns = 128 if width % 128 == 0 else 64
-    return _TileConfig(block_rows=128, block_columns=block_columns, block_inner=block_inner, num_warps=8, num_stages=3)
+    return _TileConfig(128, 128 if width % 128 == 0 else 64, block_k, num_warps=8, num_stages=3)
 
 
 def first_launch(out: Tensor, first: FirstLayer) -> Launch:
     """Return the launch that writes the first layer's output (T, P), which the forward pass never stores."""
     num_rows, width = out.shape
     arguments = {"out_ptr": out, **_pointers(first), "num_rows": num_rows}
-    block_rows, block_columns = 16, 128 if width % 128 == 0 else 64
+    block_m, block_n = 16, 128 if width % 128 == 0 else 64
     sizes = {"N": len(first.position_term), "P": width}
-    constants = {**sizes, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
-    grid = triton.cdiv(num_rows, block_rows), triton.cdiv(width, block_columns)
+    constants = {**sizes, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    grid = triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n)
     return Launch(_first_kernel, grid, arguments, constants, num_warps=4)
 
 
 def second_launch(out: Tensor, first: FirstLayer, weight: Tensor, bias: Tensor) -> Launch:
-    """Return the launch that computes out (T, P) = relu(first weight^T + bias).
-
-    Products are in the dtype of `weight` (P, P), sums in that of `bias` (P,).
-    """
+    """Return the launch that computes out (T, P) = relu(first weight^T + bias), with weight (P, P) and bias (P,)."""
     num_patches = len(first.position_term)
     return _layer_launch(out, weight, bias, num_rows=len(out), num_patches=num_patches, **_pointers(first))
 
 
 def third_launch(packed: Tensor, packed_row: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Launch:
-    """Return the launch that computes packed[packed_row] = hidden weight^T + bias.
-
-    `hidden` is (T, P), `packed` is (L, P). Products are in the dtype of `weight` (P, P), sums in that of `bias` (P,).
-    """
+    """Return the launch that computes packed[packed_row] (T, P) = hidden weight^T + bias, with packed (L, P)."""
     pointers = {"hidden_ptr": interpretable(hidden), "packed_row_ptr": packed_row}
     return _layer_launch(packed, weight, bias, num_rows=len(hidden), num_patches=1, **pointers)
 
@@ -162,13 +155,13 @@ def _layer_launch(
     constants = {
         "N": num_patches,
         "P": width,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_INNER": config.block_inner,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
         # A float32 product is computed as three tf32 products, which is exact to about its last bit.
         "INPUT_PRECISION": "tf32x3" if weight.dtype == torch.float32 else "ieee",
     }
-    grid = (triton.cdiv(num_rows, config.block_rows) * triton.cdiv(width, config.block_columns),)
+    grid = (triton.cdiv(num_rows, config.block_m) * triton.cdiv(width, config.block_n),)
     arguments |= {"num_rows": num_rows}
     return Launch(_layer_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from iwm_fast.kernels.launch import Launch, interpretable
 
 # Rows of a tile. With 128 columns of float32, each of 128 threads loads 16 bytes four times.
-_BLOCK_ROWS = 16
+_BLOCK_M = 16
 
 
 @triton.jit
-def _locate_tile(num_rows, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def _locate_tile(num_rows, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return rows, columns, whether a row exists, and whether an element exists, for this program's tile."""
     # Blocks of columns are separate programs and not turns of a loop, in which the loads of a turn would wait for the
     # stores of the turn before.
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < num_rows
     return row, column[None, :], is_row, is_row[:, None] & (column < P)[None, :]
 
@@ -35,10 +35,10 @@ def _scatter_kernel(
     values_ptr,  # (M, P), or None
     table_ptr,  # (N, P), or None
     patch_row_ptr,  # (M,), used with the table
-    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    num_rows, N: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = packed_ptr.dtype.element_ty
-    row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_M, BLOCK_N)
     packed_row = tl.load(packed_row_ptr + row, mask=is_row, other=0)
     if values_ptr is not None:
         value = tl.load(values_ptr + row[:, None] * P + column, mask=mask, other=0.0).to(dtype)
@@ -54,9 +54,9 @@ def _gather_kernel(
     out_ptr,  # (M, P)
     packed_ptr,  # (L, P)
     packed_row_ptr,  # (M,)
-    num_rows, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    num_rows, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column, is_row, mask = _locate_tile(num_rows, P, BLOCK_M, BLOCK_N)
     packed_row = tl.load(packed_row_ptr + row, mask=is_row, other=0)
     value = tl.load(packed_ptr + packed_row[:, None] * P + column, mask=mask, other=0.0)
     tl.store(out_ptr + row[:, None] * P + column, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -67,14 +67,13 @@ def _group_sum_kernel(
     out_ptr,  # (G, P), in the dtype of the sums
     values_ptr,  # (M, P)
     member_ptr,  # (G, members): a row of the values, or -1 for none
-    num_members, group_stride, member_stride, P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    num_members, group_stride, member_stride, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), out_ptr.dtype.element_ty)
-    for start in range(0, num_members, BLOCK_ROWS):
-        member = start + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
+    for start in range(0, num_members, BLOCK_M):
+        member = start + tl.arange(0, BLOCK_M)
         entry = group * group_stride + member.to(tl.int64) * member_stride
         row = tl.load(member_ptr + entry, mask=member < num_members, other=-1).to(tl.int64)
         mask = (row >= 0)[:, None] & (column < P)[None, :]
@@ -135,13 +134,13 @@ def group_sum_launch(out: Tensor, values: Tensor, members: Tensor) -> Launch:
         "group_stride": group_stride,
         "member_stride": member_stride,
     }
-    # A group has a program of its own, hence a grid as for _BLOCK_ROWS times as many rows.
-    return _launch(_group_sum_kernel, arguments, len(out) * _BLOCK_ROWS, P=out.shape[1])
+    # A group has a program of its own, hence a grid as for _BLOCK_M times as many rows.
+    return _launch(_group_sum_kernel, arguments, len(out) * _BLOCK_M, P=out.shape[1])
 
 
 def _launch(kernel: Any, arguments: dict[str, Any], num_rows: int, **sizes: int) -> Launch:
     # Common widths such as 192 = 3 x 64 and 384 = 3 x 128 leave no columns of a tile idle.
-    block_columns = 128 if sizes["P"] % 128 == 0 else 64
-    grid = triton.cdiv(num_rows, _BLOCK_ROWS), triton.cdiv(sizes["P"], block_columns)
-    constants = {**sizes, "BLOCK_ROWS": _BLOCK_ROWS, "BLOCK_COLUMNS": block_columns}
+    block_n = 128 if sizes["P"] % 128 == 0 else 64
+    grid = triton.cdiv(num_rows, _BLOCK_M), triton.cdiv(sizes["P"], block_n)
+    constants = {**sizes, "BLOCK_M": _BLOCK_M, "BLOCK_N": block_n}
     return Launch(kernel, grid, arguments, constants, num_warps=4)

@@ -19,10 +19,7 @@ class PatchIndex(NamedTuple):
 
 
 class PackedLayout(NamedTuple):
-    """The row of each context, target and action token in the packed sequences.
-
-    The sequence of an image is [context | targets | action tokens].
-    """
+    """The row of each token in the packed sequences; that of an image is [context | targets | action tokens]."""
 
     context: Tensor
     """(C,) int64."""

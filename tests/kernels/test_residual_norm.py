@@ -1,16 +1,7 @@
 import pytest
 import torch
 
-from fixtures.kernel_cases import (
-    DEVICE,
-    DTYPES,
-    GRADIENT_LAYOUTS,
-    TOLERANCE,
-    draw,
-    error,
-    gradient_in_layout,
-    values_and_gradients,
-)
+from fixtures.kernel_cases import DEVICE, DTYPES, LAYOUTS, TOLERANCE, draw, error, make_gradient, values_and_gradients
 from iwm_fast.kernels import launch
 from iwm_fast.kernels import residual_norm as module
 from iwm_fast.kernels.residual_norm import residual_norm, residual_norm_reference, shipped_launches
@@ -109,11 +100,11 @@ def test_a_large_mean_does_not_drown_the_variance():
     assert error(fused(x, residual, weight, bias)[1], expected) <= 1e-3
 
 
-@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_incoming_gradients_may_have_any_memory_layout(layout):
     inputs = [tensor.requires_grad_() for tensor in make_inputs()]
     outputs = fused(*inputs)
-    gradients = [gradient_in_layout(layout, out.shape, out.dtype) for out in outputs]
+    gradients = [make_gradient(layout, out.shape, out.dtype) for out in outputs]
     actual = torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
     expected = torch.autograd.grad(
         outputs, inputs, [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]

@@ -1,7 +1,4 @@
-"""Print the losses of a tiny run without and with runtime.compile.
-
-Runs in a process of its own, without jaxtyping's checks, which torch.compile cannot trace.
-"""
+"""Print losses without and with runtime.compile, in a process without jaxtyping's checks, which cannot be traced."""
 
 import json
 import sys

@@ -1,7 +1,4 @@
-"""Print how far the compiled fused model is from the eager one, for each kind of conditioning.
-
-Runs in a process of its own, without jaxtyping's checks, which torch.compile cannot trace.
-"""
+"""Print how far the compiled fused model is from the eager one, without jaxtyping's checks: they cannot be traced."""
 
 import json
 

@@ -7,16 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fixtures.kernel_cases import (
-    DEVICE,
-    DTYPES,
-    GRADIENT_LAYOUTS,
-    TOLERANCE,
-    draw,
-    error,
-    gradient_in_layout,
-    offsets_of,
-)
+from fixtures.kernel_cases import DEVICE, DTYPES, LAYOUTS, TOLERANCE, draw, error, make_gradient, offsets_of
 from fixtures.kernel_cases import values_and_gradients as differentiate
 from iwm_fast.kernels.attention import op as module
 from iwm_fast.kernels.attention.op import ragged_attention, ragged_attention_reference
@@ -44,7 +35,7 @@ def qkv_of(lengths, head_dim=32, dtype=torch.float32, heads=HEADS):
     return draw(sum(lengths), 3, heads, head_dim, dtype=dtype)
 
 
-def assert_matches_reference(qkv, offsets, longest, tolerance):
+def assert_matches_reference(qkv, offsets, longest, tolerance=TOLERANCE[torch.float32]):
     actual = differentiate(lambda x: ragged_attention(x, offsets, longest), [qkv])
     expected = differentiate(lambda x: ragged_attention_reference(x, offsets, longest), [qkv.double()])
     assert all(error(*pair) < tolerance for pair in zip(actual, expected, strict=True))
@@ -54,9 +45,7 @@ def assert_matches_reference(qkv, offsets, longest, tolerance):
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_output_and_gradient_match_the_reference_at_tile_boundaries(lengths, head_dim):
-    assert_matches_reference(
-        qkv_of(lengths, head_dim, heads=1), offsets_of(lengths), max(lengths), TOLERANCE[torch.float32]
-    )
+    assert_matches_reference(qkv_of(lengths, head_dim, heads=1), offsets_of(lengths), max(lengths))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])
@@ -84,7 +73,7 @@ def test_bfloat16_errors_are_at_most_twice_those_of_the_reference(lengths, head_
 
 @pytest.mark.parametrize("length", [7, 70, 196, 300])
 def test_dense_batches_need_no_offsets(length):
-    assert_matches_reference(qkv_of([length, length], heads=1), None, length, TOLERANCE[torch.float32])
+    assert_matches_reference(qkv_of([length, length], heads=1), None, length)
 
 
 @pytest.mark.parametrize("longest", [65, 150, 250, 500])
@@ -146,11 +135,11 @@ def test_nan_and_inf_stay_in_their_sequence(lengths, bad):
         assert torch.equal(actual[:begin], expected[:begin]) and torch.equal(actual[end:], expected[end:])
 
 
-@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_incoming_gradients_may_have_any_memory_layout(layout):
     qkv, offsets = qkv_of(RAGGED).requires_grad_(), offsets_of(RAGGED)
     out = ragged_attention(qkv, offsets, max(RAGGED))
-    d_out = gradient_in_layout(layout, out.shape, out.dtype)
+    d_out = make_gradient(layout, out.shape, out.dtype)
     (actual,) = torch.autograd.grad(out, qkv, d_out, retain_graph=True)
     (expected,) = torch.autograd.grad(out, qkv, d_out.clone(memory_format=torch.contiguous_format))
     assert torch.equal(actual, expected)

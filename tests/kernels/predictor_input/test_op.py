@@ -6,11 +6,11 @@ import torch
 from fixtures.kernel_cases import (
     DEVICE,
     DTYPES,
-    GRADIENT_LAYOUTS,
+    LAYOUTS,
     TOLERANCE,
     draw,
     error,
-    gradient_in_layout,
+    make_gradient,
     offsets_of,
     values_and_gradients,
 )
@@ -134,13 +134,13 @@ def test_autocast_around_backward_does_not_change_gradients(conditioning):
         assert torch.equal(gradient, under_autocast) or name in ("mask_token", "action", "w1", "b1"), name
 
 
-@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_incoming_gradients_may_have_any_memory_layout(conditioning, layout):
     example = Example(conditioning, width=16, dtype=torch.float32)
     inputs = [tensor.requires_grad_() for tensor in example.inputs]
     packed = example.fused(*inputs)
-    gradient = gradient_in_layout(layout, packed.shape, packed.dtype)
+    gradient = make_gradient(layout, packed.shape, packed.dtype)
     actual = torch.autograd.grad(packed, inputs, gradient)
     expected = torch.autograd.grad(example.reference(*inputs), inputs, gradient)
     for name, value, exact in zip(example.names[1:], actual, expected, strict=True):
