@@ -24,7 +24,11 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
-    """Values that may change from call to call without a new compilation; None stands for an absent tensor."""
+    """Values that may change from call to call; None stands for an absent tensor.
+
+    Kernels list their integers in `do_not_specialize`, because Triton otherwise compiles separate binaries for 1, for
+    multiples of 16 and for all other values.
+    """
     constants: dict[str, Any]
     """Values of the kernel's `tl.constexpr` parameters; each new combination is compiled."""
     num_warps: int

@@ -128,7 +128,7 @@ def _backward_kernel(
         rows = tl.cast(row_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mean = tl.load(stats_ptr + rows, rows < num_rows, other=0.0)[:, None]
         rstd = tl.load(stats_ptr + num_rows + rows, rows < num_rows, other=0.0)[:, None]
-        # Tuples cannot be changed in place: the unrolled loops build new ones.
+        # Triton's tuples are immutable, so the unrolled loops build new ones.
         d_totals, d_standardized, standardized, new_d_weights, new_d_biases = (), (), (), (), ()
         gradient_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
         product_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)

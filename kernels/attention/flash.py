@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
     block_m: int
     """Rows that a program computes: queries in the forward and dQ kernels, keys in the dK and dV kernel."""
     block_n: int
-    """Rows of the other side, keys or queries, that are loaded in each turn of the loop."""
+    """Rows of the other side, keys or queries, that are loaded in each iteration of the loop."""
     num_warps: int
     num_stages: int
 
@@ -94,7 +94,7 @@ def _forward_kernel(
         score = tl.dot(query, tl.trans(key), out_dtype=SUM_DTYPE, input_precision=INPUT_PRECISION) * (SCALE * LOG2_E)
         is_key = key_start + tl.arange(0, BLOCK_N) < length
         score = tl.where(is_key[None, :], score, float("-inf"))
-        # Finite after the first turn, since every tile of the loop holds a key: below, -inf - (-inf) would be NaN.
+        # Finite from the first iteration on, since each tile holds a key: -inf - (-inf) below would be NaN.
         new_max = tl.maximum(row_max, tl.max(score, 1))
         weight = tl.exp2(score - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)

@@ -49,9 +49,9 @@ _UP_TO_128 = ((64,), (128,))
 _UP_TO_208 = ((128, 64), (128, 64, 16))
 _UP_TO_256 = ((128, 64, 32), (128, 64, 64))
 
-# By architecture (0 stands for all others) and head size, shortest lengths first. The number of registers is that of a
-# kernel's largest bucket, so long buckets are a launch of their own where they need more. Lengths that do not fit
-# without spills are left to `flash`.
+# By architecture (0 stands for all others) and head size, shortest lengths first. A kernel has the registers of its
+# largest bucket, so buckets that need many more have a separate launch. Lengths that do not compile without spills are
+# left to `flash`.
 FORWARD_CONFIGS = {
     90: {
         32: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208, 64, 4, 1), Group(_UP_TO_256, 64, 4, 1)),
@@ -78,7 +78,7 @@ BACKWARD_CONFIGS = {
 def _load_keys(base_ptr, length, stride, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr):
     """Return all keys (or values) of a head as a tuple of tiles; rows from `length` on are zero."""
     # base_ptr: (length, HEAD_DIM) with row stride `stride`
-    # Triton's tuples cannot be changed in place, so here and below each turn of an unrolled loop builds a new one.
+    # Triton's tuples are immutable, so here and below each iteration of an unrolled loop builds a new one.
     tiles = ()
     key_start = 0
     for i in tl.static_range(len(KEY_SPLIT)):
@@ -152,7 +152,8 @@ def _forward_kernel(
     query_ptr = qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
     out_base_ptr = out_ptr + sequence_start * width + head * HEAD_DIM
     lse_base_ptr = lse_ptr + head * num_rows + sequence_start
-    # At most one bucket holds the sequence; a program whose sequence is in another launch's buckets does nothing.
+    # Bucket i holds lengths above LIMITS[i] and up to LIMITS[i + 1]. A program does nothing if its sequence is in
+    # another launch's buckets.
     for i in tl.static_range(len(KEY_SPLITS)):
         if (length > LIMITS[i]) & (length <= LIMITS[i + 1]):
             _attend(

@@ -1,7 +1,7 @@
 """Kernels of the mixer, a three-layer MLP that conditions mask tokens; its first layer needs no product per row.
 
-`patch_row` is image * N + patch; `packed_row` is a row of the packed sequences. Each function that ends in `_launch`
-describes one start of one kernel. Products are in the dtype of the weights, sums in that of the biases.
+`patch_row` is image * N + patch; `packed_row` is a row of the packed sequences. Functions whose names end in `_launch`
+return a `Launch` and start nothing. Products are in the dtype of the weights, sums in that of the biases.
 """
 
 from typing import NamedTuple

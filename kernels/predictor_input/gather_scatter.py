@@ -1,8 +1,8 @@
 """Kernels that move rows into and out of packed sequences, and sum rows by group.
 
-`patch_row` is image * N + patch; `packed_row` is a row of the packed sequences. Each function that ends in `_launch`
-describes one start of one kernel. Every row of a result is written by one program, and sums are taken in a fixed order,
-so no atomics are needed.
+`patch_row` is image * N + patch; `packed_row` is a row of the packed sequences. Functions whose names end in `_launch`
+return a `Launch` and start nothing. Every row of a result is written by one program, and sums are taken in a fixed
+order, so no atomics are needed.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ _BLOCK_M = 16
 @triton.jit
 def _locate_tile(num_rows, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return rows, columns, whether a row exists, and whether an element exists, for this program's tile."""
-    # Blocks of columns are separate programs and not turns of a loop, in which the loads of a turn would wait for the
-    # stores of the turn before.
+    # Blocks of columns are separate programs and not iterations of a loop, where the loads of an iteration would wait
+    # for the stores of the one before.
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < num_rows
