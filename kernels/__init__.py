@@ -1,5 +1,5 @@
-"""Which operations are worth a kernel of their own? Triton code, each beside its plain reference."""
+"""Which operations are worth a kernel of their own? Triton code, with a plain reference beside each operation."""
 
 if __name__ != "iwm_fast.kernels":
-    # under a second name every operation would be registered twice
+    # Importing the folder under a second name would register every operation with torch.library twice.
     raise ImportError("the folder kernels/ is imported as iwm_fast.kernels, got " + __name__)

@@ -1,7 +1,8 @@
-"""How a kernel is started: a launch is data, so that what runs on a GPU is what is interpreted and compiled offline.
+"""How a kernel is started: a launch is data, so the same one can run on a GPU, be interpreted or be compiled offline.
 
-Without a GPU there is Triton's interpreter (`TRITON_INTERPRET=1` before the first import of `kernels`): it takes CPU
-tensors, is exact in float64, float32 and float16, and gets bfloat16 arithmetic silently wrong; see `interpretable`.
+Without a GPU, kernels run in Triton's interpreter (set `TRITON_INTERPRET=1` before `kernels` is first imported). It
+takes CPU tensors and is exact in float64, float32 and float16. Its bfloat16 arithmetic is silently wrong, so
+`interpretable` converts bfloat16 inputs to float32.
 """
 
 import functools
@@ -12,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+# Triton reads TRITON_INTERPRET when `@triton.jit` decorates a function; setting it later changes nothing.
 IS_INTERPRETING = bool(knobs.runtime.interpret)
-"""Whether kernels were decorated for the interpreter; decided when `kernels` is imported."""
+"""Whether kernels run in Triton's interpreter; fixed when `kernels` is imported."""
 
 
 class Launch(NamedTuple):
@@ -22,85 +24,92 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
-    """What may change from call to call without compiling anew; None stands for an absent tensor."""
+    """Values that may change from call to call; None stands for an absent tensor.
+
+    Kernels list their integers in `do_not_specialize`, because Triton otherwise compiles separate binaries for 1, for
+    multiples of 16 and for all other values.
+    """
     constants: dict[str, Any]
-    """What is compiled in."""
+    """Values of the kernel's `tl.constexpr` parameters; each new combination is compiled."""
     num_warps: int
     num_stages: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton is told beside arguments and constants."""
-        # said aloud, as Triton is about to change the default
+        """Compiler options, which Triton takes as further keyword arguments."""
+        # enable_fp_fusion is stated because its default is about to change in Triton.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
-        """Start the kernel on its tensors' device; a grid without programs starts nothing."""
+        """Start the kernel on the device of its tensors; do nothing if the grid has no programs."""
+        # CUDA refuses an empty grid.
         if 0 in self.grid:
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         if device.type == "cpu":
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
             return
-        # Triton starts kernels on the current device, wherever the tensors are
+        # Triton starts a kernel on the current device, even if its tensors are on another one.
         with torch.cuda.device(device):
             self.kernel[self.grid](**self.arguments, **compilable(self.constants), **self.options)
 
 
 def compilable(constants: dict[str, Any]) -> dict[str, Any]:
-    """Return constants as Triton 3.6 takes them: the entries of a tuple are constants each, however deep."""
-    # a launch is made for every call, and this takes longer than starting it
-    return _compilable(tuple(constants.items()))
+    """Return the constants as Triton 3.6 accepts them: every entry of a (nested) tuple wrapped in `tl.constexpr`."""
+    # Cached, because a launch is built in every call and wrapping takes longer than starting the kernel.
+    return _wrap_constants(tuple(constants.items()))
 
 
 @functools.cache
-def _compilable(constants: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return {name: _constant(value) if isinstance(value, tuple) else value for name, value in constants}
+def _wrap_constants(constants: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: _wrap(value) if isinstance(value, tuple) else value for name, value in constants}
 
 
-def _constant(value: Any) -> Any:
-    return tuple(map(_constant, value)) if isinstance(value, tuple) else tl.constexpr(value)
+def _wrap(value: Any) -> Any:
+    return tuple(map(_wrap, value)) if isinstance(value, tuple) else tl.constexpr(value)
 
 
 def architecture(device: torch.device) -> int:
-    """Return the compute capability of a device times ten (an H100 or H200: 90); the interpreter takes sm_90's place.
+    """Return a GPU's compute capability times ten, which is 90 for an H100 or H200.
+
+    The interpreter uses the launch configurations of sm_90, so the result is 90 there.
 
     Raises:
-        RuntimeError: if `device` is no GPU and kernels are not interpreted.
+        RuntimeError: if `device` is not a GPU and kernels are not interpreted.
     """
     if IS_INTERPRETING:
         return 90
     if device.type != "cuda":
         raise RuntimeError(
             f"fused operations run on NVIDIA GPUs, got device {str(device)!r}; set runtime.ops=reference, "
-            "or TRITON_INTERPRET=1 in the environment to interpret them, slowly"
+            "or set TRITON_INTERPRET=1 in the environment to run them slowly in Triton's interpreter"
         )
-    return _capability(device.index)
+    return _compute_capability(device.index)
 
 
 @functools.cache
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+def _compute_capability(device_index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
 
 
 def cache_folder() -> str:
-    """Return where compiled kernels are kept; TRITON_CACHE_DIR sets it."""
+    """Return the folder in which Triton stores compiled kernels; the variable TRITON_CACHE_DIR sets it."""
     return str(knobs.cache.dir)
 
 
 def interpretable(tensor: Tensor) -> Tensor:
-    """Return the tensor, under the interpreter with bfloat16 as float32: results are rounded by torch afterwards."""
+    """Return the tensor; in the interpreter, return a bfloat16 tensor as float32, so that torch rounds the results."""
     return tensor.float() if IS_INTERPRETING and tensor.dtype == torch.bfloat16 else tensor
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Refuse what no kernel is written for.
+    """Refuse a tensor whose dtype no kernel supports.
 
     Raises:
-        TypeError: with the accepted dtypes.
+        TypeError: if the dtype is not bfloat16, float16 or float32 (or, in the interpreter, float64).
     """
-    # finite differences need float64, which only the interpreter multiplies
+    # Tests of the gradients by finite differences need float64, which only the interpreter multiplies.
     accepted = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if IS_INTERPRETING else ())
     if tensor.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
@@ -108,10 +117,10 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def check_contiguous(name: str, tensor: Tensor) -> None:
-    """Refuse strided inputs: kernels read rows in place.
+    """Refuse a tensor that is not contiguous, since kernels compute the addresses of its rows from its shape.
 
     Raises:
-        ValueError: with strides and remedy.
+        ValueError: if the tensor is not contiguous.
     """
     if not tensor.is_contiguous():
         raise ValueError(
@@ -120,22 +129,23 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
-def power_of_two_tiles(width: int, smallest: int, most: int = 3) -> tuple[int, ...]:
-    """Cover `width` by powers of two, the largest first; only the last may reach beyond.
+def power_of_two_tiles(width: int, min_tile: int, max_tiles: int = 3) -> tuple[int, ...]:
+    """Return tile sizes that cover `width`, largest first; only the last tile may extend beyond it.
 
-    Triton's tiles have powers of two as sides. 384 columns are 256 + 128, 208 keys 128 + 64 + 16, not 512 and 256.
+    The sides of Triton's tiles are powers of two. Several tiles waste less than one: 384 columns become 256 + 128
+    instead of 512, and 208 keys become 128 + 64 + 16 instead of 256.
 
     Args:
-        width: at least 1.
-        smallest: no piece is smaller; a power of two.
-        most: pieces at most; the last one is rounded up.
+        width: number of rows or columns to cover, at least 1.
+        min_tile: smallest tile size, a power of two.
+        max_tiles: largest number of tiles; if it is reached, the last tile is rounded up.
     """
-    found: list[int] = []
-    left = width
-    while left > 0:
-        piece = 1 << (left.bit_length() - 1)
-        if piece < left and len(found) == most - 1:
-            piece *= 2
-        found.append(max(piece, smallest))
-        left -= found[-1]
-    return tuple(found)
+    tiles: list[int] = []
+    remaining = width
+    while remaining > 0:
+        tile = 1 << (remaining.bit_length() - 1)
+        if tile < remaining and len(tiles) == max_tiles - 1:
+            tile *= 2
+        tiles.append(max(tile, min_tile))
+        remaining -= tiles[-1]
+    return tuple(tiles)

@@ -1,6 +1,7 @@
-"""Compile a launch for a GPU that is not there: registers, spills, shared memory and matrix instructions are real.
+"""Compile a launch for a GPU that this machine need not have, and report registers, spills and instructions.
 
-Not under the interpreter; its functions have no compiler behind them.
+The figures come from the real compiler and assembler. They are not available in the interpreter, whose kernels are
+plain Python functions.
 """
 
 import hashlib
@@ -19,11 +20,11 @@ from triton.compiler import ASTSource
 from iwm_fast.kernels.launch import Launch, compilable
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory a program may have, by architecture."""
+"""Largest shared memory of a program in bytes, by architecture; source: CUDA C++ Programming Guide."""
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-"""The fast matrix product of each architecture, in PTX."""
+"""PTX name of the fastest tensor-core instruction of each architecture."""
 
-_POINTERS = {
+_POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -32,54 +33,62 @@ _POINTERS = {
 }
 
 
-class Compiled(NamedTuple):
-    """What the compiler made of a launch."""
+class CompilationReport(NamedTuple):
+    """Resources and tensor-core instructions of a compiled kernel."""
 
     registers: int
-    """Per thread."""
+    """Registers per thread."""
     spill_bytes: int
-    """Per thread; local memory included."""
+    """Bytes per thread that do not fit in registers and are kept in memory: stack and local memory."""
     shared_bytes: int
-    """Per program."""
+    """Bytes of shared memory per program."""
     fast_products: int
-    """Instructions of `MATRIX_INSTRUCTION`."""
+    """Number of instructions of the kind that `MATRIX_INSTRUCTION` names for the architecture."""
     matrix_products: int
-    """Those and `mma.sync`."""
+    """Number of all tensor-core instructions: `fast_products` and the slower `mma.sync`."""
 
 
 def source_digest(launch: Launch, architecture: int) -> str:
-    """Return a short name of all that the compiler is given: code, types, constants, options, and its own version."""
-    parts = (_source(launch).hash(), architecture, sorted(launch.options.items()), triton.__version__)
-    return hashlib.sha256(str(parts).encode()).hexdigest()[:16]
+    """Return a digest of all that determines the compiled code: source, types, constants, options, Triton's version."""
+    inputs = (_ast_source(launch).hash(), architecture, sorted(launch.options.items()), triton.__version__)
+    return hashlib.sha256(str(inputs).encode()).hexdigest()[:16]
 
 
-def compile_for(launch: Launch, architecture: int) -> Compiled:
-    """Compile for an architecture (80, 90, 100); tensors give dtypes only and may be on the meta device."""
-    compiled: Any = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options)
-    registers, spilled = _resources(compiled.asm["cubin"])
-    fast = compiled.asm["ptx"].count(MATRIX_INSTRUCTION[architecture])
-    other = 0 if architecture == 80 else compiled.asm["ptx"].count("mma.sync")
-    return Compiled(registers, spilled, compiled.metadata.shared, fast, fast + other)
+def compile_for(launch: Launch, architecture: int) -> CompilationReport:
+    """Compile a launch for compute capability 8.0, 9.0 or 10.0, passed as 80, 90 or 100.
+
+    Its tensors may be on the meta device, since only their dtypes are used.
+    """
+    target = GPUTarget("cuda", architecture, 32)
+    compiled: Any = triton.compile(_ast_source(launch), target=target, options=launch.options)
+    registers, spill_bytes = _resource_usage(compiled.asm["cubin"])
+    num_fast = compiled.asm["ptx"].count(MATRIX_INSTRUCTION[architecture])
+    # On sm_80 mma.sync is the fast instruction and is already counted.
+    num_slow = 0 if architecture == 80 else compiled.asm["ptx"].count("mma.sync")
+    return CompilationReport(registers, spill_bytes, compiled.metadata.shared, num_fast, num_fast + num_slow)
 
 
-def _source(launch: Launch) -> ASTSource:
+def _ast_source(launch: Launch) -> ASTSource:
+    """Return what Triton's own launcher would compile for these arguments."""
     arguments = {name: value for name, value in launch.arguments.items() if value is not None}
     absent = {name: None for name, value in launch.arguments.items() if value is None}
     constants = compilable(launch.constants) | absent
     names = launch.kernel.arg_names
-    signature = {name: _type(arguments[name]) if name in arguments else "constexpr" for name in names}
-    # allocators align to 256 bytes; an offset tensor costs one more compilation, which is not what is examined here
+    signature = {name: _signature_type(arguments[name]) if name in arguments else "constexpr" for name in names}
+    # PyTorch's allocator aligns tensors to 256 bytes, so pointers are declared divisible by 16. A view that is not
+    # aligned would be compiled once more, with slower loads; that variant is not examined here.
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
     return ASTSource(launch.kernel, signature, constants, aligned)
 
 
-def _type(value: Tensor | int | float | None) -> str:
+def _signature_type(value: Tensor | int | float | None) -> str:
     if isinstance(value, Tensor):
-        return _POINTERS[value.dtype]
+        return _POINTER_TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers and spilled bytes per thread, as NVIDIA's `cuobjdump` (part of Triton) reads them."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

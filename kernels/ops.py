@@ -1,4 +1,4 @@
-"""The operations a model is built from, as one tuple: choosing a set of them is choosing one of these."""
+"""The operations that models are built from, as one tuple: a model takes either `REFERENCE` or `FUSED`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,28 +12,28 @@ from iwm_fast.kernels.predictor_input import op as predictor_inputs
 
 
 class Ops(NamedTuple):
-    """Functions of the same signature as their references."""
+    """One implementation of the operations; a fused function has the same signature as its reference."""
 
     ragged_attention: Callable[[Tensor, Tensor | None, int], Tensor]
-    """(qkv, offsets, longest) -> out; see `iwm_fast.kernels.attention.op`."""
+    """(qkv, offsets, longest) -> out; explained in `iwm_fast.kernels.attention.op`."""
     predictor_input: Callable[..., Tensor]
-    """(context, mask_token, positions, patches, places, *, action_tokens, mixer) -> packed; see
+    """(context, mask_token, positions, patches, layout, *, action_tokens, mixer) -> packed; explained in
     `iwm_fast.kernels.predictor_input.op`."""
     residual_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(x, residual, weight, bias, eps) -> (sum, normed); see `iwm_fast.kernels.residual_norm`."""
+    """(x, residual, weight, bias, eps) -> (sum, normed); explained in `iwm_fast.kernels.residual_norm`."""
 
 
 REFERENCE = Ops(
     attention.ragged_attention_reference, predictor_inputs.predictor_input_reference, norm.residual_norm_reference
 )
-"""Plain PyTorch: runs anywhere, and is what the fused operations are tested against."""
+"""Plain PyTorch: runs on any device, and is what the fused operations are tested against."""
 
 FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.residual_norm)
-"""Triton kernels: on NVIDIA GPUs, and slowly in Triton's interpreter."""
+"""Triton kernels: run on NVIDIA GPUs and, slowly, in Triton's interpreter."""
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Return every kernel setting for an architecture, by name, for `offline_compile`."""
+    """Return every launch configuration used on an architecture, by name, on tensors without memory."""
     return (
         attention.shipped_launches(architecture)
         | predictor_inputs.shipped_launches(architecture)

@@ -2,16 +2,23 @@
 
     sum = x + residual;  normed = (sum - mean(sum)) / sqrt(var(sum) + eps) * weight + bias, over the last axis
 
-Shapes: x, residual (M, D); weight, bias (D,); results (M, D) twice. Bytes per element for a bfloat16 x and a float32
-residual under autocast, forward: plain 6 + 4 (add), 4 + 4 (norm), 4 + 2 (cast) = 24, one pass 6 + 6 = 12; backward:
-plain 2 + 4 (cast), 8 + 4 (norm), 8 (weight, bias), 8 + 4 (add), 4 + 2 (cast) = 44, one pass 10 + 6 = 16. All float32:
-20 against 16, and 32 against 16. Precision: the sum has the wider dtype of the two (a bfloat16 update leaves a float32
-stream in float32); statistics in float32, for float64 in float64. The norm has the sum's dtype; fused and under
-autocast that of autocast, to which the product that follows rounds it anyway. Gradient: with g = d_normed * weight and
-h = (sum - mean) * rstd, x and residual get d_sum + rstd * (g - mean(g) - h * mean(g * h)), weight the sum over rows of
-d_normed * h, bias that of d_normed: of each program's rows, then of the programs, always in the same order.
+Shapes: x and residual are (M, D), weight and bias (D,), both results (M, D).
+
+Bytes per element for a bfloat16 x and a float32 residual under autocast. Forward: plain PyTorch moves 6 + 4 (add),
+4 + 4 (norm) and 4 + 2 (cast) = 24, one pass 6 + 6 = 12. Backward: plain PyTorch moves 2 + 4 (cast), 8 + 4 (norm), 8
+(weight and bias), 8 + 4 (add) and 4 + 2 (cast) = 44, one pass 10 + 6 = 16. In float32 throughout it is 20 against 16
+forward and 32 against 16 backward.
+
+Precision: the sum has the wider dtype of its two terms, so that adding a bfloat16 x leaves a float32 residual stream in
+float32. Statistics are in float32, or float64 for float64. The norm has the dtype of the sum; the fused operation under
+autocast returns it in autocast's dtype, to which the matrix product that follows would round it anyway.
+
+Gradient, with g = d_normed * weight and h = (sum - mean) * rstd: x and residual get
+d_sum + rstd * (g - mean(g) - h * mean(g * h)), weight gets the sum over rows of d_normed * h and bias that of d_normed.
+These are summed over each program's rows and then over the programs, always in the same order.
 """
 
+# Type checkers do not know that device code is compiled.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
@@ -29,11 +36,11 @@ from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, chec
 def residual_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (x + residual, its LayerNorm).
+    """Return x + residual (M, D) and its LayerNorm (M, D), in plain PyTorch.
 
     Args:
-        x: (M, D), what a block adds.
-        residual: (M, D), the stream it is added to.
+        x: (M, D), output of a block.
+        residual: (M, D), the residual stream that the block's output is added to.
         weight: (D,).
         bias: (D,).
         eps: added to the variance.
@@ -43,9 +50,11 @@ def residual_norm_reference(
 
 
 @triton.jit
-def _tile(piece, rows, num_rows, WIDTH: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr):
-    # columns are a whole tile: a vector of weights would go through shared memory to the threads that need it
-    columns = piece * PIECE + tl.broadcast_to(tl.arange(0, PIECE)[None, :], (ROWS, PIECE))
+def _locate_block(block, rows, num_rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return columns, element offsets and mask of a block of columns, each (BLOCK_M, BLOCK_N)."""
+    # `columns` has the shape of the tile instead of one row: a vector of weights would be loaded in another layout
+    # and pass through shared memory to the threads that need it.
+    columns = block * BLOCK_N + tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], (BLOCK_M, BLOCK_N))
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)
     return columns, rows[:, None] * WIDTH + columns, mask
 
@@ -59,39 +68,38 @@ def _forward_kernel(
     total_ptr,  # (M, WIDTH)
     normed_ptr,  # (M, WIDTH)
     stats_ptr,  # (2, M): mean, 1 / standard deviation
-    num_rows,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    PIECES: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
-    precise = stats_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    num_rows, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    sum_dtype = stats_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     totals = ()
-    added = tl.zeros((ROWS, PIECE), precise)
-    for i in tl.static_range(PIECES):
-        _, place, mask = _tile(i, rows, num_rows, WIDTH, PIECE, ROWS)
-        total = tl.load(x_ptr + place, mask, other=0.0).to(precise)
-        total += tl.load(residual_ptr + place, mask, other=0.0).to(precise)
-        # what is normalised is the sum as it is stored, rounded
-        totals = totals + (total.to(total_ptr.dtype.element_ty).to(precise),)
-        added += totals[i]
-    mean = tl.sum(added, 1) / WIDTH
-    squares = tl.zeros((ROWS, PIECE), precise)
-    for i in tl.static_range(PIECES):
-        _, place, mask = _tile(i, rows, num_rows, WIDTH, PIECE, ROWS)
-        # stored here and not above: no load may overtake a store
-        tl.store(total_ptr + place, totals[i].to(total_ptr.dtype.element_ty), mask)
+    # Sums are kept per column of a block and reduced over the columns once, at the end.
+    column_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
+    for i in tl.static_range(NUM_BLOCKS):
+        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
+        total = tl.load(x_ptr + offset, mask, other=0.0).to(sum_dtype)
+        total += tl.load(residual_ptr + offset, mask, other=0.0).to(sum_dtype)
+        # The norm is that of the sum as it is stored, which is rounded.
+        totals = totals + (total.to(total_ptr.dtype.element_ty).to(sum_dtype),)
+        column_sums += totals[i]
+    mean = tl.sum(column_sums, 1) / WIDTH
+    # The variance is summed in a second pass over registers: mean(x^2) - mean^2 would cancel where the mean is large.
+    squares = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
+    for i in tl.static_range(NUM_BLOCKS):
+        _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
+        # Stored here and not in the loop above: the compiler never moves a load ahead of a store, so the loads of the
+        # next block would wait.
+        tl.store(total_ptr + offset, totals[i].to(total_ptr.dtype.element_ty), mask)
         centred = tl.where(mask, totals[i] - mean[:, None], 0.0)
         squares += centred * centred
     rstd = tl.rsqrt(tl.sum(squares, 1) / WIDTH + EPS)
-    for i in tl.static_range(PIECES):
-        columns, place, mask = _tile(i, rows, num_rows, WIDTH, PIECE, ROWS)
-        weight = tl.load(weight_ptr + columns, mask, other=0.0).to(precise)
-        bias = tl.load(bias_ptr + columns, mask, other=0.0).to(precise)
+    for i in tl.static_range(NUM_BLOCKS):
+        columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
+        weight = tl.load(weight_ptr + columns, mask, other=0.0).to(sum_dtype)
+        bias = tl.load(bias_ptr + columns, mask, other=0.0).to(sum_dtype)
         normed = (totals[i] - mean[:, None]) * rstd[:, None] * weight + bias
-        tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask)
+        tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask)
     tl.store(stats_ptr + rows, mean, rows < num_rows)
     tl.store(stats_ptr + num_rows + rows, rstd, rows < num_rows)
 
@@ -105,122 +113,130 @@ def _backward_kernel(
     weight_ptr,  # (WIDTH,)
     partial_ptr,  # (2, programs, WIDTH): d_weight, d_bias
     d_x_ptr,  # (M, WIDTH)
-    d_residual_ptr,  # (M, WIDTH), or None where it would equal d_x
-    num_rows,
-    WIDTH: tl.constexpr,
-    PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    PIECES: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
-    precise = stats_ptr.dtype.element_ty
+    d_residual_ptr,  # (M, WIDTH), or None if it has the dtype of d_x and so the same values
+    num_rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    sum_dtype = stats_ptr.dtype.element_ty
     program = tl.program_id(0)
     d_weights, d_biases = (), ()
-    for _i in tl.static_range(PIECES):
-        d_weights = d_weights + (tl.zeros((ROWS, PIECE), precise),)
-        d_biases = d_biases + (tl.zeros((ROWS, PIECE), precise),)
-    for group in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = tl.cast(group, tl.int64) * ROWS + tl.arange(0, ROWS)
+    for _i in tl.static_range(NUM_BLOCKS):
+        d_weights = d_weights + (tl.zeros((BLOCK_M, BLOCK_N), sum_dtype),)
+        d_biases = d_biases + (tl.zeros((BLOCK_M, BLOCK_N), sum_dtype),)
+    # Programs stride over the rows, so that there is one partial sum per program and not one per block of rows.
+    for row_block in range(program, tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+        rows = tl.cast(row_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mean = tl.load(stats_ptr + rows, rows < num_rows, other=0.0)[:, None]
         rstd = tl.load(stats_ptr + num_rows + rows, rows < num_rows, other=0.0)[:, None]
-        d_totals, scaled, standardized, more_weights, more_biases = (), (), (), (), ()
-        added = tl.zeros((ROWS, PIECE), precise)
-        added_products = tl.zeros((ROWS, PIECE), precise)
-        for i in tl.static_range(PIECES):
-            columns, place, mask = _tile(i, rows, num_rows, WIDTH, PIECE, ROWS)
+        # Triton's tuples are immutable, so the unrolled loops build new ones.
+        d_totals, d_standardized, standardized, new_d_weights, new_d_biases = (), (), (), (), ()
+        gradient_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
+        product_sums = tl.zeros((BLOCK_M, BLOCK_N), sum_dtype)
+        for i in tl.static_range(NUM_BLOCKS):
+            columns, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
             if d_total_ptr is not None:
-                # here and not where it is needed: no load may overtake a store
-                d_totals = d_totals + (tl.load(d_total_ptr + place, mask, other=0.0),)
-            d_normed = tl.load(d_normed_ptr + place, mask, other=0.0).to(precise)
-            total = tl.load(total_ptr + place, mask, other=0.0).to(precise)
-            weight = tl.load(weight_ptr + columns, mask, other=0.0).to(precise)
+                # Loaded here and not in the loop that uses it, where it would wait for the stores of the block before.
+                d_totals = d_totals + (tl.load(d_total_ptr + offset, mask, other=0.0),)
+            d_normed = tl.load(d_normed_ptr + offset, mask, other=0.0).to(sum_dtype)
+            total = tl.load(total_ptr + offset, mask, other=0.0).to(sum_dtype)
+            weight = tl.load(weight_ptr + columns, mask, other=0.0).to(sum_dtype)
             standardized = standardized + ((total - mean) * rstd,)
-            scaled = scaled + (d_normed * weight,)
-            more_weights = more_weights + (d_weights[i] + d_normed * standardized[i],)
-            more_biases = more_biases + (d_biases[i] + d_normed,)
-            added += scaled[i]
-            added_products += scaled[i] * standardized[i]
-        d_weights, d_biases = more_weights, more_biases
-        mean_scaled = (tl.sum(added, 1) / WIDTH)[:, None]
-        mean_product = (tl.sum(added_products, 1) / WIDTH)[:, None]
-        for i in tl.static_range(PIECES):
-            _, place, mask = _tile(i, rows, num_rows, WIDTH, PIECE, ROWS)
-            d_input = (scaled[i] - mean_scaled - standardized[i] * mean_product) * rstd
+            d_standardized = d_standardized + (d_normed * weight,)
+            new_d_weights = new_d_weights + (d_weights[i] + d_normed * standardized[i],)
+            new_d_biases = new_d_biases + (d_biases[i] + d_normed,)
+            gradient_sums += d_standardized[i]
+            product_sums += d_standardized[i] * standardized[i]
+        d_weights, d_biases = new_d_weights, new_d_biases
+        mean_gradient = (tl.sum(gradient_sums, 1) / WIDTH)[:, None]
+        mean_product = (tl.sum(product_sums, 1) / WIDTH)[:, None]
+        for i in tl.static_range(NUM_BLOCKS):
+            _, offset, mask = _locate_block(i, rows, num_rows, WIDTH, BLOCK_N, BLOCK_M)
+            d_input = (d_standardized[i] - mean_gradient - standardized[i] * mean_product) * rstd
             if d_total_ptr is not None:
-                d_input += d_totals[i].to(precise)
-            tl.store(d_x_ptr + place, d_input.to(d_x_ptr.dtype.element_ty), mask)
+                d_input += d_totals[i].to(sum_dtype)
+            tl.store(d_x_ptr + offset, d_input.to(d_x_ptr.dtype.element_ty), mask)
             if d_residual_ptr is not None:
-                tl.store(d_residual_ptr + place, d_input.to(d_residual_ptr.dtype.element_ty), mask)
-    for i in tl.static_range(PIECES):
-        columns = i * PIECE + tl.arange(0, PIECE)
-        place = partial_ptr + program.to(tl.int64) * WIDTH + columns
-        tl.store(place, tl.sum(d_weights[i], 0), columns < WIDTH)
-        tl.store(place + tl.num_programs(0) * WIDTH, tl.sum(d_biases[i], 0), columns < WIDTH)
+                tl.store(d_residual_ptr + offset, d_input.to(d_residual_ptr.dtype.element_ty), mask)
+    for i in tl.static_range(NUM_BLOCKS):
+        columns = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        pointer = partial_ptr + program.to(tl.int64) * WIDTH + columns
+        tl.store(pointer, tl.sum(d_weights[i], 0), columns < WIDTH)
+        tl.store(pointer + tl.num_programs(0) * WIDTH, tl.sum(d_biases[i], 0), columns < WIDTH)
 
 
-# Up to which width: columns in pieces, rows at once. A piece of these rows is 16 bytes of float32 for each thread of
-# eight warps, and all pieces of a row lie in the same threads. Up to 512 columns one warp holds a row and adds it up
-# without barriers; wider rows would need over 128 registers a thread so, and are shared by four warps.
-_TILINGS = {512: {"PIECE": 128, "ROWS": 8}, 1536: {"PIECE": 512, "ROWS": 2}}
-# Programs of the backward pass, at most: with up to 128 registers an H100 runs two on each of its 132 multiprocessors.
-# The same number everywhere, so that sums are the same everywhere.
-_MOST_PROGRAMS = 264
+# Tile sizes by largest width. A block of these rows is 16 bytes of float32 for each thread of eight warps, and all
+# blocks of a row lie in the same threads. Up to 512 columns one warp holds a row and reduces it without barriers; wider
+# rows would then need over 128 registers a thread, so four warps share each of them.
+_TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOCK_M": 2}}
+# Largest number of programs of the backward pass: with up to 128 registers a thread, an H100 runs two programs on each
+# of its 132 multiprocessors. The number is the same on all GPUs so that the order of the sums is the same, too.
+_MAX_PROGRAMS = 264
 
 
-def _tiling(width: int) -> dict[str, int]:
-    return {"WIDTH": width} | next(tiling for widest, tiling in _TILINGS.items() if width <= widest)
+def _tile_sizes(width: int) -> dict[str, int]:
+    return {"WIDTH": width} | next(sizes for max_width, sizes in _TILE_SIZES.items() if width <= max_width)
 
 
-def _outputs(x: Tensor, residual: Tensor, normed_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return empty sum, normed and statistics."""
+def _empty_outputs(x: Tensor, residual: Tensor, normed_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialised tensors for sum, norm and statistics; the norm's dtype is by default that of the sum."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     stats = x.new_empty(2, x.shape[0], dtype=torch.promote_types(dtype, torch.float32))
     return torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=normed_dtype or dtype), stats
 
 
-def _forward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: float) -> Launch:
-    """Make the launch from x, residual, weight and bias to `_outputs`."""
-    rows, width = inputs[0].shape
-    tiling = _tiling(width)
-    arguments: dict[str, Any] = dict(zip(_forward_kernel.arg_names, (*inputs, *outputs, rows), strict=False))
-    return Launch(_forward_kernel, (triton.cdiv(rows, tiling["ROWS"]),), arguments, tiling | {"EPS": eps}, num_warps=8)
+def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: float) -> Launch:
+    """Return the launch that computes sum, norm and statistics from x, residual, weight and bias."""
+    num_rows, width = inputs[0].shape
+    sizes = _tile_sizes(width)
+    # In the order of the kernel's parameters; the names that are left over are the constants'.
+    arguments: dict[str, Any] = dict(zip(_forward_kernel.arg_names, (*inputs, *outputs, num_rows), strict=False))
+    grid = (triton.cdiv(num_rows, sizes["BLOCK_M"]),)
+    return Launch(_forward_kernel, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
 
 
-def _gradients(total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> list[Tensor]:
-    """Return an empty gradient of x and, if it has another dtype, of residual."""
+def _empty_gradients(total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> list[Tensor]:
+    """Return an uninitialised gradient of x and, if it has a different dtype, one of residual."""
     return [torch.empty_like(total, dtype=dtype) for dtype in dict.fromkeys((x_dtype, residual_dtype))]
 
 
-def _backward(given: Sequence[Tensor | None], stats: Tensor, gradients: Sequence[Tensor]) -> tuple[Launch, Tensor]:
-    """Make the launch from d_sum (or None), d_normed, sum, statistics and weight to `_gradients` and partial sums."""
-    rows, width = gradients[0].shape
-    tiling = _tiling(width)
-    programs = min(triton.cdiv(rows, tiling["ROWS"]), _MOST_PROGRAMS)
-    partial = stats.new_empty(2, programs, width)
+def _backward_launch(
+    inputs: Sequence[Tensor | None], stats: Tensor, gradients: Sequence[Tensor]
+) -> tuple[Launch, Tensor]:
+    """Return the launch that fills `gradients`, and the (2, programs, D) partial sums of d_weight and d_bias.
+
+    `inputs` are d_sum (or None), d_normed, sum, statistics and weight; partial sums have the dtype of `stats`.
+    """
+    num_rows, width = gradients[0].shape
+    sizes = _tile_sizes(width)
+    num_programs = min(triton.cdiv(num_rows, sizes["BLOCK_M"]), _MAX_PROGRAMS)
+    partial = stats.new_empty(2, num_programs, width)
     d_x, d_residual = (*gradients, None)[:2]
-    values = (*given, partial, d_x, d_residual, rows)
+    values = (*inputs, partial, d_x, d_residual, num_rows)
     arguments: dict[str, Any] = dict(zip(_backward_kernel.arg_names, values, strict=False))
-    return Launch(_backward_kernel, (programs,), arguments, tiling, num_warps=8), partial
+    return Launch(_backward_kernel, (num_programs,), arguments, sizes, num_warps=8), partial
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Name launches at the usual widths, for tensors on the meta device; they are the same for every architecture."""
+    """Return launches at the usual widths, by name, on tensors of the meta device; all architectures have the same."""
     launches = {}
     for width in (128, 192, 256, 320, 384, 512, 768, 1024, 1280, 1408):
         for x_dtype in (torch.bfloat16, torch.float32):
             x, residual = (torch.empty(64, width, dtype=dtype, device="meta") for dtype in (x_dtype, torch.float32))
-            total, normed, stats = outputs = _outputs(x, residual, x_dtype)
-            launches[f"{width} {x_dtype} forward"] = _forward((x, residual, residual[0], residual[0]), outputs, 1e-6)
-            given, gradients = (total, normed, total, stats, residual[0]), _gradients(total, x_dtype, torch.float32)
-            launches[f"{width} {x_dtype} backward"], _ = _backward(given, stats, gradients)
+            weight = residual[0]
+            total, normed, stats = outputs = _empty_outputs(x, residual, x_dtype)
+            launches[f"{width} {x_dtype} forward"] = _forward_launch((x, residual, weight, weight), outputs, 1e-6)
+            inputs, gradients = (total, normed, total, stats, weight), _empty_gradients(total, x_dtype, torch.float32)
+            launches[f"{width} {x_dtype} backward"], _ = _backward_launch(inputs, stats, gradients)
     return launches
 
 
-def _check(inputs: Sequence[Tensor]) -> None:
+def _check_inputs(inputs: Sequence[Tensor]) -> None:
     x = inputs[0]
+    # Raises if x is not on a GPU and kernels are not interpreted.
     architecture(x.device)
-    width, widest = x.shape[-1], max(_TILINGS)
-    if x.ndim != 2 or width % 16 != 0 or not 16 <= width <= widest:
-        raise ValueError(f"x must have shape (M, D) with D a multiple of 16 up to {widest}, got {tuple(x.shape)}")
+    width, max_width = x.shape[-1], max(_TILE_SIZES)
+    if x.ndim != 2 or width % 16 != 0 or not 16 <= width <= max_width:
+        raise ValueError(f"x must have shape (M, D) with D a multiple of 16 up to {max_width}, got {tuple(x.shape)}")
     shapes = {"x": x.shape, "residual": x.shape, "weight": (width,), "bias": (width,)}
     for (name, shape), tensor in zip(shapes.items(), inputs, strict=True):
         if tensor.shape != shape:
@@ -230,70 +246,87 @@ def _check(inputs: Sequence[Tensor]) -> None:
 
 
 @torch.library.custom_op("iwm_fast::residual_norm", mutates_args=())
-def _fused(
+def _residual_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, normed_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (x, residual, weight, bias)
-    _check(inputs)
-    outputs = _outputs(x, residual, normed_dtype)
-    written = [*map(interpretable, outputs)]
-    _forward([*map(interpretable, inputs)], written, eps).run()
-    total, normed, stats = map(Tensor.type_as, written, outputs)
+    _check_inputs(inputs)
+    outputs = _empty_outputs(x, residual, normed_dtype)
+    # In the interpreter kernels write float32 in place of bfloat16; the results are rounded below.
+    kernel_outputs = [*map(interpretable, outputs)]
+    _forward_launch([*map(interpretable, inputs)], kernel_outputs, eps).run()
+    total, normed, stats = map(Tensor.type_as, kernel_outputs, outputs)
     return total, normed, stats
 
 
-@_fused.register_fake
+@_residual_norm.register_fake
 def _(x, residual, weight, bias, *, eps, normed_dtype):
-    return _outputs(x, residual, normed_dtype)
+    return _empty_outputs(x, residual, normed_dtype)
 
 
 @torch.library.custom_op("iwm_fast::residual_norm_backward", mutates_args=())
-def _fused_backward(
+def _residual_norm_backward(
     d_total: Tensor | None, d_normed: Tensor, saved: Sequence[Tensor], x_dtype: torch.dtype, residual_dtype: torch.dtype
 ) -> list[Tensor]:
-    """Return the gradients of weight and bias, not yet rounded, of x and, if it has another dtype, of residual."""
-    gradients = _gradients(saved[0], x_dtype, residual_dtype)
-    written = [*map(interpretable, gradients)]
-    # from a sum they come expanded, from a transposition strided
-    given = [None if tensor is None else interpretable(tensor.contiguous()) for tensor in (d_total, d_normed, *saved)]
-    launch, partial = _backward(given, saved[1], written)
+    """Return the gradients of weight and bias, not yet rounded, of x and, if its dtype is different, of residual.
+
+    `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
+    """
+    gradients = _empty_gradients(saved[0], x_dtype, residual_dtype)
+    kernel_gradients = [*map(interpretable, gradients)]
+    # Autograd may pass any layout: the gradient of a sum is expanded, that of a transposition strided.
+    inputs = [None if tensor is None else interpretable(tensor.contiguous()) for tensor in (d_total, d_normed, *saved)]
+    launch, partial = _backward_launch(inputs, saved[1], kernel_gradients)
     launch.run()
-    return [partial[0].sum(0), partial[1].sum(0), *map(Tensor.type_as, written, gradients)]
+    return [partial[0].sum(0), partial[1].sum(0), *map(Tensor.type_as, kernel_gradients, gradients)]
 
 
-@_fused_backward.register_fake
+@_residual_norm_backward.register_fake
 def _(d_total, d_normed, saved, x_dtype, residual_dtype):
-    affine = (saved[1].new_empty(saved[0].shape[1]) for _ in range(2))
-    return [*affine, *_gradients(saved[0], x_dtype, residual_dtype)]
+    d_weight_and_bias = (saved[1].new_empty(saved[0].shape[1]) for _ in range(2))
+    return [*d_weight_and_bias, *_empty_gradients(saved[0], x_dtype, residual_dtype)]
 
 
-def _save(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.dtypes = [tensor.dtype for tensor in inputs]
+    # The sum and the statistics are enough for the gradient; x and residual need not be kept.
     ctx.save_for_backward(output[0], output[2], inputs[2])
     ctx.mark_non_differentiable(output[2])
+    # The gradient of an unused result arrives as None, which saves the kernel reading a tensor of zeros.
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_total, d_normed, _):
-    x, residual, weight, bias = ctx.dtypes
+def _backward(ctx, d_total, d_normed, _):
+    x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
     if d_normed is None:
-        return *(None if d_total is None else d_total.to(dtype) for dtype in (x, residual)), None, None
-    d_weight, d_bias, *d_inputs = _fused_backward(d_total, d_normed, ctx.saved_tensors, x, residual)
-    return d_inputs[0], d_inputs[-1], d_weight.to(weight), d_bias.to(bias)
+        return *(None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype)), None, None
+    d_weight, d_bias, *d_inputs = _residual_norm_backward(d_total, d_normed, ctx.saved_tensors, x_dtype, residual_dtype)
+    # If x and residual have the same dtype, there is one gradient for both.
+    return d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype)
 
 
-_fused.register_autograd(_differentiate, setup_context=_save)
+_residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return what `residual_norm_reference` does, in one pass; under autocast, the norm in the dtype of autocast.
+    """Return x + residual and its LayerNorm, computed in one pass by a Triton kernel.
+
+    Args:
+        x: (M, D), output of a block; D is a multiple of 16 up to 1536.
+        residual: (M, D), the residual stream that the block's output is added to.
+        weight: (D,).
+        bias: (D,).
+        eps: added to the variance.
+
+    Returns:
+        The sum (M, D) and its LayerNorm (M, D); under autocast the norm has autocast's dtype.
 
     Raises:
-        ValueError: if shapes do not fit, D is no multiple of 16 or over 1536, or a tensor is not contiguous.
+        ValueError: if shapes do not fit, D is not a multiple of 16 up to 1536, or a tensor is not contiguous.
         TypeError: for dtypes other than bfloat16, float16 and float32.
-        RuntimeError: on a CPU, unless kernels are interpreted.
+        RuntimeError: if x is not on a GPU and kernels are not interpreted.
     """
-    kind = x.device.type
-    normed_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    total, normed, _ = _fused(x, residual, weight, bias, eps=eps, normed_dtype=normed_dtype)
+    device_type = x.device.type
+    normed_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    total, normed, _ = _residual_norm(x, residual, weight, bias, eps=eps, normed_dtype=normed_dtype)
     return total, normed

@@ -1,1 +1,1 @@
-"""How do tokens of sequences with their own lengths attend to each other, without padding?"""
+"""How do the tokens of sequences with different lengths attend to each other without padding?"""

@@ -1,18 +1,21 @@
-"""Attention over sequences that fit on a multiprocessor whole: one program per (sequence, head), no running softmax.
+"""Attention over short sequences: one program per (sequence, head) holds all keys, so no running softmax is needed.
 
-Keys and values of a head are read once and stay; queries pass by in tiles. Keys come in pieces, powers of two, so that
-196 keys cost 128 + 64 + 16 and not 256. A kernel holds a key_splits of such splits, and each program takes the smallest
-one that holds its sequence: short sequences of a ragged batch do not pay for the longest. Sequences that a launch has
-no rung for are left to the other launches.
+A program reads the keys and values of its head once and keeps them in registers or shared memory while it loops over
+tiles of queries. The keys are split into tiles whose sizes are powers of two: 196 keys take 128 + 64 + 16, not 256.
+A kernel is compiled with several key splits, one for each bucket of lengths, and a program takes the smallest split
+that holds its sequence, so that short sequences of a ragged batch do not cost as much as the longest. A launch skips
+sequences that belong to another launch's buckets.
 
-Backward in transposed form, S^T = K Q^T: keys are the rows of every tile, so dK and dV grow in registers and dQ of a
-query tile is complete when the tile is: nothing is added to memory, hence no atomics and the same bits every time.
-sum(P * dP) takes the place of sum(out * d_out): the output need not be read.
+The backward pass works with transposed scores, S^T = K Q^T. Keys are then the rows of every tile: dK and dV accumulate
+in registers, and dQ of a query tile is complete when the tile is done. No program adds to another one's result, so
+there are no atomics and the gradients have the same bits in every run. sum(P * dP) replaces the equal sum(out * d_out),
+so that the output need not be read.
 
-The tables hold what compiles without spills (registers and shared memory: `python -m benchmarks.kernels`).
+The tables hold configurations that compile without spills; `python -m benchmarks.kernels` prints registers and shared
+memory of each.
 """
 
-# to a type checker the constants of device code are no numbers
+# Type checkers do not know that device code is compiled, where a constexpr parameter is a number.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from typing import Any, NamedTuple
@@ -26,227 +29,251 @@ from iwm_fast.kernels.launch import Launch
 
 
 class Group(NamedTuple):
-    """Lengths that one launch takes care of."""
+    """Configuration of one launch, which computes a range of sequence lengths."""
 
     key_splits: tuple[tuple[int, ...], ...]
-    """Splits of the keys into pieces, shortest first; all pieces but a split's last are full."""
+    """For each bucket of lengths, shortest first: the sizes of the key tiles. Sequences fill all tiles but the last."""
     num_queries: int
-    """Queries of a tile."""
+    """Queries per tile."""
     num_warps: int
     num_stages: int
-    """Above 1: the next tile of queries is loaded while this one is worked on."""
+    """Above 1, the next tile of queries is loaded while the current one is processed."""
 
     @property
-    def longest(self) -> int:
-        """The longest sequence the last rung holds."""
+    def max_length(self) -> int:
+        """Length of the longest sequence that the last bucket holds."""
         return sum(self.key_splits[-1])
 
 
-_TO_128 = ((64,), (128,))
-_TO_208 = ((128, 64), (128, 64, 16))
-_TO_256 = ((128, 64, 32), (128, 64, 64))
+_UP_TO_128 = ((64,), (128,))
+_UP_TO_208 = ((128, 64), (128, 64, 16))
+_UP_TO_256 = ((128, 64, 32), (128, 64, 64))
 
-# by architecture and head size; what registers allow is another group, what they do not is left to attention_tiled
-FORWARD = {
+# By architecture (0 stands for all others) and head size, shortest lengths first. A kernel has the registers of its
+# largest bucket, so buckets that need many more have a separate launch. Lengths that do not compile without spills are
+# left to `flash`.
+FORWARD_CONFIGS = {
     90: {
-        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208, 64, 4, 1), Group(_TO_256, 64, 4, 1)),
-        64: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256, 64, 4, 1)),
+        32: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208, 64, 4, 1), Group(_UP_TO_256, 64, 4, 1)),
+        64: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256, 64, 4, 1)),
     },
     0: {
-        32: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256[:1], 64, 4, 1)),
-        64: (Group(_TO_128, 64, 4, 1), Group(_TO_208 + _TO_256[:1], 64, 4, 1)),
+        32: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
+        64: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
     },
 }
-BACKWARD = {
+BACKWARD_CONFIGS = {
     90: {
-        32: (Group(_TO_128, 32, 8, 1), Group(((128, 64), (256,)), 32, 8, 2)),
-        64: (Group(_TO_128, 64, 8, 2), Group(((128, 64),), 32, 8, 2), Group(((256,),), 32, 8, 3)),
+        32: (Group(_UP_TO_128, 32, 8, 1), Group(((128, 64), (256,)), 32, 8, 2)),
+        64: (Group(_UP_TO_128, 64, 8, 2), Group(((128, 64),), 32, 8, 2), Group(((256,),), 32, 8, 3)),
     },
     0: {
-        32: (Group(_TO_128, 32, 8, 1),),
-        64: (Group(_TO_128, 32, 8, 2),),
+        32: (Group(_UP_TO_128, 32, 8, 1),),
+        64: (Group(_UP_TO_128, 32, 8, 2),),
     },
 }
 
 
 @triton.jit
-def _load_keys(row_ptr, length, stride, HEAD_DIM: tl.constexpr, PIECES: tl.constexpr):
-    """Load all keys (or values) of a head as one tile per piece."""
+def _load_keys(base_ptr, length, stride, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr):
+    """Return all keys (or values) of a head as a tuple of tiles; rows from `length` on are zero."""
+    # base_ptr: (length, HEAD_DIM) with row stride `stride`
+    # Triton's tuples are immutable, so here and below each iteration of an unrolled loop builds a new one.
     tiles = ()
-    first = 0
-    for i in tl.static_range(len(PIECES)):
-        tiles = tiles + (load_rows(row_ptr, first, length, stride, PIECES[i], HEAD_DIM, i + 1 < len(PIECES)),)
-        first += PIECES[i]
+    key_start = 0
+    for i in tl.static_range(len(KEY_SPLIT)):
+        tile = load_rows(base_ptr, key_start, length, stride, KEY_SPLIT[i], HEAD_DIM, i + 1 < len(KEY_SPLIT))
+        tiles = tiles + (tile,)
+        key_start += KEY_SPLIT[i]
     return tiles
 
 
 @triton.jit
-def _store_keys(row_ptr, tiles, length, stride, PIECES: tl.constexpr):
-    """Store what `_load_keys` loads."""
-    first = 0
-    for i in tl.static_range(len(PIECES)):
-        store_rows(row_ptr, tiles[i], first, length, stride)
-        first += PIECES[i]
+def _store_keys(base_ptr, tiles, length, stride, KEY_SPLIT: tl.constexpr):
+    """Store a tuple of tiles, one after the other, as rows of one head; skip rows from `length` on."""
+    # base_ptr: (length, HEAD_DIM) with row stride `stride`
+    key_start = 0
+    for i in tl.static_range(len(KEY_SPLIT)):
+        store_rows(base_ptr, tiles[i], key_start, length, stride)
+        key_start += KEY_SPLIT[i]
 
 
 @triton.jit
 def _attend(
-    query_ptr, out_ptr, lse_ptr, length, num_heads,
-    HEAD_DIM: tl.constexpr, PIECES: tl.constexpr, NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, FLOAT: tl.constexpr,
+    query_ptr, out_ptr, lse_ptr, length, num_heads, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Attend within one sequence and head; pointers are at its first row."""
+    """Compute the output and the softmax's log-denominator of one sequence and head."""
+    # query_ptr: (length, 3, H, d), at the head's queries; out_ptr: (length, H, d), at the head; lse_ptr: (length,)
     width = num_heads * HEAD_DIM
-    keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, PIECES)
-    values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, PIECES)
-    for first in range(0, length, NUM_QUERIES):
-        query = load_rows(query_ptr, first, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
+    keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
+    values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
+    for query_start in range(0, length, NUM_QUERIES):
+        query = load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
         scores = ()
-        top = tl.full((NUM_QUERIES,), float("-inf"), FLOAT)
-        before = 0
-        for i in tl.static_range(len(PIECES)):
-            score = tl.dot(query, tl.trans(keys[i]), out_dtype=FLOAT)
-            if i == len(PIECES) - 1:
-                is_key = before + tl.arange(0, PIECES[i]) < length
+        row_max = tl.full((NUM_QUERIES,), float("-inf"), SUM_DTYPE)
+        key_start = 0
+        for i in tl.static_range(len(KEY_SPLIT)):
+            score = tl.dot(query, tl.trans(keys[i]), out_dtype=SUM_DTYPE)
+            # Only the last tile has rows beyond the sequence: shorter sequences are in a smaller bucket.
+            if i == len(KEY_SPLIT) - 1:
+                is_key = key_start + tl.arange(0, KEY_SPLIT[i]) < length
                 score = tl.where(is_key[None, :], score, float("-inf"))
-            before += PIECES[i]
+            key_start += KEY_SPLIT[i]
             scores = scores + (score,)
-            top = tl.maximum(top, tl.max(score, 1))
-        top = top * (SCALE * LOG2_E)
-        total = tl.zeros((NUM_QUERIES,), FLOAT)
-        out = tl.zeros((NUM_QUERIES, HEAD_DIM), FLOAT)
-        for i in tl.static_range(len(PIECES)):
-            weight = tl.exp2(scores[i] * (SCALE * LOG2_E) - top[:, None])
-            total += tl.sum(weight, 1)
-            out = tl.dot(weight.to(query.dtype), values[i], out, out_dtype=FLOAT)
-        store_rows(out_ptr, out / total[:, None], first, length, width)
-        row = first + tl.arange(0, NUM_QUERIES)
-        tl.store(lse_ptr + row, top + tl.log2(total), mask=row < length)
+            row_max = tl.maximum(row_max, tl.max(score, 1))
+        row_max = row_max * (SCALE * LOG2_E)
+        row_sum = tl.zeros((NUM_QUERIES,), SUM_DTYPE)
+        out = tl.zeros((NUM_QUERIES, HEAD_DIM), SUM_DTYPE)
+        for i in tl.static_range(len(KEY_SPLIT)):
+            weight = tl.exp2(scores[i] * (SCALE * LOG2_E) - row_max[:, None])
+            row_sum += tl.sum(weight, 1)
+            out = tl.dot(weight.to(query.dtype), values[i], out, out_dtype=SUM_DTYPE)
+        store_rows(out_ptr, out / row_sum[:, None], query_start, length, width)
+        row = query_start + tl.arange(0, NUM_QUERIES)
+        tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=row < length)
 
 
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _forward_kernel(
-    qkv_ptr, offsets_ptr, out_ptr, lse_ptr, longest, num_heads, num_rows,
+    qkv_ptr,  # (rows, 3, H, d)
+    offsets_ptr,  # (B + 1,) int32, or None
+    out_ptr,  # (rows, H, d)
+    lse_ptr,  # (H, rows): log2 of the softmax's denominator
+    longest, num_heads, num_rows,
     HEAD_DIM: tl.constexpr, KEY_SPLITS: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
-    SCALE: tl.constexpr, FLOAT: tl.constexpr,
+    SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # qkv_ptr: (rows, 3, H, d); out_ptr: (rows, H, d); lse_ptr: (H, rows), base 2
+    # Consecutive programs take the heads of one sequence, whose rows lie side by side in memory.
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
-    first, length = sequence_span(offsets_ptr, program // num_heads, longest)
+    sequence_start, length = sequence_span(offsets_ptr, program // num_heads, longest)
     width = num_heads * HEAD_DIM
-    query_ptr = qkv_ptr + first * 3 * width + head * HEAD_DIM
-    row_ptr = out_ptr + first * width + head * HEAD_DIM
-    row_lse_ptr = lse_ptr + head * num_rows + first
+    query_ptr = qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
+    out_base_ptr = out_ptr + sequence_start * width + head * HEAD_DIM
+    lse_base_ptr = lse_ptr + head * num_rows + sequence_start
+    # Bucket i holds lengths above LIMITS[i] and up to LIMITS[i + 1]. A program does nothing if its sequence is in
+    # another launch's buckets.
     for i in tl.static_range(len(KEY_SPLITS)):
         if (length > LIMITS[i]) & (length <= LIMITS[i + 1]):
             _attend(
-                query_ptr, row_ptr, row_lse_ptr, length, num_heads, HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, FLOAT
-            )
+                query_ptr, out_base_ptr, lse_base_ptr, length, num_heads,
+                HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, SUM_DTYPE,
+            )  # fmt: skip
 
 
 @triton.jit
 def _attend_backward(
-    query_ptr, d_out_ptr, d_query_ptr, lse_ptr, length, num_heads,
-    HEAD_DIM: tl.constexpr, PIECES: tl.constexpr, NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, FLOAT: tl.constexpr,
+    query_ptr, d_out_ptr, d_query_ptr, lse_ptr, length, num_heads, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write dQ, dK and dV of one sequence and head."""
+    """Compute dQ, dK and dV of one sequence and head."""
+    # query_ptr, d_query_ptr: (length, 3, H, d), at the head's queries; d_out_ptr: (length, H, d), at the head;
+    # lse_ptr: (length,)
     width = num_heads * HEAD_DIM
-    keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, PIECES)
-    values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, PIECES)
+    keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
+    values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
     d_keys = ()
     d_values = ()
-    for i in tl.static_range(len(PIECES)):
-        d_keys = d_keys + (tl.zeros((PIECES[i], HEAD_DIM), FLOAT),)
-        d_values = d_values + (tl.zeros((PIECES[i], HEAD_DIM), FLOAT),)
-    for first in range(0, length, NUM_QUERIES):
-        query = load_rows(query_ptr, first, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
-        d_out = load_rows(d_out_ptr, first, length, width, NUM_QUERIES, HEAD_DIM, False)
-        row = first + tl.arange(0, NUM_QUERIES)
+    for i in tl.static_range(len(KEY_SPLIT)):
+        d_keys = d_keys + (tl.zeros((KEY_SPLIT[i], HEAD_DIM), SUM_DTYPE),)
+        d_values = d_values + (tl.zeros((KEY_SPLIT[i], HEAD_DIM), SUM_DTYPE),)
+    # Queries from `length` on need no mask: their d_out is zero, and so is all that they add to dK and dV.
+    for query_start in range(0, length, NUM_QUERIES):
+        query = load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
+        d_out = load_rows(d_out_ptr, query_start, length, width, NUM_QUERIES, HEAD_DIM, False)
+        row = query_start + tl.arange(0, NUM_QUERIES)
         lse = tl.load(lse_ptr + row, mask=row < length, other=0.0)
         weights = ()
         d_weights = ()
-        grown = ()
-        delta = tl.zeros((NUM_QUERIES,), FLOAT)
-        before = 0
-        for i in tl.static_range(len(PIECES)):
-            weight = tl.exp2(tl.dot(keys[i], tl.trans(query), out_dtype=FLOAT) * (SCALE * LOG2_E) - lse[None, :])
-            if i == len(PIECES) - 1:
-                # beyond the sequence the score is 0 and exp2(-lse) may be infinite
-                is_key = before + tl.arange(0, PIECES[i]) < length
+        new_d_values = ()
+        delta = tl.zeros((NUM_QUERIES,), SUM_DTYPE)
+        key_start = 0
+        for i in tl.static_range(len(KEY_SPLIT)):
+            weight = tl.exp2(tl.dot(keys[i], tl.trans(query), out_dtype=SUM_DTYPE) * (SCALE * LOG2_E) - lse[None, :])
+            if i == len(KEY_SPLIT) - 1:
+                # Beyond the sequence the score is 0 and exp2(-lse) may be infinite.
+                is_key = key_start + tl.arange(0, KEY_SPLIT[i]) < length
                 weight = tl.where(is_key[:, None], weight, 0.0)
-            before += PIECES[i]
-            d_weight = tl.dot(values[i], tl.trans(d_out), out_dtype=FLOAT)
+            key_start += KEY_SPLIT[i]
+            d_weight = tl.dot(values[i], tl.trans(d_out), out_dtype=SUM_DTYPE)
             delta += tl.sum(weight * d_weight, 0)
-            grown = grown + (tl.dot(weight.to(query.dtype), d_out, d_values[i], out_dtype=FLOAT),)
+            new_d_values = new_d_values + (tl.dot(weight.to(query.dtype), d_out, d_values[i], out_dtype=SUM_DTYPE),)
             weights = weights + (weight,)
             d_weights = d_weights + (d_weight,)
-        d_values = grown
-        grown = ()
-        d_query = tl.zeros((NUM_QUERIES, HEAD_DIM), FLOAT)
-        for i in tl.static_range(len(PIECES)):
+        d_values = new_d_values
+        new_d_keys = ()
+        d_query = tl.zeros((NUM_QUERIES, HEAD_DIM), SUM_DTYPE)
+        for i in tl.static_range(len(KEY_SPLIT)):
             d_score = (weights[i] * (d_weights[i] - delta[None, :])).to(query.dtype)
-            grown = grown + (tl.dot(d_score, query, d_keys[i], out_dtype=FLOAT),)
-            d_query = tl.dot(tl.trans(d_score), keys[i], d_query, out_dtype=FLOAT)
-        d_keys = grown
-        store_rows(d_query_ptr, d_query * SCALE, first, length, 3 * width)
-    scaled = ()
-    for i in tl.static_range(len(PIECES)):
-        scaled = scaled + (d_keys[i] * SCALE,)
-    _store_keys(d_query_ptr + width, scaled, length, 3 * width, PIECES)
-    _store_keys(d_query_ptr + 2 * width, d_values, length, 3 * width, PIECES)
+            new_d_keys = new_d_keys + (tl.dot(d_score, query, d_keys[i], out_dtype=SUM_DTYPE),)
+            d_query = tl.dot(tl.trans(d_score), keys[i], d_query, out_dtype=SUM_DTYPE)
+        d_keys = new_d_keys
+        store_rows(d_query_ptr, d_query * SCALE, query_start, length, 3 * width)
+    scaled_d_keys = ()
+    for i in tl.static_range(len(KEY_SPLIT)):
+        scaled_d_keys = scaled_d_keys + (d_keys[i] * SCALE,)
+    _store_keys(d_query_ptr + width, scaled_d_keys, length, 3 * width, KEY_SPLIT)
+    _store_keys(d_query_ptr + 2 * width, d_values, length, 3 * width, KEY_SPLIT)
 
 
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
 def _backward_kernel(
-    qkv_ptr, offsets_ptr, d_out_ptr, d_qkv_ptr, lse_ptr, longest, num_heads, num_rows,
+    qkv_ptr,  # (rows, 3, H, d)
+    offsets_ptr,  # (B + 1,) int32, or None
+    d_out_ptr,  # (rows, H, d)
+    d_qkv_ptr,  # (rows, 3, H, d)
+    lse_ptr,  # (H, rows): log2 of the softmax's denominator
+    longest, num_heads, num_rows,
     HEAD_DIM: tl.constexpr, KEY_SPLITS: tl.constexpr, LIMITS: tl.constexpr, NUM_QUERIES: tl.constexpr,
-    SCALE: tl.constexpr, FLOAT: tl.constexpr,
+    SCALE: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # d_out_ptr: (rows, H, d); d_qkv_ptr: (rows, 3, H, d); lse_ptr: (H, rows), base 2
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
-    first, length = sequence_span(offsets_ptr, program // num_heads, longest)
+    sequence_start, length = sequence_span(offsets_ptr, program // num_heads, longest)
     width = num_heads * HEAD_DIM
-    query_ptr = qkv_ptr + first * 3 * width + head * HEAD_DIM
-    d_query_ptr = d_qkv_ptr + first * 3 * width + head * HEAD_DIM
-    row_ptr = d_out_ptr + first * width + head * HEAD_DIM
-    row_lse_ptr = lse_ptr + head * num_rows + first
+    query_ptr = qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
+    d_query_ptr = d_qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
+    d_out_base_ptr = d_out_ptr + sequence_start * width + head * HEAD_DIM
+    lse_base_ptr = lse_ptr + head * num_rows + sequence_start
     for i in tl.static_range(len(KEY_SPLITS)):
         if (length > LIMITS[i]) & (length <= LIMITS[i + 1]):
             _attend_backward(
-                query_ptr, row_ptr, d_query_ptr, row_lse_ptr, length, num_heads,
-                HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, FLOAT,
+                query_ptr, d_out_base_ptr, d_query_ptr, lse_base_ptr, length, num_heads,
+                HEAD_DIM, KEY_SPLITS[i], NUM_QUERIES, SCALE, SUM_DTYPE,
             )  # fmt: skip
 
 
-def longest_whole(groups: tuple[Group, ...]) -> int:
-    """Return the longest sequence that `groups` hold; 0 for no groups."""
-    return groups[-1].longest if groups else 0
+def max_length(configs: tuple[Group, ...]) -> int:
+    """Return the length of the longest sequence that the launches hold; 0 if there are no configurations."""
+    return configs[-1].max_length if configs else 0
 
 
-def forward_launches(groups: tuple[Group, ...], packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
-    """Return what fills `out` and `lse` for every sequence that `groups` hold."""
-    return _launches(_forward_kernel, groups, packed, {"out_ptr": out, "lse_ptr": lse})
+def forward_launches(configs: tuple[Group, ...], packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
+    """Return the launches that fill `out` and `lse` for every sequence up to `max_length(configs)`."""
+    return _launches(_forward_kernel, configs, packed, {"out_ptr": out, "lse_ptr": lse})
 
 
 def backward_launches(
-    groups: tuple[Group, ...], packed: Packed, d_out: Tensor, d_qkv: Tensor, lse: Tensor
+    configs: tuple[Group, ...], packed: Packed, d_out: Tensor, d_qkv: Tensor, lse: Tensor
 ) -> list[Launch]:
-    """Return what fills `d_qkv` for every sequence that `groups` hold."""
-    return _launches(_backward_kernel, groups, packed, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse})
+    """Return the launches that fill `d_qkv` for every sequence up to `max_length(configs)`."""
+    return _launches(_backward_kernel, configs, packed, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse})
 
 
-def _launches(kernel: Any, groups: tuple[Group, ...], packed: Packed, tensors: dict[str, Tensor]) -> list[Launch]:
+def _launches(kernel: Any, configs: tuple[Group, ...], packed: Packed, tensors: dict[str, Tensor]) -> list[Launch]:
+    """Return one launch per configuration whose lengths can occur in `packed`."""
     launches = []
-    below = 0
-    for group in groups:
-        # dense sequences all have the longest's length, packed ones up to it
-        is_needed = packed.longest > below and (packed.offsets is not None or packed.longest <= group.longest)
-        limits = (below, *(sum(split) for split in group.key_splits))
-        constants = {"KEY_SPLITS": group.key_splits, "LIMITS": limits, "NUM_QUERIES": group.num_queries}
+    is_ragged = packed.offsets is not None
+    lower_limit = 0
+    for config in configs:
+        # Ragged sequences have any length up to the longest; dense sequences all have that length.
+        is_needed = packed.longest > lower_limit and (is_ragged or packed.longest <= config.max_length)
+        limits = (lower_limit, *(sum(split) for split in config.key_splits))
+        constants = {"KEY_SPLITS": config.key_splits, "LIMITS": limits, "NUM_QUERIES": config.num_queries}
         if is_needed:
             grid = (packed.num_sequences * packed.num_heads,)
             arguments, constants = packed.arguments | tensors, packed.constants | constants
-            launches.append(Launch(kernel, grid, arguments, constants, group.num_warps, group.num_stages))
-        below = group.longest
+            launches.append(Launch(kernel, grid, arguments, constants, config.num_warps, config.num_stages))
+        lower_limit = config.max_length
     return launches

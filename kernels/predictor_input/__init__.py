@@ -1,1 +1,1 @@
-"""How is the predictor's input put together: context tokens, conditioned mask tokens, action tokens?"""
+"""How is the predictor's input assembled from context tokens, conditioned mask tokens and action tokens?"""

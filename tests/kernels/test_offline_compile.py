@@ -1,4 +1,4 @@
-"""Every shipped setting, compiled for GPUs that are not there."""
+"""All launch configurations, compiled for GPUs that this machine need not have."""
 
 import json
 import os
@@ -10,45 +10,45 @@ import triton
 
 from benchmarks.harness import records, results
 from fixtures.paths import PROJECT, WORKERS
-from iwm_fast.kernels.offline_compile import SHARED_LIMIT, Compiled
+from iwm_fast.kernels.offline_compile import SHARED_LIMIT, CompilationReport
 
 COMMITTED_TRITON = records.read(results.OFFLINE)[0].machine["triton"]
 
 
 def run_compiler(*arguments: str) -> list[dict]:
-    # interpreted functions have no compiler behind them, and this process may have imported them so
+    # A process of its own: in this one, kernels may have been decorated for the interpreter, which compiles nothing.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(WORKERS / "compile_shipped.py"), *arguments]
     environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    process = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-# compiling all of them takes five minutes; what the committed figures were made from is compiled in samples
+# Compiling all takes five minutes. By default only a sample is compiled of those whose committed figures are current.
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("extent", ["sample", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_every_setting_compiles_without_spills_into_tensor_core_products(architecture, extent):
-    settings = run_compiler("figures", str(architecture), extent)
-    assert len(settings) > 80
-    for figures in settings:
+def test_launches_compile_without_spills_to_tensor_core_instructions(architecture, extent):
+    launches = run_compiler("figures", str(architecture), extent)
+    assert len(launches) > 80
+    for figures in launches:
         assert figures["spill_bytes"] == 0, figures
         assert figures["shared_bytes"] <= SHARED_LIMIT[architecture], figures
-        if is_product(figures["name"]):
-            # float32 becomes three tf32 products, for which the fast instructions have no tiles small enough
+        if has_matrix_product(figures["name"]):
+            # Float32 is three tf32 products in tiles that are too small for the fast instructions.
             assert figures["matrix_products" if "float32" in figures["name"] else "fast_products"] > 0, figures
-        # another version of the compiler has no committed figures
+        # The committed figures are those of one version of the compiler.
         if figures["committed"] is not None or triton.__version__ == COMMITTED_TRITON:
-            assert figures["committed"] == {name: figures[name] for name in Compiled._fields}, (
+            assert figures["committed"] == {name: figures[name] for name in CompilationReport._fields}, (
                 "run env -u TRITON_INTERPRET python -m benchmarks.kernels --only offline --arch 80 90 100 --write"
             )
 
 
-def is_product(name: str) -> bool:
+def has_matrix_product(name: str) -> bool:
     return name.startswith(("attention", "second layer", "third layer"))
 
 
-def test_other_lengths_batches_and_heads_take_the_same_binaries():
+def test_other_lengths_batch_sizes_and_heads_use_the_same_binaries():
     (counted,) = run_compiler("binaries")
     assert counted["binaries"] == counted["settings"] == 2

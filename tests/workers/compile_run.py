@@ -1,4 +1,4 @@
-"""Run in a process without jaxtyping's checks, which no compiler follows: steps with and without runtime.compile."""
+"""Print losses without and with runtime.compile, in a process without jaxtyping's checks, which cannot be traced."""
 
 import json
 import sys
@@ -18,6 +18,6 @@ if __name__ == "__main__":
     rank_info = distributed.start("cpu")
     config = tiny_run(Shards, Path("unused"), engine=sys.argv[2])
     compiled = replace(config, runtime=replace(config.runtime, compile=True))
-    print(json.dumps([losses(rank_info, chosen, steps=6) for chosen in (config, compiled)]))
+    print(json.dumps([losses(rank_info, variant, steps=6) for variant in (config, compiled)]))
     distributed.stop()
     end_process()

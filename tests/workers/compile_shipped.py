@@ -1,8 +1,8 @@
-"""Run in a process without the interpreter: compile what is shipped, and start it as Triton would, without a GPU.
+"""Compile the shipped launches without a GPU, in a process without the interpreter.
 
-python compile_shipped.py figures 90 all      a JSON line per setting
-python compile_shipped.py figures 90 sample   likewise, but of what the committed figures were made from, only a sample
-python compile_shipped.py binaries            how many binaries each kernel has after calls of many sizes
+python compile_shipped.py figures 90 all      print a JSON line per launch configuration
+python compile_shipped.py figures 90 sample   the same; launches with current committed figures are only sampled
+python compile_shipped.py binaries            count the binaries that Triton compiles for calls of many sizes
 """
 
 import json
@@ -18,12 +18,12 @@ from benchmarks.harness import records, results
 from iwm_fast.kernels.attention import op
 from iwm_fast.kernels.attention.packed import Packed
 from iwm_fast.kernels.launch import Launch, compilable
-from iwm_fast.kernels.offline_compile import Compiled, compile_for, source_digest
+from iwm_fast.kernels.offline_compile import CompilationReport, compile_for, source_digest
 from iwm_fast.kernels.ops import shipped_launches
 
 
 class NoDriver:
-    """Says that there is an H100, which is all that compiling asks for."""
+    """A driver for an H100 that is not there: Triton asks it for nothing else when it only compiles."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -35,14 +35,14 @@ class NoDriver:
         return 0
 
 
-# of the settings whose source the committed figures were made from, one in so many is compiled all the same
+# One in this many launches is compiled although its committed figures are current.
 SAMPLE_EVERY = 20
 
 
 def figures(architecture: int, extent: str) -> None:
-    """Print what the compiler made of each setting: now, or when the committed figures were made from the same source.
+    """Print, for each launch, the committed figures if they are of the same source, and those of the compiler.
 
-    Both are printed where both are known.
+    A launch that is not compiled is printed with its committed figures for both.
     """
     committed = {
         record.shape["launch"]: record.figures
@@ -50,34 +50,39 @@ def figures(architecture: int, extent: str) -> None:
         if record.what == "launch" and record.shape["arch"] == architecture
     }
     for number, (name, launch) in enumerate(shipped_launches(architecture).items()):
-        kept = committed.get(name, {})
-        is_current = kept.get("source") == source_digest(launch, architecture)
-        found = {name: kept[name] for name in Compiled._fields} if is_current else None
-        if found is None or extent == "all" or number % SAMPLE_EVERY == 0:
+        figures_of_launch = committed.get(name, {})
+        is_current = figures_of_launch.get("source") == source_digest(launch, architecture)
+        current = {field: figures_of_launch[field] for field in CompilationReport._fields} if is_current else None
+        if current is None or extent == "all" or number % SAMPLE_EVERY == 0:
             compiled = compile_for(launch, architecture)._asdict()
-            print(json.dumps({"name": name, "committed": found, **compiled}), flush=True)
+            print(json.dumps({"name": name, "committed": current, **compiled}), flush=True)
         else:
-            print(json.dumps({"name": name, "committed": found, **found}), flush=True)
+            print(json.dumps({"name": name, "committed": current, **current}), flush=True)
 
 
 def specialize(launch: Launch) -> None:
-    """Let Triton choose or make the binary it would start."""
-    given = {name: MockTensor(v.dtype) if isinstance(v, torch.Tensor) else v for name, v in launch.arguments.items()}
-    launch.kernel.warmup(**given, **compilable(launch.constants), grid=launch.grid, **launch.options)
+    """Let Triton compile the binary that the launch needs, unless it already has it."""
+    arguments = {
+        name: MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in launch.arguments.items()
+    }
+    launch.kernel.warmup(**arguments, **compilable(launch.constants), grid=launch.grid, **launch.options)
 
 
 def binaries() -> None:
+    """Print how many binaries Triton compiled for calls of many sizes, and how many it should need."""
     driver.set_active(NoDriver())
-    kernels, distinct = Counter(), set()
-    for longest, images, heads in [(130, 1, 1), (131, 16, 12), (160, 17, 6), (192, 3, 16)]:
-        qkv = torch.empty(longest * images, 3, heads, 32, dtype=torch.bfloat16, device="meta")
-        packed = Packed(qkv, torch.empty(images + 1, dtype=torch.int32, device="meta"), longest)
-        out, lse = qkv[:, 0], torch.empty(heads, len(qkv), device="meta")
+    binaries_by_kernel, settings = Counter(), set()
+    for longest, num_sequences, num_heads in [(130, 1, 1), (131, 16, 12), (160, 17, 6), (192, 3, 16)]:
+        qkv = torch.empty(longest * num_sequences, 3, num_heads, 32, dtype=torch.bfloat16, device="meta")
+        packed = Packed(qkv, torch.empty(num_sequences + 1, dtype=torch.int32, device="meta"), longest)
+        out, lse = qkv[:, 0], torch.empty(num_heads, len(qkv), device="meta")
         for launch in op.forward_launches(90, packed, out, lse):
             specialize(launch)
-            distinct.add((launch.kernel.__name__, str(launch.constants)))
-            kernels[launch.kernel.__name__] = sum(len(cache[0]) for cache in launch.kernel.device_caches.values())
-    print(json.dumps({"binaries": sum(kernels.values()), "settings": len(distinct)}))
+            settings.add((launch.kernel.__name__, str(launch.constants)))
+            num_binaries = sum(len(cache[0]) for cache in launch.kernel.device_caches.values())
+            binaries_by_kernel[launch.kernel.__name__] = num_binaries
+    print(json.dumps({"binaries": sum(binaries_by_kernel.values()), "settings": len(settings)}))
 
 
 if __name__ == "__main__":

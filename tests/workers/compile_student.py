@@ -1,4 +1,4 @@
-"""Run in a process without jaxtyping's checks, which no compiler follows: the fused model as one graph."""
+"""Print how far the compiled fused model is from the eager one, without jaxtyping's checks: they cannot be traced."""
 
 import json
 
@@ -13,20 +13,20 @@ from iwm_fast.pipelines.config import ViewConfig
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(conditioning: str) -> float:
-    """Return by how much the compiled model's predictions and gradients differ from the eager one's."""
+def max_difference(conditioning: str) -> float:
+    """Return the largest difference between predictions and gradients of the compiled and the eager model."""
     encoder = EncoderConfig(dim=64, depth=1, num_heads=2, patch_size=4)
     predictor = PredictorConfig(dim=32, depth=1, num_heads=1, conditioning=conditioning)
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0))
     config = RunConfig(views=views, model=ModelConfig(encoder=encoder, predictor=predictor))
     batch, student = noise(config, DEVICE), build_student(config, FUSED).to(DEVICE)
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
-    found = []
+    results = []
     for model in (compiled, student):
         out = model(batch).predicted_tokens
-        found.append([out, *torch.autograd.grad(out.square().sum(), list(student.parameters()))])
-    return max(float((one - other).detach().abs().max()) for one, other in zip(*found, strict=True))
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(student.parameters()))])
+    return max(float((actual - expected).detach().abs().max()) for actual, expected in zip(*results, strict=True))
 
 
 if __name__ == "__main__":
-    print(json.dumps({conditioning: compare(conditioning) for conditioning in ("feature", "sequence", "none")}))
+    print(json.dumps({conditioning: max_difference(conditioning) for conditioning in ("feature", "sequence", "none")}))

@@ -16,12 +16,12 @@ def draw(lengths, dtype=torch.float64, seed=0):
     return torch.randn(sum(lengths), 3, HEADS, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def one_by_one(qkv, lengths):
-    outs = []
-    for part in qkv.split(lengths):
-        query, key, value = part.permute(1, 2, 0, 3)
-        outs.append(F.scaled_dot_product_attention(query, key, value).transpose(0, 1))
-    return torch.cat(outs)
+def attend_one_by_one(qkv, lengths):
+    outputs = []
+    for sequence in qkv.split(lengths):
+        query, key, value = sequence.permute(1, 2, 0, 3)
+        outputs.append(F.scaled_dot_product_attention(query, key, value).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def value_and_gradient(function, qkv):
@@ -32,24 +32,24 @@ def value_and_gradient(function, qkv):
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 7], [1], [4, 4], [2, 0, 5], [0, 3, 0]])
-def test_packed_attention_equals_one_sequence_at_a_time(lengths):
+def test_packed_attention_equals_attention_of_single_sequences(lengths):
     qkv = draw(lengths)
-    got = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of(lengths), max(lengths)), qkv)
-    wanted = value_and_gradient(lambda x: one_by_one(x, lengths), qkv)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    actual = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of(lengths), max(lengths)), qkv)
+    expected = value_and_gradient(lambda x: attend_one_by_one(x, lengths), qkv)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_dense_call_equals_packed_call_of_equal_lengths():
+def test_a_dense_batch_equals_a_packed_batch_of_equal_lengths():
     qkv = draw([6, 6, 6])
-    got = value_and_gradient(lambda x: ragged_attention_reference(x, None, 6), qkv)
-    wanted = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of([6, 6, 6]), 6), qkv)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    actual = value_and_gradient(lambda x: ragged_attention_reference(x, None, 6), qkv)
+    expected = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of([6, 6, 6]), 6), qkv)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_longer_layout_than_needed_changes_nothing():
+def test_a_larger_bound_of_the_lengths_changes_nothing():
     qkv = draw([5, 2])
-    wide = ragged_attention_reference(qkv, offsets_of([5, 2]), 11)
-    torch.testing.assert_close(wide, ragged_attention_reference(qkv, offsets_of([5, 2]), 5), rtol=1e-12, atol=1e-12)
+    padded = ragged_attention_reference(qkv, offsets_of([5, 2]), 11)
+    torch.testing.assert_close(padded, ragged_attention_reference(qkv, offsets_of([5, 2]), 5), rtol=1e-12, atol=1e-12)
 
 
 def test_only_empty_sequences_give_an_empty_result():
@@ -57,7 +57,7 @@ def test_only_empty_sequences_give_an_empty_result():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_value_stays_in_its_sequence(bad):
+def test_nan_and_inf_stay_in_their_sequence(bad):
     lengths = [3, 6, 0, 2]
     qkv = draw(lengths)
     clean = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of(lengths), 6), qkv)
@@ -65,12 +65,12 @@ def test_a_bad_value_stays_in_its_sequence(bad):
     dirty = value_and_gradient(lambda x: ragged_attention_reference(x, offsets_of(lengths), 6), qkv)
     others = [0, 1, 2, 9, 10]
     assert dirty[0][3:9].isnan().all()
-    for got, wanted in zip(dirty, clean, strict=True):
-        assert torch.equal(got[others], wanted[others])
+    for actual, expected in zip(dirty, clean, strict=True):
+        assert torch.equal(actual[others], expected[others])
 
 
-def test_empty_sequences_make_no_nan_on_the_way_back():
-    # none would reach a row, but torch's anomaly detection would stop at it
+def test_empty_sequences_give_no_nan_in_the_backward_pass():
+    # Such a NaN would not reach any row, but torch's anomaly detection would stop at it.
     qkv = draw([2, 0, 5]).requires_grad_()
     with torch.autograd.set_detect_anomaly(True):
         ragged_attention_reference(qkv, offsets_of([2, 0, 5]), 5).sum().backward()
@@ -86,21 +86,23 @@ def test_gradient_matches_finite_differences():
 def test_half_precision_is_within_rounding_of_float64(dtype):
     lengths = [40, 17]
     qkv = draw(lengths, dtype)
-    got = ragged_attention_reference(qkv, offsets_of(lengths), 40)
-    assert got.dtype == dtype
+    actual = ragged_attention_reference(qkv, offsets_of(lengths), 40)
+    assert actual.dtype == dtype
     tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(got.double(), one_by_one(qkv.double(), lengths), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual.double(), attend_one_by_one(qkv.double(), lengths), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_softmax_of_half_precision_does_not_lose_small_weights():
-    # 300 equal keys: summing 300 bfloat16 exponentials in bfloat16 would stop at 256
+    # All 300 weights are equal: a sum in bfloat16 would stop at 256, where adding 1 changes nothing.
     qkv = torch.zeros(300, 3, 1, 4, dtype=torch.bfloat16)
     qkv[:, 2] = 1
-    got = ragged_attention_reference(qkv, None, 300)
-    torch.testing.assert_close(got, torch.ones_like(got), rtol=0, atol=5e-3)
+    actual = ragged_attention_reference(qkv, None, 300)
+    torch.testing.assert_close(actual, torch.ones_like(actual), rtol=0, atol=5e-3)
 
 
-def test_wrong_shapes_are_refused_with_what_was_given():
+def test_wrong_shapes_are_refused_with_the_shape():
     with pytest.raises(ValueError, match=r"\(rows, 3, heads, head_dim\), got \(4, 12\)"):
         ragged_attention_reference(torch.zeros(4, 12), None, 2)
     with pytest.raises(ValueError, match="multiple of longest = 5 rows, got 9"):

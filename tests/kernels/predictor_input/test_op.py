@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fixtures.kernel_cases import (
-    AWKWARD_GRADIENTS,
     DEVICE,
     DTYPES,
+    LAYOUTS,
     TOLERANCE,
-    awkward,
     draw,
     error,
+    make_gradient,
     offsets_of,
     values_and_gradients,
 )
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.fused
 
 CONDITIONINGS = ("feature", "sequence", "none")
 RAGGED = [3, 0, 2, 5], [4, 2, 0, 1]
-MANY = [9, 0, 25, 1], [36, 35, 34, 36]
+MANY_ROWS = [9, 0, 25, 1], [36, 35, 34, 36]
 
 
-class Case:
-    """Inputs of one conditioning, and both twins as functions of what has a gradient."""
+class Example:
+    """Inputs for one kind of conditioning; `fused` and `reference` are functions of the inputs that have a gradient."""
 
     def __init__(self, conditioning, lengths=RAGGED, *, width=64, num_patches=9, dtype=torch.float64):
         contexts, targets = lengths
@@ -34,14 +34,14 @@ class Case:
         num_tokens = 2 if conditioning == "sequence" else 0
         sizes = {"num_context": sum(contexts), "num_targets": sum(targets)}
         self.patches = PatchIndex(patch_rows(contexts, num_patches, 0), patch_rows(targets, num_patches, 1))
-        self.places = packed_layout(offsets_of(contexts), offsets_of(targets), num_tokens, **sizes)
+        self.layout = packed_layout(offsets_of(contexts), offsets_of(targets), num_tokens, **sizes)
         self.positions = draw(num_patches, width, dtype=dtype, seed=2)
         shapes = [(sum(contexts), width), (width,)]
         if conditioning == "sequence":
             shapes += [(num_images, num_tokens, width)]
         if conditioning == "feature":
             shapes += [(num_images, 3), (width, width + 3), (width,), *2 * [(width, width), (width,)]]
-        # a power of two keeps numbers exact, and weights of this size keep signals as large as they are
+        # Weights of this size keep the scale of their inputs, and a power of two keeps the numbers exact.
         scale = [2.0**-3 if len(shape) == 2 and shape[0] == width else 1.0 for shape in shapes]
         self.inputs = [draw(*shape, dtype=dtype, seed=10 + i) * scale[i] for i, shape in enumerate(shapes)]
         conditions = ["action_tokens"] if conditioning == "sequence" else Mixer._fields
@@ -55,7 +55,7 @@ class Case:
         if self.conditioning == "feature":
             named["mixer"] = Mixer(*conditions)
         positions = self.positions.double() if context.dtype == torch.float64 else self.positions
-        return function(context, mask_token, positions, self.patches, self.places, **named)
+        return function(context, mask_token, positions, self.patches, self.layout, **named)
 
     def fused(self, *inputs):
         return self(predictor_input, *inputs)
@@ -65,153 +65,152 @@ class Case:
 
 
 def patch_rows(lengths, num_patches, seed):
-    chosen = random.Random(seed)
-    rows = [b * num_patches + p for b, n in enumerate(lengths) for p in chosen.sample(range(num_patches), n)]
+    generator = random.Random(seed)
+    rows = [b * num_patches + p for b, n in enumerate(lengths) for p in generator.sample(range(num_patches), n)]
     return torch.tensor(rows, dtype=torch.int64, device=DEVICE)
 
 
-def compare(case, dtype):
-    got = values_and_gradients(case.fused, case.inputs)
-    wanted = values_and_gradients(case.reference, [tensor.double() for tensor in case.inputs])
-    assert got[0].dtype == case.reference(*case.inputs).dtype
-    errors = {name: error(*pair) for name, *pair in zip(case.names, got, wanted, strict=True)}
-    assert all(one <= TOLERANCE[dtype] for one in errors.values()), errors
+def assert_matches_reference(example, dtype):
+    actual = values_and_gradients(example.fused, example.inputs)
+    expected = values_and_gradients(example.reference, [tensor.double() for tensor in example.inputs])
+    assert actual[0].dtype == example.reference(*example.inputs).dtype
+    errors = {name: error(*pair) for name, *pair in zip(example.names, actual, expected, strict=True)}
+    assert all(value <= TOLERANCE[dtype] for value in errors.values()), errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_packed_and_every_gradient_are_the_references(conditioning, dtype):
-    compare(Case(conditioning, dtype=dtype), dtype)
+def test_output_and_every_gradient_match_the_reference(conditioning, dtype):
+    assert_matches_reference(Example(conditioning, dtype=dtype), dtype)
 
 
-# two column blocks of 128; three of 64; edges within 64 in steps of 32 and of 16; more rows than a tile has
-@pytest.mark.parametrize(("width", "lengths"), [(256, RAGGED), (192, RAGGED), (96, RAGGED), (48, MANY)])
+# Two column blocks of 128, three of 64, a partial block with an inner size of 32, and of 16 with more rows than a tile.
+@pytest.mark.parametrize(("width", "lengths"), [(256, RAGGED), (192, RAGGED), (96, RAGGED), (48, MANY_ROWS)])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_any_width_and_more_rows_than_a_tile(conditioning, width, lengths):
+def test_any_width_and_more_rows_than_a_tile_match_the_reference(conditioning, width, lengths):
     for dtype in DTYPES[:2]:
-        compare(Case(conditioning, lengths, width=width, num_patches=36, dtype=dtype), dtype)
+        assert_matches_reference(Example(conditioning, lengths, width=width, num_patches=36, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("lengths", [([], []), ([0, 0], [0, 0]), ([2, 1], [0, 0]), ([0, 0], [1, 3])])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_context_targets_and_the_batch_may_be_empty(conditioning, lengths):
-    compare(Case(conditioning, lengths, width=16, dtype=torch.float32), torch.float32)
+    assert_matches_reference(Example(conditioning, lengths, width=16, dtype=torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_under_autocast_products_are_half_and_the_stream_is_float32(conditioning):
-    case = Case(conditioning, width=64, dtype=torch.float32)
-    case.inputs[0] = case.inputs[0].bfloat16()
+def test_under_autocast_only_the_products_are_in_half_precision(conditioning):
+    example = Example(conditioning, width=64, dtype=torch.float32)
+    example.inputs[0] = example.inputs[0].bfloat16()
 
     def under_autocast(function):
         def call(*inputs):
             with torch.autocast(DEVICE, torch.bfloat16):
-                return case(function, *inputs)
+                return example(function, *inputs)
 
         return call
 
-    wanted = values_and_gradients(case.reference, [tensor.double() for tensor in case.inputs])
-    got, plain = (
-        values_and_gradients(under_autocast(f), case.inputs) for f in (predictor_input, predictor_input_reference)
-    )
-    assert (
-        [one.dtype for one in got] == [one.dtype for one in plain] == [torch.float32, *(x.dtype for x in case.inputs)]
-    )
-    for name, one, other, exact in zip(case.names, got, plain, wanted, strict=True):
-        assert error(one, exact) <= 1.1 * error(other, exact) + TOLERANCE[torch.float32], name
-    # not computed in float32 unnoticed
-    assert conditioning != "feature" or error(got[0], wanted[0]) > 1e-4
+    expected = values_and_gradients(example.reference, [tensor.double() for tensor in example.inputs])
+    actual = values_and_gradients(under_autocast(predictor_input), example.inputs)
+    plain = values_and_gradients(under_autocast(predictor_input_reference), example.inputs)
+    dtypes = [torch.float32, *(tensor.dtype for tensor in example.inputs)]
+    assert [value.dtype for value in actual] == [value.dtype for value in plain] == dtypes
+    for name, value, plain_value, exact in zip(example.names, actual, plain, expected, strict=True):
+        assert error(value, exact) <= 1.1 * error(plain_value, exact) + TOLERANCE[torch.float32], name
+    # An error as small as float32's would mean that products were not in half precision.
+    assert conditioning != "feature" or error(actual[0], expected[0]) > 1e-4
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_autocast_around_backward_does_not_change_the_operations_gradients(conditioning):
-    case = Case(conditioning, width=16, dtype=torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in case.inputs]
-    loss = case.fused(*inputs).square().sum()
+def test_autocast_around_backward_does_not_change_gradients(conditioning):
+    example = Example(conditioning, width=16, dtype=torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in example.inputs]
+    loss = example.fused(*inputs).square().sum()
     outside = torch.autograd.grad(loss, inputs, retain_graph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
         inside = torch.autograd.grad(loss, inputs)
-    for name, one, other in zip(case.names[1:], outside, inside, strict=True):
-        # the first layer's tables are torch's own products, as much under autocast as any
-        assert torch.equal(one, other) or name in ("mask_token", "action", "w1", "b1"), name
+    for name, gradient, under_autocast in zip(example.names[1:], outside, inside, strict=True):
+        # Both terms of the first layer are products of torch, whose gradients follow autocast.
+        assert torch.equal(gradient, under_autocast) or name in ("mask_token", "action", "w1", "b1"), name
 
 
-@pytest.mark.parametrize("kind", AWKWARD_GRADIENTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_gradients_may_arrive_expanded_transposed_or_offset(conditioning, kind):
-    case = Case(conditioning, width=16, dtype=torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in case.inputs]
-    packed = case.fused(*inputs)
-    gradient = awkward(kind, packed.shape, packed.dtype)
-    got = torch.autograd.grad(packed, inputs, gradient)
-    wanted = torch.autograd.grad(case.reference(*inputs), inputs, gradient)
-    for name, one, other in zip(case.names[1:], got, wanted, strict=True):
-        assert error(one, other) <= TOLERANCE[torch.float32], name
+def test_incoming_gradients_may_have_any_memory_layout(conditioning, layout):
+    example = Example(conditioning, width=16, dtype=torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in example.inputs]
+    packed = example.fused(*inputs)
+    gradient = make_gradient(layout, packed.shape, packed.dtype)
+    actual = torch.autograd.grad(packed, inputs, gradient)
+    expected = torch.autograd.grad(example.reference(*inputs), inputs, gradient)
+    for name, value, exact in zip(example.names[1:], actual, expected, strict=True):
+        assert error(value, exact) <= TOLERANCE[torch.float32], name
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is not compiled")
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_gradient_matches_finite_differences(conditioning):
-    case = Case(conditioning, ([1, 0], [1, 2]), width=16, num_patches=4)
-    inputs = [tensor.requires_grad_() for tensor in case.inputs]
-    # fast mode: one random direction through all entries
-    assert torch.autograd.gradcheck(case.fused, inputs, fast_mode=True)
+    example = Example(conditioning, ([1, 0], [1, 2]), width=16, num_patches=4)
+    inputs = [tensor.requires_grad_() for tensor in example.inputs]
+    # Fast mode checks one random direction instead of every entry.
+    assert torch.autograd.gradcheck(example.fused, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_gradients_are_bitwise_the_same_in_every_run(conditioning):
-    case = Case(conditioning, ([9, 4], [20, 25]), num_patches=36, dtype=torch.float32)
-    first, second = (values_and_gradients(case.fused, case.inputs) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+def test_gradients_are_bitwise_reproducible(conditioning):
+    example = Example(conditioning, ([9, 4], [20, 25]), num_patches=36, dtype=torch.float32)
+    first, second = (values_and_gradients(example.fused, example.inputs) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_nan_in_one_image_is_not_hidden_and_stays_there(conditioning):
-    case = Case(conditioning, dtype=torch.float32)
-    case.inputs[0][case.patches.context // 9 == 2] = float("nan")
+def test_nan_stays_in_its_image_and_is_not_hidden(conditioning):
+    example = Example(conditioning, dtype=torch.float32)
+    example.inputs[0][example.patches.context // 9 == 2] = float("nan")
     if conditioning != "none":
-        case.inputs[2][1] = float("nan")
-    got = values_and_gradients(case.fused, case.inputs)
-    wanted = values_and_gradients(case.reference, case.inputs)
-    assert torch.equal(got[0].isnan(), wanted[0].isnan()) and got[0].isnan().any()
-    # of context, and of action or action tokens: what belongs to one image
-    for one, other in zip(got[1:4:2], wanted[1:4:2], strict=True):
-        assert torch.equal(one.isnan(), other.isnan())
+        example.inputs[2][1] = float("nan")
+    actual = values_and_gradients(example.fused, example.inputs)
+    expected = values_and_gradients(example.reference, example.inputs)
+    assert torch.equal(actual[0].isnan(), expected[0].isnan()) and actual[0].isnan().any()
+    # The gradients of what belongs to one image: context, and action or action tokens.
+    for value, reference in zip(actual[1:4:2], expected[1:4:2], strict=True):
+        assert torch.equal(value.isnan(), reference.isnan())
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_compiled_in_one_graph_it_gives_the_same(conditioning):
-    case = Case(conditioning, width=16, dtype=torch.float32)
-    compiled = torch.compile(case.fused, backend="aot_eager", fullgraph=True)
-    got, wanted = values_and_gradients(compiled, case.inputs), values_and_gradients(case.fused, case.inputs)
-    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+def test_compiled_as_one_graph_equals_eager(conditioning):
+    example = Example(conditioning, width=16, dtype=torch.float32)
+    compiled = torch.compile(example.fused, backend="aot_eager", fullgraph=True)
+    actual = values_and_gradients(compiled, example.inputs)
+    expected = values_and_gradients(example.fused, example.inputs)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
-# opcheck itself looks at .grad of copies
+# opcheck itself reads .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_operations_keep_the_rules_of_torch_library():
-    case = Case("none", width=16, dtype=torch.float32)
-    rows = [*case.patches, *case.places]
-    context, table, tokens = case.inputs[0], draw(9, 16, dtype=torch.float32), draw(0, 16, dtype=torch.float32)
-    given = [tensor.requires_grad_() for tensor in (context, table, tokens)]
-    torch.library.opcheck(copied_input, (given[0], case.positions, *given[1:], rows))
+def test_the_operations_pass_opcheck():
+    example = Example("none", width=16, dtype=torch.float32)
+    indices = [*example.patches, *example.layout]
+    mask_tokens, action_tokens = draw(9, 16, dtype=torch.float32), draw(0, 16, dtype=torch.float32)
+    context, *tokens = (tensor.requires_grad_() for tensor in (example.inputs[0], mask_tokens, action_tokens))
+    torch.library.opcheck(copied_input, (context, example.positions, *tokens, indices))
     weights = [draw(*shape, dtype=torch.float32).requires_grad_() for shape in [(4, 16), *2 * [(16, 16), (16,)]]]
-    tables = [case.positions, table, weights[0]]
+    tables = [example.positions, mask_tokens, weights[0]]
     half = context.detach().half().requires_grad_()
-    torch.library.opcheck(mixed_input, (half, tables, weights[1:], rows, torch.float32))
+    torch.library.opcheck(mixed_input, (half, tables, weights[1:], indices, torch.float32))
 
 
-def test_what_kernels_cannot_read_is_refused():
-    case = Case("feature", width=16, dtype=torch.float32)
-    context, mask_token, *mixer = case.inputs
+def test_unsupported_inputs_are_refused():
+    example = Example("feature", width=16, dtype=torch.float32)
+    context, mask_token, *mixer = example.inputs
     with pytest.raises(ValueError, match="context must be contiguous, got shape"):
-        case.fused(context.t().contiguous().t(), mask_token, *mixer)
+        example.fused(context.t().contiguous().t(), mask_token, *mixer)
     with pytest.raises(ValueError, match=r"mixer.w2 must be contiguous"):
-        case.fused(context, mask_token, *mixer[:3], mixer[3].t(), *mixer[4:])
+        example.fused(context, mask_token, *mixer[:3], mixer[3].t(), *mixer[4:])
     with pytest.raises(TypeError, match="mask_token must have one of the dtypes bfloat16, float16, float32"):
-        case.fused(context, mask_token.to(torch.float8_e5m2), *mixer)
+        example.fused(context, mask_token.to(torch.float8_e5m2), *mixer)
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
-        narrow = Case("none", width=24, dtype=torch.float32)
+        narrow = Example("none", width=24, dtype=torch.float32)
         narrow.fused(*narrow.inputs)
     with pytest.raises(ValueError, match=r"mixer\.w3 must have shape"):
-        case.fused(context, mask_token, *mixer[:5], mixer[5][:8], mixer[6])
+        example.fused(context, mask_token, *mixer[:5], mixer[5][:8], mixer[6])
