@@ -16,7 +16,7 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.checkpoints.export import describe_entries, export, timm_call
+from iwm_fast.checkpoints.export import describe_action_entries, export, timm_call
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.config.run import EncoderConfig, RunConfig
@@ -101,12 +101,12 @@ def test_the_model_card_tells_what_was_trained_and_measured(exported, trained):
     assert re.search(r"\| training \| loss/prediction \| \d", card) and "optim/lr" not in card
     assert "| images | 48, content SHA-256 " in card and "| 4, 16 |" in card
     assert "| 3 | hue | the target's hue is turned by 0.1 of a full circle" in card
-    assert card.endswith("## Licence\n\nNot stated yet: whoever publishes these weights names it here.\n")
+    assert card.endswith("## Licence\n\nNot stated yet: name it here when you publish these weights.\n")
 
 
 def test_every_entry_of_the_action_says_what_one_means():
     views = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5, brightness=0.8)
-    entries = describe_entries(views)
+    entries = describe_action_entries(views)
     assert tuple(entry["name"] for entry in entries) == views.entries
     assert len({entry["one_means"] for entry in entries}) == 12
     assert entries[0]["one_means"] == "the target's brightness factor is 0.8 above the source's"
