@@ -109,8 +109,8 @@ class Block(nn.Module):
         if scale is not None:
             attended = attended * scale[0, :, None].to(attended.dtype)
         tokens, normed = self.norm2(tokens, attended)
-        update = self.mlp(normed)
-        return tokens, update if scale is None else update * scale[1, :, None].to(update.dtype)
+        mapped = self.mlp(normed)
+        return tokens, mapped if scale is None else mapped * scale[1, :, None].to(mapped.dtype)
 
 
 class Blocks(nn.ModuleList):
