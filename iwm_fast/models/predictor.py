@@ -40,7 +40,7 @@ class FeatureConditioning(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=(gain / layer.in_features) ** 0.5, generator=generator)
 
     def forward(self, action: Float[Tensor, "B A"]) -> Mixer:
-        """Return the action and the layers' parameters, which `ops.predictor_input` applies while it packs the tokens."""
+        """Return action and layer parameters, which `ops.predictor_input` applies while it packs the tokens."""
         return Mixer(action, *self.layers.parameters())
 
 
