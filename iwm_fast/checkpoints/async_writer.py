@@ -56,9 +56,7 @@ class CheckpointWriter:
         """Wait for the previous checkpoint, start to write this one and return its folder.
 
         The engine's state must be a copy, as `Engine.state` returns it. The teacher's state is copied here, so training
-        may change it when this method returns.
-
-        Collective: every rank must call it.
+        may change it when this method returns. Collective: every rank must call it.
 
         Raises:
             CheckpointError: on every rank, if an earlier checkpoint could not be written.
@@ -85,9 +83,7 @@ class CheckpointWriter:
         return folder
 
     def wait(self) -> None:
-        """Wait until all checkpoints that were started are published.
-
-        Collective: every rank must call it.
+        """Wait until all checkpoints that were started are published. Collective: every rank must call it.
 
         Raises:
             CheckpointError: on every rank, if a checkpoint could not be written.
@@ -123,11 +119,8 @@ class CheckpointWriter:
         # An exception would end with the thread; wait() raises it on every rank instead.
         except Exception as error:
             self._failure = error
-            log.error(
-                "%s could not be written (%s); the run ends at the next checkpoint at the latest",
-                checkpoint.folder,
-                error,
-            )
+            message = "%s could not be written (%s); the run ends at the next checkpoint at the latest"
+            log.error(message, checkpoint.folder, error)
 
 
 def checkpoints_to_delete(folders: list[Path], config: OutputConfig) -> list[Path]:

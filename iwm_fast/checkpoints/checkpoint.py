@@ -96,6 +96,7 @@ def write(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # safetensors writes only contiguous tensors.
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     # safetensors reports a full disk as an error of its own.

@@ -50,10 +50,7 @@ class PretrainedWeights:
 
 
 def is_fresh_start(config: RunConfig) -> bool:
-    """Return whether the run's folder has no checkpoint to resume from, on all ranks the answer of rank 0.
-
-    Collective: every rank must call it.
-    """
+    """Return whether rank 0 finds no checkpoint to resume from. Collective: every rank must call it."""
     return distributed.broadcast_from_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
 
 
@@ -61,8 +58,7 @@ def initialize_from(config: RunConfig, student: Student) -> None:
     """Overwrite a student's weights in place with those that `init_from` names, if it names any.
 
     A run that resumes is left alone: its weights come from its own checkpoint, and the source may no longer exist.
-
-    Collective if `init_from` is set: every rank must call it.
+    Collective: every rank must call it.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -155,8 +151,7 @@ def _require_same_encoder(source: RunConfig, current: RunConfig, path: Path) -> 
     if source.model.encoder != current.model.encoder:
         rows = _list_differences(asdict(source.model.encoder), asdict(current.model.encoder))
         raise ValueError(
-            f"init_from: {path} has another encoder (source -> this run: {rows}); set model.encoder to the source's "
-            "values"
+            f"init_from: {path} has another encoder (source -> this run: {rows}); set model.encoder to match"
         )
 
 
@@ -214,6 +209,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
     if not weights:
         raise ValueError(f"init_from: {path} holds no weights by name; save the model's state_dict()")
     positions = weights.pop(_POSITIONS, None)
+    # Other projects also store weights in half precision; parameters here are float32.
     float_weights = {name: value.float() for name, value in weights.items() if not name.startswith(_DROPPED)}
     address = ".".join([*entries, *prefixes])
     return float_weights, positions, f"the weights under {address!r}" if address else "the weights"
@@ -231,10 +227,7 @@ def _descend_entries(content: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights below known prefixes, without them, and the prefixes.
-
-    Weights beside them, such as those of a predictor, are dropped.
-    """
+    """Return the weights below known prefixes, without other weights such as a predictor's, and the prefixes."""
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights)), None)
     if prefix is None:
         return weights, []

@@ -36,9 +36,8 @@ class Engine(Protocol):
     def step(self) -> StepOutcome:
         """Clip the gradients, update the weights and clear the gradients; call it after the last micro-batch.
 
-        If a loss or gradient is not finite on at least one rank, no rank changes its weights or moments.
-
-        Collective: every rank must call it.
+        If a loss or gradient is not finite on at least one rank, no rank changes its weights or moments. Collective:
+        every rank must call it.
 
         Raises:
             RuntimeError: if `backward` was not called once for each micro-batch of the step.
@@ -48,9 +47,7 @@ class Engine(Protocol):
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield name and unsharded float32 weight of the parameters whose names begin with the prefix.
 
-        The tensors are valid until the next step; copy them to keep their values.
-
-        Collective: every rank must call it.
+        The tensors are valid until the next step; copy them to keep their values. Collective: every rank must call it.
         """
         ...
 
@@ -61,9 +58,8 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Return a copy of weights and moments on the CPU, by name; empty on ranks other than 0.
 
-        The format is that of `iwm_fast.engines.portable_state` and does not depend on the engine.
-
-        Collective: every rank must call it.
+        The format, described in `iwm_fast.engines.portable_state`, does not depend on the engine. Collective: every
+        rank must call it.
         """
         ...
 
@@ -78,8 +74,6 @@ class Engine(Protocol):
     def release(self) -> None:
         """Detach the module from the engine and leave it usable, with unsharded weights on every rank.
 
-        ZeRO stage 3 replaces its parameters by new objects.
-
-        Collective: every rank must call it.
+        ZeRO stage 3 replaces its parameters by new objects. Collective: every rank must call it.
         """
         ...

@@ -30,9 +30,9 @@ class PartitionedMoments:
     `iwm_fast.engines.base.Engine`.
     """
 
-    def __init__(self, module: nn.Module, zero: Any, rank: int) -> None:
+    def __init__(self, module: nn.Module, zero_optimizer: Any, rank: int) -> None:
         self._module = module
-        self._zero = zero
+        self._zero = zero_optimizer
         self._rank = rank
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -84,8 +84,8 @@ class PartitionedParameters:
     of the trained parameters in a few flat vectors. The methods are those of `iwm_fast.engines.base.Engine`.
     """
 
-    def __init__(self, module: nn.Module, zero: Any, rank: int) -> None:
-        self._zero = zero
+    def __init__(self, module: nn.Module, zero_optimizer: Any, rank: int) -> None:
+        self._zero = zero_optimizer
         self._rank = rank
         # A partitioned parameter is an empty tensor. Its partition is `ds_tensor`, its full shape `ds_shape`.
         self._parameters: dict[str, Any] = dict(module.named_parameters())

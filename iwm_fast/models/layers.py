@@ -17,7 +17,7 @@ BASE_WIDTH = 768
 
 
 class ResidualNorm(nn.Module):
-    """Addition of an update to the residual stream, and LayerNorm of the sum, in one pass over both."""
+    """Adds an update to the residual stream and applies LayerNorm to the sum, in one pass over both."""
 
     def __init__(self, dim: int, ops: Ops) -> None:
         super().__init__()
@@ -106,6 +106,7 @@ class Block(nn.Module):
         """
         tokens, normed = self.norm1(tokens, update)
         attended = self.attn(normed, offsets, longest)
+        # Casting the factors preserves the dtype of the updates, which is bfloat16 under autocast.
         if scale is not None:
             attended = attended * scale[0, :, None].to(attended.dtype)
         tokens, normed = self.norm2(tokens, attended)
@@ -117,12 +118,7 @@ class Blocks(nn.ModuleList):
     """A sequence of blocks, with optional stochastic depth and activation checkpointing."""
 
     def __init__(self, blocks: Iterable[Block], *, recompute: bool = False) -> None:
-        """Build the sequence.
-
-        Args:
-            blocks: the blocks, in order.
-            recompute: whether a block stores only its input and recomputes its activations in the backward pass.
-        """
+        """Build the sequence; with `recompute`, a block stores only its input for the backward pass."""
         super().__init__(blocks)
         self.recompute: bool = recompute
         self.drop_path: float = 0.0
@@ -136,8 +132,9 @@ class Blocks(nn.ModuleList):
         is_dropping = self.training and self.drop_path > 0
         scales = self._draw_scales(tokens, offsets, longest) if is_dropping else [None] * len(self)
         for block, scale in zip(self, scales, strict=True):
+            # Without gradients, as for the teacher, there is no backward pass to recompute for.
             if self.recompute and torch.is_grad_enabled():
-                # Stochastic depth is drawn outside the blocks, so a second forward pass needs no generator state.
+                # Stochastic depth is drawn outside the blocks, so the second forward pass needs no generator state.
                 tokens, update = checkpoint(
                     block, tokens, update, offsets, longest, scale, use_reentrant=False, preserve_rng_state=False
                 )
@@ -197,6 +194,7 @@ def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
     """
     if dim % 4 != 0:
         raise ValueError(f"dim must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
+    # In float64, as in the source, and rounded once at the end.
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     encoding = torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -13,15 +13,15 @@ from iwm_fast.pipelines.batch import RaggedIndex
 
 
 class FeatureConditioning(nn.Module):
-    """Mixing of the action into each mask token after its position is added.
+    """Mixes the action into each mask token after its position is added.
 
     Source: IWM section 3, where it is the default; three layers with ReLU as in CheXWorld's code.
     """
 
     def __init__(self, dim: int, num_actions: int) -> None:
         super().__init__()
-        sizes = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.layers = nn.Sequential(sizes[0], nn.ReLU(), sizes[1], nn.ReLU(), sizes[2])
+        linear = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.layers = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2])
 
     @torch.no_grad()
     def initialize_(self, generator: torch.Generator) -> None:
@@ -45,7 +45,7 @@ class FeatureConditioning(nn.Module):
 
 
 class SequenceConditioning(nn.Module):
-    """Conversion of each action entry into a token by a linear layer of its own.
+    """Converts each action entry into a token by a linear layer of its own.
 
     A layer shared by all entries would make them indistinguishable, because attention does not see their order.
 
@@ -134,7 +134,7 @@ class Predictor(nn.Module):
         # An upper bound: no image need have both the longest context and the longest target.
         longest = context.longest + target.longest + num_appended
         tokens, update = self.blocks(tokens, layout.offsets, longest)
-        # Selecting the target rows first spares the last norm and the projection all other rows.
+        # Only the target rows are needed, so the last norm and the projection skip the others.
         tokens, update = (rows.index_select(0, layout.targets) for rows in (tokens, update))
         return self.project(self.norm(tokens, update)[1])
 

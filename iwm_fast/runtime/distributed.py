@@ -46,9 +46,8 @@ class RankInfo:
 def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> RankInfo:
     """Join the process group that the environment describes, or create one for a single process.
 
-    A rank that waits for the others longer than the timeout assumes that they hang and raises.
-
-    On a CPU, torch is limited to one thread unless OMP_NUM_THREADS is set.
+    A rank that waits for the others longer than the timeout assumes that they hang and raises. On a CPU, torch is
+    limited to one thread unless OMP_NUM_THREADS is set.
 
     Raises:
         RuntimeError: if the environment is incomplete or contradictory, if a GPU is requested and there is none, or if
@@ -110,9 +109,7 @@ def _read_environment() -> tuple[int, int, int]:
         raise RuntimeError(f"RANK, LOCAL_RANK and WORLD_SIZE must be integers >= 0, got {numbers}; start with torchrun")
     rank, local_rank, world_size = (int(text) for text in numbers.values())
     if not local_rank <= rank < world_size:
-        raise RuntimeError(
-            f"the environment must satisfy LOCAL_RANK <= RANK < WORLD_SIZE, got {numbers}; start with torchrun"
-        )
+        raise RuntimeError(f"LOCAL_RANK <= RANK < WORLD_SIZE must hold, got {numbers}; start with torchrun")
     return rank, local_rank, world_size
 
 
@@ -151,10 +148,7 @@ def stop() -> None:
 
 
 def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
-    """Return the sum of a tensor over all ranks, bit-equal on all of them; a copy without a process group.
-
-    Collective: every rank must call it.
-    """
+    """Return the sum over all ranks, bit-equal on all; without a group, a copy. Collective: every rank must call it."""
     total = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -162,10 +156,7 @@ def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
 
 
 def all_gather(local: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
-    """Return the tensors of all ranks, which must be of equal size, concatenated in order of rank.
-
-    Collective: every rank must call it.
-    """
+    """Return the equally long vectors of all ranks, joined in order of rank. Collective: every rank must call it."""
     if not dist.is_initialized():
         return local.detach().clone()
     gathered = local.new_empty(dist.get_world_size() * local.numel())
@@ -180,9 +171,9 @@ def copy_from_rank_zero(tensor: Num[Tensor, "*shape"]) -> None:
 
 
 def rank_zero_only(function: Callable[[], Value]) -> Value | None:
-    """Call a function on rank 0 and return its value there, None on the other ranks.
+    """Call a function on rank 0 and return its value there, None on the other ranks, which wait until it has returned.
 
-    Collective: every rank must call it. The other ranks wait until the function has returned.
+    Collective: every rank must call it.
 
     Raises:
         Exception: on rank 0, whatever the function raised.
@@ -209,11 +200,9 @@ def rank_zero_only(function: Callable[[], Value]) -> Value | None:
 
 
 def broadcast_from_rank_zero(function: Callable[[], Value]) -> Value:
-    """Return on every rank the value that a function returns on rank 0, where alone it is called.
+    """Call a function on rank 0 only and return its value on every rank. Collective: every rank must call it.
 
     For decisions that must not differ between ranks, such as those that depend on the contents of a shared disk.
-
-    Collective: every rank must call it.
 
     Raises:
         Exception: on rank 0, whatever the function raised.
@@ -227,9 +216,9 @@ def broadcast_from_rank_zero(function: Callable[[], Value]) -> Value:
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Return the values of all ranks in order of rank.
+    """Return the values of all ranks in order of rank, pickled on the way, which is too slow for every step.
 
-    Collective: every rank must call it. It pickles the values and is too slow for every step.
+    Collective: every rank must call it.
     """
     if not dist.is_initialized():
         return [value]

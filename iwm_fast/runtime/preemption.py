@@ -98,18 +98,13 @@ class Preemption:
         self._longest_step_s = max(self._longest_step_s, step_s)
 
     def suspend_deadline(self) -> None:
-        """Let the final checkpoint take as long as it needs.
-
-        Call it when all ranks have stopped: from then on only the disk can delay the end of the process.
-        """
+        """Let the final checkpoint take as long as it needs; call it when all ranks have stopped and only save."""
         self.is_deadline_suspended = True
 
     def _exit_without_checkpoint(self) -> NoReturn:
         waited_s = time.monotonic() - self._requested_at
-        print(
-            f"{self.reason}: the step has not ended after {waited_s:.0f} s, leaving without a checkpoint",
-            file=sys.stderr,
-        )
+        message = f"the step has not ended after {waited_s:.0f} s, leaving without a checkpoint"
+        print(f"{self.reason}: {message}", file=sys.stderr)
         try:
             self.on_timeout()
         finally:

@@ -61,9 +61,7 @@ def test_what_was_written_is_read_back_bit_equal(tmp_path):
     assert (saved.run_id, saved.fingerprint) == ("0f0f", FINGERPRINT)
     assert load_config(folder / "config.yaml") == RunConfig()
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all files must have the same permissions"
-    assert (
-        saved.versions["torch"] == torch.__version__.partition("+")[0] or saved.versions["torch"] == torch.__version__
-    )
+    assert saved.versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
 
 
 def test_weights_of_a_network_are_selected_by_prefix(tmp_path):
@@ -213,11 +211,10 @@ def test_the_number_of_epochs_may_differ_if_a_run_is_extended():
         checkpoint.differing_settings(saved, longer, may_restart=True)
     assert checkpoint.differing_settings(saved, longer, may_extend=True) == ["optim.epochs"]
     # Both must be allowed.
-    for may in ({}, {"may_restart": True}, {"may_extend": True}):
-        with pytest.raises(
-            CheckpointError, match=r"(?s)data.restart_epoch=true continues .*, and resume=extend continues "
-        ):
-            checkpoint.differing_settings(saved, other, **may)
+    both = r"(?s)data.restart_epoch=true continues .*, and resume=extend continues "
+    for allowed in ({}, {"may_restart": True}, {"may_extend": True}):
+        with pytest.raises(CheckpointError, match=both):
+            checkpoint.differing_settings(saved, other, **allowed)
     assert checkpoint.differing_settings(saved, other, may_restart=True, may_extend=True) == ["optim.epochs", "seed"]
     with pytest.raises(CheckpointError, match=r"optim.lr: 0.001 -> 1\nset them back"):
         checkpoint.differing_settings(saved, saved | {"optim.lr": 1}, may_restart=True, may_extend=True)
@@ -227,12 +224,10 @@ def test_another_format_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text()) | {"format": 99}
     (folder / "state.json").write_text(json.dumps(state))
-    size_and_hash = subprocess.run(["sha256sum", folder / "state.json"], capture_output=True, text=True, check=True)
+    hash_and_name = subprocess.run(["sha256sum", folder / "state.json"], capture_output=True, text=True, check=True)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["state.json"] = {
-        "size_bytes": (folder / "state.json").stat().st_size,
-        "sha256": size_and_hash.stdout.split()[0],
-    }
+    size_bytes = (folder / "state.json").stat().st_size
+    manifest["state.json"] = {"size_bytes": size_bytes, "sha256": hash_and_name.stdout.split()[0]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.read(folder)

@@ -197,10 +197,8 @@ def test_with_our_positions_the_features_are_timms(tmp_path, caplog):
     model.pos_embed.data.copy_(Encoder(tiny_vit().model.encoder, 32, REFERENCE).pos_embed)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     caplog.set_level(logging.INFO, "iwm_fast")
-    student, images = (
-        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "vit.safetensors"))),
-        torch.randn(2, 3, 32, 32),
-    )
+    student = initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "vit.safetensors")))
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens = student.encoder(images, None).unflatten(0, (2, 4))
         torch.testing.assert_close(tokens, model.forward_features(images), atol=1e-5, rtol=1e-4)
