@@ -66,12 +66,12 @@ def make_optimizer(module):
     return torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
 
 
-def make_engine(rank_info, engine, stage, **settings):
+def make_engine(rank_info, kind, stage, **settings):
     module = ToyModel()
-    if engine == "deepspeed":
+    if kind == "deepspeed":
         # Smaller than the largest weight, so that the reduction takes every path, and quick to fill with NaN.
         settings["zero_optimization"] = {"reduce_bucket_size": 30}
-    return build_engine(make_config(engine, stage, **settings), module, make_optimizer(module), rank_info)
+    return build_engine(make_config(kind, stage, **settings), module, make_optimizer(module), rank_info)
 
 
 def train(engine, steps, corrupt=lambda step, batch: batch, add=0.0):
@@ -85,8 +85,8 @@ def train(engine, steps, corrupt=lambda step, batch: batch, add=0.0):
     return outcomes
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info, engine, stage):
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info, kind, stage):
     module = ToyModel()
     optimizer = make_optimizer(module)
     norms = []
@@ -102,12 +102,12 @@ def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info,
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
         optimizer.step()
 
-    actual = make_engine(rank_info, engine, stage)
-    outcomes = train(actual, range(3))
+    engine = make_engine(rank_info, kind, stage)
+    outcomes = train(engine, range(3))
     assert min(norms) > 0.2, "clipping must be active"
     assert [outcome.grad_norm for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
     assert all(outcome.applied for outcome in outcomes)
-    state = actual.state()
+    state = engine.state()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(state[f"weight/{name}"], parameter.detach(), atol=1e-6, rtol=1e-6)
         if parameter.requires_grad:
@@ -117,14 +117,14 @@ def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info,
     assert int(state["adam_step"]) == 3
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_training_continues_bit_equal_from_a_loaded_state(rank_info, engine, stage):
-    straight = make_engine(rank_info, engine, stage)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_training_continues_bit_equal_from_a_loaded_state(rank_info, kind, stage):
+    straight = make_engine(rank_info, kind, stage)
     train(straight, range(2))
     saved = straight.state()
     train(straight, range(2, 5))
 
-    resumed = make_engine(rank_info, engine, stage)
+    resumed = make_engine(rank_info, kind, stage)
     train(resumed, range(7, 8))
     resumed.load_state(saved)
     assert_same_state(resumed.state(), saved)
@@ -132,104 +132,104 @@ def test_training_continues_bit_equal_from_a_loaded_state(rank_info, engine, sta
     assert_same_state(resumed.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_exists_before_the_first_step_and_starts_the_same_run(rank_info, engine, stage):
-    straight = make_engine(rank_info, engine, stage)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_exists_before_the_first_step_and_starts_the_same_run(rank_info, kind, stage):
+    straight = make_engine(rank_info, kind, stage)
     saved = straight.state()
     assert int(saved["adam_step"]) == 0
     train(straight, range(2))
-    resumed = make_engine(rank_info, engine, stage)
+    resumed = make_engine(rank_info, kind, stage)
     resumed.load_state(saved)
     train(resumed, range(2))
     assert_same_state(resumed.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_is_a_copy_that_training_does_not_change(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    train(actual, range(1))
-    saved = actual.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_is_a_copy_that_training_does_not_change(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(1))
+    saved = engine.state()
     before = {name: tensor.clone() for name, tensor in saved.items()}
-    train(actual, range(1, 2))
+    train(engine, range(1, 2))
     assert_same_state(saved, before)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
 @pytest.mark.parametrize("constant", [math.nan, math.inf])
-def test_a_nonfinite_loss_changes_nothing_and_training_continues(rank_info, engine, stage, constant):
-    actual = make_engine(rank_info, engine, stage)
-    train(actual, range(2))
-    before = actual.state()
+def test_a_nonfinite_loss_changes_nothing_and_training_continues(rank_info, kind, stage, constant):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(2))
+    before = engine.state()
     # Only the added constant is not finite; the gradients alone would be.
-    (outcome,) = train(actual, range(2, 3), add=constant)
+    (outcome,) = train(engine, range(2, 3), add=constant)
     assert not outcome.applied
     assert outcome.grad_norm == math.inf
-    assert_same_state(actual.state(), before)
-    assert train(actual, range(2, 3))[0].applied
+    assert_same_state(engine.state(), before)
+    assert train(engine, range(2, 3))[0].applied
 
-    straight = make_engine(rank_info, engine, stage)
+    straight = make_engine(rank_info, kind, stage)
     train(straight, range(3))
-    assert_same_state(actual.state(), straight.state())
+    assert_same_state(engine.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_bad_pixels_change_nothing(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    train(actual, range(1))
-    before = actual.state()
-    assert not train(actual, range(1, 2), corrupt=lambda step, batch: batch * math.nan)[0].applied
-    assert_same_state(actual.state(), before)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_bad_pixels_change_nothing(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(1))
+    before = engine.state()
+    assert not train(engine, range(1, 2), corrupt=lambda step, batch: batch * math.nan)[0].applied
+    assert_same_state(engine.state(), before)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_weight_decay_reaches_only_the_group_that_decays(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    actual.set_hyperparameters(lr=0.5, weight_decay=0.25)
-    before = actual.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    engine.set_hyperparameters(lr=0.5, weight_decay=0.25)
+    before = engine.state()
     for _ in range(NUM_MICRO_BATCHES):
         # All gradients are zero, so that only the decay remains.
-        actual.backward((actual.forward(torch.zeros(4, 5)).tokens * 0).sum())
-    assert actual.step().applied
-    after = actual.state()
+        engine.backward((engine.forward(torch.zeros(4, 5)).tokens * 0).sum())
+    assert engine.step().applied
+    after = engine.state()
     shrunk = 1 - 0.5 * 0.25
     for name, parameter in ToyModel().named_parameters():
         factor = shrunk if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(after[f"weight/{name}"], before[f"weight/{name}"] * factor)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_clipping_can_be_disabled(rank_info, engine, stage):
-    clipped, unclipped = make_engine(rank_info, engine, stage), make_engine(rank_info, engine, stage, clip_norm=None)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_clipping_can_be_disabled(rank_info, kind, stage):
+    clipped, unclipped = make_engine(rank_info, kind, stage), make_engine(rank_info, kind, stage, clip_norm=None)
     train(clipped, range(1))
     train(unclipped, range(1))
     ratio = unclipped.state()["exp_avg/first.weight"].norm() / clipped.state()["exp_avg/first.weight"].norm()
     assert ratio > 2
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_parameters_have_the_modules_own_names(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    assert dict(actual.named_parameters()).keys() == dict(ToyModel().named_parameters()).keys()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_parameters_have_the_modules_own_names(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    assert dict(engine.named_parameters()).keys() == dict(ToyModel().named_parameters()).keys()
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_step_after_too_few_micro_batches_is_refused(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    actual.backward(actual.forward(torch.ones(4, 5)).tokens.sum())
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_step_after_too_few_micro_batches_is_refused(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    engine.backward(engine.forward(torch.ones(4, 5)).tokens.sum())
     with pytest.raises(RuntimeError, match="after 1 micro-batches, but must be called after 2"):
-        actual.step()
+        engine.step()
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_of_another_model_is_refused_with_both_shapes(rank_info, engine, stage):
-    actual = make_engine(rank_info, engine, stage)
-    state = actual.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_of_another_model_is_refused_with_both_shapes(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    state = engine.state()
     with pytest.raises(ValueError, match=r"weight/last\.weight has shape \(4, 7\) in the saved state, \(3, 7\)"):
-        actual.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
+        engine.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
     with pytest.raises(ValueError, match=r"no exp_avg/norm\.bias"):
-        actual.load_state({name: tensor for name, tensor in state.items() if name != "exp_avg/norm.bias"})
+        engine.load_state({name: tensor for name, tensor in state.items() if name != "exp_avg/norm.bias"})
     with pytest.raises(ValueError, match="has weight/more, which"):
-        actual.load_state(state | {"weight/more": torch.zeros(1)})
+        engine.load_state(state | {"weight/more": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("source", range(len(ENGINES)))
