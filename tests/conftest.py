@@ -1,4 +1,4 @@
-"""Shared set-up: one thread, tiny shards of real photographs, NaN in fresh memory."""
+"""Set-up of all tests: one thread, tiny shards of real photographs, NaN in uninitialised memory."""
 
 import importlib.metadata
 import os
@@ -13,31 +13,31 @@ from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # read when kernels are imported: without a GPU the fused operations are interpreted, with one they are compiled
+    # Triton reads it when kernels are imported. Without a GPU they are interpreted, with one they are compiled.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# indexes that are not kept beside their shards must not end up in the user's cache
+# Shard indexes that cannot be written next to their shards must not end up in the user's cache.
 os.environ["IWM_CACHE"] = tempfile.mkdtemp(prefix="iwm-cache-")
 
 torch.set_num_threads(1)
 
-# machines are shared: a slow example is no failure
+# Machines are shared, so a slow example is no failure.
 hypothesis.settings.register_profile("shared", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Fill uninitialised tensors with NaN, so that an element never written is seen."""
+    """Fill uninitialised tensors with NaN, so that tests notice an element that is never written."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-# before pytest-xdist reads the groups
+# tryfirst, so that it runs before pytest-xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # what launches processes shares, within a module, a run that takes long
+        # Tests that launch processes may share a long run within their module, so one worker takes the module.
         if item.get_closest_marker("multi_rank") or item.get_closest_marker("launcher"):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if torch.cuda.is_available():
@@ -45,9 +45,7 @@ def pytest_collection_modifyitems(config, items):
     reasons = {"gpu": "needs an NVIDIA GPU"}
     numpy_version = tuple(map(int, np.__version__.split(".")[:2]))
     if importlib.metadata.version("triton").startswith("3.6.") and numpy_version >= (2, 4):
-        reasons["fused"] = (
-            "triton 3.6 interprets no loops under numpy >= 2.4; install either triton >= 3.9 or numpy 2.3"
-        )
+        reasons["fused"] = "triton 3.6 cannot interpret loops under numpy >= 2.4; install triton >= 3.9 or numpy 2.3"
     for item in items:
         for keyword, reason in reasons.items():
             if keyword in item.keywords:
@@ -56,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> TinyShards:
-    """Write the shards once."""
+    """Write three shards of 48 labelled crops of photographs, once for all tests."""
     folder = tmp_path_factory.mktemp("tiny")
     photographs = [photograph(name) for name in ("astronaut.png", "coffee.png", "chelsea.png")]
     generator = np.random.default_rng(0)

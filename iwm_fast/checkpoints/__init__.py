@@ -1,1 +1,1 @@
-"""How are trained weights kept: saved, loaded, exported, and taken over by a new run?"""
+"""How are trained weights stored: saved, loaded, exported, and used to initialise a new run?"""

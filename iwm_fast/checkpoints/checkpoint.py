@@ -1,15 +1,15 @@
-"""One portable checkpoint: weights and moments by parameter name, whole or not there at all.
+"""A portable checkpoint: weights and moments by parameter name, in a folder that exists complete or not at all.
 
     <run>/checkpoints/step-00001000/
         model.safetensors   the engine's state (see portable_state) and teacher/<name>
         state.json          progress, run_id, fingerprint, versions
-        config.yaml         every setting of the run that wrote it
-        manifest.json       size and SHA-256 of each (see pipelines.storage.atomic)
+        config.yaml         all settings of the run that wrote it
+        manifest.json       size and SHA-256 of each file (see pipelines.storage.atomic)
 
-It knows nothing of ranks and ZeRO stages: any number of ranks and any engine continues from it. It holds no state of a
-random generator, because there is none: sample order, crops, actions and masks are pure functions of (seed, step,
-slot), and networks draw nothing once their weights are drawn. Torch's global generator is left out on purpose: a run
-that drew from rank 0's could not go on alike with other ranks.
+It depends on neither ranks nor ZeRO stages: any number of ranks and any engine can continue from it. It holds no state
+of a random generator because none is needed: sample order, crops, actions and masks are pure functions of (seed, step,
+slot), and networks draw no random numbers after their initialisation. Torch's global generator is left out on purpose:
+a run that used rank 0's generator could not continue in the same way with another number of ranks.
 """
 
 import json
@@ -32,59 +32,61 @@ from iwm_fast.pipelines.storage.atomic import publish, save_json
 
 FORMAT = 3
 MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.yaml"
-TEACHER = "teacher/"
+TEACHER_PREFIX = "teacher/"
 
 _PACKAGES = ("iwm-fast", "torch", "deepspeed", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint. Fields other than folder and tensors are the entries of state.json."""
 
     folder: Path
-    """Where it is."""
+    """The folder that holds the checkpoint."""
     engine_state: dict[str, Tensor]
-    """For `Engine.load_state`."""
+    """Weights and moments, for `Engine.load_state`."""
     teacher_state: dict[str, Tensor]
     """The teacher's tensors under their own names, which are timm's."""
     step: int
-    """Optimiser steps attempted."""
+    """Number of optimiser steps attempted."""
     applied_steps: int
-    """Those that changed the weights."""
+    """Number of optimiser steps that changed the weights."""
     run_id: str
-    """The run's name for loggers, the same from its first start to its last."""
+    """The run's name for loggers, which stays the same however often the run is resumed."""
     fingerprint: dict[str, Any]
-    """The settings that decide the result, flat."""
+    """The settings that decide the result, by dotted name."""
     world_size: int
-    """Ranks of the run that wrote it; any number may read it."""
+    """Number of ranks of the run that wrote it; any number may read it."""
     counters: dict[str, Any]
-    """Whatever else the loop wants to keep, fit for JSON."""
+    """Further values that the training loop stores, fit for JSON."""
     versions: dict[str, str]
-    """Packages that wrote it."""
+    """Versions of the packages that wrote it."""
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
-        """Return the trained weights whose names begin with the prefix, without it; no moments, no buffers."""
+        """Return the trained weights whose names begin with the prefix, without it; no moments and no buffers."""
         start = f"weight/{prefix}"
         state = self.engine_state
         return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
 
-_IN_STATE = [one.name for one in fields(Checkpoint) if one.name not in ("folder", "engine_state", "teacher_state")]
-_NAME = re.compile(r"step-\d{8,}")
+_NOT_IN_STATE = ("folder", "engine_state", "teacher_state")
+_STATE_ENTRIES = [field.name for field in fields(Checkpoint) if field.name not in _NOT_IN_STATE]
+_FOLDER_NAME = re.compile(r"step-\d{8,}")
 
-_RESTART = "data.restart_epoch=true goes on with these weights and begins the current epoch anew"
-_EXTEND = "resume=extend goes on with schedules laid out over the other number of epochs"
+_RESTART = "data.restart_epoch=true continues with these weights and restarts the current epoch"
+_EXTEND = "resume=extend continues with schedules for the new number of epochs"
 
 
 def write(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Publish a checkpoint in its folder, whole or not at all.
+    """Write a checkpoint to its folder, which appears complete or not at all.
 
     Raises:
         FileExistsError: if the folder exists.
-        OSError: if the disk is full or does not let us.
+        OSError: if the disk is full or the folder cannot be written.
     """
-    tensors = checkpoint.engine_state | {TEACHER + name: value for name, value in checkpoint.teacher_state.items()}
-    state = {"format": FORMAT} | {name: getattr(checkpoint, name) for name in _IN_STATE}
+    teacher = {TEACHER_PREFIX + name: tensor for name, tensor in checkpoint.teacher_state.items()}
+    tensors = checkpoint.engine_state | teacher
+    state = {"format": FORMAT} | {name: getattr(checkpoint, name) for name in _STATE_ENTRIES}
     writers = {
         MODEL: lambda path: _save_tensors(tensors, path),
         STATE: lambda path: save_json(state, path),
@@ -94,14 +96,16 @@ def write(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # safetensors writes only contiguous tensors.
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    # safetensors reports a full disk as an error of its own.
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of what a checkpoint depends on."""
+    """Return the versions of the packages that a checkpoint depends on."""
     return {name: _version(name) for name in _PACKAGES}
 
 
@@ -113,7 +117,7 @@ def _version(name: str) -> str:
 
 
 def folder_of(run_folder: Path, step: int) -> Path:
-    """Return where a run's checkpoint of a step lies."""
+    """Return the folder of a run's checkpoint of a step, whether it exists or not."""
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
@@ -123,29 +127,33 @@ def step_of(folder: Path) -> int:
 
 
 def step_folders(run_folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints in order of step, without looking whether they are whole."""
-    found = (run_folder / "checkpoints").glob("step-*")
-    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+    """Return the folders of a run's checkpoints in order of step, without checking that they are undamaged."""
+    paths = (run_folder / "checkpoints").glob("step-*")
+    # The pattern excludes folders that were set aside, such as step-00001000.refused.
+    return sorted((path for path in paths if _FOLDER_NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest(run_folder: Path) -> Path | None:
-    """Return the folder of a run's newest checkpoint, None if it has none; `read` tells whether it is whole."""
+    """Return the folder of a run's newest checkpoint, None if it has none, without checking that it is undamaged."""
     folders = step_folders(run_folder)
     return folders[-1] if folders else None
 
 
 def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
-    """Return a run's newest whole checkpoint, None if it has none at all, and what is wrong with those behind it.
+    """Read a run's newest undamaged checkpoint.
+
+    Returns:
+        The checkpoint, None if the run has none at all, and the errors of damaged newer ones by folder.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is whole, naming all.
+        CheckpointError: if there are checkpoints but all are damaged, naming all.
     """
     refused: dict[Path, CheckpointError] = {}
     for folder in reversed(step_folders(run_folder)):
         try:
             return read(folder), refused
         except CheckpointError as error:
-            # a training run removes its old ones while others read
+            # A training run may have removed this checkpoint while we read it. There must be a newer one now.
             if not folder.exists():
                 return read_newest(run_folder)
             refused[folder] = error
@@ -153,17 +161,18 @@ def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, Checkpo
         rows = "\n".join(f"  {error}" for error in refused.values())
         raise CheckpointError(
             f"none of the checkpoints in {run_folder / 'checkpoints'} can be used:\n{rows}\n"
-            "put one back from a copy, or name another output.folder to start a new run"
+            "restore one from a backup, or name another output.folder to start a new run"
         )
     return None, refused
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint after comparing it with its manifest.
+    """Read a checkpoint and check its files against the manifest.
 
     Raises:
-        CheckpointError: if it is damaged or of another format.
+        CheckpointError: if it is damaged or has another format.
     """
+    # The format comes first: another version of the project may have written other files.
     require_undamaged(folder, (STATE,))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     saved_format = state.pop("format", None)
@@ -173,10 +182,11 @@ def read(folder: Path) -> Checkpoint:
         )
     require_undamaged(folder, (MODEL, CONFIG))
     tensors = load_file(folder / MODEL)
+    teacher = {name: tensor for name, tensor in tensors.items() if name.startswith(TEACHER_PREFIX)}
     return Checkpoint(
         folder=folder,
-        engine_state={name: tensor for name, tensor in tensors.items() if not name.startswith(TEACHER)},
-        teacher_state={name.removeprefix(TEACHER): row for name, row in tensors.items() if name.startswith(TEACHER)},
+        engine_state={name: tensor for name, tensor in tensors.items() if name not in teacher},
+        teacher_state={name.removeprefix(TEACHER_PREFIX): tensor for name, tensor in teacher.items()},
         **state,
     )
 
@@ -184,23 +194,27 @@ def read(folder: Path) -> Checkpoint:
 def differing_settings(
     saved: dict[str, Any], current: dict[str, Any], *, may_restart: bool = False, may_extend: bool = False
 ) -> list[str]:
-    """Return which settings differ between two fingerprints, none unless they may.
+    """Compare two fingerprints.
 
     Args:
-        saved: the checkpoint's.
-        current: this run's.
-        may_restart: whether what only decides the data stream may differ.
+        saved: the checkpoint's fingerprint.
+        current: this run's fingerprint.
+        may_restart: whether settings that only define the stream of samples may differ.
         may_extend: whether the number of epochs may differ.
 
+    Returns:
+        Sorted names of the settings that differ, all of which are allowed to.
+
     Raises:
-        CheckpointError: listing every setting that differs and must not.
+        CheckpointError: if a setting differs that must not, listing all that differ.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    ways_out = {_remedy(name) for name in names}
-    if ways_out <= {way for way, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
+    remedies = {_remedy(name) for name in names}
+    if remedies <= {remedy for remedy, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
         return names
     rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
-    hint = "" if "" in ways_out else ", and ".join(sorted(ways_out)) + "; otherwise "
+    # An empty remedy means that no option allows one of the differences, so there is nothing to suggest.
+    hint = "" if "" in remedies else ", and ".join(sorted(remedies)) + "; otherwise "
     raise CheckpointError(
         f"the checkpoint was made with other settings (saved -> now):\n{rows}\n"
         f"{hint}set them back, or name another output.folder to start a new run"
@@ -208,13 +222,14 @@ def differing_settings(
 
 
 def _remedy(name: str) -> str:
+    """Return the option that allows a setting to differ, as a sentence; empty if there is none."""
     if defines_sample_stream(name):
         return _RESTART
     return _EXTEND if name == "optim.epochs" else ""
 
 
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Give an engine a checkpoint's weights and moments; collective.
+    """Overwrite an engine's weights and moments with those of a checkpoint. Collective: every rank must call it.
 
     Raises:
         CheckpointError: if the model has other parameters, naming the first that differs.
@@ -222,4 +237,6 @@ def restore(checkpoint: Checkpoint, engine: Engine) -> None:
     try:
         engine.load_state(checkpoint.engine_state)
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.folder} is of another model: {error}; set model back as it was") from error
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit this model: {error}; set model back to its earlier values"
+        ) from error

@@ -6,11 +6,11 @@ from iwm_fast.pipelines.storage.atomic import verify
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written, read or used; says where and what to do."""
+    """A checkpoint or export cannot be written, read or used; the message names it and the remedy."""
 
 
 def require_undamaged(folder: Path, names: tuple[str, ...]) -> None:
-    """Compare files of a checkpoint, or of an export, with its manifest.
+    """Compare files of a checkpoint or an export with the sizes and hashes in its manifest.
 
     Raises:
         CheckpointError: naming the first file that is missing or differs.

@@ -1,9 +1,9 @@
-"""`init_from`: whose weights a run starts with, instead of drawn ones.
+"""`init_from`: the weights that a run starts with, instead of randomly initialised ones.
 
-Three kinds of source: a run's folder (its newest checkpoint), an export folder, or a file of a ViT under timm's names,
-as timm, I-JEPA and most others write them. The encoder takes the source's teacher where it has one, and the run's own
-teacher begins as its copy. Nothing is left out silently: a block that is missing, superfluous or of another shape is an
-error that names it.
+There are three kinds of source: a run's folder (its newest checkpoint), an export folder, or a file of ViT weights
+under timm's names, as timm, I-JEPA and most other projects write them. The encoder takes the source's teacher if it has
+one, and the run's own teacher starts as a copy of the encoder. No weights are ignored silently: a block that is
+missing, unexpected or of another shape is an error that names it.
 """
 
 import logging
@@ -27,35 +27,38 @@ from iwm_fast.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-# where files keep a model's weights; the teacher's come first, which is what one evaluates
+# Entries under which files store a model's weights. A file may have several; the teacher's come first, because the
+# teacher is the network that is evaluated.
 _ENTRIES = ("target_encoder", "teacher", "encoder", "model", "state_dict")
+# Prefixes that wrappers such as DistributedDataParallel add to parameter names.
 _PREFIXES = ("module.", "backbone.", "target_encoder.", "teacher.", "encoder.", "model.")
-# what a ViT may have beside its blocks, and this one has not
+# Parameters that other ViTs have outside their blocks, and this encoder does not have.
 _DROPPED = ("cls_token", "mask_token", "head.", "head_dist.")
 _POSITIONS = "pos_embed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Weights to start with."""
+class PretrainedWeights:
+    """The weights that a run starts with."""
 
     encoder: dict[str, Tensor]
-    """Under timm's names, without positions."""
+    """The encoder's weights under timm's names, without positions."""
     predictor: dict[str, Tensor]
-    """Under ours; empty if there are none that fit."""
+    """The predictor's weights under our names; empty if the predictor keeps its random initialisation."""
     remarks: tuple[str, ...]
-    """What a user should know of them, one sentence each."""
+    """What a user should know about the weights, one sentence each."""
 
 
 def is_fresh_start(config: RunConfig) -> bool:
-    """Return whether no checkpoint would be gone on from; the same on every rank, collective."""
+    """Return whether rank 0 finds no checkpoint to resume from. Collective: every rank must call it."""
     return distributed.broadcast_from_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
 
 
 def initialize_from(config: RunConfig, student: Student) -> None:
-    """Overwrite a student's drawn weights, in place, with those that `init_from` names; nothing if it names none.
+    """Overwrite a student's weights in place with those that `init_from` names, if it names any.
 
-    Not for a run that goes on: its weights come from its own checkpoint, and the source may be gone by then.
+    A run that resumes is left alone: its weights come from its own checkpoint, and the source may no longer exist.
+    Collective: every rank must call it.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -65,6 +68,7 @@ def initialize_from(config: RunConfig, student: Student) -> None:
     if not config.init_from or not is_fresh_start(config):
         return
     source = read_source(config, student)
+    # The encoder keeps its own positions, which follow from its grid.
     student.encoder.load_state_dict(source.encoder | {_POSITIONS: student.encoder.pos_embed})
     if source.predictor:
         student.predictor.load_state_dict(source.predictor)
@@ -72,18 +76,20 @@ def initialize_from(config: RunConfig, student: Student) -> None:
         log.info("init_from: %s", remark)
 
 
-def read_source(config: RunConfig, student: Student) -> Source:
+def read_source(config: RunConfig, student: Student) -> PretrainedWeights:
     """Read the weights that `init_from` names and check that they fit a student, which may be on the meta device.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: as `initialize_from`.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if it holds no weights that fit, naming the first that does not.
+        CheckpointError: if a folder's files are damaged.
     """
     path = Path(config.init_from)
     if path.is_file():
-        found, positions, taken = _read_file(path)
-        remark = f"the encoder starts with {taken} of {path}"
+        weights, positions, origin = _read_file(path)
+        remark = f"the encoder starts with {origin} of {path}"
         remarks = (remark, *_compare_positions(positions, student, path))
-        source = Source(encoder=found, predictor={}, remarks=remarks)
+        source = PretrainedWeights(encoder=weights, predictor={}, remarks=remarks)
     elif path.is_dir():
         source = _read_folder(path, config, student)
     else:
@@ -96,29 +102,30 @@ def read_source(config: RunConfig, student: Student) -> Source:
 
 
 def _require_fit(weights: dict[str, Tensor], module: nn.Module, path: Path) -> None:
+    """Check that weights have exactly the names and shapes of a module's parameters."""
     expected = dict(module.named_parameters())
     for name, parameter in expected.items():
         if name not in weights:
-            known = ", ".join(list(weights)[:3])
-            raise ValueError(f"init_from: {path} has no {name}, which this encoder needs; it has {known} ...")
+            examples = ", ".join(list(weights)[:3])
+            raise ValueError(f"init_from: {path} has no {name}, which this encoder needs; it has {examples} ...")
         if weights[name].shape != parameter.shape:
             raise ValueError(
-                f"init_from: {name} of {path} has shape {tuple(weights[name].shape)}, here it must have "
-                f"{tuple(parameter.shape)}; set model.encoder as the file's encoder is"
+                f"init_from: {name} of {path} has shape {tuple(weights[name].shape)}, but this run needs "
+                f"{tuple(parameter.shape)}; set model.encoder to the values of the file's encoder"
             )
-    superfluous = [name for name in weights if name not in expected]
-    if superfluous:
+    unexpected = [name for name in weights if name not in expected]
+    if unexpected:
         raise ValueError(
-            f"init_from: {path} has {superfluous[0]}, which this encoder has not: it is of another architecture or "
-            "depth; set model.encoder as the file's encoder is"
+            f"init_from: {path} has {unexpected[0]}, which this encoder does not have: it has another architecture or "
+            "depth; set model.encoder to the values of the file's encoder"
         )
 
 
-def _read_folder(path: Path, config: RunConfig, student: Student) -> Source:
-    """Read a run or an export, both of which know the settings that their weights belong to."""
+def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedWeights:
+    """Read the weights of a run or an export, both of which store the settings of their networks."""
     if is_export(path):
         exported = read_export(path)
-        theirs, encoder, predictor = exported.config, exported.encoder_state, exported.predictor_state
+        source_config, encoder, predictor = exported.config, exported.encoder_state, exported.predictor_state
         step = exported.step
     else:
         saved, _ = checkpoints.read_newest(path)
@@ -126,58 +133,70 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> Source:
             raise FileNotFoundError(
                 f"init_from = {str(path)!r} holds neither an export nor a run with a checkpoint; name one that does"
             )
-        theirs = load_config(saved.folder / checkpoints.CONFIG)
+        source_config = load_config(saved.folder / checkpoints.CONFIG)
         encoder, predictor, step = saved.teacher_state, saved.weights("predictor."), saved.step
-    _require_same_encoder(theirs, config, path)
-    named = f"the encoder starts with the teacher of {path}, step {step}"
-    # positions follow from the grid, so weights may go on at another size of views
+    _require_same_encoder(source_config, config, path)
+    # Positions follow from the grid. Without them, the weights also fit views of another size.
     encoder = {name: value for name, value in encoder.items() if name != _POSITIONS}
-    unfit = _predictor_mismatch(theirs, config, predictor, student)
-    remarks = (named,)
+    mismatch = _predictor_mismatch(source_config, config, predictor, student)
+    remarks = (f"the encoder starts with the teacher of {path}, step {step}",)
     if config.model.predictor.depth > 0:
-        remarks = (named, f"the predictor starts anew, {unfit}" if unfit else "the predictor starts with the one there")
-    return Source(encoder=encoder, predictor={} if unfit else predictor, remarks=remarks)
+        initialised_by = f"its random initialisation, because {mismatch}" if mismatch else "the source's predictor"
+        remarks = (*remarks, f"the predictor starts with {initialised_by}")
+    return PretrainedWeights(encoder=encoder, predictor={} if mismatch else predictor, remarks=remarks)
 
 
-def _require_same_encoder(theirs: RunConfig, ours: RunConfig, path: Path) -> None:
-    # heads leave no trace in shapes: weights would fit and mean something else
-    if theirs.model.encoder != ours.model.encoder:
-        given, wanted = asdict(theirs.model.encoder), asdict(ours.model.encoder)
-        rows = ", ".join(f"{name} {given[name]} -> {wanted[name]}" for name in given if given[name] != wanted[name])
-        raise ValueError(f"init_from: {path} has another encoder (there -> here: {rows}); set model.encoder as there")
+def _require_same_encoder(source: RunConfig, current: RunConfig, path: Path) -> None:
+    # Comparing shapes is not enough: with another number of heads, weights would fit but compute something else.
+    if source.model.encoder != current.model.encoder:
+        rows = _list_differences(asdict(source.model.encoder), asdict(current.model.encoder))
+        raise ValueError(
+            f"init_from: {path} has another encoder (source -> this run: {rows}); set model.encoder to match"
+        )
 
 
-def _predictor_mismatch(theirs: RunConfig, ours: RunConfig, weights: dict[str, Tensor], student: Student) -> str | None:
-    """Return why a predictor of other settings cannot be taken over, None if it can.
+def _predictor_mismatch(
+    source: RunConfig, current: RunConfig, weights: dict[str, Tensor], student: Student
+) -> str | None:
+    """Return why this run cannot use the predictor of the source, None if it can.
 
     Raises:
-        ValueError: if it is of the same settings and its action means something else.
+        ValueError: if the predictors have equal settings, but their action entries differ.
     """
-    if theirs.model.predictor != ours.model.predictor:
-        given, wanted = (asdict(config.model.predictor) for config in (theirs, ours))
-        rows = ", ".join(f"{name} {given[name]} -> {wanted[name]}" for name in given if given[name] != wanted[name])
-        return f"its settings differ (there -> here: {rows})"
-    is_conditioned = ours.model.predictor.conditioning != "none"
-    if is_conditioned and theirs.views.entries != ours.views.entries:
+    if source.model.predictor != current.model.predictor:
+        rows = _list_differences(asdict(source.model.predictor), asdict(current.model.predictor))
+        return f"its settings differ (source -> this run: {rows})"
+    is_conditioned = current.model.predictor.conditioning != "none"
+    # Other entries may still be of the same number, and the predictor would read each as a different change.
+    if is_conditioned and source.views.entries != current.views.entries:
         raise ValueError(
-            f"init_from: the predictor of {ours.init_from} knows the action entries {theirs.views.entries}, this run "
-            f"{ours.views.entries}; set views as there, or take the encoder alone: export the run, and name the "
-            "export's encoder.safetensors"
+            f"init_from: the predictor of {current.init_from} was trained with the action entries "
+            f"{source.views.entries}, but this run has {current.views.entries}; set views to the source's values, or "
+            "use the encoder only: export the run, and name the export's encoder.safetensors"
         )
-    _require_fit(weights, student.predictor, Path(ours.init_from))
+    _require_fit(weights, student.predictor, Path(current.init_from))
     return None
 
 
+def _list_differences(source: dict[str, Any], current: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {source[name]} -> {current[name]}" for name in source if source[name] != current[name])
+
+
 def _read_file(path: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
-    """Return weights under timm's names, positions apart, and where in the file they stood.
+    """Read a file of ViT weights.
+
+    Returns:
+        The weights under timm's names, the positions, which are None if the file has none, and a description of where
+        in the file the weights are.
 
     Raises:
-        ValueError: if it cannot be read, or holds no tensors.
+        ValueError: if the file cannot be read, or holds no tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
+            # Unpickling could run any code that a downloaded file contains; weights_only reads tensors only.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
@@ -185,54 +204,55 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
             f"init_from: {path} cannot be read as weights ({reason}); only tensors are read, never pickled code: save "
             "the model's state_dict() alone, or as .safetensors"
         ) from error
-    content, entries = _without_entries(content)
-    weights, prefixes = _without_prefixes(content)
+    content, entries = _descend_entries(content)
+    weights, prefixes = _strip_prefixes(content)
     if not weights:
         raise ValueError(f"init_from: {path} holds no weights by name; save the model's state_dict()")
     positions = weights.pop(_POSITIONS, None)
-    kept = {name: value.float() for name, value in weights.items() if not name.startswith(_DROPPED)}
-    place = ".".join([*entries, *prefixes])
-    return kept, positions, f"the weights under {place!r}" if place else "the weights"
+    # Other projects also store weights in half precision; parameters here are float32.
+    float_weights = {name: value.float() for name, value in weights.items() if not name.startswith(_DROPPED)}
+    address = ".".join([*entries, *prefixes])
+    return float_weights, positions, f"the weights under {address!r}" if address else "the weights"
 
 
-def _without_entries(content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """Descend into the entry that holds the model; return its tensors, and the entries on the way."""
+def _descend_entries(content: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the innermost entry that holds a model, and the names of the entries that lead to it."""
     if not isinstance(content, dict):
         return {}, []
-    found = next((name for name in _ENTRIES if isinstance(content.get(name), dict)), None)
-    if found is None:
+    entry = next((name for name in _ENTRIES if isinstance(content.get(name), dict)), None)
+    if entry is None:
         return {name: value for name, value in content.items() if isinstance(value, Tensor)}, []
-    inner, entries = _without_entries(content[found])
-    return inner, [found, *entries]
+    tensors, entries = _descend_entries(content[entry])
+    return tensors, [entry, *entries]
 
 
-def _without_prefixes(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Descend into the part that prefixes name; what stands beside it, such as a predictor, stays behind."""
-    found = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights)), None)
-    if found is None:
+def _strip_prefixes(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights below known prefixes, without other weights such as a predictor's, and the prefixes."""
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights)), None)
+    if prefix is None:
         return weights, []
-    inner, prefixes = _without_prefixes(
-        {name.removeprefix(found): value for name, value in weights.items() if name.startswith(found)}
+    inner, prefixes = _strip_prefixes(
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     )
-    return inner, [found.removesuffix("."), *prefixes]
+    return inner, [prefix.removesuffix("."), *prefixes]
 
 
 def _compare_positions(positions: Tensor | None, student: Student, path: Path) -> list[str]:
-    """Return what to say of the file's positions, which give way to ours.
+    """Return a remark if the file's positions, which are replaced by fixed ones, differ from those.
 
     Raises:
-        ValueError: if they are of another grid.
+        ValueError: if they belong to a grid of another size.
     """
     if positions is None:
         return []
     grid, num_tokens = student.encoder.grid, positions.shape[1]
-    # a class token's position comes first
+    # A class token's position comes first, if there is one.
     if num_tokens not in (grid**2, grid**2 + 1):
         raise ValueError(
-            f"init_from: {path} has positions of {num_tokens} tokens, this run has {grid} x {grid} patches; set "
-            "views.size and model.encoder.patch_size as there"
+            f"init_from: {path} has positions of {num_tokens} tokens, but this run has {grid} x {grid} patches; set "
+            "views.size and model.encoder.patch_size to the values of the file's encoder"
         )
-    ours, theirs = sincos_positions(student.encoder.dim, grid), positions[0, -(grid**2) :].float()
-    if theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-3):
+    fixed, from_file = sincos_positions(student.encoder.dim, grid), positions[0, -(grid**2) :].float()
+    if from_file.shape == fixed.shape and torch.allclose(from_file, fixed, atol=1e-3):
         return []
     return ["its positions are not the fixed ones used here: features differ until training has adapted"]

@@ -1,4 +1,4 @@
-"""The engine protocol: backward, clip, step."""
+"""The engine protocol: what an optimiser step consists of, whether PyTorch or DeepSpeed makes it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,65 +9,71 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimiser step did; the same on every rank."""
+    """The outcome of one optimiser step, equal on all ranks."""
 
     applied: bool
-    """False: a loss or gradient was not finite on some rank, and neither weights nor moments changed."""
+    """Whether weights and moments changed; they do not if a loss or gradient was not finite on at least one rank."""
     grad_norm: float
     """Global gradient norm before clipping; infinite if the step was not applied."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Owns the trained module and its optimiser; one optimiser step is several forward and backward, then one step.
+    """The owner of the trained module and its optimiser.
 
-    Gradients are summed over micro-batches and ranks, never averaged: the loss has been divided already.
+    One optimiser step consists of `forward` and `backward` for each micro-batch, then `step`. Gradients are summed over
+    micro-batches and ranks, never averaged, because the loss is already divided by the global number of targets.
     """
 
     def forward(self, batch: Any) -> Any:
-        """Run the module on one micro-batch."""
+        """Run the module on one micro-batch. Collective with ZeRO stage 3: every rank must call it."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this micro-batch's share of the loss."""
+        """Add the gradients of a micro-batch's share of the loss. Collective: every rank must call it."""
         ...
 
     def step(self) -> StepOutcome:
-        """Clip, update and clear the gradients, once after the last micro-batch; collective.
+        """Clip the gradients, update the weights and clear the gradients; call it after the last micro-batch.
 
-        If a loss or a gradient was not finite on any rank, no rank changes weights or moments.
+        If a loss or gradient is not finite on at least one rank, no rank changes its weights or moments. Collective:
+        every rank must call it.
 
         Raises:
-            RuntimeError: if it does not follow the run's number of micro-batches.
+            RuntimeError: if `backward` was not called once for each micro-batch of the step.
         """
         ...
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Yield the module's unsharded float32 weights whose names begin with the prefix; collective.
+        """Yield name and unsharded float32 weight of the parameters whose names begin with the prefix.
 
-        They are those of this moment: take them before the next step.
+        The tensors are valid until the next step; copy them to keep their values. Collective: every rank must call it.
         """
         ...
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        """Set both for the next step; weight decay only in groups that decay."""
+        """Set learning rate and weight decay for the next step; weight decay applies to decaying groups only."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights and moments by name, copied to the CPU (see portable_state); collective, {} on ranks > 0."""
+        """Return a copy of weights and moments on the CPU, by name; empty on ranks other than 0.
+
+        The format, described in `iwm_fast.engines.portable_state`, does not depend on the engine. Collective: every
+        rank must call it.
+        """
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load an unsharded state, which every rank passes.
+        """Load an unsharded state, which every rank must pass in full.
 
         Raises:
-            ValueError: if its names or shapes are not this model's.
+            ValueError: if its names or shapes differ from this model's.
         """
         ...
 
     def release(self) -> None:
-        """Leave the module usable without the engine, with unsharded weights on every rank; collective.
+        """Detach the module from the engine and leave it usable, with unsharded weights on every rank.
 
-        With ZeRO stage 3 its parameters are new objects.
+        ZeRO stage 3 replaces its parameters by new objects. Collective: every rank must call it.
         """
         ...

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 over float32 parameters; the only file that imports deepspeed.
 
-Stage 0 shards nothing, 1 Adam's moments, 2 the gradients too, 3 the weights too; see `deepspeed_state`.
+Stage 0 shards nothing, stage 1 Adam's moments, stage 2 also the gradients, stage 3 also the weights.
 """
 
 import math
@@ -22,104 +22,113 @@ from iwm_fast.engines.optimizer import set_hyperparameters
 from iwm_fast.engines.portable_state import ReplicatedState
 from iwm_fast.runtime.distributed import RankInfo
 
-# elements; DeepSpeed's 5e8 allocates 2 GB per backward. 64 MiB is past the size at which all-reduce saturates
+# In elements. DeepSpeed's default of 5e8 allocates 2 GB in each backward pass. 2**24 float32 elements are 64 MiB, which
+# is beyond the size at which an all-reduce reaches its full bandwidth.
 REDUCE_BUCKET_SIZE = 2**24
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Return every DeepSpeed setting of a run, `runtime.deepspeed` merged over ours.
+    """Return all DeepSpeed settings of a run: those that follow from its configuration, and `runtime.deepspeed`.
 
     Raises:
-        ValueError: if `runtime.deepspeed` contradicts a setting of ours, or batch, ranks and micro-batch do not divide.
+        ValueError: if `runtime.deepspeed` conflicts with a setting that follows from the configuration, or if the
+            global batch size is not a multiple of world size times micro-batch size.
     """
     micro_batch_size, accumulation = accumulation_steps(config, world_size)
     stage = 1 if config.runtime.zero_stage is None else config.runtime.zero_stage
-    ours = {
+    fixed = {
         "train_batch_size": config.optim.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        # the loss is already divided by the global number of targets
+        # The loss is already divided by the global number of targets, so gradients are summed. Stage 3 refuses sums;
+        # there the engine multiplies the loss by the number of ranks instead.
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
-        # at stage 0 the engine does it itself
+        # At stage 0 the engine clips, because it needs the norm before DeepSpeed's step.
         "gradient_clipping": (stage > 0 and config.optim.clip_norm) or 0.0,
         "zero_optimization": {
             "stage": stage,
-            # a step that is not finite is recognised by its norm
+            # DeepSpeed skips a step whose norm is not finite, so it must compute the norm.
             "compute_grad_norm": True,
-            # state() and load_state() expect the moments on the device, in the order of the parameters
+            # state() and load_state() expect the moments on the device, in the order of the parameters.
             "offload_optimizer": None,
             "round_robin_gradients": False,
         },
         "managed_gradient_accumulation": True,
-        # the module casts inside its own forward; parameters, gradients and moments stay float32
+        # The module uses autocast inside its own forward; parameters, gradients and moments stay float32.
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": False},
         "steps_per_print": 10**9,
     }
-    # these may be changed: they steer speed only
-    tuned = {
+    # Defaults that users may override, because they affect the speed only.
+    defaults = {
         "zero_optimization": {"reduce_bucket_size": REDUCE_BUCKET_SIZE},
-        # it synchronises the device in every step; speed is measured in metrics.py
+        # This timer synchronises the device in every step. The training loop measures throughput without that.
         "timers": {"throughput": {"enabled": False}},
     }
-    _refuse_conflicts(ours, config.runtime.deepspeed, "")
-    return _merge(_merge(tuned, config.runtime.deepspeed), ours)
+    _refuse_conflicts(fixed, config.runtime.deepspeed, "")
+    return _merge(_merge(defaults, config.runtime.deepspeed), fixed)
 
 
-def _refuse_conflicts(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> None:
-    for name, value in theirs.items():
+def _refuse_conflicts(fixed: dict[str, Any], overrides: dict[str, Any], prefix: str) -> None:
+    for name, value in overrides.items():
         if name in ("optimizer", "scheduler") and not prefix:
             raise ValueError(f"runtime.deepspeed.{name} must be unset: AdamW and its schedules are set in optim")
-        if name not in ours:
+        if name not in fixed:
             continue
-        if isinstance(value, dict) and isinstance(ours[name], dict):
-            _refuse_conflicts(ours[name], value, f"{prefix}{name}.")
-        elif value != ours[name]:
+        if isinstance(value, dict) and isinstance(fixed[name], dict):
+            _refuse_conflicts(fixed[name], value, f"{prefix}{name}.")
+        elif value != fixed[name]:
             raise ValueError(
-                f"runtime.deepspeed.{prefix}{name} = {value!r} contradicts our {ours[name]!r}; remove it, "
-                f"or set optim, runtime.zero_stage or runtime.micro_batch_size, which it follows from"
+                f"runtime.deepspeed.{prefix}{name} must be unset or {fixed[name]!r}, got {value!r}; it follows from "
+                f"other settings: set optim, runtime.zero_stage or runtime.micro_batch_size instead"
             )
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings in which those of `overrides` replace those of `base`."""
+    merged = dict(base)
+    for name, value in overrides.items():
         is_group = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = _merge(merged[name], value) if is_group else value
     return merged
 
 
 class DeepSpeedEngine:
-    """A module trained by DeepSpeed ZeRO; see `iwm_fast.engines.base.Engine`."""
+    """An engine that trains the module with DeepSpeed ZeRO.
+
+    Its methods are those of `iwm_fast.engines.base.Engine`.
+    """
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> None:
         settings = deepspeed_config(config, rank_info.world_size)
-        self._stage = settings["zero_optimization"]["stage"]
-        self._module = module
-        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._stage: int = settings["zero_optimization"]["stage"]
+        self._module: nn.Module = module
+        self._trained: list[nn.Parameter] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         deepspeed = _import_deepspeed(rank_info.device)
-        self._local_rank = rank_info.local_rank
+        self._local_rank: int = rank_info.local_rank
         with _local_rank_in_environment(rank_info.local_rank):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self._state = self._choose_state(module, rank_info.rank)
-        self._clip_norm = config.optim.clip_norm
-        self._accumulation = settings["gradient_accumulation_steps"]
-        self._num_backwards = 0
-        # stage 3 knows no sums and takes the mean over ranks
-        self._loss_scale = rank_info.world_size if self._stage == 3 else 1
+        self._state = self._build_state(module, rank_info.rank)
+        self._clip_norm: float | None = config.optim.clip_norm
+        self._accumulation: int = settings["gradient_accumulation_steps"]
+        self._num_backwards: int = 0
+        # Stage 3 takes the mean of the gradients over ranks; this makes it the sum.
+        self._loss_scale: int = rank_info.world_size if self._stage == 3 else 1
         if self._stage == 3:
-            for part in module.modules():
-                for parameter in getattr(part, "external_parameters", tuple)():
-                    deepspeed.zero.register_external_parameter(part, parameter)
+            # DeepSpeed gathers the parameters of a module when the module is called. A module that reads the parameters
+            # of another one without calling it lists them, or it would find them empty.
+            for submodule in module.modules():
+                for parameter in getattr(submodule, "external_parameters", tuple)():
+                    deepspeed.zero.register_external_parameter(submodule, parameter)
 
-    def _choose_state(
+    def _build_state(
         self, module: nn.Module, rank: int
     ) -> ReplicatedState | PartitionedMoments | PartitionedParameters:
         if self._stage == 0:
             return ReplicatedState(module, self._engine.optimizer, rank)
-        kind = PartitionedParameters if self._stage == 3 else PartitionedMoments
-        return kind(module, self._engine.optimizer, rank)
+        state_type = PartitionedParameters if self._stage == 3 else PartitionedMoments
+        return state_type(module, self._engine.optimizer, rank)
 
     def forward(self, batch: Any) -> Any:
         with _local_rank_in_environment(self._local_rank):
@@ -127,9 +136,11 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._num_backwards += 1
-        # DeepSpeed counts calls of its step(); we call it once per optimiser step
+        # DeepSpeed derives the last micro-batch from the number of calls of its own step(), which it expects after each
+        # micro-batch. We call it once per optimiser step, so we mark the last micro-batch ourselves.
         self._engine.set_gradient_accumulation_boundary(self._num_backwards == self._accumulation)
         with _local_rank_in_environment(self._local_rank):
+            # Without scale_wrt_gas=False, DeepSpeed would divide the loss by the number of micro-batches.
             self._engine.backward(propagate_nonfinite_loss(loss) * self._loss_scale, scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
@@ -138,13 +149,13 @@ class DeepSpeedEngine:
         if self._stage == 0:
             return self._step_unsharded()
         self._engine.step()
-        # a skip is silent otherwise
+        # DeepSpeed skips a step that is not finite without raising or warning, so the engine has to ask.
         return StepOutcome(
             applied=self._engine.was_step_applied(), grad_norm=float(self._engine.get_global_grad_norm())
         )
 
     def _step_unsharded(self) -> StepOutcome:
-        # at this stage DeepSpeed would take what is not finite into the weights
+        # At stage 0 DeepSpeed does not look at the norm: a single NaN would destroy the weights.
         norm = clip_gradients(self._trained, self._clip_norm)
         if math.isfinite(norm):
             self._engine.step()
@@ -156,7 +167,7 @@ class DeepSpeedEngine:
         return self._state.named_parameters(prefix)
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        # ZeRO wraps the optimiser
+        # From stage 1 on, the optimiser is ZeRO's wrapper, and its groups are those of the wrapped optimiser.
         optimizer = self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
         set_hyperparameters(optimizer, lr, weight_decay)
 
@@ -167,36 +178,41 @@ class DeepSpeedEngine:
         self._state.load_state(state)
 
     def release(self) -> None:
-        whole = {name: weight.clone() for name, weight in self.named_parameters()} if self._stage == 3 else {}
+        # At stage 3 the weights can only be gathered before DeepSpeed is shut down.
+        gathered = {name: weight.clone() for name, weight in self.named_parameters()} if self._stage == 3 else {}
         self._engine.destroy()
-        if whole:
-            replace_parameters(self._module, whole)
+        if gathered:
+            replace_parameters(self._module, gathered)
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    # decided when deepspeed is imported; without it a CPU run on a GPU machine would take the GPU
-    chosen = os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if chosen != device.type:
+    # DeepSpeed chooses its accelerator when it is imported. Left to itself, it would choose the GPU for a CPU run on a
+    # machine that has one.
+    accelerator = os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if accelerator != device.type:
         raise RuntimeError(
-            f"DS_ACCELERATOR is {chosen!r} but the run is on {device.type!r}; unset it or set runtime.device"
+            f"DS_ACCELERATOR is {accelerator!r}, but the run is on {device.type!r}; unset it, or set runtime.device"
         )
-    import deepspeed  # noqa: PLC0415 (3 s, and it must see the line above)
+    # Imported here because it takes 3 s, and because DS_ACCELERATOR must be set before.
+    import deepspeed  # noqa: PLC0415
     from deepspeed.utils import groups  # noqa: PLC0415
 
-    # it would compile a shared-memory collective that only inference uses: 46 s, and an error without g++ and ninja
+    # DeepSpeed would compile a shared-memory collective that only inference uses. This takes 46 s, and fails without
+    # g++ and ninja. An empty table of compatible operations prevents it.
     deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
-    # groups of a process group that was stopped meanwhile; only tests start twice
+    # DeepSpeed keeps references to the groups of a process group that has been stopped since. Only tests start twice.
     groups._release_process_group_references()
     return deepspeed
 
 
 @contextmanager
 def _local_rank_in_environment(local_rank: int) -> Iterator[None]:
-    """DeepSpeed insists on this variable, also with one process."""
+    """Set LOCAL_RANK, which DeepSpeed requires even for a single process, and remove it again if it was not set."""
     is_missing = "LOCAL_RANK" not in os.environ
     os.environ["LOCAL_RANK"] = str(local_rank)
     try:
         yield
     finally:
+        # It must not remain: with LOCAL_RANK alone, the environment of a later start would be incomplete.
         if is_missing:
             del os.environ["LOCAL_RANK"]

@@ -1,4 +1,4 @@
-"""The choice between PyTorch's engine and DeepSpeed's."""
+"""The choice between the PyTorch engine and the DeepSpeed engine."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,14 +12,19 @@ from iwm_fast.runtime.distributed import RankInfo, copy_from_rank_zero
 
 
 def build_engine(config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> Engine:
-    """Return the engine that `runtime.engine` names; moves the module to its device and starts all ranks from rank 0.
+    """Build the engine that `runtime.engine` selects.
+
+    The module moves to the rank's device, and its parameters are overwritten in place with those of rank 0.
+
+    Collective: every rank must call it.
 
     Raises:
-        ValueError: if module and optimiser do not fit the engines, or `runtime.deepspeed` contradicts other settings.
+        ValueError: if the optimiser does not hold exactly the trainable parameters, a parameter is not float32, or
+            `runtime.deepspeed` conflicts with other settings.
     """
     module.to(rank_info.device)
     check_optimizer(optimizer, module.named_parameters())
     for parameter in module.parameters():
         copy_from_rank_zero(parameter)
-    kind = DeepSpeedEngine if config.runtime.engine == "deepspeed" else TorchEngine
-    return kind(config, module, optimizer, rank_info)
+    engine_type = DeepSpeedEngine if config.runtime.engine == "deepspeed" else TorchEngine
+    return engine_type(config, module, optimizer, rank_info)

@@ -1,4 +1,4 @@
-"""What every engine does with gradients between the last backward pass and the optimiser's update."""
+"""What every engine does with losses and gradients between the backward pass and the optimiser's update."""
 
 import math
 from collections.abc import Sequence
@@ -11,31 +11,43 @@ from torch import Tensor, nn
 def propagate_nonfinite_loss(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the loss, with NaN gradients if it is not finite.
 
-    So one look at the summed gradients' norm covers losses and gradients of every rank, without a device sync.
+    The norm of the summed gradients then reveals nonfinite losses and gradients of all ranks at once, so that the loss
+    itself need not be copied to the host.
     """
-    # 0 * inf and 0 * NaN are NaN; a finite loss is multiplied by exactly 1
+    # An infinite constant in the loss would leave its gradients finite. 0 * inf and 0 * NaN are NaN, and a finite loss
+    # is multiplied by exactly 1.
     return loss * (loss.detach() * 0 + 1)
 
 
-def check_num_backwards(found: int, wanted: int) -> None:
+def check_num_backwards(actual: int, expected: int) -> None:
     """Check that a step follows all of its micro-batches.
 
     Raises:
-        RuntimeError: if it does not.
+        RuntimeError: if the numbers differ.
     """
-    if found != wanted:
-        raise RuntimeError(f"step() after {found} micro-batches; it must follow {wanted}")
+    if actual != expected:
+        raise RuntimeError(f"step() was called after {actual} micro-batches, but must be called after {expected}")
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], clip_norm: float | None) -> float:
-    """Clip gradients in place and return their norm before, infinite if one is not finite: they must not be used then.
+    """Clip the global norm of the gradients in place and return the norm before clipping.
 
-    A parameter that no loss reached counts as zero, as in ZeRO, and keeps being decayed.
+    A parameter without a gradient gets a gradient of zero, as in ZeRO, so that its weight decay does not depend on the
+    engine.
+
+    Args:
+        parameters: the trained parameters; their gradients must already be summed over ranks.
+        clip_norm: the largest norm; None for no clipping.
+
+    Returns:
+        The norm, which is infinite if a gradient is not finite. The gradients are then left as they are and must not be
+        used.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # This waits for the device. The decision to skip a step is made on the host, where the step count is kept.
     value = float(norm)
     if not math.isfinite(value):
         return math.inf

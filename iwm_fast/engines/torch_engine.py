@@ -1,4 +1,4 @@
-"""PyTorch alone: the plain twin of the DeepSpeed engine."""
+"""The PyTorch engine: the plain twin of the DeepSpeed engine."""
 
 import math
 from collections.abc import Iterator
@@ -19,20 +19,25 @@ from iwm_fast.runtime.distributed import RankInfo
 
 
 class TorchEngine:
-    """The plain twin of DeepSpeedEngine: PyTorch alone, with DistributedDataParallel where there are several ranks."""
+    """An engine of PyTorch alone, with DistributedDataParallel if there are several ranks.
+
+    Its methods are those of `iwm_fast.engines.base.Engine`.
+    """
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer, rank_info: RankInfo) -> None:
-        self._optimizer, self._clip_norm = optimizer, config.optim.clip_norm
-        self._accumulation = accumulation_steps(config, rank_info.world_size)[1]
-        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer: Optimizer = optimizer
+        self._clip_norm: float | None = config.optim.clip_norm
+        self._accumulation: int = accumulation_steps(config, rank_info.world_size)[1]
+        self._trained: list[nn.Parameter] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._state = ReplicatedState(module, optimizer, rank_info.rank)
-        self._num_backwards = 0
-        self._module = _in_parallel(module) if rank_info.world_size > 1 else module
+        self._num_backwards: int = 0
+        self._module: nn.Module = _wrap_in_ddp(module) if rank_info.world_size > 1 else module
 
     def forward(self, batch: Any) -> Any:
         is_last = self._num_backwards == self._accumulation - 1
         if isinstance(self._module, DistributedDataParallel) and not is_last:
-            # gradients stay here until the last micro-batch
+            # Gradients accumulate locally and are summed over ranks once, in the last backward pass.
+            # DistributedDataParallel decides in forward whether the next backward pass communicates.
             with self._module.no_sync():
                 return self._module(batch)
         return self._module(batch)
@@ -44,7 +49,7 @@ class TorchEngine:
     def step(self) -> StepOutcome:
         check_num_backwards(self._num_backwards, self._accumulation)
         self._num_backwards = 0
-        # the summed gradient has the same bits on every rank, so all decide alike
+        # The summed gradients are bit-equal on all ranks, so all ranks make the same decision without communicating.
         norm = clip_gradients(self._trained, self._clip_norm)
         if math.isfinite(norm):
             self._optimizer.step()
@@ -64,12 +69,12 @@ class TorchEngine:
         self._state.load_state(state)
 
     def release(self) -> None:
-        # it has hooks on the parameters
+        # Drop the wrapper, whose hooks on the parameters would sum later gradients over ranks.
         if isinstance(self._module, DistributedDataParallel):
             self._module = self._module.module
 
 
-def _in_parallel(module: nn.Module) -> DistributedDataParallel:
+def _wrap_in_ddp(module: nn.Module) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, _sum_bucket)
     return wrapped
@@ -79,7 +84,7 @@ def _sum_bucket(
     _: None,
     bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
 ) -> torch.futures.Future[Tensor]:
-    """Sum over ranks, where DistributedDataParallel would take the mean."""
-    summing = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert summing is not None
-    return summing.get_future().then(lambda future: future.value()[0])
+    """Sum a bucket of gradients over ranks, where DistributedDataParallel would compute the mean."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])

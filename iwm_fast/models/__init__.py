@@ -1,1 +1,1 @@
-"""Which networks are trained? Encoder, predictor, heads, and the first two together as the student."""
+"""Which networks are trained? The encoder and the predictor, together the student, and heads for evaluations."""

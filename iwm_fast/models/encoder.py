@@ -1,4 +1,4 @@
-"""Vision transformer over all patches of an image, or over given ones; loads strictly into timm's."""
+"""The vision transformer, over all patches of an image or some of them; its state dict loads strictly into timm's."""
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,11 @@ from iwm_fast.pipelines.batch import RaggedIndex
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of a patch's pixels; its weight has the shape of timm's convolution."""
+    """Linear embedding of patches.
+
+    The weight has the shape of timm's convolution, (D, 3, patch_size, patch_size). A convolution would embed all
+    patches; the linear map embeds only those that are needed.
+    """
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -20,30 +24,32 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Return what `forward` takes from a layer that it does not call: ZeRO-3 must fetch it."""
+        """Return parameters that `forward` reads without calling their layer; ZeRO stage 3 must gather them."""
         return list(self.proj.parameters())
 
     def forward(self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None) -> Float[Tensor, "M D"]:
-        """Embed the patches of `index`, or all; pixels of other patches are not read."""
+        """Embed the patches of `index`, or all if it is None; the pixels of other patches are not read."""
         size = self.patch_size
         rows, columns = images.shape[2] // size, images.shape[3] // size
         patches = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
         if index is None:
             patches = patches.flatten(0, 2)
         else:
+            # A row counts the patches of all images.
             image, patch = index.row // (rows * columns), index.patch
             patches = patches[image, patch // columns, patch % columns]
         return F.linear(patches.flatten(1), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Encoder(nn.Module):
-    """ViT without class token: fixed 2-D sine-cosine positions, pre-norm blocks, final LayerNorm."""
+    """Vision transformer without class token: fixed 2-D sine-cosine positions, pre-norm blocks, final LayerNorm."""
 
     def __init__(self, config: EncoderConfig, image_size: int, ops: Ops, *, recompute: bool = False) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.dim = config.dim
-        self.grid = image_size // config.patch_size
+        self.image_size: int = image_size
+        self.dim: int = config.dim
+        self.grid: int = image_size // config.patch_size
+        """Number of patches per row and per column of an image."""
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
         self.register_buffer("pos_embed", sincos_positions(config.dim, self.grid)[None])
         self.pos_embed: Tensor
@@ -52,10 +58,13 @@ class Encoder(nn.Module):
         self.norm = ResidualNorm(config.dim, ops)
 
     def forward(self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None) -> Float[Tensor, "M D"]:
-        """Encode the patches of `index` as if there were no others, packed; or all patches, (B * N, D).
+        """Encode the patches of `index` as if there were no others, or all patches if it is None.
+
+        Returns:
+            The tokens of all images, packed in the order of `index`; (B * N, D) for all patches.
 
         Raises:
-            ValueError: if the images do not have the size the encoder was built for.
+            ValueError: if the images do not have the size that the encoder was built for.
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
@@ -71,6 +80,6 @@ class Encoder(nn.Module):
             tokens = tokens + self.pos_embed[0, index.patch]
             offsets, longest = index.offsets, index.longest
         tokens, update = self.blocks(tokens, offsets, longest)
-        # the last norm stays as exact as the stream: these are the teacher's targets
+        # The tokens are the teacher's targets, so the last norm runs in float32 like the residual stream.
         with torch.autocast(tokens.device.type, enabled=False):
             return self.norm(tokens, update)[1]

@@ -1,4 +1,4 @@
-"""Transformer blocks on packed tokens, positions and initial weights; parameter names are timm's."""
+"""Transformer blocks on packed tokens, positions and initialisation; parameter names are timm's."""
 
 from collections.abc import Iterable
 
@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from iwm_fast.kernels.ops import Ops
 
-# timm's and I-JEPA's LayerNorm; torch's own default is 1e-5
+# As in the ViTs of timm and I-JEPA; torch's own default is 1e-5.
 NORM_EPS = 1e-6
-# ViT-B's, for which the field's usual standard deviation of 0.02 was chosen
+# Width of ViT-B, for which the usual initial standard deviation of 0.02 was chosen.
 BASE_WIDTH = 768
 
 
 class ResidualNorm(nn.Module):
-    """LayerNorm of tokens to which an update is still to be added."""
+    """Adds an update to the residual stream and applies LayerNorm to the sum, in one pass over both."""
 
     def __init__(self, dim: int, ops: Ops) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualNorm(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "M D"], update: Float[Tensor, "M D"] | None
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
-        """Return the sum and its norm; without an update, the tokens and theirs."""
+        """Return the sum of tokens and update, and its LayerNorm; without an update, the tokens and their LayerNorm."""
         if update is None:
             return tokens, F.layer_norm(tokens, tokens.shape[-1:], self.weight, self.bias, NORM_EPS)
         return self.residual_norm(update, tokens, self.weight, self.bias, NORM_EPS)
@@ -47,14 +47,20 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
     ) -> Float[Tensor, "M D"]:
-        """Attend among the rows between two offsets; without offsets every `longest` rows are a sequence."""
+        """Attend within each sequence.
+
+        Args:
+            tokens: the packed sequences.
+            offsets: where each sequence begins, and the total at the end; None if all sequences are `longest` rows.
+            longest: length of the longest sequence, or an upper bound.
+        """
         rows, dim = tokens.shape
         qkv = self.qkv(tokens).view(rows, 3, self.num_heads, dim // self.num_heads)
         return self.proj(self.ragged_attention(qkv, offsets, longest).reshape(rows, dim))
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between."""
+    """Two linear layers with an exact GELU between them."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -66,9 +72,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; under autocast the residual stream keeps the dtype of the tokens given.
+    """Pre-norm transformer block; under autocast the residual stream keeps the dtype of the input tokens.
 
-    The last update of a block is added where it is normalised, one pass over both: by the block or norm that follows.
+    The block returns its last update without adding it. The following block or norm adds and normalises in one pass.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, ops: Ops) -> None:
@@ -90,16 +96,17 @@ class Block(nn.Module):
 
         Args:
             tokens: the residual stream.
-            update: what the block before left to add to it; None for the first block.
-            offsets: where sequences begin, as in `iwm_fast.kernels.attention.op`.
-            longest: likewise.
-            scale: what each row's update by the attention and by the MLP is multiplied with, for stochastic depth.
+            update: the previous block's update, which is not yet added to the stream; None for the first block.
+            offsets: where each sequence begins, and the total at the end; None if all sequences are `longest` rows.
+            longest: length of the longest sequence, or an upper bound.
+            scale: factors of each row's attention update and MLP update, for stochastic depth; None for 1.
 
         Returns:
             The residual stream and the update that is still to be added to it.
         """
         tokens, normed = self.norm1(tokens, update)
         attended = self.attn(normed, offsets, longest)
+        # Casting the factors preserves the dtype of the updates, which is bfloat16 under autocast.
         if scale is not None:
             attended = attended * scale[0, :, None].to(attended.dtype)
         tokens, normed = self.norm2(tokens, attended)
@@ -108,24 +115,26 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """Blocks one after the other."""
+    """A sequence of blocks, with optional stochastic depth and activation checkpointing."""
 
     def __init__(self, blocks: Iterable[Block], *, recompute: bool = False) -> None:
-        """Take the blocks, and whether each is to keep only its input for the backward pass, which then computes it."""
+        """Build the sequence; with `recompute`, a block stores only its input for the backward pass."""
         super().__init__(blocks)
-        self.recompute = recompute
-        self.drop_path = 0.0
+        self.recompute: bool = recompute
+        self.drop_path: float = 0.0
+        """Share of images that skip an update of the last block; see `set_drop_path_`."""
 
     def forward(
         self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"] | None]:
-        """Transform tokens; arguments and results are those of `Block`."""
+        """Return the residual stream and the last block's update, which is not yet added to it; see `Block.forward`."""
         update = None
         is_dropping = self.training and self.drop_path > 0
         scales = self._draw_scales(tokens, offsets, longest) if is_dropping else [None] * len(self)
         for block, scale in zip(self, scales, strict=True):
+            # Without gradients, as for the teacher, there is no backward pass to recompute for.
             if self.recompute and torch.is_grad_enabled():
-                # nothing is drawn in a block
+                # Stochastic depth is drawn outside the blocks, so the second forward pass needs no generator state.
                 tokens, update = checkpoint(
                     block, tokens, update, offsets, longest, scale, use_reentrant=False, preserve_rng_state=False
                 )
@@ -136,84 +145,90 @@ class Blocks(nn.ModuleList):
     def _draw_scales(
         self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
     ) -> Float[Tensor, "blocks 2 M"]:
-        """Draw for each block, image and update whether it is dropped (0), or kept and grown to make up for that.
+        """Draw the factor of each update: 0 if it is dropped, otherwise 1 / (1 - drop rate), so that its mean is 1.
+
+        Attention and MLP (the second axis) are drawn independently, and all rows of an image have the same factor.
 
         Source: arXiv 1603.09382, drawn for each image as in timm.
         """
         rows = len(tokens)
         lengths = torch.full((rows // longest,), longest, device=tokens.device) if offsets is None else offsets.diff()
-        kept = 1 - torch.linspace(0, self.drop_path, len(self), device=tokens.device)[:, None, None]
-        is_kept = torch.rand(len(self), 2, len(lengths), device=tokens.device) < kept
-        return (is_kept / kept).repeat_interleave(lengths, dim=2, output_size=rows)
+        keep_rate = 1 - torch.linspace(0, self.drop_path, len(self), device=tokens.device)[:, None, None]
+        is_kept = torch.rand(len(self), 2, len(lengths), device=tokens.device) < keep_rate
+        # output_size spares repeat_interleave a device sync to find the sum of the lengths.
+        return (is_kept / keep_rate).repeat_interleave(lengths, dim=2, output_size=rows)
 
 
 def set_drop_path_(module: nn.Module, rate: float) -> None:
-    """Let a share of images skip the updates of blocks in training, in place.
+    """Set in place the share of images that skip the updates of blocks in training (stochastic depth).
 
-    In each stack of blocks in the module the share rises linearly from 0 at the first block to `rate` at the last one;
-    attention and MLP are skipped independently. Draws come from torch's global generator.
+    In each `Blocks` of the module, the share rises linearly from 0 at the first block to `rate` at the last one.
+    Random numbers come from torch's global generator.
     """
-    for part in module.modules():
-        if isinstance(part, Blocks):
-            part.drop_path = rate
+    for submodule in module.modules():
+        if isinstance(submodule, Blocks):
+            submodule.drop_path = rate
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Have every block of a module compiled when it is first called; names of parameters stay as they are.
+    """Let torch.compile compile every block of a module at its first call.
 
-    Blocks of one width share one compiled code, for any number of rows.
+    Blocks of equal width share the compiled code, for any number of rows.
     """
-    for part in module.modules():
-        if isinstance(part, Block):
-            part.compile()
+    for submodule in module.modules():
+        if isinstance(submodule, Block):
+            # In place: torch.compile(block) would return a wrapper and change the names of the parameters.
+            submodule.compile()
 
 
 def sincos_positions(dim: int, grid: int) -> Float[Tensor, "N D"]:
     """Return fixed 2-D sine-cosine positions of a square grid in raster order.
 
-    The first half of the width encodes the column, the second the row; each is [sin | cos] over frequencies
-    10000^(-4 i / dim).
+    The first half of the width encodes the column, the second half the row. Each half is [sin | cos] of the coordinate
+    times the frequencies 10000^(-4 i / dim).
 
     Raises:
         ValueError: if `dim` is not a multiple of 4.
 
-    Source: MAE and I-JEPA code, `get_2d_sincos_pos_embed`.
+    Source: the code of MAE and I-JEPA, `get_2d_sincos_pos_embed`.
     """
     if dim % 4 != 0:
         raise ValueError(f"dim must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
+    # In float64, as in the source, and rounded once at the end.
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)
-    by_column, by_row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
-    return torch.cat([by_column, by_row], dim=1).float()
+    encoding = torch.cat([angle.sin(), angle.cos()], dim=1)
+    columns, rows = encoding.repeat(grid, 1), encoding.repeat_interleave(grid, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
 
 
 @torch.no_grad()
 def initialize_(module: nn.Module, generator: torch.Generator) -> None:
-    """Overwrite all parameters in place: truncated normal, zero biases, norms one and zero.
+    """Initialise all parameters in place: truncated normal weights, zero biases, norms with weight 1.
 
-    The standard deviation is 0.02 for ViT-B's width of 768 and grows as the root of the width shrinks: a layer then
-    passes signals on in the same size at any width. At 0.02, a patch embedding of 48 pixel values leaves images 5 times
-    smaller than the positions added to them, and small models collapse to predicting positions.
+    The standard deviation is 0.02 * sqrt(768 / width), which is 0.02 for ViT-B, so that a layer preserves the size of
+    its signals equally well at any width. With 0.02, a patch embedding of 48 pixel values makes images 5 times smaller
+    than the positions that are added to them, and small models collapse to predicting positions.
 
     The residual projections of the l-th block (from 1) are then divided by sqrt(2 l), so that the residual stream
-    does not grow with depth. (I-JEPA's code means to, but initialises again afterwards.) Nothing is drawn from the
-    global random state.
+    does not grow with depth. (I-JEPA's code intends this too, but initialises again afterwards.) Torch's global
+    generator is not used.
 
     Args:
-        module: one stack of blocks on the CPU, with whatever surrounds it.
-        generator: on the CPU; it advances.
+        module: the module, on the CPU. All its blocks count as one sequence.
+        generator: a generator on the CPU, which advances.
     """
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
+    for submodule in module.modules():
+        for name, parameter in submodule.named_parameters(recurse=False):
             if name.endswith("bias"):
                 parameter.zero_()
-            elif isinstance(part, ResidualNorm):
+            elif isinstance(submodule, ResidualNorm):
                 parameter.fill_(1.0)
             else:
+                # The smaller of outputs and inputs; vectors such as the mask token keep 0.02.
                 width = min(parameter.shape[0], parameter[0].numel()) if parameter.ndim > 1 else BASE_WIDTH
                 nn.init.trunc_normal_(parameter, std=0.02 * (BASE_WIDTH / width) ** 0.5, generator=generator)
-    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    blocks = [submodule for submodule in module.modules() if isinstance(submodule, Block)]
     for layer, block in enumerate(blocks, start=1):
         block.attn.proj.weight.div_((2 * layer) ** 0.5)
         block.mlp.fc2.weight.div_((2 * layer) ** 0.5)

@@ -1,4 +1,4 @@
-"""The world model: context tokens of the source view and an action in, tokens of the target view out."""
+"""The predictor, or world model: from context tokens of the source view and an action to tokens of the target view."""
 
 import torch
 from jaxtyping import Float, Int32
@@ -13,36 +13,43 @@ from iwm_fast.pipelines.batch import RaggedIndex
 
 
 class FeatureConditioning(nn.Module):
-    """Mix the action into each position-augmented mask token.
+    """Mixes the action into each mask token after its position is added.
 
-    Source: IWM section 3 (the default there); three layers with ReLU as in CheXWorld's code.
+    Source: IWM section 3, where it is the default; three layers with ReLU as in CheXWorld's code.
     """
 
     def __init__(self, dim: int, num_actions: int) -> None:
         super().__init__()
-        sizes = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.layers = nn.Sequential(sizes[0], nn.ReLU(), sizes[1], nn.ReLU(), sizes[2])
+        linear = nn.Linear(dim + num_actions, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.layers = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2])
 
     @torch.no_grad()
     def initialize_(self, generator: torch.Generator) -> None:
-        """Overwrite the weights so that tokens leave about as large as they enter.
+        """Initialise the weights in place so that outputs are about as large as inputs.
 
-        No residual leads around these layers. At 0.02, as everywhere else, positions and action would arrive 100 times
-        smaller than the visible tokens, and the LayerNorm behind would blow the first gradients up by as much.
+        No residual connection bypasses these layers. With a standard deviation of 0.02, positions and action would
+        become 100 times smaller than the context tokens, and the LayerNorm that follows would enlarge the first
+        gradients by that factor.
+
+        Args:
+            generator: a generator on the CPU, which advances.
         """
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        # A ReLU halves the mean square of its input, so the layers before one have a gain of 2 (He et al., 2015).
         for layer, gain in zip(linear, (2.0, 2.0, 1.0), strict=True):
             nn.init.trunc_normal_(layer.weight, std=(gain / layer.in_features) ** 0.5, generator=generator)
 
     def forward(self, action: Float[Tensor, "B A"]) -> Mixer:
-        """Hand out action and layers; the mask tokens are mixed where they are packed."""
+        """Return action and layer parameters, which `ops.predictor_input` applies while it packs the tokens."""
         return Mixer(action, *self.layers.parameters())
 
 
 class SequenceConditioning(nn.Module):
-    """Turn each action entry into one token by a linear layer of its own.
+    """Converts each action entry into a token by a linear layer of its own.
 
-    One layer for all would not do: attention sees a set, and must tell the entries apart. Source: IWM section 3.
+    A layer shared by all entries would make them indistinguishable, because attention does not see their order.
+
+    Source: IWM section 3.
     """
 
     def __init__(self, dim: int, num_actions: int) -> None:
@@ -55,7 +62,7 @@ class SequenceConditioning(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Transformer over [context | mask tokens | action tokens] of each image."""
+    """Transformer over the sequence [context | mask tokens | action tokens] of each image."""
 
     def __init__(
         self,
@@ -71,7 +78,7 @@ class Predictor(nn.Module):
         dim = config.dim
         self.assemble = ops.predictor_input
         self.embed = nn.Linear(encoder_dim, dim)
-        # not in the state dict: it follows from width and grid, and a finer grid may be used after training
+        # Not in the state dict, because it follows from width and grid, and the grid may change after training.
         self.register_buffer("positions", sincos_positions(dim, grid), persistent=False)
         self.positions: Tensor
         self.mask_token = nn.Parameter(torch.zeros(dim))
@@ -83,7 +90,7 @@ class Predictor(nn.Module):
         self.project = nn.Linear(dim, encoder_dim)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Return what `forward` takes from layers that it does not call itself: ZeRO-3 must fetch it."""
+        """Return parameters that `forward` reads without calling their layer; ZeRO stage 3 must gather them."""
         return [] if self.mixer is None else list(self.mixer.parameters())
 
     def forward(
@@ -98,58 +105,61 @@ class Predictor(nn.Module):
         """Predict the tokens at the target positions of the view that `action` leads to.
 
         Args:
-            context_tokens: the encoder's, of the visible patches.
-            action: the change to be applied; zero means none.
-            context: the visible patches.
-            target: the patches to predict.
-            extra_tokens: of the predictor's width, such as one that names a task; they stand at the end of each image's
-                sequence, behind action tokens if there are some, and have no output.
+            context_tokens: the encoder's tokens of the context patches.
+            action: the change from source view to target view; zero means no change.
+            context: the visible patches of the source view.
+            target: the patches of the target view to predict.
+            extra_tokens: tokens of the predictor's width, such as one that names a task. They are appended to each
+                image's sequence, after the action tokens, and have no output.
         """
         mixer = None if self.mixer is None else self.mixer(action)
         action_tokens = None if self.tokenizer is None else self.tokenizer(action)
-        num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
+        num_appended = 0 if action_tokens is None else action_tokens.shape[1]
         patches = PatchIndex(context.row, target.row)
         sizes = {"num_context": len(patches.context), "num_targets": len(patches.targets)}
-        rows = packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
+        layout = packed_layout(context.offsets, target.offsets, num_appended, **sizes)
         tokens = self.assemble(
             self.embed(context_tokens),
             self.mask_token,
             self.positions,
             patches,
-            rows,
+            layout,
             action_tokens=action_tokens,
             mixer=mixer,
         )
         if extra_tokens is not None:
-            tokens = _append(tokens, rows.offsets, extra_tokens)
-            num_tokens += extra_tokens.shape[1]
-            rows = packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
-        longest = context.longest + target.longest + num_tokens
-        tokens, update = self.blocks(tokens, rows.offsets, longest)
-        tokens, update = (part.index_select(0, rows.targets) for part in (tokens, update))
+            tokens = _append_tokens(tokens, layout.offsets, extra_tokens)
+            num_appended += extra_tokens.shape[1]
+            layout = packed_layout(context.offsets, target.offsets, num_appended, **sizes)
+        # An upper bound: no image need have both the longest context and the longest target.
+        longest = context.longest + target.longest + num_appended
+        tokens, update = self.blocks(tokens, layout.offsets, longest)
+        # Only the target rows are needed, so the last norm and the projection skip the others.
+        tokens, update = (rows.index_select(0, layout.targets) for rows in (tokens, update))
         return self.project(self.norm(tokens, update)[1])
 
     def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
-        """Return which patches the output's rows stand for."""
+        """Return the patches that the rows of the output belong to: the target patches."""
         return target
 
 
-def _append(
+def _append_tokens(
     tokens: Float[Tensor, "L P"], offsets: Int32[Tensor, "images"], extra: Float[Tensor, "B E P"]
 ) -> Float[Tensor, "M P"]:
-    """Lengthen the sequence of each image: one more pass over the rows, which pretraining does not have."""
+    """Return packed sequences with E further tokens at the end of each image's sequence."""
+    # This is one more pass over all tokens. Pretraining has no extra tokens, so it does not pay for it.
     num_images, num_extra, _ = extra.shape
     image = torch.arange(num_images, device=tokens.device)
-    of_row = torch.repeat_interleave(image, offsets.diff(), output_size=len(tokens))
-    row = torch.arange(len(tokens), device=tokens.device) + num_extra * of_row
-    token = torch.arange(num_extra, device=tokens.device)
-    extra_row = (offsets[1:] + num_extra * image)[:, None] + token
+    image_of_row = torch.repeat_interleave(image, offsets.diff(), output_size=len(tokens))
+    # The extra tokens of all earlier images shift a row.
+    new_row = torch.arange(len(tokens), device=tokens.device) + num_extra * image_of_row
+    extra_row = (offsets[1:] + num_extra * image)[:, None] + torch.arange(num_extra, device=tokens.device)
     stacked = torch.cat([tokens, extra.flatten(0, 1).to(tokens.dtype)])
-    return torch.empty_like(stacked).index_copy_(0, torch.cat([row, extra_row.flatten()]), stacked)
+    return torch.empty_like(stacked).index_copy_(0, torch.cat([new_row, extra_row.flatten()]), stacked)
 
 
 class IdentityPredictor(nn.Module):
-    """No world model: the context tokens are compared with the teacher's at the same patches."""
+    """The predictor of depth 0: the teacher's tokens are predicted to equal the context tokens at the same patches."""
 
     def forward(
         self,
@@ -162,14 +172,14 @@ class IdentityPredictor(nn.Module):
         return context_tokens
 
     def predicted_patches(self, context: RaggedIndex, target: RaggedIndex) -> RaggedIndex:
-        """Return which patches the output's rows stand for."""
+        """Return the patches that the rows of the output belong to: the context patches."""
         return context
 
 
 def build_predictor(
     config: PredictorConfig, *, encoder_dim: int, grid: int, num_actions: int, ops: Ops, recompute: bool = False
 ) -> Predictor | IdentityPredictor:
-    """Build the predictor that the settings name; depth 0 is the identity."""
+    """Build the predictor that the settings describe; depth 0 is the identity."""
     if config.depth == 0:
         return IdentityPredictor()
     sizes = {"encoder_dim": encoder_dim, "grid": grid, "num_actions": num_actions}

@@ -1,4 +1,4 @@
-"""Encoder and predictor as the one module that is trained."""
+"""The student: encoder and predictor as a single module, which is what an engine trains."""
 
 from typing import NamedTuple
 
@@ -18,66 +18,71 @@ from iwm_fast.pipelines.config import check
 
 
 class Prediction(NamedTuple):
-    """What the trained networks say about a batch.
+    """The student's output for a batch.
 
-    A tuple and not a dataclass: DeepSpeed looks for the tensors to hook in tuples, lists and dicts only.
+    It is a tuple because DeepSpeed searches only tuples, lists and dictionaries for tensors to put its hooks on; it
+    would not find them in a dataclass.
     """
 
     context_tokens: Float[Tensor, "C D"]
-    """The encoder's, float32."""
+    """The encoder's tokens of the context patches, float32."""
     predicted_tokens: Float[Tensor, "M D"]
-    """The predictor's, float32."""
+    """The predictor's tokens of `patches`, float32."""
     patches: RaggedIndex
-    """The patches that were predicted: the context's for the identity predictor, otherwise the target's."""
+    """The predicted patches: the context patches for the identity predictor, otherwise the target patches."""
 
 
 class Student(nn.Module):
-    """From a batch to a prediction: what an engine wraps."""
+    """Encoder and predictor, from a batch to a prediction."""
 
     def __init__(self, encoder: Encoder, predictor: Predictor | IdentityPredictor, autocast_dtype: torch.dtype | None):
         super().__init__()
-        self.encoder = encoder
-        self.predictor = predictor
-        self.autocast_dtype = autocast_dtype
+        self.encoder: Encoder = encoder
+        self.predictor: Predictor | IdentityPredictor = predictor
+        self.autocast_dtype: torch.dtype | None = autocast_dtype
+        """Dtype of matrix products under autocast; None for float32 without autocast."""
 
     def forward(self, batch: Batch) -> Prediction:
-        """Encode the context of the source view and predict."""
+        """Encode the context patches of the source view and predict the target patches of the target view."""
         is_mixed = self.autocast_dtype is not None
         with torch.autocast(batch.source_view.device.type, dtype=self.autocast_dtype, enabled=is_mixed):
             tokens = self.encoder(batch.source_view, batch.context)
             predicted = self.predictor(tokens, batch.action, batch.context, batch.target)
         patches = self.predictor.predicted_patches(batch.context, batch.target)
-        # views: the prediction is computed from the encoder's tokens, and a gradient hook that an engine puts on each
-        # output would act twice on a tensor that is an output and on the way to the other
+        # DeepSpeed puts a hook that scales the gradient on each output. The prediction is computed from the encoder's
+        # tokens, so without views these would be both an output and an intermediate of the other output, and the hook
+        # would also scale the gradient that comes from the prediction, a second time.
         return Prediction(tokens.float().view_as(tokens), predicted.float().view_as(predicted), patches)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
-    """Return the dtype of the networks' products; None for plain float32."""
+    """Return the dtype of the networks' matrix products under autocast; None for float32 without autocast."""
     return torch.bfloat16 if config.optim.precision == "bf16" else None
 
 
 def choose_ops(config: RunConfig, device: torch.device) -> Ops:
-    """Return the operations that the settings name.
+    """Return the implementations of the networks' operations that `runtime.ops` selects.
 
     Raises:
-        RuntimeError: if they are fused and `device` is no GPU (nor are kernels interpreted).
-        ValueError: if they are fused and heads have a size no kernel is written for.
+        RuntimeError: if they are fused, `device` is not a GPU and kernels are not interpreted.
+        ValueError: if they are fused and there is no kernel for the size of the attention heads.
     """
     if config.runtime.ops == "reference":
         return REFERENCE
+    # Raises if fused operations cannot run on this device.
     architecture(device)
     model = config.model
-    for name, part in (("encoder", model.encoder), ("predictor", model.predictor)):
+    for name, network in (("encoder", model.encoder), ("predictor", model.predictor)):
         accepted = f"divide the width into heads of {' or '.join(map(str, HEAD_DIMS))} with runtime.ops=fused"
-        is_built = part.depth > 0
-        check(not is_built or part.dim // part.num_heads in HEAD_DIMS, f"model.{name}.num_heads", part.num_heads,
-              f"{accepted} (model.{name}.dim is {part.dim})")  # fmt: skip
+        is_built = network.depth > 0
+        is_supported = network.dim // network.num_heads in HEAD_DIMS
+        check(not is_built or is_supported, f"model.{name}.num_heads", network.num_heads,
+              f"{accepted} (model.{name}.dim is {network.dim})")  # fmt: skip
     return FUSED
 
 
 def build_student(config: RunConfig, ops: Ops) -> Student:
-    """Build encoder and predictor on the CPU; their weights follow from `config.seed` alone."""
+    """Build encoder and predictor on the CPU, with initial weights that depend on `config.seed` only."""
     recompute = config.runtime.activation_checkpointing
     encoder = Encoder(config.model.encoder, config.views.size, ops, recompute=recompute)
     predictor = build_predictor(
@@ -88,6 +93,7 @@ def build_student(config: RunConfig, ops: Ops) -> Student:
         ops=ops,
         recompute=recompute,
     )
+    # One generator, in this order: changing the order would change the initial weights of every seed.
     generator = torch.Generator().manual_seed(config.seed)
     initialize_(encoder, generator)
     initialize_(predictor, generator)

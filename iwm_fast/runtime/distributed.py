@@ -1,7 +1,7 @@
-"""Start and stop the process group; sums over ranks; agree on a flag.
+"""The process group: start and stop it, and exchange values between its ranks.
 
-The environment that torchrun, the DeepSpeed launcher and our own launcher set decides how many processes there are;
-without it there is one, with a process group of its own, which DeepSpeed needs too.
+The environment variables that torchrun, the DeepSpeed launcher and `srun` scripts set decide how many processes there
+are. Without them there is one process, which still gets a process group because DeepSpeed requires one.
 """
 
 import logging
@@ -22,39 +22,39 @@ Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# the others wait while rank 0 looks at every sample or writes a checkpoint; DeepSpeed's 10 minutes kill that
+# The other ranks wait while rank 0 validates every sample or writes a checkpoint. DeepSpeed's default of
+# 10 minutes, which NCCL shares, would end such a run.
 TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of the cooperating processes this is, and where it computes."""
+    """Which process of the launch this is, and the device it computes on."""
 
     rank: int
-    """Number of the process, 0 .. world_size - 1."""
+    """Number of the process among all processes of the launch, 0 .. world_size - 1."""
     local_rank: int
-    """Number of the process on its machine; also the number of its GPU."""
+    """Number of the process on its machine, which is also the number of its GPU."""
     world_size: int
-    """Number of processes."""
+    """Number of processes of the launch."""
     device: torch.device
-    """Where tensors live."""
+    """Device of the networks and batches."""
 
 
 def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> RankInfo:
-    """Join the process group that the environment describes, or make one of a single process.
+    """Join the process group that the environment describes, or create one for a single process.
 
-    A rank that waits for the others longer than the timeout takes them for hung and raises.
-
-    On a CPU torch is limited to one thread unless OMP_NUM_THREADS says otherwise.
+    A rank that waits for the others longer than the timeout assumes that they hang and raises. On a CPU, torch is
+    limited to one thread unless OMP_NUM_THREADS is set.
 
     Raises:
-        RuntimeError: if the environment is incomplete or wrong, there is no GPU but one was asked for, or a process
-            group exists already.
+        RuntimeError: if the environment is incomplete or contradictory, if a GPU is requested and there is none, or if
+            a process group already exists.
     """
     if dist.is_initialized():
-        raise RuntimeError("a process group exists already; call distributed.stop() before starting another")
+        raise RuntimeError("a process group already exists; call distributed.stop() before starting another one")
     rank, local_rank, world_size = _read_environment()
     device = choose_device(device_setting, local_rank)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
@@ -62,59 +62,62 @@ def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIM
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # launchers leave it unset and ranks then fight for the cores: 470 -> 88 ms per step, 2 ranks on 2 cores
+        # Launchers leave the variable unset. Each rank would then start a thread for every core, and the ranks would
+        # compete for them: a step of 2 ranks on 2 cores takes 470 ms instead of 88 ms.
         torch.set_num_threads(1)
-    _join(rank, world_size, device, timedelta(seconds=timeout_s))
+    _init_process_group(rank, world_size, device, timedelta(seconds=timeout_s))
     return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
-def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
-        # a store inside the process needs no free port
+        # A store inside the process needs no free port, so many single processes can start at the same time.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    log.info("rank %d of %d meets the others at %s", rank, world_size, address)
-    # binding the GPU lets a barrier know its device
-    bound = device if device.type == "cuda" else None
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
+    log.info("rank %d of %d joins the process group at %s", rank, world_size, address)
+    # A barrier uses the bound GPU; without one, torch has to guess the device.
+    bound_device = device if device.type == "cuda" else None
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound_device)
 
 
 def set_collective_timeout(timeout_s: float) -> None:
-    """Give process groups that a library has created meanwhile the same timeout as ours, in seconds."""
+    """Set the timeout of all process groups, including those that a library has created since `start`, in seconds."""
     internals = dist.distributed_c10d
-    # torch 2.11 does not have the public name yet
+    # torch 2.11 has this function only under its private name.
     set_timeout = getattr(dist, "set_timeout", None) or internals._set_pg_timeout
     for group in list(internals._world.pg_map):
         set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _read_environment() -> tuple[int, int, int]:
-    given = [name for name in ENVIRONMENT if name in os.environ]
-    if not given:
+    """Return rank, local rank and world size; (0, 0, 1) if no launcher has set any of its variables."""
+    present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if not present:
         return 0, 0, 1
-    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    # Training as a single process would be wrong here: each process of a badly started launch would train its own run.
     if missing:
         raise RuntimeError(
-            f"the environment has {', '.join(given)} but not {', '.join(missing)}; start with torchrun, which sets all "
-            f"of them, or unset them for one process"
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, which sets "
+            f"all of them, or unset them to run a single process"
         )
     numbers = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if not all(text.isdigit() for text in numbers.values()):
-        raise RuntimeError(f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, got {numbers}; start with torchrun")
+        raise RuntimeError(f"RANK, LOCAL_RANK and WORLD_SIZE must be integers >= 0, got {numbers}; start with torchrun")
     rank, local_rank, world_size = (int(text) for text in numbers.values())
     if not local_rank <= rank < world_size:
-        raise RuntimeError(f"must satisfy LOCAL_RANK <= RANK < WORLD_SIZE, got {numbers}; start with torchrun")
+        raise RuntimeError(f"LOCAL_RANK <= RANK < WORLD_SIZE must hold, got {numbers}; start with torchrun")
     return rank, local_rank, world_size
 
 
 def choose_device(setting: str, local_rank: int = 0) -> torch.device:
-    """Return where this process computes: `auto` takes a GPU if there is one.
+    """Return the device this process computes on; `auto` chooses a GPU if there is one.
 
     Raises:
-        RuntimeError: if a GPU is asked for and there is none for this local rank.
+        RuntimeError: if a GPU is required and there is none for this local rank.
     """
     num_gpus = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and num_gpus == 0):
@@ -128,10 +131,10 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
 
 
 def single_process(device_setting: str) -> RankInfo:
-    """Return the ranks of a launch that consists of this process alone; needs no process group.
+    """Return the rank information of a single process, without creating a process group.
 
     Raises:
-        RuntimeError: if a GPU is asked for and there is none, or this process is one of several ranks.
+        RuntimeError: if a GPU is requested and there is none, or if this process is one of several ranks.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(f"this is one of {dist.get_world_size()} ranks; pass the RankInfo that start() returned")
@@ -145,43 +148,46 @@ def stop() -> None:
 
 
 def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
-    """Return the sum over all ranks, with the same bits on each; collective. Without a process group: a copy."""
+    """Return the sum over all ranks, bit-equal on all; without a group, a copy. Collective: every rank must call it."""
     total = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
 
 
-def all_gather(part: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
-    """Return the parts of all ranks, which are of equal size, concatenated in order of rank; collective."""
+def all_gather(local: Num[Tensor, "size"]) -> Num[Tensor, "total"]:
+    """Return the equally long vectors of all ranks, joined in order of rank. Collective: every rank must call it."""
     if not dist.is_initialized():
-        return part.detach().clone()
-    whole = part.new_empty(dist.get_world_size() * part.numel())
-    dist.all_gather_into_tensor(whole, part.detach().contiguous())
-    return whole
+        return local.detach().clone()
+    gathered = local.new_empty(dist.get_world_size() * local.numel())
+    dist.all_gather_into_tensor(gathered, local.detach().contiguous())
+    return gathered
 
 
 def copy_from_rank_zero(tensor: Num[Tensor, "*shape"]) -> None:
-    """Overwrite in place with what rank 0 has; collective."""
+    """Overwrite a tensor in place with that of rank 0. Collective: every rank must call it."""
     if dist.is_initialized():
         dist.broadcast(tensor.detach(), src=0)
 
 
-def rank_zero_only(act: Callable[[], Value]) -> Value | None:
-    """Call a function on rank 0 and return its value there, None on the other ranks; collective.
+def rank_zero_only(function: Callable[[], Value]) -> Value | None:
+    """Call a function on rank 0 and return its value there, None on the other ranks, which wait until it has returned.
+
+    Collective: every rank must call it.
 
     Raises:
         Exception: on rank 0, whatever the function raised.
-        PeerFailedError: on the other ranks, if it raised.
+        PeerFailedError: on the other ranks, if the function raised.
     """
     if not dist.is_initialized():
-        return act()
+        return function()
     value: Value | None = None
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            value = act()
-        # whatever it was, the other ranks must not go on waiting
+            value = function()
+        # Any exception is reported to the other ranks first: they would otherwise wait in the broadcast below until
+        # their timeout.
         except Exception as error:
             failure = error
     has_failed = [failure is not None]
@@ -189,24 +195,31 @@ def rank_zero_only(act: Callable[[], Value]) -> Value | None:
     if failure is not None:
         raise failure
     if has_failed[0]:
-        raise PeerFailedError("rank 0 failed and reports why")
+        raise PeerFailedError("rank 0 failed and reports the reason")
     return value
 
 
-def broadcast_from_rank_zero(decide: Callable[[], Value]) -> Value:
-    """Return on every rank what a function returns on rank 0; collective.
+def broadcast_from_rank_zero(function: Callable[[], Value]) -> Value:
+    """Call a function on rank 0 only and return its value on every rank. Collective: every rank must call it.
 
-    For what must not differ between ranks, such as what a shared disk shows. Errors are those of `rank_zero_only`.
+    For decisions that must not differ between ranks, such as those that depend on the contents of a shared disk.
+
+    Raises:
+        Exception: on rank 0, whatever the function raised.
+        PeerFailedError: on the other ranks, if the function raised.
     """
     if not dist.is_initialized():
-        return decide()
-    decision: list[Any] = [rank_zero_only(decide)]
-    dist.broadcast_object_list(decision, src=0)
-    return decision[0]
+        return function()
+    values: list[Any] = [rank_zero_only(function)]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Return the value of each rank, in order of rank; collective, and slow: for what happens seldom."""
+    """Return the values of all ranks in order of rank, pickled on the way, which is too slow for every step.
+
+    Collective: every rank must call it.
+    """
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -215,6 +228,10 @@ def gather_objects(value: Value) -> list[Value]:
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """Return, for each flag, whether it is true on at least one rank; collective, so it is a barrier too."""
+    """Return, for each flag, whether it is true on at least one rank.
+
+    Collective: every rank must call it, with the same number of flags. No rank returns before all have called, so it
+    is also a barrier.
+    """
     votes = torch.tensor([int(flag) for flag in flags], device=device)
     return [count > 0 for count in sum_over_ranks(votes).tolist()]

@@ -1,4 +1,4 @@
-"""Errors as the user sees them: one message without a traceback, and an exit code that is not 0."""
+"""Errors as the user sees them: one message without a traceback, and a nonzero exit code."""
 
 import os
 import re
@@ -9,28 +9,28 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OWN_PACKAGE = "iwm_fast"
+_OUR_PACKAGE = "iwm_fast"
 
-# what gloo, NCCL and torch's store say of a process that is gone
-_LOST = re.compile(
+# How gloo, NCCL and torch's store describe a process that has ended. Matches up to the end of the sentence or line.
+_PEER_FAILURE = re.compile(
     r"(connection (was likely )?(closed|reset)|broken pipe|remote process exited|timed out waiting).*?(?=\. |$)",
     re.IGNORECASE | re.MULTILINE,
 )
-# launchers look for failed processes once a second
+# Launchers look for failed processes once a second; two seconds leave them time for one look.
 _GRACE_S = 2.0
 
 
 class PeerFailedError(Exception):
-    """Another rank failed and reports why; this rank only ends, with exit code 2 and without a message."""
+    """Another rank failed and reports the reason; this rank ends with exit code 2 and prints nothing."""
 
 
 @contextmanager
 def user_facing_errors() -> Iterator[None]:
     """Turn errors that are meant for the user into a message and `SystemExit`; let other errors pass.
 
-    Meant for the user are errors that this package raises and those of the file system. What a library raises is a
-    defect and keeps its traceback. With IWM_TRACEBACK=1 all keep it. A rank that finds another one gone says so in
-    one line.
+    Errors that this package raises and those of the file system are meant for the user. An error that a library raises
+    indicates a defect and keeps its traceback. With IWM_TRACEBACK=1 every error keeps its traceback. A rank that fails
+    because another rank is gone reports that in one line.
 
     Raises:
         SystemExit: with code 2, or 1 if another rank is gone.
@@ -42,62 +42,72 @@ def user_facing_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("IWM_TRACEBACK") == "1":
             raise
-        lost = peer_failure_message(error)
-        if lost:
-            _print_lost(lost)
+        failure = peer_failure_message(error)
+        if failure:
+            _print_peer_failure(failure)
             _await_termination()
             raise SystemExit(1) from None
-        if not _is_for_the_user(error):
+        if not _is_for_user(error):
             raise
-        _print(error)
+        _print_error(error)
         raise SystemExit(2) from None
 
 
 @contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """Let rank 0 alone report faults of settings and files, which every rank of a launch finds alike.
+    """Let rank 0 alone report errors in settings and files, which all ranks of a launch encounter alike.
 
-    Only for code that reads the same on every rank. What one rank alone runs into must be reported by that rank.
+    Use it only around code that reads the same settings and files on every rank. Other ranks stay silent, so an error
+    that occurs on one of them alone would be lost.
 
     Raises:
         ValueError, FileNotFoundError: on rank 0, as they were raised.
-        PeerFailedError: instead of these on the other ranks.
+        PeerFailedError: on the other ranks, in place of these errors.
     """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") != "0":
-            raise PeerFailedError("rank 0 finds the same error and reports it") from error
+            raise PeerFailedError("rank 0 encounters the same error and reports it") from error
         raise
 
 
 def peer_failure_message(error: Exception) -> str:
-    """Return what a collective says about a rank that is gone, or an empty string for any other error."""
-    found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
-    return found.group() if found and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    """Return the part of a collective's error that describes a rank that is gone; empty for any other error."""
+    match = _PEER_FAILURE.search(str(error)) if isinstance(error, RuntimeError) else None
+    # A process that runs alone has no other ranks, so the same words come from elsewhere, such as a remote store.
+    return match.group() if match and os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == _OWN_PACKAGE:
+def _is_for_user(error: Exception) -> bool:
+    """Return whether the message of an error is enough for the user: see `user_facing_errors` for which ones are."""
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == _OUR_PACKAGE:
         return True
+    # The innermost frame tells who raised a built-in exception: this package, which wrote the message for the user, or
+    # a library that it called.
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    is_ours = innermost.f_globals.get("__name__", "").split(".")[0] in (_OWN_PACKAGE, "__main__")
+    is_ours = innermost.f_globals.get("__name__", "").split(".")[0] in (_OUR_PACKAGE, "__main__")
     return is_ours and isinstance(error, ValueError | RuntimeError | ArithmeticError)
 
 
-def _print_lost(lost: str) -> None:
-    why = "its own message says why, unless it was killed or the network failed"
-    print(f"rank {os.environ['RANK']} ends: another rank is gone or hangs ({lost}); {why}", file=sys.stderr)
+def _print_peer_failure(failure: str) -> None:
+    hint = "it reports the reason itself unless it was killed or the network failed"
+    print(f"rank {os.environ['RANK']} ends: another rank is gone or hangs ({failure}); {hint}", file=sys.stderr)
 
 
 def _await_termination() -> None:
-    """Wait for the launcher, which must see first which rank failed: it reports that one's code and ends the others."""
+    """Give the launcher time to end this process.
+
+    The launcher reports the exit code of the first failed process that it sees and ends the others. If this rank ended
+    at once, the launcher might report this rank instead of the one that failed.
+    """
+    # Our own handler for SIGTERM would ask for a clean stop, which this rank can no longer make.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_GRACE_S)
 
 
-def _print(error: Exception) -> None:
-    of_rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"error{of_rank}: {error}", file=sys.stderr)
+def _print_error(error: Exception) -> None:
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"error{rank}: {error}", file=sys.stderr)
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)

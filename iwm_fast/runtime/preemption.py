@@ -1,8 +1,9 @@
-"""Stopping in order: a signal or the launcher's death ends a run at its next step, with one checkpoint.
+"""Stopping cleanly: a signal, or the end of the launcher, ends a run after its current step, with a checkpoint.
 
-A rank that is told to stop tells the others at the end of the step; all save together and end with code 75. Whatever
-keeps them from getting there (a shard that does not answer, a rank that is gone) has 25 s and the time of one step:
-then the process ends all the same, and the last checkpoint stands. Once there, saving has all the time it needs.
+A rank that receives a signal tells the others at the end of the step. All ranks save together and exit with code 75.
+A rank may be unable to reach the end of its step: a shard does not answer, or another rank is gone. It has 25 s plus
+the duration of one step. Then the process exits without a new checkpoint, and the previous one remains. Once all ranks
+have reached the end of the step, saving may take as long as it needs.
 """
 
 import logging
@@ -19,49 +20,57 @@ from typing import NoReturn
 log = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: start it again."""
+"""EX_TEMPFAIL of sysexits.h: a temporary failure, so that starting the same command again resumes the run."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# launchers kill after 30 s, and a status is to be written before
+# SIGTERM is what launchers and schedulers send, SIGUSR1 what SLURM's --signal is usually set to, SIGINT is Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Launchers kill their processes 30 s after SIGTERM, and the status must be written before that.
 GRACE_S = 25.0
-_LOOK_EVERY_S = 1.0
+_POLL_INTERVAL_S = 1.0
 
 
 class Preemption:
-    """Whether this process has been told to stop; never, unless `install_handlers` has been called."""
+    """Whether this process has been asked to stop; it never is unless `install_handlers` has been called."""
 
     def __init__(self) -> None:
-        self.reason = ""
-        """Why it has to stop; empty if it need not."""
+        self.reason: str = ""
+        """Why the process must stop: the name of a signal, or that the launcher ended. Empty if it need not stop."""
         self.on_timeout: Callable[[], None] = lambda: None
-        """Called when the grace period is over, before the process ends without a checkpoint."""
-        self._longest_step_s = 0.0
-        self._requested_at, self._deadline = math.inf, math.inf
-        self.is_deadline_suspended = False
-        """Whether the process may take as long as it needs: only the final checkpoint is still to be written."""
-        self._parent: int | None = None
+        """Called when the grace period is over, before the process exits without a checkpoint."""
+        self.is_deadline_suspended: bool = False
+        """Whether the process may take as long as it needs, because only the final checkpoint remains to be written."""
+        self._longest_step_s: float = 0.0
+        # Times on the monotonic clock, infinite until a stop is requested.
+        self._requested_at: float = math.inf
+        self._deadline: float = math.inf
+        # None if there is no launcher to watch.
+        self._launcher_pid: int | None = None
 
     def install_handlers(self, *, watch_parent: bool) -> None:
-        """Watch for signals from now on and, under a launcher, for its end; call it once, on the main thread."""
+        """Start to watch for signals and, under a launcher, for the launcher's end.
+
+        Call it once, on the main thread: Python installs signal handlers nowhere else.
+        """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        # the handler in C writes here at once, also while the main thread waits for other ranks
+        # Python runs its signal handlers on the main thread between bytecodes, so never while that thread waits in a
+        # collective. The C handler writes the signal's number to this pipe immediately, where the thread reads it.
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        self._parent = os.getppid() if watch_parent else None
+        self._launcher_pid = os.getppid() if watch_parent else None
         Thread(target=self._watch, args=(read_end,), name="preemption", daemon=True).start()
 
     def _on_signal(self, number: int, _: object) -> None:
         # The first Ctrl-C asks for a clean stop. A second one, at least a second later, aborts immediately.
-        if number == signal.SIGINT and self.reason and time.monotonic() > self._requested_at + _LOOK_EVERY_S:
+        if number == signal.SIGINT and self.reason and time.monotonic() > self._requested_at + _POLL_INTERVAL_S:
             raise KeyboardInterrupt
 
     def _watch(self, read_end: int) -> None:
         while True:
-            ready, _, _ = select.select([read_end], [], [], _LOOK_EVERY_S)
-            # every signal that anyone in this process has a handler for comes here
-            numbers = [number for number in os.read(read_end, 64) if number in SIGNALS] if ready else []
+            ready, _, _ = select.select([read_end], [], [], _POLL_INTERVAL_S)
+            # The pipe receives every signal that has a Python handler, including handlers that libraries installed.
+            numbers = [number for number in os.read(read_end, 64) if number in STOP_SIGNALS] if ready else []
             if numbers:
                 self._request_stop(signal.Signals(numbers[0]).name)
             self.launcher_exited()
@@ -69,38 +78,42 @@ class Preemption:
                 self._exit_without_checkpoint()
 
     def launcher_exited(self) -> bool:
-        """Return whether the launcher has ended; if so, a stop is requested."""
-        is_gone = self._parent is not None and os.getppid() != self._parent
-        if is_gone:
+        """Return whether the launcher has ended; if it has, request a stop."""
+        # The kernel gives an orphaned process a new parent.
+        has_exited = self._launcher_pid is not None and os.getppid() != self._launcher_pid
+        if has_exited:
             self._request_stop("the launcher ended")
-        return is_gone
+        return has_exited
 
     def _request_stop(self, reason: str) -> None:
         if not self.reason:
             self._requested_at = time.monotonic()
             self._deadline = self._requested_at + GRACE_S + self._longest_step_s
+            # Set last: the main thread reads the other two only once there is a reason.
             self.reason = reason
             log.warning("%s: stopping after this step", reason)
 
     def record_step_duration(self, step_s: float) -> None:
-        """Note how long a step took: a stop may take as much longer than the grace period."""
+        """Record how long a step took; the longest one extends the grace period of a later stop."""
         self._longest_step_s = max(self._longest_step_s, step_s)
 
     def suspend_deadline(self) -> None:
-        """Let the final checkpoint take as long as it needs: all ranks have stopped, only the disk is waited for."""
+        """Let the final checkpoint take as long as it needs; call it when all ranks have stopped and only save."""
         self.is_deadline_suspended = True
 
     def _exit_without_checkpoint(self) -> NoReturn:
-        waited = time.monotonic() - self._requested_at
-        print(f"{self.reason}: no end of the step after {waited:.0f} s, leaving without a checkpoint", file=sys.stderr)
+        waited_s = time.monotonic() - self._requested_at
+        message = f"the step has not ended after {waited_s:.0f} s, leaving without a checkpoint"
+        print(f"{self.reason}: {message}", file=sys.stderr)
         try:
             self.on_timeout()
         finally:
+            # The main thread hangs, so the interpreter could not end in the normal way.
             os._exit(EXIT_PREEMPTED)
 
 
 class PreemptedError(Exception):
-    """A run was told to stop, and has."""
+    """A run was asked to stop and has stopped after a step."""
 
     def __init__(self, reason: str, step: int) -> None:
         super().__init__(f"{reason}: stopped after step {step}")

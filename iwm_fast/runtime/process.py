@@ -1,4 +1,4 @@
-"""What an entry point does at the start and at the end of its process; libraries do none of it."""
+"""What an entry point does when its process starts and ends; library code does none of this."""
 
 import logging
 import os
@@ -11,35 +11,37 @@ from iwm_fast.runtime.preemption import Preemption
 
 
 def watch_signals() -> Preemption:
-    """Watch for signals and for the launcher's end from now on; once in a process, on its main thread."""
+    """Start to watch for signals and for the launcher's end; call it once in a process, on its main thread."""
     preemption = Preemption()
     preemption.install_handlers(watch_parent="RANK" in os.environ)
     return preemption
 
 
 def log_to_console() -> None:
-    """Print log messages to standard error: from INFO on rank 0, from WARNING with the rank's number elsewhere."""
+    """Print log messages to standard error: from INFO on rank 0, from WARNING with the rank's number on others."""
     rank = os.environ.get("RANK", "0")
-    level, mark = (logging.INFO, "") if rank == "0" else (logging.WARNING, f"[rank {rank}] ")
-    logging.basicConfig(level=level, format=f"{mark}%(message)s")
+    level, prefix = (logging.INFO, "") if rank == "0" else (logging.WARNING, f"[rank {rank}] ")
+    logging.basicConfig(level=level, format=f"{prefix}%(message)s")
 
 
-def run_and_exit(act: Callable[[], None]) -> NoReturn:
-    """Call the function that this process exists for, report its errors, and end the process with the exit code."""
+def run_and_exit(function: Callable[[], None]) -> NoReturn:
+    """Call the main function of this process, report its errors, and end the process with the exit code."""
     code = 0
     try:
         with user_facing_errors():
-            act()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+            function()
+    except SystemExit as stop:
+        # As the interpreter does: no code means success, and a message instead of a number means failure.
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     end_process(code)
 
 
 def end_process(code: int = 0) -> NoReturn:
-    """End the process at once with an exit code; everything must be written by now.
+    """End the process immediately with an exit code, without the interpreter's own cleanup.
 
-    Threads that gloo and DeepSpeed leave behind abort the interpreter's own end about once in a hundred runs
-    ("terminate called without an active exception"), and a finished run would count as failed.
+    All files must be written by now. Threads that gloo and DeepSpeed leave running abort the interpreter's cleanup
+    about once in a hundred runs ("terminate called without an active exception"), and a finished run would be reported
+    as failed.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""By what and where a number was made: command, commit, versions, machine."""
+"""How a result was produced: command, commit, package versions and machine."""
 
 import platform
 import re
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "deepspeed", "timm", "num
 
 
 def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Say by what and where a run is made: command, commit, versions, machine."""
+    """Return how this run is produced: command, start time, commit, package versions, machine and world size."""
     return {
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -29,15 +29,17 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
 def commit() -> str:
     """Return the project's commit, with `+changes` if files differ from it; "unknown" outside a checkout."""
     project = Path(__file__).parents[2]
+    # Git would otherwise describe any repository around an installed package.
     if not (project / ".git").exists():
         return "unknown"
-    asked = ["git", "-C", str(project), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
+    # Excluding all tags makes the description the bare hash.
+    command = ["git", "-C", str(project), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return completed.stdout.strip() or "unknown"
 
 
 def machine(device: torch.device) -> str:
-    """Name the processor or GPU that computes."""
+    """Return the name of the GPU or processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     num_threads = torch.get_num_threads()
@@ -45,7 +47,7 @@ def machine(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Name the processor as the kernel does, or at least its architecture."""
-    listed = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    """Return the processor's name as the Linux kernel reports it, or at least its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Locks on folders: one training run at a time in a run folder, one writer at a time elsewhere."""
+"""Locks on folders: one training run at a time in a run folder, one writer at a time in other folders."""
 
 import fcntl
 import logging
@@ -9,60 +9,64 @@ from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger(__name__)
 
-_FILE = ".lock"
+_LOCK_FILE = ".lock"
 
 
 def lock_folder(folder: Path, *, wait: bool) -> IO[str]:
-    """Create a folder if it is not there, and return a file that locks it until it is closed or the process ends.
+    """Lock a folder, creating it if it does not exist.
 
     Args:
-        folder: what to lock.
+        folder: the folder to lock.
         wait: whether to wait while another process holds the lock.
+
+    Returns:
+        The open lock file, which holds the lock until it is closed or the process ends.
 
     Raises:
         BlockingIOError: if another process holds the lock and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / _FILE).open("a", encoding="ascii")
+    file = (folder / _LOCK_FILE).open("a", encoding="ascii")
     try:
+        # The kernel releases the lock however the process ends, so a killed run leaves no stale lock.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 file.close()
                 raise
-            log.info("waiting for another process, which writes into %s", folder)
+            log.info("waiting for another process that writes to %s", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
     except BlockingIOError:
         raise
     except OSError as error:
-        # some shared file systems have no locks
-        log.warning("%s cannot be locked (%s): make sure that nothing else writes there", folder, error)
+        # Some shared file systems have no locks; they are still good enough for a single run.
+        log.warning("%s cannot be locked (%s): make sure that no other process writes there", folder, error)
     return file
 
 
 class FolderLock:
-    """Holds a run folder until it is closed or its process ends, however it ends."""
+    """An exclusive lock on a run folder, held until it is closed or the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the folder, which is created if it is not there.
+        """Lock the folder, creating it if it does not exist.
 
         Raises:
-            ValueError: if another run holds it.
+            ValueError: if another run holds the lock.
         """
         self._folder = folder
         try:
             self._file = lock_folder(folder, wait=False)
         except BlockingIOError:
-            other = read_status(folder)
+            status = read_status(folder)
             raise ValueError(
-                f"output.folder = {str(folder)!r} is in use by another run (last heard of as process "
-                f"{other.get('pid')} on {other.get('host')}); wait until it ends, stop it, or name another folder"
+                f"output.folder = {str(folder)!r} is in use by another run (last reported by process "
+                f"{status.get('pid')} on {status.get('host')}); wait until it ends, stop it, or name another folder"
             ) from None
 
     def close(self) -> None:
-        """Release the folder; one into which nothing was written is removed."""
-        if [path.name for path in self._folder.iterdir()] == [_FILE]:
-            (self._folder / _FILE).unlink()
+        """Release the lock, and remove the folder if nothing else was written to it."""
+        if [path.name for path in self._folder.iterdir()] == [_LOCK_FILE]:
+            (self._folder / _LOCK_FILE).unlink()
             self._folder.rmdir()
         self._file.close()

@@ -1,7 +1,7 @@
-"""One evaluation on many ranks: each takes its share of the samples, all get the whole outcome, in order.
+"""Sharing an evaluation between ranks: each rank computes its share of the samples, and all ranks get all results.
 
-Shares are of equal size, as collectives need them: the last ones are filled up with `PADDING`, whose rows are dropped
-when shares are gathered. So the outcome on many ranks is that of one.
+Collectives need shares of equal size, so shorter shares are padded with `PADDING`, whose rows are dropped when results
+are gathered. Results are in the samples' original order, so they do not depend on the number of ranks.
 """
 
 import numpy as np
@@ -15,29 +15,31 @@ PADDING = -1
 
 
 def local_share(samples: Int64[np.ndarray, "samples"], rank_info: RankInfo) -> Int64[np.ndarray, "share"]:
-    """Return this rank's samples, every world_size-th one, padded to the size of the largest share."""
+    """Return every world_size-th sample, starting at this rank's number, padded to the size of the largest share."""
     local = samples[rank_info.rank :: rank_info.world_size]
     return np.pad(local, (0, -(-len(samples) // rank_info.world_size) - len(local)), constant_values=PADDING)
 
 
 def drop_padding(share: Int64[np.ndarray, "share"]) -> Int64[np.ndarray, "samples"]:
-    """Return a share without its padding: what has to be computed."""
+    """Return the samples of a share that have to be computed, without its padding."""
     return share[share != PADDING]
 
 
 def gather_in_order(
     share: Int64[np.ndarray, "share"], values: Shaped[Tensor, "real *rest"], rank_info: RankInfo
 ) -> Shaped[Tensor, "samples *rest"]:
-    """Return all ranks' values in the order that the samples had before they were shared; collective.
+    """Return the values of all ranks in the order of the samples before they were shared.
+
+    Collective: every rank must call it.
 
     Args:
-        share: this rank's share, as `local_share` gave it.
-        values: one row for each of its samples, without padding.
-        rank_info: this process.
+        share: this rank's share, as returned by `local_share`.
+        values: one row for each sample of the share, without padding.
+        rank_info: which process of the launch this is.
     """
     padded = values.new_zeros(len(share), *values.shape[1:])
     padded[: len(values)] = values
-    ranks = all_gather(padded.flatten()).view(rank_info.world_size, *padded.shape)
-    is_real = all_gather(torch.from_numpy(share != PADDING).to(values.device, torch.uint8)).view(len(ranks), -1)
-    # row r of rank k was sample number r * world_size + k
-    return ranks.transpose(0, 1).flatten(0, 1)[is_real.T.flatten().bool()]
+    by_rank = all_gather(padded.flatten()).view(rank_info.world_size, *padded.shape)
+    is_real = all_gather(torch.from_numpy(share != PADDING).to(values.device, torch.uint8)).view(len(by_rank), -1)
+    # Row r of rank k is sample number r * world_size + k, so transposing restores the samples' order.
+    return by_rank.transpose(0, 1).flatten(0, 1)[is_real.T.flatten().bool()]

@@ -1,4 +1,4 @@
-"""Small ragged indexes, batches and settings for tests of the method."""
+"""Fixtures that build small ragged indexes, batches and settings for tests of the method."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ GRID, PATCH = 4, 4
 
 
 def _ragged(patches, total=None, grid=GRID):
-    lengths = [len(one) for one in patches]
-    rows = [image * grid**2 + patch for image, one in enumerate(patches) for patch in one]
+    lengths = [len(image_patches) for image_patches in patches]
+    rows = [image * grid**2 + patch for image, image_patches in enumerate(patches) for patch in image_patches]
     return RaggedIndex(
         patch=torch.tensor(rows, dtype=torch.int64) % grid**2,
         row=torch.tensor(rows, dtype=torch.int64),
@@ -25,22 +25,22 @@ def _ragged(patches, total=None, grid=GRID):
 
 def _batch(context, target, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    images = len(context)
-    number = torch.arange(images)
+    num_images = len(context)
+    number = torch.arange(num_images)
     return Batch(
-        source_view=torch.randn(images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
-        target_view=torch.randn(images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
-        action=torch.randn(images, 7, generator=generator),
+        source_view=torch.randn(num_images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+        target_view=torch.randn(num_images, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+        action=torch.randn(num_images, 7, generator=generator),
         context=_ragged(context),
         target=_ragged(target),
-        crop_window=torch.zeros(images, 4),
-        source_window=torch.zeros(images, 4),
+        crop_window=torch.zeros(num_images, 4),
+        source_window=torch.zeros(num_images, 4),
         scheduled_sample=number,
-        draws=identity_draws(images),
+        draws=identity_draws(num_images),
         label=number,
         sample=number,
         slot=number,
-        key=tuple(f"sample{i}" for i in range(images)),
+        key=tuple(f"sample{i}" for i in range(num_images)),
         step=0,
     )
 
@@ -58,17 +58,17 @@ def _config(*, conditioning="feature", predictor_depth=2, precision="fp32", seed
 
 @pytest.fixture
 def ragged():
-    """Function: lists of patch numbers, one per image -> RaggedIndex on a 4 x 4 grid."""
+    """Return a function from lists of patch numbers, one per image, to a RaggedIndex on a 4 x 4 grid."""
     return _ragged
 
 
 @pytest.fixture
 def make_batch():
-    """Function: context and target patches per image, seed -> Batch of 16 x 16 images in patches of 4."""
+    """Return a function from context and target patches per image to a Batch of 16 x 16 images in patches of 4."""
     return _batch
 
 
 @pytest.fixture
 def tiny_config():
-    """Function: what a test varies -> RunConfig of a tiny model that fits `make_batch`."""
+    """Return a function from a few settings to the RunConfig of a tiny model that fits `make_batch`."""
     return _config

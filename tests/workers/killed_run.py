@@ -1,7 +1,7 @@
-"""Kill a whole run again and again: `python killed_run.py RUN.yaml STRAIGHT_FOLDER KILLED_FOLDER NUM_KILLS SEED`.
+"""Kill a training run repeatedly: `python killed_run.py RUN.yaml STRAIGHT_FOLDER KILLED_FOLDER NUM_KILLS SEED`.
 
-It trains once without interruption and once with; of the second it prints one JSON line per kill: what was on the disk
-then. Every start is a fork of this process, which has imported everything and started nothing.
+It trains one run without interruption and kills a second one, for which it prints a JSON line per kill with the state
+of the disk. Each start is a fork of this process, which has imported all modules but started no threads.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-# what a run imports when it is asked for
+# Modules that a run imports only when it needs them are imported here, so that forks need not do it.
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.config.loading import load_config
 from iwm_fast.engines import deepspeed_engine
@@ -31,23 +31,24 @@ PATIENCE_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What one kill left."""
+    """The state of the disk after a kill."""
 
     newest: int
-    """Step of the newest whole checkpoint, 0 for none."""
+    """Step of the newest undamaged checkpoint, 0 for none."""
     refused: list[str]
     num_unfinished: int
     had_ended: bool
-    """Whether the run was over before it could be killed."""
+    """Whether the run had finished before it could be killed."""
 
 
-def forked(config):
+def start_fork(config):
+    """Start the run in a child process and return its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        # its whole tree is one group
+        # A session of its own makes the run and its children one process group, which can be killed together.
         os.setsid()
         run(config, Preemption())
         code = 0
@@ -59,9 +60,9 @@ def forked(config):
 
 
 def finish(config):
-    _, status = os.waitpid(forked(config), 0)
+    _, status = os.waitpid(start_fork(config), 0)
     if status:
-        sys.exit(f"a run that nobody killed ended with status {status}")
+        sys.exit(f"an uninterrupted run ended with status {status}")
 
 
 def step_on_disk(folder):
@@ -69,7 +70,7 @@ def step_on_disk(folder):
     return checkpoints.step_of(newest) if newest else 0
 
 
-def unfinished(folder):
+def unfinished_folders(folder):
     return list((folder / "checkpoints").glob(".unfinished-*"))
 
 
@@ -77,12 +78,12 @@ def wait_until(condition):
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit("the run makes no checkpoints")
+            sys.exit("the run writes no checkpoints")
         time.sleep(0.0005)
 
 
 def wait_for_moment(folder, moments):
-    """Wait for some moment of the start, of a step or, half of the times, of a checkpoint's being written."""
+    """Wait for a random moment during the start, a step or, half of the time, the writing of a checkpoint."""
     kind = moments.choice(("start", "step", "save", "save"))
     if kind == "start":
         time.sleep(moments.uniform(0.0, 2.0))
@@ -90,18 +91,18 @@ def wait_for_moment(folder, moments):
     goal = step_on_disk(folder) + moments.randint(1, 3)
     wait_until(lambda: step_on_disk(folder) >= goal)
     if kind == "save":
-        wait_until(lambda: unfinished(folder))
-    # a tiny run saves within a few milliseconds
+        wait_until(lambda: unfinished_folders(folder))
+    # A tiny run writes a checkpoint within a few milliseconds.
     time.sleep(moments.uniform(0.0, 0.002 if kind == "save" else 0.2))
 
 
 def kill_one(config, moments):
     folder = Path(config.output.folder)
-    child = forked(config)
+    child = start_fork(config)
     wait_for_moment(folder, moments)
     had_ended = os.waitpid(child, os.WNOHANG)[0] != 0
     if not had_ended:
-        # no group yet is one process yet
+        # The child may not have created its group yet, and has no children then.
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)
@@ -110,7 +111,7 @@ def kill_one(config, moments):
     return Kill(
         newest=saved.step if saved else 0,
         refused=[str(error) for error in refused.values()],
-        num_unfinished=len(unfinished(folder)),
+        num_unfinished=len(unfinished_folders(folder)),
         had_ended=had_ended,
     )
 

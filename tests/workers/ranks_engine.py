@@ -1,6 +1,6 @@
-"""One rank of test_engine_ranks.py: `python ranks_engine.py FOLDER whole|first|second`, ranks from the environment.
+"""A rank of test_engine_ranks.py: `python ranks_engine.py FOLDER single|straight|resumed`, ranks from the environment.
 
-Every state and outcome is left in the folder as a file; the tests compare them.
+It writes each state and outcome to a file in the folder; the tests compare the files.
 """
 
 import json
@@ -23,24 +23,25 @@ ENGINES = {"plain": ("plain", None), **{f"zero{stage}": ("deepspeed", stage) for
 GLOBAL_BATCH_SIZE = 8
 
 
-def main(folder, part):
-    # fresh memory is NaN: padding that is never written would show
+def main(folder, stage):
+    # Uninitialised memory is NaN, so that padding which is never written would show.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     rank_info = distributed.start("cpu")
-    {"whole": whole, "first": first, "second": second}[part](folder, rank_info)
+    {"single": single, "straight": straight, "resumed": resumed}[stage](folder, rank_info)
     distributed.stop()
 
 
-def whole(folder, rank_info):
+def single(folder, rank_info):
+    """One process with the complete batch: the reference."""
     engine = make_engine(rank_info, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
     outcomes = train(engine, rank_info, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
-    save(engine, rank_info, folder / "whole-3")
-    (folder / "whole-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
+    save(engine, rank_info, folder / "single-3")
+    (folder / "single-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
 
 
-def first(folder, rank_info):
-    """Two ranks, two micro-batches each: a straight run, and one with a bad sample on the last rank."""
+def straight(folder, rank_info):
+    """Two ranks, two micro-batches each: an uninterrupted run, and one with a bad sample on the last rank."""
     for name in ENGINES:
         engine = make_engine(rank_info, name)
         outcomes = train(engine, rank_info, range(3))
@@ -56,17 +57,17 @@ def first(folder, rank_info):
         weights = {key: weight.detach().clone() for key, weight in engine.named_parameters()}
         bad = train(engine, rank_info, range(2, 3), bad_rank=1)
         save(engine, rank_info, folder / f"{name}-after-bad")
-        # before the next collective mends or breaks anything: this rank's own copy
+        # Compare this rank's own copy before the next collective can repair or break it.
         is_same = all(torch.equal(weight, weights[key]) for key, weight in engine.named_parameters())
         train(engine, rank_info, range(2, 3))
         save(engine, rank_info, folder / f"{name}-3-after-bad")
         report = {"applied": [outcome.applied for outcome in bad], "is_same": is_same}
         (folder / f"{name}-rank{rank_info.rank}.json").write_text(json.dumps(report))
-    disagree(folder, rank_info)
+    use_collectives(folder, rank_info)
 
 
-def second(folder, rank_info):
-    """New processes: go on from the first ones' states, with the same engine and with others."""
+def resumed(folder, rank_info):
+    """New processes: continue from the states of `straight`, with the same engine and with others."""
     for source in ENGINES:
         for target in ENGINES:
             engine = make_engine(rank_info, target)
@@ -75,19 +76,19 @@ def second(folder, rank_info):
             save(engine, rank_info, folder / f"{source}-3-{target}-5")
 
 
-def disagree(folder, rank_info):
-    """What the ranks make of differing flags, sums, parts, and of a disk that fails rank 0."""
+def use_collectives(folder, rank_info):
+    """Ranks with different flags and numbers, and a disk to which rank 0 cannot write."""
     cpu = rank_info.device
     number = torch.tensor([float(rank_info.rank + 1)])
     report = {
         "agree": [distributed.any_rank([rank_info.rank == 1], cpu)[0], distributed.any_rank([False], cpu)[0]],
         "sum": distributed.sum_over_ranks(number).tolist(),
-        "joined": distributed.all_gather(number).tolist(),
+        "gathered": distributed.all_gather(number).tolist(),
     }
     (folder / "no-folder").write_text("a file where a run folder should be")
     config = RunConfig(output=OutputConfig(folder=str(folder / "no-folder")))
     writer = CheckpointWriter(config, rank_info, fingerprint={}, run_id="")
-    # written beside training: only the next call can tell, on both ranks alike
+    # It is written asynchronously, so the next call raises, on both ranks.
     writer.write(engine_state={}, teacher_state={}, step=1, applied_steps=1)
     try:
         writer.wait()
@@ -103,12 +104,12 @@ def disagree(folder, rank_info):
 
 
 def make_engine(rank_info, name, micro_batch_size=2):
-    # other weights on each rank: all must start from rank 0's
+    # Weights differ between ranks; all must start from those of rank 0.
     torch.manual_seed(rank_info.rank)
     module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
     groups = [
-        {"params": [row for row in module.parameters() if row.ndim > 1], "name": "decay"},
-        {"params": [row for row in module.parameters() if row.ndim < 2], "name": "no_decay"},
+        {"params": [parameter for parameter in module.parameters() if parameter.ndim > 1], "name": "decay"},
+        {"params": [parameter for parameter in module.parameters() if parameter.ndim < 2], "name": "no_decay"},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
     engine, stage = ENGINES[name]
@@ -119,7 +120,7 @@ def make_engine(rank_info, name, micro_batch_size=2):
 
 
 def train(engine, rank_info, steps, micro_batch_size=2, bad_rank=None):
-    """Each sample is a function of (step, slot); slots go to micro-batches in turn, and in these to ranks."""
+    """Make steps whose samples depend on (step, slot) only; a micro-batch takes consecutive slots, rank after rank."""
     outcomes = []
     for step in steps:
         engine.set_hyperparameters(lr=0.01 * (step + 1), weight_decay=0.1 * (step + 1))
@@ -140,7 +141,7 @@ def save(engine, rank_info, path):
     assert bool(state) == (rank_info.rank == 0)
     if rank_info.rank == 0:
         save_file(state, path.with_suffix(".safetensors"))
-    # the other rank may want to read it
+    # A barrier, because the other rank may read the file.
     distributed.any_rank([False], rank_info.device)[0]
 
 

@@ -18,7 +18,7 @@ from iwm_fast.engines.factory import build_engine
 from iwm_fast.pipelines.storage.atomic import remove_leftovers, set_aside
 from iwm_fast.runtime.distributed import RankInfo
 
-PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+RANK_INFO = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 FINGERPRINT = {
     "seed": 0,
     "views.size": 32,
@@ -32,7 +32,8 @@ FINGERPRINT = {
 }
 
 
-def write(folder, step, scale=1.0, **others):
+def write(folder, step, scale=1.0, **changes):
+    """Write a small checkpoint and return its folder."""
     values = {
         "engine_state": {"weight/encoder.norm": torch.arange(4.0) * scale, "adam_step": torch.tensor(float(step))},
         "teacher_state": {"pos_embed": torch.ones(1, 2, 3) * scale},
@@ -44,7 +45,7 @@ def write(folder, step, scale=1.0, **others):
         "counters": {},
         "versions": checkpoint.package_versions(),
     }
-    saved = Checkpoint(folder=checkpoint.folder_of(folder, step), **values | others)
+    saved = Checkpoint(folder=checkpoint.folder_of(folder, step), **values | changes)
     checkpoint.write(saved, RunConfig())
     return saved.folder
 
@@ -59,23 +60,21 @@ def test_what_was_written_is_read_back_bit_equal(tmp_path):
     assert (saved.step, saved.applied_steps, saved.world_size, saved.counters) == (7, 6, 1, {"skipped": 2})
     assert (saved.run_id, saved.fingerprint) == ("0f0f", FINGERPRINT)
     assert load_config(folder / "config.yaml") == RunConfig()
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "whoever may read one may read all"
-    assert (
-        saved.versions["torch"] == torch.__version__.partition("+")[0] or saved.versions["torch"] == torch.__version__
-    )
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all files must have the same permissions"
+    assert saved.versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
 
 
-def test_weights_of_a_part_are_found_by_its_prefix(tmp_path):
+def test_weights_of_a_network_are_selected_by_prefix(tmp_path):
     saved = checkpoint.read(write(tmp_path, 1))
     assert saved.weights("encoder.").keys() == {"norm"}
     assert saved.weights("predictor.") == {}
 
 
-def test_a_run_without_checkpoints_has_no_newest(tmp_path):
+def test_a_run_without_checkpoints_has_no_newest_one(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_checkpoints_stand_in_order_of_step_and_nothing_else_counts_as_one(tmp_path):
+def test_checkpoints_are_in_order_of_step_and_other_folders_do_not_count(tmp_path):
     steps = (2, 1000, 10, 123_456_789, 99_999_999)
     folders = {step: write(tmp_path, step) for step in steps}
     for name in (".unfinished-step-200000000", "step-200000000.refused", "step-2", "stepping"):
@@ -93,7 +92,7 @@ from pathlib import Path
 from iwm_fast.pipelines.storage.atomic import publish
 
 def complete(path):
-    path.write_bytes(b"whole")
+    path.write_bytes(b"complete")
 
 def die(path):
     path.write_bytes(b"ha")
@@ -103,9 +102,9 @@ writers = {{"model.safetensors": [die, complete][{files_before_death}], "state.j
 publish(Path({str(tmp_path)!r}) / "checkpoints" / "step-00000002", writers)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -signal.SIGKILL
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "the torso is there"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "the unfinished folder must exist"
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
-    # and it is cleared away
+    # The next process removes it.
     remove_leftovers(tmp_path / "checkpoints")
     write(tmp_path, 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -122,7 +121,7 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-def test_one_flipped_bit_is_refused_with_the_file_and_what_to_do(tmp_path, name):
+def test_one_flipped_bit_is_refused_with_file_and_remedy(tmp_path, name):
     folder = write(tmp_path, 1)
     flip_a_bit(folder / name)
     with pytest.raises(CheckpointError, match=rf"step-00000001/{name} is .*sha256.*is damaged; the run's other"):
@@ -131,26 +130,26 @@ def test_one_flipped_bit_is_refused_with_the_file_and_what_to_do(tmp_path, name)
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: os.truncate(path, 20)])
-def test_behind_a_damaged_one_the_one_before_it_is_the_newest(tmp_path, name, damage):
-    whole = write(tmp_path, 1)
+def test_before_a_damaged_checkpoint_the_previous_one_is_the_newest(tmp_path, name, damage):
+    undamaged = write(tmp_path, 1)
     damaged = write(tmp_path, 2, scale=2.0)
     damage(damaged / name)
     saved, refused = checkpoint.read_newest(tmp_path)
-    assert saved.folder == whole and saved.engine_state["weight/encoder.norm"][1] == 1
+    assert saved.folder == undamaged and saved.engine_state["weight/encoder.norm"][1] == 1
     assert list(refused) == [damaged] and str(damaged) in str(refused[damaged])
 
 
-def test_where_no_checkpoint_is_whole_all_are_named(tmp_path):
+def test_if_all_checkpoints_are_damaged_all_are_named(tmp_path):
     assert checkpoint.read_newest(tmp_path) == (None, {})
     for step in (1, 2):
         flip_a_bit(write(tmp_path, step) / "state.json")
     with pytest.raises(
-        CheckpointError, match=r"(?s)none of the .*step-00000002/state.*step-00000001/state.*a copy, or"
+        CheckpointError, match=r"(?s)none of the .*step-00000002/state.*step-00000001/state.*a backup, or"
     ):
         checkpoint.read_newest(tmp_path)
 
 
-def test_what_is_set_aside_leaves_its_name_free_and_overwrites_nothing(tmp_path):
+def test_a_folder_set_aside_frees_its_name_and_overwrites_nothing(tmp_path):
     for number, ending in enumerate((".refused", ".refused-2", ".refused-3")):
         folder = write(tmp_path, 1, applied_steps=number)
         aside = set_aside(folder)
@@ -159,7 +158,7 @@ def test_what_is_set_aside_leaves_its_name_free_and_overwrites_nothing(tmp_path)
         assert checkpoint.read(aside).applied_steps == number
 
 
-def test_a_cut_off_file_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1])
@@ -183,7 +182,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
         checkpoint.read(folder)
 
 
-def test_other_settings_are_refused_with_every_key_that_differs(tmp_path):
+def test_other_settings_are_refused_with_all_that_differ(tmp_path):
     saved = checkpoint.read(write(tmp_path, 1)).fingerprint
     assert checkpoint.differing_settings(saved, FINGERPRINT) == []
     current = FINGERPRINT | {"optim.lr": 2e-3, "seed": 5, "mask.new": 1}
@@ -196,25 +195,26 @@ def test_other_settings_are_refused_with_every_key_that_differs(tmp_path):
     assert "betas" not in message and "restart_epoch" not in message
 
 
-def test_settings_of_the_data_stream_may_differ_where_an_epoch_may_begin_anew():
+def test_settings_of_the_data_stream_may_differ_if_the_epoch_restarts():
     current = FINGERPRINT | {"seed": 5, "views.new": 1}
-    with pytest.raises(CheckpointError, match=r"(?s)seed: 0 -> 5.*data.restart_epoch=true goes on"):
+    with pytest.raises(CheckpointError, match=r"(?s)seed: 0 -> 5.*data.restart_epoch=true continues"):
         checkpoint.differing_settings(FINGERPRINT, current)
     assert checkpoint.differing_settings(FINGERPRINT, current, may_restart=True) == ["seed", "views.new"]
 
 
-def test_the_number_of_epochs_may_differ_where_a_run_is_extended():
+def test_the_number_of_epochs_may_differ_if_a_run_is_extended():
     saved = FINGERPRINT | {"optim.epochs": 4.0}
     longer, other = saved | {"optim.epochs": 6.0}, saved | {"optim.epochs": 6.0, "seed": 5}
-    with pytest.raises(CheckpointError, match=r"(?s)optim.epochs: 4.0 -> 6.0\nresume=extend goes on .*; otherwise set"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)optim.epochs: 4.0 -> 6.0\nresume=extend continues .*; otherwise set"
+    ):
         checkpoint.differing_settings(saved, longer, may_restart=True)
     assert checkpoint.differing_settings(saved, longer, may_extend=True) == ["optim.epochs"]
-    # both must be allowed
-    for may in ({}, {"may_restart": True}, {"may_extend": True}):
-        with pytest.raises(
-            CheckpointError, match=r"(?s)data.restart_epoch=true goes on .*, and resume=extend goes on "
-        ):
-            checkpoint.differing_settings(saved, other, **may)
+    # Both must be allowed.
+    both = r"(?s)data.restart_epoch=true continues .*, and resume=extend continues "
+    for allowed in ({}, {"may_restart": True}, {"may_extend": True}):
+        with pytest.raises(CheckpointError, match=both):
+            checkpoint.differing_settings(saved, other, **allowed)
     assert checkpoint.differing_settings(saved, other, may_restart=True, may_extend=True) == ["optim.epochs", "seed"]
     with pytest.raises(CheckpointError, match=r"optim.lr: 0.001 -> 1\nset them back"):
         checkpoint.differing_settings(saved, saved | {"optim.lr": 1}, may_restart=True, may_extend=True)
@@ -224,18 +224,16 @@ def test_another_format_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text()) | {"format": 99}
     (folder / "state.json").write_text(json.dumps(state))
-    size_and_hash = subprocess.run(["sha256sum", folder / "state.json"], capture_output=True, text=True, check=True)
+    hash_and_name = subprocess.run(["sha256sum", folder / "state.json"], capture_output=True, text=True, check=True)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["state.json"] = {
-        "size_bytes": (folder / "state.json").stat().st_size,
-        "sha256": size_and_hash.stdout.split()[0],
-    }
+    size_bytes = (folder / "state.json").stat().st_size
+    manifest["state.json"] = {"size_bytes": size_bytes, "sha256": hash_and_name.stdout.split()[0]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.read(folder)
 
 
-def test_a_step_is_never_overwritten(tmp_path):
+def test_a_checkpoint_is_never_overwritten(tmp_path):
     write(tmp_path, 1)
     with pytest.raises(FileExistsError, match="exists already"):
         write(tmp_path, 1, scale=2.0)
@@ -246,10 +244,10 @@ def make_engine(width):
     module = nn.Linear(3, width)
     groups = [{"params": [module.weight], "name": "decay"}, {"params": [module.bias], "name": "no_decay"}]
     config = RunConfig(optim=OptimConfig(global_batch_size=1), runtime=RuntimeConfig(engine="plain"))
-    return build_engine(config, module, torch.optim.AdamW(groups), PLACE)
+    return build_engine(config, module, torch.optim.AdamW(groups), RANK_INFO)
 
 
-def test_an_engine_is_restored_and_a_model_of_other_shapes_is_refused_with_both(tmp_path):
+def test_an_engine_is_restored_and_another_model_is_refused(tmp_path):
     engine = make_engine(4)
     saved = checkpoint.read(write(tmp_path, 1, engine_state=engine.state()))
     other = make_engine(4)

@@ -1,4 +1,4 @@
-"""What an export folder holds, and that others can build from it what was trained."""
+"""The contents of an export folder, and the networks that timm and iwm-fast build from it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.checkpoints.export import describe_entries, export, timm_call
+from iwm_fast.checkpoints.export import describe_action_entries, export, timm_call
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.config.run import EncoderConfig, RunConfig
@@ -31,7 +31,7 @@ from iwm_fast.train import run
 
 @pytest.fixture(scope="module")
 def trained(tiny_shards, tmp_path_factory) -> Path:
-    """Train a run, and measure it."""
+    """Train a run and evaluate it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = tiny_run(tiny_shards, folder, loader="torch")
     run(replace(config, data=replace(config.data, val=tiny_shards.pattern)))
@@ -44,7 +44,7 @@ def exported(trained, tmp_path) -> Path:
     return export(ExportConfig(run=str(trained), to=str(tmp_path / "export")))
 
 
-def test_the_exported_encoder_in_timm_computes_the_mean_of_the_teachers_tokens(trained, exported):
+def test_the_exported_encoder_in_timm_has_the_teachers_features(trained, exported):
     described, model = json.loads((exported / "config.json").read_text()), world_model.load(trained)
     encoder = eval(described["encoder"]["call"], {"timm": timm}).eval()
     encoder.load_state_dict(load_file(exported / "encoder.safetensors"), strict=True)
@@ -53,7 +53,7 @@ def test_the_exported_encoder_in_timm_computes_the_mean_of_the_teachers_tokens(t
     torch.testing.assert_close(encoder(images), model.encode(images).mean(1), atol=1e-5, rtol=1e-5)
 
 
-def test_teacher_and_trained_encoder_are_both_there_and_differ(trained, exported):
+def test_an_export_has_teacher_and_trained_encoder_which_differ(trained, exported):
     saved = checkpoints.read(checkpoints.newest(trained))
     teacher, encoder = (load_file(exported / f"{name}.safetensors") for name in ("encoder", "trained_encoder"))
     assert teacher.keys() == encoder.keys() == saved.teacher_state.keys()
@@ -72,7 +72,7 @@ def test_an_export_is_loaded_like_the_run_it_came_from(trained, exported):
     assert theirs.config.views == ours.config.views and theirs.config.model == ours.config.model
 
 
-def test_all_files_of_an_export_may_be_read_by_whoever_may_read_one(exported):
+def test_all_files_of_an_export_have_the_same_permissions(exported):
     assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
 
 
@@ -82,11 +82,11 @@ def test_an_export_names_no_path_of_the_machine_it_was_made_on(exported, trained
         assert str(trained.parent) not in text and str(tiny_shards.folder) not in text
 
 
-def test_the_examples_of_the_model_card_work_where_it_lies(exported, monkeypatch):
+def test_the_examples_of_the_model_card_work_in_the_export_folder(exported, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
     assert len(examples) == 2 and all(len(example.splitlines()) == 5 for example in examples)
     monkeypatch.chdir(exported)
-    # what the card's user has at hand
+    # The image that the card's example loads.
     Path("photo.jpg").write_bytes(encode(photograph("coffee.png")))
     names: dict = {}
     for example in examples:
@@ -94,34 +94,34 @@ def test_the_examples_of_the_model_card_work_where_it_lies(exported, monkeypatch
     assert names["features"].shape == (1, 32) and names["imagined"].shape == (1, 16, 32)
 
 
-def test_the_model_card_tells_what_was_trained_and_measured(exported, trained):
+def test_the_model_card_has_training_settings_and_results(exported, trained):
     card = (exported / "README.md").read_text()
     measured = read_result(trained / "evaluations" / "mrr_default.json").value("jitter", "mrr")
     assert f"| mrr_default | jitter, mrr | {measured:.4g} | 12 |" in card
     assert re.search(r"\| training \| loss/prediction \| \d", card) and "optim/lr" not in card
     assert "| images | 48, content SHA-256 " in card and "| 4, 16 |" in card
     assert "| 3 | hue | the target's hue is turned by 0.1 of a full circle" in card
-    assert card.endswith("## Licence\n\nNot stated yet: whoever publishes these weights names it here.\n")
+    assert card.endswith("## Licence\n\nNot stated yet: name it here when you publish these weights.\n")
 
 
-def test_every_entry_of_the_action_says_what_one_means():
+def test_all_action_entries_have_a_description():
     views = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5, brightness=0.8)
-    entries = describe_entries(views)
+    entries = describe_action_entries(views)
     assert tuple(entry["name"] for entry in entries) == views.entries
     assert len({entry["one_means"] for entry in entries}) == 12
     assert entries[0]["one_means"] == "the target's brightness factor is 0.8 above the source's"
-    # the smallest crop has half the side, so its centre lies at most a quarter away
+    # The side of the smallest crop is half the image's, so its centre is at most a quarter away.
     assert entries[7]["one_means"] == "the source's centre lies 0.25 target widths to the right of the target's"
 
 
-def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(trained, tmp_path):
+def test_an_export_overwrites_nothing_and_leaves_nothing_unfinished(trained, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         export(ExportConfig(run=str(trained), to=str(tmp_path / "there")))
     assert os.listdir(tmp_path) == ["there"] and not any((tmp_path / "there").iterdir())
 
 
-def test_a_damaged_export_is_refused_with_what_to_do(exported):
+def test_a_damaged_export_is_refused_with_the_remedy(exported):
     content = bytearray((exported / "predictor.safetensors").read_bytes())
     content[-1] ^= 1
     (exported / "predictor.safetensors").write_bytes(content)
@@ -153,7 +153,7 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
         ((1280, 32, 16), (14,)),
     ],
 )
-def test_standard_sizes_are_called_by_their_names_in_timm(size, patch_sizes):
+def test_standard_sizes_are_built_by_their_names_in_timm(size, patch_sizes):
     dim, depth, num_heads = size
     for patch_size in patch_sizes:
         config = EncoderConfig(dim=dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
@@ -180,7 +180,7 @@ def test_a_standard_size_gives_the_same_features_by_its_name_in_timm():
         torch.testing.assert_close(model(images), tokens.mean(1), atol=1e-5, rtol=1e-4)
 
 
-def test_sizes_that_timm_has_no_name_for_are_written_out():
+def test_sizes_without_a_name_in_timm_are_built_from_arguments():
     for odd in (EncoderConfig(dim=768, patch_size=14), EncoderConfig(mlp_ratio=3.0), EncoderConfig(num_heads=6)):
         assert timm_call(odd, 224).startswith("timm.models.vision_transformer.VisionTransformer(img_size=224, ")
     assert RunConfig().model.encoder == EncoderConfig()

@@ -1,4 +1,4 @@
-"""Weights a run begins with, from our own folders and from files of others."""
+"""Weights that a run starts with, from runs, exports and files of other projects."""
 
 import logging
 from dataclasses import replace
@@ -25,8 +25,8 @@ from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import build_components
 
-# the smallest model of timm that is a ViT as ours
-TIMM = "vit_tiny_patch16_224"
+# The smallest model of timm that has our architecture.
+TIMM_NAME = "vit_tiny_patch16_224"
 
 
 @pytest.fixture
@@ -42,7 +42,8 @@ def trained(tiny_shards, tmp_path_factory) -> Path:
     return folder
 
 
-def started(config: RunConfig) -> Student:
+def initialized_student(config: RunConfig) -> Student:
+    """Return a run's student at its start."""
     student = build_student(config, REFERENCE)
     initialize_from(config, student)
     return student
@@ -54,28 +55,28 @@ def weights_of(student: Student) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def next_run(tiny_shards, tmp_path, trained) -> RunConfig:
-    """A run like the one that was trained, of another seed, which starts from it."""
+    """Return a run with the settings of the trained one but another seed, which starts from its weights."""
     return replace(tiny_run(tiny_shards, tmp_path / "next", loader="torch"), seed=5, init_from=str(trained))
 
 
-def test_a_run_begins_with_the_teacher_and_the_predictor_of_another(next_run, trained, caplog):
+def test_a_run_starts_with_teacher_and_predictor_of_another_run(next_run, trained, caplog):
     caplog.set_level(logging.INFO, "iwm_fast")
-    saved, student = checkpoints.read(checkpoints.newest(trained)), started(next_run)
+    saved, student = checkpoints.read(checkpoints.newest(trained)), initialized_student(next_run)
     for name, value in student.encoder.state_dict().items():
         assert torch.equal(value, saved.teacher_state[name]), name
     for name, value in student.predictor.named_parameters():
         assert torch.equal(value, saved.engine_state[f"weight/predictor.{name}"]), name
     assert f"the encoder starts with the teacher of {trained}, step 12" in caplog.text
-    assert "the predictor starts with the one there" in caplog.text
+    assert "the predictor starts with the source's predictor" in caplog.text
 
 
-def test_an_export_gives_the_same_start_as_its_run(next_run, trained, tmp_path):
+def test_an_export_gives_the_same_weights_as_its_run(next_run, trained, tmp_path):
     folder = export(ExportConfig(run=str(trained), to=str(tmp_path / "export")))
-    from_run, from_export = started(next_run), started(replace(next_run, init_from=str(folder)))
+    from_run, from_export = initialized_student(next_run), initialized_student(replace(next_run, init_from=str(folder)))
     assert all(torch.equal(value, weights_of(from_export)[name]) for name, value in weights_of(from_run).items())
 
 
-def test_the_new_teacher_is_a_copy_of_what_the_encoder_begins_with(next_run, rank_info):
+def test_the_new_teacher_is_a_copy_of_the_initial_encoder(next_run, rank_info):
     trainer = build_components(next_run, rank_info)
     for name, value in trainer.engine.named_parameters():
         if name.startswith("encoder."):
@@ -83,37 +84,40 @@ def test_the_new_teacher_is_a_copy_of_what_the_encoder_begins_with(next_run, ran
     assert not torch.equal(trainer.teacher.state_dict()["norm.weight"], torch.ones(32))
 
 
-def test_a_predictor_of_another_size_starts_anew_and_the_log_says_so(next_run, caplog):
+def test_a_predictor_of_another_size_keeps_its_random_weights(next_run, caplog):
     caplog.set_level(logging.INFO, "iwm_fast")
     model = replace(next_run.model, predictor=PredictorConfig(dim=16, depth=2, num_heads=1))
     config = replace(next_run, model=model)
-    drawn, student = build_student(config, REFERENCE), started(config)
+    random, student = build_student(config, REFERENCE), initialized_student(config)
     assert all(
-        torch.equal(value, drawn.predictor.state_dict()[name]) for name, value in student.predictor.named_parameters()
+        torch.equal(value, random.predictor.state_dict()[name]) for name, value in student.predictor.named_parameters()
     )
-    assert not torch.equal(student.encoder.norm.weight, drawn.encoder.norm.weight)
-    assert "the predictor starts anew, its settings differ (there -> here: depth 1 -> 2)" in caplog.text
+    assert not torch.equal(student.encoder.norm.weight, random.encoder.norm.weight)
+    assert "its random initialisation, because its settings differ (source -> this run: depth 1 -> 2)" in caplog.text
 
 
-def test_heads_that_leave_no_trace_in_shapes_are_compared(next_run):
+def test_another_number_of_heads_is_refused_although_shapes_fit(next_run):
     model = replace(next_run.model, encoder=replace(next_run.model.encoder, num_heads=4))
-    with pytest.raises(ValueError, match=r"another encoder \(there -> here: num_heads 2 -> 4\)"):
-        started(replace(next_run, model=model))
+    with pytest.raises(ValueError, match=r"another encoder \(source -> this run: num_heads 2 -> 4\)"):
+        initialized_student(replace(next_run, model=model))
 
 
-def test_an_action_of_other_entries_is_refused_though_shapes_fit(next_run):
+def test_other_action_entries_are_refused_although_shapes_fit(next_run):
     entries = ("contrast", "brightness", "saturation", "hue", "blur", "grayscale", "solarize")
-    with pytest.raises(ValueError, match=r"knows the action entries .* set views as there, or take the encoder alone"):
-        started(replace(next_run, views=replace(next_run.views, action_entries=entries)))
+    with pytest.raises(
+        ValueError,
+        match=r"trained with the action entries .* set views to the source's values, or use the encoder only",
+    ):
+        initialized_student(replace(next_run, views=replace(next_run.views, action_entries=entries)))
 
 
-def test_views_of_another_size_take_the_weights_and_their_own_positions(next_run):
-    student = started(replace(next_run, views=replace(next_run.views, size=32)))
+def test_views_of_another_size_keep_their_own_positions(next_run):
+    student = initialized_student(replace(next_run, views=replace(next_run.views, size=32)))
     assert student.encoder.pos_embed.shape == (1, 64, 32)
     assert not torch.equal(student.encoder.norm.weight, torch.ones(32))
 
 
-def test_a_resumed_run_needs_its_source_no_more_and_refuses_another(next_run, trained, tmp_path, capsys):
+def test_a_resumed_run_does_not_need_its_source_and_refuses_another(next_run, trained, tmp_path, capsys):
     source = tmp_path / "source"
     export(ExportConfig(run=str(trained), to=str(source)))
     config = replace(next_run, init_from=str(source), resume="auto")
@@ -125,15 +129,16 @@ def test_a_resumed_run_needs_its_source_no_more_and_refuses_another(next_run, tr
         run(replace(config, init_from=""))
 
 
-def test_a_run_that_goes_on_does_not_begin_again(next_run, rank_info):
+def test_a_run_that_resumes_is_not_initialized_again(next_run, rank_info):
     first = build_components(next_run, rank_info)
-    changed = first.engine.state() | {"weight/encoder.norm.weight": torch.full((32,), 7.0)}  # as if it had been trained
-    checkpoint_of(next_run, changed, first.teacher.state_dict())
-    student = started(replace(next_run, resume="auto"))
-    assert torch.equal(student.encoder.norm.weight, torch.ones(32)), "drawn, and overwritten by resume"
+    # Weights as if they had been trained.
+    changed = first.engine.state() | {"weight/encoder.norm.weight": torch.full((32,), 7.0)}
+    write_checkpoint(next_run, changed, first.teacher.state_dict())
+    student = initialized_student(replace(next_run, resume="auto"))
+    assert torch.equal(student.encoder.norm.weight, torch.ones(32)), "random weights, which resuming overwrites later"
 
 
-def checkpoint_of(config: RunConfig, engine_state, teacher_state) -> None:
+def write_checkpoint(config: RunConfig, engine_state, teacher_state) -> None:
     folder = checkpoints.folder_of(Path(config.output.folder), 1)
     saved = checkpoints.Checkpoint(
         folder=folder, engine_state=engine_state, teacher_state=teacher_state, step=1, applied_steps=1, run_id="x",
@@ -142,13 +147,10 @@ def checkpoint_of(config: RunConfig, engine_state, teacher_state) -> None:
     checkpoints.write(saved, config)
 
 
-# files of others
-
-
-def of_timm(image_size: int = 32, **arguments) -> torch.nn.Module:
-    """Return a real model of timm with weights of its own, nothing downloaded."""
+def timm_model(image_size: int = 32, **arguments) -> torch.nn.Module:
+    """Return a model of timm with random weights, without downloading anything."""
     torch.manual_seed(3)
-    return timm.create_model(TIMM, pretrained=False, img_size=image_size, **arguments)
+    return timm.create_model(TIMM_NAME, pretrained=False, img_size=image_size, **arguments)
 
 
 def tiny_vit(**changes) -> RunConfig:
@@ -158,10 +160,10 @@ def tiny_vit(**changes) -> RunConfig:
     return RunConfig(views=views, model=ModelConfig(encoder=encoder, predictor=predictor))
 
 
-def assert_taken(student: Student, model: torch.nn.Module) -> None:
-    theirs = model.state_dict()
+def assert_same_weights(student: Student, model: torch.nn.Module) -> None:
+    expected = model.state_dict()
     for name, value in student.encoder.named_parameters():
-        assert torch.equal(value, theirs[name]), name
+        assert torch.equal(value, expected[name]), name
 
 
 WRAPPINGS = {
@@ -183,85 +185,85 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("name", WRAPPINGS)
 @pytest.mark.parametrize("arguments", [{}, {"class_token": False, "global_pool": "avg", "fc_norm": False}])
-def test_a_model_of_timm_is_taken_over_however_it_was_wrapped(tmp_path, name, arguments):
-    model = of_timm(**arguments)
+def test_a_model_of_timm_is_read_from_any_wrapping(tmp_path, name, arguments):
+    model = timm_model(**arguments)
     content = WRAPPINGS[name](model.state_dict())
     save_file(content, tmp_path / name) if name.endswith(".safetensors") else torch.save(content, tmp_path / name)
-    assert_taken(started(replace(tiny_vit(), init_from=str(tmp_path / name))), model)
+    assert_same_weights(initialized_student(replace(tiny_vit(), init_from=str(tmp_path / name))), model)
 
 
-def test_with_positions_as_ours_the_features_are_timms(tmp_path, caplog):
-    model = of_timm(class_token=False, global_pool="avg", fc_norm=False, num_classes=0).eval()
+def test_with_our_positions_the_features_are_timms(tmp_path, caplog):
+    model = timm_model(class_token=False, global_pool="avg", fc_norm=False, num_classes=0).eval()
     model.pos_embed.data.copy_(Encoder(tiny_vit().model.encoder, 32, REFERENCE).pos_embed)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     caplog.set_level(logging.INFO, "iwm_fast")
-    student, images = (
-        started(replace(tiny_vit(), init_from=str(tmp_path / "vit.safetensors"))),
-        torch.randn(2, 3, 32, 32),
-    )
+    student = initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "vit.safetensors")))
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens = student.encoder(images, None).unflatten(0, (2, 4))
         torch.testing.assert_close(tokens, model.forward_features(images), atol=1e-5, rtol=1e-4)
     assert "features differ" not in caplog.text
 
 
-def test_positions_that_give_way_are_told(tmp_path, caplog):
+def test_replaced_positions_are_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO, "iwm_fast")
-    torch.save(of_timm().state_dict(), tmp_path / "vit.pth")
-    started(replace(tiny_vit(), init_from=str(tmp_path / "vit.pth")))
+    torch.save(timm_model().state_dict(), tmp_path / "vit.pth")
+    initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "vit.pth")))
     assert "its positions are not the fixed ones used here: features differ" in caplog.text
 
 
 def test_positions_of_another_grid_are_refused(tmp_path):
-    torch.save(of_timm(48).state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=r"has positions of 10 tokens, this run has 2 x 2 patches; set views\.size"):
-        started(replace(tiny_vit(), init_from=str(tmp_path / "vit.pth")))
+    torch.save(timm_model(48).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(
+        ValueError, match=r"has positions of 10 tokens, but this run has 2 x 2 patches; set views\.size"
+    ):
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "vit.pth")))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"depth": 13}, r"has no blocks\.12\.norm1\.weight, which this encoder needs"),
-        ({"depth": 11}, r"has blocks\.11\.norm1\.weight, which this encoder has not"),
-        ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight of .* has shape \(768, 192\), here .* \(384, 192\)"),
-        ({"dim": 96}, r"patch_embed\.proj\.weight of .* has shape \(192, 3, 16, 16\), here .* \(96, 3, 16, 16\)"),
+        ({"depth": 11}, r"has blocks\.11\.norm1\.weight, which this encoder does not have"),
+        ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight of .* has shape \(768, 192\), but .* \(384, 192\)"),
+        ({"dim": 96}, r"patch_embed\.proj\.weight of .* has shape \(192, 3, 16, 16\), but .* \(96, 3, 16, 16\)"),
     ],
 )  # fmt: skip
-def test_blocks_that_are_missing_superfluous_or_misshapen_are_named(tmp_path, changes, message):
-    torch.save(of_timm().state_dict(), tmp_path / "vit.pth")
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path, changes, message):
+    torch.save(timm_model().state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=message):
-        started(replace(tiny_vit(**changes), init_from=str(tmp_path / "vit.pth")))
+        initialized_student(replace(tiny_vit(**changes), init_from=str(tmp_path / "vit.pth")))
 
 
-def test_layers_that_ours_has_not_are_never_dropped_silently(tmp_path):
-    torch.save(of_timm(init_values=0.1).state_dict(), tmp_path / "scaled.pth")
-    with pytest.raises(ValueError, match=r"has blocks\.0\.ls1\.gamma, which this encoder has not"):
-        started(replace(tiny_vit(), init_from=str(tmp_path / "scaled.pth")))
-    torch.save(of_timm(qkv_bias=False).state_dict(), tmp_path / "unbiased.pth")
+def test_layers_that_our_encoder_lacks_are_refused(tmp_path):
+    torch.save(timm_model(init_values=0.1).state_dict(), tmp_path / "scaled.pth")
+    with pytest.raises(ValueError, match=r"has blocks\.0\.ls1\.gamma, which this encoder does not have"):
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "scaled.pth")))
+    torch.save(timm_model(qkv_bias=False).state_dict(), tmp_path / "unbiased.pth")
     with pytest.raises(ValueError, match=r"has no blocks\.0\.attn\.qkv\.bias"):
-        started(replace(tiny_vit(), init_from=str(tmp_path / "unbiased.pth")))
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / "unbiased.pth")))
 
 
 class Pickled:
-    """Something that only running its code could bring back."""
+    """An object that can only be unpickled by running code."""
 
 
 @pytest.mark.parametrize("name", ["pickle.pth", "text.pth", "text.safetensors", "empty.pth", "list.pth"])
-def test_what_holds_no_weights_is_refused_without_running_it(tmp_path, name):
+def test_a_file_without_weights_is_refused_without_running_its_code(tmp_path, name):
     content = {"pickle.pth": {"model": Pickled()}, "empty.pth": {}, "list.pth": [torch.zeros(1)]}
     if name in content:
         torch.save(content[name], tmp_path / name)
     else:
         (tmp_path / name).write_text("no weights")
     with pytest.raises(ValueError, match=r"init_from: .*(cannot be read as weights|holds no weights by name)"):
-        started(replace(tiny_vit(), init_from=str(tmp_path / name)))
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
-def test_a_place_without_weights_is_refused(tmp_path, name):
+def test_a_folder_without_weights_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"does not exist; name a run's folder|neither an export nor a run"):
-        started(replace(tiny_vit(), init_from=str(tmp_path / name)))
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / name)))
 
 
 def test_the_command_line_ends_with_one_message_and_writes_nothing(next_run, tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_told_and_left_where_it_is(config):
         ({"output": {"evaluate_every": 8}}, "data.val must name validation shards where output.evaluate_every is set"),
         ({"mask": {"num_target_blocks": 40}}, "leave no context patch"),
         ({"runtime": {"device": "cuda"}}, "runtime.device=cuda needs a GPU"),
-        ({"runtime": {"engine": "deepspeed", "deepspeed": {"train_batch_size": 3}}}, "contradicts our 16; remove it"),
+        ({"runtime": {"engine": "deepspeed", "deepspeed": {"train_batch_size": 3}}}, "must be unset or 16, got 3"),
         ({"init_from": "absent"}, "init_from = 'absent' does not exist"),
     ],
 )
@@ -115,7 +115,7 @@ def test_weights_to_start_with_are_looked_at_without_building_anything(config, t
     )
     assert rows(following)["init_from"].startswith("the encoder starts with the teacher of")
     deeper = replace(following, model=replace(config.model, encoder=replace(config.model.encoder, depth=3)))
-    assert "another encoder (there -> here: depth 2 -> 3)" in problems(deeper)
+    assert "another encoder (source -> this run: depth 2 -> 3)" in problems(deeper)
 
 
 def test_hours_follow_from_the_speed_or_from_the_gpu_asked_for(config):

@@ -1,4 +1,4 @@
-"""Engines in one process; several ranks are in test_engine_ranks.py."""
+"""Engines in a single process; test_engine_ranks.py tests them on several ranks."""
 
 import math
 from typing import NamedTuple
@@ -17,12 +17,14 @@ NUM_MICRO_BATCHES = 2
 
 
 class Output(NamedTuple):
+    """An output that depends on another one, as in `Prediction`."""
+
     hidden: Tensor
     tokens: Tensor
 
 
-class Toy(nn.Module):
-    """Odd sizes, so that a flat vector needs padding; one parameter that no loss reaches, and one that is frozen."""
+class ToyModel(nn.Module):
+    """A model of odd sizes, so that flat vectors need padding, with one unused and one frozen parameter."""
 
     def __init__(self):
         super().__init__()
@@ -58,38 +60,39 @@ def make_config(engine, stage, clip_norm=0.1, **deepspeed):
 def make_optimizer(module):
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [row for row in trained if row.ndim > 1], "name": "decay"},
-        {"params": [row for row in trained if row.ndim < 2], "name": "no_decay"},
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "name": "decay"},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "name": "no_decay"},
     ]
     return torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
 
 
-def make_engine(rank_info, engine, stage, **settings):
-    module = Toy()
-    if engine == "deepspeed":
-        # smaller than the largest weight, so that reduction takes every path; and NaN in fresh buffers costs no time
+def make_engine(rank_info, kind, stage, **settings):
+    module = ToyModel()
+    if kind == "deepspeed":
+        # Smaller than the largest weight, so that the reduction takes every path, and quick to fill with NaN.
         settings["zero_optimization"] = {"reduce_bucket_size": 30}
-    return build_engine(make_config(engine, stage, **settings), module, make_optimizer(module), rank_info)
+    return build_engine(make_config(kind, stage, **settings), module, make_optimizer(module), rank_info)
 
 
-def train(engine, steps, spoil=lambda step, batch: batch, add=0.0):
+def train(engine, steps, corrupt=lambda step, batch: batch, add=0.0):
     outcomes = []
     for step in steps:
         engine.set_hyperparameters(lr=0.01 * (step + 1), weight_decay=0.1 * (step + 1))
-        for micro in range(NUM_MICRO_BATCHES):
-            batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + micro))
-            engine.backward((engine.forward(spoil(step, batch)).tokens ** 2).sum() / 8 + add)
+        for micro_batch in range(NUM_MICRO_BATCHES):
+            batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + micro_batch))
+            engine.backward((engine.forward(corrupt(step, batch)).tokens ** 2).sum() / 8 + add)
         outcomes.append(engine.step())
     return outcomes
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(rank_info, engine, stage):
-    module = Toy()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info, kind, stage):
+    module = ToyModel()
     optimizer = make_optimizer(module)
     norms = []
     for step in range(3):
-        batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + micro)) for micro in range(2)]
+        seeds = (10 * step, 10 * step + 1)
+        batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (step + 1)
             group["weight_decay"] = 0.1 * (step + 1) if group["name"] == "decay" else 0.0
@@ -99,12 +102,12 @@ def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(rank_info
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
         optimizer.step()
 
-    tried = make_engine(rank_info, engine, stage)
-    outcomes = train(tried, range(3))
+    engine = make_engine(rank_info, kind, stage)
+    outcomes = train(engine, range(3))
     assert min(norms) > 0.2, "clipping must be active"
     assert [outcome.grad_norm for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
     assert all(outcome.applied for outcome in outcomes)
-    state = tried.state()
+    state = engine.state()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(state[f"weight/{name}"], parameter.detach(), atol=1e-6, rtol=1e-6)
         if parameter.requires_grad:
@@ -114,14 +117,14 @@ def test_an_engine_takes_the_steps_that_torch_takes_on_the_whole_batch(rank_info
     assert int(state["adam_step"]) == 3
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_training_goes_on_bit_equal_from_a_loaded_state(rank_info, engine, stage):
-    straight = make_engine(rank_info, engine, stage)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_training_continues_bit_equal_from_a_loaded_state(rank_info, kind, stage):
+    straight = make_engine(rank_info, kind, stage)
     train(straight, range(2))
     saved = straight.state()
     train(straight, range(2, 5))
 
-    resumed = make_engine(rank_info, engine, stage)
+    resumed = make_engine(rank_info, kind, stage)
     train(resumed, range(7, 8))
     resumed.load_state(saved)
     assert_same_state(resumed.state(), saved)
@@ -129,104 +132,104 @@ def test_training_goes_on_bit_equal_from_a_loaded_state(rank_info, engine, stage
     assert_same_state(resumed.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_exists_before_the_first_step_and_starts_the_same_run(rank_info, engine, stage):
-    straight = make_engine(rank_info, engine, stage)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_exists_before_the_first_step_and_starts_the_same_run(rank_info, kind, stage):
+    straight = make_engine(rank_info, kind, stage)
     saved = straight.state()
     assert int(saved["adam_step"]) == 0
     train(straight, range(2))
-    resumed = make_engine(rank_info, engine, stage)
+    resumed = make_engine(rank_info, kind, stage)
     resumed.load_state(saved)
     train(resumed, range(2))
     assert_same_state(resumed.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_is_a_copy_that_training_does_not_change(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    train(tried, range(1))
-    saved = tried.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_is_a_copy_that_training_does_not_change(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(1))
+    saved = engine.state()
     before = {name: tensor.clone() for name, tensor in saved.items()}
-    train(tried, range(1, 2))
+    train(engine, range(1, 2))
     assert_same_state(saved, before)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(rank_info, engine, stage, bad):
-    tried = make_engine(rank_info, engine, stage)
-    train(tried, range(2))
-    before = tried.state()
-    # the constant is bad, the gradients alone would be fine
-    (outcome,) = train(tried, range(2, 3), add=bad)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+@pytest.mark.parametrize("constant", [math.nan, math.inf])
+def test_a_nonfinite_loss_changes_nothing_and_training_continues(rank_info, kind, stage, constant):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(2))
+    before = engine.state()
+    # Only the added constant is not finite; the gradients alone would be.
+    (outcome,) = train(engine, range(2, 3), add=constant)
     assert not outcome.applied
     assert outcome.grad_norm == math.inf
-    assert_same_state(tried.state(), before)
-    assert train(tried, range(2, 3))[0].applied
+    assert_same_state(engine.state(), before)
+    assert train(engine, range(2, 3))[0].applied
 
-    straight = make_engine(rank_info, engine, stage)
+    straight = make_engine(rank_info, kind, stage)
     train(straight, range(3))
-    assert_same_state(tried.state(), straight.state())
+    assert_same_state(engine.state(), straight.state())
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_bad_pixels_change_nothing(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    train(tried, range(1))
-    before = tried.state()
-    assert not train(tried, range(1, 2), spoil=lambda step, batch: batch * math.nan)[0].applied
-    assert_same_state(tried.state(), before)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_bad_pixels_change_nothing(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    train(engine, range(1))
+    before = engine.state()
+    assert not train(engine, range(1, 2), corrupt=lambda step, batch: batch * math.nan)[0].applied
+    assert_same_state(engine.state(), before)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_weight_decay_reaches_only_the_group_that_decays(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    tried.set_hyperparameters(lr=0.5, weight_decay=0.25)
-    before = tried.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    engine.set_hyperparameters(lr=0.5, weight_decay=0.25)
+    before = engine.state()
     for _ in range(NUM_MICRO_BATCHES):
-        # no gradient anywhere: only the decay is left
-        tried.backward((tried.forward(torch.zeros(4, 5)).tokens * 0).sum())
-    assert tried.step().applied
-    after = tried.state()
+        # All gradients are zero, so that only the decay remains.
+        engine.backward((engine.forward(torch.zeros(4, 5)).tokens * 0).sum())
+    assert engine.step().applied
+    after = engine.state()
     shrunk = 1 - 0.5 * 0.25
-    for name, parameter in Toy().named_parameters():
+    for name, parameter in ToyModel().named_parameters():
         factor = shrunk if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(after[f"weight/{name}"], before[f"weight/{name}"] * factor)
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_clipping_can_be_off(rank_info, engine, stage):
-    clipped, free = make_engine(rank_info, engine, stage), make_engine(rank_info, engine, stage, clip_norm=None)
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_clipping_can_be_disabled(rank_info, kind, stage):
+    clipped, unclipped = make_engine(rank_info, kind, stage), make_engine(rank_info, kind, stage, clip_norm=None)
     train(clipped, range(1))
-    train(free, range(1))
-    ratio = free.state()["exp_avg/first.weight"].norm() / clipped.state()["exp_avg/first.weight"].norm()
+    train(unclipped, range(1))
+    ratio = unclipped.state()["exp_avg/first.weight"].norm() / clipped.state()["exp_avg/first.weight"].norm()
     assert ratio > 2
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_parameters_have_the_modules_own_names(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    assert dict(tried.named_parameters()).keys() == dict(Toy().named_parameters()).keys()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_parameters_have_the_modules_own_names(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    assert dict(engine.named_parameters()).keys() == dict(ToyModel().named_parameters()).keys()
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_step_after_too_few_micro_batches_is_refused(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    tried.backward(tried.forward(torch.ones(4, 5)).tokens.sum())
-    with pytest.raises(RuntimeError, match="after 1 micro-batches; it must follow 2"):
-        tried.step()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_step_after_too_few_micro_batches_is_refused(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    engine.backward(engine.forward(torch.ones(4, 5)).tokens.sum())
+    with pytest.raises(RuntimeError, match="after 1 micro-batches, but must be called after 2"):
+        engine.step()
 
 
-@pytest.mark.parametrize(("engine", "stage"), ENGINES)
-def test_a_state_of_another_model_is_refused_with_both_shapes(rank_info, engine, stage):
-    tried = make_engine(rank_info, engine, stage)
-    state = tried.state()
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_state_of_another_model_is_refused_with_both_shapes(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage)
+    state = engine.state()
     with pytest.raises(ValueError, match=r"weight/last\.weight has shape \(4, 7\) in the saved state, \(3, 7\)"):
-        tried.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
+        engine.load_state(state | {"weight/last.weight": torch.zeros(4, 7)})
     with pytest.raises(ValueError, match=r"no exp_avg/norm\.bias"):
-        tried.load_state({name: tensor for name, tensor in state.items() if name != "exp_avg/norm.bias"})
+        engine.load_state({name: tensor for name, tensor in state.items() if name != "exp_avg/norm.bias"})
     with pytest.raises(ValueError, match="has weight/more, which"):
-        tried.load_state(state | {"weight/more": torch.zeros(1)})
+        engine.load_state(state | {"weight/more": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("source", range(len(ENGINES)))
@@ -243,14 +246,14 @@ def test_a_state_moves_between_engines(rank_info, source, target):
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_forgotten_parameter_is_refused(rank_info):
-    module = Toy()
+def test_a_parameter_missing_from_the_optimizer_is_refused(rank_info):
+    module = ToyModel()
     optimizer = torch.optim.AdamW([{"params": [module.first.weight], "name": "decay"}])
     with pytest.raises(ValueError, match="parameter unused must be in the optimizer"):
         build_engine(make_config("plain", None), module, optimizer, rank_info)
 
 
-def test_deepspeed_is_told_the_runs_own_numbers():
+def test_deepspeed_settings_follow_from_the_runs_configuration():
     config = make_config("deepspeed", 2, clip_norm=0.3)
     settings = deepspeed_config(config, world_size=2)
     assert settings["train_batch_size"] == 8
@@ -261,7 +264,7 @@ def test_deepspeed_is_told_the_runs_own_numbers():
     assert "optimizer" not in settings
 
 
-def test_deepspeed_settings_of_the_user_are_merged_and_may_change_the_speed():
+def test_deepspeed_settings_that_affect_speed_can_be_overridden():
     config = make_config(
         "deepspeed", 1, zero_optimization={"overlap_comm": True, "reduce_bucket_size": 7}, dump_state=True
     )
@@ -272,29 +275,28 @@ def test_deepspeed_settings_of_the_user_are_merged_and_may_change_the_speed():
     assert settings["zero_optimization"]["stage"] == 1
 
 
-def test_saying_the_same_as_our_settings_is_no_conflict():
+def test_repeating_a_setting_of_the_run_is_no_conflict():
     config = make_config("deepspeed", 1, train_batch_size=8, zero_optimization={"stage": 1})
     assert deepspeed_config(config, world_size=1)["train_batch_size"] == 8
 
 
 @pytest.mark.parametrize(
-    ("theirs", "named"),
+    ("overrides", "message"),
     [
-        ({"train_batch_size": 16}, r"train_batch_size = 16 contradicts our 8"),
-        ({"gradient_clipping": 2.0}, r"gradient_clipping = 2\.0 contradicts our 0\.1"),
-        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage = 3 contradicts our 1"),
+        ({"train_batch_size": 16}, r"train_batch_size must be unset or 8, got 16"),
+        ({"gradient_clipping": 2.0}, r"gradient_clipping must be unset or 0\.1, got 2\.0"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage must be unset or 1, got 3"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer"),
-        ({"zero_optimization": False}, r"zero_optimization = False contradicts"),
-        ({"bf16": {"enabled": True}}, r"bf16\.enabled = True contradicts our False"),
+        ({"zero_optimization": False}, r"zero_optimization must be unset or .*, got False"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled must be unset or False, got True"),
         ({"optimizer": {"type": "AdamW"}}, r"runtime\.deepspeed\.optimizer must be unset"),
     ],
 )
-def test_a_deepspeed_setting_that_contradicts_ours_is_refused_with_both(theirs, named):
-    with pytest.raises(ValueError, match=named):
-        deepspeed_config(make_config("deepspeed", 1, **theirs), world_size=1)
+def test_a_conflicting_deepspeed_setting_is_refused_with_both_values(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(make_config("deepspeed", 1, **overrides), world_size=1)
 
 
-def assert_same_state(one, other):
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert not [name for name in actual if not torch.equal(actual[name], expected[name])]

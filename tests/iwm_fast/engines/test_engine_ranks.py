@@ -1,4 +1,4 @@
-"""Engines on two real ranks, which ranks_engine.py runs; here their files are compared."""
+"""Engines on two real ranks: ranks_engine.py runs them, and these tests compare the files that it writes."""
 
 import json
 import os
@@ -19,33 +19,34 @@ ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
 WORKER = WORKERS / "ranks_engine.py"
 
 
-def run_ranks(folder, part, world_size):
+def run_ranks(folder, stage, world_size):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world_size):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | CHILD | {name: str(value) for name, value in place.items()}
-        with (folder / f"{part}-{rank}.log").open("w") as log:
-            command = [sys.executable, str(WORKER), str(folder), part]
+        rank_variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        rank_variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | CHILD | {name: str(value) for name, value in rank_variables.items()}
+        with (folder / f"{stage}-{rank}.log").open("w") as log:
+            command = [sys.executable, str(WORKER), str(folder), stage]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join((folder / f"{part}-{rank}.log").read_text() for rank in range(world_size))
+    logs = "\n".join((folder / f"{stage}-{rank}.log").read_text() for rank in range(world_size))
     assert codes == [0] * world_size, logs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Return the folder with the files of all runs."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(folder, "whole", world_size=1)
-    run_ranks(folder, "first", world_size=2)
-    run_ranks(folder, "second", world_size=2)
+    run_ranks(folder, "single", world_size=1)
+    run_ranks(folder, "straight", world_size=2)
+    run_ranks(folder, "resumed", world_size=2)
     return folder
 
 
@@ -53,42 +54,42 @@ def load(folder, name):
     return load_file(folder / f"{name}.safetensors")
 
 
-def assert_same_state(one, other):
-    assert one.keys() == other.keys()
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert not [name for name in actual if not torch.equal(actual[name], expected[name])]
 
 
-def assert_close_state(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
+def assert_close_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         torch.testing.assert_close(
-            tensor, other[name], atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            tensor, expected[name], atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_with_two_micro_batches_equal_one_process_with_the_whole_batch(folder, engine):
-    whole = load(folder, "whole-3")
-    assert int(whole["adam_step"]) == 3
-    assert_close_state(load(folder, f"{engine}-3"), whole)
-    # a wrong scale would not be seen in the state: clipping takes it out
+def test_two_ranks_with_two_micro_batches_equal_one_process(folder, engine):
+    single = load(folder, "single-3")
+    assert int(single["adam_step"]) == 3
+    assert_close_state(load(folder, f"{engine}-3"), single)
+    # The state cannot show a wrong scale of the gradients, because clipping removes it.
     norms = json.loads((folder / f"{engine}-norms.json").read_text())
-    assert norms == pytest.approx(json.loads((folder / "whole-norms.json").read_text()), rel=1e-5)
+    assert norms == pytest.approx(json.loads((folder / "single-norms.json").read_text()), rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_new_processes_go_on_bit_equal_from_a_saved_state(folder, engine):
+def test_new_processes_continue_bit_equal_from_a_saved_state(folder, engine):
     assert_same_state(load(folder, f"{engine}-3-{engine}-5"), load(folder, f"{engine}-5"))
 
 
 @pytest.mark.parametrize("source", ENGINES)
 @pytest.mark.parametrize("target", ENGINES)
-def test_a_state_goes_on_in_another_engine_within_rounding(folder, source, target):
+def test_another_engine_continues_from_a_state_within_rounding(folder, source, target):
     assert_close_state(load(folder, f"{source}-3-{target}-5"), load(folder, f"{source}-5"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_bad_sample_on_one_rank_changes_neither_weights_nor_moments_on_any_rank(folder, engine):
+def test_a_bad_sample_on_one_rank_changes_the_state_of_no_rank(folder, engine):
     for rank in range(2):
         report = json.loads((folder / f"{engine}-rank{rank}.json").read_text())
         assert report == {"applied": [False], "is_same": True}
@@ -96,19 +97,19 @@ def test_a_bad_sample_on_one_rank_changes_neither_weights_nor_moments_on_any_ran
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_training_after_a_bad_sample_goes_on_as_if_it_had_not_been(folder, engine):
+def test_training_continues_as_if_a_bad_sample_had_not_been_there(folder, engine):
     assert_same_state(load(folder, f"{engine}-3-after-bad"), load(folder, f"{engine}-3"))
 
 
-def test_ranks_agree_sum_and_join(folder):
+def test_ranks_vote_sum_and_gather(folder):
     for rank in range(2):
         report = json.loads((folder / f"report-rank{rank}.json").read_text())
         assert report["agree"] == [True, False]
         assert report["sum"] == [3.0]
-        assert report["joined"] == [1.0, 2.0]
+        assert report["gathered"] == [1.0, 2.0]
 
 
-def test_a_checkpoint_that_rank_zero_cannot_write_is_an_error_on_every_rank(folder):
+def test_a_checkpoint_that_rank_zero_cannot_write_fails_on_all_ranks(folder):
     for rank in range(2):
         report = json.loads((folder / f"report-rank{rank}.json").read_text())
         assert "rank 0 could not write" in report["error"] and "step-00000001" in report["error"]

@@ -14,7 +14,9 @@ def student(tiny_config):
 
 def names_by_group(module, optimizer):
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {group["name"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    return {
+        group["name"]: {name_of[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups
+    }
 
 
 def test_groups_hold_every_trainable_parameter_once(student):
@@ -27,13 +29,18 @@ def test_groups_hold_every_trainable_parameter_once(student):
 
 def test_only_matrices_decay(student):
     groups = names_by_group(student, build_optimizer(student, OptimConfig()))
-    free = {"encoder.norm.weight", "encoder.blocks.0.attn.qkv.bias", "predictor.mask_token", "predictor.tokenizer.bias"}
+    undecayed = {
+        "encoder.norm.weight",
+        "encoder.blocks.0.attn.qkv.bias",
+        "predictor.mask_token",
+        "predictor.tokenizer.bias",
+    }
     decayed = {"encoder.patch_embed.proj.weight", "encoder.blocks.1.mlp.fc2.weight", "predictor.tokenizer.weight"}
-    assert free <= groups["no_decay"] and decayed <= groups["decay"]
+    assert undecayed <= groups["no_decay"] and decayed <= groups["decay"]
     assert all(name.endswith("weight") for name in groups["decay"])
 
 
-def test_hyperparameters_are_those_of_the_settings_and_then_those_set(student):
+def test_hyperparameters_follow_the_settings_until_they_are_set(student):
     config = OptimConfig(betas=(0.8, 0.95), weight_decay=(0.04, 0.4))
     optimizer = build_optimizer(student, config)
     decay, no_decay = optimizer.param_groups
@@ -58,7 +65,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_offsets(student):
     assert torch.equal(after["predictor.mask_token"], before["predictor.mask_token"])
 
 
-def test_groups_of_one_factor_learn_at_that_multiple_and_decay_by_name(student):
+def test_groups_scale_the_learning_rate_and_decay_by_name(student):
     optimizer = scaled_optimizer(student, OptimConfig(), lambda name: 0.5 if name.startswith("encoder.") else 1.0)
     set_hyperparameters(optimizer, 0.1, 0.25)
     rates = {
@@ -68,8 +75,8 @@ def test_groups_of_one_factor_learn_at_that_multiple_and_decay_by_name(student):
         ("decay", 0.5): (0.05, 0.25), ("decay", 1.0): (0.1, 0.25),
         ("no_decay", 0.5): (0.05, 0.0), ("no_decay", 1.0): (0.1, 0.0),
     }  # fmt: skip
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(parameter) for parameter in student.parameters())
+    optimized = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(optimized) == sorted(id(parameter) for parameter in student.parameters())
 
 
 def test_pretraining_has_two_groups_at_one_rate(student):

@@ -1,4 +1,4 @@
-"""The model on fused operations against the same model on references; interpreted where there is no GPU."""
+"""The model with fused operations against the model with references; kernels are interpreted without a GPU."""
 
 import json
 import os
@@ -25,17 +25,17 @@ from iwm_fast.training.teacher import Teacher
 
 pytestmark = pytest.mark.fused
 
-DEVICE_OBJECT = torch.device(DEVICE)
+TORCH_DEVICE = torch.device(DEVICE)
 CONDITIONINGS = ("feature", "sequence", "none")
 
 
 def with_fused(config, conditioning="feature", ops="fused", **runtime):
-    """Return the run with heads of 32, which fused attention needs."""
+    """Return the run with attention heads of width 32, which fused attention requires."""
     model = ModelConfig(
         encoder=EncoderConfig(dim=64, depth=2, num_heads=2, patch_size=4),
         predictor=PredictorConfig(dim=32, depth=2, num_heads=1, conditioning=conditioning),
     )
-    # few images: the interpreter takes milliseconds for each and head
+    # Few images, because the interpreter takes milliseconds for each image and head.
     optim = replace(config.optim, global_batch_size=4)
     runtime = replace(config.runtime, ops=ops, device="auto", **runtime)
     return replace(config, model=model, optim=optim, runtime=runtime)
@@ -63,29 +63,30 @@ def outputs_and_gradients(config, ops, batch):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_predictions_targets_and_every_gradient_are_the_references(config, conditioning):
     config = with_fused(config, conditioning)
-    batch = noise(config, DEVICE_OBJECT)
-    got, wanted = (outputs_and_gradients(config, ops, batch) for ops in (FUSED, REFERENCE))
-    assert {name: error(got[name], wanted[name]) for name in wanted if not error(got[name], wanted[name]) < 1e-4} == {}
+    batch = noise(config, TORCH_DEVICE)
+    actual, expected = (outputs_and_gradients(config, ops, batch) for ops in (FUSED, REFERENCE))
+    errors = {name: error(actual[name], expected[name]) for name in expected}
+    assert {name: value for name, value in errors.items() if not value < 1e-4} == {}
 
 
-def test_under_autocast_the_fused_model_errs_no_more_than_twice_the_reference(config):
-    # fixed: a hidden unit of the mixer that happens to be nearly zero turns on or off by rounding alone
+def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config):
+    # A fixed seed, because rounding alone can switch on a hidden unit of the mixer that happens to be almost zero.
     torch.manual_seed(0)
     config = with_fused(config)
-    batch = noise(config, DEVICE_OBJECT)
+    batch = noise(config, TORCH_DEVICE)
     exact = outputs_and_gradients(config, REFERENCE, batch)
     half = replace(config, optim=replace(config.optim, precision="bf16"))
-    got, reference = (outputs_and_gradients(half, ops, batch) for ops in (FUSED, REFERENCE))
-    errors = {name: (error(got[name], exact[name]), error(reference[name], exact[name])) for name in exact}
-    # where the reference happens to err little, ordinary rounding of bfloat16 is allowed
+    fused, reference = (outputs_and_gradients(half, ops, batch) for ops in (FUSED, REFERENCE))
+    errors = {name: (error(fused[name], exact[name]), error(reference[name], exact[name])) for name in exact}
+    # If the reference happens to have a small error, the usual rounding error of bfloat16 is allowed.
     assert {name: pair for name, pair in errors.items() if not pair[0] < 2 * max(pair[1], 4e-3)} == {}
 
 
-def test_under_autocast_the_whole_fused_model_compiles_into_one_graph_that_gives_the_same():
+def test_under_autocast_the_fused_model_compiles_into_one_graph():
     script = WORKERS / "compile_student.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    differences = json.loads(done.stdout)
+    completed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    differences = json.loads(completed.stdout)
     assert set(differences) == set(CONDITIONINGS) and max(differences.values()) < 1e-3, differences
 
 
@@ -94,12 +95,12 @@ def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
     block, tokens = student.encoder.blocks[0], torch.randn(48, 64, device=DEVICE)
     update, offsets = torch.randn(48, 64, device=DEVICE), torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE)
 
-    def through(*pair):
+    def run_block(*pair):
         return block(*pair, offsets, 40)
 
-    got = values_and_gradients(lambda *pair: checkpoint(through, *pair, use_reentrant=False), [tokens, update])
-    wanted = values_and_gradients(through, [tokens, update])
-    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    recomputed = values_and_gradients(lambda *pair: checkpoint(run_block, *pair, use_reentrant=False), [tokens, update])
+    expected = values_and_gradients(run_block, [tokens, update])
+    assert all(torch.equal(*pair) for pair in zip(recomputed, expected, strict=True))
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
@@ -115,33 +116,33 @@ def test_a_few_steps_of_training_have_the_losses_of_the_reference(config, engine
 def test_training_builds_student_and_teacher_on_the_chosen_operations(config):
     rank_info = distributed.start("auto")
     try:
-        for ops, wanted in (("fused", FUSED), ("reference", REFERENCE)):
+        for ops, expected in (("fused", FUSED), ("reference", REFERENCE)):
             trainer = build_components(with_fused(config, ops=ops), rank_info)
             used = {
                 module.ragged_attention for module in trainer.teacher.encoder.modules() if isinstance(module, Attention)
             }
-            assert used == {wanted.ragged_attention}
+            assert used == {expected.ragged_attention}
     finally:
         distributed.stop()
 
 
-def test_the_setting_chooses_the_operations_of_the_whole_model(config):
+def test_the_setting_chooses_the_operations_of_all_modules(config):
     fused = with_fused(config)
-    assert choose_ops(fused, DEVICE_OBJECT) is FUSED
-    assert choose_ops(with_fused(config, ops="reference"), DEVICE_OBJECT) is REFERENCE
+    assert choose_ops(fused, TORCH_DEVICE) is FUSED
+    assert choose_ops(with_fused(config, ops="reference"), TORCH_DEVICE) is REFERENCE
     student = build_student(fused, FUSED)
     used = {module.ragged_attention for module in student.modules() if hasattr(module, "ragged_attention")}
     used |= {module.residual_norm for module in student.modules() if hasattr(module, "residual_norm")}
     assert used | {student.predictor.assemble} == set(FUSED)
 
 
-def test_heads_without_a_kernel_are_refused_with_the_accepted_ones(config):
+def test_heads_without_a_kernel_are_refused_with_accepted_sizes(config):
     fused = replace(config, runtime=RuntimeConfig(ops="fused"))
     with pytest.raises(ValueError, match=r"model.encoder.num_heads must .*heads of 32 or 64 .*dim is 32.*got 2"):
-        choose_ops(fused, DEVICE_OBJECT)
+        choose_ops(fused, TORCH_DEVICE)
 
 
-def test_warming_up_says_where_the_kernels_are(config, capsys, tmp_path):
+def test_warmup_reports_the_folder_of_the_kernels(config, capsys, tmp_path):
     assert "kernels of this run are in" in warm_up(with_fused(config))
     with pytest.raises(ValueError, match=r"runtime.ops must be fused"):
         warm_up(config)
@@ -156,11 +157,11 @@ def test_warming_up_says_where_the_kernels_are(config, capsys, tmp_path):
 def test_without_a_gpu_fused_operations_are_refused_with_the_remedy(tiny_shards, tmp_path, command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     (tmp_path / "run.yaml").write_text(f"data: {{train: '{tiny_shards.pattern}'}}\n", encoding="utf-8")
-    given = [str(tmp_path / "run.yaml"), "runtime.ops=fused", f"output.folder={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "iwm_fast.cli", command, *given],
+    arguments = [str(tmp_path / "run.yaml"), "runtime.ops=fused", f"output.folder={tmp_path / 'run'}"]
+    completed = subprocess.run(
+        [sys.executable, "-m", "iwm_fast.cli", command, *arguments],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert "set runtime.ops=reference" in done.stderr and "Traceback" not in done.stderr
+    assert completed.returncode == 2
+    assert "set runtime.ops=reference" in completed.stderr and "Traceback" not in completed.stderr
     assert not (tmp_path / "run").exists()

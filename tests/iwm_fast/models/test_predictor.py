@@ -21,6 +21,7 @@ def student(tiny_config):
 
 
 def per_patch(gradient):
+    """Return the absolute gradient of each image and patch, summed over pixels."""
     return gradient.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1)
 
 
@@ -29,7 +30,7 @@ def test_hidden_source_patches_do_not_reach_the_prediction(student, make_batch, 
     batch = make_batch(CONTEXT, TARGET)
     batch.source_view.requires_grad_()
     student(conditioning=conditioning)(batch).predicted_tokens.square().sum().backward()
-    reached = [one.nonzero().flatten().tolist() for one in per_patch(batch.source_view.grad)]
+    reached = [norms.nonzero().flatten().tolist() for norms in per_patch(batch.source_view.grad)]
     assert reached == CONTEXT
 
 
@@ -39,7 +40,8 @@ def test_images_of_a_batch_do_not_influence_each_other(student, make_batch, cond
     batch.source_view.requires_grad_()
     batch.action.requires_grad_()
     predicted = student(conditioning=conditioning)(batch).predicted_tokens
-    predicted[2].square().sum().backward()  # the only row of the second image
+    # Row 2 is the only prediction of the second image.
+    predicted[2].square().sum().backward()
     assert per_patch(batch.source_view.grad).sum(1).nonzero().flatten().tolist() == [1]
     if conditioning != "none":
         assert batch.action.grad.abs().sum(1).nonzero().flatten().tolist() == [1]
@@ -54,18 +56,18 @@ def test_every_action_entry_reaches_the_prediction(student, make_batch, conditio
 
 
 @pytest.mark.parametrize("conditioning", ["feature", "sequence"])
-def test_action_entries_are_told_apart(student, make_batch, conditioning):
+def test_action_entries_are_distinguished(student, make_batch, conditioning):
     module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
     swapped = replace(batch, action=batch.action.flip(1))
     assert not torch.allclose(module(batch).predicted_tokens, module(swapped).predicted_tokens, atol=1e-4)
 
 
-def test_the_mixer_is_handed_out_by_layer(student, make_batch):
+def test_the_mixer_holds_the_parameters_layer_by_layer(student, make_batch):
     conditioning, action = student(conditioning="feature").predictor.mixer, make_batch(CONTEXT, TARGET).action
-    given, *layers = conditioning(action)
+    mixed_action, *layers = conditioning(action)
     names = [f"layers.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
-    assert given is action
-    assert all(one is conditioning.get_parameter(name) for one, name in zip(layers, names, strict=True))
+    assert mixed_action is action
+    assert all(layer is conditioning.get_parameter(name) for layer, name in zip(layers, names, strict=True))
 
 
 def test_without_conditioning_the_action_does_not_reach_the_prediction(student, make_batch):
@@ -82,9 +84,9 @@ def test_packed_images_equal_one_image_at_a_time(student, make_batch, ragged, co
     alone = []
     for i in range(3):
         fields = {"source_view": batch.source_view[i : i + 1], "action": batch.action[i : i + 1]}
-        one = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
-        one = replace(one, context=ragged(CONTEXT[i : i + 1]), target=ragged(TARGET[i : i + 1]))
-        alone.append(module(one).predicted_tokens)
+        fields |= {"context": ragged(CONTEXT[i : i + 1]), "target": ragged(TARGET[i : i + 1])}
+        single = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
+        alone.append(module(single).predicted_tokens)
     torch.testing.assert_close(module(batch).predicted_tokens, torch.cat(alone))
 
 
@@ -101,7 +103,7 @@ def test_targets_may_be_all_patches_and_an_image_may_have_none(student, make_bat
     assert predicted.shape == (16, 16) and predicted.isfinite().all()
 
 
-def test_depth_zero_hands_on_the_context_tokens_and_is_compared_there(student, make_batch):
+def test_depth_zero_returns_the_context_tokens_and_patches(student, make_batch):
     module, batch = student(predictor_depth=0), make_batch(CONTEXT, TARGET)
     prediction = module(batch)
     assert isinstance(module.predictor, IdentityPredictor)
@@ -118,8 +120,8 @@ def test_every_parameter_gets_a_gradient(student, make_batch, conditioning):
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_a_hook_on_each_output_sees_every_path_once(student, make_batch, depth):
-    # as DeepSpeed does, which scales gradients at the outputs; fp32 and depth 0 are the cases that share tensors
+def test_a_hook_on_each_output_sees_every_gradient_once(student, make_batch, depth):
+    # DeepSpeed has such hooks, which scale gradients. In fp32 and at depth 0, outputs would share tensors.
     module, batch = student(predictor_depth=depth), make_batch(CONTEXT, TARGET)
 
     def gradient(scale):
@@ -146,17 +148,17 @@ def test_weights_follow_from_the_seed_alone(tiny_config):
 def test_bf16_outputs_are_float32_and_near_those_of_fp32(student, make_batch):
     batch = make_batch(CONTEXT, TARGET)
     mixed, plain = student(precision="bf16")(batch), student(precision="fp32")(batch)
-    for got, wanted in zip(mixed[:2], plain[:2], strict=True):
-        assert got.dtype == torch.float32 and not torch.equal(got, wanted)
-        torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.05)
+    for actual, expected in zip(mixed[:2], plain[:2], strict=True):
+        assert actual.dtype == torch.float32 and not torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
 
 
 EXTRA = torch.linspace(-1, 1, 3 * 2 * 8).view(3, 2, 8)
 
 
-def predict(module, batch, **given):
+def predict(module, batch, **extra):
     tokens = module.encoder(batch.source_view, batch.context)
-    return module.predictor(tokens, batch.action, batch.context, batch.target, **given)
+    return module.predictor(tokens, batch.action, batch.context, batch.target, **extra)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -165,33 +167,34 @@ def test_extra_tokens_reach_their_own_images_and_have_no_output(student, make_ba
     extra = EXTRA.clone().requires_grad_()
     without, predicted = predict(module, batch), predict(module, batch, extra_tokens=extra)
     assert predicted.shape == without.shape and not torch.allclose(predicted, without, atol=1e-4)
-    predicted[2].square().sum().backward()  # the only row of the second image
+    # Row 2 is the only prediction of the second image.
+    predicted[2].square().sum().backward()
     reached = extra.grad.abs().sum(-1)
     assert (reached > 0).tolist() == [[False, False], [True, True], [False, False]]
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_with_extra_tokens_packed_images_equal_one_at_a_time_in_any_order(student, make_batch, ragged, conditioning):
+def test_with_extra_tokens_packed_images_equal_one_at_a_time(student, make_batch, ragged, conditioning):
     module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
     alone = []
     for i in range(3):
         fields = {"source_view": batch.source_view[i : i + 1], "action": batch.action[i : i + 1]}
-        one = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
-        one = replace(one, context=ragged(CONTEXT[i : i + 1]), target=ragged(TARGET[i : i + 1]))
-        alone.append(predict(module, one, extra_tokens=EXTRA[i : i + 1].flip(1)))
+        fields |= {"context": ragged(CONTEXT[i : i + 1]), "target": ragged(TARGET[i : i + 1])}
+        single = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
+        alone.append(predict(module, single, extra_tokens=EXTRA[i : i + 1].flip(1)))
     torch.testing.assert_close(predict(module, batch, extra_tokens=EXTRA), torch.cat(alone))
 
 
-def test_extra_tokens_stand_where_further_action_tokens_would(student, make_batch):
-    # an action token of weight 0 is its bias: one that every image shares
+def test_extra_tokens_act_like_further_action_tokens(student, make_batch):
+    # An action token with weight 0 is its bias, which is the same for all images.
     module, batch = student(conditioning="sequence"), make_batch(CONTEXT, TARGET)
     tokenizer = module.predictor.tokenizer
     extra = tokenizer.bias.new_tensor([0.5, -1, 2, 0, 1, 0, 0, 3])
-    wanted = predict(module, batch, extra_tokens=extra.expand(3, 1, 8))
+    expected = predict(module, batch, extra_tokens=extra.expand(3, 1, 8))
     tokenizer.weight = torch.nn.Parameter(torch.cat([tokenizer.weight, torch.zeros(1, 8)]))
     tokenizer.bias = torch.nn.Parameter(torch.cat([tokenizer.bias, extra[None]]))
     longer = replace(batch, action=torch.cat([batch.action, torch.ones(3, 1)], dim=1))
-    assert torch.equal(predict(module, longer), wanted)
+    assert torch.equal(predict(module, longer), expected)
 
 
 def test_extra_tokens_take_the_dtype_of_the_stream(student, make_batch):
@@ -205,9 +208,11 @@ def test_extra_tokens_take_the_dtype_of_the_stream(student, make_batch):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_extra_tokens_work_the_same_with_fused_operations(tiny_config, make_batch, conditioning):
     small = tiny_config(conditioning=conditioning)
-    # fused attention needs heads of 32
-    parts = {"encoder": {"dim": 32, "num_heads": 1}, "predictor": {"dim": 32, "num_heads": 1, "depth": 1}}
-    model = replace(small.model, **{name: replace(getattr(small.model, name), **part) for name, part in parts.items()})
+    # Fused attention requires heads of width 32.
+    networks = {"encoder": {"dim": 32, "num_heads": 1}, "predictor": {"dim": 32, "num_heads": 1, "depth": 1}}
+    model = replace(
+        small.model, **{name: replace(getattr(small.model, name), **sizes) for name, sizes in networks.items()}
+    )
     batch, extra = on_device(make_batch(CONTEXT, TARGET)), torch.linspace(-1, 1, 3 * 2 * 32, device=DEVICE)
     outputs = {}
     for ops in (REFERENCE, FUSED):

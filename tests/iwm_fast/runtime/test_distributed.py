@@ -3,18 +3,18 @@ import torch
 
 from iwm_fast.runtime import distributed
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch):
-    for name in VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     yield
     distributed.stop()
 
 
-def test_without_a_launcher_there_is_one_process_with_a_group_of_its_own():
+def test_without_a_launcher_a_single_process_has_a_group_of_its_own():
     rank_info = distributed.start("cpu")
     assert (rank_info.rank, rank_info.local_rank, rank_info.world_size, rank_info.device.type) == (0, 0, 1, "cpu")
     assert torch.distributed.is_initialized()
@@ -32,9 +32,9 @@ def test_starting_twice_is_refused():
         distributed.start("cpu")
 
 
-@pytest.mark.parametrize("missing", VARIABLES)
-def test_a_partial_environment_never_becomes_a_silent_single_process(monkeypatch, missing):
-    for name, value in zip(VARIABLES, ("0", "0", "1", "127.0.0.1", "29500"), strict=True):
+@pytest.mark.parametrize("missing", LAUNCHER_VARIABLES)
+def test_an_incomplete_environment_is_refused(monkeypatch, missing):
+    for name, value in zip(LAUNCHER_VARIABLES, ("0", "0", "1", "127.0.0.1", "29500"), strict=True):
         if name != missing:
             monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=f"not {missing}; start with torchrun"):
@@ -44,30 +44,30 @@ def test_a_partial_environment_never_becomes_a_silent_single_process(monkeypatch
 
 @pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("-1", "2"), ("one", "2")])
 def test_impossible_ranks_are_refused(monkeypatch, rank, world_size):
-    for name, value in zip(VARIABLES, (rank, "0", world_size, "127.0.0.1", "29500"), strict=True):
+    for name, value in zip(LAUNCHER_VARIABLES, (rank, "0", world_size, "127.0.0.1", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match="RANK"):
         distributed.start("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_asking_for_a_gpu_where_there_is_none_names_setting_and_remedy():
+def test_a_missing_gpu_is_an_error_with_setting_and_remedy():
     with pytest.raises(RuntimeError, match=r"runtime\.device=cuda .* finds 0.*runtime\.device=cpu"):
         distributed.start("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_auto_says_which_device_it_took(caplog):
+def test_auto_logs_the_device_that_it_chose(caplog):
     with caplog.at_level("INFO"):
         assert distributed.start("auto").device.type == "cpu"
     assert "CPU" in caplog.text
 
 
-@pytest.mark.parametrize(("told", "expected"), [(None, 1), ("2", 2)])
-def test_a_cpu_rank_takes_one_thread_unless_told_otherwise(monkeypatch, told, expected):
+@pytest.mark.parametrize(("num_threads", "expected"), [(None, 1), ("2", 2)])
+def test_a_cpu_rank_uses_one_thread_unless_omp_num_threads_is_set(monkeypatch, num_threads, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if told is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    if num_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", num_threads)
     torch.set_num_threads(2)
     try:
         distributed.start("cpu")
@@ -77,7 +77,7 @@ def test_a_cpu_rank_takes_one_thread_unless_told_otherwise(monkeypatch, told, ex
 
 
 @pytest.mark.parametrize("is_started", [False, True])
-def test_one_process_agrees_with_itself_and_sums_to_a_copy(is_started):
+def test_collectives_of_a_single_process_return_copies(is_started):
     if is_started:
         distributed.start("cpu")
     values = torch.tensor([1.0, 2.0])

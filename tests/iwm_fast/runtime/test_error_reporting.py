@@ -1,4 +1,4 @@
-"""Who says what when a launch of several ranks fails."""
+"""Which rank reports which error when a launch of several ranks fails."""
 
 import subprocess
 import sys
@@ -10,29 +10,29 @@ from iwm_fast.config.loading import load_config
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks, user_facing_errors
 
 
-def printed_by(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
+def printed_error(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(SystemExit) as ended,
+        pytest.raises(SystemExit) as stop,
         user_facing_errors(),
         same_error_on_all_ranks() if is_shared else nullcontext(),
     ):
         load_config("absent.yaml")
-    assert ended.value.code == 2
+    assert stop.value.code == 2
     return capsys.readouterr().err
 
 
-def test_a_fault_that_every_rank_finds_is_told_by_rank_zero_alone(capsys, monkeypatch):
-    assert "error (rank 0): no configuration file" in printed_by(capsys, monkeypatch, 0, is_shared=True)
-    assert printed_by(capsys, monkeypatch, 1, is_shared=True) == ""
+def test_an_error_common_to_all_ranks_is_reported_by_rank_zero_only(capsys, monkeypatch):
+    assert "error (rank 0): no configuration file" in printed_error(capsys, monkeypatch, 0, is_shared=True)
+    assert printed_error(capsys, monkeypatch, 1, is_shared=True) == ""
 
 
-def test_what_one_rank_alone_runs_into_is_heard_from_that_rank(capsys, monkeypatch):
-    assert "error (rank 1): no configuration file" in printed_by(capsys, monkeypatch, 1, is_shared=False)
+def test_an_error_of_a_single_rank_is_reported_by_that_rank(capsys, monkeypatch):
+    assert "error (rank 1): no configuration file" in printed_error(capsys, monkeypatch, 1, is_shared=False)
 
 
-GONE = (
+PEER_FAILURES = (
     "[enforce fail at /gloo/transport/tcp/pair.cc:550] . Connection closed by peer [10.0.0.7]:5123. Check the logs.",
     "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
     "NCCL error: ncclRemoteError: remote process exited or there was a network error",
@@ -40,19 +40,19 @@ GONE = (
 )
 
 
-@pytest.mark.parametrize("said", GONE)
-def test_a_rank_that_finds_another_gone_says_so_in_one_line(capsys, monkeypatch, said):
+@pytest.mark.parametrize("message", PEER_FAILURES)
+def test_a_rank_reports_in_one_line_that_another_is_gone(capsys, monkeypatch, message):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("iwm_fast.runtime.error_reporting._GRACE_S", 0.0)
-    with pytest.raises(SystemExit) as ended, user_facing_errors():
-        raise RuntimeError(said)
-    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as stop, user_facing_errors():
+        raise RuntimeError(message)
+    assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rank 0 ends: another rank is gone or hangs (") and "Check the logs" not in line
 
 
-def test_a_process_that_is_alone_has_lost_nobody(monkeypatch):
+def test_a_single_process_never_reports_a_lost_rank(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(RuntimeError, match="Connection closed"), user_facing_errors():
         raise RuntimeError("Connection closed by peer")
@@ -69,10 +69,10 @@ def test_our_own_message_keeps_its_traceback_on_request(monkeypatch):
         load_config("absent.yaml")
 
 
-def test_a_finished_process_ends_with_code_zero_though_a_thread_is_left_behind():
+def test_a_finished_process_ends_with_code_zero_despite_a_running_thread():
     script = (
         "import threading, time\nfrom iwm_fast.runtime.process import end_process\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nprint('done')\nend_process()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "done\n")
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (completed.returncode, completed.stdout) == (0, "done\n")

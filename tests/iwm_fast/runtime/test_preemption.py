@@ -1,4 +1,4 @@
-"""Told to stop, at any moment and by whatever process: one checkpoint, a status, no orphans, and it goes on."""
+"""Stopping a run by any signal, at any time: it leaves one checkpoint, a status and no processes, and can resume."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fixtures.launchers import (
     PATIENCE_S,
     WATCHED,
-    Started,
+    LaunchedRun,
     catches,
     checkpoints_in,
     deepspeed,
@@ -46,8 +46,8 @@ def start(run_yaml, tmp_path):
         yield begin
 
 
-def assert_preempted(run: Started, reason: str) -> int:
-    """Check what a preempted run leaves, and return the step it can go on from."""
+def assert_preempted(run: LaunchedRun, reason: str) -> int:
+    """Check what a preempted run leaves, and return the step that it can resume from."""
     status = read_status(run.folder)
     log = run.log.read_text()
     assert status["state"] == "preempted" and reason in status["reason"], (status, log)
@@ -55,9 +55,9 @@ def assert_preempted(run: Started, reason: str) -> int:
     return status["step"]
 
 
-def assert_goes_on(run: Started, launcher: list[str], start, step: int) -> None:
+def assert_resumes(run: LaunchedRun, launcher: list[str], start, step: int) -> None:
     resumed = start(launcher, "resume=auto")
-    # which it says when rows behind the checkpoint are gone
+    # A run reports this state after it has removed the metrics of steps after the checkpoint.
     resumed.wait_for(lambda: read_status(run.folder)["state"] == "running")
     resumed.wait_for(lambda: any(row["step"] >= step + 3 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
@@ -65,47 +65,47 @@ def assert_goes_on(run: Started, launcher: list[str], start, step: int) -> None:
 
 
 @pytest.mark.launcher
-def test_a_process_alone_stops_behind_its_step_and_goes_on(start):
+def test_a_single_process_stops_after_its_step_and_resumes(start):
     run = start(one_process())
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == EXIT_PREEMPTED
-    assert_goes_on(run, one_process(), start, assert_preempted(run, "SIGTERM"))
+    assert_resumes(run, one_process(), start, assert_preempted(run, "SIGTERM"))
 
 
-SIGNALLED = {
-    # launcher, who is told, by what, what the status says
+SIGNALLED_PROCESSES = {
+    # launcher, process that receives the signal, signal, reason in the status
     "launch process": (launch_process, "launcher", signal.SIGTERM, ""),
     "rank 0 under deepspeed": (deepspeed, "rank 0", signal.SIGUSR1, "SIGUSR1"),
     "a scheduler's group": (deepspeed, "group", signal.SIGTERM, "SIGTERM"),
     "launch process dies of it": (launch_process, "launcher", signal.SIGUSR1, "launcher"),
     "launch process is killed": (launch_process, "launcher", signal.SIGKILL, "launcher"),
 }
-OFTEN = ("rank 0 under deepspeed",)
+NOT_SLOW = ("rank 0 under deepspeed",)
 
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in SIGNALLED]
+    "case", [pytest.param(name, marks=[] if name in NOT_SLOW else [pytest.mark.slow]) for name in SIGNALLED_PROCESSES]
 )
-def test_all_ranks_stop_together_whoever_is_told(start, case):
-    launcher, told, number, reason = SIGNALLED[case]
+def test_all_ranks_stop_together_whichever_process_is_signalled(start, case):
+    launcher, receiver, number, reason = SIGNALLED_PROCESSES[case]
     run = start(launcher())
     run.wait_for_steps()
-    if told == "group":
+    if receiver == "group":
         os.killpg(run.process.pid, number)
     else:
-        os.kill(run.process.pid if told == "launcher" else run.ranks()[int(told[-1])], number)
+        os.kill(run.process.pid if receiver == "launcher" else run.ranks()[int(receiver[-1])], number)
     assert run.end() != 0
     step = assert_preempted(run, reason)
-    # two ranks, one checkpoint, and both agree where the run stands
-    assert_goes_on(run, launcher(), start, step)
+    # Two ranks wrote one checkpoint, and both resume from its step.
+    assert_resumes(run, launcher(), start, step)
 
 
 @pytest.mark.launcher
-def test_a_stop_while_the_run_starts_leaves_a_status_and_no_checkpoint(start):
+def test_a_stop_during_the_start_leaves_a_status_and_no_checkpoint(start):
     run = start(one_process())
-    # as soon as the process listens: before its data and networks are there
+    # As soon as the handlers are installed, which is before data and networks are loaded.
     run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED
@@ -117,7 +117,7 @@ def test_a_stop_while_the_run_starts_leaves_a_status_and_no_checkpoint(start):
 @pytest.mark.launcher
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [torchrun, deepspeed])
-def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(start, launcher):
+def test_a_killed_rank_ends_the_run_which_resumes_from_its_checkpoint(start, launcher):
     run = start(launcher(), "output.checkpoint_every=2")
     run.wait_for(lambda: len(checkpoints_in(run.folder)) > 1)
     os.kill(run.ranks()[1], signal.SIGKILL)
@@ -125,12 +125,12 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(start, 
     status = read_status(run.folder)
     assert status["state"] == "failed" and "another rank is gone or hangs" in status["reason"], run.log.read_text()
     saved = int(checkpoints_in(run.folder)[-1].removeprefix("step-"))
-    assert_goes_on(run, launcher(), start, saved)
+    assert_resumes(run, launcher(), start, saved)
 
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_after_the_time_that_ranks_wait(start):
+def test_a_rank_that_hangs_ends_the_run_after_rank_timeout_s(start):
     run = start(torchrun(), "runtime.rank_timeout_s=8")
     run.wait_for_steps()
     os.kill(run.ranks()[1], signal.SIGSTOP)
@@ -140,7 +140,7 @@ def test_a_rank_that_hangs_ends_the_run_after_the_time_that_ranks_wait(start):
 
 
 @pytest.mark.launcher
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(start):
+def test_a_second_run_in_the_same_folder_is_refused(start):
     run = start(one_process())
     run.wait_for_steps()
     log = run.log.read_text
@@ -148,14 +148,14 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(start)
         [*one_process(), str(run.folder / "config.yaml"), "resume=auto"], capture_output=True, text=True, check=False
     )
     assert second.returncode == 2 and "Traceback" not in second.stderr
-    assert f"is in use by another run (last heard of as process {run.process.pid}" in second.stderr
-    done = len(read_metrics(run.folder))
-    run.wait_for_steps(done + 3)
+    assert f"is in use by another run (last reported by process {run.process.pid}" in second.stderr
+    # The first run continues.
+    run.wait_for_steps(len(read_metrics(run.folder)) + 3)
     assert read_status(run.folder)["state"] == "running", log()
 
 
 @pytest.mark.launcher
-def test_a_run_that_ends_says_finished(start):
+def test_a_run_that_ends_has_the_status_finished(start):
     run = start(one_process(), "optim.epochs=2", "optim.warmup_epochs=0.5")
     assert run.end() == 0
     status = read_status(run.folder)
@@ -164,7 +164,7 @@ def test_a_run_that_ends_says_finished(start):
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-STUCK = """
+HANGING_SCRIPT = """
 import sys, threading
 from pathlib import Path
 from iwm_fast.runtime import preemption
@@ -179,26 +179,26 @@ threading.Lock().acquire() and threading.Event().wait()
 """
 
 
-def test_what_cannot_reach_the_end_of_its_step_ends_all_the_same(tmp_path):
-    stuck = subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert stuck.stdout and stuck.stdout.readline() == "listening\n"
-    began = time.monotonic()
-    stuck.send_signal(signal.SIGTERM)
-    assert stuck.wait(timeout=PATIENCE_S) == EXIT_PREEMPTED
-    # the grace and the longest step
-    assert time.monotonic() - began >= 1.5
-    stuck.stdout.close()
+def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
+    hanging = subprocess.Popen([sys.executable, "-c", HANGING_SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert hanging.stdout and hanging.stdout.readline() == "listening\n"
+    start_s = time.monotonic()
+    hanging.send_signal(signal.SIGTERM)
+    assert hanging.wait(timeout=PATIENCE_S) == EXIT_PREEMPTED
+    # The grace period plus the longest step.
+    assert time.monotonic() - start_s >= 1.5
+    hanging.stdout.close()
     assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
 
 
 @pytest.mark.launcher
-def test_a_checkpoint_is_finished_however_long_the_disk_takes(start):
-    # its six files and folders take longer than a stop may take to reach the end of its step
+def test_the_final_checkpoint_may_take_longer_than_the_grace_period(start):
+    # Forcing the checkpoint's six files and folders to disk takes longer than the grace period.
     run = start(one_process(WATCHED), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
     run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
-    # whoever told it to stop may say so again
+    # A scheduler may repeat its signal.
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == EXIT_PREEMPTED
     assert_preempted(run, "SIGTERM")
@@ -206,25 +206,25 @@ def test_a_checkpoint_is_finished_however_long_the_disk_takes(start):
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_saves_its_stop_was_preempted_and_has_not_failed(start):
+def test_a_run_killed_during_its_final_checkpoint_counts_as_preempted(start):
     run = start(torchrun(target=WATCHED), "output.checkpoint_every=20", IWM_TEST_DISK_S="1")
     run.wait_for(lambda: bool(checkpoints_in(run.folder)))
     ranks = run.ranks()
     os.kill(ranks[1], signal.SIGTERM)
-    run.wait_for(lambda: "stopping behind this step" in run.log.read_text())
+    run.wait_for(lambda: "stopping after this step" in run.log.read_text())
     run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
     time.sleep(0.5)
     os.kill(ranks[0], signal.SIGKILL)
     assert run.end() != 0
     status = read_status(run.folder)
     assert status["state"] == "preempted" and "another rank is gone" in status["reason"], run.log.read_text()
-    assert "step" not in status, "it names no checkpoint that is not there"
-    assert_goes_on(run, one_process(), start, int(checkpoints_in(run.folder)[-1].removeprefix("step-")))
+    assert "step" not in status, "the status must not name a step without a checkpoint"
+    assert_resumes(run, one_process(), start, int(checkpoints_in(run.folder)[-1].removeprefix("step-")))
 
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_what_cannot_reach_the_end_of_its_step_says_so_before_its_launcher_kills_it(start):
+def test_a_run_that_cannot_stop_writes_its_status_before_it_is_killed(start):
     run = start(torchrun(), "output.checkpoint_every=2")
     run.wait_for(lambda: bool(checkpoints_in(run.folder)))
     os.kill(run.ranks()[1], signal.SIGSTOP)
@@ -236,9 +236,9 @@ def test_what_cannot_reach_the_end_of_its_step_says_so_before_its_launcher_kills
 
 
 @pytest.mark.launcher
-def test_a_failure_of_an_earlier_start_does_not_hide_that_this_one_was_stopped(start, tmp_path):
+def test_an_earlier_failure_does_not_hide_that_this_start_was_stopped(start, tmp_path):
     write_status(tmp_path / "run", "failed", step=4, reason="disk full")
-    # gives up while torch is imported, as a start would that hangs
+    # The grace period ends while torch is imported, as in a start that hangs.
     run = start(one_process(WATCHED), IWM_TEST_GRACE_S="1")
     run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
@@ -248,31 +248,31 @@ def test_a_failure_of_an_earlier_start_does_not_hide_that_this_one_was_stopped(s
     assert status["state"] == "preempted" and status["reason"] == "SIGUSR1"
 
 
-OTHERS_SIGNAL = """
+OTHER_SIGNAL_SCRIPT = """
 import signal, sys, time
 from iwm_fast.runtime import preemption
 stop = preemption.Preemption()
 stop.install_handlers(watch_parent=False)
-signal.signal(signal.SIGUSR2, lambda *_: print("heard", flush=True))
+signal.signal(signal.SIGUSR2, lambda *_: print("received", flush=True))
 print("listening", flush=True)
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.raise_signal(number)
-    time.sleep(2 * preemption._LOOK_EVERY_S)
-    print(f"told: {stop.reason}", flush=True)
+    time.sleep(2 * preemption._POLL_INTERVAL_S)
+    print(f"reason: {stop.reason}", flush=True)
 """
 
 
-def test_a_signal_that_something_else_listens_to_stops_no_run():
-    done = subprocess.run([sys.executable, "-c", OTHERS_SIGNAL], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["listening", "heard", "told: ", "told: SIGTERM"]
+def test_a_signal_that_a_library_handles_does_not_stop_the_run():
+    completed = subprocess.run([sys.executable, "-c", OTHER_SIGNAL_SCRIPT], capture_output=True, text=True, check=True)
+    assert completed.stdout.splitlines() == ["listening", "received", "reason: ", "reason: SIGTERM"]
 
 
-def test_a_failure_is_not_overwritten_by_the_preemption_it_brings(tmp_path):
+def test_a_failure_is_not_overwritten_by_the_preemption_it_causes(tmp_path):
     write_status(tmp_path, "running", step=3)
     write_status(tmp_path, "failed", step=4, reason="disk full")
     write_status(tmp_path, "preempted", step=4, reason="SIGTERM")
     assert read_status(tmp_path)["state"] == "failed" and read_status(tmp_path)["reason"] == "disk full"
-    # unless it is what the start found
+    # A failure that was there when this process started is an earlier one, and is overwritten.
     earlier = read_status(tmp_path)
     write_status(tmp_path, "preempted", earlier=earlier, reason="SIGTERM")
     assert read_status(tmp_path)["state"] == "preempted"

@@ -1,8 +1,8 @@
-"""Told to stop in each phase of a run, by each signal, whichever process is told: the run ends in order all the same.
+"""Signals to each process of a run in each of its phases: the run stops cleanly, or as README's table describes.
 
-Or as README's table says of that launcher. Cases, so that all take minutes: under torchrun the agent is told by either
-signal in every phase, and both ranks in every phase, one by each; under deepspeed every process by either signal, in
-one phase after the other, and its launch process in every phase.
+Not all combinations are tested, so that the tests take minutes only. Under torchrun, the launcher receives either
+signal in every phase, and each rank receives one signal in every phase. Under deepspeed, every process receives either
+signal, in phases that alternate, and the launch process receives one in every phase.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import pytest
 from fixtures.launchers import (
     PATIENCE_S,
     WATCHED,
-    Started,
+    LaunchedRun,
     catches,
     deepspeed,
     one_process,
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.launcher, pytest.mark.timeout(600)]
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed}
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 
-# what makes a phase last
+# Settings that make each phase last long enough to be interrupted.
 SETTINGS = {
     "start": [],
     "wait for data": ["data.train={large}", "data.val="],
@@ -48,47 +48,48 @@ SLOW_DISK = {"save": {"IWM_TEST_DISK_S": "0.2"}}
 PHASES = list(SETTINGS)
 
 
-def is_in(phase: str, run: Started, rank_zero: int) -> bool:
-    """Return whether a run is in that phase: what its first rank is doing, and what is on the disk."""
+def is_in(phase: str, run: LaunchedRun, rank_zero: int) -> bool:
+    """Return whether a run is in a phase, from the stack of rank 0 and the files on the disk."""
     if phase == "save":
         return bool(list(run.folder.glob("checkpoints/.unfinished-step-*")))
     stack = stack_of(rank_zero, run.folder.with_name("stacks") / "0")
-    in_step, waits = "in train_step\n" in stack, "in __next__\n" in stack
+    is_in_step, is_waiting = "in train_step\n" in stack, "in __next__\n" in stack
     return {
-        "wait for data": in_step and waits,
-        "step": in_step and not waits,
-        # not that of the untrained networks at the start
+        "wait for data": is_in_step and is_waiting,
+        "step": is_in_step and not is_waiting,
+        # Only evaluations during training; that of the untrained networks at the start runs other code.
         "evaluation": "in _measure_copy\n" in stack,
     }[phase]
 
 
 def cases():
-    for place, phase in enumerate(PHASES):
+    """Yield launcher, process that receives the signal, signal and phase."""
+    for index, phase in enumerate(PHASES):
         for number in (TERM, USR1):
             yield "torchrun", "launcher", number, phase
         for rank in (0, 1):
-            yield "torchrun", f"rank {rank}", (TERM, USR1)[(place + rank) % 2], phase
+            yield "torchrun", f"rank {rank}", (TERM, USR1)[(index + rank) % 2], phase
     pairs = product(("launcher", "launch process", "rank 0", "rank 1"), (TERM, USR1))
-    turns = {(told, number, PHASES[place % len(PHASES)]) for place, (told, number) in enumerate(pairs)}
-    every = {("launch process", (USR1, TERM)[place % 2], phase) for place, phase in enumerate(PHASES)}
-    for told, number, phase in sorted(turns | every):
-        yield "deepspeed", told, number, phase
+    rotating = {(receiver, number, PHASES[index % len(PHASES)]) for index, (receiver, number) in enumerate(pairs)}
+    launch_process = {("launch process", (USR1, TERM)[index % 2], phase) for index, phase in enumerate(PHASES)}
+    for receiver, number, phase in sorted(rotating | launch_process):
+        yield "deepspeed", receiver, number, phase
 
 
-def case_name(launcher: str, told: str, number: signal.Signals, phase: str) -> str:
-    return f"{launcher}, {told}, {number.name}, {phase}"
+def case_name(launcher: str, receiver: str, number: signal.Signals, phase: str) -> str:
+    return f"{launcher}, {receiver}, {number.name}, {phase}"
 
 
-# README: who dies of it, so that the ranks notice, and who passes nothing on
-DIES = {("torchrun", "launcher", USR1), ("deepspeed", "launch process", USR1)}
-PASSES_NOTHING_ON = {("deepspeed", "launcher", TERM), ("deepspeed", "launcher", USR1)}
-OFTEN = {("torchrun", "launcher", TERM, "save"), ("torchrun", "rank 1", USR1, "start")}
-GO_ON = {("torchrun", "launcher", TERM, phase) for phase in PHASES}
+# As in README's table: processes that the signal kills, which the ranks notice, and those that do not pass it on.
+KILLED = {("torchrun", "launcher", USR1), ("deepspeed", "launch process", USR1)}
+NOT_PASSED_ON = {("deepspeed", "launcher", TERM), ("deepspeed", "launcher", USR1)}
+NOT_SLOW = {("torchrun", "launcher", TERM, "save"), ("torchrun", "rank 1", USR1, "start")}
+RESUMED = {("torchrun", "launcher", TERM, phase) for phase in PHASES}
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """Write images that take a hundred times longer to decode than the networks take for them."""
+    """Write a shard of images that take a hundred times longer to decode than the networks need for them."""
     path = tmp_path_factory.mktemp("large") / "large.tar"
     pixels = np.kron(photograph("coffee.png")[:300, :300], np.ones((8, 8, 1), np.uint8))
     write_tar(path, [(f"{number:02}.jpg", encode(pixels)) for number in range(16)])
@@ -110,34 +111,34 @@ def start(tiny_shards, tmp_path):
 
 
 def stack_of(process: int, path: Path) -> str:
-    """Return what the main thread of a watched process is doing."""
-    begin, deadline = path.stat().st_size, time.monotonic() + PATIENCE_S
-    # to that thread; a signal for a process may reach any of its threads
+    """Return the stack of the main thread of a watched process."""
+    old_size, deadline = path.stat().st_size, time.monotonic() + PATIENCE_S
+    # tgkill signals the main thread; kill would signal any thread of the process.
     ctypes.CDLL(None).tgkill(process, process, signal.SIGUSR2)
-    while not (text := path.read_text()[begin:]).endswith("in <module>\n"):
+    while not (text := path.read_text()[old_size:]).endswith("in <module>\n"):
         assert time.monotonic() < deadline, text
         time.sleep(0.001)
     return text
 
 
-def wait_for_phase(run: Started, phase: str, told: str) -> int:
-    """Return the process that is to be told, when the run is in that phase."""
-    run.wait_for(lambda: {"rank 0", "rank 1", told} <= run.processes().keys())
+def wait_for_phase(run: LaunchedRun, phase: str, receiver: str) -> int:
+    """Wait until a run is in a phase, and return the process id of the process that receives the signal."""
+    run.wait_for(lambda: {"rank 0", "rank 1", receiver} <= run.processes().keys())
     processes = run.processes()
-    # a launcher's signal reaches its ranks: they must have begun to listen
-    listening = [processes[told]] if told.startswith("rank") else run.ranks()
+    # A launcher passes the signal on to its ranks, so they must have installed their handlers.
+    listening = [processes[receiver]] if receiver.startswith("rank") else run.ranks()
     run.wait_for(lambda: all(catches(process, USR1) for process in listening))
     if phase != "start":
         run.wait_for_steps(1)
         run.wait_for(lambda: is_in(phase, run, processes["rank 0"]), every_s=0.005)
-    return processes[told]
+    return processes[receiver]
 
 
-def assert_ended_in_order(run: Started, reason: str) -> int:
-    """Check what the run has left, and return the step it can go on from."""
+def assert_stopped_cleanly(run: LaunchedRun, reason: str) -> int:
+    """Check what a run leaves, and return the step that it can resume from."""
     status, log = read_status(run.folder), run.log.read_text()
     assert status.get("state") == "preempted" and reason in status["reason"], (status, log)
-    # of one that gives up before it has begun, nothing is there
+    # A run that stops before its first step leaves no checkpoint.
     step = status.get("step", 0)
     saved, refused = checkpoints.read_newest(run.folder)
     assert not refused and (saved.step if saved else 0) == step, (status, log)
@@ -146,31 +147,31 @@ def assert_ended_in_order(run: Started, reason: str) -> int:
     return step
 
 
-def assert_goes_on(run: Started, again: Started, step: int) -> None:
-    again.wait_for(lambda: read_status(run.folder)["state"] == "running")
-    again.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
+def assert_resumes(run: LaunchedRun, resumed: LaunchedRun, step: int) -> None:
+    resumed.wait_for(lambda: read_status(run.folder)["state"] == "running")
+    resumed.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
     assert f"going on from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[] if case in OFTEN else [pytest.mark.slow], id=case_name(*case)) for case in cases()],
+    [pytest.param(case, marks=[] if case in NOT_SLOW else [pytest.mark.slow], id=case_name(*case)) for case in cases()],
 )
-def test_a_stop_is_in_order_whatever_it_interrupts_and_whoever_is_told(start, large, tmp_path, case):
-    launcher, told, number, phase = case
+def test_a_run_stops_cleanly_in_any_phase_whichever_process_is_signalled(start, large, tmp_path, case):
+    launcher, receiver, number, phase = case
     settings = [setting.format(large=large) for setting in SETTINGS[phase]]
     environment = {"IWM_TEST_STACKS": str(tmp_path / "stacks"), **SLOW_DISK.get(phase, {})}
     run = start(LAUNCHERS[launcher](target=WATCHED), *settings, **environment)
-    os.kill(wait_for_phase(run, phase, told), number)
-    reason = "the launcher ended" if case[:3] in DIES else number.name
-    if case[:3] in PASSES_NOTHING_ON:
+    os.kill(wait_for_phase(run, phase, receiver), number)
+    reason = "the launcher ended" if case[:3] in KILLED else number.name
+    if case[:3] in NOT_PASSED_ON:
         run.wait_for_steps(len(read_metrics(run.folder)) + 3)
         assert read_status(run.folder)["state"] == "running" and run.process.poll() == -number
         os.killpg(run.process.pid, TERM)
         reason = "SIGTERM"
-    # deepspeed takes no notice of what its launch process died of
-    assert run.end() != 0 or case[:3] in DIES
-    step = assert_ended_in_order(run, reason)
-    if case in GO_ON:
-        assert_goes_on(run, start(one_process(), *settings, "resume=auto"), step)
+    # deepspeed ignores the signal that killed its launch process, and may exit with 0.
+    assert run.end() != 0 or case[:3] in KILLED
+    step = assert_stopped_cleanly(run, reason)
+    if case in RESUMED:
+        assert_resumes(run, start(one_process(), *settings, "resume=auto"), step)

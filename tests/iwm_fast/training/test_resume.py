@@ -77,7 +77,7 @@ def half(tiny_shards, tmp_path_factory):
 def test_another_data_stream_is_refused_by_name_and_can_begin_at_an_epoch(half, tmp_path, name):
     shutil.copytree(half.output.folder, tmp_path / "run")
     config = CHANGES[name](replace(half, output=replace(half.output, folder=str(tmp_path / "run"))))
-    with pytest.raises(CheckpointError, match=rf"(?s)  {name}: .* -> .*data.restart_epoch=true goes on") as caught:
+    with pytest.raises(CheckpointError, match=rf"(?s)  {name}: .* -> .*data.restart_epoch=true continues") as caught:
         run(config)
     assert str(caught.value).count(" -> ") == 2, "the heading and one setting"
     config = restarted(config)
@@ -206,7 +206,7 @@ def test_a_finished_run_goes_on_for_more_epochs_only_if_it_is_to_be_extended(who
     shutil.copytree(whole.output.folder, folder)
     longer = in_folder(whole, folder)
     longer = replace(longer, optim=replace(longer.optim, epochs=6.0))
-    with pytest.raises(CheckpointError, match=r"optim.epochs: 4.0 -> 6.0\nresume=extend goes on"):
+    with pytest.raises(CheckpointError, match=r"optim.epochs: 4.0 -> 6.0\nresume=extend continues"):
         run(longer)
     assert run(replace(longer, resume="extend")).step == 18
     # the same samples as a run of six epochs, each once per epoch, and its schedules from here on
@@ -226,7 +226,7 @@ def test_an_extended_run_can_begin_its_epoch_anew_with_other_data(whole, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(whole.output.folder, folder)
     longer = replace(in_folder(whole, folder), seed=3, optim=replace(whole.optim, epochs=6.0))
-    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true goes on .*, and resume=extend goes on"):
+    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true continues .*, and resume=extend continues"):
         run(replace(longer, resume="extend"))
     assert run(restarted(replace(longer, resume="extend"))).step == 18
     start, samples = stream(longer)
