@@ -15,8 +15,8 @@ from PIL import Image, ImageFilter
 from iwm_fast.pipelines.counter_rng import random_bits, uniforms
 from iwm_fast.pipelines.storage.shard_writer import make_sample, publish_folder, write_shards
 
-# Colour photographs first, then grey textures and scenes. Diagrams, near duplicates and blurred or almost empty pictures
-# of the packages are left out.
+# Colour photographs first, then grey textures and scenes. Not used: diagrams, near duplicates, and pictures of the
+# packages that are blurred or almost empty.
 DEMO_PHOTOGRAPHS = (
     *(f"skimage/data/{name}.png" for name in ("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left")),
     *(f"skimage/data/{name}.jpg" for name in ("hubble_deep_field", "retina", "rocket")),
@@ -24,7 +24,7 @@ DEMO_PHOTOGRAPHS = (
     *(f"skimage/data/{name}.png" for name in ("brick", "camera", "coins", "grass", "gravel", "moon", "page")),
 )
 # Width of the photographs in pixels. The validation region, the right two fifths, just holds the largest crop, so that
-# both regions have crops of the same sizes. At twice this width, crops would often be smooth patches of a single colour.
+# both regions have crops of the same sizes. At twice this width, many crops would be smooth patches of one colour.
 DEMO_WIDTH = 240
 DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
@@ -149,8 +149,8 @@ def _chroma(rgb: np.ndarray) -> Any:
 def hue_bin(crop: UInt8[np.ndarray, "H W 3"]) -> int:
     """Return the seventh of the hue circle, 1 .. 7, that contains a crop's mean hue, or 0 if the crop is grey.
 
-    Angles count from +I (orange). This puts a border between bins among the many warm photographs, which would otherwise
-    share a bin.
+    Angles count from +I (orange), so that the many warm photographs lie on both sides of a border between two bins
+    instead of in a single bin.
     """
     in_phase, quadrature = _chroma(crop.reshape(-1, 3).mean(axis=0))
     if np.hypot(in_phase, quadrature) < GREY_CHROMA:
@@ -161,15 +161,15 @@ def hue_bin(crop: UInt8[np.ndarray, "H W 3"]) -> int:
 def region_map(photograph: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
     """Return the number in `REGIONS` of each pixel of a photograph, computed after a blur.
 
-    A grey pixel is shadow, grey or light, depending on its third of the brightness range. Other pixels are brown or warm
-    (purple to yellow, below and above half brightness), green or blue, depending on their hue. The map needs no
-    annotation, and its quality can be judged by eye.
+    A grey pixel is shadow, grey or light, depending on its third of the brightness range. The hue makes other pixels
+    brown or warm (purple to yellow, below and above half brightness), green or blue. The map needs no annotation, and
+    its quality can be judged by eye.
     """
     blurred = np.asarray(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(REGION_BLUR)))
     in_phase, quadrature = _chroma(blurred)
     angle = np.degrees(np.arctan2(quadrature, in_phase)) % 360
     brightness = blurred.mean(axis=-1)
-    # Angles in degrees from +I (orange): green follows yellow at 95, blue follows cyan at 190, purple begins at 290.
+    # Angles in degrees from +I (orange) towards purple: blue from 95, green from 190 (near cyan), yellow from 290.
     is_warm = (angle > 290) | (angle < 95)
     colour = np.select([is_warm & (brightness < 128), is_warm, angle > 190], [3, 4, 5], 6)
     is_grey = np.hypot(in_phase, quadrature) < GREY_PIXEL_CHROMA
