@@ -173,8 +173,8 @@ def _read_header(window: HeaderWindow, offset: int) -> bytes | None:
         raise window.error(problem, remedy)
     header = window.read_at(offset, BLOCK)
     if header.count(0) == BLOCK:
-        # Only padding may follow. Other bytes come from archives joined with cat. Tar readers stop at the first mark, so
-        # the samples of the later archives would be missing without notice.
+        # Only padding may follow. Other bytes come from archives joined with cat: tar readers stop at the first mark,
+        # so that the samples of later archives would be missing without notice.
         padding = window.read_at(offset, min(window.size_bytes - offset, REMOTE_STEP))
         if padding.count(0) != len(padding):
             remedy = "join archives with tar --concatenate, not cat"
