@@ -119,10 +119,11 @@ class ViewConfig:
         for name in ("flip", "source_flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
             check(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
+        # A hue rotation by more than half a circle equals a smaller one in the opposite direction.
         for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             value = getattr(self, name)
             check(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
-        # The largest kernel reaches 3 sigma to each side, and reflection needs more pixels than that.
+        # The largest blur kernel reaches 3 sigma to each side, and reflection at the border needs that many pixels.
         check_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
         self._check_entries()
 
@@ -184,6 +185,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         check(self.num_target_blocks >= 1, "mask.num_target_blocks", self.num_target_blocks, "be at least 1")
+        # A block that covers the complete grid would leave no patch for the context.
         low, high = self.block_scale
         check(0 < low <= high < 1, "mask.block_scale", self.block_scale, "satisfy 0 < low <= high < 1")
         check_range("mask.block_aspect", self.block_aspect, 0.1, 10.0)

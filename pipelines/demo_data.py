@@ -202,7 +202,7 @@ def _crop_window(region: tuple[int, int], draw: np.ndarray) -> tuple[tuple[slice
         draw: three uniform numbers in [0, 1), which determine area, top and left.
     """
     min_side, max_side = DEMO_CROP_SIDE
-    # Uniform in the area, not in the side.
+    # The area is uniform, not the side.
     side = round(float(np.sqrt(min_side**2 + draw[0] * (max_side**2 - min_side**2))))
     height, width = region
     top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))

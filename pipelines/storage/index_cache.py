@@ -1,4 +1,4 @@
-"""Indexes kept on disk: a shard's headers are read once, and again only after the shard has changed.
+"""Indexes stored on disk: a shard's headers are read once, and again only after the shard has changed.
 
 An index lies next to its shard, as `train-000000.tar.index`. For remote shards, and where the shard's folder is not
 writable, it lies in a cache folder (IWM_CACHE, by default ~/.cache/iwm-fast). It is valid for the size and modification
@@ -74,7 +74,7 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
     remaining = np.delete(np.arange(len(shard.keys)), positions)
     arrays = {name: getattr(shard, name)[remaining] for name in _INTEGER_FIELDS}
     keys = tuple(shard.keys[position] for position in remaining)
-    # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be kept.
+    # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
     time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     index_paths = _index_paths(shard.path)
     _write_index(replace(shard, keys=keys, num_left_out=len(positions), **arrays), version, index_paths)
@@ -170,6 +170,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:
     checksum = 0
+    # Sorted, because writing and reading build the dictionary in different orders.
     for name in sorted(arrays):
         checksum = zlib.crc32(arrays[name].tobytes(), checksum)
     return checksum

@@ -28,7 +28,7 @@ class _OpenFile:
 
 
 class FileCache:
-    """Open shards, shared between threads; the least recently used unused file is closed first."""
+    """Open shards for several threads. Beyond the limit, unused files are closed, the least recently used first."""
 
     def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
         self._limit = limit

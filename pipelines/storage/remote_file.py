@@ -86,6 +86,7 @@ class RemoteFile:
             OSError: if the store still fails after several attempts.
         """
         size = max(0, min(size, self.size_bytes - offset))
+        # HTTP cannot express an empty range, and the check below needs a last byte.
         if size == 0:
             return b""
         return _with_retries(self.uri, f"reading {size} bytes at byte {offset}", lambda: self._read_once(offset, size))
@@ -158,6 +159,7 @@ def _parse_uri(uri: str) -> _Address:
         raise ValueError(
             f"a remote address must begin with one of {', '.join(f'{name}://' for name in SCHEMES)}, got {scheme}://"
         )
+    # A bucket name has no "@" or ":", which precede or separate credentials.
     bucket = rest.partition("/")[0]
     is_named = bool(rest.startswith("/") if scheme == "file" else re.fullmatch(r"[\w.-]+", bucket))
     if not is_named or "?" in rest:
@@ -212,6 +214,7 @@ def _get_info(uri: str) -> fs.FileInfo:
     return _client_of(uri).get_file_info(_parse_uri(uri).path)
 
 
+# Cached, so that many missing files in a bucket cost a single request for it.
 @lru_cache(maxsize=64)
 def _require_bucket(scheme: str, bucket: str) -> None:
     """Raise FileNotFoundError if a bucket does not exist, which stores report like a missing file."""

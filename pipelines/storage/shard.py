@@ -139,7 +139,7 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
             raise ShardError(problem, shard=window.path, key=key, remedy="remove one of them")
         current.members[extension] = member
         if extension == "cls":
-            # Read now, while the window over the headers still covers it: a label costs no read of its own.
+            # Read now, while the window over the headers still covers it: a label costs no extra read.
             content = window.read_at(member.offset, min(member.size, _MAX_LABEL_BYTES + 1))
             current.label = _parse_label(content, window.path, key)
     if current.key:
@@ -148,7 +148,7 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
 
 def _parse_label(content: bytes, path: str, key: str) -> int:
     digits = content.strip()
-    # Longer content was not read completely.
+    # Longer content was not read completely. isdigit() of bytes accepts only ASCII digits, without a sign.
     if len(content) > _MAX_LABEL_BYTES or not digits.isdigit() or int(digits) >= 2**63:
         remedy = "write the class number as ASCII digits, or remove the member"
         raise ShardError(f".cls must hold an integer >= 0, got {content!r}", shard=path, key=key, remedy=remedy)
@@ -165,7 +165,7 @@ def _mask_member(sample: _Sample, image: TarMember) -> TarMember | None:
 
 
 def _byte_ranges(members: list[TarMember | None]) -> tuple[Int64[np.ndarray, "samples"], Int64[np.ndarray, "samples"]]:
-    """Return offset and size of each member, both 0 for None."""
+    """Return offset and size of each member, both 0 for None. No content has offset 0, where the first header is."""
     ranges = [(member.offset, member.size) if member else (0, 0) for member in members]
     # The copy makes both rows contiguous.
     offset, size = np.array(ranges, np.int64).reshape(-1, 2).T.copy()

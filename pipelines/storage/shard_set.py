@@ -92,7 +92,7 @@ class ShardSet:
         return self._label[samples]
 
     def require_labels(self, consumer: str) -> None:
-        """Check that every sample has a label; the message says that `consumer` needs them.
+        """Check that every sample has a label; the message names `consumer` as what needs them.
 
         Raises:
             ShardError: naming the first sample without one.
@@ -109,7 +109,8 @@ class ShardSet:
         digest = hashlib.sha256()
         for shard in self.shards:
             keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
-            # The lengths come first, because joined keys alone would not tell ("ab", "c") from ("a", "bc").
+            # A fixed width and byte order give the same digest on all machines. The lengths come first, because joined
+            # keys alone would not tell ("ab", "c") from ("a", "bc").
             for numbers in ([len(keys)], [len(key) for key in keys], shard.image_size, shard.label):
                 digest.update(np.asarray(numbers, "<i8").tobytes())
             digest.update(b"".join(keys))
@@ -130,6 +131,7 @@ def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
     """
     paths = find_shards(spec)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
+        # Threads, because indexing mostly waits for reads.
         shards = tuple(pool.map(load_or_index, paths))
     num_left_out = sum(shard.num_left_out for shard in shards)
     if num_left_out:
@@ -186,6 +188,7 @@ def _list_shards(name: str) -> list[str]:
     if "://" in name:
         return _list_remote(name)
     if os.path.isdir(name):
+        # Hidden files are not shards: macOS adds a file ._NAME.tar to each NAME.tar on foreign file systems.
         inside = (entry for entry in sorted(os.listdir(name)) if entry.endswith(".tar") and not entry.startswith("."))
         return _require_some([os.path.join(name, entry) for entry in inside], name)
     if os.path.exists(name):

@@ -37,11 +37,13 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
     """
     classes = _class_names(source, config.classes)
     folders = classes or [""]
+    # A validation folder may lack some of the training classes.
     present = [name for name in folders if (source / name).is_dir()]
     files = [(folders.index(name), path) for name in present for path in _images(source / name)]
     if not files:
         accepted = ", ".join(IMAGE_EXTENSIONS)
         raise FileNotFoundError(f"{source} holds no images: accepted extensions are {accepted}")
+    # Sorting random keys gives a permutation that depends only on the seed and the number of files.
     order = np.argsort(random_bits(seed, "pack order", np.arange(len(files))), kind="stable")
 
     def samples() -> Iterator[dict[str, str | bytes]]:
@@ -86,6 +88,7 @@ def _class_names(source: Path, classes_path: str) -> list[str]:
 def _images(folder: Path) -> list[Path]:
     """Return the images in a folder and its subfolders, following links, sorted by path."""
     paths = []
+    # Links are followed, because a subset of a data set is often a folder of links.
     for parent, _, names in os.walk(folder, followlinks=True):
         visible = [name for name in names if not name.startswith(".")]
         images = [Path(parent, name) for name in visible if _is_image(name)]

@@ -180,7 +180,8 @@ def _read_header(window: HeaderWindow, offset: int) -> bytes | None:
             remedy = "join archives with tar --concatenate, not cat"
             raise window.error("continues after its end-of-archive mark", remedy)
         return None
-    # The checksum field itself counts as eight spaces. Some old writers summed signed bytes.
+    # The checksum field itself counts as eight spaces. Some old writers summed signed bytes, in which a byte above 127
+    # counts 256 less.
     unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     num_high = 0 if header.isascii() else sum(byte > 127 for byte in header[:148] + header[156:])
     if _parse_number(window, header[148:156], "checksum") not in (unsigned, unsigned - 256 * num_high):
