@@ -1,5 +1,5 @@
-"""How do shards become batches? Decoding, transforming, logging what was drawn; knows nothing of models."""
+"""How do shards become batches? Reading, decoding, transforming and logging of samples; independent of any model."""
 
 if __name__ != "iwm_fast.pipelines":
-    # under a second name every class would exist twice
+    # Imported under a second name, every class would exist twice and isinstance checks would fail.
     raise ImportError("the folder pipelines/ is imported as iwm_fast.pipelines, got " + __name__)

@@ -1,18 +1,18 @@
-"""Settings of the data line: which shards, which views, which masks.
+"""Settings of the data pipeline: shards, views, masks and loading.
 
-Importing this file must stay cheap (no torch): the command line reads it to print its help.
+Importing this file must stay cheap (no torch), because the command line imports it to print its help.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["dali", "torch"]
-"""Which loader renders the views: DALI's graph, or the plain twin."""
+"""Which loader renders the views: a DALI graph, or its equivalent in plain PyTorch."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-"""What every decoder here reads, by Pillow's names, whatever the extension says."""
+"""Formats that all decoders read, by Pillow's names. The format is read from the content, not from the extension."""
 
 PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
 CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
@@ -20,18 +20,18 @@ FLIP_ENTRY = "flip"
 ACTION_ENTRIES = (*PHOTOMETRIC_ENTRIES, *CROP_ENTRIES, FLIP_ENTRY)
 
 
-def check(is_fine: bool, name: str, value: object, accepted: str) -> None:
-    """Raise the one form of `ValueError` that every setting uses.
+def check(condition: bool, name: str, value: object, accepted: str) -> None:
+    """Check a setting and report an invalid one in the form "NAME must ACCEPTED, got VALUE".
 
     Raises:
-        ValueError: with name, value and accepted range, if `is_fine` is false.
+        ValueError: if `condition` is false.
     """
-    if not is_fine:
+    if not condition:
         raise ValueError(f"{name} must {accepted}, got {value!r}")
 
 
 def check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
-    """Check that a (low, high) pair is ordered and lies within bounds.
+    """Check that a setting is a pair (a, b) with low <= a <= b <= high.
 
     Raises:
         ValueError: if it is not.
@@ -45,69 +45,70 @@ def check_label_field(name: str, value: object) -> None:
     Raises:
         ValueError: if it does not.
     """
+    # all() refuses empty names, as in "json..a".
     is_field = isinstance(value, str) and (value == "cls" or (value.startswith("json.") and all(value.split("."))))
     check(is_field, name, value, "be cls or json.NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the samples are and in which locality they are shuffled."""
+    """Which samples are read, and how far apart they are shuffled."""
 
     train: str = ""
-    """Training shards: a path, a brace pattern, a folder, an s3:// address; several joined by '::', or a YAML list."""
+    """Training shards: a path, a brace pattern, a folder or an s3:// address; several as 'A::B' or a YAML list."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
     shuffle_window: int = 16
-    """Shards whose samples are mixed together. Larger mixes better, smaller reads fewer files at a time."""
+    """Number of shards whose samples are mixed. More shards mix better; fewer shards need fewer open files."""
     max_samples: int | None = None
-    """Train on the first so many samples only, for instance to overfit one batch; unset: on all."""
+    """Number of samples to train on, the first ones, for instance to overfit a single batch. Unset: all samples."""
     restart_epoch: bool = False
-    """Go on with a run though seed, global batch, shards, views or masks differ: its current epoch begins anew."""
+    """Resume a run even if seed, global batch size, shards, views or masks have changed; its current epoch restarts."""
 
     def __post_init__(self) -> None:
         check(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
-        check(self.max_samples is None or self.max_samples >= 1, "data.max_samples", self.max_samples,
-              "be at least 1 or unset")  # fmt: skip
+        limit = self.max_samples
+        check(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How the two views of a sample are made, and which of it the action tells the predictor."""
+    """How the two views of a sample are rendered, and which of their parameters form the action."""
 
     size: int = 224
     """Side of both views in pixels; a multiple of model.encoder.patch_size."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Share of the image's area that the shared crop covers."""
+    """Range of the share of the image's area that the shared crop covers."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Width over height of the shared crop, drawn uniformly in its logarithm."""
+    """Range of the shared crop's aspect ratio (width / height), whose logarithm is drawn uniformly."""
     flip_probability: float = 0.5
     """Probability of the shared horizontal flip."""
     jitter_probability: float = 0.8
-    """Probability that a view is jittered at all, for each view on its own."""
+    """Probability that a view's colours are jittered, drawn separately for each view."""
     brightness: float = 0.4
     """Jitter strength s: the brightness factor is uniform in [max(0, 1 - s), 1 + s]."""
     contrast: float = 0.4
-    """Jitter strength s of the contrast factor, about the image's grey mean."""
+    """Jitter strength s of the contrast factor, relative to the mean grey level of the image."""
     saturation: float = 0.2
     """Jitter strength s of the saturation factor."""
     hue: float = 0.1
-    """Jitter strength h: hue turns by a share of the full circle uniform in [-h, h], at most 0.5 (YIQ rotation)."""
+    """Jitter strength h, at most 0.5: the hue turns (in YIQ) by a share of the full circle, uniform in [-h, h]."""
     grayscale_probability: float = 0.2
-    """Probability that the source view loses its colours."""
+    """Probability that the source view is converted to grey."""
     blur_probability: float = 0.2
     """Probability that the source view is blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels."""
     solarize_probability: float = 0.2
-    """Probability that values of 128 and more of the source view are inverted."""
+    """Probability that the source view is solarised: values of 128 and more are inverted."""
     source_crop: tuple[float, float] | None = None
-    """If given, the source view is a further crop that covers this share of the shared crop; the action tells which."""
+    """If set, the source view is a further crop that covers this share of the shared crop and is part of the action."""
     source_flip_probability: float = 0.0
-    """Probability that the source view is mirrored against the target view; the action tells."""
+    """Probability that the source view is mirrored relative to the target view, which is part of the action."""
     action_entries: tuple[str, ...] | None = None
-    """What the predictor is told, in this order; leaving entries out makes an ablation. Unset: brightness, contrast,
-    saturation, hue, blur, grayscale, solarize; with views.source_crop also crop_x, crop_y, crop_width, crop_height;
-    with views.source_flip_probability also flip."""
+    """Entries of the action that the predictor receives, in this order; omit some for an ablation. Unset: brightness,
+    contrast, saturation, hue, blur, grayscale, solarize; with views.source_crop also crop_x, crop_y, crop_width,
+    crop_height; with views.source_flip_probability also flip."""
 
     def __post_init__(self) -> None:
         check(self.size >= 8, "views.size", self.size, "be at least 8 pixels")
@@ -118,23 +119,26 @@ class ViewConfig:
         for name in ("flip", "source_flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
             check(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
+        # A hue rotation by more than half a circle equals a smaller one in the opposite direction.
         for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             value = getattr(self, name)
             check(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
-        # the largest kernel reaches 3 sigma to each side and is reflected at the border
+        # The largest blur kernel reaches 3 sigma to each side, and reflection at the border needs that many pixels.
         check_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
         self._check_entries()
 
     def _check_entries(self) -> None:
-        given = self.action_entries
-        if given is None:
+        entries = self.action_entries
+        if entries is None:
             return
-        unknown = [name for name in given if name not in ACTION_ENTRIES]
+        unknown = [name for name in entries if name not in ACTION_ENTRIES]
         check(not unknown, "views.action_entries", unknown, f"name entries of {ACTION_ENTRIES}")
-        check(len(set(given)) == len(given) > 0, "views.action_entries", given, "name entries once")
-        idle = [name for name in given if name not in self._all_entries]
+        is_distinct = len(set(entries)) == len(entries) > 0
+        check(is_distinct, "views.action_entries", entries, "be non-empty and name no entry twice")
+        # An entry that never varies would be an input without any effect.
+        constant = [name for name in entries if name not in self._all_entries]
         remedy = "be left out while views.source_crop is unset (crop_*) or views.source_flip_probability is 0 (flip)"
-        check(not idle, "entries of views.action_entries", idle, remedy)
+        check(not constant, "entries of views.action_entries", constant, remedy)
 
     @property
     def _all_entries(self) -> tuple[str, ...]:
@@ -143,23 +147,23 @@ class ViewConfig:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """What the predictor is told, in this order."""
+        """Entries of the action that the predictor receives, in order."""
         return self._all_entries if self.action_entries is None else self.action_entries
 
     @property
     def has_source_geometry(self) -> bool:
-        """Whether the source view may show another place, or its mirror image, than the target view."""
+        """Whether the source view may be cropped or mirrored relative to the target view."""
         return self.source_crop is not None or self.source_flip_probability > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugmentConfig:
-    """How an image is changed for finetuning, where nobody has to know what was done. Source: arXiv 1909.13719."""
+    """RandAugment for finetuning, where no model needs the parameters. Source: arXiv 1909.13719."""
 
     num_operations: int = 2
-    """Operations applied one after the other, each drawn from 14."""
+    """Number of operations applied one after the other, each drawn from 14."""
     magnitude: int = 9
-    """Strength of all of them, 0 to 30."""
+    """Strength of all operations, from 0 to 30."""
 
     def __post_init__(self) -> None:
         check(1 <= self.num_operations <= 14, "num_operations", self.num_operations, "be between 1 and 14")
@@ -168,19 +172,20 @@ class RandAugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which patches of the source view are hidden and have to be predicted."""
+    """Which patches of the source view are hidden and must be predicted."""
 
     num_target_blocks: int = 4
-    """Rectangles whose union is predicted."""
+    """Number of rectangles of patches whose union is predicted."""
     block_scale: tuple[float, float] = (0.15, 0.2)
-    """Share of the patch grid that one rectangle covers."""
+    """Range of the share of the patch grid that a rectangle covers."""
     block_aspect: tuple[float, float] = (0.75, 1.5)
-    """Height over width of a rectangle."""
+    """Range of a rectangle's aspect ratio (height / width)."""
     context_scale: tuple[float, float] | None = None
-    """If given, the context is further cut to one rectangle with this share of the grid (I-JEPA: [0.85, 1.0])."""
+    """If set, the context is limited to a rectangle with this share of the grid (I-JEPA uses [0.85, 1.0])."""
 
     def __post_init__(self) -> None:
         check(self.num_target_blocks >= 1, "mask.num_target_blocks", self.num_target_blocks, "be at least 1")
+        # A block that covers the complete grid would leave no patch for the context.
         low, high = self.block_scale
         check(0 < low <= high < 1, "mask.block_scale", self.block_scale, "satisfy 0 < low <= high < 1")
         check_range("mask.block_aspect", self.block_aspect, 0.1, 10.0)
@@ -190,7 +195,7 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How batches are made; none of it changes what is in them. RuntimeConfig explains and checks these settings."""
+    """How batches are loaded, without any effect on their content. RuntimeConfig explains and checks these settings."""
 
     loader: Backend = "dali"
     reader_threads: int
@@ -204,12 +209,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How an image folder becomes shards."""
+    """How an image folder is packed into shards."""
 
     samples_per_shard: int = 1000
-    """Images of one tar."""
+    """Number of images in each tar file."""
     classes: str = ""
-    """A classes.json written for other shards (train), whose class numbers are to be used (val); unset: by name."""
+    """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
 
     def __post_init__(self) -> None:
         check(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")

@@ -1,4 +1,4 @@
-"""The demonstration shards: crops of photographs that are already installed, with labels and segmentation maps."""
+"""The demonstration shards: crops of photographs from installed packages, with labels and segmentation maps."""
 
 import importlib.util
 import io
@@ -13,58 +13,62 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 
 from iwm_fast.pipelines.counter_rng import random_bits, uniforms
-from iwm_fast.pipelines.storage.shard_writer import publish_folder, shard_sample, write_shards
+from iwm_fast.pipelines.storage.shard_writer import make_sample, publish_folder, write_shards
 
-# Colour first; the grey ones are textures or scenes. Left out: diagrams, blurred or nearly empty pictures, twins.
+# Colour photographs first, then grey textures and scenes. Not used: diagrams, near duplicates, and pictures of the
+# packages that are blurred or almost empty.
 DEMO_PHOTOGRAPHS = (
     *(f"skimage/data/{name}.png" for name in ("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left")),
     *(f"skimage/data/{name}.jpg" for name in ("hubble_deep_field", "retina", "rocket")),
     *(f"sklearn/datasets/images/{name}.jpg" for name in ("china", "flower")),
     *(f"skimage/data/{name}.png" for name in ("brick", "camera", "coins", "grass", "gravel", "moon", "page")),
 )
-# the right two fifths of this width take the largest crop, so both regions know the same sizes; at twice the width a
-# crop shows so little of a photograph that it is a smooth patch of one colour
+# Width of the photographs in pixels. The validation region, the right two fifths, just holds the largest crop, so that
+# both regions have crops of the same sizes. At twice this width, many crops would be smooth patches of one colour.
 DEMO_WIDTH = 240
 DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
+"""Smallest and largest side of the square crops, in pixels."""
 DEMO_CROPS = {"train": 240, "val": 60}
-"""Crops of each photograph."""
+"""Number of crops of each photograph."""
 DEMO_SHARDS = {"train": 8, "val": 2}
 DEMO_JPEG_QUALITY = 90
-# below this mean chroma (of 255) a crop looks grey and its hue is noise
+# Below this mean chroma (of 255), a crop looks grey and its hue is noise.
 GREY_CHROMA = 6.0
-# of one pixel, where JPEG's noise has not been averaged out
+# The same for a single pixel, whose JPEG noise is not averaged out.
 GREY_PIXEL_CHROMA = 12.0
 REGIONS = ("shadow", "grey", "light", "brown", "warm", "green", "blue")
 """Classes of the segmentation maps, in the order of their numbers."""
-# pixels of DEMO_WIDTH: regions are things, not their texture
+# Standard deviation in pixels. The blur removes texture, so that regions follow objects.
 REGION_BLUR = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoShards:
-    """The demonstration set: crops of installed photographs; the class is the photograph."""
+    """The demonstration set, whose classes are the photographs that its crops come from."""
 
     train: str
     """Pattern of the training shards."""
     val: str
     """Pattern of the validation shards."""
     num_train: int
+    """Number of training samples."""
     num_val: int
+    """Number of validation samples."""
     classes: tuple[str, ...]
-    """Name of each label's photograph."""
+    """Name of each class's photograph."""
 
 
 def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
-    """Write the demonstration set, or do nothing if it is already there with the same parameters.
+    """Write the demonstration set, unless it already exists with the same parameters.
 
-    Training crops come from the left three fifths of each photograph, validation crops from the rest.
-    `.json` members hold photograph, hue_bin (see `hue_bin`), quadrant (which quarter of its region the crop's centre
-    lies in), size (side of the crop in pixels), x and y (centre of the crop as a share of its region's width and
-    height). `.seg.png` members hold `region_map` at the same place.
+    Training crops come from the left three fifths of each photograph, validation crops from the rest. `.json` members
+    hold the name of the photograph, `hue_bin` (the crop's mean hue, 1 to 7, or 0 for grey), `quadrant` (the quarter of
+    the region that contains the crop's centre), `size` (side of the crop in pixels), and `x` and `y` (centre of the
+    crop as a share of the region's width and height). `.seg.png` members hold the same crop of `region_map`.
 
     Raises:
-        FileExistsError: if the destination holds something else.
+        FileExistsError: if the destination holds anything else.
         FileNotFoundError: if a photograph is not installed.
     """
     names = tuple(Path(path).stem for path in DEMO_PHOTOGRAPHS)
@@ -89,7 +93,7 @@ def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
 
 
 def _demo_manifest(demo: DemoShards, seed: int) -> str:
-    """Describe the set without its place, so that it may be moved."""
+    """Return a description of the set as JSON, without its path, so that the folder may be moved."""
     recipe = {
         "seed": seed,
         "width": DEMO_WIDTH,
@@ -104,22 +108,25 @@ def _demo_manifest(demo: DemoShards, seed: int) -> str:
 
 
 def _holds_demo(folder: Path, manifest: str) -> bool:
-    file = folder / "demo.json"
-    is_whole = len(list(folder.glob("*.tar"))) == sum(DEMO_SHARDS.values())
-    return is_whole and file.exists() and file.read_text() == manifest
+    path = folder / "demo.json"
+    is_complete = len(list(folder.glob("*.tar"))) == sum(DEMO_SHARDS.values())
+    return is_complete and path.exists() and path.read_text() == manifest
 
 
 def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
-    """Load a photograph from an installed package, at most `DEMO_WIDTH` pixels wide; path is package/folders/file.
+    """Load a photograph from an installed package and resize it to a width of `DEMO_WIDTH` pixels.
+
+    Args:
+        path: package and path of the file within it, as in "skimage/data/coffee.png".
 
     Raises:
-        FileNotFoundError: if the package does not bring it.
+        FileNotFoundError: if the package is not installed or does not contain the file.
     """
-    package, inside = path.split("/", 1)
-    # found without importing: sklearn alone would take a second
-    found = importlib.util.find_spec(package)
-    folders = (found and found.submodule_search_locations) or []
-    file = next((Path(folder, inside) for folder in folders if Path(folder, inside).exists()), None)
+    package, path_in_package = path.split("/", 1)
+    # The package is located without importing it: importing sklearn alone would take a second.
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or []
+    file = next((Path(folder, path_in_package) for folder in folders if Path(folder, path_in_package).exists()), None)
     if file is None:
         raise FileNotFoundError(f"photograph {path} is not installed: pip install scikit-image scikit-learn")
     with Image.open(file) as image:
@@ -128,22 +135,22 @@ def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def split_columns(width: int, split: str) -> range:
-    """Return the columns of a photograph that belong to "train" or "val": the left three fifths and the rest."""
+    """Return the columns of a photograph that belong to a split: "train" is the left three fifths, "val" the rest."""
     border = round(width * DEMO_TRAIN_SHARE)
     return range(border) if split == "train" else range(border, width)
 
 
 def _chroma(rgb: np.ndarray) -> Any:
-    """Return I and Q of YIQ over the last axis, the plane in which the hue transform turns."""
+    """Return I and Q of YIQ, computed over the last axis. The hue transform rotates in the plane that they span."""
     red, green, blue = np.moveaxis(rgb.astype(np.float64), -1, 0)
     return 0.596 * red - 0.274 * green - 0.321 * blue, 0.211 * red - 0.523 * green + 0.311 * blue
 
 
 def hue_bin(crop: UInt8[np.ndarray, "H W 3"]) -> int:
-    """Return 0 for a crop without clear colour, else 1 .. 7: the seventh of the hue circle its mean chroma points to.
+    """Return the seventh of the hue circle, 1 .. 7, that contains a crop's mean hue, or 0 if the crop is grey.
 
-    Angles count from +I (orange), so that the many warm photographs fall on both sides of a border instead of into one
-    bin.
+    Angles count from +I (orange), so that the many warm photographs lie on both sides of a border between two bins
+    instead of in a single bin.
     """
     in_phase, quadrature = _chroma(crop.reshape(-1, 3).mean(axis=0))
     if np.hypot(in_phase, quadrature) < GREY_CHROMA:
@@ -152,17 +159,17 @@ def hue_bin(crop: UInt8[np.ndarray, "H W 3"]) -> int:
 
 
 def region_map(photograph: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-    """Cut a photograph into regions: each pixel's number in `REGIONS`, of the blurred photograph.
+    """Return the number in `REGIONS` of each pixel of a photograph, computed after a blur.
 
-    Without clear colour a pixel is shadow, grey or light by its thirds of brightness; otherwise, by its chroma, brown
-    or warm (purple to yellow, below and above half brightness), green or blue. No annotation is needed, and whoever
-    looks can see whether it is right.
+    A grey pixel is shadow, grey or light, depending on its third of the brightness range. The hue makes other pixels
+    brown or warm (purple to yellow, below and above half brightness), green or blue. The map needs no annotation, and
+    its quality can be judged by eye.
     """
     blurred = np.asarray(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(REGION_BLUR)))
     in_phase, quadrature = _chroma(blurred)
     angle = np.degrees(np.arctan2(quadrature, in_phase)) % 360
     brightness = blurred.mean(axis=-1)
-    # +I is orange; yellow-green begins where I no longer outweighs -Q, blue on the far side of cyan
+    # Angles in degrees from +I (orange) towards purple: blue from 95, green from 190 (near cyan), yellow from 290.
     is_warm = (angle > 290) | (angle < 95)
     colour = np.select([is_warm & (brightness < 128), is_warm, angle > 190], [3, 4, 5], 6)
     is_grey = np.hypot(in_phase, quadrature) < GREY_PIXEL_CHROMA
@@ -170,34 +177,41 @@ def region_map(photograph: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W
 
 
 def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: str, seed: int) -> Iterator[dict]:
+    """Yield the samples of a split in random order, so that each shard holds crops of all photographs."""
     count = DEMO_CROPS[split]
     numbers = np.arange(count * len(names))
     draws = uniforms(seed, f"demo {split}", 0, numbers, 3)
     order = np.argsort(random_bits(seed, f"demo order {split}", numbers), kind="stable")
     regions = [region_map(photograph) for photograph in photographs]
-    for place, number in enumerate(order):
+    for position, number in enumerate(order):
         label = int(number) // count
         photograph = photographs[label]
         columns = split_columns(photograph.shape[1], split)
-        window, where = _window((len(photograph), len(columns)), draws[number])
-        crop, mask = (whole[:, columns.start : columns.stop][window] for whole in (photograph, regions[label]))
-        note = {"photograph": names[label], "hue_bin": hue_bin(crop), **where}
+        window, location = _crop_window((len(photograph), len(columns)), draws[number])
+        crop, mask = (array[:, columns.start : columns.stop][window] for array in (photograph, regions[label]))
+        metadata = {"photograph": names[label], "hue_bin": hue_bin(crop), **location}
         images = {"jpg": _encode(crop, "JPEG", quality=DEMO_JPEG_QUALITY), "seg.png": _encode(mask, "PNG")}
-        yield shard_sample(f"{split}_{place:06d}", label, note, images)
+        yield make_sample(f"{split}_{position:06d}", label, metadata, images)
 
 
-def _window(region: tuple[int, int], draw: np.ndarray) -> tuple[tuple[slice, slice], dict[str, int | float]]:
-    """Return a square within a region of some height and width; three uniform numbers decide its area and place."""
-    smallest, largest = DEMO_CROP_SIDE
-    side = round(float(np.sqrt(smallest**2 + draw[0] * (largest**2 - smallest**2))))
+def _crop_window(region: tuple[int, int], draw: np.ndarray) -> tuple[tuple[slice, slice], dict[str, int | float]]:
+    """Return a square crop as slices and its entries of the `.json` member.
+
+    Args:
+        region: height and width of the region in pixels.
+        draw: three uniform numbers in [0, 1), which determine area, top and left.
+    """
+    min_side, max_side = DEMO_CROP_SIDE
+    # The area is uniform, not the side.
+    side = round(float(np.sqrt(min_side**2 + draw[0] * (max_side**2 - min_side**2))))
     height, width = region
     top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
     x, y = (left + side / 2) / width, (top + side / 2) / height
-    where = {"size": side, "x": x, "y": y, "quadrant": 2 * int(y >= 0.5) + int(x >= 0.5)}
-    return (slice(top, top + side), slice(left, left + side)), where
+    location = {"size": side, "x": x, "y": y, "quadrant": 2 * int(y >= 0.5) + int(x >= 0.5)}
+    return (slice(top, top + side), slice(left, left + side)), location
 
 
-def _encode(pixels: np.ndarray, kind: str, **options: int) -> bytes:
+def _encode(pixels: np.ndarray, format_name: str, **options: int) -> bytes:
     encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, kind, **options)
+    Image.fromarray(pixels).save(encoded, format_name, **options)
     return encoded.getvalue()

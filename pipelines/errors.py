@@ -1,11 +1,12 @@
-"""The error of a shard that cannot be used."""
+"""The error that a shard which cannot be used raises."""
 
 
 class ShardError(Exception):
-    """A shard cannot be used as it is; the message says where and what to do."""
+    """A shard, or one of its samples, cannot be used; the message names both and the remedy."""
 
-    def __init__(self, what: str, *, shard: str = "", key: str = "", remedy: str = "") -> None:
+    def __init__(self, problem: str, *, shard: str = "", key: str = "", remedy: str = "") -> None:
         address = f"{shard}: " if shard else ""
         address += f"sample {key!r}: " if key else ""
-        super().__init__(address + what + (f"; {remedy}" if remedy else ""))
-        self.shard, self.key = shard, key
+        super().__init__(address + problem + (f"; {remedy}" if remedy else ""))
+        self.shard = shard
+        self.key = key

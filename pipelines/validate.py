@@ -1,6 +1,7 @@
-"""Look at every sample once: decode image and mask, count what there is, and leave out of the index what is broken.
+"""Check shards: decode all images and masks, count what they hold, and leave broken samples out of the index.
 
-Broken bytes in the middle of a JPEG are no error to any decoder here: they decode to grey or garbage, as in training.
+Broken bytes in the middle of a JPEG are not an error for any of the decoders: they decode to grey or noise, here as in
+training.
 """
 
 import io
@@ -14,7 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, size_difference, upright_size
+from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, describe_sizes, upright_size
 from iwm_fast.pipelines.config import IMAGE_FORMATS
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.index_cache import file_version, save_filtered_index
@@ -24,7 +25,7 @@ from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """A sample whose image or mask cannot be decoded, or whose mask is not of its image's size."""
+    """A sample whose image or mask cannot be decoded, or whose mask differs from its image in size."""
 
     key: str
     reason: str
@@ -32,108 +33,117 @@ class BadSample:
 
 @dataclass(kw_only=True)
 class ShardReport:
-    """What one shard holds."""
+    """Contents and defects of a shard."""
 
     path: str
     formats: Counter[str] = field(default_factory=Counter)
-    """Images by format."""
+    """Number of readable images of each format."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """Width and height of each readable image, in pixels."""
     num_unlabelled: int = 0
+    """Number of samples without a .cls member."""
     num_json: int = 0
-    """Samples with a .json member."""
+    """Number of samples with a .json member."""
     first_without_json: str = ""
-    """Key of the first sample that has none; empty if all have one."""
+    """Key of the first sample without a .json member, empty if all samples have one."""
     num_masks: int = 0
-    """Samples with a segmentation map that can be used."""
+    """Number of samples with a valid segmentation map."""
     no_masks: list[BadSample] = field(default_factory=list)
-    """Samples with a PNG in a mask's place that holds no class indices; their images are drawn all the same."""
+    """Samples whose PNG next to the image holds no class indices. Their images are drawn nevertheless."""
     bad: list[BadSample] = field(default_factory=list)
-    """Left out of the kept index, so that they are never drawn."""
+    """Samples left out of the stored index, so that they are never drawn."""
     refusal: str = ""
-    """Why the shard as a whole cannot be used; empty if it can."""
+    """Reason why no sample of the shard can be used, empty if the shard can be used."""
 
 
 def validate(paths: Sequence[str], num_processes: int | None = None) -> Iterator[ShardReport]:
-    """Yield a report per shard, in their order; several at a time are worked on.
+    """Yield the report of each shard in the order of `paths`, and store an index without the bad samples.
 
     Args:
-        paths: the shards', from `find_shards`.
-        num_processes: unset: one per core.
+        paths: paths of the shards, from `find_shards`.
+        num_processes: number of shards checked at a time; unset: one per core.
 
     Raises:
-        OSError: if a shard cannot be read, or no index without its bad samples can be kept.
+        OSError: if a shard cannot be read, or no index without its bad samples can be stored.
     """
     num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
     if num_processes == 1:
         yield from map(validate_shard, paths)
         return
-    # a forked process would inherit the locks that this one's threads happen to hold
+    # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(validate_shard, paths)
 
 
 def validate_shard(path: str) -> ShardReport:
-    """Decode every image and mask of a shard; keep an index that leaves out the samples that are broken."""
-    report, stamp = ShardReport(path=path), file_version(path)
+    """Decode all images and masks of a shard and store an index without the bad samples.
+
+    Raises:
+        OSError: if the shard cannot be read, or no index without its bad samples can be stored.
+    """
+    report = ShardReport(path=path)
+    # Taken before reading: if the shard changes during the check, the stored index is outdated at once.
+    version = file_version(path)
     try:
-        # from the headers and not from a kept index, which may lack samples already
+        # From the headers, because a stored index may already leave out samples.
         shard = index_shard(path)
     except ShardError as error:
         report.refusal = str(error)
         return report
-    bad = []
+    bad_positions = []
     with ShardFile(path) as file:
         for position, key in enumerate(shard.keys):
-            reason = _look_at(shard, position, file, report)
+            reason = _check_sample(shard, position, file, report)
             if reason:
-                bad.append(position)
+                bad_positions.append(position)
                 report.bad.append(BadSample(key=key, reason=reason))
     report.num_unlabelled = int((shard.label < 0).sum())
     without_json = np.flatnonzero(shard.json_offset == 0)
     report.num_json = len(shard.keys) - len(without_json)
     report.first_without_json = shard.keys[int(without_json[0])] if len(without_json) else ""
-    if len(bad) == len(shard.keys):
-        report.refusal = f"{path}: none of its {len(bad)} samples can be decoded; write the shard again"
+    if len(bad_positions) == len(shard.keys):
+        report.refusal = f"{path}: none of its {len(bad_positions)} samples can be decoded; write the shard again"
         return report
-    save_filtered_index(shard, stamp, bad)
+    save_filtered_index(shard, version, bad_positions)
     return report
 
 
-def _look_at(shard: Shard, position: int, file: ShardFile, report: ShardReport) -> str:
-    """Return why the sample cannot be used; if it can, count what it has and return an empty string."""
+def _check_sample(shard: Shard, position: int, file: ShardFile, report: ShardReport) -> str:
+    """Return the reason why a sample is bad; if it is good, add it to the report and return an empty string."""
     content = file.read_at(int(shard.image_offset[position]), int(shard.image_size[position]))
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format not in IMAGE_FORMATS:
-                return f"is {image.format}, accepted are {', '.join(IMAGE_FORMATS)}"
+                return f"is {image.format}; accepted formats are {', '.join(IMAGE_FORMATS)}"
+            # Image.open reads only the header; this decodes the pixels.
             image.convert("RGB")
-            kind, size, turned = str(image.format), image.size, upright_size(content)
+            format_name, size, upright = str(image.format), image.size, upright_size(content)
     except UnidentifiedImageError:
-        return f"is no image, it begins with {content[:16]!r}" if content else "has 0 bytes"
-    # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, struct.error, ...
+        return f"is not an image, it begins with {content[:16]!r}" if content else "has 0 bytes"
+    # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         return f"cannot be decoded: {error or type(error).__name__}"
     if shard.mask_offset[position]:
         mask = file.read_at(int(shard.mask_offset[position]), int(shard.mask_size[position]))
-        reason = _look_at_mask(mask, turned, shard.keys[position], report)
+        reason = _check_mask(mask, upright, shard.keys[position], report)
         if reason:
             return reason
-    report.formats[kind] += 1
+    report.formats[format_name] += 1
     report.sizes.append(size)
     return ""
 
 
-def _look_at_mask(mask: bytes, image_size: tuple[int, int], key: str, report: ShardReport) -> str:
+def _check_mask(mask: bytes, image_size: tuple[int, int], key: str, report: ShardReport) -> str:
+    """Return the reason why a mask makes its sample bad; otherwise add it to the report and return an empty string."""
     try:
         indices = decode_mask(mask)
     except NoMaskError as error:
-        # it may be a picture of its own, which is no reason to lose the image
+        # The PNG may be another picture instead of a mask, which does not make the image bad.
         report.no_masks.append(BadSample(key=key, reason=str(error)))
         return ""
     except Exception as error:
         return f"segmentation map cannot be decoded: {error or type(error).__name__}"
     if indices.shape[::-1] != image_size:
-        return size_difference(indices, image_size)
+        return describe_sizes(indices, image_size)
     report.num_masks += 1
     return ""

@@ -1,1 +1,1 @@
-"""Which label or segmentation map belongs to a sample?"""
+"""Which label or segmentation map does a sample have?"""

@@ -1,7 +1,7 @@
-"""Labels of samples as class numbers: the `.cls` member, or any field of the `.json` member.
+"""Labels of samples as class numbers, read from the `.cls` member or from a field of the `.json` member.
 
-Loaders know nothing of them. A task reads its labels once and looks them up by a batch's sample numbers, so that
-several tasks on several fields share one stream of batches.
+Loaders do not handle labels. An evaluation reads its labels once and looks them up by the sample numbers of a batch, so
+that several label fields can share one stream of batches.
 """
 
 import json
@@ -16,44 +16,45 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from iwm_fast.pipelines.config import check, check_label_field
+from iwm_fast.pipelines.config import check_label_field
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard import Shard, require_unchanged
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.storage.tar_reader import REMOTE_STEP, ShardFile
 
-# about what a disk or a network folder delivers in the time of one more request; a remote store's is REMOTE_STEP
+# Members closer than this are read in one request: about what a disk or a network folder transfers in the time of
+# another request. REMOTE_STEP is the corresponding size for a remote store.
 _LOCAL_GAP = 128 * 1024
-# each thread holds this much
-_LARGEST_READ = 8 * 1024 * 1024
-_MOST_SHOWN = 20
-_KINDS = {str: "string", int: "integer", bool: "boolean"}
+# Each thread holds at most this much.
+_MAX_READ = 8 * 1024 * 1024
+_MAX_LISTED_CLASSES = 20
+_TYPE_NAMES = {str: "string", int: "integer", bool: "boolean"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labels:
-    """One field of every sample of a set."""
+    """One label field of all samples of a set."""
 
     field: str
-    """What they were read from: "cls" or "json.NAME"."""
+    """The field: "cls" or "json.NAME"."""
     number: Int64[np.ndarray, "samples"]
     """Class number of each sample of the set, 0 .. K - 1."""
     classes: tuple[str, ...]
-    """Name of each class: what stands in the shards, as text."""
+    """Name of each class: its value in the shards, as text."""
 
     @property
     def counts(self) -> Int64[np.ndarray, "K"]:
-        """Samples of each class, 0 where only other sets have some."""
+        """Number of samples of each class, 0 for a class that occurs only in other sets."""
         return np.bincount(self.number, minlength=len(self.classes)).astype(np.int64)
 
     def of(self, sample: Int64[Tensor, "B"]) -> Int64[Tensor, "B"]:
-        """Return the class numbers of a batch, given its sample numbers."""
+        """Return the class numbers of a batch with these sample numbers."""
         return torch.from_numpy(self.number[sample.numpy()])
 
 
 class _Value(NamedTuple):
-    kind: str
-    """Compared before the value, because True == 1."""
+    type_name: str
+    """Compared before the value, because Python treats True and 1 as equal."""
     value: str | int
 
     @property
@@ -61,91 +62,100 @@ class _Value(NamedTuple):
         return self.value if isinstance(self.value, str) else json.dumps(self.value)
 
     def __str__(self) -> str:
-        return f"{self.kind} {json.dumps(self.value, ensure_ascii=False)}"
+        return f"{self.type_name} {json.dumps(self.value, ensure_ascii=False)}"
 
 
 def read_labels(shards: ShardSet, field: str, *, classes: Sequence[str] | None = None, num_threads: int = 8) -> Labels:
-    """Read one field of every sample; its distinct values are numbered in sorted order.
+    """Read a label field of all samples and number its distinct values in sorted order.
 
-    Integers sort as numbers, so what is 0 .. K - 1 already stays as it is.
+    Integers sort as numbers, so that values which already are 0 .. K - 1 do not change.
 
     Args:
         shards: the samples.
-        field: "cls", or "json.NAME" for a field of the `.json` members, "json.NAME.NAME" for one inside another.
-        classes: names in the order of their numbers, usually the training set's; unset: the values found here.
-        num_threads: shards whose `.json` members are read at once.
+        field: "cls", "json.NAME" for a field of the `.json` members, or "json.NAME.NAME" for a nested field.
+        classes: class names in the order of their numbers, usually the training set's; unset: the values of this set.
+        num_threads: number of shards whose `.json` members are read at a time.
 
     Raises:
-        ValueError: if `field` is neither.
-        ShardError: if a sample lacks the field, holds something that names no class, or a value not in `classes`.
+        ValueError: if `field` has none of these forms, or `classes` contains a name twice.
+        ShardError: if a sample lacks the field, or its value cannot name a class or is not in `classes`.
     """
     check_label_field("field", field)
-    values, code = _class_values(shards) if field == "cls" else _json_values(shards, field, num_threads)
-    mixed = [value.kind != values[0].kind for value in values]
-    if any(mixed):
-        value, where = _first(shards, values, code, mixed)
-        what, remedy = f"{field} is {value}, where others have {values[0]}", "write one kind of value throughout"
-        raise ShardError(what, **where, remedy=remedy)
+    values, codes = _cls_values(shards) if field == "cls" else _json_values(shards, field, num_threads)
+    # Classes are named by text, so that "1" and 1 could not be told apart.
+    is_mixed = [value.type_name != values[0].type_name for value in values]
+    if any(is_mixed):
+        value, address = _first_invalid(shards, values, codes, is_mixed)
+        problem, remedy = f"{field} is {value}, but other samples have {values[0]}", "use a single type of value"
+        raise ShardError(problem, **address, remedy=remedy)
     names = tuple(value.text for value in sorted(values)) if classes is None else tuple(classes)
-    check(len(set(names)) == len(names), "classes", names, "name each class once")
+    if len(set(names)) < len(names):
+        raise ValueError(f"classes must name each class once, got {names}")
     numbers = {name: number for number, name in enumerate(names)}
-    unseen = [value.text not in numbers for value in values]
-    if any(unseen):
-        value, where = _first(shards, values, code, unseen)
-        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-        remedy = f"known are {', '.join(names[:_MOST_SHOWN])}{more}: leave the sample out or give other classes"
-        raise ShardError(f"{field} is {value}, no class that is known", **where, remedy=remedy)
-    number = np.array([numbers[value.text] for value in values], np.int64)[code]
+    is_unlisted = [value.text not in numbers for value in values]
+    if any(is_unlisted):
+        value, address = _first_invalid(shards, values, codes, is_unlisted)
+        more = f" and {len(names) - _MAX_LISTED_CLASSES} more" if len(names) > _MAX_LISTED_CLASSES else ""
+        listed = f"{', '.join(names[:_MAX_LISTED_CLASSES])}{more}"
+        remedy = "remove the sample or name other classes"
+        raise ShardError(f"{field} is {value}, which is not one of the classes {listed}", **address, remedy=remedy)
+    number = np.array([numbers[value.text] for value in values], np.int64)[codes]
     return Labels(field=field, number=number, classes=names)
 
 
-def _first(
-    shards: ShardSet, values: list[_Value], code: Int64[np.ndarray, "samples"], is_wrong: list[bool]
+def _first_invalid(
+    shards: ShardSet, values: list[_Value], codes: Int64[np.ndarray, "samples"], is_invalid: list[bool]
 ) -> tuple[_Value, dict[str, str]]:
-    """Return the first wrong value with shard and key of its sample."""
-    sample = int(np.flatnonzero(np.array(is_wrong)[code])[0])
-    return values[int(code[sample])], shards.where(sample)
+    """Return the value of the first sample with an invalid one, with the sample's shard and key."""
+    sample = int(np.flatnonzero(np.array(is_invalid)[codes])[0])
+    return values[int(codes[sample])], shards.where(sample)
 
 
-def _class_values(shards: ShardSet) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:
-    shards.require_labels("a task on cls")
-    found, code = np.unique(shards.labels(np.arange(shards.num_samples)), return_inverse=True)
-    return [_Value("integer", value) for value in found.tolist()], code
+def _cls_values(shards: ShardSet) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:
+    """Return the distinct `.cls` labels, and for each sample the index of its label among them."""
+    shards.require_labels("an evaluation on cls")
+    values, codes = np.unique(shards.labels(np.arange(shards.num_samples)), return_inverse=True)
+    return [_Value("integer", value) for value in values.tolist()], codes
 
 
 def _json_values(shards: ShardSet, field: str, num_threads: int) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:
-    """Return the distinct values of a field, and for each sample which of them it has."""
+    """Return the distinct values of a `.json` field, and for each sample the index of its value among them."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="labels") as pool:
-        found = list(pool.map(_shard_values, shards.shards, repeat(field)))
-    numbers: dict[_Value, int] = {}
-    codes = []
-    for values, code in found:
-        renumbered = [numbers.setdefault(value, len(numbers)) for value in values]
-        codes.append(np.array(renumbered, np.int64)[code])
-    return list(numbers), np.concatenate(codes)
+        results = list(pool.map(_shard_values, shards.shards, repeat(field)))
+    indices: dict[_Value, int] = {}
+    all_codes = []
+    # The shards number their values independently.
+    for values, codes in results:
+        renumbered = [indices.setdefault(value, len(indices)) for value in values]
+        all_codes.append(np.array(renumbered, np.int64)[codes])
+    return list(indices), np.concatenate(all_codes)
 
 
 def _shard_values(shard: Shard, field: str) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:
     missing = np.flatnonzero(shard.json_offset == 0)
     if len(missing):
-        what = f"has no .json, like {len(missing)} of {len(shard.keys)} samples of this shard, and {field} is needed"
+        extent = f"{len(missing)} of {len(shard.keys)} samples of this shard lack it"
+        problem = f"has no .json member ({extent}), but {field} is needed"
         remedy = "add the member to each sample"
-        raise ShardError(what, shard=shard.path, key=shard.keys[int(missing[0])], remedy=remedy)
-    numbers: dict[_Value, int] = {}
+        raise ShardError(problem, shard=shard.path, key=shard.keys[int(missing[0])], remedy=remedy)
+    indices: dict[_Value, int] = {}
     with ShardFile(shard.path) as file:
         require_unchanged(shard, file)
-        contents = zip(shard.keys, _json_members(shard, file), strict=True)
-        code = [numbers.setdefault(_value(shard.path, *pair, field), len(numbers)) for pair in contents]
-    return list(numbers), np.array(code, np.int64)
+        members = zip(shard.keys, _json_members(shard, file), strict=True)
+        codes = [
+            indices.setdefault(_parse_value(shard.path, key, content, field), len(indices)) for key, content in members
+        ]
+    return list(indices), np.array(codes, np.int64)
 
 
 def _json_members(shard: Shard, file: ShardFile) -> Iterator[bytes]:
-    """Yield every `.json` member; what lies near to each other is read at once, with what is between."""
+    """Yield all `.json` members; neighbouring ones are read in one request, together with the bytes between them."""
     begins, ends = shard.json_offset.tolist(), (shard.json_offset + shard.json_size).tolist()
     gap, first = REMOTE_STEP if "://" in shard.path else _LOCAL_GAP, 0
     for last, end in enumerate(ends):
         is_last = last + 1 == len(ends)
-        if not is_last and begins[last + 1] - end <= gap and ends[last + 1] - begins[first] <= _LARGEST_READ:
+        # Extend the current request, which begins with the member `first`, while the next member is close.
+        if not is_last and begins[last + 1] - end <= gap and ends[last + 1] - begins[first] <= _MAX_READ:
             continue
         content = file.read_at(begins[first], end - begins[first])
         for begin, stop in zip(begins[first : last + 1], ends[first : last + 1], strict=True):
@@ -153,19 +163,23 @@ def _json_members(shard: Shard, file: ShardFile) -> Iterator[bytes]:
         first = last + 1
 
 
-def _value(path: str, key: str, content: bytes, field: str) -> _Value:
+def _parse_value(path: str, key: str, content: bytes, field: str) -> _Value:
+    """Return the value of a field in a `.json` member; `path` and `key` are only for the error."""
     try:
         value: Any = json.loads(content)
+    # Deeply nested brackets exceed the parser's recursion limit.
     except (ValueError, RecursionError) as error:
         remedy = "write the member again"
         raise ShardError(f"its .json does not parse: {error}", shard=path, key=key, remedy=remedy) from error
     for name in field.split(".")[1:]:
         if not isinstance(value, dict) or name not in value:
-            there = ", ".join(sorted(value)) if isinstance(value, dict) else f"{type(value).__name__}, no fields"
-            what = f"its .json has no {field[len('json.') :]!r}"
-            raise ShardError(what, shard=path, key=key, remedy=f"add it, or name what is there: {there or 'nothing'}")
+            existing = ", ".join(sorted(value)) if isinstance(value, dict) else f"{type(value).__name__}, no fields"
+            problem = f"its .json has no field {field[len('json.') :]!r}"
+            remedy = f"add it, or name one of the existing fields: {existing or 'none'}"
+            raise ShardError(problem, shard=path, key=key, remedy=remedy)
         value = value[name]
-    if type(value) not in _KINDS:
-        remedy = "a class is a string, an integer, true or false; other values must be sorted into classes first"
+    # type() and not isinstance(), because bool is a subclass of int.
+    if type(value) not in _TYPE_NAMES:
+        remedy = "a class is a string, an integer, true or false; map other values to classes first"
         raise ShardError(f"{field} is {json.dumps(value)[:80]}", shard=path, key=key, remedy=remedy)
-    return _Value(_KINDS[type(value)], value)
+    return _Value(_TYPE_NAMES[type(value)], value)

@@ -1,1 +1,1 @@
-"""Where are the bytes: shards, tar headers, indexes, local and remote reads, writing?"""
+"""How are samples stored? Shards, tar headers, indexes, local and remote reads, and writing."""

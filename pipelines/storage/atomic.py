@@ -1,7 +1,7 @@
-"""Files and folders that are there complete or not at all, and folders that tell when they were damaged later.
+"""Files and folders that appear complete or not at all, and folders whose later damage is detected.
 
-The files of a folder are written into a temporary one beside it and forced to disk, then a manifest with the size and
-SHA-256 of each, then the folder is renamed: whoever looks sees all of it or nothing.
+The files of a folder are written into a temporary folder next to it and forced to disk, followed by a manifest with the
+size and SHA-256 of each file. Then the folder is renamed, so that readers see either all of it or nothing.
 """
 
 import hashlib
@@ -19,12 +19,13 @@ _TEMPORARY = ".unfinished-"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there: readers see the old one or all of the new one.
+    """Write a temporary file and rename it to `path`, so that readers see either the old file or the new one.
 
     Args:
-        path: the file; an earlier one is replaced.
-        write: writes the file at the path that it is given.
+        path: the file; an existing one is replaced.
+        write: called with the path of the temporary file, which it writes.
     """
+    # The process id keeps processes that replace the same file from writing into one temporary file.
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         write(draft)
@@ -35,24 +36,25 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def force_to_disk(path: Path) -> None:
-    """Return when the file's content, or the folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Return once a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
-    """Make a folder of the files that the writers write, by file name.
+    """Create a folder with a manifest and one file per entry of `writers`: file name -> function that writes it.
 
     Raises:
         FileExistsError: if the folder exists.
-        OSError: if the disk is full or does not let us.
+        OSError: if it cannot be written, for instance because the disk is full.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; move it away or choose another folder")
     draft = folder.parent / f"{_TEMPORARY}{folder.name}"
+    # A process that was killed may have left an unfinished folder under this name.
     shutil.rmtree(draft, ignore_errors=True)
     is_first = not folder.parent.exists()
     draft.mkdir(parents=True)
@@ -62,37 +64,40 @@ def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
             force_to_disk(draft / name)
         save_json({name: _describe(draft / name) for name in writers}, draft / MANIFEST)
         for name in writers:
-            # safetensors makes files that nobody else may read
+            # safetensors creates files that only their owner may read; the manifest's mode follows the umask.
             (draft / name).chmod((draft / MANIFEST).stat().st_mode)
+        # A rename is atomic but not ordered after earlier writes: without these calls, a power failure could leave the
+        # final name on a folder whose files or names are missing.
         force_to_disk(draft / MANIFEST)
         force_to_disk(draft)
         draft.rename(folder)
     except BaseException:
-        # on a full disk this gives the room back
+        # On a full disk this frees the space again.
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    # The new name itself is an entry of the parent folder, and a new parent is an entry of the grandparent.
     force_to_disk(folder.parent)
     if is_first:
         force_to_disk(folder.parent.parent)
 
 
 def remove(folder: Path) -> None:
-    """Remove a published folder so that half of it is never seen."""
+    """Remove a published folder; it is renamed first, so that readers never see a part of it."""
     shutil.rmtree(folder.rename(folder.parent / f"{_TEMPORARY}removing-{folder.name}"))
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a folder that was refused another name, which leaves its own free, and return it; nothing is overwritten."""
+    """Rename a refused folder to the first unused NAME.refused, NAME.refused-2, ... and return the new path."""
     endings = chain([""], (f"-{number}" for number in count(2)))
-    names = (folder.with_name(f"{folder.name}.refused{ending}") for ending in endings)
-    aside = next(path for path in names if not path.exists())
-    folder.rename(aside)
+    candidates = (folder.with_name(f"{folder.name}.refused{ending}") for ending in endings)
+    new_path = next(path for path in candidates if not path.exists())
+    folder.rename(new_path)
     force_to_disk(folder.parent)
-    return aside
+    return new_path
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes left; nobody else may be writing here."""
+    """Remove the unfinished folders of killed processes; no other process may be writing to `parent`."""
     for leftover in parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover)
 
@@ -103,18 +108,19 @@ def verify(folder: Path, names: tuple[str, ...]) -> None:
     Raises:
         OSError: naming the first file that is missing or differs.
     """
-    differs = ""
+    difference = ""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name in names:
-            found, expected = _describe(folder / name), manifest[name]
-            if found != expected:
-                differs = f"{folder / name} is {found}, its manifest says {expected}"
+            actual, expected = _describe(folder / name), manifest[name]
+            if actual != expected:
+                difference = f"{folder / name} is {actual}, but its manifest records {expected}"
                 break
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise OSError(f"{folder} cannot be read ({error})") from error
-    if differs:
-        raise OSError(differs)
+    # Raised outside the try block, which would report it as a folder that cannot be read.
+    if difference:
+        raise OSError(difference)
 
 
 def save_json(value: dict[str, Any], path: Path) -> None:

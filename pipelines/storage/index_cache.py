@@ -1,8 +1,8 @@
-"""Indexes kept on disk: a shard's headers are read once, and again only when the shard has changed.
+"""Indexes stored on disk: a shard's headers are read once, and again only after the shard has changed.
 
-An index lies beside its shard, `train-000000.tar.index`; where that folder cannot be written, and for remote shards, in
-a cache folder (IWM_CACHE, otherwise ~/.cache/iwm-fast). It holds for the size and time of change that the shard had
-when its headers were read. What is not whole, or of another format, counts as absent and is made anew.
+An index lies next to its shard, as `train-000000.tar.index`. For remote shards, and where the shard's folder is not
+writable, it lies in a cache folder (IWM_CACHE, by default ~/.cache/iwm-fast). It is valid for the size and modification
+time that the shard had when its headers were read. A damaged index, or one of another format, is rebuilt.
 """
 
 import hashlib
@@ -25,145 +25,152 @@ from iwm_fast.pipelines.storage.shard import Shard, index_shard
 
 log = logging.getLogger(__name__)
 
-# changes with the meaning of what is kept
+# To be increased when the meaning of the stored values changes.
 FORMAT = 2
-# a shard changed as lately as this may change again without showing it: file systems count time in steps
+# File systems record times in steps, at most 2 s in common ones (FAT). A shard that changed more recently than that may
+# change again without a new modification time, so its index is not stored yet.
 MIN_AGE_NS = 2_000_000_000
-_NUMBERS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
+_INTEGER_FIELDS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
 
 
 class FileVersion(NamedTuple):
-    """What tells that a shard is still the one that was indexed."""
+    """Size and modification time of a file, which tell whether it has changed."""
 
     size_bytes: int
     changed_ns: int
 
 
 def load_or_index(path: str) -> Shard:
-    """Return a shard's index: the kept one if it still holds, otherwise a new one, which is kept.
+    """Return a shard's stored index if it is still valid; otherwise index the shard and store the result.
 
     Raises:
-        ShardError: if the shard has to be read and cannot be used.
+        ShardError: if the shard must be indexed and cannot be used.
     """
-    # before the headers: should the shard change meanwhile, the new index is out of date and not wrong
-    stamp = file_version(path)
-    places = _places(path)
-    kept = [shard for shard in (_read(place, path, stamp) for place in places) if shard is not None]
-    if kept:
-        # of two, one was made where the other could not be replaced: whoever checked the shard knows more
-        return max(kept, key=lambda shard: shard.num_left_out)
+    # Taken before the headers are read: if the shard changes in between, the stored index is outdated, but never wrong.
+    version = file_version(path)
+    index_paths = _index_paths(path)
+    indexes = [_read_index(index_path, path, version) for index_path in index_paths]
+    valid = [shard for shard in indexes if shard is not None]
+    if valid:
+        # There are two if a filtered index could not replace the older one. The filtered index leaves out more samples.
+        return max(valid, key=lambda shard: shard.num_left_out)
     shard = index_shard(path)
-    if time.time_ns() - stamp.changed_ns >= MIN_AGE_NS:
-        _keep(shard, stamp, places)
+    if time.time_ns() - version.changed_ns >= MIN_AGE_NS:
+        _write_index(shard, version, index_paths)
     return shard
 
 
-def save_filtered_index(shard: Shard, stamp: FileVersion, positions: list[int]) -> None:
-    """Keep an index without the samples at these positions; it holds until the shard changes.
+def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]) -> None:
+    """Store an index without the samples at `positions`; it is valid until the shard changes.
 
     Args:
-        shard: whole, as `index_shard` read it.
-        stamp: the shard's, from before it was read.
-        positions: what to leave out; not everything.
+        shard: with all samples, as `index_shard` returns it.
+        version: the shard's version before it was read.
+        positions: the samples to leave out; at least one sample must remain.
 
     Raises:
-        OSError: if what is left out would be drawn all the same, because no index can be kept.
+        OSError: if no index can be stored, so that the samples to leave out would still be drawn.
     """
-    kept = np.delete(np.arange(len(shard.keys)), positions)
-    numbers = {name: getattr(shard, name)[kept] for name in _NUMBERS}
-    keys = tuple(shard.keys[position] for position in kept)
-    # what was left out once must not come back because the shard is young
-    time.sleep(max(0, stamp.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
-    places = _places(shard.path)
-    _keep(replace(shard, keys=keys, num_left_out=len(positions), **numbers), stamp, places)
-    # read back as a run will: a store may tell no time of change, the shard may have changed meanwhile
-    read = [_read(place, shard.path, file_version(shard.path)) for place in places]
-    if positions and max((found.num_left_out for found in read if found), default=0) != len(positions):
-        folders = " or ".join(str(place.parent) for place in places)
+    remaining = np.delete(np.arange(len(shard.keys)), positions)
+    arrays = {name: getattr(shard, name)[remaining] for name in _INTEGER_FIELDS}
+    keys = tuple(shard.keys[position] for position in remaining)
+    # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
+    time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
+    index_paths = _index_paths(shard.path)
+    _write_index(replace(shard, keys=keys, num_left_out=len(positions), **arrays), version, index_paths)
+    # Read it back as a run will: the store may report no modification time, or the shard may have changed meanwhile.
+    stored = [_read_index(index_path, shard.path, file_version(shard.path)) for index_path in index_paths]
+    if positions and max((index.num_left_out for index in stored if index), default=0) != len(positions):
+        folders = " or ".join(str(index_path.parent) for index_path in index_paths)
         raise OSError(
-            f"{shard.path}: {len(positions)} samples cannot be decoded and would still be drawn, as no index without "
-            f"them can be kept in {folders}; set IWM_CACHE to a folder that can be written, and leave the shard as it "
-            "is while it is checked"
+            f"{shard.path}: {len(positions)} samples cannot be decoded and would still be drawn, because no index "
+            f"without them can be stored in {folders}; set IWM_CACHE to a writable folder, and do not change the shard "
+            "while it is being checked"
         )
 
 
 def file_version(path: str) -> FileVersion:
-    """Return what the shard looks like from outside."""
+    """Return size and modification time of a local or remote file."""
     if "://" in path:
         info = file_info(path)
-        # a store that tells no time of change keeps no index: it would never be known to be out of date
+        # Without a modification time a change could go unnoticed. The current time makes every index look outdated.
         return FileVersion(int(info.size or 0), int(info.mtime_ns or time.time_ns()))
     status = os.stat(path)
     return FileVersion(status.st_size, status.st_mtime_ns)
 
 
-def _places(path: str) -> list[Path]:
-    """Return where an index may lie, the best first."""
+def _index_paths(path: str) -> list[Path]:
+    """Return the paths at which a shard's index may be stored, the preferred one first."""
     name = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast") / "index"
     beside = [] if "://" in path else [Path(f"{path}.index")]
     return [*beside, folder / f"{name}.index"]
 
 
-def _read(place: Path, path: str, stamp: FileVersion) -> Shard | None:
-    if not place.is_file():
+def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | None:
+    """Return the stored index of the shard at `path`, None if it is absent, outdated or damaged."""
+    if not index_path.is_file():
         return None
     try:
-        with safe_open(place, framework="numpy") as file:
+        with safe_open(index_path, framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            if about.get("format") != FORMAT or tuple(about["stamp"]) != stamp:
+            if about.get("format") != FORMAT or tuple(about["stamp"]) != version:
                 return None
-            arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_NUMBERS)}
+            arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_INTEGER_FIELDS)}
             checksum, num_left_out = about["checksum"], int(about["num_left_out"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        log.warning("%s is no whole index (%s); it is made anew", place, error)
+        log.warning("%s is not a complete index (%s); it is rebuilt", index_path, error)
         return None
     if checksum != _checksum(arrays):
-        log.warning("%s is damaged; it is made anew", place)
+        log.warning("%s is damaged; it is rebuilt", index_path)
         return None
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
-    numbers = {name: arrays[name] for name in _NUMBERS}
-    return Shard(path=path, size_bytes=stamp.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **numbers)
+    integers = {name: arrays[name] for name in _INTEGER_FIELDS}
+    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **integers)
 
 
-def _keep(shard: Shard, stamp: FileVersion, places: list[Path]) -> None:
+def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) -> None:
+    """Write an index to the first of the paths that is writable; log a warning if none is."""
+    # Names in a tar are bytes. surrogateescape keeps those that are not UTF-8.
     keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
-    arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _NUMBERS}
+    arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _INTEGER_FIELDS}
     arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)
     arrays["key_size"] = np.array([len(key) for key in keys], np.int64)
     about = {
         "format": FORMAT,
-        "stamp": stamp,
+        "stamp": version,
         "num_left_out": shard.num_left_out,
         "checksum": _checksum(arrays),
     }
     content = save(arrays, {"about": json.dumps(about)})
     errors = []
-    for place in places:
+    for index_path in index_paths:
         try:
-            return _publish(place, content)
+            return _write_atomically(index_path, content)
         except OSError as error:
             errors.append(str(error))
-    log.warning("the index of %s cannot be kept and will be made again next time: %s", shard.path, "; ".join(errors))
+    log.warning("the index of %s cannot be stored and will be rebuilt next time: %s", shard.path, "; ".join(errors))
 
 
-def _publish(place: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, whoever is killed or writes the same at the same time."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.{time.monotonic_ns()}")
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all, even if processes are killed or write it at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique among processes and threads: several of them may index the same shard at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(place)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:
     checksum = 0
+    # Sorted, because writing and reading build the dictionary in different orders.
     for name in sorted(arrays):
         checksum = zlib.crc32(arrays[name].tobytes(), checksum)
     return checksum

@@ -1,4 +1,4 @@
-"""Find shards and describe the whole as one numbered set of samples."""
+"""Find shards and number their samples as one set."""
 
 import glob
 import hashlib
@@ -14,101 +14,103 @@ from braceexpand import braceexpand
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
-from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.index_cache import load_or_index
 from iwm_fast.pipelines.storage.remote_file import file_info, list_files
-from iwm_fast.pipelines.storage.shard import Shard, first_samples
+from iwm_fast.pipelines.storage.shard import Shard, limit_samples
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardSet:
-    """Several shards in a fixed order; their samples are numbered through from 0."""
+    """Shards in a fixed order, whose samples are numbered consecutively from 0."""
 
     shards: tuple[Shard, ...]
 
     @cached_property
-    def first_sample(self) -> Int64[np.ndarray, "bounds"]:
-        """Number of each shard's first sample, and the number of all samples at the end."""
+    def shard_bounds(self) -> Int64[np.ndarray, "bounds"]:
+        """Number of each shard's first sample, followed by the total number of samples."""
         return np.cumsum([0, *(len(shard.keys) for shard in self.shards)], dtype=np.int64)
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards together."""
-        return int(self.first_sample[-1])
+        """Total number of samples in all shards."""
+        return int(self.shard_bounds[-1])
 
     @cached_property
     def _label(self) -> Int64[np.ndarray, "samples"]:
         return np.concatenate([shard.label for shard in self.shards])
 
     def truncated(self, num_samples: int) -> "ShardSet":
-        """Return the set of the first so many samples, in the order of the shards.
+        """Return the set of the first `num_samples` samples, in the order of the shards.
 
         Raises:
-            ValueError: if there are fewer, or it asks for none.
+            ValueError: if `num_samples` is not positive or exceeds the number of samples.
         """
-        check(1 <= num_samples <= self.num_samples, "num_samples", num_samples, f"lie in 1 .. {self.num_samples}")
-        num_shards = int(np.searchsorted(self.first_sample, num_samples))
-        whole, last = self.shards[: num_shards - 1], self.shards[num_shards - 1]
-        return ShardSet(shards=(*whole, first_samples(last, num_samples - int(self.first_sample[num_shards - 1]))))
+        if not 1 <= num_samples <= self.num_samples:
+            raise ValueError(f"num_samples must be in 1 .. {self.num_samples}, got {num_samples}")
+        num_shards = int(np.searchsorted(self.shard_bounds, num_samples))
+        *complete, last = self.shards[:num_shards]
+        last = limit_samples(last, num_samples - int(self.shard_bounds[num_shards - 1]))
+        return ShardSet(shards=(*complete, last))
 
     def locate(self, samples: Int64[np.ndarray, "B"]) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
-        """Return each sample's shard number and its position in that shard.
+        """Return each sample's shard number and its position within that shard.
 
         Raises:
-            IndexError: if a number is outside the set.
+            IndexError: if a sample number is outside the set.
         """
         outside = samples[(samples < 0) | (samples >= self.num_samples)]
         if len(outside):
-            raise IndexError(f"samples must lie in 0 .. {self.num_samples - 1}, got {outside[0]}")
-        shard = np.searchsorted(self.first_sample, samples, side="right").astype(np.int64) - 1
-        return shard, samples - self.first_sample[shard]
+            raise IndexError(f"sample numbers must be in 0 .. {self.num_samples - 1}, got {outside[0]}")
+        shard = np.searchsorted(self.shard_bounds, samples, side="right").astype(np.int64) - 1
+        return shard, samples - self.shard_bounds[shard]
 
     def shard_of(self, sample: int) -> tuple[Shard, int]:
-        """Return one sample's shard and its position in that."""
+        """Return the shard of a sample and the sample's position within it."""
         (number,), (position,) = self.locate(np.array([sample], np.int64))
         return self.shards[int(number)], int(position)
 
     def key(self, sample: int) -> str:
-        """Return the sample's name, unique within its shard."""
+        """Return the key of a sample, which is unique within its shard."""
         shard, position = self.shard_of(sample)
         return shard.keys[position]
 
     def where(self, sample: int) -> dict[str, str]:
-        """Return shard path and key, as `ShardError` takes them."""
+        """Return shard path and key of a sample as keyword arguments of `ShardError`."""
         shard, position = self.shard_of(sample)
         return {"shard": shard.path, "key": shard.keys[position]}
 
     def address(self, sample: int) -> str:
-        """Return shard path and key, joined by a colon, for messages and logs."""
+        """Return "SHARD:KEY" of a sample, for messages and logs."""
         shard, position = self.shard_of(sample)
         return f"{shard.path}:{shard.keys[position]}"
 
     def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
-        """Return the class numbers, -1 where a sample has none."""
+        """Return the class numbers of samples, -1 for a sample without one."""
         return self._label[samples]
 
-    def require_labels(self, why: str) -> None:
-        """Check that every sample has a label; `why` says who needs it.
+    def require_labels(self, consumer: str) -> None:
+        """Check that every sample has a label; the message names `consumer` as what needs them.
 
         Raises:
             ShardError: naming the first sample without one.
         """
         missing = np.flatnonzero(self._label < 0)
         if len(missing):
-            what = f"has no label, like {len(missing)} of {self.num_samples} samples, and {why} needs one for each"
+            problem = f"has no label, which {consumer} needs ({len(missing)} of {self.num_samples} samples lack one)"
             remedy = "add a .cls member with the class number to each sample"
-            raise ShardError(what, **self.where(int(missing[0])), remedy=remedy)
+            raise ShardError(problem, **self.where(int(missing[0])), remedy=remedy)
 
     @cached_property
     def content_digest(self) -> str:
-        """SHA-256 over keys, image sizes and labels, shard by shard: the same data elsewhere has the same digest."""
+        """SHA-256 of keys, image sizes and labels in order; copies of the shards in other paths have the same one."""
         digest = hashlib.sha256()
         for shard in self.shards:
             keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
-            # lengths first, so that no two lists of keys read the same
+            # A fixed width and byte order give the same digest on all machines. The lengths come first, because joined
+            # keys alone would not tell ("ab", "c") from ("a", "bc").
             for numbers in ([len(keys)], [len(key) for key in keys], shard.image_size, shard.label):
                 digest.update(np.asarray(numbers, "<i8").tobytes())
             digest.update(b"".join(keys))
@@ -116,73 +118,82 @@ class ShardSet:
 
 
 def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
-    """Find the shards that `spec` describes (see `find_shards`) and index them in threads.
+    """Find the shards that a pattern names, index them in threads and return them as one set.
+
+    Args:
+        spec: a pattern as in `find_shards`.
+        num_threads: number of shards that are indexed at a time.
 
     Raises:
-        ValueError, FileNotFoundError: as `find_shards`.
-        ShardError: if one of them cannot be used.
+        ValueError: if the pattern is empty, malformed, or names a file twice.
+        FileNotFoundError: if something it names does not exist or a folder holds no .tar file.
+        ShardError: if a shard cannot be used.
     """
     paths = find_shards(spec)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
+        # Threads, because indexing mostly waits for reads.
         shards = tuple(pool.map(load_or_index, paths))
     num_left_out = sum(shard.num_left_out for shard in shards)
     if num_left_out:
-        log.warning("%s: %d samples are left out, as iwm shards check found they cannot be decoded", spec, num_left_out)
+        log.warning("%s: %d samples are left out because iwm shards check could not decode them", spec, num_left_out)
     return ShardSet(shards=shards)
 
 
 def find_shards(spec: str) -> list[str]:
-    """Return the shard paths that a pattern stands for, in its order.
+    """Return the paths of the shards that a pattern names, in the order of the pattern.
 
-    `spec` is one or several parts joined by "::". A part is a file, a folder (all its .tar files by name), or a remote
-    address such as s3://bucket/folder; braces like {000..127} expand, and * and ? match in local paths.
+    `spec` is one or several names joined by "::". A name is a file, a folder (all its .tar files, sorted), or a remote
+    address such as s3://bucket/folder. Braces such as {000..127} expand everywhere, * and ? only in local paths.
 
     Raises:
         ValueError: if the pattern is empty, malformed, or names a file twice.
         FileNotFoundError: if something it names does not exist or a folder holds no .tar file.
     """
-    parts = [part.strip() for part in spec.split("::")]
-    if not all(parts):
+    patterns = [pattern.strip() for pattern in spec.split("::")]
+    if not all(patterns):
         raise ValueError(f"shard pattern must name files, folders or addresses joined by '::', got {spec!r}")
-    names = [name for part in parts for name in _expand(part)]
-    # threads, because each remote name costs a request
+    names = [name for pattern in patterns for name in _expand(pattern)]
+    # In threads, because each remote name costs a request.
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(_list_shards, names))
-    missing = [name for name, paths in zip(names, found, strict=True) if not paths]
+        paths_by_name = list(pool.map(_list_shards, names))
+    missing = [name for name, paths in zip(names, paths_by_name, strict=True) if not paths]
     if missing:
-        what = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
-        raise FileNotFoundError(f"shard pattern {spec!r}: {what}; correct the pattern or its range in braces")
-    paths = [path for group in found for path in group]
-    count = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
-    twice = [path for path, times in count.items() if times > 1]
-    if twice:
+        problem = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
+        raise FileNotFoundError(f"shard pattern {spec!r}: {problem}; correct the pattern or its range in braces")
+    paths = [path for group in paths_by_name for path in group]
+    # Links to the same file count as the same shard.
+    counts = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
         raise ValueError(
-            f"shard pattern {spec!r} names {len(twice)} shards twice, the first is {twice[0]}; name each once"
+            f"shard pattern {spec!r} names {len(repeated)} shards twice, the first is {repeated[0]}; name each one once"
         )
     return paths
 
 
-def _expand(part: str) -> list[str]:
-    part = part if "://" in part else os.path.expanduser(part)
-    # a path that exists is meant literally, whatever characters it holds
-    if os.path.exists(part):
-        return [part]
+def _expand(pattern: str) -> list[str]:
+    """Expand the braces of a pattern."""
+    pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
+    # An existing path is literal, even if it contains braces.
+    if os.path.exists(pattern):
+        return [pattern]
     try:
-        return list(braceexpand(part))
+        return list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"shard pattern {part!r}: {error}") from error
+        raise ValueError(f"shard pattern {pattern!r}: {error}") from error
 
 
 def _list_shards(name: str) -> list[str]:
-    """Return the shards that one expanded name stands for, none if it does not exist."""
+    """Return the shards of an expanded name, none if it does not exist."""
     if "://" in name:
         return _list_remote(name)
     if os.path.isdir(name):
+        # Hidden files are not shards: macOS adds a file ._NAME.tar to each NAME.tar on foreign file systems.
         inside = (entry for entry in sorted(os.listdir(name)) if entry.endswith(".tar") and not entry.startswith("."))
         return _require_some([os.path.join(name, entry) for entry in inside], name)
     if os.path.exists(name):
         return [name]
-    # only * and ? are patterns here: [ ] are common in folder names
+    # Only * and ? are wildcards. Brackets are escaped, since they are common in folder names.
     return sorted(glob.glob(name.replace("[", "[[]"))) if "*" in name or "?" in name else []
 
 
@@ -195,8 +206,9 @@ def _list_remote(uri: str) -> list[str]:
 
 
 def _require_some(paths: list[str], folder: str) -> list[str]:
+    """Return the paths, or raise FileNotFoundError if there are none."""
     if not paths:
         raise FileNotFoundError(
-            f"folder {folder} holds no .tar file; make shards with iwm_fast.pipelines.storage.shard_writer"
+            f"folder {folder} holds no .tar file; pack an image folder into shards with `iwm shards pack`"
         )
     return paths

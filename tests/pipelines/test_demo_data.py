@@ -1,4 +1,4 @@
-"""The demonstration shards: counts, labels, regions of training and validation apart, masks that fit their images."""
+"""The demonstration shards: counts, labels, disjoint regions of training and validation, and matching masks."""
 
 import io
 import json
@@ -37,19 +37,19 @@ def folder_of(demo: DemoShards) -> Path:
     return Path(demo.train).parent
 
 
-def test_demo_has_the_promised_counts_and_equal_classes(demo):
+def test_the_demo_has_the_documented_counts_and_balanced_classes(demo):
     train, val = open_shards(demo.train), open_shards(demo.val)
     assert [len(shard.keys) for shard in train.shards] == [510] * 8
     assert [len(shard.keys) for shard in val.shards] == [510] * 2
     assert (train.num_samples, val.num_samples) == (demo.num_train, demo.num_val) == (4080, 1020)
-    for shards, each in ((train, 240), (val, 60)):
+    for shards, crops_per_class in ((train, 240), (val, 60)):
         labels = shards.labels(np.arange(shards.num_samples))
-        assert np.bincount(labels).tolist() == [each] * 17 and len(demo.classes) == 17
-    # every shard is a mixture: a loader sees few shards at a time
+        assert np.bincount(labels).tolist() == [crops_per_class] * 17 and len(demo.classes) == 17
+    # All shards hold all classes, because a loader mixes only a few shards at a time.
     assert min(len(set(shard.label.tolist())) for shard in train.shards) == 17
 
 
-def test_the_demo_has_several_tasks_in_its_json(demo):
+def test_the_json_members_hold_several_labels(demo):
     train, val = open_shards(demo.train), open_shards(demo.val)
     photograph = read_labels(train, "json.photograph")
     names = [photograph.classes[number] for number in photograph.number]
@@ -58,14 +58,14 @@ def test_the_demo_has_several_tasks_in_its_json(demo):
     assert set(hue.classes) <= set("01234567") and (hue.counts > 0).sum() >= 5
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_not_changed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         write_demo_shards(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_demo_that_is_there_is_not_written_again(demo, monkeypatch):
+def test_an_existing_demo_is_not_written_again(demo, monkeypatch):
     monkeypatch.setattr(demo_data, "write_shards", lambda *_: pytest.fail("written again"))
     assert write_demo_shards(folder_of(demo)) == demo
     with pytest.raises(FileExistsError):
@@ -78,7 +78,7 @@ def small_demo(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_demo_bytes_depend_on_the_seed_but_not_on_time_and_place(tmp_path):
+def test_the_bytes_of_the_demo_depend_only_on_the_seed(tmp_path):
     write_demo_shards(tmp_path / "one")
     write_demo_shards(tmp_path / "two")
     write_demo_shards(tmp_path / "other", seed=1)
@@ -86,7 +86,7 @@ def test_demo_bytes_depend_on_the_seed_but_not_on_time_and_place(tmp_path):
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_an_incomplete_demo_is_not_taken_for_a_whole_one(tmp_path):
+def test_an_incomplete_demo_is_refused(tmp_path):
     demo = write_demo_shards(tmp_path / "small")
     (tmp_path / "small" / "train-000003.tar").unlink()
     with pytest.raises(FileExistsError):
@@ -102,28 +102,28 @@ def test_training_and_validation_columns_are_disjoint_and_complete():
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_demo_crops_show_the_pixels_of_their_own_region(demo, split):
+def test_demo_crops_show_the_pixels_of_their_region(demo, split):
     photographs = {Path(path).stem: load_photograph(path) for path in DEMO_PHOTOGRAPHS}
     for sample in samples_of({"train": demo.train, "val": demo.val}[split])[::5]:
-        note = json.loads(sample["json"])
-        photograph, size = photographs[note["photograph"]], note["size"]
-        assert demo.classes[int(sample["cls"])] == note["photograph"]
+        metadata = json.loads(sample["json"])
+        photograph, size = photographs[metadata["photograph"]], metadata["size"]
+        assert demo.classes[int(sample["cls"])] == metadata["photograph"]
         columns = split_columns(photograph.shape[1], split)
-        left = columns.start + round(note["x"] * len(columns) - size / 2)
-        top = round(note["y"] * len(photograph) - size / 2)
+        left = columns.start + round(metadata["x"] * len(columns) - size / 2)
+        top = round(metadata["y"] * len(photograph) - size / 2)
         assert columns.start <= left and left + size <= columns.stop
         image = np.asarray(Image.open(io.BytesIO(sample["jpg"])))
         assert image.shape == (size, size, 3) and DEMO_CROP_SIDE[0] <= size <= DEMO_CROP_SIDE[1]
-        shown = photograph[top : top + size, left : left + size]
-        # JPEG of quality 90 with halved chroma stays this near; any other place of a texture does not
-        assert np.abs(image.astype(float) - shown).mean() < 8
-        assert note["hue_bin"] == hue_bin(shown)
-        assert note["quadrant"] == 2 * (note["y"] >= 0.5) + (note["x"] >= 0.5)
+        expected = photograph[top : top + size, left : left + size]
+        # JPEG of quality 90 with subsampled chroma stays this close; another part of a texture does not.
+        assert np.abs(image.astype(float) - expected).mean() < 8
+        assert metadata["hue_bin"] == hue_bin(expected)
+        assert metadata["quadrant"] == 2 * (metadata["y"] >= 0.5) + (metadata["x"] >= 0.5)
         mask = np.asarray(Image.open(io.BytesIO(sample["seg.png"])))
         assert np.array_equal(mask, region_map(photograph)[top : top + size, left : left + size])
 
 
-def test_masks_are_read_as_any_segmentation_map_and_show_every_class(demo):
+def test_the_masks_are_valid_segmentation_maps_and_show_all_classes(demo):
     shards, files = open_shards(demo.val), FileCache()
     masks = [read_mask(shards, files, sample) for sample in range(0, shards.num_samples, 7)]
     files.close()
@@ -139,7 +139,7 @@ def test_regions_follow_brightness_and_colour():
         assert (region_map(np.full((9, 9, 3), colour, np.uint8)) == REGIONS.index(name)).all(), name
 
 
-def test_hue_bins_tell_colours_apart_and_grey_is_its_own():
+def test_hue_bins_separate_colours_and_grey():
     colours = {
         "grey": (90, 90, 90),
         "red": (255, 0, 0),

@@ -1,4 +1,4 @@
-"""Checking shards: everything bad is found and named, nothing good is lost, and what is bad is not drawn any more."""
+"""Checking shards: bad samples are found, named and no longer drawn, and no good sample is lost."""
 
 import io
 import logging
@@ -43,8 +43,9 @@ GOOD = {
 
 
 def shard_at(path, images: dict[str, bytes], *, labelled=True) -> str:
-    members = [(f"{key}.{end}", content) for key, image in images.items()
-               for end, content in (("jpg", image), ("cls", b"1")) if end == "jpg" or labelled]  # fmt: skip
+    members = []
+    for key, image in images.items():
+        members += [(f"{key}.jpg", image), *([(f"{key}.cls", b"1")] if labelled else [])]
     write_tar(path, members)
     os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
     return str(path)
@@ -52,50 +53,50 @@ def shard_at(path, images: dict[str, bytes], *, labelled=True) -> str:
 
 @pytest.fixture
 def mixed(tmp_path) -> str:
-    """Good and bad samples in turns."""
+    """Write a shard of alternating good and bad samples."""
     pairs = zip(GOOD.items(), BAD.items(), strict=True)
     return shard_at(tmp_path / "mixed.tar", dict(item for pair in pairs for item in pair))
 
 
-def test_every_bad_image_is_found_with_its_reason_and_every_good_one_counted(mixed):
+def test_all_bad_images_are_reported_and_all_good_ones_counted(mixed):
     (report,) = validate([mixed])
     assert {bad.key for bad in report.bad} == set(BAD)
     reasons = {bad.key: bad.reason for bad in report.bad}
-    assert "is GIF, accepted are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
-    assert reasons["page"] == "is no image, it begins with b'<!DOCTYPE html><'"
+    assert "is GIF; accepted formats are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
+    assert reasons["page"] == "is not an image, it begins with b'<!DOCTYPE html><'"
     assert reasons["nothing"] == "has 0 bytes"
     assert report.formats == {"JPEG": 4, "PNG": 1, "WEBP": 1}
     assert sorted(report.sizes) == sorted([(20, 30), *[(12, 8)] * 5])
     assert not report.refusal
 
 
-def test_what_is_bad_is_not_drawn_until_the_shard_changes(mixed, tmp_path, caplog):
+def test_bad_samples_are_not_drawn_until_the_shard_changes(mixed, tmp_path, caplog):
     list(validate([mixed]))
     with caplog.at_level(logging.WARNING):
         shards = open_shards(mixed)
     assert shards.shards[0].keys == tuple(GOOD)
     assert "6 samples are left out" in caplog.text
-    whole = index_shard(mixed)
+    complete = index_shard(mixed)
     for position, key in enumerate(shards.shards[0].keys):
-        assert shards.shards[0].image_offset[position] == whole.image_offset[whole.keys.index(key)]
+        assert shards.shards[0].image_offset[position] == complete.image_offset[complete.keys.index(key)]
     shard_at(tmp_path / "mixed.tar", BAD | {"x" * 90: picture(size=(200, 200))})
     assert len(open_shards(mixed).shards[0].keys) == len(BAD) + 1
 
 
-def test_checking_again_finds_the_same(mixed):
+def test_a_second_check_gives_the_same_report(mixed):
     first, second = (list(validate([mixed])) for _ in range(2))
     assert first == second
 
 
-def test_a_shard_written_just_now_is_marked_all_the_same(tmp_path):
+def test_the_bad_samples_of_a_shard_written_just_now_are_left_out(tmp_path):
     path = shard_at(tmp_path / "new.tar", GOOD | BAD)
     os.utime(path)
     list(validate([path]))
     assert set(open_shards(path).shards[0].keys) == set(GOOD)
 
 
-def test_bad_samples_that_cannot_be_left_out_are_an_error_and_no_promise(mixed, tmp_path, monkeypatch, capsys):
-    # neither beside the shard nor in the cache
+def test_bad_samples_that_cannot_be_left_out_are_an_error(mixed, tmp_path, monkeypatch, capsys):
+    # The index can be written neither next to the shard nor in the cache.
     (tmp_path / "mixed.tar.index").mkdir()
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("IWM_CACHE", str(tmp_path / "file"))
@@ -106,27 +107,27 @@ def test_bad_samples_that_cannot_be_left_out_are_an_error_and_no_promise(mixed, 
     assert "will not be drawn" not in output.out
 
 
-def test_several_processes_report_what_one_does(mixed, tmp_path):
+def test_several_processes_give_the_same_reports_as_one(mixed, tmp_path):
     shard_at(tmp_path / "more.tar", GOOD, labelled=False)
-    alone, together = (list(validate(find_shards(str(tmp_path)), number)) for number in (1, 2))
-    assert alone == together
-    assert [report.num_unlabelled for report in alone] == [0, len(GOOD)]
+    serial, parallel = (list(validate(find_shards(str(tmp_path)), number)) for number in (1, 2))
+    assert serial == parallel
+    assert [report.num_unlabelled for report in serial] == [0, len(GOOD)]
 
 
-def test_shards_that_cannot_be_used_are_named_and_the_others_are_still_checked(mixed, tmp_path, capsys):
-    shard_at(tmp_path / "hopeless.tar", BAD)
-    (tmp_path / "torn.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
+def test_unusable_shards_are_named_and_the_others_still_checked(mixed, tmp_path, capsys):
+    shard_at(tmp_path / "all_bad.tar", BAD)
+    (tmp_path / "truncated.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
     refused = {report.path: report.refusal for report in validate(find_shards(str(tmp_path)), 1) if report.refusal}
-    assert {os.path.basename(path) for path in refused} == {"hopeless.tar", "torn.tar"}
-    with pytest.raises(SystemExit) as ended:
+    assert {os.path.basename(path) for path in refused} == {"all_bad.tar", "truncated.tar"}
+    with pytest.raises(SystemExit) as exit_info:
         main(["shards", "check", str(tmp_path)])
     output = capsys.readouterr()
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "2 of 3 shards cannot be used" in output.err
-    assert "mixed.tar:page is no image" in output.out
+    assert "mixed.tar:page is not an image" in output.out
 
 
-def test_the_report_counts_and_says_what_is_left_out(mixed, capsys):
+def test_the_report_counts_samples_and_names_those_left_out(mixed, capsys):
     main(["shards", "check", mixed])
     output = capsys.readouterr().out
     assert "4 JPEG, 1 PNG, 1 WEBP" in output and "will not be drawn" in output
@@ -142,7 +143,7 @@ def mask(size: tuple[int, int] = (12, 8)) -> bytes:
 
 @pytest.fixture
 def described(tmp_path) -> str:
-    """Samples with .json and masks, good and bad, in two shards."""
+    """Write two shards with good and bad .json members and masks."""
     members = [
         ("both.jpg", picture()), ("both.json", b"{}"), ("both.seg.png", mask()),
         ("beside.jpg", picture()), ("beside.png", mask()),
@@ -159,20 +160,20 @@ def described(tmp_path) -> str:
     return str(tmp_path)
 
 
-def test_broken_masks_are_bad_samples_and_other_pictures_beside_an_image_are_not(described):
+def test_broken_masks_are_bad_samples_but_other_pictures_are_not(described):
     first, second = validate(find_shards(described), 1)
     assert (first.num_json, first.num_masks, second.num_json, second.num_masks) == (2, 2, 0, 0)
     assert (first.first_without_json, second.first_without_json) == ("beside", "b")
     reasons = {bad.key: bad.reason for bad in first.bad}
     assert set(reasons) == {"cut", "empty", "large"}
     assert all("segmentation map cannot be decoded" in reasons[key] for key in ("cut", "empty"))
-    assert reasons["large"] == "segmentation map is 8 x 12, its image (turned upright) 12 x 8"
-    assert [(found.key, "RGB of 8 bits" in found.reason) for found in first.no_masks] == [("photo", True)]
+    assert reasons["large"] == "segmentation map is 8 x 12, its image (turned upright) is 12 x 8"
+    assert [(sample.key, "RGB of 8 bits" in sample.reason) for sample in first.no_masks] == [("photo", True)]
     assert open_shards(described).shards[0].keys == ("both", "beside", "none", "photo")
     assert len(first.sizes) == sum(first.formats.values()) == 4
 
 
-def test_the_report_counts_json_and_masks_and_names_what_lacks_them(described, capsys):
+def test_the_report_counts_json_and_masks_and_names_samples_without(described, capsys):
     main(["shards", "check", described])
     output = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
@@ -182,6 +183,6 @@ def test_the_report_counts_json_and_masks_and_names_what_lacks_them(described, c
     assert "a.tar:photo the first of 1 in its shard whose PNG is no mask: PNG with RGB of 8 bits" in output
 
 
-def test_where_no_sample_has_json_none_is_missed(mixed, capsys):
+def test_json_is_not_missed_if_no_sample_has_it(mixed, capsys):
     main(["shards", "check", mixed])
     assert "without .json" not in capsys.readouterr().out

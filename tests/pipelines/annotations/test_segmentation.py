@@ -1,4 +1,4 @@
-"""Segmentation maps: indices as stored, from the right member, cut where the image is cut."""
+"""Segmentation maps: the stored indices, from the right member, cropped like the image."""
 
 import io
 import os
@@ -25,11 +25,11 @@ def png(image: Image.Image, **options) -> bytes:
 
 @pytest.fixture(scope="module")
 def indices() -> np.ndarray:
-    """Five classes of a photograph and 255 for what is not said, 50 x 70."""
+    """Return a map of 50 x 70 pixels with five brightness classes of a photograph, and 255 for unlabelled pixels."""
     gray = data.camera()[100:150, 150:220]
-    found = (gray // 52).astype(np.uint8)
-    found[:3] = 255
-    return found
+    classes = (gray // 52).astype(np.uint8)
+    classes[:3] = 255
+    return classes
 
 
 def palette_png(indices: np.ndarray, **options) -> bytes:
@@ -56,25 +56,26 @@ def read(tmp_path, members: list[tuple[str, bytes]], sample: int = 0) -> np.ndar
         files.close()
 
 
-def test_palette_and_grey_maps_give_the_stored_indices(tmp_path, indices, pixels):
-    few = indices % 2
+def test_palette_and_grey_maps_return_the_stored_indices(tmp_path, indices, pixels):
+    binary = indices % 2
     encoded = {
         "palette": (palette_png(indices), indices),
         "transparent": (palette_png(indices, transparency=255), indices),
         "grey": (gray_png(indices), indices),
-        "one bit": (palette_png(few, bits=1), few),
-        "two bits": (palette_png(few + 2, bits=2), few + 2),
-        "four bits": (palette_png(few + 9, bits=4), few + 9),
+        "one bit": (palette_png(binary, bits=1), binary),
+        "two bits": (palette_png(binary + 2, bits=2), binary + 2),
+        "four bits": (palette_png(binary + 9, bits=4), binary + 9),
     }
-    members = [(f"{key}.{end}", part) for key, (mask, _) in encoded.items()
-               for end, part in (("jpg", encode(pixels)), ("seg.png", mask))]  # fmt: skip
+    members = []
+    for key, (mask, _) in encoded.items():
+        members += [(f"{key}.jpg", encode(pixels)), (f"{key}.seg.png", mask)]
     for sample, (_, expected) in enumerate(encoded.values()):
         mask = read(tmp_path, members, sample)
         assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
 
 
 @pytest.mark.parametrize(
-    "members",
+    "extensions",
     [
         ["jpg", "seg.png"],
         ["seg.png", "jpg"],
@@ -84,14 +85,11 @@ def test_palette_and_grey_maps_give_the_stored_indices(tmp_path, indices, pixels
         ["JPEG", "cls", "PNG"],
     ],
 )
-def test_the_map_is_found_wherever_it_stands(tmp_path, indices, pixels, members):
-    image = {"jpg": "JPEG", "webp": "WEBP", "JPEG": "JPEG"}
-    content = {"json": b"{}", "cls": b"3"}
-    whole = [
-        (f"a.{end}", encode(pixels, image[end]) if end in image else content.get(end) or palette_png(indices))
-        for end in members
-    ]
-    assert np.array_equal(read(tmp_path, whole), indices)
+def test_the_map_is_found_in_any_order_of_members(tmp_path, indices, pixels, extensions):
+    contents = {"json": b"{}", "cls": b"3"}
+    contents |= {"jpg": encode(pixels), "JPEG": encode(pixels), "webp": encode(pixels, "WEBP")}
+    members = [(f"a.{extension}", contents.get(extension, palette_png(indices))) for extension in extensions]
+    assert np.array_equal(read(tmp_path, members), indices)
 
 
 def test_a_png_alone_is_the_image(tmp_path, pixels):
@@ -99,24 +97,25 @@ def test_a_png_alone_is_the_image(tmp_path, pixels):
         read(tmp_path, [("a.png", encode(pixels, "PNG"))])
 
 
-def test_of_two_maps_the_one_that_says_what_it_is_is_taken(tmp_path, indices, pixels):
+def test_a_seg_png_is_preferred_to_a_png(tmp_path, indices, pixels):
     members = [("a.jpg", encode(pixels)), ("a.png", encode(pixels, "PNG")), ("a.seg.png", gray_png(indices))]
     assert np.array_equal(read(tmp_path, members), indices)
 
 
-def test_maps_belong_to_the_image_turned_upright(tmp_path, indices):
+def test_maps_have_the_size_of_the_image_turned_upright(tmp_path, indices):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    lying = np.ascontiguousarray(np.rot90(photograph("coffee.png")[100:150, 150:220]))
-    Image.fromarray(lying).save(file, "JPEG", exif=exif)
+    rotated = np.ascontiguousarray(np.rot90(photograph("coffee.png")[100:150, 150:220]))
+    Image.fromarray(rotated).save(file, "JPEG", exif=exif)
     assert decode_image(np.frombuffer(file.getvalue(), np.uint8)).shape == (50, 70, 3)
     assert np.array_equal(read(tmp_path, [("a.jpg", file.getvalue()), ("a.seg.png", gray_png(indices))]), indices)
-    with pytest.raises(ShardError, match=r"map is 50 x 70, its image \(turned upright\) 70 x 50"):
+    with pytest.raises(ShardError, match=r"map is 50 x 70, its image \(turned upright\) is 70 x 50"):
         read(tmp_path, [("a.jpg", file.getvalue()), ("a.seg.png", gray_png(np.ascontiguousarray(indices.T)))])
 
 
-def unusable(kind: str, indices: np.ndarray, pixels: np.ndarray) -> bytes:
+def unusable_mask(kind: str, indices: np.ndarray, pixels: np.ndarray) -> bytes:
+    """Return a file that is not a valid map of the image."""
     return {
         "colours": lambda: encode(pixels, "PNG"),
         "alpha": lambda: png(Image.fromarray(pixels).convert("RGBA")),
@@ -132,7 +131,7 @@ def unusable(kind: str, indices: np.ndarray, pixels: np.ndarray) -> bytes:
 
 
 UNUSABLE = {
-    "colours": "PNG with RGB of 8 bits holds no class indices; accepted are PNGs with palette or 8-bit grey",
+    "colours": "PNG with RGB of 8 bits holds no class indices; accepted are PNGs with a palette or 8-bit grey",
     "alpha": "PNG with RGBA of 8 bits",
     "deep grey": "PNG with grey of 16 bits",
     "shallow grey": "PNG with grey of 1 bits",
@@ -141,18 +140,18 @@ UNUSABLE = {
     "empty": "cannot identify image file",
     "page": "cannot identify image file",
     "header": "cannot be used",
-    "too small": r"map is 70 x 49, its image \(turned upright\) 70 x 50; write both in the same size",
+    "too small": r"map is 70 x 49, its image \(turned upright\) is 70 x 50; write both in the same size",
 }
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_what_is_no_map_of_its_image_is_refused_by_shard_and_key(tmp_path, indices, pixels, kind):
+def test_an_invalid_map_is_refused_with_shard_and_key(tmp_path, indices, pixels, kind):
     with pytest.raises(ShardError, match=UNUSABLE[kind]) as caught:
-        read(tmp_path, [("a/b.jpg", encode(pixels)), ("a/b.seg.png", unusable(kind, indices, pixels))])
+        read(tmp_path, [("a/b.jpg", encode(pixels)), ("a/b.seg.png", unusable_mask(kind, indices, pixels))])
     assert (caught.value.shard, caught.value.key) == (f"{tmp_path}/s.tar", "a/b")
 
 
-def test_a_shard_that_has_shrunk_since_it_was_indexed_is_noticed(tmp_path, indices, pixels):
+def test_a_shard_truncated_after_indexing_is_noticed(tmp_path, indices, pixels):
     write_tar(tmp_path / "s.tar", [("a.jpg", encode(pixels)), ("a.png", palette_png(indices))])
     shards, files = open_shards(str(tmp_path)), FileCache()
     os.truncate(tmp_path / "s.tar", 2000)
@@ -162,64 +161,66 @@ def test_a_shard_that_has_shrunk_since_it_was_indexed_is_noticed(tmp_path, indic
     assert caught.value.shard == f"{tmp_path}/s.tar"
 
 
-def test_a_whole_window_in_its_own_size_is_the_map_and_a_flip_mirrors_it(indices):
+def test_a_full_window_returns_the_map_and_a_flip_mirrors_it(indices):
     square = indices[:50, :50]
     window = np.array([0, 0, 50, 50], np.float32)
     assert np.array_equal(crop_mask(square, window, False, 50), square)
     assert np.array_equal(crop_mask(square, window, True, 50), square[:, ::-1])
 
 
-def test_each_index_comes_from_under_the_centre_of_its_pixel():
+def test_indices_are_taken_at_the_centres_of_the_pixels():
     ramp = np.tile(np.arange(60, dtype=np.uint8), (40, 1))
     for extent, size in ((60, 7), (37, 16), (16, 48), (5, 5), (1, 3)):
-        cut = crop_mask(ramp, np.array([3, 60 - extent, 30, extent], np.float32), False, size)
+        crop = crop_mask(ramp, np.array([3, 60 - extent, 30, extent], np.float32), False, size)
         exact = np.floor((np.arange(size) + 0.5) * extent / size) + 60 - extent
-        assert cut.shape == (size, size) and (cut == exact).all()
+        assert crop.shape == (size, size) and (crop == exact).all()
 
 
 @pytest.mark.parametrize(("extent", "size"), [(224, 64), (64, 64), (96, 224), (151, 32), (97, 51)])
-def test_borders_of_a_map_stand_where_the_antialiased_image_changes(extent, size):
-    """Where an edge is cut out with the image, half of its brightness is reached at the edge of the map."""
+def test_borders_of_a_cropped_map_match_the_antialiased_image(extent, size):
+    """An edge in the antialiased crop of the image reaches half brightness at the edge of the cropped map."""
     support = max(1, extent / size) + 1
     for edge in range(int(support) + 1, int(extent - support), 7):
         mask = np.zeros((extent + 9, extent + 5), np.uint8)
         mask[:, edge + 2 :] = 1
         for picture, window in ((mask, [4, 2, extent, extent]), (np.ascontiguousarray(mask.T), [2, 4, extent, extent])):
             image = torch.from_numpy(picture * 255)[..., None].expand(-1, -1, 3)
-            cut_image = resized_crop(image, np.array(window, np.float32), size)[..., 0].numpy()
-            cut_mask = crop_mask(picture, np.array(window, np.float32), False, size)
-            is_clear = abs(cut_image.astype(int) - 127.5) > 1
-            assert ((cut_image > 127) == (cut_mask == 1))[is_clear].all()
+            image_crop = resized_crop(image, np.array(window, np.float32), size)[..., 0].numpy()
+            mask_crop = crop_mask(picture, np.array(window, np.float32), False, size)
+            is_clear = abs(image_crop.astype(int) - 127.5) > 1
+            assert ((image_crop > 127) == (mask_crop == 1))[is_clear].all()
             assert is_clear.mean() > 0.9
 
 
 @pytest.mark.parametrize("window", [[0, 0, 51, 10], [0, 61, 10, 10], [-1, 0, 10, 10], [0, 0, 0, 10]])
-def test_a_window_beyond_the_map_is_refused(indices, window):
-    with pytest.raises(ValueError, match=r"window must lie inside a mask of height, width \(50, 70\)"):
+def test_a_window_outside_the_map_is_refused(indices, window):
+    with pytest.raises(ValueError, match=r"window must be inside the mask of height and width \(50, 70\)"):
         crop_mask(indices, np.array(window, np.float32), False, 8)
 
 
-def test_the_values_of_all_maps_are_found_sample_by_sample(tmp_path, indices, pixels):
+def test_the_values_of_all_maps_are_listed_by_sample(tmp_path, indices, pixels):
     maps = [indices, np.where(indices == 255, 0, 7).astype(np.uint8), np.full_like(indices, 9)]
-    for number, part in enumerate((maps[:2], maps[2:])):
-        members = [(f"{key}.{end}", content) for key, mask in enumerate(part)
-                   for end, content in (("jpg", encode(pixels)), ("png", gray_png(mask)))]  # fmt: skip
+    for number, shard_maps in enumerate((maps[:2], maps[2:])):
+        members = []
+        for key, mask in enumerate(shard_maps):
+            members += [(f"{key}.jpg", encode(pixels)), (f"{key}.png", gray_png(mask))]
         write_tar(tmp_path / f"s{number}.tar", members)
     shards = open_shards(str(tmp_path))
     require_masks(shards)
-    found = read_mask_values(shards, num_threads=2)
-    assert [np.flatnonzero(row).tolist() for row in found] == [np.unique(mask).tolist() for mask in maps]
+    has_value = read_mask_values(shards, num_threads=2)
+    assert [np.flatnonzero(row).tolist() for row in has_value] == [np.unique(mask).tolist() for mask in maps]
 
 
 def test_a_missing_or_broken_map_among_many_is_named(tmp_path, indices, pixels):
-    members = [(f"{key}.{end}", content) for key in range(20)
-               for end, content in (("jpg", encode(pixels)), ("png", gray_png(indices)))]  # fmt: skip
+    members = []
+    for key in range(20):
+        members += [(f"{key}.jpg", encode(pixels)), (f"{key}.png", gray_png(indices))]
     members[25] = ("12.png", gray_png(indices)[:-100])
     write_tar(tmp_path / "s.tar", members)
     with pytest.raises(ShardError, match="segmentation map cannot be used") as caught:
         read_mask_values(open_shards(str(tmp_path)), num_threads=2)
     assert caught.value.key == "12"
     write_tar(tmp_path / "s.tar", members[:25] + members[26:])
-    with pytest.raises(ShardError, match="no segmentation map, like 1 of 20 samples of this shard") as caught:
+    with pytest.raises(ShardError, match=r"no segmentation map \(1 of 20 samples of this shard") as caught:
         require_masks(open_shards(str(tmp_path)))
     assert caught.value.key == "12"

@@ -1,4 +1,4 @@
-"""An index on disk saves reading headers and is never believed when it should not be."""
+"""A stored index saves reading the headers and is never used when it is outdated or damaged."""
 
 import os
 import subprocess
@@ -43,36 +43,36 @@ def shard_at(path: Path, members, changed_ns: int = LONG_AGO_NS) -> str:
 def assert_same(first: Shard, second: Shard) -> None:
     assert (first.path, first.size_bytes, first.keys) == (second.path, second.size_bytes, second.keys)
     for name in (field.name for field in fields(Shard) if isinstance(getattr(first, field.name), np.ndarray)):
-        one, other = getattr(first, name), getattr(second, name)
-        assert np.array_equal(one, other) and one.dtype == other.dtype, name
+        first_array, second_array = getattr(first, name), getattr(second, name)
+        assert np.array_equal(first_array, second_array) and first_array.dtype == second_array.dtype, name
 
 
-def spoil(path: str) -> None:
-    """Make every header unreadable without changing size or time: who still knows the samples has an index."""
+def overwrite_headers(path: str) -> None:
+    """Make all headers unreadable without changing size or time, so that samples can only come from an index."""
     Path(path).write_bytes(b"\xff" * os.path.getsize(path))
     os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
 
 
-def test_a_kept_index_is_the_one_that_was_read_and_saves_reading(path):
+def test_a_stored_index_equals_the_one_read_and_replaces_reading(path):
     fresh = index_shard(path)
     assert_same(load_or_index(path), fresh)
     assert Path(f"{path}.index").is_file()
-    spoil(path)
+    overwrite_headers(path)
     assert_same(load_or_index(path), fresh)
 
 
 def test_a_shard_that_changed_is_read_again(path):
     load_or_index(path)
-    # another size at the same time
+    # Another size at the same time.
     shard_at(Path(path), [("large.jpg", b"x" * 20_000)], LONG_AGO_NS)
     assert load_or_index(path).keys == ("large",)
-    # the same size at another time: tars come in steps of 10 KiB
+    # The same size at another time: the sizes of tar files are multiples of 10 KiB.
     size = os.path.getsize(path)
     shard_at(Path(path), [("other.jpg", b"y" * 20_000)], LONG_AGO_NS + 1)
     assert os.path.getsize(path) == size and load_or_index(path).keys == ("other",)
 
 
-def test_a_shard_that_has_just_been_written_is_read_every_time(tmp_path, cache):
+def test_the_index_of_a_shard_written_just_now_is_not_stored(tmp_path, cache):
     path = shard_at(tmp_path / "new.tar", MEMBERS, time.time_ns())
     load_or_index(path)
     assert not Path(f"{path}.index").exists() and not cache.exists()
@@ -81,29 +81,29 @@ def test_a_shard_that_has_just_been_written_is_read_every_time(tmp_path, cache):
     assert Path(f"{path}.index").exists()
 
 
-def test_a_damaged_index_is_made_anew_wherever_it_is_damaged(path, caplog):
+def test_an_index_is_rebuilt_wherever_it_is_damaged(path, caplog):
     fresh = load_or_index(path)
     index = Path(f"{path}.index")
-    whole = index.read_bytes()
-    cut = [whole[:size] for size in range(0, len(whole), 37)]
-    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 23)]
-    for content in (*cut, *flipped, b"{}", b"\0" * 100, whole + b"x"):
+    complete = index.read_bytes()
+    cut = [complete[:size] for size in range(0, len(complete), 37)]
+    flipped = [complete[:at] + bytes([complete[at] ^ 1]) + complete[at + 1 :] for at in range(0, len(complete), 23)]
+    for content in (*cut, *flipped, b"{}", b"\0" * 100, complete + b"x"):
         index.write_bytes(content)
         assert_same(load_or_index(path), fresh)
-    assert "made anew" in caplog.text
-    assert index.read_bytes() == whole
+    assert "it is rebuilt" in caplog.text
+    assert index.read_bytes() == complete
 
 
-def test_where_the_folder_cannot_be_written_the_cache_keeps_the_index(path, cache):
-    # a folder in the index's place: root may write everywhere, but not there
+def test_without_a_writable_folder_the_index_is_stored_in_the_cache(path, cache):
+    # A folder at the index's path: even root cannot write a file there.
     Path(f"{path}.index").mkdir()
     fresh = load_or_index(path)
     assert len(list(cache.iterdir())) == 1
-    spoil(path)
+    overwrite_headers(path)
     assert_same(load_or_index(path), fresh)
 
 
-def test_what_was_left_out_stays_out_though_an_older_index_cannot_be_replaced(path, cache):
+def test_bad_samples_stay_out_although_an_older_index_remains(path, cache):
     load_or_index(path)
     beside = Path(f"{path}.index")
     old = beside.read_bytes()
@@ -115,23 +115,23 @@ def test_what_was_left_out_stays_out_though_an_older_index_cannot_be_replaced(pa
     assert load_or_index(path).keys == ("a/one two", "plain") and load_or_index(path).num_left_out == 1
 
 
-def test_where_nothing_can_be_written_the_run_goes_on_and_says_so(path, cache, caplog):
+def test_without_any_writable_folder_the_run_continues_with_a_warning(path, cache, caplog):
     Path(f"{path}.index").mkdir()
     cache.parent.write_text("no folder")
     assert_same(load_or_index(path), index_shard(path))
-    assert "cannot be kept and will be made again" in caplog.text
+    assert "cannot be stored and will be rebuilt" in caplog.text
 
 
-def test_remote_shards_are_indexed_in_the_cache(path, cache):
+def test_indexes_of_remote_shards_are_stored_in_the_cache(path, cache):
     address = f"file://{path}"
     fresh = load_or_index(address)
     assert fresh.keys == index_shard(path).keys
     assert not Path(f"{path}.index").exists() and len(list(cache.iterdir())) == 1
-    spoil(path)
+    overwrite_headers(path)
     assert_same(load_or_index(address), fresh)
 
 
-def test_many_at_once_agree_and_leave_nothing_else_behind(path):
+def test_concurrent_indexing_agrees_and_leaves_no_temporary_files(path):
     with ThreadPoolExecutor(8) as pool:
         shards = list(pool.map(load_or_index, [path] * 32))
     for shard in shards:
@@ -139,21 +139,21 @@ def test_many_at_once_agree_and_leave_nothing_else_behind(path):
     assert sorted(entry.name for entry in Path(path).parent.iterdir()) == ["s.tar", "s.tar.index"]
 
 
-def test_a_process_killed_while_writing_leaves_no_index_that_is_taken_for_whole(path):
-    # the kill falls between the last byte and the moment the index gets its name, the latest there is
+def test_a_process_killed_while_writing_leaves_no_partial_index(path):
+    # Killed at the latest moment, between writing the last byte and renaming the index.
     script = (
         "import os, signal, sys, pathlib; from iwm_fast.pipelines.storage.index_cache import load_or_index; "
         "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); load_or_index(sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", script, path], check=False, capture_output=True)
-    assert done.returncode == -9
+    process = subprocess.run([sys.executable, "-c", script, path], check=False, capture_output=True)
+    assert process.returncode == -9
     assert not Path(f"{path}.index").exists()
     assert_same(load_or_index(path), index_shard(path))
     assert Path(f"{path}.index").is_file()
 
 
-def test_a_set_of_shards_uses_kept_indexes(path):
+def test_a_set_of_shards_uses_stored_indexes(path):
     first = open_shards(path)
-    spoil(path)
+    overwrite_headers(path)
     again = open_shards(path)
     assert again.content_digest == first.content_digest

@@ -1,4 +1,4 @@
-"""Remote shards against a real S3 server, behind a proxy that fails in the ways networks and stores do."""
+"""Remote shards on a real S3 server, reached through a proxy that fails in the ways of networks and stores."""
 
 import http.client
 import logging
@@ -36,26 +36,31 @@ class Request:
     span: str
     """The Range header."""
     credential: str
-    """Who signed, for when, which region."""
+    """Credential scope of the signature: access key, date, region and service."""
 
 
 class Proxy(ThreadingHTTPServer):
-    """Hands requests on to the store, notes them, and spoils as many answers as it is told to."""
+    """Forwards requests to the store, records them, and injects a fault into the first responses on request."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, store: tuple[str, int]) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
-        self.store, self.lock, self.released = store, Lock(), Event()
+        self.store = store
+        self.lock = Lock()
+        self.is_stopping = Event()
         self.reset()
 
     def reset(self) -> None:
         self.requests: list[Request] = []
-        self.fault, self.num_faults, self.latency_s = "", 0, 0.0
-        self.num_in_flight = self.most_in_flight = 0
+        self.fault = ""
+        self.num_faults = 0
+        self.latency_s = 0.0
+        self.num_in_flight = self.max_in_flight = 0
 
-    def spoil(self, fault: str, times: int = 10**6) -> None:
+    def inject(self, fault: str, times: int = 10**6) -> None:
+        """Forget the requests so far and spoil the next responses."""
         self.requests.clear()
         self.fault, self.num_faults = fault, times
 
@@ -80,11 +85,11 @@ class _Connection(BaseHTTPRequestHandler):
             fault = proxy.fault if proxy.num_faults > 0 else ""
             proxy.num_faults -= 1
             proxy.num_in_flight += 1
-            proxy.most_in_flight = max(proxy.most_in_flight, proxy.num_in_flight)
+            proxy.max_in_flight = max(proxy.max_in_flight, proxy.num_in_flight)
         if proxy.latency_s:
             time.sleep(proxy.latency_s)
         try:
-            self._answer(fault)
+            self._respond(fault)
         finally:
             with proxy.lock:
                 proxy.num_in_flight -= 1
@@ -92,12 +97,12 @@ class _Connection(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _answer(self, fault: str) -> None:
+    def _respond(self, fault: str) -> None:
         if fault == "stall":
-            self.server.released.wait(60)
+            self.server.is_stopping.wait(60)
             self.close_connection = True
             return
-        status, headers, body = (500, {}, INTERNAL_ERROR) if fault == "500" else self._ask_store()
+        status, headers, body = (500, {}, INTERNAL_ERROR) if fault == "500" else self._forward()
         if fault.endswith("short"):
             body = body[: -1 if fault == "one byte short" else len(body) // 2]
         self.send_response(status)
@@ -109,26 +114,26 @@ class _Connection(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
         self.close_connection = self.close_connection or fault == "cut"
 
-    def _ask_store(self) -> tuple[int, dict[str, str], bytes]:
+    def _forward(self) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(*self.server.store)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 connection.putheader(name, value)
             connection.endheaders()
-            answer = connection.getresponse()
-            body = answer.read()
+            response = connection.getresponse()
+            body = response.read()
         finally:
             connection.close()
-        # of a body the length is what arrives here; of HEAD it is the object's
+        # The length of a body is set from the forwarded bytes. A response to HEAD has no body, but states a length.
         dropped = {"connection", "transfer-encoding", "date", "server"} | ({"content-length"} if body else set())
-        headers = {name: value for name, value in answer.getheaders() if name.lower() not in dropped}
-        return answer.status, headers, body
+        headers = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+        return response.status, headers, body
 
 
 @dataclass(frozen=True)
 class Store:
-    """The server, the proxy in front of it, and a way to write past the proxy."""
+    """The server, the proxy in front of it, and a client that writes without the proxy."""
 
     proxy: Proxy
     system: fs.S3FileSystem
@@ -147,7 +152,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def server(tiny_shards) -> Iterator[Store]:
-    # it logs each request, among the messages that are looked at here
+    # The server logs each request at INFO, which would appear among the messages that the tests check.
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
@@ -165,7 +170,7 @@ def server(tiny_shards) -> Iterator[Store]:
         store.put(f"s3://bucket/tiny/{path.name}", path.read_bytes())
     store.put("s3://bucket/tiny/notes.txt", b"no shard")
     yield store
-    proxy.released.set()
+    proxy.is_stopping.set()
     proxy.shutdown()
     proxy.server_close()
     thread.join()
@@ -213,13 +218,13 @@ def images_of(spec: str) -> list[bytes]:
     "spec", ["s3://bucket/tiny", "s3://bucket/tiny/", "s3://bucket/tiny/tiny-{000000..000002}.tar"]
 )
 def test_folders_and_braces_give_the_same_samples_as_local_shards(store, tiny_shards, spec):
-    local, far = open_shards(tiny_shards.pattern), open_shards(spec)
-    assert [shard.path for shard in far.shards] == [f"s3://bucket/tiny/tiny-{n:06}.tar" for n in range(3)]
-    assert far.content_digest == local.content_digest
+    local, remote = open_shards(tiny_shards.pattern), open_shards(spec)
+    assert [shard.path for shard in remote.shards] == [f"s3://bucket/tiny/tiny-{n:06}.tar" for n in range(3)]
+    assert remote.content_digest == local.content_digest
     assert images_of(spec) == images_of(tiny_shards.pattern)
 
 
-def test_an_index_is_kept_and_no_header_is_read_again(store, tmp_path):
+def test_an_index_is_stored_and_no_header_is_read_again(store, tmp_path):
     while time.time_ns() - file_version(SHARD).changed_ns < MIN_AGE_NS:
         time.sleep(0.1)
     first = open_shards("s3://bucket/tiny")
@@ -232,9 +237,9 @@ def test_an_index_is_kept_and_no_header_is_read_again(store, tmp_path):
 def test_an_address_is_taken_literally(store, tiny_shards):
     names = ["a%20b.tar", "a#1.tar", "a+b c.tar"]
     for name in names:
-        store.put(f"s3://bucket/odd/{name}", content_of(tiny_shards, 2))
-    assert find_shards("s3://bucket/odd") == [f"s3://bucket/odd/{name}" for name in sorted(names)]
-    assert len(images_of("s3://bucket/odd")) == 33
+        store.put(f"s3://bucket/special/{name}", content_of(tiny_shards, 2))
+    assert find_shards("s3://bucket/special") == [f"s3://bucket/special/{name}" for name in sorted(names)]
+    assert len(images_of("s3://bucket/special")) == 33
 
 
 @pytest.mark.parametrize(
@@ -245,35 +250,35 @@ def test_an_address_is_taken_literally(store, tiny_shards):
         "file://host/a.tar",
     ],
 )  # fmt: skip
-def test_an_address_with_credentials_or_without_a_bucket_is_refused_and_not_repeated(store, address):
+def test_an_address_with_credentials_is_refused_without_repeating_them(store, address):
     with pytest.raises(ValueError, match=r"PATH without user, password.*AWS_ENDPOINT_URL") as caught:
         find_shards(address)
     assert "hush" not in str(caught.value) and "user:" not in str(caught.value)
     assert not store.proxy.requests
 
 
-def test_an_unknown_kind_of_address_is_refused():
+def test_an_unknown_scheme_is_refused():
     with pytest.raises(ValueError, match="one of s3://, gs://, file://, got https://"):
         find_shards("https://example.org/a.tar")
 
 
-def test_what_is_missing_is_named_and_asked_for_once(store):
+def test_missing_files_and_buckets_are_named_after_a_single_request(store):
     with pytest.raises(FileNotFoundError, match=r"1 of 2 names do not exist, the first is s3://bucket/tiny/none\.tar"):
         find_shards("s3://bucket/tiny/{none,tiny-000000}.tar")
-    with pytest.raises(FileNotFoundError, match=r"bucket s3://nobody does not exist; .*AWS_ENDPOINT_URL"):
-        find_shards("s3://nobody/tiny-000000.tar")
+    with pytest.raises(FileNotFoundError, match=r"bucket s3://absent does not exist; .*AWS_ENDPOINT_URL"):
+        find_shards("s3://absent/tiny-000000.tar")
     store.proxy.reset()
     with pytest.raises(FileNotFoundError, match=r"s3://bucket/tiny/none\.tar does not exist"):
         RemoteFile("s3://bucket/tiny/none.tar")
     assert len(store.proxy.requests) == 1
 
 
-def test_wrong_credentials_are_told_at_once(store, caplog):
+def test_wrong_credentials_are_reported_without_a_retry(store, caplog):
     store.check_credentials(True)
     try:
-        for ask in (file_info, RemoteFile, list_files):
+        for request in (file_info, RemoteFile, list_files):
             with pytest.raises(PermissionError, match=r"s3://bucket/tiny.*refuses access.*AWS_ACCESS_KEY_ID"):
-                ask(SHARD if ask is RemoteFile else "s3://bucket/tiny")
+                request(SHARD if request is RemoteFile else "s3://bucket/tiny")
     finally:
         store.check_credentials(False)
     assert caplog.records == []
@@ -287,7 +292,7 @@ def test_credentials_and_region_come_from_the_profile(store, monkeypatch, tmp_pa
     monkeypatch.setenv("AWS_PROFILE", "lab")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    # in a process of its own: the AWS SDK reads the profile's region when it starts
+    # In a new process, because the AWS SDK reads the profile's region only when it starts.
     run_script(
         "import sys; from iwm_fast.pipelines.storage.remote_file import file_info; file_info(sys.argv[1])", SHARD
     )
@@ -303,23 +308,23 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("ask", REQUESTS.values(), ids=REQUESTS)
-def test_failures_of_the_store_are_tried_again_and_logged(store, caplog, ask):
-    expected = ask()
-    store.proxy.spoil("500", times=3)
-    assert ask() == expected
+@pytest.mark.parametrize("request_store", REQUESTS.values(), ids=REQUESTS)
+def test_failures_of_the_store_are_retried_and_logged(store, caplog, request_store):
+    expected = request_store()
+    store.proxy.inject("500", times=3)
+    assert request_store() == expected
     assert len(store.proxy.requests) == 4
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     assert all("s3://bucket/tiny" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "short"])
-def test_a_read_that_fails_three_times_gives_the_right_bytes(store, tiny_shards, caplog, fault):
+def test_a_read_that_fails_three_times_returns_the_right_bytes(store, tiny_shards, caplog, fault):
     content, file = content_of(tiny_shards), RemoteFile(SHARD)
     for offset, size in ((0, len(content)), (1000, 77), (5, 1), (len(content) - 10, 50)):
         caplog.clear()
-        # a short answer shows in two, and is followed by a look whether the object has changed
-        store.proxy.spoil(fault, times=8 if fault == "short" else 3)
+        # A short response takes two reads to detect, followed by a look-up whether the object has changed.
+        store.proxy.inject(fault, times=8 if fault == "short" else 3)
         assert file.read_at(offset, size) == content[offset : offset + size]
         assert len(store.proxy.spans) == (7 if fault == "short" else 4) and len(caplog.records) == 3
     assert file.read_at(len(content), 5) == b""
@@ -327,7 +332,7 @@ def test_a_read_that_fails_three_times_gives_the_right_bytes(store, tiny_shards,
 
 
 @pytest.mark.parametrize("fault", ["short", "one byte short"])
-def test_an_answer_that_is_short_is_no_content_whatever_the_last_byte(store, fault):
+def test_a_short_response_is_detected_for_any_last_byte(store, fault):
     content = bytes([0x5A, 0xA5, 0]) * 20
     store.put("s3://bucket/marks.bin", content)
     file = RemoteFile("s3://bucket/marks.bin")
@@ -335,37 +340,37 @@ def test_an_answer_that_is_short_is_no_content_whatever_the_last_byte(store, fau
         for offset in (0, 1, 2):
             store.proxy.reset()
             assert file.read_at(offset, size) == content[offset : offset + size]
-            store.proxy.spoil(fault, times=2)
+            store.proxy.inject(fault, times=2)
             assert file.read_at(offset, size) == content[offset : offset + size]
             assert len(store.proxy.spans) >= 3
     file.close()
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "short"])
-def test_a_store_that_always_fails_ends_in_an_error_with_address_count_and_remedy(store, fault):
+def test_a_permanent_failure_is_reported_with_address_count_and_remedy(store, fault):
     file = RemoteFile(SHARD)
-    store.proxy.spoil(fault)
+    store.proxy.inject(fault)
     with pytest.raises(OSError, match=r"s3://bucket/tiny/tiny-000000\.tar: reading 2000 bytes at byte 512") as caught:
         file.read_at(512, 2000)
     (note,) = caught.value.__notes__
-    assert SHARD in note and "tried 5 times" in note and "AWS_ENDPOINT_URL" in note
+    assert SHARD in note and "failed 5 times" in note and "AWS_ENDPOINT_URL" in note
     assert len(store.proxy.spans) == remote_file.NUM_ATTEMPTS * (2 if fault == "short" else 1)
     file.close()
 
 
-def test_a_store_that_stalls_is_noticed_and_asked_again(store, tiny_shards, monkeypatch, caplog):
+def test_a_stalled_request_is_noticed_and_retried(store, tiny_shards, monkeypatch, caplog):
     monkeypatch.setattr(remote_file, "REQUEST_TIMEOUT_S", 1)
     file = RemoteFile(SHARD)
-    store.proxy.spoil("stall", times=1)
+    store.proxy.inject("stall", times=1)
     assert file.read_at(512, 2000) == content_of(tiny_shards)[512:2512]
     assert len(store.proxy.spans) == 2 and "the last 1 seconds" in caplog.text
     file.close()
 
 
-def test_a_store_that_does_not_listen_ends_in_an_error(store, monkeypatch):
-    # nobody listens on the first of all ports
+def test_a_store_that_does_not_listen_is_an_error(store, monkeypatch):
+    # No server listens on port 1.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(OSError, match=r"s3://bucket.*asking what it is failed"):
+    with pytest.raises(OSError, match=r"s3://bucket.*looking it up failed"):
         file_info(SHARD)
 
 
@@ -383,7 +388,7 @@ def test_a_shard_replaced_after_indexing_is_reported(store, tiny_shards):
         assert caught.value.shard == uri
 
 
-def test_a_shard_that_becomes_shorter_while_it_is_open_never_gives_wrong_bytes(store, tiny_shards, caplog):
+def test_a_shard_truncated_while_open_never_returns_wrong_bytes(store, tiny_shards, caplog):
     uri, content = "s3://bucket/changing/b.tar", content_of(tiny_shards, 0)
     store.put(uri, content)
     file = RemoteFile(uri)
@@ -396,7 +401,7 @@ def test_a_shard_that_becomes_shorter_while_it_is_open_never_gives_wrong_bytes(s
     file.close()
 
 
-def test_a_shard_that_shrinks_or_disappears_during_the_run_is_named(store, tiny_shards):
+def test_a_shard_truncated_or_removed_during_the_run_is_named(store, tiny_shards):
     uri = "s3://bucket/changing/c.tar"
     store.put(uri, content_of(tiny_shards, 0))
     shards = open_shards(uri)
@@ -412,7 +417,7 @@ def test_a_shard_that_shrinks_or_disappears_during_the_run_is_named(store, tiny_
     assert any(uri in note and "sample" in note for note in caught.value.__notes__)
 
 
-def test_tens_of_reads_are_in_flight_and_the_first_batch_goes_first(store, tiny_shards):
+def test_tens_of_reads_are_in_flight_and_earlier_batches_come_first(store, tiny_shards):
     shards = open_shards(SHARD)
     samples = np.arange(shards.num_samples)
     store.proxy.latency_s = 0.3
@@ -420,7 +425,7 @@ def test_tens_of_reads_are_in_flight_and_the_first_batch_goes_first(store, tiny_
         batches = [reader.submit(samples) for _ in range(4)]
         for batch in batches:
             batch.result()
-    assert 30 <= store.proxy.most_in_flight <= 40
+    assert 30 <= store.proxy.max_in_flight <= 40
     store.proxy.latency_s = 0.01
     with Reader(shards, 3) as reader:
         reader.read(samples[:1])
@@ -430,12 +435,12 @@ def test_tens_of_reads_are_in_flight_and_the_first_batch_goes_first(store, tiny_
         batch.result()
     number = {f"bytes={begin}-": index for index, begin in enumerate(shards.shards[0].image_offset.tolist())}
     order = [number[span.partition("-")[0] + "-"] // 5 for span in store.proxy.spans]
-    # three threads: at the seam of two batches, two requests may pass each other
-    assert all(abs(place // 5 - [2, 0, 1].index(batch)) <= 1 for place, batch in enumerate(order))
+    # With three threads, requests of two consecutive batches may overtake each other.
+    assert all(abs(position // 5 - [2, 0, 1].index(batch)) <= 1 for position, batch in enumerate(order))
     assert set(order[:3]) == {2} and set(order[-3:]) == {1}
 
 
-def test_what_is_waited_for_overtakes_what_is_read_ahead(store):
+def test_an_awaited_read_overtakes_reading_ahead(store):
     shards = open_shards(SHARD)
     store.proxy.latency_s = 0.02
     with Reader(shards, 1) as reader:
@@ -444,7 +449,7 @@ def test_what_is_waited_for_overtakes_what_is_read_ahead(store):
         assert not ahead[1].done()
 
 
-def test_a_closed_reader_ends_after_the_reads_under_way(store):
+def test_a_closed_reader_ends_after_the_reads_in_progress(store):
     shards = open_shards(SHARD)
     store.proxy.reset()
     store.proxy.latency_s = 0.1
@@ -457,12 +462,12 @@ def test_a_closed_reader_ends_after_the_reads_under_way(store):
     assert all(isinstance(batch.exception(), CancelledError) for batch in ahead)
 
 
-def test_a_process_that_read_ends_without_hanging_or_complaining(store):
+def test_a_process_with_an_open_reader_exits_without_hanging_or_warnings(store):
     script = (
         "import sys, numpy as np; from iwm_fast.pipelines.storage.shard_set import open_shards; "
         "from iwm_fast.pipelines.storage.reader import Reader; "
         "shards = open_shards(sys.argv[1]); reader = Reader(shards, 16); print(len(reader.read(np.arange(48)))); "
         "ahead = reader.submit(np.arange(48))"
     )
-    done = run_script(script, "s3://bucket/tiny")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "48\n", "")
+    process = run_script(script, "s3://bucket/tiny")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "48\n", "")

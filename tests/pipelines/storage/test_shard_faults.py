@@ -1,4 +1,4 @@
-"""Shards that disappear or change while a run reads them."""
+"""Shards that are removed or changed while a run reads them."""
 
 import shutil
 from pathlib import Path
@@ -23,8 +23,8 @@ def shards(tiny_shards, tmp_path) -> ShardSet:
     return open_shards(str(tmp_path / "shards"))
 
 
-def loader_of(shards: ShardSet, backend: str, most: float = 0.0) -> Loader:
-    # one shard after the other, so that some are opened late
+def loader_of(shards: ShardSet, backend: str, max_bad: float = 0.0) -> Loader:
+    # A shuffle window of one shard reads the shards one after the other, so that some are opened late.
     stream = SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 1),
         global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,
@@ -34,12 +34,13 @@ def loader_of(shards: ShardSet, backend: str, most: float = 0.0) -> Loader:
     )
     settings = LoaderConfig(
         loader=backend, reader_threads=2, loader_threads=1, prefetch=1, read_ahead=1,
-        max_bad_samples=most,
+        max_bad_samples=max_bad,
     )  # fmt: skip
     return build_loader(plan, shards, settings, torch.device("cpu"))
 
 
 def last_shard(shards: ShardSet) -> Path:
+    """Return the shard that the first epoch reads last."""
     samples = SampleOrder([len(shard.keys) for shard in shards.shards], 0, 1).samples_at(torch.tensor([47]).numpy())
     (number,), _ = shards.locate(samples)
     return Path(shards.shards[number].path)
@@ -53,7 +54,7 @@ def epochs(loader: Loader, count: int = 3) -> list[Batch]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_that_is_gone_is_named_with_the_sample_that_was_wanted(shards, backend):
+def test_a_removed_shard_is_named_together_with_the_sample(shards, backend):
     loader, path = loader_of(shards, backend), last_shard(shards)
     next(loader)
     path.unlink()
@@ -63,9 +64,9 @@ def test_a_shard_that_is_gone_is_named_with_the_sample_that_was_wanted(shards, b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_that_is_open_may_be_moved_away(shards, backend):
+def test_an_open_shard_may_be_removed(shards, backend):
     loader = loader_of(shards, backend)
-    batches = [next(loader) for _ in range(12)]  # every shard has been read from
+    batches = [next(loader) for _ in range(12)]  # one epoch, in which all shards are opened
     for shard in shards.shards:
         Path(shard.path).unlink()
     assert len(batches + epochs(loader, 1)) == 24
@@ -73,7 +74,7 @@ def test_a_shard_that_is_open_may_be_moved_away(shards, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [lambda content: content[: len(content) // 2], lambda content: content + bytes(512)])
-def test_a_shard_of_another_size_is_named(shards, backend, change):
+def test_a_shard_whose_size_has_changed_is_named(shards, backend, change):
     loader, path = loader_of(shards, backend), last_shard(shards)
     next(loader)
     path.write_bytes(change(path.read_bytes()))
@@ -83,15 +84,15 @@ def test_a_shard_of_another_size_is_named(shards, backend, change):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_overwritten_in_place_counts_as_bad_samples_until_there_are_too_many(shards, backend, caplog):
-    loader, path = loader_of(shards, backend, most=100.0), last_shard(shards)
+def test_an_overwritten_shard_counts_as_bad_samples_up_to_the_limit(shards, backend, caplog):
+    loader, path = loader_of(shards, backend, max_bad=100.0), last_shard(shards)
     next(loader)
     path.write_bytes(bytes(path.stat().st_size))
-    # some batches lie in this shard alone
+    # Some batches have all samples in this shard, so that none of them can replace a bad one.
     with pytest.raises(ShardError, match=r"no other sample can replace it.*iwm shards check") as caught:
         epochs(loader)
     assert caught.value.shard == str(path)
-    loader = loader_of(shards, backend, most=2.0)
+    loader = loader_of(shards, backend, max_bad=2.0)
     with pytest.raises(ShardError, match=r"bad sample 3 and runtime.max_bad_samples = 2 allows 2"):
         epochs(loader)
     assert any(f"cannot decode {path}:" in record.getMessage() for record in caplog.records)

@@ -1,6 +1,5 @@
-"""Finding shards, which members make a sample, and what a set of shards knows about itself."""
+"""Finding shards, grouping members into samples, and the properties of a set of shards."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def test_labels_and_json_members_are_found(tmp_path):
     assert shard.size_bytes == path.stat().st_size
 
 
-def test_masks_are_found_and_a_png_is_the_image_only_where_no_other_is(tmp_path):
+def test_masks_are_found_and_a_png_is_the_image_if_there_is_no_other(tmp_path):
     members = {
         "a.jpg": JPEG, "a.seg.png": b"map of a", "b.png": b"map of b", "b.webp": JPEG, "c.png": JPEG, "d.tif": JPEG,
         "e.seg.png": b"map of e", "e.png": JPEG, "f.PNG": b"other", "f.Seg.Png": b"map of f", "f.jpeg": JPEG,
@@ -47,18 +46,18 @@ def test_masks_are_found_and_a_png_is_the_image_only_where_no_other_is(tmp_path)
     assert images_of(path) == dict.fromkeys("abcdef", JPEG)
     shard, content = index_shard(str(path)), path.read_bytes()
     spans = zip(shard.keys, shard.mask_offset.tolist(), shard.mask_size.tolist(), strict=True)
-    found = {key: content[offset : offset + size].decode() for key, offset, size in spans if offset}
-    assert found == {key: f"map of {key}" for key in "abef"}
-    assert [shard.mask_size[place] for place in (2, 3)] == [0, 0]
+    maps = {key: content[offset : offset + size].decode() for key, offset, size in spans if offset}
+    assert maps == {key: f"map of {key}" for key in "abef"}
+    assert [shard.mask_size[position] for position in (2, 3)] == [0, 0]
 
 
-def test_extension_begins_at_the_first_dot_of_the_file_name_and_case_does_not_matter(tmp_path):
+def test_extensions_begin_at_the_first_dot_of_the_name_in_any_case(tmp_path):
     assert parse_member_name("v1.0/a.seg.PNG") == ("v1.0/a", "seg.png")
     members = {"a.seg.png": b"mask", "a.JPG": JPEG, "b.jpg.bak": b"no", "b.Png": b"png"}
     assert images_of(shard_at(tmp_path / "s.tar", members)) == {"a": JPEG, "b": b"png"}
 
 
-def test_of_several_images_the_first_accepted_extension_is_taken(tmp_path):
+def test_of_several_images_the_first_accepted_extension_is_used(tmp_path):
     path = shard_at(tmp_path / "s.tar", {"a.tif": b"tif", "a.jpeg": b"jpeg", "b.bmp": b"bmp", "b.webp": b"webp"})
     assert images_of(path) == {"a": b"jpeg", "b": b"webp"}
 
@@ -69,21 +68,21 @@ def test_samples_without_an_image_are_not_counted(tmp_path):
 
 
 UNUSABLE = {
-    "key comes twice": ({"a.jpg": JPEG, "b.jpg": JPEG, "a.cls": b"1"}, "a", "comes twice.*--sort=name"),
-    "member comes twice": ({"a.jpg": JPEG, "a.JPG": JPEG}, "a", "two members with extension 'jpg'"),
+    "key occurs twice": ({"a.jpg": JPEG, "b.jpg": JPEG, "a.cls": b"1"}, "a", "occurs twice.*--sort=name"),
+    "member occurs twice": ({"a.jpg": JPEG, "a.JPG": JPEG}, "a", "two members with extension 'jpg'"),
     "label is a word": ({"a.jpg": JPEG, "a.cls": b"cat"}, "a", "integer >= 0, got b'cat'"),
     "label is negative": ({"a.jpg": JPEG, "a.cls": b"-1"}, "a", "integer >= 0"),
     "label is empty": ({"a.jpg": JPEG, "a.cls": b""}, "a", "integer >= 0"),
-    "label goes on behind many spaces": ({"a.jpg": JPEG, "a.cls": b"3" + b" " * 40 + b"x"}, "a", "integer >= 0"),
+    "label continues after many spaces": ({"a.jpg": JPEG, "a.cls": b"3" + b" " * 40 + b"x"}, "a", "integer >= 0"),
     "label has more digits than are read": ({"a.jpg": JPEG, "a.cls": b"0" * 40 + b"5"}, "a", "integer >= 0"),
     "label is too large": ({"a.jpg": JPEG, "a.cls": b"9" * 20}, "a", "integer >= 0"),
-    "no image": ({"a.txt": b"x", "a.jp2": b"x"}, "", r"extensions found are \['jp2', 'txt'\]"),
+    "no image": ({"a.txt": b"x", "a.jp2": b"x"}, "", r"the extensions of its members are \['jp2', 'txt'\]"),
 }
 
 
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_an_unusable_sample_is_refused_by_shard_and_key(tmp_path, case):
-    members, key, message = UNUSABLE[case]
+@pytest.mark.parametrize("defect", UNUSABLE)
+def test_an_unusable_sample_is_refused_with_shard_and_key(tmp_path, defect):
+    members, key, message = UNUSABLE[defect]
     path = shard_at(tmp_path / "s.tar", members)
     with pytest.raises(ShardError, match=message) as caught:
         index_shard(str(path))
@@ -107,11 +106,11 @@ def test_files_folders_braces_globs_and_lists_name_the_same_shards(folder):
     assert find_shards(f"{paths[2]}::{folder}/s-{{000..001}}.tar") == [paths[2], *paths[:2]]
 
 
-def test_a_path_that_exists_is_taken_literally(tmp_path):
-    odd = tmp_path / "set {1,2} [a]"
-    odd.mkdir()
-    path = shard_at(odd / "s*.tar", {"a.jpg": JPEG})
-    assert find_shards(str(path)) == [str(path)] == find_shards(str(odd))
+def test_an_existing_path_is_taken_literally(tmp_path):
+    special = tmp_path / "set {1,2} [a]"
+    special.mkdir()
+    path = shard_at(special / "s*.tar", {"a.jpg": JPEG})
+    assert find_shards(str(path)) == [str(path)] == find_shards(str(special))
     brackets = tmp_path / "set [a]"
     brackets.mkdir()
     path = shard_at(brackets / "s.tar", {"a.jpg": JPEG})
@@ -132,7 +131,7 @@ BAD_SPECS = {
 
 
 @pytest.mark.parametrize("spec", BAD_SPECS)
-def test_a_pattern_that_names_nothing_or_something_twice_is_refused(folder, spec):
+def test_a_pattern_that_names_nothing_or_a_shard_twice_is_refused(folder, spec):
     (folder / "empty").mkdir()
     error, message = BAD_SPECS[spec]
     with pytest.raises(error, match=message):
@@ -161,10 +160,10 @@ def numbered(tmp_path) -> Path:
     return tmp_path
 
 
-def test_samples_are_numbered_through_all_shards(numbered):
+def test_samples_are_numbered_across_shards(numbered):
     shards = open_shards(str(numbered), num_threads=2)
     assert shards.num_samples == 6
-    assert shards.first_sample.tolist() == [0, 2, 5, 6]
+    assert shards.shard_bounds.tolist() == [0, 2, 5, 6]
     shard, position = shards.locate(np.array([5, 0, 1, 2, 4]))
     assert (shard.tolist(), position.tolist()) == ([2, 0, 0, 1, 1], [0, 0, 1, 0, 2])
     assert [shards.key(sample) for sample in range(6)] == ["a", "b", "c", "d", "e", "a"]
@@ -178,31 +177,31 @@ def test_a_sample_number_outside_the_set_is_refused(numbered, sample):
         open_shards(str(numbered)).locate(np.array([0, sample]))
 
 
-def test_a_missing_label_is_reported_with_its_address_where_labels_are_needed(numbered):
-    with pytest.raises(ShardError, match=re.escape("the linear probe needs")) as caught:
+def test_a_missing_label_is_reported_with_shard_and_key(numbered):
+    with pytest.raises(ShardError, match="which the linear probe needs") as caught:
         open_shards(str(numbered)).require_labels("the linear probe")
     assert (caught.value.shard, caught.value.key) == (f"{numbered}/2.tar", "a")
     open_shards(f"{numbered}/{{0,1}}.tar").require_labels("the linear probe")
 
 
 @pytest.mark.parametrize("count", range(1, 49))
-def test_the_first_samples_of_a_set_are_a_set_of_their_own(tiny_shards, count):
-    whole = open_shards(tiny_shards.pattern)
-    first = whole.truncated(count)
+def test_a_truncated_set_holds_the_first_samples(tiny_shards, count):
+    complete = open_shards(tiny_shards.pattern)
+    first = complete.truncated(count)
     assert first.num_samples == count
-    assert [first.address(sample) for sample in range(count)] == [whole.address(sample) for sample in range(count)]
-    assert first.labels(np.arange(count)).tolist() == whole.labels(np.arange(count)).tolist()
+    assert [first.address(sample) for sample in range(count)] == [complete.address(sample) for sample in range(count)]
+    assert first.labels(np.arange(count)).tolist() == complete.labels(np.arange(count)).tolist()
     assert all(len(shard.keys) == len(shard.image_offset) == len(shard.json_size) > 0 for shard in first.shards)
-    assert (first.content_digest == whole.content_digest) == (count == 48)
+    assert (first.content_digest == complete.content_digest) == (count == 48)
 
 
 @pytest.mark.parametrize("count", [0, -1, 49])
-def test_no_samples_or_more_than_there_are_cannot_be_the_first(tiny_shards, count):
-    with pytest.raises(ValueError, match=rf"num_samples must lie in 1 \.\. 48, got {count}"):
+def test_a_set_cannot_be_truncated_to_no_samples_or_to_more_than_it_has(tiny_shards, count):
+    with pytest.raises(ValueError, match=rf"num_samples must be in 1 \.\. 48, got {count}"):
         open_shards(tiny_shards.pattern).truncated(count)
 
 
-def test_digest_follows_content_and_order_but_not_paths(tmp_path):
+def test_the_digest_depends_on_content_and_order_but_not_on_paths(tmp_path):
     def digest(name: str, *shards: dict[str, bytes]) -> str:
         (tmp_path / name).mkdir()
         for number, members in enumerate(shards):

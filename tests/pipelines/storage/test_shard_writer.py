@@ -1,4 +1,4 @@
-"""Making shards: bytes untouched, the same every time, nothing overwritten."""
+"""Packing shards: image bytes do not change, the result is reproducible, and nothing is overwritten."""
 
 import json
 from pathlib import Path
@@ -31,20 +31,20 @@ def source(tmp_path) -> Path:
     return folder
 
 
-def test_packed_images_keep_bytes_class_and_name(source, tmp_path):
+def test_packed_images_keep_their_bytes_class_and_name(source, tmp_path):
     paths = pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
     assert [path.name for path in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "cat"]
     packed = samples_of(f"{tmp_path}/out/shard-{{000000..000002}}.tar")
     for sample in packed:
-        note = json.loads(sample["json"])
-        extension = note["file"].split(".")[-1].lower()
-        assert sample[extension] == (source / note["file"]).read_bytes()
-        assert ["ant", "cat"][int(sample["cls"])] == note["class"] == note["file"].split("/")[0]
+        metadata = json.loads(sample["json"])
+        extension = metadata["file"].split(".")[-1].lower()
+        assert sample[extension] == (source / metadata["file"]).read_bytes()
+        assert ["ant", "cat"][int(sample["cls"])] == metadata["class"] == metadata["file"].split("/")[0]
     assert len({json.loads(sample["json"])["file"] for sample in packed}) == 22
 
 
-def test_packed_shards_pass_our_index_with_unique_keys_without_dots(source, tmp_path):
+def test_packed_shards_can_be_indexed_and_have_unique_keys_without_dots(source, tmp_path):
     pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
     shards = open_shards(str(tmp_path / "out"))
     keys = [key for shard in shards.shards for key in shard.keys]
@@ -80,14 +80,14 @@ def test_nothing_is_overwritten(source, tmp_path):
     assert digests(destination) == before
 
 
-def test_a_failure_leaves_nothing_behind(source, tmp_path):
+def test_a_failure_leaves_no_files(source, tmp_path):
     (source / "cat" / "empty.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty\.jpg must be at least 1 byte"):
+    with pytest.raises(ValueError, match=r"empty\.jpg is empty; replace or remove it"):
         pack_folder(source, tmp_path / "out" / "deep")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_sources_that_are_no_image_folder_are_refused(tmp_path):
+def test_sources_that_are_not_image_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         pack_folder(tmp_path / "none", tmp_path / "out")
     source = tmp_path / "images"
@@ -97,7 +97,7 @@ def test_sources_that_are_no_image_folder_are_refused(tmp_path):
         pack_folder(source, tmp_path / "out")
     image_file(source / "cat" / "one.jpg", 0)
     image_file(source / "loose.jpg", 0)
-    with pytest.raises(ValueError, match=r"1 images lie in .* itself, the first is loose\.jpg; either each"):
+    with pytest.raises(ValueError, match=r"1 images lie in .* itself, the first is loose\.jpg; either all"):
         pack_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +111,7 @@ def test_a_folder_of_images_without_classes_becomes_shards_without_labels(tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == [path.name for path in paths]
 
 
-def test_validation_shards_take_the_class_numbers_of_training(source, tmp_path):
+def test_validation_shards_use_the_class_numbers_of_training(source, tmp_path):
     pack_folder(source, tmp_path / "train")
     image_file(tmp_path / "val" / "cat" / "1.jpg", 1)
     classes = PackConfig(classes=str(tmp_path / "train" / "classes.json"))
@@ -119,5 +119,5 @@ def test_validation_shards_take_the_class_numbers_of_training(source, tmp_path):
     assert open_shards(str(tmp_path / "out")).labels(np.arange(1)).tolist() == [1]
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "cat"]
     image_file(tmp_path / "val" / "dog" / "1.jpg", 1)
-    with pytest.raises(ValueError, match=r"must be named in classes=.*, which lists 2, got \['dog'\]"):
+    with pytest.raises(ValueError, match=r"must be listed in classes=.*, which lists 2 classes, got \['dog'\]"):
         pack_folder(tmp_path / "val", tmp_path / "other", classes)

@@ -1,4 +1,4 @@
-"""The tar index: every dialect gives the bytes that other readers give, every defect is refused."""
+"""The tar index: all dialects give the same bytes as other readers, and all defects are refused."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ JPEG = b"\xff\xd8 some bytes that look like an image"
 
 
 def write_tar(path: Path, members: dict, **options) -> Path:
-    """Write members in order: bytes are files, None is a folder, a str is a symbolic link, a tuple a hard link."""
+    """Write members in order: bytes for a file, None for a folder, str for a symbolic link, a tuple for a hard link."""
     with tarfile.open(path, "w", **options) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -34,7 +34,7 @@ def write_tar(path: Path, members: dict, **options) -> Path:
 
 
 def two_samples(prefix: str = "") -> dict[str, bytes]:
-    """Two samples whose bytes all differ; the image is longer than one tar block."""
+    """Return the members of two samples with distinct contents and images longer than a tar block."""
     return {
         f"{prefix}first.cls": b"7",
         f"{prefix}first.jpg": JPEG * 40,
@@ -46,7 +46,7 @@ def two_samples(prefix: str = "") -> dict[str, bytes]:
 
 
 def images_of(path: Path) -> dict[str, bytes]:
-    """Read the images through our index."""
+    """Return the images at the offsets of the index."""
     shard = index_shard(str(path))
     with ShardFile(str(path)) as file:
         return {
@@ -62,7 +62,7 @@ def images_by_tarfile(path: Path) -> dict[str, bytes]:
 
 
 def images_by_webdataset(path: Path) -> dict[str, bytes]:
-    # the library leaves files open that it opened itself
+    # The library would not close a file that it opened itself.
     with path.open("rb") as stream:
         samples = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
     return {sample["__key__"]: sample["jpg"] for sample in samples}
@@ -81,13 +81,13 @@ PREFIXES = {
 }
 
 
-# USTAR has room for 155 + 100 bytes
-CASES = [
+# Names of USTAR have at most 155 + 100 bytes.
+DIALECTS_AND_PREFIXES = [
     (dialect, prefix) for dialect in DIALECTS for prefix in PREFIXES if (dialect, prefix) != ("ustar", "long name")
 ]
 
 
-@pytest.mark.parametrize(("dialect", "prefix"), CASES)
+@pytest.mark.parametrize(("dialect", "prefix"), DIALECTS_AND_PREFIXES)
 def test_image_bytes_equal_those_of_tarfile_and_webdataset(tmp_path, dialect, prefix):
     path = write_tar(tmp_path / "s.tar", two_samples(PREFIXES[prefix]), format=DIALECTS[dialect])
     images = images_of(path)
@@ -97,7 +97,7 @@ def test_image_bytes_equal_those_of_tarfile_and_webdataset(tmp_path, dialect, pr
 
 
 @pytest.mark.parametrize("dialect", ["gnu", "pax"])
-def test_a_long_name_is_not_kept_for_the_members_after_it(tmp_path, dialect):
+def test_a_long_name_does_not_apply_to_later_members(tmp_path, dialect):
     members = {"c" * 150 + ".jpg": b"long", "short.jpg": b"short", "d" * 150 + ".jpg": b"again"}
     path = write_tar(tmp_path / "s.tar", members, format=DIALECTS[dialect])
     assert images_of(path) == {"c" * 150: b"long", "short": b"short", "d" * 150: b"again"}
@@ -112,12 +112,12 @@ def test_fractional_times_in_pax_headers_do_not_move_offsets(tmp_path):
     assert images_of(tmp_path / "s.tar") == images_by_tarfile(tmp_path / "s.tar")
 
 
-def test_global_pax_headers_are_passed_over(tmp_path):
+def test_global_pax_headers_are_skipped(tmp_path):
     path = write_tar(tmp_path / "s.tar", two_samples(), format=tarfile.PAX_FORMAT, pax_headers={"comment": "ü" * 600})
     assert images_of(path) == images_by_tarfile(path)
 
 
-def test_size_of_a_pax_record_wins_over_the_header(tmp_path):
+def test_the_size_of_a_pax_record_overrides_the_header(tmp_path):
     record = b"13 size=1000\n"
     extended = tarfile.TarInfo("x")
     extended.type, extended.size = tarfile.XHDTYPE, len(record)
@@ -137,7 +137,7 @@ def test_sizes_in_base_256_are_read(tmp_path):
     assert images_of(tmp_path / "s.tar") == {"a": b"i" * 700} == images_by_tarfile(tmp_path / "s.tar")
 
 
-def test_links_folders_and_foreign_files_between_samples_are_passed_over(tmp_path):
+def test_links_folders_and_other_files_between_samples_are_skipped(tmp_path):
     members = {
         "set": None,
         "set/a.cls": b"1",
@@ -156,22 +156,22 @@ def test_links_folders_and_foreign_files_between_samples_are_passed_over(tmp_pat
         assert images_of(path) == {"set/a": JPEG, "set/b": b"second"}
 
 
-def damaged(path: Path, kind: str) -> None:
-    """Write an archive with one defect."""
-    whole = write_tar(path, two_samples()).read_bytes()
+def write_damaged(path: Path, defect: str) -> None:
+    """Write an archive with a defect."""
+    complete = write_tar(path, two_samples()).read_bytes()
     content = {
-        "cut inside an image": whole[:2000],
-        "cut inside a header": whole[: 1024 + 100],
-        "cut between members": whole[:1024],
-        "gzip": gzip.compress(whole),
+        "cut inside an image": complete[:2000],
+        "cut inside a header": complete[: 1024 + 100],
+        "cut between members": complete[:1024],
+        "gzip": gzip.compress(complete),
         "garbage": os.urandom(4096),
         "text": b"<html>not found</html>" * 100,
         "nothing": b"",
         "empty archive": bytes(10240),
-        "joined with cat": whole + whole,
-        "flipped bit in a header": whole[:1030] + bytes([whole[1030] ^ 1]) + whole[1031:],
+        "joined with cat": complete + complete,
+        "flipped bit in a header": complete[:1030] + bytes([complete[1030] ^ 1]) + complete[1031:],
     }
-    path.write_bytes(content[kind])
+    path.write_bytes(content[defect])
 
 
 DEFECTS = {
@@ -183,15 +183,15 @@ DEFECTS = {
     "text": "not a tar archive",
     "nothing": "empty file",
     "empty archive": "holds no image.*jpg, jpeg, png",
-    "joined with cat": "behind its end-of-archive",
+    "joined with cat": "continues after its end-of-archive",
     "flipped bit in a header": "wrong header checksum at byte 1024",
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_damaged_shard_is_refused_by_name_with_a_remedy(tmp_path, defect):
+def test_a_damaged_shard_is_refused_with_its_path_and_a_remedy(tmp_path, defect):
     path = tmp_path / "s.tar"
-    damaged(path, defect)
+    write_damaged(path, defect)
     with pytest.raises(ShardError, match=DEFECTS[defect]) as caught:
         index_shard(str(path))
     assert str(path) in str(caught.value)
@@ -199,9 +199,9 @@ def test_a_damaged_shard_is_refused_by_name_with_a_remedy(tmp_path, defect):
 
 
 @pytest.mark.parametrize("cut", range(0, 4608, 256))
-def test_no_cut_of_an_archive_goes_unnoticed(tmp_path, cut):
-    whole = write_tar(tmp_path / "s.tar", two_samples()).read_bytes()
-    (tmp_path / "s.tar").write_bytes(whole[:cut])
+def test_a_truncated_archive_is_always_noticed(tmp_path, cut):
+    complete = write_tar(tmp_path / "s.tar", two_samples()).read_bytes()
+    (tmp_path / "s.tar").write_bytes(complete[:cut])
     with pytest.raises(ShardError):
         index_shard(str(tmp_path / "s.tar"))
 

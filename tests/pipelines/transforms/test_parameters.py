@@ -186,7 +186,7 @@ def test_an_action_is_described_in_english():
         ({"blur_probability": 1.5}, "views.blur_probability must be between 0 and 1, got 1.5"),
         ({"hue": 0.6}, "views.hue must be between 0 and 0.5, got 0.6"),
         ({"action_entries": ("brightness", "gamma")}, "views.action_entries must name entries of .*got \\['gamma'\\]"),
-        ({"action_entries": ("hue", "hue")}, "views.action_entries must name entries once"),
+        ({"action_entries": ("hue", "hue")}, "views.action_entries must be non-empty and name no entry twice"),
         (
             {"action_entries": ("hue", "crop_x")},
             "must be left out while views.source_crop is unset .*got \\['crop_x'\\]",

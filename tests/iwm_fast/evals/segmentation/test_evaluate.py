@@ -180,7 +180,7 @@ def test_shards_without_maps_are_refused_before_anything_is_trained(rank_info, r
     bare = painted(tmp_path / "bare.tar", 6, seed=3, has_masks=False)
     for given in ({"train": bare}, {"val": bare}):
         config = SegmentConfig(run=run_folder, data=EvalData(**given), name="bare", **tuning())
-        with pytest.raises(ShardError, match=r"no segmentation map, like 6 of 6 samples .* add it as \.seg\.png"):
+        with pytest.raises(ShardError, match=r"no segmentation map \(6 of 6 samples .*\); add it as \.seg\.png"):
             evaluate_segment(config)
         # also where maps need not be read to count classes
         with pytest.raises(ShardError, match="no segmentation map"):

@@ -99,7 +99,7 @@ def _without_rims(tmp_path):
 def test_samples_without_maps_and_maps_without_classes_are_refused(tmp_path, shards):
     bare = open_shards(painted(tmp_path / "bare.tar", 3, seed=1, has_masks=False))
     for pair in ((bare, shards), (shards, bare)):
-        with pytest.raises(ShardError, match="has no segmentation map, like 3 of 3 samples"):
+        with pytest.raises(ShardError, match=r"has no segmentation map \(3 of 3 samples"):
             count_classes(*pair, ignore_index=IGNORED, num_threads=2)
     pixels = photograph("coffee.png")[:40, :40]
     write_tar(
