@@ -125,9 +125,7 @@ def _step_breakdown(rows: list[dict[str, Any]]) -> str:
     """Return the mean duration of each phase of a step, without the first log row, whose steps fill caches."""
     rows = rows[1:] or rows
     names = [*PARTS, "other"]
-    means_ms = {
-        name.replace("_", " "): 1000 * sum(row[f"time/{name}_s"] for row in rows) / len(rows) for name in names
-    }
+    means_ms = {name.replace("_", " "): 1000 * sum(row[f"time/{name}_s"] for row in rows) / len(rows) for name in names}
     note = '<p class="soft small">Means over all ranks. A step takes as long as its slowest rank.</p>'
     return section("Time per step", card("Duration of each phase", draw_waterfall_chart(means_ms, unit="ms"), note))
 
