@@ -180,8 +180,7 @@ def test_types_check():
 
 
 def test_all_names_are_defined():
-    # Axes of jaxtyping are strings that look like undefined names. Ruff's F821 and pyright's check are therefore off.
-    # This test ignores findings inside strings.
+    # jaxtyping's axes are strings that look like undefined names. F821 is off elsewhere, and strings are ignored here.
     ruff = [str(TOOLS / "ruff"), "check", "--isolated", "--no-cache", "--select", "F821", "--output-format", "json"]
     result = subprocess.run([*ruff, *PACKAGES, "tests"], cwd=PROJECT, capture_output=True, text=True, check=False)
     undefined = []

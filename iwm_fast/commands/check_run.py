@@ -32,8 +32,7 @@ from iwm_fast.training.loaders import open_training_shards
 from iwm_fast.training.resume import stream_start
 from iwm_fast.training.schedules import total_steps
 
-# Share of a GPU's peak that training reaches if the loader keeps up. It is a rule of thumb and only sets the estimate
-# of the hours.
+# A rule of thumb for the share of a GPU's peak that training reaches if the loader keeps up.
 _TYPICAL_UTILISATION = 0.4
 _MAX_CHANGES = 20
 _BYTES_PER_GIB = 2**30

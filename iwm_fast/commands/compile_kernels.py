@@ -14,8 +14,7 @@ from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.runtime import distributed
 from iwm_fast.training.teacher import Teacher
 
-# Kernels do not depend on the number of images. One image would not do, because Triton and torch.compile build special
-# versions for sizes that equal 1.
+# Any number above one would do. For sizes that equal 1, Triton and torch.compile build special versions.
 NUM_IMAGES = 2
 
 

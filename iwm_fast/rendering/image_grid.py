@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 # the height of a line of a caption.
 _MARGIN, _LABEL_WIDTH, _GAP, _SECTION_GAP, _LINE_HEIGHT = 0.2, 0.95, 0.12, 0.3, 0.145
 _TITLE_LINE_HEIGHT = 0.2
-# The text of a caption is 7.5 points high. Lines are broken by counting characters, because matplotlib knows the width
-# of a text only after drawing it.
+# For text of 7.5 points. Lines are broken by counting characters, as a text's width is known only after drawing it.
 _CHARACTERS_PER_INCH = 15.5
 _INK, _SOFT, _GREEN = "#1b1f24", "#5b6570", "#1a7f37"
 
