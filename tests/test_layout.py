@@ -1,4 +1,4 @@
-"""The house rules that a tool can check."""
+"""Rules of this code base that can be checked automatically."""
 
 import ast
 import json
@@ -16,12 +16,12 @@ PACKAGES = ("iwm_fast", "kernels", "pipelines", "benchmarks")
 TOOLS = Path(sys.executable).parent
 MAX_LINES, MAX_FILES = 500, 15
 MAX_FUNCTION_LINES, MAX_DEVICE_FUNCTION_LINES = 50, 80
-# five positional parameters, and self
+# Five parameters and self.
 MAX_POSITIONAL = 6
 
 
 def python_files() -> list[Path]:
-    # links are not followed: kernels/ and pipelines/ are listed where they are
+    # The links iwm_fast/kernels and iwm_fast/pipelines are not followed, so that files are listed only once.
     return sorted(path for package in PACKAGES for path in (PROJECT / package).rglob("*.py"))
 
 
@@ -37,7 +37,7 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
-def test_all_packages_are_looked_at():
+def test_files_of_all_packages_are_checked():
     assert len(python_files()) > 200
     assert {name_of(path).partition("/")[0] for path in python_files()} == set(PACKAGES)
 
@@ -46,7 +46,7 @@ def test_files_are_at_most_500_lines():
     assert [name_of(p) for p in python_files() if p.read_text(encoding="utf-8").count("\n") > MAX_LINES] == []
 
 
-def test_folders_hold_at_most_15_files_and_the_entry_points_are_few():
+def test_folders_hold_at_most_15_files():
     folders = [path.parent for path in python_files()]
     assert [name_of(folder) for folder in set(folders) if folders.count(folder) > MAX_FILES] == []
     assert len(list((PROJECT / "iwm_fast").glob("*.py"))) <= 7
@@ -67,7 +67,7 @@ def test_functions_take_at_most_five_positional_parameters():
     too_many = []
     for path in python_files():
         for node in functions(parse(path)):
-            # Triton has no keyword-only parameters: a kernel lists its tensors and sizes
+            # Triton has no keyword-only parameters, and a kernel takes all its tensors and sizes as parameters.
             is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             if not is_kernel and len(node.args.posonlyargs) + len(node.args.args) > MAX_POSITIONAL:
                 too_many.append(f"{name_of(path)}: {node.name}")
@@ -89,10 +89,10 @@ def test_files_folders_and_public_names_have_docstrings():
     assert missing == []
 
 
-def test_folders_that_hold_modules_say_which_question_they_answer():
+def test_docstrings_of_packages_ask_the_question_they_answer():
     folders = {path.parent for path in python_files()} - {PROJECT / name for name in ("iwm_fast", "benchmarks")}
-    asked = {name_of(folder): ast.get_docstring(parse(folder / "__init__.py")) or "" for folder in folders}
-    assert [name for name, text in asked.items() if "?" not in text] == []
+    texts = {name_of(folder): ast.get_docstring(parse(folder / "__init__.py")) or "" for folder in folders}
+    assert [name for name, text in texts.items() if "?" not in text] == []
 
 
 def test_files_are_named_after_their_subject():
@@ -102,17 +102,17 @@ def test_files_are_named_after_their_subject():
 def test_kernels_and_pipelines_are_links_and_import_under_one_name():
     for name in ("kernels", "pipelines"):
         assert os.readlink(PROJECT / "iwm_fast" / name) == f"../{name}"
-        # as a script in the project's folder would
+        # A script in the project's folder has that folder on its path, and could import them by their short names.
         code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import {name}"
-        ended = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
-        assert ended.returncode == 1 and f"the folder {name}/ is imported as iwm_fast.{name}" in ended.stderr
+        result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and f"the folder {name}/ is imported as iwm_fast.{name}" in result.stderr
 
 
-def test_the_type_checks_of_tests_leave_the_kernels_alone():
+def test_the_runtime_type_checks_do_not_wrap_kernels():
     from iwm_fast.kernels import launch, residual_norm
     from iwm_fast.pipelines.sampling import masks
 
-    # jaxtyping's hook wraps functions, which Triton and torch.library could not read any more
+    # jaxtyping's hook wraps functions. Triton and torch.library cannot read the source or signature of a wrapper.
     assert hasattr(masks.all_patches, "__wrapped__")
     assert not any(
         hasattr(value, "__wrapped__") for module in (launch, residual_norm) for value in functions_of(module)
@@ -123,7 +123,7 @@ def functions_of(module) -> list:
     return [value for value in vars(module).values() if type(value).__name__ == "function"]
 
 
-def test_every_setting_is_explained():
+def test_all_settings_have_explanations():
     from iwm_fast.cli import COMMANDS
     from iwm_fast.config.loading import iter_settings
     from iwm_fast.evaluate import load
@@ -135,34 +135,34 @@ def test_every_setting_is_explained():
             assert text.endswith("."), name
 
 
-def test_the_project_stands_on_its_own():
+def test_no_file_refers_to_documents_outside_the_repository():
     listed = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True)
     private = re.compile(r"\.\./shared|design\.md|method\.md|house\.md|\bissue [A-Z]\b")
-    found = []
+    offenders = []
     for name in listed.stdout.split():
         path = PROJECT / name
         is_text = path.suffix in (".py", ".md", ".yaml", ".toml", ".txt") or name in ("Makefile", ".ci/run")
         if is_text and path != Path(__file__) and private.search(path.read_text(encoding="utf-8")):
-            found.append(name)
-    assert found == []
+            offenders.append(name)
+    assert offenders == []
 
 
-def test_files_that_the_documentation_names_are_there():
-    named = re.compile(r"`((?:iwm_fast|kernels|pipelines|benchmarks|tests|examples|docs)/[\w./-]*)`")
+def test_files_named_in_the_documentation_exist():
+    pattern = re.compile(r"`((?:iwm_fast|kernels|pipelines|benchmarks|tests|examples|docs)/[\w./-]*)`")
     pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
-    found = {name for page in pages for name in named.findall(page.read_text(encoding="utf-8"))}
-    assert len(found) > 30
-    assert sorted(name for name in found if not (PROJECT / name).exists()) == []
+    names = {name for page in pages for name in pattern.findall(page.read_text(encoding="utf-8"))}
+    assert len(names) > 30
+    assert sorted(name for name in names if not (PROJECT / name).exists()) == []
 
 
 def run_tool(*command: str) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [str(TOOLS / command[0]), *command[1:]], cwd=PROJECT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_imports_keep_to_the_layers():
+def test_imports_respect_the_layers():
     run_tool("lint-imports", "--no-cache")
 
 
@@ -179,14 +179,14 @@ def test_types_check():
     run_tool("pyright")
 
 
-def test_every_name_is_defined():
-    # jaxtyping's axes are strings that look like names, so neither ruff's F821 nor pyright's check is switched on
+def test_all_names_are_defined():
+    # jaxtyping's axes are strings that look like undefined names. F821 is off elsewhere, and strings are ignored here.
     ruff = [str(TOOLS / "ruff"), "check", "--isolated", "--no-cache", "--select", "F821", "--output-format", "json"]
-    done = subprocess.run([*ruff, *PACKAGES, "tests"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    result = subprocess.run([*ruff, *PACKAGES, "tests"], cwd=PROJECT, capture_output=True, text=True, check=False)
     undefined = []
-    for found in json.loads(done.stdout):
-        line = Path(found["filename"]).read_text(encoding="utf-8").splitlines()[found["location"]["row"] - 1]
-        is_in_string = line[: found["location"]["column"] - 1].count('"') % 2 == 1
+    for finding in json.loads(result.stdout):
+        line = Path(finding["filename"]).read_text(encoding="utf-8").splitlines()[finding["location"]["row"] - 1]
+        is_in_string = line[: finding["location"]["column"] - 1].count('"') % 2 == 1
         if not is_in_string:
-            undefined.append(f"{found['filename']}: {found['message']}")
+            undefined.append(f"{finding['filename']}: {finding['message']}")
     assert undefined == []

@@ -1,4 +1,4 @@
-"""What a user installs: one top-level name, whatever else is called kernels or pipelines."""
+"""Installing the project provides one import name and works next to foreign packages named kernels or pipelines."""
 
 import os
 import subprocess
@@ -19,11 +19,11 @@ SITE_PACKAGES = next(path for path in sys.path if path.endswith("site-packages")
 def run(*command: str | Path, cwd: Path, python_path: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PYTHONPATH": str(python_path)} if python_path else {}
-    done = subprocess.run(
+    result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def pip(*arguments: str | Path, cwd: Path, python: str | Path = sys.executable) -> None:
@@ -32,15 +32,15 @@ def pip(*arguments: str | Path, cwd: Path, python: str | Path = sys.executable) 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """Return a clean clone, which holds what is committed."""
+    """Return a clean clone, which holds only committed files."""
     folder = tmp_path_factory.mktemp("clone") / "iwm-fast"
     run("git", "clone", "--quiet", PROJECT, folder, cwd=PROJECT)
     return folder
 
 
 @pytest.fixture
-def crowded(tmp_path) -> Path:
-    """Return a working directory with a folder `pipelines` and a package `kernels` that are not ours."""
+def foreign_folder(tmp_path) -> Path:
+    """Return a working directory with a folder `pipelines` and a package `kernels` of another project."""
     for name in ("pipelines", "kernels"):
         (tmp_path / "work" / name).mkdir(parents=True)
     (tmp_path / "work" / "kernels" / "__init__.py").write_text("foreign = True\n")
@@ -48,18 +48,20 @@ def crowded(tmp_path) -> Path:
 
 
 def check_commands(python: str | Path, work: Path, installed: Path, python_path: Path | None = None) -> None:
+    """Check, in the folder `work`, that imports and commands use the package in the folder `installed`."""
+
     def start(*arguments: str) -> str:
         return run(python, *arguments, cwd=work, python_path=python_path)
 
-    where = start("-c", "import iwm_fast.kernels.ops, iwm_fast.pipelines.loader as l; print(iwm_fast.__file__)")
-    assert Path(where.strip()).parent == installed
+    origin = start("-c", "import iwm_fast.kernels.ops, iwm_fast.pipelines.loader as l; print(iwm_fast.__file__)")
+    assert Path(origin.strip()).parent == installed
     assert "runtime.loader" in start("-m", "iwm_fast.train", "--help")
     assert "iwm demo" in start("-m", "iwm_fast.cli", "demo", "--help")
-    # a foreign package of that name stays what it is
+    # The foreign package is still the one that its name imports.
     assert start("-c", "import kernels; print(kernels.foreign)").strip() == "True"
 
 
-def test_a_wheel_installs_one_name_and_works_beside_others_of_our_folders_names(clone, crowded, tmp_path):
+def test_a_wheel_installs_one_name_and_works_next_to_foreign_kernels(clone, foreign_folder, tmp_path):
     pip("wheel", "--no-deps", "--wheel-dir", tmp_path, clone, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -67,30 +69,30 @@ def test_a_wheel_installs_one_name_and_works_beside_others_of_our_folders_names(
     assert {"iwm_fast/configs/demo.yaml", "iwm_fast/configs/tasks/demo.yaml"} <= set(names)
     target = tmp_path / "target"
     pip("install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
-    check_commands(sys.executable, crowded, target / "iwm_fast", target)
-    assert "iwm demo" in run(target / "bin" / "iwm", "demo", "--help", cwd=crowded, python_path=target)
+    check_commands(sys.executable, foreign_folder, target / "iwm_fast", target)
+    assert "iwm demo" in run(target / "bin" / "iwm", "demo", "--help", cwd=foreign_folder, python_path=target)
 
 
-def test_a_source_distribution_installs_the_same_files(clone, crowded, tmp_path):
+def test_a_source_distribution_installs_all_modules(clone, foreign_folder, tmp_path):
     pip("install", "--target", tmp_path / "builder", "setuptools>=77", cwd=tmp_path)
     build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", build, tmp_path, cwd=clone, python_path=tmp_path / "builder")
     (archive,) = tmp_path.glob("*.tar.gz")
     target = tmp_path / "target"
     pip("install", "--no-deps", "--target", target, archive, cwd=tmp_path)
-    check_commands(sys.executable, crowded, target / "iwm_fast", target)
+    check_commands(sys.executable, foreign_folder, target / "iwm_fast", target)
     listed = run("git", "ls-files", "iwm_fast", "kernels", "pipelines", cwd=clone).splitlines()
     modules = [name for name in listed if name.endswith((".py", ".yaml"))]
-    inside = [name if name.startswith("iwm_fast/") else f"iwm_fast/{name}" for name in modules]
-    assert len(inside) > 150
-    assert [name for name in inside if not (target / name).is_file()] == []
+    installed = [name if name.startswith("iwm_fast/") else f"iwm_fast/{name}" for name in modules]
+    assert len(installed) > 150
+    assert [name for name in installed if not (target / name).is_file()] == []
 
 
-def test_an_editable_install_works(clone, crowded, tmp_path):
+def test_an_editable_install_works(clone, foreign_folder, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     pip("install", "--no-deps", "--editable", clone, cwd=tmp_path, python=python)
-    # the rest of the stack is that of the tests; ours comes first
-    (own,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (own / "zz_tests.pth").write_text(SITE_PACKAGES + "\n")
-    check_commands(python, crowded, clone / "iwm_fast")
+    # Dependencies come from the environment of the tests. A .pth file appends them, after the project itself.
+    (site_packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site_packages / "zz_tests.pth").write_text(SITE_PACKAGES + "\n")
+    check_commands(python, foreign_folder, clone / "iwm_fast")

@@ -1,1 +1,1 @@
-"""What does each further subcommand of `iwm` do? One file for each."""
+"""What does each further subcommand of `iwm` do? One module per subcommand."""

@@ -1,4 +1,4 @@
-"""Compile the kernels a run needs, once per machine, before its ranks start and would each compile them."""
+"""`iwm warmup`: compile the kernels of a run once per machine, so that its ranks find them in the cache."""
 
 import time
 
@@ -14,37 +14,40 @@ from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.runtime import distributed
 from iwm_fast.training.teacher import Teacher
 
-# one would be as good, but for dimensions of size one that are special to some libraries
+# Any number above one would do. For sizes that equal 1, Triton and torch.compile build special versions.
 NUM_IMAGES = 2
 
 
 def warm_up(config: RunConfig) -> str:
-    """Run one forward and backward pass of the run's networks on noise; return what was done in one sentence.
+    """Run one forward and backward pass of the run's networks on random images and return a message for the user.
 
-    Every patch is context and target at once: no batch of the run is longer, so no batch compiles anew.
+    All patches are both context and target. No batch of the run has longer sequences, so training compiles nothing
+    that is not in the cache already.
 
     Raises:
-        ValueError: if the run has nothing to compile.
-        RuntimeError: without a GPU, unless kernels are interpreted.
+        ValueError: if `runtime.ops` is not fused, as such a run compiles no kernels.
+        RuntimeError: if there is no GPU and the kernels are not interpreted.
     """
-    check(config.runtime.ops == "fused", "runtime.ops", config.runtime.ops, "be fused; nothing else is compiled")
+    check(config.runtime.ops == "fused", "runtime.ops", config.runtime.ops, "be fused, as only fused ops are compiled")
     device = distributed.choose_device(config.runtime.device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     student = build_student(config, choose_ops(config, device)).to(device)
     batch = noise(config, device)
     prediction = student(batch)
+    # Any scalar that depends on all outputs compiles the backward kernels.
     prediction.predicted_tokens.square().sum().backward()
+    # The teacher runs the encoder without gradients and on the complete grid of patches.
     Teacher(student.encoder, compute_dtype(config)).encode(batch.target_view, None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return f"kernels of this run are in {cache_folder()} after {time.perf_counter() - began:.1f} s"
+    return f"kernels of this run are in {cache_folder()}; this took {time.perf_counter() - start:.1f} s"
 
 
 def noise(config: RunConfig, device: torch.device) -> Batch:
-    """Return a batch without meaning in the shapes of the run, every patch both context and target."""
+    """Return a batch of random images and actions in the shapes of the run; all patches are both context and target."""
     size = config.views.size
     patches = all_patches(NUM_IMAGES, config.grid**2).to(device)
-    numbers = torch.arange(NUM_IMAGES, device=device)
+    indices = torch.arange(NUM_IMAGES, device=device)
     return Batch(
         source_view=torch.randn(NUM_IMAGES, 3, size, size, device=device),
         target_view=torch.randn(NUM_IMAGES, 3, size, size, device=device),
@@ -53,10 +56,10 @@ def noise(config: RunConfig, device: torch.device) -> Batch:
         target=patches,
         crop_window=torch.zeros(NUM_IMAGES, 4, device=device),
         source_window=torch.zeros(NUM_IMAGES, 4, device=device),
-        label=numbers,
-        sample=numbers,
-        scheduled_sample=numbers,
-        slot=numbers,
+        label=indices,
+        sample=indices,
+        scheduled_sample=indices,
+        slot=indices,
         key=("noise",) * NUM_IMAGES,
         step=0,
         draws=identity_draws(NUM_IMAGES),

@@ -1,6 +1,6 @@
-"""Photographs to a trained, measured world model in one command; what `make demo` runs.
+"""`iwm demo`: train a small world model on photographs, evaluate it and print a table; `make demo` runs this.
 
-Every part is the real one: shards, launcher, engine, evaluations. Only the model and the data are small.
+The demo uses the same shards, launcher, engine and evaluations as a large run. Only the model and the data are small.
 """
 
 import json
@@ -31,11 +31,15 @@ from iwm_fast.runtime.provenance import commit
 from iwm_fast.training.loaders import open_training_shards
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
-BANK = 64
+BANK_SIZE = 64
 
 
 def demo(overrides: Sequence[str]) -> None:
-    """Write shards, train under the DeepSpeed launcher, evaluate, draw, print one table; what is done is kept."""
+    """Write shards, train under the DeepSpeed launcher, evaluate, draw pictures and print one table.
+
+    Results stay in the run folder, and another call with the same settings prints them at once. `overrides` are
+    settings as key=value, which replace those of `configs/demo.yaml`.
+    """
     console = Console()
     config = load_config(CONFIG, overrides)
     folder = Path(config.output.folder)
@@ -43,20 +47,21 @@ def demo(overrides: Sequence[str]) -> None:
     identity = digest(fingerprint(config, open_training_shards(config.data).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:
-        launch(overrides)
+        train_with_deepspeed(overrides)
         show(config)
-        summary = measure(config, identity)
+        summary = summarize_run(config, identity)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console.print(table(summary, folder))
+    console.print(summary_table(summary, folder))
 
 
-def launch(overrides: Sequence[str]) -> None:
-    """Train on every GPU, or on two CPU ranks.
+def train_with_deepspeed(overrides: Sequence[str]) -> None:
+    """Train with one rank per GPU of this machine, or with two ranks on the CPU.
 
     Raises:
-        RuntimeError: if training failed; its message stands above.
+        RuntimeError: if training fails; the launcher has printed the reason.
     """
     num_ranks = torch.cuda.device_count() or 2
+    # DeepSpeed's default port is the same for all jobs of a machine. A free one lets several demos run side by side.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,47 +72,57 @@ def launch(overrides: Sequence[str]) -> None:
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         raise RuntimeError(
-            f"training ended with exit code {code}; its message stands above; `make clean-demo` starts anew"
+            f"training ended with exit code {code}, see its message above; `make clean-demo` deletes the demo's files"
         )
 
 
-def measure(config: RunConfig, identity: str) -> dict[str, Any]:
-    """Evaluate the run and sum up its speed."""
-    run, started = config.output.folder, time.perf_counter()
-    # the bank of the strengths the run was trained with comes first; the default one is weaker and so harder
-    own = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="run"))
-    weak = evaluate_mrr(MrrConfig(run=run, num_images=BANK, bank_size=BANK, bank="default", families=("jitter",)))
-    mrr, weak_mrr = (result.row("jitter", "mrr") for result in (own, weak))
+def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
+    """Evaluate a finished run, draw what it retrieves, and return all numbers of the demo's table.
+
+    `identity` is the digest of settings and shards by which `read_summary` recognises the numbers later.
+    """
+    run, start = config.output.folder, time.perf_counter()
+    # One bank has the jitter strengths that the run was trained with. The default strengths are weaker, so that the
+    # images of that bank are more alike and retrieval is harder.
+    result = evaluate_mrr(MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="run"))
+    weak_result = evaluate_mrr(
+        MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="default", families=("jitter",))
+    )
+    mrr, weak_mrr = result.row("jitter", "mrr"), weak_result.row("jitter", "mrr")
     knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
-    picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK))
+    picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK_SIZE))
     return {
         "mrr": mrr.value,
         "mrr_interval": [mrr.low, mrr.high],
         "mrr_chance": mrr.chance,
         "mrr_untrained": mrr.control,
-        "mrr_bank": {"size": BANK, "jitter": own.details["bank_strengths"]},
+        "mrr_bank": {"size": BANK_SIZE, "jitter": result.details["bank_strengths"]},
         "mrr_default_bank": weak_mrr.value,
         "mrr_default_bank_untrained": weak_mrr.control,
         "knn": knn.value,
         "knn_untrained": knn.control,
         "knn_chance": knn.chance,
-        **speed(run),
-        "evaluation_s": time.perf_counter() - started,
+        **training_speed(run),
+        "evaluation_s": time.perf_counter() - start,
         "picture": str(picture),
-        "step": own.step,
+        "step": result.step,
         "settings": identity,
         "commit": commit(),
         "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
     }
 
 
-def speed(run: str) -> dict[str, float]:
-    """Return images/s, waiting and time of training from its log rows, without the first: it fills caches."""
+def training_speed(run: str) -> dict[str, float]:
+    """Return images/s, the share of time spent waiting for data, and the seconds of training, from the run's metrics.
+
+    The first row of the metrics counts towards the seconds only, because filling caches slows down its steps.
+    """
     first, *rows = read_metrics(Path(run))
-    steps = [row["step"] - before["step"] for before, row in zip([first, *rows], rows, strict=False)]
-    lasted = [count * row["speed/step_s"] for count, row in zip(steps, rows, strict=True)]
-    images = sum(row["speed/images_per_s"] * time_s for row, time_s in zip(rows, lasted, strict=True))
-    total_s = sum(lasted)
+    # speed/step_s is a mean over the steps since the previous row, and rows may cover different numbers of steps.
+    steps = [row["step"] - previous["step"] for previous, row in zip([first, *rows], rows, strict=False)]
+    durations_s = [count * row["speed/step_s"] for count, row in zip(steps, rows, strict=True)]
+    images = sum(row["speed/images_per_s"] * time_s for row, time_s in zip(rows, durations_s, strict=True))
+    total_s = sum(durations_s)
     return {
         "images_per_s": images / total_s,
         "wait_share": sum(row["data/wait_s"] for row in rows) / total_s,
@@ -116,36 +131,36 @@ def speed(run: str) -> dict[str, float]:
 
 
 def read_summary(folder: Path, identity: str) -> dict[str, Any] | None:
-    """Return the summary of an earlier demo if it belongs to these settings and this folder's newest checkpoint."""
+    """Return the summary of an earlier demo, or None if it belongs to other settings or an older checkpoint."""
     path, newest = folder / "summary.json", checkpoints.newest(folder)
     if not path.is_file() or newest is None:
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    is_same = summary["settings"] == identity and newest.name == f"step-{summary['step']:08d}"
-    return summary if is_same else None
+    is_current = summary["settings"] == identity and newest.name == f"step-{summary['step']:08d}"
+    return summary if is_current else None
 
 
-def table(summary: dict[str, Any], folder: Path) -> Table:
-    """Lay out the summary for a terminal."""
+def summary_table(summary: dict[str, Any], folder: Path) -> Table:
+    """Return the summary as a table for a terminal."""
     jitter = "/".join(f"{value:g}" for value in summary["mrr_bank"]["jitter"].values())
-    rows = Table("what", "world model", "control", title=f"demo: {summary['machine']}, commit {summary['commit']}")
+    title = f"demo: {summary['machine']}, commit {summary['commit']}"
+    table = Table("measurement", "world model", "control", title=title)
     chance = f"chance {summary['mrr_chance']:.3f}, untrained predictor "
-    rows.add_row(
+    table.add_row(
         f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter}",
         "{:.3f} (95 %: {:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
         chance + f"{summary['mrr_untrained']:.3f}",
     )
     weak = f"{summary['mrr_default_bank']:.3f}"
-    rows.add_row("MRR, jitter 0.4/0.4/0.2/0.1", weak, chance + f"{summary['mrr_default_bank_untrained']:.3f}")
+    table.add_row("MRR, jitter 0.4/0.4/0.2/0.1", weak, chance + f"{summary['mrr_default_bank_untrained']:.3f}")
     control = f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"
-    rows.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
-    rows.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in all")
-    limit = (
-        "" if summary["wait_share"] < 0.05 else "above 5 %: the loader limits; give it runtime.loader_threads or cores"
-    )
-    rows.add_row("waiting for data", f"{100 * summary['wait_share']:.1f} %", limit)
-    rows.add_section()
-    rows.add_row("pictures", f"{folder}/show.png", summary["picture"])
-    rows.add_row("numbers", f"{folder}/summary.json", f"{folder}/metrics.jsonl")
-    rows.add_row("checkpoint, TensorBoard", f"{folder}/checkpoints", f"{folder}/tensorboard")
-    return rows
+    table.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
+    table.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in total")
+    is_loader_bound = summary["wait_share"] >= 0.05
+    advice = "above 5 %: the loader is too slow; raise runtime.loader_threads or add cores" if is_loader_bound else ""
+    table.add_row("waiting for data", f"{100 * summary['wait_share']:.1f} %", advice)
+    table.add_section()
+    table.add_row("pictures", f"{folder}/show.png", summary["picture"])
+    table.add_row("numbers", f"{folder}/summary.json", f"{folder}/metrics.jsonl")
+    table.add_row("checkpoint, TensorBoard", f"{folder}/checkpoints", f"{folder}/tensorboard")
+    return table

@@ -1,4 +1,4 @@
-"""What the model saw, long after: the views of a logged step, rendered again and compared with the log."""
+"""`iwm replay`: render the views of a logged training step again and compare them with the action log."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -26,124 +26,131 @@ from iwm_fast.rendering.image_grid import Panel, save_sheet
 from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.training.loaders import open_training_shards
 
-_PICTURED = 8
+# Images of a PNG if `num_images` is not set.
+_NUM_IMAGES = 8
 
 
 def replay(config: ReplayConfig) -> Path:
-    """Render a step's views again and write them as a picture or as tensors; returns the file.
+    """Render the views of a step again, write them as a picture or as tensors, and return the path of the file.
 
     Raises:
-        FileNotFoundError: if the folder holds no run, or its shards are gone.
-        ActionLogError: if the log lacks the step, the shards have changed, or something else comes out than was logged.
+        FileNotFoundError: if the folder holds no run, or the shards do not exist.
+        ActionLogError: if the log lacks the step, the shards have changed, or windows or actions differ from the log.
     """
     run, folder = Path(config.run), Path(config.run) / "actions"
     runtime = load_run_config(run).runtime
-    every = list_log_files(folder)
-    if config.step is None and every:
-        raise ActionLogError(f"step must be one of those in {folder}, {describe_steps(every)}; none was given")
+    log_files = list_log_files(folder)
+    if config.step is None and log_files:
+        raise ActionLogError(f"step must be one of the steps in {folder}, {describe_steps(log_files)}, but is not set")
+    # Without any log files, `read_step` raises for every step and explains how to get a log.
     rows = read_step(folder, config.step or 0)
-    head = read_metadata(rows.schema)
+    # Settings come from the log and not from the run's config.yaml, which a later restart may have changed.
+    metadata = read_metadata(rows.schema)
     check(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
-    rows = rows.slice(config.first_slot, config.num_images or (_PICTURED if config.format == "png" else None))
-    shards = open_training_shards(DataConfig(train=config.shards or head.shards, max_samples=head.max_samples))
-    require_same_samples(rows, head, shards)
+    rows = rows.slice(config.first_slot, config.num_images or (_NUM_IMAGES if config.format == "png" else None))
+    shards = open_training_shards(DataConfig(train=config.shards or metadata.shards, max_samples=metadata.max_samples))
+    require_same_samples(rows, metadata, shards)
     device = choose_device(config.device or runtime.device)
-    batches = rendered_again(rows, head, shards, _loader_config(config, runtime, device), device)
+    batches = render_again(rows, metadata, shards, _loader_config(config, runtime, device), device)
     suffix, save = ("png", _save_picture) if config.format == "png" else ("safetensors", _save_tensors)
     path = Path(config.out or run / f"replay-step-{config.step:08}.{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, batches, head, f"step {config.step} of {run}, seed {head.seed}")
+    save(path, batches, metadata, f"step {config.step} of {run}, seed {metadata.seed}")
     return path
 
 
 def _loader_config(config: ReplayConfig, runtime: RuntimeConfig, device: torch.device) -> LoaderConfig:
+    """Return the run's loader settings, changed for rendering one step of known samples."""
     loader = config.backend or runtime.loader
-    # decides which decoder an image gets, and so its pixels
+    # This share decides which images the GPU's JPEG decoder takes. Its pixels differ from those of the CPU's decoder.
     load = runtime.hw_decoder_load if loader == "dali" and device.type == "cuda" else None
+    # No sample may be replaced: the log names the samples that training saw after bad ones were replaced.
     return replace(
         loader_config(runtime), loader=loader, prefetch=1, hw_decoder_load=load, decoder_preallocate=None,
         max_bad_samples=0.0,
     )  # fmt: skip
 
 
-def require_same_samples(rows: pa.Table, head: LogMetadata, shards: ShardSet) -> None:
-    """Check that the shards hold what they held when the rows were written.
+def require_same_samples(rows: pa.Table, metadata: LogMetadata, shards: ShardSet) -> None:
+    """Check that the shards hold the samples that they held when the rows were logged.
 
     Raises:
-        ActionLogError: naming the first row whose sample is another one now, if there is one.
+        ActionLogError: if they do not; the message names the first row that refers to another sample now, if any does.
     """
-    if shards.content_digest == head.shards_digest:
+    if shards.content_digest == metadata.shards_digest:
         return
-    remedy = "give the shards, and their kept indexes, as they were when the step was trained (shards=...)"
-    named = (rows.column(name).to_pylist() for name in ("sample", "key", "shard", "slot"))
-    for sample, key, path, slot in zip(*named, strict=True):
+    remedy = "set shards=... to the shards, with their saved indexes, as they were when the step was trained"
+    columns = (rows.column(name).to_pylist() for name in ("sample", "key", "shard", "slot"))
+    for sample, key, path, slot in zip(*columns, strict=True):
         if sample >= shards.num_samples:
             raise ActionLogError(
-                f"sample {sample} ({key!r} of {path}) was in slot {slot}, there are {shards.num_samples} now; {remedy}"
+                f"slot {slot} had sample {sample} ({key!r} of {path}), "
+                f"but there are only {shards.num_samples} samples now; {remedy}"
             )
-        now = shards.where(sample)
-        now_key, now_path = to_valid_unicode(now["key"]), to_valid_unicode(now["shard"])
-        if (now_key, PurePath(now_path).name) != (key, PurePath(path).name):
+        current = shards.where(sample)
+        current_key, current_path = to_valid_unicode(current["key"]), to_valid_unicode(current["shard"])
+        # Folders are not compared, as the shards may have been moved.
+        if (current_key, PurePath(current_path).name) != (key, PurePath(path).name):
             raise ActionLogError(
-                f"sample {sample} in slot {slot} was {key!r} of {path}, it is {now_key!r} of {now_path} now; {remedy}"
+                f"sample {sample} in slot {slot} was {key!r} of {path}, now {current_key!r} of {current_path}; {remedy}"
             )
     raise ActionLogError(
-        f"the shards {head.shards!r} have changed since (other sizes, labels or samples, though not the keys of these "
-        f"rows); {remedy}"
+        f"the shards {metadata.shards!r} have changed since the step was trained (sizes, labels or samples, but not "
+        f"the keys of these rows); {remedy}"
     )
 
 
-def rendered_again(
-    rows: pa.Table, head: LogMetadata, shards: ShardSet, config: LoaderConfig, device: torch.device
+def render_again(
+    rows: pa.Table, metadata: LogMetadata, shards: ShardSet, config: LoaderConfig, device: torch.device
 ) -> Iterator[Batch]:
-    """Yield a step's rows as batches again, in order, with everything that training received.
+    """Yield the rows of a step as batches, in order, with everything that training received.
 
     Raises:
-        ActionLogError: if a window or an action comes out otherwise than it was logged.
+        ActionLogError: if a window or an action differs from the log.
     """
-    loader = build_loader(ReplayPlan(head=head, rows=rows), shards, config, device)
+    loader = build_loader(ReplayPlan(head=metadata, rows=rows), shards, config, device)
     with closing(loader):
         first = 0
         for batch in loader:
-            _require_as_logged(batch, rows.slice(first, len(batch.key)))
+            _require_equal_to_log(batch, rows.slice(first, len(batch.key)))
             first += len(batch.key)
             yield batch
 
 
-def _require_as_logged(batch: Batch, rows: pa.Table) -> None:
+def _require_equal_to_log(batch: Batch, rows: pa.Table) -> None:
+    # Windows depend on the size of the stored image and actions on the drawn parameters, so they reveal another image
+    # or another version of the transformations. Both are logged as float32 and must be equal bit for bit.
     for name in ("crop_window", "source_window", "action"):
-        logged, found = column(rows, name), getattr(batch, name).cpu().numpy()
-        differing = np.flatnonzero((logged != found).any(axis=1))
+        logged, rendered = column(rows, name), getattr(batch, name).cpu().numpy()
+        differing = np.flatnonzero((logged != rendered).any(axis=1))
         if len(differing):
             image = differing[0]
             raise ActionLogError(
                 f"{name} of step {batch.step}, slot {int(batch.slot[image])}, sample {batch.key[image]!r} is "
-                f"{found[image].tolist()}, logged is {logged[image].tolist()}; its image has changed since, or the "
-                "version of iwm-fast that reads it differs from the one that trained"
+                f"{rendered[image].tolist()}, but the log has {logged[image].tolist()}; either the image has changed "
+                "since, or this version of iwm-fast differs from the one that trained the run"
             )
 
 
-def _save_picture(path: Path, batches: Iterable[Batch], head: LogMetadata, title: str) -> None:
-    columns = [column for batch in batches for column in _columns(batch, head)]
+def _save_picture(path: Path, batches: Iterable[Batch], metadata: LogMetadata, title: str) -> None:
+    columns = [column for batch in batches for column in _columns(batch, metadata)]
     save_sheet(path, ("source view", "target view"), list(zip(*columns, strict=True)), title)
 
 
-def _columns(batch: Batch, head: LogMetadata) -> Iterator[tuple[Panel, Panel]]:
-    source, target, action = (
-        values.cpu().numpy()
-        for values in (denormalize_view(batch.source_view), denormalize_view(batch.target_view), batch.action)
-    )
+def _columns(batch: Batch, metadata: LogMetadata) -> Iterator[tuple[Panel, Panel]]:
+    """Yield the source view and the target view of each image, with slot, key and action as captions."""
+    views = (denormalize_view(batch.source_view), denormalize_view(batch.target_view))
+    sources, targets, actions = (values.cpu().numpy() for values in (*views, batch.action))
     for image, key in enumerate(batch.key):
-        sample, planned = int(batch.sample[image]), int(batch.scheduled_sample[image])
-        stands_in = f", in place of sample {planned}" if planned != sample else ""
-        yield (
-            Panel(pixels=source[image], caption=f"slot {int(batch.slot[image])}: {to_valid_unicode(key)}{stands_in}"),
-            Panel(pixels=target[image], caption=f"action: {describe_action(action[image], head.views)}"),
-        )
+        sample, scheduled = int(batch.sample[image]), int(batch.scheduled_sample[image])
+        replacement = f", replaces sample {scheduled}" if scheduled != sample else ""
+        name = f"slot {int(batch.slot[image])}: {to_valid_unicode(key)}{replacement}"
+        action = f"action: {describe_action(actions[image], metadata.views)}"
+        yield Panel(pixels=sources[image], caption=name), Panel(pixels=targets[image], caption=action)
 
 
-def _save_tensors(path: Path, batches: Iterable[Batch], head: LogMetadata, title: str) -> None:
-    columns = [
+def _save_tensors(path: Path, batches: Iterable[Batch], metadata: LogMetadata, title: str) -> None:
+    parts = [
         {
             "source_view": denormalize_view(batch.source_view).cpu(),
             "target_view": denormalize_view(batch.target_view).cpu(),
@@ -153,5 +160,5 @@ def _save_tensors(path: Path, batches: Iterable[Batch], head: LogMetadata, title
         }
         for batch in batches
     ]
-    joined = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
-    save_file(joined, path, {"title": title, "action_entries": ",".join(head.views.entries)})
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    save_file(tensors, path, {"title": title, "action_entries": ",".join(metadata.views.entries)})

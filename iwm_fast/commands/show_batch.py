@@ -1,10 +1,11 @@
-"""What the model will see, before any training: a picture of a few samples of the stream."""
+"""`iwm show`: draw views, masks and actions of the first training samples, before any training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
@@ -14,11 +15,14 @@ from iwm_fast.rendering.image_grid import Panel, save_sheet, shade
 from iwm_fast.runtime.distributed import RankInfo, choose_device
 from iwm_fast.training.loaders import open_training_shards, training_loader
 
-_MOST_IMAGES = 8
+_MAX_IMAGES = 8
 
 
 def show(config: RunConfig) -> Path:
-    """Write `show.png` into the run folder: source, what of it is visible, target, what of it is predicted, action."""
+    """Write `show.png` into the run folder and return its path.
+
+    The picture shows the first images of training, a column each: views, visible patches and patches to predict.
+    """
     device = choose_device(config.runtime.device)
     shards = open_training_shards(config.data)
     loader = training_loader(config, shards, RankInfo(rank=0, local_rank=0, world_size=1, device=device))
@@ -27,36 +31,38 @@ def show(config: RunConfig) -> Path:
     finally:
         loader.close()
     path = Path(config.output.folder) / "show.png"
-    labels = ("source view", "its visible patches", "target view", "patches to predict")
-    title = f"{config.data.train}: first samples of the stream, seed {config.seed}"
+    labels = ("source view", "visible patches", "target view", "patches to predict")
+    title = f"First training samples of {config.data.train}, seed {config.seed}"
     columns = _columns(batch, config)
     save_sheet(path, labels, list(zip(*columns, strict=True)), title)
     return path
 
 
 def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
+    """Return four panels for each of the first images of a batch."""
     sources, targets = (
         denormalize_view(batch.source_view).cpu().numpy(),
         denormalize_view(batch.target_view).cpu().numpy(),
     )
     columns = []
-    for image in range(min(_MOST_IMAGES, len(batch.key))):
-        context = _grid(batch.context, image, config.grid)
-        target = _grid(batch.target, image, config.grid)
-        words = describe_action(batch.action[image].cpu().numpy(), config.views)
+    for image in range(min(_MAX_IMAGES, len(batch.key))):
+        context = _patch_mask(batch.context, image, config.grid)
+        target = _patch_mask(batch.target, image, config.grid)
+        action = describe_action(batch.action[image].cpu().numpy(), config.views)
         columns.append(
             [
                 Panel(pixels=sources[image], caption=batch.key[image]),
                 Panel(pixels=shade(sources[image], ~context), caption=f"{context.sum()} of {context.size} patches"),
-                Panel(pixels=targets[image], caption=f"action: {words}"),
+                Panel(pixels=targets[image], caption=f"action: {action}"),
                 Panel(pixels=shade(targets[image], ~target), caption=f"{target.sum()} of {target.size} patches"),
             ]
         )
     return columns
 
 
-def _grid(index: RaggedIndex, image: int, grid: int) -> np.ndarray:
-    chosen = torch.zeros(grid * grid, dtype=torch.bool)
-    first, last = index.offsets[image : image + 2].tolist()
-    chosen[index.patch[first:last].cpu()] = True
-    return chosen.view(grid, grid).numpy()
+def _patch_mask(index: RaggedIndex, image: int, grid: int) -> Bool[np.ndarray, "grid grid"]:
+    """Return which patches of an image the index selects."""
+    mask = torch.zeros(grid * grid, dtype=torch.bool)
+    begin, end = index.offsets[image : image + 2].tolist()
+    mask[index.patch[begin:end].cpu()] = True
+    return mask.view(grid, grid).numpy()

@@ -1,1 +1,1 @@
-"""How do results look: HTML, charts, image grids? A library without knowledge of runs."""
+"""How are results shown? HTML pages, charts and grids of images, without knowledge of runs."""

@@ -1,4 +1,4 @@
-"""Figures of reports, drawn by matplotlib as SVG whose colours are the page's, or as PNG for a README."""
+"""Charts drawn by matplotlib: as SVG elements in the colours of the surrounding page, or as PNG files."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 
 class Palette(NamedTuple):
-    """Colours of a figure."""
+    """Colours of a chart as #rrggbb; the names are those of the CSS variables in `html`."""
 
     ink: str
     soft: str
@@ -23,24 +23,25 @@ class Palette(NamedTuple):
     series: tuple[str, ...]
 
 
-# found again in the SVG, where they become the page's own colours, light or dark
-_OF_PAGE = Palette("#010203", "#010204", "#010205", ("#010211", "#010212", "#010213", "#010214"))
+# A page has other colours in dark mode, but matplotlib cannot write CSS variables. Charts are therefore drawn in
+# colours that occur nowhere else, which `_to_svg` replaces by the variables.
+_PLACEHOLDERS = Palette("#010203", "#010204", "#010205", ("#010211", "#010212", "#010213", "#010214"))
 _LIGHT = Palette("#1c1c1a", "#63625d", "#dddcd6", ("#2a6fc9", "#d06a1f", "#16876a", "#9a4bb5"))
-_VARIABLES = dict(
-    zip((*_OF_PAGE[:3], *_OF_PAGE.series), ("ink", "soft", "line", *(f"series-{n}" for n in range(1, 5))), strict=True)
-)
+_CSS_VARIABLES = ("ink", "soft", "line", "series-1", "series-2", "series-3", "series-4")
 
 
 def _style(colours: Palette) -> Any:
-    quiet = ("axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor", "ytick.labelcolor")
+    """Return matplotlib's rc parameters for a palette."""
+    soft_texts = ("axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor", "ytick.labelcolor")
     return {
+        # Text stays text, in the page's font. A fixed salt makes element ids, and so the file, reproducible.
         "svg.fonttype": "none",
         "svg.hashsalt": "iwm-fast",
         "font.size": 9.0,
         "text.color": colours.ink,
         "axes.edgecolor": colours.line,
         "grid.color": colours.line,
-        **dict.fromkeys(quiet, colours.soft),
+        **dict.fromkeys(soft_texts, colours.soft),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
@@ -51,41 +52,44 @@ def _style(colours: Palette) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Dots:
-    """One line of a dot plot: a value for each seed."""
+    """A labelled line of a dot plot."""
 
     label: str
     values: Sequence[float]
+    """One value per seed; may be empty."""
 
 
 @contextmanager
 def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_style(_OF_PAGE)):
+    """Yield a figure of `width` x `height` inches and its axes; it must be drawn and saved inside the context."""
+    with matplotlib.rc_context(_style(_PLACEHOLDERS)):
         figure = Figure(figsize=(width, height), layout="constrained")
         axis = figure.subplots()
         yield figure, axis
 
 
 def _to_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element in the page's colours, as wide as the page lets it be."""
+    """Return a figure as an SVG element in the colours of the page, without a size of its own."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    for stand_in, name in _VARIABLES.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
+    for placeholder, name in zip((*_PLACEHOLDERS[:3], *_PLACEHOLDERS.series), _CSS_VARIABLES, strict=True):
+        svg = svg.replace(placeholder, f"var(--{name})")
+    # Without width and height, the element is as wide as its card and keeps the aspect ratio of its viewBox.
     head, rest = svg.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
 
 
-def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, unit: str) -> str:
-    """Draw some curves over steps.
+def draw_line_chart(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, unit: str) -> str:
+    """Draw values over steps and return an SVG element.
 
     Args:
-        lines: steps and values by name, at most four.
-        unit: what the values are.
+        lines: steps and values, by name; at most four lines, one per colour.
+        unit: label of the y axis.
     """
     with _canvas(4.6, 2.6) as (figure, axis):
-        for (name, (steps, values)), colour in zip(lines.items(), _OF_PAGE.series, strict=False):
+        for (name, (steps, values)), colour in zip(lines.items(), _PLACEHOLDERS.series, strict=False):
             axis.plot(steps, values, color=colour, linewidth=1.6, label=name)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)
@@ -95,34 +99,35 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, unit: 
         return _to_svg(figure)
 
 
-def shares(parts: Mapping[str, float], *, unit: str) -> str:
-    """Draw what makes up a whole, as bars that begin where the one before ends."""
+def draw_waterfall_chart(parts: Mapping[str, float], *, unit: str) -> str:
+    """Draw the parts of a total as horizontal bars, each starting where the bar above ends; return an SVG element."""
     with _canvas(4.6, 0.5 + 0.27 * len(parts)) as (figure, axis):
-        begin = 0.0
-        for place, size in enumerate(parts.values()):
-            axis.barh(place, size, left=begin, height=0.6, color=_OF_PAGE.series[0])
-            begin += size
-            axis.text(begin, place, f"  {size:.3g}", va="center", fontsize=8)
+        total = 0.0
+        for y, size in enumerate(parts.values()):
+            axis.barh(y, size, left=total, height=0.6, color=_PLACEHOLDERS.series[0])
+            total += size
+            axis.text(total, y, f"  {size:.3g}", va="center", fontsize=8)
         axis.set_yticks(range(len(parts)), list(parts))
         axis.invert_yaxis()
-        axis.set_xlim(0, begin * 1.15 or 1.0)
+        # The number of the last bar is written to its right and needs 15 % of the width.
+        axis.set_xlim(0, total * 1.15 or 1.0)
         axis.set_xlabel(unit)
         return _to_svg(figure)
 
 
 def dot_plot(rows: Sequence[Dots], *, unit: str) -> str:
-    """Draw one dot for each seed and a line at the mean, row by row."""
+    """Draw rows of dots, one per seed, with a vertical line at the mean of each row; return an SVG element."""
     with _canvas(4.6, 0.7 + 0.36 * len(rows)) as (figure, axis):
-        _draw_dots(axis, rows, unit, _OF_PAGE)
+        _draw_dots(axis, rows, unit, _PLACEHOLDERS)
         return _to_svg(figure)
 
 
 def _draw_dots(axis: Axes, rows: Sequence[Dots], unit: str, colours: Palette) -> None:
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         if row.values:
             mean = sum(row.values) / len(row.values)
-            axis.plot(row.values, [place] * len(row.values), "o", color=colours.series[0], markersize=5, alpha=0.75)
-            axis.vlines(mean, place - 0.3, place + 0.3, color=colours.ink, linewidth=1.6)
+            axis.plot(row.values, [y] * len(row.values), "o", color=colours.series[0], markersize=5, alpha=0.75)
+            axis.vlines(mean, y - 0.3, y + 0.3, color=colours.ink, linewidth=1.6)
     axis.set_yticks(range(len(rows)), [row.label for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(unit)
@@ -132,17 +137,18 @@ def _draw_dots(axis: Axes, rows: Sequence[Dots], unit: str, colours: Palette) ->
 
 @dataclass(frozen=True, kw_only=True)
 class DotPlot:
-    """One panel of a figure."""
+    """A dot plot with its title, as `save_dot_plots` draws it."""
 
     title: str
     note: str
-    """Below the title, in soft letters."""
+    """Text between title and plot, in a soft colour."""
     unit: str
+    """Label of the x axis."""
     rows: Sequence[Dots]
 
 
 def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
-    """Write dot plots in two columns as one PNG in light colours, in rows as high as the higher of their two."""
+    """Write dot plots as one PNG file in light colours, in up to two columns; the taller of two sets their height."""
     num_columns = min(2, len(plots))
     pairs = [plots[first : first + num_columns] for first in range(0, len(plots), num_columns)]
     heights = [1.4 + 0.34 * max(len(plot.rows) for plot in pair) for pair in pairs]
@@ -153,6 +159,7 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
             axis.set_visible(False)
         for axis, plot in zip(axes.flat, plots, strict=False):
             _draw_dots(axis, plot.rows, plot.unit, _LIGHT)
+            # The note takes no part in the layout, or it would squeeze the plot; the title's padding makes room for it.
             note = textwrap.fill(plot.note, 64)
             axis.set_title(plot.title, fontsize=10, loc="left", pad=9 + 10 * len(note.splitlines()))
             axis.annotate(

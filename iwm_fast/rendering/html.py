@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one look for all, light and dark, from a phone to a desktop, no network needed."""
+"""Self-contained HTML pages with a common style, for light and dark mode and for any screen width, without scripts."""
 
 import base64
 import html
@@ -36,7 +36,7 @@ pre { overflow-x: auto; font-size: .8rem; margin: .5rem 0; } summary { cursor: p
 
 
 def page(title: str, body: Iterable[str], style: str = "") -> str:
-    """Return a whole HTML document; `style` is added to the rules that all pages share."""
+    """Return a complete HTML document; `style` is CSS that follows the rules common to all pages."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -47,52 +47,53 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def escape(text: object) -> str:
-    """Return text as it may stand in HTML."""
+    """Return text with the characters that HTML reserves, quotes included, replaced by entities."""
     return html.escape(str(text))
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a heading and what stands under it."""
+    """Return a section with a heading; `parts` are HTML, `title` is text."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
 
 
 def card(title: str, *parts: str) -> str:
-    """Return a framed piece with a small heading."""
+    """Return a framed box with a small heading; `parts` are HTML, `title` is text."""
     return f'<div class="card"><h3>{escape(title)}</h3>\n' + "\n".join(parts) + "</div>"
 
 
 def tiles(values: dict[str, str]) -> str:
-    """Return the few numbers that one looks for first, by what they are."""
-    rows = "".join(
+    """Return the most important numbers of a page in large letters; `values` maps captions to numbers as text."""
+    boxes = "".join(
         f'<div class="card tile"><b>{escape(value)}</b><span class="soft small">{escape(name)}</span></div>'
         for name, value in values.items()
     )
-    return f'<div class="tiles">{rows}</div>'
+    return f'<div class="tiles">{boxes}</div>'
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table that scrolls where it is too wide; numbers are set to the right."""
-    filled = [list(row) for row in rows]
-    is_number = [bool(filled) and all(_is_numeric(row[place]) for row in filled) for place in range(len(columns))]
-    kinds = [' class="number"' if numeric else "" for numeric in is_number]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+    """Return a table that scrolls sideways if it is too wide; columns of numbers are aligned to the right."""
+    cells = [list(row) for row in rows]
+    is_number = [bool(cells) and all(_is_numeric(row[index]) for row in cells) for index in range(len(columns))]
+    classes = [' class="number"' if numeric else "" for numeric in is_number]
+    head = "".join(f"<th{css}>{escape(name)}</th>" for css, name in zip(classes, columns, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>\n"
-        for row in filled
+        "<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for css, cell in zip(classes, row, strict=True)) + "</tr>\n"
+        for row in cells
     )
     return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _is_numeric(cell: object) -> bool:
+    # The first character decides, so that "0.40 to 0.46" and "12.5 %" are aligned like numbers.
     return str(cell) == "" or str(cell)[0] in "0123456789-+±"
 
 
-def picture(path: Path, description: str) -> str:
-    """Return a PNG file as part of the page; it scrolls where it would be too small to see."""
+def embedded_png(path: Path, description: str) -> str:
+    """Return a PNG file as an image inside the page; on narrow screens it scrolls instead of shrinking further."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<div class="scroll"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></div>'
 
 
 def folded(title: str, text: str) -> str:
-    """Return long text that opens on a click."""
+    """Return preformatted text that is hidden until its title is clicked."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

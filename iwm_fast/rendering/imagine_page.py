@@ -1,4 +1,4 @@
-"""The pictures of `imagine` as one self-contained page: light or dark as the reader's machine is, for any width."""
+"""The page of `iwm imagine`: a self-contained HTML file with all images, for light and dark mode and any width."""
 
 import base64
 import io
@@ -13,10 +13,11 @@ from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.html import escape, page
 from iwm_fast.rendering.image_grid import Panel, Section
 
-# smaller images are kept to the bit and shown with sharp pixels; a photograph would be ten times as large as JPEG
-_SMALL = 96
+# Images up to this many pixels high are embedded as PNG and enlarged with sharp pixels. Larger photographs are embedded
+# as JPEG, because PNG would make them about ten times as large.
+_MAX_PNG_HEIGHT = 96
 
-# what this page has beside the rules that all pages share
+# Rules of this page, added to those of all pages. On narrow screens each example takes a row of its own.
 _STYLE = """
 section { margin-top: 1.2rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
@@ -25,29 +26,29 @@ dl { display: flex; flex-wrap: wrap; gap: 4px 24px; margin: 0 0 14px; font-size:
 dl div { display: flex; flex-wrap: wrap; gap: 0 6px; }
 dt { color: var(--soft); }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
-.cases { display: grid; gap: 10px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
-.case { display: grid; gap: 10px; grid-template-rows: subgrid; grid-row: span var(--rows); }
+.examples { display: grid; gap: 10px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
+.example { display: grid; gap: 10px; grid-template-rows: subgrid; grid-row: span var(--rows); }
 figure { margin: 0; min-width: 0; }
 img { min-width: 0; border-radius: 4px; outline: 1px solid var(--line); outline-offset: -1px; }
 img.small { image-rendering: pixelated; }
 .right img { outline: 3px solid var(--good); }
-.right .found { color: var(--good); font-weight: 600; }
+.right .caption { color: var(--good); font-weight: 600; }
 figcaption { margin-top: 4px; font-size: 0.78rem; line-height: 1.35; overflow-wrap: anywhere; }
 .role { display: block; color: var(--soft); }
 @media (max-width: 600px) {
-  .cases { grid-template-columns: minmax(0, 1fr); gap: 14px; }
-  .case { grid-template-rows: none; grid-row: auto; grid-template-columns: repeat(var(--rows), minmax(0, 1fr));
+  .examples { grid-template-columns: minmax(0, 1fr); gap: 14px; }
+  .example { grid-template-rows: none; grid-row: auto; grid-template-columns: repeat(var(--rows), minmax(0, 1fr));
     gap: 8px; }
-  .case + .case { border-top: 1px solid var(--line); padding-top: 14px; }
+  .example + .example { border-top: 1px solid var(--line); padding-top: 14px; }
 }
 """
-_INTRODUCTION = """<p>From the <b>source</b> image's tokens and the change <b>asked for</b>, the predictor says which
-tokens the changed image has. They are looked up among versions of that image: the nearest is <b>retrieved</b>. A green
-frame says that it is the right one. Images are spread evenly over the validation set and not picked.</p>"""
+_INTRODUCTION = """<p>From the tokens of the <b>source</b> image and the change <b>asked for</b>, the predictor computes
+the tokens of the changed image. The version of the image whose tokens are nearest to them is <b>retrieved</b>. A green
+frame marks a correct retrieval. The images are spaced evenly over the validation set, not selected.</p>"""
 
 
 def write_page(path: Path, sections: Sequence[Section], title: str, run: str) -> None:
-    """Write the page; its pictures are inside it, so that it can be sent as one file."""
+    """Write the page of a run as one HTML file with embedded images; `title` is the sentence below its heading."""
     head = [f"<h1>What the world model of {escape(run)} imagines</h1>", f'<p class="soft">{escape(title)}.</p>']
     body = [*head, _INTRODUCTION, *map(_section, sections)]
     text = page(f"{run}: what the world model imagines", body, _STYLE)
@@ -55,8 +56,8 @@ def write_page(path: Path, sections: Sequence[Section], title: str, run: str) ->
 
 
 def _section(section: Section) -> str:
-    cases = zip(*section.rows, strict=True)
-    shown = "\n".join(_case(panels, section.labels) for panels in cases)
+    # The grid has an element per column, because panels of an example must stay together on narrow screens.
+    examples = "\n".join(_example(panels, section.labels) for panels in zip(*section.rows, strict=True))
     numbers = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in section.numbers.items()
     )
@@ -66,27 +67,26 @@ def _section(section: Section) -> str:
             "<section>",
             f"<h2>{escape(section.title)}</h2>" if section.title else "",
             f"<dl>{numbers}</dl>" if numbers else "",
-            f'<div class="cases" style="{size}">\n{shown}\n</div>',
+            f'<div class="examples" style="{size}">\n{examples}\n</div>',
             "</section>",
         )
     )
 
 
-def _case(panels: Sequence[Panel], labels: Sequence[str]) -> str:
-    return '<div class="case">' + "".join(map(_figure, panels, labels)) + "</div>"
+def _example(panels: Sequence[Panel], labels: Sequence[str]) -> str:
+    return '<div class="example">' + "".join(map(_figure, panels, labels)) + "</div>"
 
 
 def _figure(panel: Panel, label: str) -> str:
-    words = escape(panel.caption)
-    is_small = ' class="small"' if len(panel.pixels) <= _SMALL else ""
-    image = f'<img{is_small} src="{_data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
-    caption = f'<span class="role">{escape(label)}</span><span class="found">{words}</span>'
-    is_right = ' class="right"' if panel.is_right else ""
-    return f"<figure{is_right}>{image}<figcaption>{caption}</figcaption></figure>"
+    image_class = ' class="small"' if len(panel.pixels) <= _MAX_PNG_HEIGHT else ""
+    image = f'<img{image_class} src="{_data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
+    caption = f'<span class="role">{escape(label)}</span><span class="caption">{escape(panel.caption)}</span>'
+    figure_class = ' class="right"' if panel.is_right else ""
+    return f"<figure{figure_class}>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
-    kind = "PNG" if len(pixels) <= _SMALL else "JPEG"
+    image_format = "PNG" if len(pixels) <= _MAX_PNG_HEIGHT else "JPEG"
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    Image.fromarray(pixels).save(file, image_format, **({"quality": 90} if image_format == "JPEG" else {}))
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -178,11 +178,12 @@ def test_the_report_counts_json_and_masks_and_names_samples_without(described, c
     output = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
     assert (rows["samples"], rows["with .json"], rows["with a segmentation map"]) == ("8", "2", "2")
-    assert "a.tar:beside the first of 5 in its shard without .json, which others have" in output
-    assert "b.tar:b the first of 1 in its shard without .json" in output
-    assert "a.tar:photo the first of 1 in its shard whose PNG is no mask: PNG with RGB of 8 bits" in output
+    assert "a.tar:beside has no .json, unlike other samples; it is the first of 5 in this shard" in output
+    assert "b.tar:b has no .json, unlike other samples; it is the first of 1 in this shard" in output
+    no_map = "has a PNG that is no segmentation map; it is the first of 1 in this shard: PNG with RGB of 8 bits"
+    assert f"a.tar:photo {no_map}" in output
 
 
 def test_json_is_not_missed_if_no_sample_has_it(mixed, capsys):
     main(["shards", "check", mixed])
-    assert "without .json" not in capsys.readouterr().out
+    assert "has no .json" not in capsys.readouterr().out

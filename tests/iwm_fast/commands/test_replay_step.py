@@ -1,4 +1,4 @@
-"""A run with an action log: what it logs survives what ends it, and is rendered again as training saw it."""
+"""Action logs survive kills and full disks, and `iwm replay` renders their steps exactly as training saw them."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import STEPS, tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.cli import main
-from iwm_fast.commands.replay_step import rendered_again, replay
+from iwm_fast.commands.replay_step import render_again, replay
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.loading import iter_settings, save_config
 from iwm_fast.config.run import RunConfig
@@ -37,7 +37,7 @@ from iwm_fast.training.trainer import Trainer
 
 @pytest.fixture
 def damaged_shards(tmp_path) -> TinyShards:
-    """Two shards of twelve photographs, one of which only its decoder finds to be damaged."""
+    """Return two shards of twelve images, one of which is damaged in a way that only its decoder detects."""
     pixels = photograph("chelsea.png")
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -63,7 +63,7 @@ def with_source_geometry(config: RunConfig) -> RunConfig:
 
 
 def captured_run(config: RunConfig) -> list[Batch]:
-    """Train, and return every batch that the networks received."""
+    """Train, and return all batches that the networks received."""
     batches = []
     try:
         trainer = build_components(config, distributed.start("cpu"))
@@ -80,7 +80,7 @@ def loader_settings(backend: str) -> LoaderConfig:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_the_views_of_a_step_are_rendered_again_bit_for_bit(damaged_shards, tmp_path, backend):
+def test_rendered_views_equal_those_of_training_bit_for_bit(damaged_shards, tmp_path, backend):
     config = with_source_geometry(
         logged_run(damaged_shards, tmp_path / "run", loader=backend, micro_batch_size=4, max_bad_samples=2.0)
     )
@@ -88,48 +88,50 @@ def test_the_views_of_a_step_are_rendered_again_bit_for_bit(damaged_shards, tmp_
     assert sum(int((batch.sample != batch.scheduled_sample).sum()) for batch in batches) == 4, "once in each epoch"
     last = batches[-1].step
     for step in (0, last // 2, last):
-        seen = [batch for batch in batches if batch.step == step]
+        trained = [batch for batch in batches if batch.step == step]
         path = replay(ReplayConfig(run=config.output.folder, step=step, format="tensors"))
         assert path == tmp_path / "run" / f"replay-step-{step:08}.safetensors"
         tensors = load_file(path)
         for name in ("source_view", "target_view"):
-            assert torch.equal(tensors[name], torch.cat([denormalize_view(getattr(batch, name)) for batch in seen]))
+            assert torch.equal(tensors[name], torch.cat([denormalize_view(getattr(batch, name)) for batch in trained]))
         for name in ("action", "slot", "sample"):
-            assert torch.equal(tensors[name], torch.cat([getattr(batch, name) for batch in seen])), name
+            assert torch.equal(tensors[name], torch.cat([getattr(batch, name) for batch in trained])), name
     assert not torch.equal(tensors["source_view"], tensors["target_view"])
 
 
-def test_a_replayed_batch_has_all_that_training_received(damaged_shards, tmp_path):
+def test_a_replayed_batch_equals_the_batch_of_training(damaged_shards, tmp_path):
     config = with_source_geometry(logged_run(damaged_shards, tmp_path / "run", loader="torch", max_bad_samples=2.0))
     batches = captured_run(config)
-    (seen,) = [batch for batch in batches if (batch.sample != batch.scheduled_sample).any()][:1]
-    rows = read_step(tmp_path / "run" / "actions", seen.step)
+    trained = next(batch for batch in batches if (batch.sample != batch.scheduled_sample).any())
+    rows = read_step(tmp_path / "run" / "actions", trained.step)
     shards = open_shards(damaged_shards.pattern)
-    (again,) = rendered_again(rows, read_metadata(rows.schema), shards, loader_settings("torch"), torch.device("cpu"))
+    metadata, device = read_metadata(rows.schema), torch.device("cpu")
+    (replayed,) = render_again(rows, metadata, shards, loader_settings("torch"), device)
     for name in ("source_view", "target_view", "scheduled_sample", "label", "crop_window", "source_window"):
-        assert torch.equal(getattr(again, name), getattr(seen, name)), name
+        assert torch.equal(getattr(replayed, name), getattr(trained, name)), name
     for name in ("context", "target"):
-        mine, other = getattr(again, name), getattr(seen, name)
-        assert torch.equal(mine.row, other.row) and (mine.total, mine.longest) == (other.total, other.longest)
-    assert (again.key, again.step) == (seen.key, seen.step)
+        actual, expected = getattr(replayed, name), getattr(trained, name)
+        assert torch.equal(actual.row, expected.row)
+        assert (actual.total, actual.longest) == (expected.total, expected.longest)
+    assert (replayed.key, replayed.step) == (trained.key, trained.step)
 
 
-def test_the_step_before_an_epoch_began_anew_is_rendered_with_the_settings_it_had(tiny_shards, tmp_path):
+def test_steps_before_a_restarted_epoch_are_rendered_with_old_settings(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     batches = captured_run(replace(config, output=replace(config.output, checkpoint_every=8)))
     shutil.rmtree(checkpoints.newest(tmp_path / "run"))
-    other = replace(
+    changed = replace(
         config,
         seed=5,
         data=replace(config.data, restart_epoch=True),
         views=replace(config.views, hue=0.3),
         optim=replace(config.optim, global_batch_size=8),
     )
-    after = captured_run(other)
-    for step, seen in ((7, batches[7]), (8, after[0])):
+    after = captured_run(changed)
+    for step, trained in ((7, batches[7]), (8, after[0])):
         tensors = load_file(replay(ReplayConfig(run=config.output.folder, step=step, format="tensors")))
-        assert torch.equal(tensors["source_view"], denormalize_view(seen.source_view))
-        assert torch.equal(tensors["action"], seen.action)
+        assert torch.equal(tensors["source_view"], denormalize_view(trained.source_view))
+        assert torch.equal(tensors["action"], trained.action)
 
 
 def test_a_picture_is_drawn_from_the_command_line(tiny_shards, tmp_path, capsys):
@@ -142,18 +144,18 @@ def test_a_picture_is_drawn_from_the_command_line(tiny_shards, tmp_path, capsys)
     assert second.read_bytes().startswith(b"\x89PNG") and first.stat().st_size > second.stat().st_size
 
 
-def test_every_setting_of_a_replay_is_explained():
+def test_all_settings_of_a_replay_have_explanations():
     assert all(text.endswith(".") for _, _, _, text in iter_settings(ReplayConfig))
 
 
 def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["replay", *arguments])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_replayed_is_refused_with_what_there_is(tiny_shards, tmp_path, capsys):
+def test_refusals_name_the_problem_and_the_steps_in_the_log(tiny_shards, tmp_path, capsys):
     config = logged_run(tiny_shards, tmp_path / "run")
     run(config)
     run(tiny_run(tiny_shards, tmp_path / "unlogged"))
@@ -162,33 +164,33 @@ def test_what_cannot_be_replayed_is_refused_with_what_there_is(tiny_shards, tmp_
     assert "is no run folder" in refused(capsys, f"run={tmp_path}", "step=1")
     assert "train with output.action_log=true" in refused(capsys, f"run={tmp_path / 'unlogged'}", "step=1")
     assert f"step 12 is not in {tmp_path}/run/actions, which holds steps 0 .. 11" in refused(capsys, logged, "step=12")
-    assert f"step must be one of those in {tmp_path}/run/actions, 0 .. 11; none was given" in refused(capsys, logged)
+    assert f"one of the steps in {tmp_path}/run/actions, 0 .. 11, but is not set" in refused(capsys, logged)
     assert "first_slot must lie in 0 .. 15, got 16" in refused(capsys, logged, "step=1", "first_slot=16")
     assert "did you mean 'format'?" in refused(capsys, logged, "step=1", "formt=png")
 
 
-def test_shards_that_moved_are_found_and_shards_that_changed_are_refused(damaged_shards, tmp_path):
+def test_moved_shards_are_accepted_and_changed_shards_are_refused(damaged_shards, tmp_path):
     run(logged_run(damaged_shards, tmp_path / "run", loader="torch", max_bad_samples=2.0))
     moved = tmp_path / "moved"
     damaged_shards.folder.rename(moved)
-    ask = ReplayConfig(run=str(tmp_path / "run"), step=2, format="tensors")
+    request = ReplayConfig(run=str(tmp_path / "run"), step=2, format="tensors")
     with pytest.raises(FileNotFoundError, match=r"0\.tar"):
-        replay(ask)
-    replay(replace(ask, shards=str(moved)))
+        replay(request)
+    replay(replace(request, shards=str(moved)))
     sample = int(column(read_step(tmp_path / "run" / "actions", 2), "sample")[0])
-    with pytest.raises(ActionLogError, match=r"sample \d+ .* was in slot \d+, there are 12 now; give the shards"):
-        replay(replace(ask, shards=str(moved / "0.tar")))
-    with pytest.raises(ActionLogError, match=rf"sample {sample} in slot 0 was '{sample:02}' of .*, it is '") as caught:
-        replay(replace(ask, shards=f"{moved / '1.tar'}::{moved / '0.tar'}"))
+    with pytest.raises(ActionLogError, match=r"slot \d+ had sample \d+ .*, but there are only 12 samples now; set"):
+        replay(replace(request, shards=str(moved / "0.tar")))
+    with pytest.raises(ActionLogError, match=rf"sample {sample} in slot 0 was '{sample:02}' of .*, now '") as caught:
+        replay(replace(request, shards=f"{moved / '1.tar'}::{moved / '0.tar'}"))
     assert "shards=..." in str(caught.value)
-    # the same keys, but one image is another one
+    # The keys stay the same, but the images of a shard are replaced by another one.
     image = encode(photograph("coffee.png")[:90, :70])
     write_tar(moved / "1.tar", [(f"{number:02}.jpg", image) for number in range(12, 24)])
-    with pytest.raises(ActionLogError, match=r"have changed since \(other sizes"):
-        replay(replace(ask, shards=str(moved)))
+    with pytest.raises(ActionLogError, match=r"have changed since the step was trained \(sizes"):
+        replay(replace(request, shards=str(moved)))
 
 
-def test_another_image_of_the_same_name_and_size_is_noticed_by_its_window(tiny_shards, tmp_path):
+def test_a_replaced_image_of_the_same_size_in_bytes_is_refused(tiny_shards, tmp_path):
     for folder, shape in (("then", (64, 96)), ("now", (96, 64))):
         (tmp_path / folder).mkdir()
         image = encode(photograph("coffee.png")[: shape[0], : shape[1]])
@@ -196,24 +198,22 @@ def test_another_image_of_the_same_name_and_size_is_noticed_by_its_window(tiny_s
         write_tar(tmp_path / folder / "0.tar", [(f"{number:02}.jpg", padded) for number in range(24)])
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     run(replace(config, data=DataConfig(train=str(tmp_path / "then"))))
-    with pytest.raises(ActionLogError, match=r"crop_window of step 0, slot 0, sample '\d\d' is .*, logged is"):
+    with pytest.raises(ActionLogError, match=r"crop_window of step 0, slot 0, sample '\d\d' is .*, but the log has"):
         replay(ReplayConfig(run=str(tmp_path / "run"), step=0, shards=str(tmp_path / "now")))
 
 
-def test_a_run_without_a_log_writes_none_and_drops_rows_that_it_will_not_make_again(tiny_shards, tmp_path):
+def test_a_run_without_a_log_writes_none_and_drops_superseded_rows(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     run(config)
     shutil.rmtree(checkpoints.newest(tmp_path / "run"))
     run(replace(config, output=replace(config.output, action_log=False)))
-    assert [(part.first_step, part.end_step) for part in list_log_files(tmp_path / "run" / "actions")] == [
-        (0, 5),
-        (5, 10),
-    ]
+    files = list_log_files(tmp_path / "run" / "actions")
+    assert [(file.first_step, file.end_step) for file in files] == [(0, 5), (5, 10)]
     run(tiny_run(tiny_shards, tmp_path / "unlogged", loader="torch"))
     assert not (tmp_path / "unlogged" / "actions").exists()
 
 
-# trains until step 7, behind the checkpoint of step 5, and then lets happen what the second argument says
+# Trains until step 7, after the checkpoint of step 5. Then it kills itself or simulates a full disk.
 STRUCK = """
 import os, resource, signal, sys, time
 from iwm_fast.checkpoints.checkpoint import newest
@@ -230,12 +230,12 @@ with user_facing_errors():
 
     def strike(batch):
         if next(steps_left, None) is None:
-            # written beside training
+            # The checkpoint is written by a thread while training continues.
             while newest(trainer.folder) is None:
                 time.sleep(0.01)
             if sys.argv[2] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            # every write behind the 8000th byte of a file fails from now on, as on a full disk
+            # From now on, writes beyond byte 8000 of a file fail, as on a full disk.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
         return forward(batch)
@@ -252,7 +252,7 @@ def struck(config: RunConfig, folder: Path, how: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.launcher
-def test_a_killed_run_has_logged_as_far_as_its_checkpoint_and_goes_on_without_a_gap(tiny_shards, tmp_path):
+def test_a_killed_run_resumes_from_its_checkpoint_without_a_gap_in_its_log(tiny_shards, tmp_path):
     straight = logged_run(tiny_shards, tmp_path / "straight", loader="torch")
     run(straight)
     config = logged_run(tiny_shards, tmp_path / "killed", loader="torch")
@@ -260,8 +260,8 @@ def test_a_killed_run_has_logged_as_far_as_its_checkpoint_and_goes_on_without_a_
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     actions = tmp_path / "killed" / "actions"
     assert checkpoints.newest(tmp_path / "killed").name == "step-00000005"
-    assert [part.path.name for part in list_log_files(actions)] == ["step-00000000-00000005-rank-000.parquet"]
-    # what another rank was writing
+    assert [file.path.name for file in list_log_files(actions)] == ["step-00000000-00000005-rank-000.parquet"]
+    # A file that another rank had not finished.
     (actions / ".unfinished-rank-001.parquet").write_bytes(b"PAR1")
     run(config)
     assert read_rows(actions, 0, STEPS).equals(read_rows(tmp_path / "straight" / "actions", 0, STEPS))
@@ -269,15 +269,15 @@ def test_a_killed_run_has_logged_as_far_as_its_checkpoint_and_goes_on_without_a_
 
 
 @pytest.mark.launcher
-def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on_from_the_checkpoint(tiny_shards, tmp_path):
+def test_a_full_disk_ends_a_run_with_one_message_and_it_can_resume(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "full", loader="torch")
-    ended = struck(config, tmp_path, "full")
-    assert ended.returncode == 2
-    assert "File too large" in ended.stderr and "Traceback" not in ended.stderr
+    result = struck(config, tmp_path, "full")
+    assert result.returncode == 2
+    assert "File too large" in result.stderr and "Traceback" not in result.stderr
     actions = tmp_path / "full" / "actions"
-    assert f"while writing the action log in {actions}; free some space" in ended.stderr
-    assert "output.action_log=false" in ended.stderr and "resume=auto" in ended.stderr
-    # nothing half written, and no checkpoint that the log does not reach
+    assert f"while writing the action log in {actions}; free some space" in result.stderr
+    assert "output.action_log=false" in result.stderr and "resume=auto" in result.stderr
+    # There are no unfinished files, and no checkpoint is newer than the log.
     assert sorted(path.name for path in actions.iterdir()) == ["step-00000000-00000005-rank-000.parquet"]
     assert checkpoints.newest(tmp_path / "full").name == "step-00000005"
     assert len(read_rows(actions, 0, 5)) == 5 * 16
@@ -286,7 +286,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on_from_the_check
 
 
 @pytest.mark.launcher
-def test_two_ranks_log_together_and_one_goes_on_alone(tiny_shards, tmp_path):
+def test_two_ranks_share_a_log_that_one_rank_continues(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     save_config(config, tmp_path / "run.yaml")
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""Pages of runs: what stands in them, that they need nothing else, and how a browser shows them."""
+"""Reports of runs: their content, that they need no network, and how a browser shows them."""
 
 import json
 import re
@@ -12,13 +12,14 @@ import pytest
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.evals.results import Result, Row, save_result
-from iwm_fast.rendering.charts import DotPlot, Dots, curves, dot_plot, save_dot_plots, shares
+from iwm_fast.rendering.charts import DotPlot, Dots, dot_plot, draw_line_chart, draw_waterfall_chart, save_dot_plots
 from iwm_fast.rendering.html import page, table, tiles
 from iwm_fast.train import run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
-QUIET = [
+# Options that let Chromium run in a container, without a display and without background traffic.
+OPTIONS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -32,6 +33,7 @@ QUIET = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, tiny_shards) -> Path:
+    """Return the page of a trained run with one evaluation result; names contain characters that HTML reserves."""
     folder = tmp_path_factory.mktemp("report") / "run <&>"
     run(tiny_run(tiny_shards, folder))
     row = Row(subject="jitter", metric="mrr", value=0.4321, low=0.4, high=0.46, control=0.11,
@@ -40,8 +42,8 @@ def report(tmp_path_factory, tiny_shards) -> Path:
     return write_run_report(folder)
 
 
-class Reader(HTMLParser):
-    """Collects text and addresses, and refuses tags that are not closed."""
+class PageParser(HTMLParser):
+    """Collects the text and the addresses of a page, and fails if a tag is not closed."""
 
     VOID = frozenset({"meta", "img", "br", "path", "use"})
 
@@ -67,21 +69,21 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_a_page_says_what_was_measured_and_under_which_settings(report):
-    read = Reader(report.read_text())
-    for expected in ("run <&>", "status finished", "step-00000012", "Prediction loss", "Where the time of a step goes",
+def test_a_page_shows_results_and_settings(report):
+    parsed = PageParser(report.read_text())
+    for expected in ("run <&>", "status finished", "step-00000012", "Prediction loss", "Time per step",
                      "mrr_default, step 12, seed 0", "0.4321", "0.4000 to 0.4600", "untrained <predictor>",
-                     "optim.global_batch_size", "every setting"):  # fmt: skip
-        assert expected in read.text, expected
+                     "optim.global_batch_size", "all settings"):  # fmt: skip
+        assert expected in parsed.text, expected
 
 
 def test_a_page_needs_no_network(report):
-    read = Reader(report.read_text())
-    assert all(address.startswith(("data:", "#")) for address in read.addresses)
+    parsed = PageParser(report.read_text())
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
     assert not re.search(r"url\(\s*['\"]?http|@import|<script|<link", report.read_text())
 
 
-def test_figures_take_the_pages_colours(report):
+def test_charts_use_the_colours_of_the_page(report):
     text = report.read_text()
     assert "var(--series-1)" in text and not re.search(r"#0102\d\d", text)
 
@@ -91,24 +93,24 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_run_report(tmp_path)
 
 
-def test_text_is_escaped_and_numbers_are_set_to_the_right():
+def test_text_is_escaped_and_numbers_are_aligned_to_the_right():
     text = table(["name", "value"], [("<b>", "0.5"), ("x & y", "-1")])
     assert "&lt;b&gt;" in text and "x &amp; y" in text and text.count('class="number"') == 3
-    assert "<b>1</b>" in tiles({"steps": "1"}) and Reader(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
+    assert "<b>1</b>" in tiles({"steps": "1"}) and PageParser(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
 
 
-def test_figures_are_whole_svg_elements_and_the_same_every_time():
+def test_charts_are_complete_svg_elements_and_reproducible():
     for draw in (
-        lambda: curves({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
-        lambda: shares({"forward": 2.0, "wait": 0.0}, unit="ms"),
+        lambda: draw_line_chart({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
+        lambda: draw_waterfall_chart({"forward": 2.0, "wait": 0.0}, unit="ms"),
         lambda: dot_plot([Dots(label="a", values=[0.1, 0.2]), Dots(label="none", values=[])], unit="MRR"),
     ):
-        figure = draw()
-        assert figure.startswith("<svg") and figure.rstrip().endswith("</svg>") and figure == draw()
-        assert " width=" not in figure.split(">", 1)[0]
+        chart = draw()
+        assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>") and chart == draw()
+        assert " width=" not in chart.split(">", 1)[0]
 
 
-def test_dot_plots_become_one_picture(tmp_path):
+def test_dot_plots_are_saved_as_one_png_file(tmp_path):
     rows = [Dots(label="a", values=[0.1, 0.2, 0.3]), Dots(label="b", values=[0.5])]
     plots = [DotPlot(title=title, note="the paper: 0.8", unit="MRR", rows=rows) for title in ("one", "two", "three")]
     save_dot_plots(tmp_path / "deep" / "claims.png", plots)
@@ -119,16 +121,23 @@ def test_dot_plots_become_one_picture(tmp_path):
 @pytest.mark.parametrize("width", [500, 1400])
 def test_a_browser_shows_the_page_without_scrolling_sideways(report, tmp_path, width):
     copy = tmp_path / "page.html"
+    # The script writes the measured sizes into the title, where --dump-dom prints them.
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify({width: innerWidth, "
         "page: document.documentElement.scrollWidth, svg: [...document.querySelectorAll('svg')].map(s => "
         "s.getBoundingClientRect().width), text: document.body.innerText.length}) })</script>"
     )
     copy.write_text(report.read_text().replace("</head>", probe + "</head>"))
-    command = [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200", "--dump-dom"]
-    shown = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, check=True, timeout=120)
-    found = re.search(r"<title>(\{.*?\})</title>", shown.stdout)
-    assert found, shown.stdout[:500]
-    seen = json.loads(found[1])
-    assert seen["page"] <= seen["width"] and seen["text"] > 500
-    assert len(seen["svg"]) >= 5 and all(100 < side <= seen["width"] for side in seen["svg"])
+    command = [
+        BROWSER,
+        *OPTIONS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},1200",
+        "--dump-dom",
+    ]
+    output = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    title = re.search(r"<title>(\{.*?\})</title>", output.stdout)
+    assert title, output.stdout[:500]
+    sizes = json.loads(title[1])
+    assert sizes["page"] <= sizes["width"] and sizes["text"] > 500
+    assert len(sizes["svg"]) >= 5 and all(100 < width <= sizes["width"] for width in sizes["svg"])

@@ -86,7 +86,7 @@ def test_what_cannot_be_written_is_found_before_the_run_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"picture must name a file in a folder that can be written to, got '.*file/a"):
         imagine(small("no run at all", picture=str(tmp_path / "file" / "a.png")))
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match=r"picture must name a file .*folder.png'.*: that is a folder"):
+    with pytest.raises(ValueError, match=r"picture must name a file .*folder.png'.*: it is a folder"):
         imagine(small("no run at all", picture=str(tmp_path / "folder.png")))
     with pytest.raises(ValueError, match=r"picture must end with \.png"):
         small("x", picture="imagined.jpg")
