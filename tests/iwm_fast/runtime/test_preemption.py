@@ -15,9 +15,9 @@ from fixtures.launchers import (
     PATIENCE_S,
     WATCHED,
     LaunchedRun,
-    catches,
     checkpoints_in,
     deepspeed,
+    has_handler,
     launch_process,
     one_process,
     starting,
@@ -106,7 +106,7 @@ def test_all_ranks_stop_together_whichever_process_is_signalled(start, case):
 def test_a_stop_during_the_start_leaves_a_status_and_no_checkpoint(start):
     run = start(one_process())
     # As soon as the handlers are installed, which is before data and networks are loaded.
-    run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
+    run.wait_for(lambda: has_handler(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED
     assert read_status(run.folder)["state"] == "preempted", run.log.read_text()
@@ -240,7 +240,7 @@ def test_an_earlier_failure_does_not_hide_that_this_start_was_stopped(start, tmp
     write_status(tmp_path / "run", "failed", step=4, reason="disk full")
     # The grace period ends while torch is imported, as in a start that hangs.
     run = start(one_process(WATCHED), IWM_TEST_GRACE_S="1")
-    run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
+    run.wait_for(lambda: has_handler(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED
     assert "leaving without a checkpoint" in run.log.read_text()

@@ -19,8 +19,8 @@ from fixtures.launchers import (
     PATIENCE_S,
     WATCHED,
     LaunchedRun,
-    catches,
     deepspeed,
+    has_handler,
     one_process,
     starting,
     tiny_yaml,
@@ -127,7 +127,7 @@ def wait_for_phase(run: LaunchedRun, phase: str, receiver: str) -> int:
     processes = run.processes()
     # A launcher passes the signal on to its ranks, so they must have installed their handlers.
     listening = [processes[receiver]] if receiver.startswith("rank") else run.ranks()
-    run.wait_for(lambda: all(catches(process, USR1) for process in listening))
+    run.wait_for(lambda: all(has_handler(process, USR1) for process in listening))
     if phase != "start":
         run.wait_for_steps(1)
         run.wait_for(lambda: is_in(phase, run, processes["rank 0"]), every_s=0.005)

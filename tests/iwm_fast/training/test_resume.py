@@ -177,7 +177,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_all_names_and_nothing_mo
     for damaged in checkpoints.step_folders(folder):
         flip_a_bit(damaged / "state.json")
     before = sorted((folder / "checkpoints").rglob("*"))
-    with pytest.raises(CheckpointError, match=r"(?s)none of .*step-00000012/state.*step-00000008/state.*from a copy"):
+    with pytest.raises(CheckpointError, match=r"(?s)none of .*step-00000012/state.*step-00000008/state.*from a backup"):
         run(in_folder(whole, folder))
     assert sorted((folder / "checkpoints").rglob("*")) == before
 
