@@ -72,9 +72,9 @@ def label_sets(
     max_train: int | None = None,
     max_val: int | None = None,
 ) -> LabelledSets:
-    """Return at most so many samples of both sets, spread over them; None: all.
+    """Return samples of both sets, at most `max_train` and `max_val` of them (None: all), spread over their set.
 
-    Classes are those named, or what the training set holds, and have the same numbers in both.
+    Classes are those named, or else what the training set holds, and have the same numbers in both.
 
     Raises:
         ShardError: if a sample has no label, or a validation sample one that no training sample has.
@@ -211,7 +211,7 @@ def compute_rows(
 ) -> Float[Tensor, "samples *shape"]:
     """Return one row of numbers for each sample, in order: each rank computes its share, all return the whole.
 
-    Collective; `rows_of`, which yields the rows of a share, must not be. `what` says meanwhile what is computed.
+    Collective; `rows_of`, which yields the rows of a share, must not be. `what` names the rows on the progress line.
     """
     share = local_share(samples, rank_info)
     local = drop_padding(share)
