@@ -200,7 +200,7 @@ def _help(name: str) -> None:
     command = COMMANDS[name]
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
     if command.settings:
-        print("\n" + load("iwm_fast.config.loading:settings_text")(load(command.settings)))
+        print("\n" + load("iwm_fast.config.loading:format_settings")(load(command.settings)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.config.loading import load_config, settings_text
+from iwm_fast.config.loading import load_config, format_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
@@ -21,7 +21,7 @@ from iwm_fast.runtime.run_status import read_status, write_status
 def main() -> None:
     """Train as the command line of this process says, then end the process."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{settings_text(RunConfig)}")
+        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{format_settings(RunConfig)}")
         return
     run_and_exit(partial(train, sys.argv[1:], watch_signals()))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from iwm_fast.config.run import profiled_steps
+from iwm_fast.config.run import parse_step_range
 from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ class StepProfiler:
     def __init__(self, setting: str, folder: Path, rank_info: RankInfo) -> None:
         """Get ready to write into `folder`; ranks above 0 never trace."""
         self._setting, self._folder, self._device = setting, folder, rank_info.device
-        self._steps = (profiled_steps(setting) or range(0)) if rank_info.rank == 0 else range(0)
+        self._steps = (parse_step_range(setting) or range(0)) if rank_info.rank == 0 else range(0)
         self._trace: profile | None = None
         self._begun_at: int | None = None
 

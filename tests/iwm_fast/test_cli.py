@@ -122,7 +122,7 @@ def test_a_label_is_asked_for_where_it_is_needed_only(capsys, run_yaml, tmp_path
 
 def test_an_evaluation_without_run_or_validation_shards_says_what_is_missing(capsys, run_yaml, tmp_path):
     assert "run must name the folder" in refused(capsys, "evaluate", "mrr")
-    assert "is no run folder" in refused(capsys, "evaluate", "mrr", f"run={tmp_path}")
+    assert "is not a run folder" in refused(capsys, "evaluate", "mrr", f"run={tmp_path}")
     assert "did you mean 'bank_size'?" in refused(capsys, "evaluate", "mrr", "run=x", "bank_sise=3")
     main(["train", run_yaml()])
     capsys.readouterr()

@@ -68,7 +68,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_what_cannot_be_evaluated_is_one_message(trained, tiny_shards, capsys, tmp_path):
     assert "run must name the folder of a training run" in refused(capsys, "evaluate", "linear")
-    assert "is no run folder" in refused(capsys, "evaluate", "linear", f"run={tmp_path}")
+    assert "is not a run folder" in refused(capsys, "evaluate", "linear", f"run={tmp_path}")
     assert "did you mean 'epochs'" in refused(capsys, "evaluate", "linear", f"run={trained}", "epoch=1")
     assert "unknown command 'evaluate lineal'" in refused(capsys, "evaluate", "lineal", f"run={trained}")
     assert "data.val must name validation shards" in refused(capsys, "evaluate", "mrr", f"run={trained}")

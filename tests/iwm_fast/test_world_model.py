@@ -48,7 +48,7 @@ def test_the_package_is_imported_without_torch_and_names_what_it_lacks():
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_yet_is_refused(tmp_path, tiny_shards):
-    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.yaml"):
         world_model.load(tmp_path)
     run(tiny_run(tiny_shards, tmp_path / "run", loader="torch"))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():

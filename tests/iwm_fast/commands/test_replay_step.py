@@ -159,7 +159,7 @@ def test_what_cannot_be_replayed_is_refused_with_what_there_is(tiny_shards, tmp_
     run(tiny_run(tiny_shards, tmp_path / "unlogged"))
     logged = f"run={tmp_path / 'run'}"
     assert "run must name the folder" in refused(capsys, "step=1")
-    assert "is no run folder" in refused(capsys, f"run={tmp_path}", "step=1")
+    assert "is not a run folder" in refused(capsys, f"run={tmp_path}", "step=1")
     assert "train with output.action_log=true" in refused(capsys, f"run={tmp_path / 'unlogged'}", "step=1")
     assert f"step 12 is not in {tmp_path}/run/actions, which holds steps 0 .. 11" in refused(capsys, logged, "step=12")
     assert f"step must be one of those in {tmp_path}/run/actions, 0 .. 11; none was given" in refused(capsys, logged)

@@ -87,7 +87,7 @@ def test_figures_take_the_pages_colours(report):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
         write_run_report(tmp_path)
 
 

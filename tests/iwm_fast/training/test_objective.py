@@ -6,7 +6,7 @@ import torch
 from iwm_fast.config.run import ObjectiveConfig
 from iwm_fast.models.student import Prediction
 from iwm_fast.monitoring.collapse import collapse_monitors, collapse_warnings
-from iwm_fast.training.objective import Objective, spread_terms
+from iwm_fast.training.objective import Objective, vicreg_terms
 
 LENGTHS = [3, 1, 4, 2, 5, 3, 2, 4]
 
@@ -45,15 +45,15 @@ def test_summed_micro_batches_equal_the_whole_batch(ragged, distance):
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_spread_terms_equal_a_hand_computation():
+def test_vicreg_terms_equal_a_hand_computation():
     # two dimensions, each with sample variance 4/3 or 0; covariance of the equal pair is 4/3
     tokens = torch.tensor([[1.0, 1.0, 5.0], [-1.0, -1.0, 5.0], [1.0, 1.0, 5.0], [-1.0, -1.0, 5.0]])
-    variance, covariance = spread_terms(tokens)
+    variance, covariance = vicreg_terms(tokens)
     assert variance.item() == pytest.approx((1 - math.sqrt(1e-4)) / 3)
     assert covariance.item() == pytest.approx(2 * (4 / 3) ** 2 / 3)
 
 
-def test_spread_terms_are_on_for_the_identity_predictor_and_off_elsewhere(ragged):
+def test_vicreg_terms_are_on_for_the_identity_predictor_and_off_elsewhere(ragged):
     tokens, index = torch.zeros(24, 16), index_of(ragged)
 
     def loss(config, is_identity):
@@ -65,7 +65,7 @@ def test_spread_terms_are_on_for_the_identity_predictor_and_off_elsewhere(ragged
     assert loss(ObjectiveConfig(variance_weight=0.0, covariance_weight=0.0), is_identity=True) == 0
 
 
-def test_equal_micro_batches_do_not_multiply_the_spread_terms(ragged):
+def test_equal_micro_batches_do_not_multiply_the_vicreg_terms(ragged):
     tokens = draw(24)
     objective = Objective(ObjectiveConfig(), is_identity=True)
     once = evaluate(objective, tokens, tokens, index_of(ragged))
