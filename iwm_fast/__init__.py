@@ -1,4 +1,4 @@
-"""Image World Models: model, method, training, and what one does with the result."""
+"""Image World Models: model, training, evaluation, and the Python API for trained models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["WorldModel", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what users take from here when they take it: the command line must not wait for torch."""
+    """Import the public names on first access, so that the command line does not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from iwm_fast import world_model  # noqa: PLC0415

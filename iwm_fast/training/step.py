@@ -43,7 +43,7 @@ class StepReport:
 
     @property
     def loss(self) -> Tensor:
-        """This rank's contribution to the loss of the global batch, a scalar."""
+        """Contribution of this rank to the loss of the global batch, a scalar."""
         return self.losses.sum()
 
     def suspect_sample_keys(self) -> list[str]:

@@ -55,7 +55,7 @@ def test_help_of_every_command_answers_without_loading_torch():
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
-    assert "unknown command 'trian run.yaml'; known are train, check, warmup, show" in refused(
+    assert "unknown command 'trian run.yaml'; the commands are train, check, warmup, show" in refused(
         capsys, "trian", "run.yaml"
     )
 

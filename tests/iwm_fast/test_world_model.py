@@ -75,7 +75,7 @@ def test_a_file_that_is_missing_or_no_image_is_refused_by_name(model, tmp_path):
     whole = encode(photograph("coffee.png")[:90, :90])
     for name, content in (("note.jpg", b"not an image"), ("empty.jpg", b""), ("half.jpg", whole[: len(whole) // 2])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} must be a whole image of a known format"):
+        with pytest.raises(ValueError, match=rf"{name} must be a complete image of a supported format"):
             model.load_image(str(tmp_path / name))
 
 

@@ -17,7 +17,7 @@ PLACE = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 def trace(profiler: StepProfiler, steps: range) -> None:
     for step in steps:
-        profiler.reach(step)
+        profiler.before_step(step)
         torch.ones(2 + step).cumsum(0)
     profiler.close(steps.stop)
 
@@ -48,10 +48,10 @@ def test_only_the_named_steps_are_in_it(tmp_path):
     ("steps", "written", "said"),
     [
         (range(3), "steps-2-3.json", "runtime.profile=2:5: the run ended before step 3"),
-        (range(2), None, "runtime.profile=2:5: no trace, none of these steps came; the run ended before step 2"),
+        (range(2), None, "runtime.profile=2:5: no trace, because none of these steps was run before the end at step 2"),
         # gone on in the middle, and behind
         (range(4, 8), "steps-4-5.json", None),
-        (range(6, 8), None, "no trace, none of these steps came"),
+        (range(6, 8), None, "no trace, because none of these steps was run"),
         (range(5), "steps-2-5.json", None),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iwm_fast.monitoring.step_timer import PARTS, StepTimer
-from iwm_fast.training.log_window import PhaseTimes, time_values
+from iwm_fast.training.log_window import PhaseTimes, time_metrics
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_the_slowest_rank_is_the_one_the_others_wait_for():
         "forward": torch.tensor([0.2, 0.1, 0.2], dtype=torch.float64),
         "backward": torch.tensor([0.6, 0.4, 0.6], dtype=torch.float64),
     }
-    values = time_values(ranks, step_s=1.0)
+    values = time_metrics(ranks, step_s=1.0)
     assert (values["time/slowest_rank"], values["time/slowest_rank_s"]) == (1.0, pytest.approx(0.4))
     assert values["time/wait_s"] == pytest.approx(0.1) and values["time/other_s"] == pytest.approx(0.2)
     assert sum(values[f"time/{part}_s"] for part in (*PARTS, "other")) == pytest.approx(1.0)

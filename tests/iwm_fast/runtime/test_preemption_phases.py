@@ -150,7 +150,7 @@ def assert_goes_on(run: Started, again: Started, step: int) -> None:
     again.wait_for(lambda: read_status(run.folder)["state"] == "running")
     again.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
-    assert f"going on from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
+    assert f"resuming from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
 
 
 @pytest.mark.parametrize(
