@@ -113,6 +113,7 @@ def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> 
     try:
         _run(arguments[0], config, preemption or Preemption())
     except PreemptedError as stopped:
+        # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; run the same command again to resume", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED) from None

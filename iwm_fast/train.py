@@ -43,6 +43,7 @@ def train(arguments: Sequence[str], preemption: Preemption | None = None) -> Non
     try:
         run(config, preemption or Preemption())
     except PreemptedError as stopped:
+        # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; resume with resume=auto", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED) from None
@@ -64,6 +65,7 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     def record_stop() -> None:
         write_status(folder, "preempted", earlier=earlier, reason=preemption.reason)
 
+    # Replaced by the trainer once it is running.
     preemption.on_timeout = record_stop
     # Imported here, because they take seconds in which signals must be handled already.
     from iwm_fast.evals.online import OnlineEvaluation  # noqa: PLC0415

@@ -157,6 +157,7 @@ def _trained(
     step: int,
     device: str | torch.device,
 ) -> WorldModel:
+    # The trained weights replace those of an untrained model of the same sizes.
     model = untrained(config, device)
     model.encoder.load_state_dict(encoder_state)
     model.predictor.load_state_dict(predictor_state)
@@ -165,6 +166,7 @@ def _trained(
 
 def untrained(config: RunConfig, device: str | torch.device = "cpu") -> WorldModel:
     """Return a model with the initial weights of the run's settings and seed, the control of evaluations."""
+    # The reference operations run on every device, whatever the run was trained with.
     student = build_student(config, REFERENCE).requires_grad_(False).eval().to(device)
     return WorldModel(
         config=config, encoder=student.encoder, predictor=student.predictor, step=0, device=torch.device(device)

@@ -191,7 +191,7 @@ class FinetuneConfig(TuneTask):
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskConfig(TuneTask):
-    """One predictor for several tasks, told apart by a learned token, compared with one predictor per task.
+    """One predictor for several tasks, each with a learned token, compared with one predictor per task.
 
     Each batch is split evenly between the T tasks, so a task sees tune.global_batch_size / T images per step. A
     predictor of a single task takes as many steps on as many images of its task: 1/T of the batch and of the epochs.

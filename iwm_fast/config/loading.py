@@ -70,6 +70,7 @@ def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[
     for override in overrides:
         _apply_override(config_class, tree, override)
     _check_groups(config_class, tree)
+    # A YAML list of shards becomes one string, because the setting has one type on the command line too.
     data = tree.get("data")
     for name in ("train", "val"):
         if isinstance(data, dict) and isinstance(data.get(name), list):
@@ -108,6 +109,7 @@ def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> 
     name, equals, text = override.partition("=")
     check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
     types = {setting: _type_name(field) for setting, field, _ in _leaf_fields(config_class)}
+    # runtime.deepspeed is a free-form dict, whose keys DeepSpeed checks.
     if name not in types and not name.startswith("runtime.deepspeed."):
         raise ValueError(_unknown_key_message(config_class, name))
     # The text of a string setting is used verbatim: a path such as {a,b}.tar is also valid YAML for something else.
@@ -157,6 +159,7 @@ def format_settings(config_class: Any) -> str:
     return "\n".join(["settings (type, default):", *entries])
 
 
+# Cached, because parsing the source for every field would make `--help` slow.
 @functools.cache
 def _field_docs(config_class: type) -> dict[str, str]:
     """Return the docstring under each field, including inherited fields."""

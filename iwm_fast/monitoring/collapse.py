@@ -71,6 +71,7 @@ def _mean_cosine(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    # The exponential of the entropy of the normalised singular values: k for k equal ones.
     values = torch.linalg.svdvals(pooled)
     distribution = values / values.sum().clamp(min=1e-12)
     return torch.special.entr(distribution).sum().exp()

@@ -77,6 +77,7 @@ def training_flops(config: RunConfig) -> TrainingFlops:
 
 def encoder_flops(config: EncoderConfig, patches: Int64[np.ndarray, "draws"]) -> float:
     """Return the operations of one forward pass, averaged over `patches`, the number of patches in each draw."""
+    # The patch embedding is a product with the three colour channels of a patch.
     embedding = patches * (2 * 3 * config.patch_size**2 * config.dim)
     return float((embedding + _block_flops(config.dim, config.depth, config.mlp_ratio, patches)).mean())
 
@@ -91,7 +92,9 @@ def predictor_flops(config: RunConfig, counts: PatchCounts) -> float:
     if predictor.conditioning == "sequence":
         tokens = tokens + num_entries
     if predictor.conditioning == "feature":
+        # Three linear layers mix each mask token with the action.
         mixing = counts.target * (2 * dim * (dim + num_entries) + 4 * dim * dim)
+    # Context tokens are projected to the predictor's width, and predicted tokens back to the encoder's.
     projections = (counts.context + counts.target) * (2 * config.model.encoder.dim * dim)
     return float((projections + mixing + _block_flops(dim, predictor.depth, predictor.mlp_ratio, tokens)).mean())
 

@@ -20,6 +20,7 @@ class MetricWriter:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
         self._file = path.open("a", encoding="utf-8")
+        # Purging hides the dropped rows in TensorBoard, whose files cannot be rewritten.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -27,6 +28,7 @@ class MetricWriter:
         # The gradient norm of a skipped step is infinite or NaN, which JSON cannot represent.
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
+        # Flushed, so that a crash loses no row and users can follow the file.
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -42,5 +44,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
+    # A complete last line ends with a newline, so the last piece is empty or incomplete.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]

@@ -28,7 +28,7 @@ def open_display(rank_info: RankInfo, step: int, total_steps: int) -> "PlainDisp
         return PlainDisplay(total_steps)
     if rank_info.rank == 0:
         return LiveDisplay(console, step, total_steps)
-    # Rank 0 may draw its bar on the same terminal, and a message of this rank must not leave half of it behind.
+    # Rank 0 may draw its bar on the same terminal. A message of this rank must replace it, not overwrite half of it.
     for handler in _handlers_on_standard_error():
         handler.setFormatter(logging.Formatter(f"{_ERASE_LINE}[rank {rank_info.rank}] %(message)s"))
     return PlainDisplay(total_steps)

@@ -54,10 +54,12 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
     # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
     initialize_from(config, student)
     teacher = Teacher(student.encoder, compute_dtype(config))
+    # Compiled in place, before the engine wraps the modules.
     if config.runtime.compile:
         compile_blocks(student)
         compile_blocks(teacher.encoder)
     engine = build_engine(config, student, build_optimizer(student, config.optim), rank_info)
+    # DeepSpeed has created process groups of its own, with its default timeout.
     distributed.set_collective_timeout(config.runtime.rank_timeout_s)
     return TrainingComponents(
         config=config,

@@ -49,6 +49,7 @@ def training_loader(
 
     `start` is where the stream of samples begins, which differs from the default after a restarted epoch.
     """
+    # Loaders count micro-batches, so the first one is `first_step * accumulation`.
     _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = TrainingPlan(
         views=config.views,

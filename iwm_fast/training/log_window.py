@@ -90,6 +90,7 @@ class LogWindow:
         if report.prediction is not None and report.target_tokens is not None:
             prediction = report.prediction
             monitors = collapse_monitors(prediction.predicted_tokens, report.target_tokens, prediction.patches)
+        # Float64 on both sides, because all values travel in one tensor and counts must stay exact.
         on_device = {"loss": torch.stack(self._losses).double().mean(), **monitors}
         memory = used_memory_mb(self._task.rank_info.device)
         on_host = {"replaced": float(self._num_replaced), "memory": memory, **self._phase_times.pop_means()}
@@ -97,6 +98,7 @@ class LogWindow:
         num_steps, time_s = len(self._losses), time.perf_counter() - self._started
         speed = self._task.meter.values(num_steps, time_s)
         metrics = {
+            # Ranks contribute shares of the loss, so it is their sum; monitors are measured on each rank's own images.
             self._task.loss_name: float(ranks["loss"].sum()),
             **{name: float(ranks[name].mean()) for name in monitors},
             **self._schedule_metrics(state, has_teacher=report.prediction is not None),

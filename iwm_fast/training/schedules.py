@@ -62,6 +62,7 @@ class Schedules:
 
     def _progress(self, step: int, start: int) -> float:
         """Return how far a step is on the way from `start` to the stretched end, in 0..1."""
+        # `end` is not after `start` if the run is shorter than its warm-up.
         end = self.total_steps * self.config.schedule_stretch
         return min(1.0, max(0.0, (step - start) / (end - start))) if end > start else 1.0
 

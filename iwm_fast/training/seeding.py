@@ -20,8 +20,10 @@ def seeded_rng(*counters: int, seed: int, device: torch.device) -> Iterator[None
     (bits,) = (int(value) for value in random_bits(seed, "tuning", *counters))
     python_state = random.getstate()
     numpy_state = np.random.get_state()
+    # fork_rng restores torch's generators; those of numpy and Python are restored below.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(bits)
+        # NumPy accepts seeds of 32 bits.
         np.random.seed(bits & 0xFFFFFFFF)
         random.seed(bits)
         try:

@@ -75,6 +75,7 @@ class Trainer:
         self._state = TrainState()
         self._is_running = False
         self._is_stopping = False
+        # Closed in reverse order of opening when the run ends, also after an error.
         self._resources = ExitStack()
 
     def run(self) -> TrainState:
@@ -88,11 +89,13 @@ class Trainer:
             CheckpointError: on every rank, if a checkpoint cannot be written, or was written with other settings.
             ValueError: if another process is training in the folder, or it holds a run and `resume` is never.
         """
+        # Two runs in one folder would overwrite each other's metrics and checkpoints.
         lock = distributed.rank_zero_only(lambda: FolderLock(self._folder))
         try:
             saved, schedules = self._load_state()
             if self._state.step >= schedules.total_steps and saved is not None:
                 log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
+                # The caller may want to evaluate the trained networks.
                 self._task.load_weights(saved)
                 return self._state
             batches = self._open(saved, schedules)
@@ -149,6 +152,8 @@ class Trainer:
         self._resources.callback(lambda: self._profiler.close(state.step))
         self._display = open_display(task.rank_info, state.step, schedules.total_steps)
         self._resources.callback(self._display.close)
+        # From here on, an error is a failure of this run. Before, it may concern settings that must not touch a run
+        # that is already in the folder.
         self._is_running = True
         self._set_status("running")
         # Called by the watching thread when no checkpoint was possible in time. It names no step, because there is no
@@ -187,7 +192,7 @@ class Trainer:
         reasons = distributed.gather_objects(self._preemption.reason)
         reason = next(reason for reason in reasons if reason)
         self._set_status("preempted", reason)
-        # Serves as a barrier: no rank exits, whereupon a launcher may kill the others, before the status is written.
+        # Serves as a barrier. When a rank exits, a launcher may kill the others, so the status must be written first.
         distributed.any_rank([False], self._task.rank_info.device)
         raise PreemptedError(reason, self._state.step)
 
@@ -202,6 +207,7 @@ class Trainer:
             if self._writer:
                 self._writer.write(step, metrics)
                 self._display.show(step, metrics, loss=metrics[self._task.loss_name])
+        # After the log row, so that metrics.jsonl shows the skipped steps that ended the run.
         self._guard.add(step, report)
         if self._guard.limit_reached:
             # Skipped steps changed neither weights nor optimiser state, so the user can resume from here.
@@ -221,6 +227,7 @@ class Trainer:
         if self._saver.last_step != self._state.step:
             # The copy of the previous state must be written and freed before the next one is made.
             self._saver.wait()
+            # A resumed run repeats the steps after its checkpoint only, so logs must be complete up to it.
             self._task.before_checkpoint()
             self._saver.write(
                 engine_state=self._engine.state(),
