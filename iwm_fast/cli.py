@@ -1,4 +1,4 @@
-"""The `iwm` command: one subcommand per thing a user does; each imports its module when it is called."""
+"""The `iwm` command. Subcommands import their modules only when they are called, so that `--help` is fast."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,36 +19,41 @@ RUN_CONFIG = "iwm_fast.config.run:RunConfig"
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand; functions and settings are named as "module:name" and imported when they are needed."""
+    """A subcommand. Functions and settings are given as "module:name", so that they are imported only when needed."""
 
     usage: str
+    """Arguments, for `--help`."""
     summary: str
+    """Description, for `--help`."""
     target: str | Callable[..., Any]
-    """Called with the settings, its result is printed; a function of this file is called with the arguments."""
+    """An address "module:name" is called with the settings, and its result is printed; a function is called with the
+    list of arguments."""
     settings: str = ""
-    """Class whose fields `--help` explains."""
+    """Dataclass of the settings, which `--help` explains."""
 
 
 def _read(settings: str, arguments: list[str]) -> Any:
-    """Return checked settings: of a run from its YAML file and overrides, of anything else from overrides alone."""
+    """Return the settings of a run from its YAML file and overrides, all other settings from overrides alone."""
     if settings != RUN_CONFIG:
         return read_settings(load(settings), arguments)
     if not arguments:
-        raise ValueError("which run? give the path of its YAML file, then settings as key=value")
+        raise ValueError("no run named; give the path of its YAML file, then settings as key=value")
     return load("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
 def _check(arguments: list[str]) -> None:
-    kind = load(COMMANDS["check"].settings)
-    names = {one.name for one in fields(kind)}
-    of_the_run = [argument for argument in arguments if argument.partition("=")[0] not in names]
-    of_the_check = [argument for argument in arguments if argument not in of_the_run]
-    config = _read(RUN_CONFIG, of_the_run)
-    load("iwm_fast.commands.check_run:check_run")(config, load("iwm_fast.config.loading:build")(kind, {}, of_the_check))
+    check_class = load(COMMANDS["check"].settings)
+    names = {setting.name for setting in fields(check_class)}
+    run_arguments = [argument for argument in arguments if argument.partition("=")[0] not in names]
+    check_arguments = [argument for argument in arguments if argument not in run_arguments]
+    config = _read(RUN_CONFIG, run_arguments)
+    check_config = load("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
+    load("iwm_fast.commands.check_run:check_run")(config, check_config)
 
 
 def _plan(arguments: list[str]) -> None:
     config = read_settings(TASKS["plan"].settings, arguments)
+    # Without images of the user, planning is an evaluation like the others.
     if not config.source:
         return evaluate(["plan", *arguments])
     print(load("iwm_fast.evals.planning.evaluate:plan_images")(config))
@@ -100,39 +105,39 @@ def _exactly(arguments: list[str], *names: str) -> list[str]:
     return arguments
 
 
-_TASK = "run=DIR [key=value ...]"
+_EVALUATION_USAGE = "run=DIR [key=value ...]"
 COMMANDS = {
     "train": Command(
         "RUN.yaml [key=value ...]",
         "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", train, RUN_CONFIG),
     "check": Command(
         "RUN.yaml [key=value ...] [ranks=N] [gpu=NAME | images_per_s=R]",
-        "tell what a run will take and whether it can start: data, steps, memory, hours",
+        "estimate memory and time of a run and check that it can start",
         _check, "iwm_fast.config.commands:CheckConfig"),
     "warmup": Command(
         "RUN.yaml runtime.ops=fused [key=value ...]",
-        "compile the kernels a run needs, once per machine, before its ranks start",
+        "compile the kernels that a run needs, once per machine, before its ranks start",
         "iwm_fast.commands.compile_kernels:warm_up", RUN_CONFIG),
     "show": Command(
-        "RUN.yaml [key=value ...]", "draw what the model will see: views, masks and actions of a few samples",
+        "RUN.yaml [key=value ...]", "draw the views, masks and actions of a few samples, as the model sees them",
         "iwm_fast.commands.show_batch:show", RUN_CONFIG),
-    **{f"evaluate {name}": Command(_TASK, task.summary, evaluate, task.config)
-       for name, task in TASKS.items() if name != "plan"},
+    **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
+       for name, evaluation in TASKS.items() if name != "plan"},
     "export": Command(
-        "run=DIR to=DIR", "write encoder, world model and a model card as a folder for others",
+        "run=DIR to=DIR", "write encoder, world model and a model card to a folder that others can load",
         "iwm_fast.checkpoints.export:export", "iwm_fast.config.commands:ExportConfig"),
     "imagine": Command(
-        _TASK, "draw source, asked-for change and what the prediction retrieves",
+        _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",
         "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
     "plan": Command(
         "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", TASKS["plan"].summary, _plan, TASKS["plan"].config),
     "report": Command(
-        "run=DIR | lab=DIR", "write one HTML page of a run or a lab: curves, tables, pictures, settings",
+        "run=DIR | lab=DIR", "write one HTML page about a run or a lab: curves, tables, pictures, settings",
         _report, "iwm_fast.config.commands:ReportConfig"),
     "lab": Command(
-        "LAB.yaml", "run a grid of small trainings, evaluate them and judge the claims; resumes if stopped", _lab),
+        "LAB.yaml", "train and evaluate a grid of small runs and judge the claims; resumes if stopped", _lab),
     "replay": Command(
-        "run=DIR step=S [key=value ...]", "render the views of a logged step again, as training saw them",
+        "run=DIR step=S [key=value ...]", "render the views of a logged step again, exactly as in training",
         "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),
     "shards demo": Command(
         "FOLDER", "write the demo's shards from photographs bundled with its dependencies", _shards_demo),
@@ -141,66 +146,69 @@ COMMANDS = {
         "write shards from an image folder, with or without one subfolder per class",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
     "shards check": Command(
-        "SHARDS", "decode every sample once, report, and leave out what cannot be read", _shards_check),
+        "SHARDS", "decode every sample once, report, and exclude unreadable samples from the index", _shards_check),
     "demo": Command(
-        "[key=value ...]", "photographs to a trained, measured world model; what `make demo` runs", _demo),
+        "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo),
 }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command in the arguments; without arguments given, the one this process was started with, then exit."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = next((name for name in (" ".join(given[:2]), *given[:1]) if name in COMMANDS), "")
+    """Run a command: with `arguments` within this process; with None, that of the command line, and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     is_process = arguments is None
-    act: Callable[[], None]
+    action: Callable[[], None]
     if not name:
-        act = partial(_overview, given)
-    elif {"-h", "--help"} & set(given):
-        act = partial(_help, name)
+        action = partial(_overview, words)
+    elif {"-h", "--help"} & set(words):
+        action = partial(_help, name)
     elif name == "train":
-        # signals are watched for before anything that takes time is imported
-        act = partial(train, given[1:], watch_signals() if is_process else None)
+        # Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
+        action = partial(train, words[1:], watch_signals() if is_process else None)
     elif name.startswith("evaluate "):
-        act = partial(evaluate, given[1:], watch_signals_if_training(given) if is_process else None)
+        action = partial(evaluate, words[1:], watch_signals_if_training(words) if is_process else None)
     else:
-        act = partial(_run, COMMANDS[name], given[len(name.split()) :])
+        action = partial(_run, COMMANDS[name], words[len(name.split()) :])
     if is_process:
-        run_and_exit(act)
+        run_and_exit(action)
     with user_facing_errors():
-        act()
+        action()
 
 
 def _run(command: Command, arguments: list[str]) -> None:
     if callable(command.target):
         command.target(arguments)
         return
-    # settings are read first: a mistake in them is told before anything that takes time is imported
+    # Settings are read first, so that mistakes in them are reported before the slow imports.
     config = _read(command.settings, arguments)
     result = load(command.target)(config)
     print(*result, sep="\n") if isinstance(result, tuple | list) else print(result)
 
 
-def _is_group(given: list[str]) -> bool:
-    asks = len(given) == 1 or given[1] in ("-h", "--help")
-    return asks and any(name.startswith(given[0] + " ") for name in COMMANDS)
+def _is_group(words: list[str]) -> bool:
+    """Return whether the words are the first one of several commands, such as `shards`, or ask for its help."""
+    is_alone = len(words) == 1 or words[1] in ("-h", "--help")
+    return is_alone and any(name.startswith(words[0] + " ") for name in COMMANDS)
 
 
-def _overview(given: list[str]) -> None:
-    if given and given[0] not in ("-h", "--help") and not _is_group(given):
-        raise ValueError(f"unknown command {' '.join(given[:2])!r}; known are {', '.join(COMMANDS)}")
-    prefix = given[0] + " " if given and _is_group(given) else ""
+def _overview(words: list[str]) -> None:
+    if words and words[0] not in ("-h", "--help") and not _is_group(words):
+        raise ValueError(f"unknown command {' '.join(words[:2])!r}; the commands are {', '.join(COMMANDS)}")
+    prefix = words[0] + " " if words and _is_group(words) else ""
     print("iwm: train Image World Models and use them\n")
     for name, command in COMMANDS.items():
         if name.startswith(prefix):
             print(f"  iwm {name} {command.usage}\n      {command.summary}")
-    print("\n`iwm COMMAND --help` explains the settings. IWM_TRACEBACK=1 shows where an error comes from.")
+    print(
+        "\n`iwm COMMAND --help` explains the settings of a command. IWM_TRACEBACK=1 prints the traceback of an error."
+    )
 
 
 def _help(name: str) -> None:
     command = COMMANDS[name]
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
     if command.settings:
-        print("\n" + load("iwm_fast.config.loading:settings_text")(load(command.settings)))
+        print("\n" + load("iwm_fast.config.loading:format_settings")(load(command.settings)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Evaluate a run: `python -m iwm_fast.evaluate TASK run=DIR key=value ...`, alone or under a launcher.
+"""Evaluate a run: `python -m iwm_fast.evaluate NAME run=DIR key=value ...`, alone or under a launcher.
 
-`iwm evaluate TASK` is the same for one process. On many ranks the outcome is that of one; what trains networks also
-trains on all of them, with the engine, the checkpoints and the pipelines of pretraining.
+`iwm evaluate NAME` does the same in one process. The number of ranks does not change the results. Evaluations that
+train networks use the engine, checkpoints and data pipeline of pretraining, on all ranks.
 """
 
 import os
@@ -18,117 +18,125 @@ from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 
 
 @dataclass(frozen=True)
-class Task:
-    """One kind of evaluation; names are "module:name" and imported when they are needed."""
+class Evaluation:
+    """An evaluation, whose function and settings are given as "module:name" and imported only when needed."""
 
     summary: str
+    """Description for `iwm --help`."""
     target: str
-    """Function that takes settings and ranks, and the preemption too if it trains, and returns a result."""
+    """Function that takes the settings and the `RankInfo`, and a `Preemption` if `trains`; returns a `Result`."""
     config: str
-    """Class of its settings."""
+    """Dataclass of the settings."""
     trains: bool = False
-    """Whether it trains networks for long: then it resumes where it was stopped."""
+    """Whether it trains networks for long, and therefore saves checkpoints and can be resumed."""
 
     @property
     def settings(self) -> Any:
-        """The class of its settings."""
+        """Dataclass of the settings, imported."""
         return load(self.config)
 
 
 def load(name: str) -> Any:
-    """Import what "module:name" names."""
+    """Import and return an object from its address "module:name"."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
+# Columns of a table that is not printed on a terminal; rich would assume 80 and wrap every cell.
 _PIPE_WIDTH = 160
 
-_EVALS, _QUICK, _TRAINING = "iwm_fast.evals", "iwm_fast.config.evaluation", "iwm_fast.config.finetuning"
+_EVALS = "iwm_fast.evals"
+_QUICK = "iwm_fast.config.evaluation"
+_TRAINING = "iwm_fast.config.finetuning"
 TASKS = {
-    "mrr": Task("mean reciprocal rank of the world model, beside chance and untrained",
-                f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
-    "knn": Task("k nearest neighbours on frozen features, beside an untrained encoder",
-                f"{_EVALS}.probing.knn:evaluate_knn", f"{_QUICK}:KnnConfig"),
-    "linear": Task("linear probe on frozen features, beside an untrained encoder",
-                   f"{_EVALS}.probing.linear:evaluate_linear", f"{_QUICK}:LinearConfig"),
-    "attentive": Task("attentive probe on frozen tokens, likewise",
-                      f"{_EVALS}.probing.attentive:evaluate_attentive", f"{_QUICK}:AttentiveConfig"),
-    "plan": Task("find the change between two images through the world model",
-                 f"{_EVALS}.planning.evaluate:evaluate_plan", f"{_QUICK}:PlanConfig"),
-    "finetune": Task("five arms: encoder, world model, new predictor, head alone, end to end",
-                     f"{_EVALS}.finetuning.classification:evaluate_finetune", f"{_TRAINING}:FinetuneConfig", True),
-    "multitask": Task("one predictor for several tasks, beside one predictor each",
-                      f"{_EVALS}.multitask.evaluate:evaluate_multitask", f"{_TRAINING}:MultitaskConfig", True),
-    "segment": Task("segmentation from encoder or predictor tokens by a linear head, mean IoU",
-                    f"{_EVALS}.segmentation.evaluate:evaluate_segment", f"{_TRAINING}:SegmentConfig", True),
+    "mrr": Evaluation("mean reciprocal rank of the world model, compared with chance and an untrained predictor",
+                      f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
+    "knn": Evaluation("k nearest neighbours on frozen features, compared with an untrained encoder",
+                      f"{_EVALS}.probing.knn:evaluate_knn", f"{_QUICK}:KnnConfig"),
+    "linear": Evaluation("linear probe on frozen features, compared with an untrained encoder",
+                         f"{_EVALS}.probing.linear:evaluate_linear", f"{_QUICK}:LinearConfig"),
+    "attentive": Evaluation("attentive probe on frozen tokens, compared with an untrained encoder",
+                            f"{_EVALS}.probing.attentive:evaluate_attentive", f"{_QUICK}:AttentiveConfig"),
+    "plan": Evaluation("find the change between two images with the world model",
+                       f"{_EVALS}.planning.evaluate:evaluate_plan", f"{_QUICK}:PlanConfig"),
+    "finetune": Evaluation("finetune encoder, world model, random predictor, head alone, or everything end to end",
+                           f"{_EVALS}.finetuning.classification:evaluate_finetune", f"{_TRAINING}:FinetuneConfig",
+                           True),
+    "multitask": Evaluation("one predictor for several tasks, compared with one predictor per task",
+                            f"{_EVALS}.multitask.evaluate:evaluate_multitask", f"{_TRAINING}:MultitaskConfig", True),
+    "segment": Evaluation("segmentation from encoder or predictor tokens by a linear head, mean IoU",
+                          f"{_EVALS}.segmentation.evaluate:evaluate_segment", f"{_TRAINING}:SegmentConfig", True),
 }  # fmt: skip
-"""By name."""
+"""Evaluations by name."""
 
 
 def main() -> None:
-    """Evaluate as the command line of this process says, then end the process."""
+    """Evaluate with the command line of this process, then exit."""
     run_and_exit(partial(evaluate, sys.argv[1:], watch_signals_if_training(sys.argv[1:])))
 
 
 def watch_signals_if_training(arguments: Sequence[str]) -> Preemption:
-    """Watch for signals from now on if the task named is one that saves before it ends."""
+    """Install signal handlers if the arguments name an evaluation that saves a checkpoint before it stops."""
     is_training = any(TASKS[word].trains for word in arguments if word in TASKS)
     return watch_signals() if is_training else Preemption()
 
 
-def read_settings(kind: Any, arguments: list[str]) -> Any:
-    """Build a task's settings.
+def read_settings(config_class: Any, arguments: list[str]) -> Any:
+    """Build the settings of an evaluation from `key=value` arguments.
 
     Raises:
-        ValueError: for an unknown or unfit setting, or if no run is named.
+        ValueError: for an unknown setting, a value of the wrong type or out of range, or if no run is named.
     """
-    # a third of a second
+    # Imported here, because it takes a third of a second, which `iwm --help` need not wait for.
     from iwm_fast.config.loading import build  # noqa: PLC0415
 
-    config = build(kind, {}, arguments)
+    config = build(config_class, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
     return config
 
 
 def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> None:
-    """Evaluate a run and print the result: TASK run=DIR key=value ...; launchers may add --local_rank.
+    """Evaluate a run with the arguments of the command line, NAME run=DIR key=value ..., and print the result.
+
+    Launchers may add --local_rank, which is ignored.
 
     Raises:
-        SystemExit: with code 75 if a task that trains was told to stop and has written a checkpoint.
+        SystemExit: with code 75 if an evaluation that trains was asked to stop and has saved a checkpoint.
     """
     log_to_console()
-    given = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     with same_error_on_all_ranks():
-        if not given or given[0] not in TASKS:
-            raise ValueError(f"which task? it must be one of {', '.join(TASKS)}, got {given[:1]}")
-        config = read_settings(TASKS[given[0]].settings, given[1:])
+        if not arguments or arguments[0] not in TASKS:
+            raise ValueError(f"the first argument must be one of {', '.join(TASKS)}, got {arguments[:1]}")
+        config = read_settings(TASKS[arguments[0]].settings, arguments[1:])
     try:
-        _run(given[0], config, preemption or Preemption())
+        _run(arguments[0], config, preemption or Preemption())
     except PreemptedError as stopped:
+        # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; the same command goes on", file=sys.stderr)
+            print(f"{stopped}; run the same command again to resume", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED) from None
 
 
 def _run(name: str, config: Any, preemption: Preemption) -> None:
-    # seconds, in which a signal must not be lost
+    # Imported here, because they take seconds in which signals must be handled already.
     from rich.console import Console  # noqa: PLC0415
 
     from iwm_fast.evals.results import table  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
 
-    task = TASKS[name]
-    evaluation = load(task.target)
+    evaluation = TASKS[name]
+    run = load(evaluation.target)
+    # Only evaluations that train have runtime settings.
     runtime = getattr(config, "runtime", None)
-    waiting = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
-    rank_info = distributed.start(config.device if runtime is None else runtime.device, **waiting)
+    timeout = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
+    rank_info = distributed.start(config.device if runtime is None else runtime.device, **timeout)
     try:
-        result = evaluation(config, rank_info, preemption) if task.trains else evaluation(config, rank_info)
+        result = run(config, rank_info, preemption) if evaluation.trains else run(config, rank_info)
     finally:
         distributed.stop()
     if rank_info.rank == 0:
-        # in a pipe rich would fold everything into 80 columns
         Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table(result))
 
 

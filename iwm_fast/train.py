@@ -1,6 +1,6 @@
-"""Train one run: `python -m iwm_fast.train RUN.yaml key=value ...`, alone, under torchrun or the DeepSpeed launcher.
+"""Train a run: `python -m iwm_fast.train RUN.yaml key=value ...`, alone, under torchrun or the DeepSpeed launcher.
 
-Signals are watched for before anything is imported that takes time.
+Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
 """
 
 import os
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.config.loading import load_config, settings_text
+from iwm_fast.config.loading import format_settings, load_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
@@ -19,48 +19,55 @@ from iwm_fast.runtime.run_status import read_status, write_status
 
 
 def main() -> None:
-    """Train as the command line of this process says, then end the process."""
+    """Train with the command line of this process, then exit."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{settings_text(RunConfig)}")
+        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{format_settings(RunConfig)}")
         return
     run_and_exit(partial(train, sys.argv[1:], watch_signals()))
 
 
 def train(arguments: Sequence[str], preemption: Preemption | None = None) -> None:
-    """Train a run: RUN.yaml key=value ...; launchers may add --local_rank.
+    """Train a run with the arguments of the command line: RUN.yaml key=value ...
+
+    Launchers may add --local_rank, which is ignored.
 
     Raises:
-        SystemExit: with code 75 if the run was told to stop and has written a checkpoint.
+        SystemExit: with code 75 if the run was asked to stop and has saved a checkpoint.
     """
     log_to_console()
-    given = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     with same_error_on_all_ranks():
-        if not given:
-            raise ValueError("which run? give the path of its YAML file, then settings as key=value")
-        config = load_config(given[0], given[1:])
+        if not arguments:
+            raise ValueError("no run named; give the path of its YAML file, then settings as key=value")
+        config = load_config(arguments[0], arguments[1:])
     try:
         run(config, preemption or Preemption())
     except PreemptedError as stopped:
+        # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; go on with resume=auto", file=sys.stderr)
+            print(f"{stopped}; resume with resume=auto", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED) from None
 
 
 def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
-    """Join the process group, train and leave it; return the `TrainState` at the end.
+    """Join the process group, train, leave the group, and return the final `TrainState`.
+
+    Collective: every rank must call it.
 
     Raises:
-        PreemptedError: on every rank, if one was told to stop.
+        PreemptedError: on every rank, if one of them was asked to stop.
     """
     preemption = preemption or Preemption()
     folder = Path(config.output.folder)
+    # A failure recorded by an earlier start may be overwritten, one of this start may not.
     earlier = read_status(folder)
 
     def record_stop() -> None:
         write_status(folder, "preempted", earlier=earlier, reason=preemption.reason)
 
+    # Replaced by the trainer once it is running.
     preemption.on_timeout = record_stop
-    # seconds, in which a signal must not be lost
+    # Imported here, because they take seconds in which signals must be handled already.
     from iwm_fast.evals.online import OnlineEvaluation  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
     from iwm_fast.training.components import build_components  # noqa: PLC0415
@@ -75,7 +82,8 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         evaluators = [online] if config.output.evaluate_every else []
         return Trainer(PretrainTask(components), preemption=preemption, evaluators=evaluators).run()
     except RuntimeError as error:
-        # a launcher that ends takes with it what its ranks meet through
+        # A launcher that exits takes the rendezvous store of its ranks with it, so their next exchange fails. That is a
+        # request to stop, not a failure of the run.
         if peer_failure_message(error) and preemption.launcher_exited():
             record_stop()
         raise

@@ -1,4 +1,4 @@
-"""Settings of the commands before and behind a run, for the command line and for Python; cheap to import."""
+"""Settings of the commands before and after a run, for the command line and for Python; cheap to import."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,15 @@ from iwm_fast.pipelines.config import Backend, check
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """What a run will take on some machine, told before it starts; the run's own settings stand beside these."""
+    """Settings of `iwm check`, which estimates what a run needs before it starts; given beside the run's settings."""
 
     ranks: int | None = None
-    """Processes that train together, one per GPU; unset: WORLD_SIZE, otherwise this machine's GPUs, otherwise 1."""
+    """Number of processes, one per GPU. Unset: WORLD_SIZE if it is set, otherwise the GPUs of this machine, or 1."""
     images_per_s: float | None = None
-    """Training speed over all ranks, if you know it, to tell the hours from."""
+    """Measured training speed over all ranks, in images per second. Unset: hours are estimated from the GPU's peak."""
     gpu: str = ""
-    """The GPU that the run is meant for, such as H100; then this machine need not have one. Unset: this machine's,
-    otherwise an H100 to tell the hours from."""
+    """GPU that the run is meant for, such as H100; this machine need not have one. Unset: this machine's GPU, or an
+    H100 for the estimate of hours."""
 
     def __post_init__(self) -> None:
         check(self.ranks is None or self.ranks >= 1, "ranks", self.ranks, "be at least 1 or unset")
@@ -26,12 +26,12 @@ class CheckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A trained run made into a folder that others can use."""
+    """Settings of `iwm export`, which turns a trained run into a folder that other projects can load."""
 
     run: str = ""
-    """Run folder."""
+    """Folder of the trained run."""
     to: str = ""
-    """Folder to write; it must not exist."""
+    """Folder to write. It must not exist yet."""
 
     def __post_init__(self) -> None:
         check(bool(self.to), "to", self.to, "name a folder to write")
@@ -39,12 +39,12 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """One HTML page of a run or of a lab."""
+    """Settings of `iwm report`, which writes one HTML page about a run or a lab."""
 
     run: str = ""
-    """Run folder."""
+    """Folder of a run. Set either this or lab."""
     lab: str = ""
-    """Folder of a lab, instead."""
+    """Folder of a lab. Set either this or run."""
 
     def __post_init__(self) -> None:
         check(bool(self.run) != bool(self.lab), "run and lab", (self.run, self.lab), "name one folder, in one of them")
@@ -52,27 +52,28 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """The views of one step of training, rendered again from the run's action log."""
+    """Settings of `iwm replay`, which renders the views of one training step again from the run's action log."""
 
     run: str = ""
-    """Run folder; the run was trained with output.action_log=true."""
+    """Folder of a run that was trained with output.action_log=true."""
     step: int | None = None
-    """Step to render, from 0; step 99 is the one whose row in metrics.jsonl says 100. Unset: the steps that are logged
-    are listed."""
+    """Step to render, counted from 0: step 99 belongs to the row with step 100 in metrics.jsonl. Unset: list the logged
+    steps instead."""
     first_slot: int = 0
-    """Place in the global batch to begin with."""
+    """First slot of the global batch to render, counted from 0."""
     num_images: int | None = None
-    """How many; unset: 8 for a picture, all of the step for tensors."""
+    """Number of images to render. Unset: 8 for a picture, all images of the step for tensors."""
     format: Literal["png", "tensors"] = "png"
-    """png: a sheet of both views; tensors: source_view and target_view as uint8 (B, H, W, 3), action, slot, sample."""
+    """png: a sheet with both views of each image; tensors: a safetensors file with source_view and target_view (uint8,
+    B x H x W x 3), action, slot and sample."""
     out: str = ""
-    """File to write; unset: replay-step-00000099.png or .safetensors in the run folder."""
+    """File to write. Unset: replay-step-00000099.png or .safetensors in the run folder."""
     shards: str = ""
-    """Where the training shards are now, like data.train; unset: where they were."""
+    """Current location of the training shards, written like data.train. Unset: the location used in training."""
     backend: Backend | None = None
-    """Which loader renders; unset: the run's runtime.loader, which gives the same pixels again."""
+    """Loader that renders the views. Unset: the run's runtime.loader, which reproduces the pixels exactly."""
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """Where to render; unset: the run's runtime.device."""
+    """Device to render on. Unset: the run's runtime.device."""
 
     def __post_init__(self) -> None:
         check(self.step is None or self.step >= 0, "step", self.step, "be at least 0")

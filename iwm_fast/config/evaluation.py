@@ -1,4 +1,4 @@
-"""Settings of the evaluations that need no long training, for the command line and for Python; cheap to import."""
+"""Settings of the evaluations that train no network for long; used by the command line and Python, cheap to import."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,68 +10,76 @@ Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalData:
-    """Which shards to evaluate on."""
+    """Shards and labels to evaluate on."""
 
     train: str = ""
-    """Shards for probes to learn from; unset: those the run was trained on."""
+    """Shards that probes learn from, written like the run's data.train. Unset: the shards the run was trained on."""
     val: str = ""
-    """Shards to report on; unset: the run's data.val."""
+    """Validation shards, on which the reported numbers are measured. Unset: the run's data.val."""
     label: str = "cls"
-    """What probes compare: cls, or json.NAME for a field of the .json members, json.NAME.NAME for one inside it."""
+    """Label to predict: cls for the .cls members, or json.NAME for a field of the .json members (json.NAME.NAME for a
+    nested field)."""
 
     def __post_init__(self) -> None:
         check_label_field("data.label", self.label)
 
 
 def _check_no_label(data: EvalData) -> None:
-    check(data.label == "cls", "data.label", data.label, "be left unset: no labels are compared here")
+    check(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is the same for all evaluations that need no long training."""
+    """Settings shared by the evaluations that train no network for long."""
 
     run: str = ""
-    """Run folder, or export."""
+    """Folder of the run, or of an export."""
     data: EvalData = field(default_factory=EvalData)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to compute on. auto uses a GPU if there is one."""
     seed: int = 0
-    """Fixes everything drawn: banks, changes, heads, the untrained control, intervals."""
+    """Seed of all random draws: banks, target changes, initial heads, the untrained control, bootstrap intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MrrConfig(EvalConfig):
-    """How well the predictor applies a transformation: mean reciprocal rank of the right image in a bank."""
+    """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
 
     num_images: int = 256
-    """Validation images, spread evenly over the set; each has a bank of its own."""
+    """Number of validation images, evenly spaced over the data set; each has its own bank."""
     bank_size: int = 256
-    """Jittered versions of an image to choose from, every one asked for once. Chance depends on it."""
+    """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
+    it: 0.024 for 256, 0.074 for 64."""
     bank: Literal["default", "strong", "run"] = "default"
-    """Jitter strengths of the bank: brightness, contrast 0.4, saturation 0.2, hue 0.1; 0.8, 0.8, 0.8, 0.2; or the
-    run's own."""
+    """Jitter strengths (brightness, contrast, saturation, hue) that banks are drawn with. default: 0.4, 0.4, 0.2, 0.1;
+    strong: 0.8, 0.8, 0.8, 0.2; run: the strengths the run was trained with."""
     families: tuple[Family, ...] = ("jitter", "grayscale", "blur", "solarize")
-    """What is asked for: jitter forward, clean image to bank member; the others backward, from the destroyed image to
-    the bank member, as training shows them."""
+    """Transformations to test. jitter: predict a bank member from the clean image; grayscale, blur, solarize: predict
+    it from the corrupted image, because training applies these to the source view only."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
         check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
-        check(len(set(self.families)) == len(self.families) > 0, "families", self.families, "name families once")
+        check(
+            len(set(self.families)) == len(self.families) > 0,
+            "families",
+            self.families,
+            "name one or more families, without repetition",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(EvalConfig):
-    """Whether like images have like features: weighted vote of the nearest training images."""
+    """How well features separate classes: weighted vote of the nearest training images."""
 
     num_neighbors: int = 10
-    """Training images that vote."""
+    """Number of nearest training images that vote."""
     temperature: float = 0.07
-    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+    """A neighbour with cosine similarity s votes with weight exp(s / temperature), so lower values favour the
+    nearest."""
     max_train_samples: int = 50_000
-    """At most so many training images, spread evenly over the set."""
+    """Largest number of training images; if there are more, an evenly spaced subset is used."""
 
     def __post_init__(self) -> None:
         check(self.num_neighbors >= 1, "num_neighbors", self.num_neighbors, "be at least 1")
@@ -81,30 +89,31 @@ class KnnConfig(EvalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(EvalConfig):
-    """What is the same for both probes: data, and how hyperparameters are chosen."""
+    """Settings shared by the linear and the attentive probe: data and the search for hyperparameters."""
 
     max_train_samples: int | None = None
-    """At most so many training images, spread evenly over the set; unset: all."""
+    """Largest number of training images; if there are more, an evenly spaced subset is used. Unset: all."""
     holdout: float = 0.1
-    """Share of the training images on which hyperparameters are chosen; validation is looked at once, at the end."""
+    """Share of the training images that is held out to choose hyperparameters, between 0 and 1. The validation images
+    are used once, at the end."""
     epochs: int = 100
-    """Passes over the features of the remaining training images."""
+    """Passes over the features of the training images that are not held out."""
     batch_size: int = 1024
-    """Images of one step."""
+    """Images per optimiser step."""
     lrs: tuple[float, ...] = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3)
-    """Peak learning rates, AdamW, all trained together; cosine to 0."""
+    """Peak learning rates to search over (AdamW, cosine decay to 0); all heads are trained in one pass."""
     weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-1)
-    """Weight decays, each with each learning rate."""
+    """Weight decays to search over, combined with every learning rate."""
 
     def __post_init__(self) -> None:
-        most = self.max_train_samples
-        check(most is None or most >= 2, "max_train_samples", most, "be at least 2 or unset")
+        limit = self.max_train_samples
+        check(limit is None or limit >= 2, "max_train_samples", limit, "be at least 2 or unset")
         check(0 < self.holdout < 1, "holdout", self.holdout, "lie between 0 and 1")
         check(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
         check(bool(self.lrs) and min(self.lrs) > 0, "lrs", self.lrs, "name learning rates above 0")
-        fine = bool(self.weight_decays) and min(self.weight_decays) >= 0
-        check(fine, "weight_decays", self.weight_decays, "name weight decays of at least 0")
+        is_fine = bool(self.weight_decays) and min(self.weight_decays) >= 0
+        check(is_fine, "weight_decays", self.weight_decays, "name weight decays of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +123,19 @@ class LinearConfig(ProbeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentiveConfig(ProbeConfig):
-    """An attentive classifier on frozen tokens: one learned query looks at all patches."""
+    """An attentive classifier on frozen tokens: a learned query attends to all patches."""
 
     epochs: int = 20
-    """Passes over the tokens of the remaining training images."""
+    """Passes over the tokens of the training images that are not held out."""
     batch_size: int = 256
-    """Images of one step."""
+    """Images per optimiser step."""
     lrs: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
-    """Peak learning rates, AdamW, all trained together; cosine to 0."""
+    """Peak learning rates to search over (AdamW, cosine decay to 0); all heads are trained in one pass."""
     weight_decays: tuple[float, ...] = (0.01,)
-    """Weight decays, each with each learning rate."""
+    """Weight decays to search over, combined with every learning rate."""
     max_cache_gb: float = 200.0
-    """Room that the tokens of all images may take on the disk, in GB, two bytes a number."""
+    """Largest disk space in GB (10^9 bytes) for the cached tokens of all images; a token takes 2 bytes per
+    dimension."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,22 +144,23 @@ class AttentiveConfig(ProbeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(EvalConfig):
-    """Which change leads from one image to another: the world model searched by the cross-entropy method."""
+    """Planning: find the change that turns one image into another, by the cross-entropy method over actions."""
 
     source: str = ""
-    """An image file to start from; with target, their change is looked for and nothing is measured."""
+    """Image file to start from. With target, the change between the two images is searched for and printed, and no
+    metric is computed."""
     target: str = ""
-    """The image file that it should become."""
+    """Image file that the source should be turned into."""
     num_images: int = 128
-    """Validation images, spread evenly over the set, each with a change to be found."""
+    """Number of validation images, evenly spaced over the data set, each with one change to find."""
     num_train_images: int = 2048
-    """Training images that the regression on frozen features learns from."""
+    """Number of training images for the baseline, a regression of the change from frozen features."""
     population: int = 128
-    """Actions tried in each round. On the demo's training images more of them, or more rounds, found nothing nearer."""
+    """Candidate actions per round. On the demo's training images, more candidates or rounds found no better action."""
     rounds: int = 8
-    """Rounds of the search."""
+    """Rounds of the search; time grows in proportion."""
     elite_share: float = 0.1
-    """Share of the actions that the next round is drawn from."""
+    """Share of the candidates, the best ones, that the next round's distribution is fitted to."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
@@ -164,18 +175,20 @@ class PlanConfig(EvalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagineConfig(EvalConfig):
-    """A picture of the world model at work: source, asked-for change, true rendering, retrieved image."""
+    """A picture of predictions: source image, requested change, its true rendering, and the retrieved image."""
 
     num_images: int = 6
-    """Validation images, one column each."""
+    """Number of validation images, one per column."""
     bank_size: int = 64
-    """Jittered versions to retrieve from."""
+    """Jittered versions of an image that the prediction is looked up in."""
     bank: Literal["default", "strong", "run"] = "run"
-    """Jitter strengths of the bank: the defaults of views, strong ones, or the run's own."""
+    """Jitter strengths (brightness, contrast, saturation, hue) that banks are drawn with. default: 0.4, 0.4, 0.2, 0.1;
+    strong: 0.8, 0.8, 0.8, 0.2; run: the strengths the run was trained with."""
     steps: int = 7
-    """Values of each entry of the action in the sweeps, from its lower to its upper end."""
+    """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""
-    """PNG file to write, NAME_sweeps.png and the page NAME.html beside it; unset: imagine.png in the run folder."""
+    """PNG file NAME.png to write; NAME_sweeps.png and the page NAME.html are written beside it. Unset: imagine.png in
+    the run folder."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)

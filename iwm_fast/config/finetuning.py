@@ -1,4 +1,4 @@
-"""Settings of the tasks that train networks: finetune, multitask, segment; cheap to import."""
+"""Settings of the evaluations that train networks: finetune, multitask, segment; cheap to import."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,41 +8,44 @@ from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.pipelines.config import RandAugmentConfig, check
 
 ARMS = ("encoder", "predictor", "random_predictor", "attentive", "end_to_end")
-"""encoder: encoder and linear head; predictor: the world model and an attentive head on the frozen encoder;
-random_predictor: the same from new weights; attentive: the head alone; end_to_end: encoder, world model and head."""
+"""Variants of finetuning. encoder: the encoder and a linear head are trained; predictor: the pretrained predictor and
+an attentive head, on the frozen encoder; random_predictor: like predictor, from random weights; attentive: an attentive
+head alone, on the frozen encoder; end_to_end: encoder, predictor and head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """How networks are finetuned: AdamW, linear warm-up, cosine to 0. Defaults are the paper's for ImageNet."""
+    """Optimisation of finetuning: AdamW, linear warm-up, cosine decay to 0. Defaults: the paper's for ImageNet."""
 
     global_batch_size: int = 1024
     """Images per optimiser step over all ranks and micro-batches."""
     epochs: float = 100.0
     """Passes over the training samples."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs in which the learning rate rises linearly from 0 to its peak."""
     lr: float = 1e-3
-    """Peak learning rate of what starts from new weights: heads, a random predictor."""
+    """Peak learning rate of weights that start from scratch: heads and a random predictor."""
     pretrained_lr_factor: float = 0.1
-    """What the learning rate of a pretrained predictor is multiplied with, and with it an encoder's under one."""
+    """Factor on lr for a pretrained predictor and, in the arm end_to_end, for the encoder too."""
     encoder_lr: float = 2e-3
-    """Peak learning rate of the encoder finetuned without a predictor, and of its linear head."""
+    """Peak learning rate in the arm encoder, for the encoder and its linear head."""
     layer_decay: float = 0.65
-    """What each layer's learning rate is multiplied with per layer above it, the head being the topmost, in an encoder
-    that is finetuned."""
+    """Layer-wise learning-rate decay in the arm encoder: a layer's rate is multiplied by this factor once per layer
+    between it and the head. 1 means equal rates."""
     end_to_end_layer_decay: float = 0.9
-    """The same in encoder and predictor, one above the other, where both are finetuned."""
+    """Layer-wise learning-rate decay in the arm end_to_end, where encoder and predictor count as one stack of
+    layers."""
     weight_decay: float = 0.05
-    """Of matrices; biases, norms and tokens have none."""
+    """Weight decay of matrices. Biases, norms and learned tokens are not decayed."""
     drop_path: float = 0.2
-    """Share of images that skip the last block's updates in training; rises linearly from 0 at the first block."""
+    """Stochastic depth: probability that an image skips the last block's residual branches in training, rising linearly
+    from 0 at the first block."""
     clip_norm: float | None = 1.0
-    """Largest global gradient norm; unset: no clipping."""
+    """Global gradient norm above which gradients are scaled down. Unset: no clipping."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment coefficients."""
+    """AdamW's decay rates of the first and second moment, each in [0, 1)."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the networks; weights are always float32."""
+    """Precision of forward and backward passes. Weights are always float32."""
 
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
@@ -61,24 +64,24 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How training images are changed: crop, flip and RandAugment by DALI, the rest by timm on batches."""
+    """Augmentation of training images: crop, flip and RandAugment by the loader, the rest by timm on batches."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a crop covers."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     flip: float = 0.5
-    """Probability that an image is mirrored; 0 where left and right matter to the labels."""
+    """Probability of a horizontal flip. Use 0 if labels depend on left and right."""
     rand_augment: bool = True
     """Whether RandAugment is applied."""
     operations: RandAugmentConfig = field(default_factory=RandAugmentConfig)
-    """How."""
+    """Number and strength of RandAugment's operations."""
     mixup: float = 0.8
-    """Alpha of mixup, 0: none."""
+    """Alpha of mixup's Beta distribution. 0 turns mixup off."""
     cutmix: float = 1.0
-    """Alpha of cutmix, 0: none; with mixup, one of both is chosen for each micro-batch."""
+    """Alpha of CutMix's Beta distribution. 0 turns CutMix off; with mixup, one of the two is chosen per micro-batch."""
     erasing: float = 0.25
-    """Probability that a rectangle of the image is erased."""
+    """Probability that a random rectangle of the image is erased (random erasing)."""
     label_smoothing: float = 0.1
-    """Share of the label that is spread over all classes."""
+    """Share of the target probability that is spread evenly over all classes, in [0, 1)."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -92,23 +95,23 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseAugmentConfig(AugmentConfig):
-    """How training images are changed where each pixel has a label: crop and flip, which labels follow, nothing else.
+    """Augmentation for dense labels: crops and flips, which are applied to the label maps too, and nothing else.
 
-    The other settings are there because tasks share them, and must stay as they are.
+    The other settings exist only because all evaluations share them; they must stay off.
     """
 
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Share of the image's area that a crop covers."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     rand_augment: bool = False
-    """Not here: it turns and shears images, and labels would stay where they are."""
+    """Must stay false: RandAugment rotates and shears images, and the label maps would no longer match."""
     mixup: float = 0.0
-    """Not here: a pixel has one class."""
+    """Must stay 0: a pixel has one class."""
     cutmix: float = 0.0
-    """Not here, likewise."""
+    """Must stay 0: a pixel has one class."""
     erasing: float = 0.0
-    """Not here: what is erased has no class."""
+    """Must stay 0: erased pixels have no class."""
     label_smoothing: float = 0.0
-    """Not here."""
+    """Must stay 0: the loss uses the classes of the label maps as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,62 +125,65 @@ class DenseAugmentConfig(AugmentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneTask:
-    """What is the same for all tasks that train."""
+    """Settings shared by the evaluations that train networks."""
 
     run: str = ""
-    """Run folder, or export."""
+    """Folder of the run, or of an export."""
     data: EvalData = field(default_factory=EvalData)
     tune: TuneConfig = field(default_factory=TuneConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """As in training: engine, ZeRO stage, micro-batch, loader."""
+    """Settings of computation, with the same meaning as in pretraining: engine, ZeRO stage, micro-batch, loader."""
     name: str = ""
-    """Tells this attempt from others of the same task; its results and checkpoints carry it."""
+    """Name of this attempt, appended to the names of its results and checkpoints so that several attempts can coexist.
+    Letters, digits, dots, dashes and underscores."""
     log_every: int = 50
-    """Steps between two rows of numbers."""
+    """Optimiser steps between two rows in metrics.jsonl."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
+    """Optimiser steps between two checkpoints."""
     seed: int = 0
-    """Fixes new weights, order, augmentation and intervals."""
+    """Seed of initial weights, sample order, augmentation and bootstrap intervals."""
 
     def __post_init__(self) -> None:
         is_plain = all(letter.isalnum() or letter in "._-" for letter in self.name)
-        check(is_plain, "name", self.name, "be of letters, digits, dots, dashes and underscores")
+        check(is_plain, "name", self.name, "consist of letters, digits, dots, dashes and underscores")
         for name in ("log_every", "checkpoint_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TuneTask):
-    """Is the predictor worth keeping? The same task learnt by encoder, predictor, new predictor, head and all."""
+    """Is the predictor worth keeping? Classification learned by up to five variants of the network, called arms."""
 
     arms: str = "all"
-    """Which, joined by commas: encoder, predictor, random_predictor, attentive, end_to_end."""
+    """Arms to train, joined by commas, or all. encoder: encoder and linear head; predictor: pretrained predictor and
+    attentive head on the frozen encoder; random_predictor: like predictor, from random weights; attentive: attentive
+    head alone; end_to_end: encoder, predictor and head."""
     timm: str = ""
-    """Name of a timm ViT whose encoder arm is measured instead of a run's, with its tag if it has one, which says how
-    pixels are normalised (vit_base_patch16_224.mae); then give `to` instead of `run`."""
+    """Name of a timm ViT to finetune as a baseline instead of a run's encoder, such as vit_base_patch16_224.mae; the
+    tag after the dot selects the pixel normalisation. Set `to` instead of `run`."""
     weights: str = ""
-    """Its weights, a .safetensors or .pth file; unset: new ones."""
+    """File with the weights of the timm model, .safetensors or .pth. Unset: random weights."""
     to: str = ""
-    """Folder for the results, where there is no run."""
+    """Folder for the results of a timm model."""
     image_size: int = 224
-    """Side of the images, where there is no run."""
+    """Side of the images in pixels, for a timm model. A run determines its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.chosen_arms
-        unknown = [arm for arm in given if arm not in ARMS]
-        check(not unknown and len(set(given)) == len(given), "arms", self.arms,
+        arms = self.chosen_arms
+        unknown = [arm for arm in arms if arm not in ARMS]
+        check(not unknown and len(set(arms)) == len(arms), "arms", self.arms,
               f"be all, or name some of {', '.join(ARMS)} once each, joined by commas")  # fmt: skip
         if self.timm:
-            check(not self.run and bool(self.to), "to", self.to, "name a folder where timm is given, and run be unset")
-            check(self.arms in ("all", "encoder"), "arms", self.arms, "be encoder or unset where timm is given")
+            check(not self.run and bool(self.to), "to", self.to, "name a folder if timm is set, and run must be unset")
+            check(self.arms in ("all", "encoder"), "arms", self.arms, "be encoder or unset if timm is set")
         else:
-            check(not (self.weights or self.to), "timm", self.timm, "name a model where weights or to are given")
+            check(not (self.weights or self.to), "timm", self.timm, "name a model if weights or to is set")
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:
-        """Return the arms to be measured, in the order of the table."""
+        """Arms to train, in the order of the result table."""
         if self.arms == "all":
             return ARMS if not self.timm else ("encoder",)
         return tuple(self.arms.split(","))
@@ -185,46 +191,51 @@ class FinetuneConfig(TuneTask):
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskConfig(TuneTask):
-    """One predictor for several tasks, a token for each, beside one predictor per task.
+    """One predictor for several tasks, each with a learned token, compared with one predictor per task.
 
-    Each batch is split between the tasks, so one of T tasks sees tune.global_batch_size / T images per step. A
-    predictor of one task alone gets as many steps and as many images of its task: a T-th of batch and epochs.
+    Each batch is split evenly between the T tasks, so a task sees tune.global_batch_size / T images per step. A
+    predictor of a single task takes as many steps on as many images of its task: 1/T of the batch and of the epochs.
     """
 
     tasks: str = ""
-    """YAML file that names the tasks: `NAME: {label: cls, weight: 1.0}`; label as in data.label."""
+    """YAML file with one line per task, `NAME: {label: cls, weight: 1.0}`: label as in data.label, weight of its
+    loss."""
     single: bool = True
-    """Whether the predictors of one task each are trained, too."""
+    """Whether one predictor per task is trained for comparison, which takes about as long again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.data.label == "cls", "data.label", self.data.label, "be left unset: the file of tasks names labels")
+        check(
+            self.data.label == "cls", "data.label", self.data.label, "be left unset: the file of tasks names the labels"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(TuneTask):
-    """A linear classifier of patches, on the encoder's tokens or the predictor's; labels are PNGs in the shards."""
+    """Segmentation by a linear classifier of patch tokens from encoder or predictor; labels are PNGs in the shards."""
 
     augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
     arms: str = "head,untrained_head,predictor,random_predictor,encoder"
-    """Which, joined by commas. head: a linear head alone on the frozen encoder; untrained_head: on an encoder as it was
-    before training, head's control; predictor and random_predictor: with a world model under the head, from the run's
-    weights or new ones; encoder: encoder and head."""
+    """Arms to train, joined by commas. head: linear head alone on the frozen encoder; untrained_head: its control, on
+    an untrained encoder; predictor: the pretrained predictor and head on the frozen encoder; random_predictor: like
+    predictor, from random weights; encoder: encoder and head."""
     num_classes: int | None = None
-    """Classes are numbered from 0 in the masks; unset: all masks are read once to find out, about 2 minutes for 20,000
-    on few cores."""
+    """Number of classes, numbered from 0 in the label maps. Unset: all label maps are read once to find the largest
+    class, about 2 minutes for 20,000 images on a few cores."""
     ignore_index: int = 255
-    """Mask value that counts neither in the loss nor in the measure."""
+    """Value in the label maps that is ignored by the loss and by mean IoU."""
     num_shown: int = 6
-    """Validation images in the picture."""
+    """Number of validation images in the picture of predictions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("head", "untrained_head", "predictor", "random_predictor", "encoder")
-        given = self.arms.split(",")
-        check(set(given) <= set(known) and len(set(given)) == len(given), "arms", self.arms,
-              f"name some of {', '.join(known)} once each, joined by commas")  # fmt: skip
-        check(self.data.label == "cls", "data.label", self.data.label, "be left unset: labels are masks here")
+        accepted = ("head", "untrained_head", "predictor", "random_predictor", "encoder")
+        arms = self.arms.split(",")
+        check(set(arms) <= set(accepted) and len(set(arms)) == len(arms), "arms", self.arms,
+              f"name some of {', '.join(accepted)} once each, joined by commas")  # fmt: skip
+        check(
+            self.data.label == "cls", "data.label", self.data.label, "be left unset: the labels are segmentation maps"
+        )
         check(0 <= self.ignore_index <= 255, "ignore_index", self.ignore_index, "be between 0 and 255")
         classes = self.num_classes
         check(classes is None or 1 <= classes <= 256, "num_classes", classes, "be between 1 and 256, or unset")

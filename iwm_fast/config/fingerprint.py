@@ -1,4 +1,4 @@
-"""The settings that decide a run's result, and a short name for them."""
+"""The fingerprint of a run: the settings that determine its result, and their hash."""
 
 import hashlib
 import json
@@ -8,28 +8,34 @@ from typing import Any
 from iwm_fast.config.loading import to_tree
 from iwm_fast.config.run import RunConfig
 
-FINGERPRINTED = ("seed", "data", "views", "mask", "model", "objective", "optim")
-# what of it decides the data stream and not the networks
-_STREAM = ("seed", "data.", "views.", "mask.", "optim.global_batch_size")
+FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "optim")
+# Names and prefixes of the entries that determine which samples are drawn, and not the networks.
+_STREAM_PREFIXES = ("seed", "data.", "views.", "mask.", "optim.global_batch_size")
 
 
 def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
-    """Return what decides the run's result, flat: dotted names and values, shards by content instead of by path."""
-    flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINTED}))
+    """Return the settings that determine a run's result, as a flat dict from dotted names to values.
+
+    Shards count by content, not by path, so that data can move; `shards_digest` is `ShardSet.content_digest`.
+    """
+    flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
-    # unset is as if there were no such setting: checkpoints from before it can be gone on from
+    # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
     flat["init_from"] = config.init_from or None
     return flat
 
 
 def defines_sample_stream(name: str) -> bool:
-    """Return whether an entry of the fingerprint only decides which data comes: such may change with a new epoch."""
-    return name.startswith(_STREAM)
+    """Return whether a fingerprint entry affects only the samples that are drawn.
+
+    Such entries may change when a resumed run restarts its epoch.
+    """
+    return name.startswith(_STREAM_PREFIXES)
 
 
 def digest(flat: dict[str, Any]) -> str:
-    """Return a short name of a fingerprint."""
+    """Return a hash of a fingerprint, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Settings in and out: YAML plus `key=value`, and what each setting means.
+"""Reads settings from YAML and `key=value` overrides, writes them, and explains them for `--help`.
 
 Importing this file must stay cheap (no torch): `--help` reads it.
 """
@@ -26,11 +26,11 @@ Config = TypeVar("Config")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML and apply dotted `key=value` overrides; what is not named keeps its default.
+    """Read a run's YAML file and apply dotted `key=value` overrides; all other settings keep their defaults.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown key (with the nearest known one), a value of the wrong kind or out of range.
+        ValueError: for an unknown key (naming the closest valid one) or a value of the wrong type or out of range.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {str(path)!r}; give the path of a YAML file")
@@ -43,47 +43,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run_config(run: Path) -> RunConfig:
-    """Read the settings of a run from its folder.
+    """Read the settings of a run from the config.yaml in its folder.
 
     Raises:
-        FileNotFoundError: if the folder holds no run.
-        ValueError: if a setting is unknown or out of range here.
+        FileNotFoundError: if the folder has no config.yaml.
+        ValueError: if a setting is unknown or out of range in this version.
     """
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(
-            f"{str(run)!r} is no run folder: it has no config.yaml; give run=DIR of a training run, or an export"
+            f"{str(run)!r} is not a run folder: it has no config.yaml; set run to the folder of a run or export"
         )
     return load_config(run / "config.yaml")
 
 
-def build(kind: type[Config], tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Build a checked configuration from nested dicts that hold differences from the defaults, then overrides.
+def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Build a checked configuration.
+
+    Args:
+        config_class: dataclass to build.
+        tree: nested dicts of settings that differ from the defaults; changed in place.
+        overrides: texts of the form `group.key=value`, applied after the tree.
 
     Raises:
-        ValueError: for an unknown key or an unfit value.
+        ValueError: for an unknown key, or a value of the wrong type or out of range.
     """
     for override in overrides:
-        _apply_override(kind, tree, override)
-    _check_groups(kind, tree)
+        _apply_override(config_class, tree, override)
+    _check_groups(config_class, tree)
+    # A YAML list of shards becomes one string, because the setting has one type on the command line too.
     data = tree.get("data")
     for name in ("train", "val"):
         if isinstance(data, dict) and isinstance(data.get(name), list):
             data[name] = "::".join(data[name])
     try:
-        # paths may hold "${", which OmegaConf would take for an interpolation
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(_escape(tree)))
+        # Paths may contain "${", which OmegaConf would read as an interpolation.
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(_escape(tree)))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ValueError(_unknown_key(kind, str(error.full_key))) from error
+        raise ValueError(_unknown_key_message(config_class, str(error.full_key))) from error
     except OmegaConfBaseException as error:
-        place = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ValueError(place + str(error).splitlines()[0]) from error
-    assert isinstance(config, kind)
+        prefix = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(prefix + str(error).splitlines()[0]) from error
+    assert isinstance(config, config_class)
     return config
 
 
-def _check_groups(kind: Any, tree: dict[str, Any], prefix: str = "") -> None:
-    for group in dataclasses.fields(kind):
+def _check_groups(config_class: Any, tree: dict[str, Any], prefix: str = "") -> None:
+    for group in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(group.type) and group.name in tree:
             name, value = f"{prefix}{group.name}", tree[group.name]
             check(isinstance(value, dict), name, value, "hold settings as `key: value`")
@@ -98,14 +104,16 @@ def _escape(node: Any) -> Any:
     return node.replace("${", "\\${") if isinstance(node, str) else node
 
 
-def _apply_override(kind: type, tree: dict[str, Any], override: str) -> None:
+def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> None:
+    """Write the value of a `group.key=value` text into the tree, in place."""
     name, equals, text = override.partition("=")
     check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
-    kinds = {known: _type_name(field) for known, field, _ in _leaf_fields(kind)}
-    if name not in kinds and not name.startswith("runtime.deepspeed."):
-        raise ValueError(_unknown_key(kind, name))
-    # text settings are taken as they stand: a path may look like YAML
-    value = text if kinds.get(name) == "str" else yaml.safe_load(text)
+    types = {setting: _type_name(field) for setting, field, _ in _leaf_fields(config_class)}
+    # runtime.deepspeed is a free-form dict, whose keys DeepSpeed checks.
+    if name not in types and not name.startswith("runtime.deepspeed."):
+        raise ValueError(_unknown_key_message(config_class, name))
+    # The text of a string setting is used verbatim: a path such as {a,b}.tar is also valid YAML for something else.
+    value = text if types.get(name) == "str" else yaml.safe_load(text)
     *groups, leaf = name.split(".")
     for group in groups:
         tree = tree.setdefault(group, {})
@@ -113,69 +121,71 @@ def _apply_override(kind: type, tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _unknown_key(kind: type, name: str) -> str:
-    known = [leaf for leaf, _, _ in _leaf_fields(kind)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"known are {', '.join(row.name for row in dataclasses.fields(kind))}"
-    )
+def _unknown_key_message(config_class: type, name: str) -> str:
+    settings = [setting for setting, _, _ in _leaf_fields(config_class)]
+    matches = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+    names = ", ".join(item.name for item in dataclasses.fields(config_class))
+    hint = f"did you mean {matches[0]!r}?" if matches else f"the top-level names are {names}"
     return f"unknown setting {name!r}; {hint}"
 
 
-def iter_settings(kind: Any) -> Iterator[tuple[str, str, Any, str]]:
-    """Yield (dotted name, type, default, explanation) of every setting, in order."""
-    for name, item, owner in _leaf_fields(kind):
+def iter_settings(config_class: Any) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield (dotted name, type, default, explanation) of every setting, in order of declaration."""
+    for name, item, owner in _leaf_fields(config_class):
         has_default = item.default is not dataclasses.MISSING
         default = item.default if has_default else item.default_factory()  # type: ignore[misc]
-        yield name, _type_name(item), default, _field_texts(owner)[item.name]
+        yield name, _type_name(item), default, _field_docs(owner)[item.name]
 
 
-def _leaf_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
-    """Yield (dotted name, field, its dataclass) of every setting, in order."""
-    for item in dataclasses.fields(kind):
+def _leaf_fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """Yield (dotted name, field, dataclass that has the field) of every setting, in order of declaration."""
+    for item in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(item.type):
             yield from _leaf_fields(item.type, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", item, kind
+            yield f"{prefix}{item.name}", item, config_class
 
 
 def _type_name(item: "dataclasses.Field[Any]") -> str:
     return item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
 
 
-def settings_text(kind: Any) -> str:
-    """Return every setting of a dataclass with its type, default and explanation, as `--help` prints them."""
-    rows = [
-        f"  {name} ({type_name}, {default!r})\n      {text}" for name, type_name, default, text in iter_settings(kind)
+def format_settings(config_class: Any) -> str:
+    """Return the text of `--help`: every setting with its type, default and explanation."""
+    entries = [
+        f"  {name} ({type_name}, {default!r})\n      {text}"
+        for name, type_name, default, text in iter_settings(config_class)
     ]
-    return "\n".join(["settings (type, default):", *rows])
+    return "\n".join(["settings (type, default):", *entries])
 
 
+# Cached, because parsing the source for every field would make `--help` slow.
 @functools.cache
-def _field_texts(kind: type) -> dict[str, str]:
-    """Return the string under each field, inherited ones included."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
+def _field_docs(config_class: type) -> dict[str, str]:
+    """Return the docstring under each field, including inherited fields."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            texts |= _own_field_texts(base)
-    return texts
+            docs |= _declared_field_docs(base)
+    return docs
 
 
-def _own_field_texts(kind: Any) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for statement, after in pairwise(body):
+def _declared_field_docs(config_class: Any) -> dict[str, str]:
+    # Python discards the strings under fields, so they are read from the source.
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            texts[statement.target.id] = str(after.value.value) if is_text else ""  # type: ignore[union-attr]
-    return texts
+            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            docs[statement.target.id] = str(following.value.value) if is_doc else ""  # type: ignore[union-attr]
+    return docs
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """Return nested plain dicts and lists, fit for YAML and JSON."""
+    """Return a configuration as nested dicts and lists that YAML and JSON can represent."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write every setting, defaults included, as YAML that `load_config` reads back."""
+    """Write every setting, including defaults, as a YAML file that `load_config` reads."""
     path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")

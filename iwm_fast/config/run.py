@@ -1,7 +1,7 @@
-"""One run's settings, composed; `iwm_fast.config.loading` reads and writes them.
+"""Settings of a training run; `iwm_fast.config.loading` reads and writes them.
 
-Groups are ordered by effect. `data`, `views`, `mask`, `model`, `objective` and `optim` may change what is learnt and
-make the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
+Groups are separated by effect. `data`, `views`, `mask`, `model`, `objective` and `optim` may change what is learned and
+form the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,18 +12,18 @@ from iwm_fast.pipelines.config import Backend, DataConfig, LoaderConfig, MaskCon
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Vision transformer over patches; teacher and trained encoder share it. Defaults: ViT-B/16."""
+    """Vision transformer over patches; trained encoder and teacher have the same sizes. Defaults: ViT-B/16."""
 
     dim: int = 768
-    """Width of the tokens (timm: tiny 192, small 384, base 768, large 1024, huge 1280)."""
+    """Width of the tokens, a multiple of 4 (timm: tiny 192, small 384, base 768, large 1024, huge 1280)."""
     depth: int = 12
-    """Transformer blocks (timm: tiny to base 12, large 24, huge 32)."""
+    """Number of transformer blocks (timm: tiny to base 12, large 24, huge 32)."""
     num_heads: int = 12
-    """Attention heads (timm: tiny 3, small 6, base 12, large 16, huge 16)."""
+    """Number of attention heads; must divide dim (timm: tiny 3, small 6, base 12, large and huge 16)."""
     patch_size: int = 16
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; must divide views.size."""
     mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over dim."""
+    """Hidden width of a block's MLP, as a multiple of dim."""
 
     def __post_init__(self) -> None:
         _check_transformer("model.encoder", self.dim, self.depth, self.num_heads)
@@ -33,18 +33,20 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
-    """The world model: context tokens and action in, tokens at target positions out."""
+    """The world model, which predicts the tokens at target positions from context tokens and the action."""
 
     dim: int = 384
-    """Width of the predictor's tokens."""
+    """Width of the predictor's tokens, a multiple of 4."""
     depth: int = 12
-    """Transformer blocks; 0 is the identity predictor, the invariant end of the slider."""
+    """Number of transformer blocks. 0 is the identity predictor, which trains the encoder to be invariant; deeper
+    predictors can model the transformations instead."""
     num_heads: int = 12
-    """Attention heads; heads of 32 (dim / 32) are the paper's."""
+    """Number of attention heads; must divide dim. The paper uses heads of width 32."""
     mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over dim."""
+    """Hidden width of a block's MLP, as a multiple of dim."""
     conditioning: Literal["feature", "sequence", "none"] = "feature"
-    """How the action enters: concatenated to each mask token, as one token per entry, or not at all (a control)."""
+    """How the action reaches the predictor. feature: mixed into each mask token; sequence: one extra token per entry;
+    none: not at all, as a control."""
 
     def __post_init__(self) -> None:
         _check_transformer("model.predictor", self.dim, self.depth, self.num_heads)
@@ -58,7 +60,7 @@ def _check_transformer(name: str, dim: int, depth: int, num_heads: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Encoder and predictor."""
+    """Sizes of encoder and predictor."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -66,14 +68,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised."""
+    """The training loss."""
 
     distance: Literal["mse", "smooth_l1"] = "mse"
-    """Between predicted tokens and the teacher's LayerNormed tokens."""
+    """Distance between predicted tokens and the teacher's layer-normalised tokens: mean squared error or smooth L1."""
     variance_weight: float | None = None
-    """Weight of the variance term on encoder tokens; unset: 1 for the identity predictor, 0 otherwise."""
+    """Weight of VICReg's variance term on encoder tokens, which keeps them from collapsing. Unset: 1 for the identity
+    predictor, 0 otherwise."""
     covariance_weight: float | None = None
-    """Weight of the covariance term on encoder tokens; unset: 0.04 for the identity predictor, 0 otherwise."""
+    """Weight of VICReg's covariance term on encoder tokens, which decorrelates their dimensions. Unset: 0.04 for the
+    identity predictor, 0 otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("variance_weight", "covariance_weight"):
@@ -83,32 +87,33 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How it is minimised: AdamW and its schedules, counted in epochs of data.train."""
+    """Optimisation: AdamW and its schedules, measured in epochs of data.train."""
 
     global_batch_size: int = 2048
-    """Images per optimiser step over all ranks and micro-batches."""
+    """Images per optimiser step, over all ranks and micro-batches."""
     epochs: float = 300.0
-    """Passes over the training samples."""
+    """Passes over the training samples; may be a fraction."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_start: float = 2e-4
-    """Learning rate of the first step."""
+    """Learning rate at the first step, from which the warm-up rises."""
     lr_end: float = 1e-6
-    """Where the cosine ends (with schedule_stretch > 1 the run stops before)."""
+    """Learning rate at the end of the cosine; with schedule_stretch > 1 the run ends before it is reached."""
     warmup_epochs: float = 40.0
-    """Epochs of linear warm-up."""
+    """Epochs in which the learning rate rises linearly from lr_start to lr."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
-    """First and last weight decay, cosine; biases and norms have none."""
+    """Weight decay at the start and at the end of its cosine schedule. Biases and norms are not decayed."""
     teacher_momentum: tuple[float, float] = (0.996, 1.0)
-    """First and last EMA coefficient of the teacher, linear; 1 = frozen."""
+    """EMA coefficient of the teacher at the start and at the end of its linear schedule, each in [0, 1]. 1 freezes the
+    teacher; values that are too low let the tokens collapse."""
     schedule_stretch: float = 1.25
-    """Schedules are laid out for this many times the run's steps."""
+    """Length of the schedules as a multiple of the run's steps, at least 1; with 1.25 the run ends at 80 % of them."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment coefficients."""
+    """AdamW's decay rates of the first and second moment, each in [0, 1)."""
     clip_norm: float | None = 1.0
-    """Largest global gradient norm; unset: no clipping."""
+    """Global gradient norm above which gradients are scaled down. Unset: no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the networks; weights, teacher and optimiser are always fp32."""
+    """Precision of forward and backward passes. Weights, teacher and optimiser state are always float32."""
 
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
@@ -131,78 +136,85 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How it is computed; none of this changes what is learnt."""
+    """How the run is computed. None of these settings changes what is learned, beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one and says which it took."""
+    """Device to compute on. auto uses a GPU if there is one and logs its choice."""
     loader: Backend = "dali"
-    """dali: the fast path; torch: its plain twin."""
+    """Data loader. dali: NVIDIA DALI, fast; torch: plain PyTorch, slow, for comparison and debugging."""
     ops: Literal["reference", "fused"] = "reference"
-    """reference: attention, residual norms and predictor input in plain PyTorch; fused: in Triton kernels, for NVIDIA
-    GPUs and heads of 32 or 64."""
+    """Implementation of attention, residual norms and predictor input. reference: plain PyTorch, on any device; fused:
+    Triton kernels, for NVIDIA GPUs and heads of width 32 or 64."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """deepspeed: ZeRO; plain: its twin in PyTorch alone, DistributedDataParallel where there are several ranks."""
+    """Training engine. deepspeed: DeepSpeed with ZeRO; plain: PyTorch alone, with DistributedDataParallel if there are
+    several ranks."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed's stage: 0 shards nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights too; unset: 1.
-    Not for engine=plain."""
+    """ZeRO stage, for engine=deepspeed only. 0 shards nothing, 1 the optimiser state, 2 also the gradients, 3 also the
+    weights; higher stages need less memory and communicate more. Unset: 1."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more work."""
+    """Whether to keep only the input of each transformer block for the backward pass and recompute the rest: much
+    less memory for about a third more computation."""
     compile: bool = False
-    """Compile encoder, predictor and teacher block by block with torch.compile."""
+    """Whether to compile the transformer blocks of encoder, predictor and teacher with torch.compile."""
     rank_timeout_s: float = 3600.0
-    """How long a rank waits for the others before it takes them for hung and the run ends. They may be indexing,
-    saving or evaluating meanwhile."""
+    """Seconds that a rank waits for the others before it considers them hung and the run ends. Allow for the time that
+    rank 0 needs to index shards, save and evaluate."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be skipped for a loss or gradient that is not finite before the run ends."""
+    """The run ends when this many consecutive steps were skipped because of a non-finite loss or gradient."""
     profile: str = ""
-    """FIRST:LAST writes a trace of these steps, counted from 0 and the last one left out, into the run folder."""
+    """Steps to profile as FIRST:LAST, counted from 0 and without LAST, such as 10:20. Rank 0 writes a trace to the run
+    folder. Empty: no profile."""
     micro_batch_size: int | None = None
-    """Images per rank per forward; unset: global batch / ranks. Accumulation is derived."""
+    """Images per rank and forward pass; must divide the rank's share of the global batch, and gradients are accumulated
+    over the rest. Unset: the complete share, without accumulation."""
     reader_threads: int = 4
-    """Threads that read encoded images, per rank; only for runtime.loader=dali."""
+    """Threads per rank that read encoded images. Only for runtime.loader=dali."""
     loader_threads: int = 2
-    """DALI's threads (decoding on the CPU), per rank; only for runtime.loader=dali."""
+    """Threads per rank that decode and transform images in DALI. Only for runtime.loader=dali."""
     prefetch: int = 2
-    """Micro-batches prepared ahead; only for runtime.loader=dali."""
+    """Micro-batches prepared in advance; a larger number bridges slow reads but takes more memory. Only for
+    runtime.loader=dali."""
     read_ahead: int = 2
-    """Further micro-batches whose bytes are already asked for; only for runtime.loader=dali."""
+    """Micro-batches beyond prefetch whose bytes are already being read. Only for runtime.loader=dali."""
     hw_decoder_load: float | None = None
-    """Share of the JPEGs that a GPU's own decoder takes, 0 to 1; unset: DALI's 0.65. Only where DALI has a GPU."""
+    """Share of the JPEGs decoded by the GPU's hardware decoder, 0 to 1. Unset: DALI's default of 0.65. Only on GPUs."""
     decoder_preallocate: tuple[int, int] | None = None
-    """Width and height in pixels for which a GPU's own decoder makes room at the start; unset: as images come."""
+    """Width and height in pixels of the largest expected image, for which the hardware decoder allocates memory at the
+    start. Unset: memory grows as larger images arrive. Only on GPUs."""
     max_bad_samples: float = 0.02
-    """How many undecodable samples a rank replaces by others of the same batch before it stops: a count from 1 on,
-    below 1 a share of all samples."""
+    """Number of undecodable samples that a rank may replace by others of the same batch before the run ends; a value
+    below 1 is a share of all samples."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed settings, merged over ours; a conflict with ours is an error."""
+    """Additional DeepSpeed settings, merged into the generated configuration. A conflict with it is an error."""
 
     def __post_init__(self) -> None:
-        is_pointless = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
-        check(not is_pointless, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
+        has_no_effect = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
+        check(not has_no_effect, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
               "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
         check(not (self.compile and self.zero_stage == 3), "runtime.compile", True,
-              "be false with runtime.zero_stage=3, whose weights come and go inside of what is compiled")  # fmt: skip
+              "be false with runtime.zero_stage=3, which gathers and frees weights inside compiled blocks")  # fmt: skip
         for name in ("reader_threads", "loader_threads", "prefetch", "max_skipped_steps"):
             check(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
         for name in ("read_ahead", "max_bad_samples"):
             check(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
         check(self.rank_timeout_s > 0, "runtime.rank_timeout_s", self.rank_timeout_s, "be above 0")
-        load, sides = self.hw_decoder_load, self.decoder_preallocate
+        load = self.hw_decoder_load
         check(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
+        sides = self.decoder_preallocate
         check(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
         size = self.micro_batch_size
         check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
-        check(profiled_steps(self.profile) is not None, "runtime.profile", self.profile,
+        check(parse_step_range(self.profile) is not None, "runtime.profile", self.profile,
               "be FIRST:LAST with 0 <= FIRST < LAST, such as 10:20, or empty")  # fmt: skip
 
 
 def loader_config(runtime: RuntimeConfig) -> LoaderConfig:
-    """Return the settings of the loaders, under their own names."""
-    return LoaderConfig(**{one.name: getattr(runtime, one.name) for one in fields(LoaderConfig)})
+    """Return the loader's share of the runtime settings; both classes use the same names."""
+    return LoaderConfig(**{setting.name: getattr(runtime, setting.name) for setting in fields(LoaderConfig)})
 
 
-def profiled_steps(text: str) -> range | None:
-    """Return the steps that `runtime.profile` names, none for an empty text, None if it is wrong."""
+def parse_step_range(text: str) -> range | None:
+    """Parse FIRST:LAST into a range of steps; an empty text gives an empty range, a malformed one None."""
     first, colon, last = text.partition(":")
     if not text:
         return range(0)
@@ -212,23 +224,25 @@ def profiled_steps(text: str) -> range | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where results go and how often they are written."""
+    """Where results are written, and how often."""
 
     folder: str = "runs/unnamed"
-    """Run folder: resolved config, metrics.jsonl, TensorBoard, checkpoints, evaluations."""
+    """Run folder. It receives config.yaml, metrics.jsonl, TensorBoard logs, checkpoints and evaluations."""
     log_every: int = 10
-    """Steps between log rows."""
+    """Optimiser steps between log rows."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always makes one."""
+    """Optimiser steps between checkpoints. The last step always saves one."""
     keep_last: int = 3
-    """How many of the newest checkpoints are kept: the newest may be damaged by a failing disk."""
+    """Number of most recent checkpoints to keep. With several, a run survives damage to the newest one."""
     keep_every: int | None = None
-    """Checkpoints at multiples of so many steps are kept for ever; unset: none is."""
+    """Checkpoints at multiples of this number of steps are never deleted; a multiple of checkpoint_every. Unset: only
+    the most recent ones are kept."""
     evaluate_every: int | None = None
-    """Steps between quick evaluations on data.val, MRR and k-NN, written into metrics.jsonl; the last step always makes
-    one; unset: none."""
+    """Optimiser steps between small evaluations on data.val (MRR and k-NN), written to metrics.jsonl; a multiple of
+    log_every. The last step always evaluates. Unset: no evaluations."""
     action_log: bool = False
-    """Keep what was drawn for every sample, about 100 bytes each, as Parquet in actions/; for `iwm replay`."""
+    """Whether to log the crop, transformations and action of every sample as Parquet in actions/, about 100 bytes per
+    sample. `iwm replay` needs it."""
 
     def __post_init__(self) -> None:
         check(bool(self.folder), "output.folder", self.folder, "name a folder")
@@ -237,26 +251,26 @@ class OutputConfig:
         for name in ("keep_every", "evaluate_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"output.{name}", value, "be at least 1 or unset")
-        every = self.evaluate_every
-        check(every is None or every % self.log_every == 0, "output.evaluate_every", every,
+        interval = self.evaluate_every
+        check(interval is None or interval % self.log_every == 0, "output.evaluate_every", interval,
               f"be a multiple of output.log_every = {self.log_every} or unset")  # fmt: skip
-        every = self.keep_every
-        check(every is None or every % self.checkpoint_every == 0, "output.keep_every", every,
+        interval = self.keep_every
+        check(interval is None or interval % self.checkpoint_every == 0, "output.keep_every", interval,
               f"be a multiple of output.checkpoint_every = {self.checkpoint_every} or unset")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, whole."""
+    """All settings of a training run."""
 
     seed: int = 0
-    """Fixes initial weights, order, crops, actions and masks."""
+    """Seed of initial weights, sample order, crops, actions and masks, in [0, 2^63)."""
     resume: Literal["never", "auto", "extend"] = "never"
-    """auto: go on from the newest checkpoint of output.folder, or start; never: refuse a folder that holds a run;
-    extend: as auto, and optim.epochs may differ: schedules are laid out anew over the new number."""
+    """never: refuse an output.folder that already holds a run; auto: resume from its newest checkpoint, or start if it
+    has none; extend: like auto, but optim.epochs may differ, and the schedules are stretched to the new number."""
     init_from: str = ""
-    """Where weights come from before the first step: a run's folder, an export folder, or a file of a ViT under timm's
-    names, such as timm's or I-JEPA's. A run that goes on does not read it again."""
+    """Source of the initial weights: the folder of a run or of an export, or a file with a ViT in timm's naming, for
+    example from timm or I-JEPA. A resumed run does not read it again. Empty: random weights."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -278,33 +292,34 @@ class RunConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a view."""
+        """Number of patches along one side of a view."""
         return self.views.size // self.model.encoder.patch_size
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Return (micro-batch size per rank, micro-batches per optimiser step).
+    """Return (micro-batch size per rank, micro-batches per optimiser step) of a run.
 
     Raises:
-        ValueError: if global batch, ranks and micro-batch do not divide.
+        ValueError: if the global batch is not divisible by ranks and micro-batch size.
     """
     return split_batch("optim", config.optim.global_batch_size, config.runtime.micro_batch_size, world_size)
 
 
-def split_batch(group: str, total: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+def split_batch(group: str, global_batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
     """Return (micro-batch size per rank, micro-batches per optimiser step).
 
     Args:
-        group: of the setting global_batch_size, for messages.
-        total: images of an optimiser step over all ranks.
-        micro_batch_size: images per rank and forward; None: all of the rank's share.
+        group: group of the setting global_batch_size, for messages.
+        global_batch_size: images per optimiser step over all ranks.
+        micro_batch_size: images per rank and forward pass; None for the complete share of a rank.
         world_size: number of ranks.
 
     Raises:
-        ValueError: if these do not divide.
+        ValueError: if the global batch is not divisible by ranks and micro-batch size.
     """
-    check(total % world_size == 0, f"{group}.global_batch_size", total, f"be a multiple of the {world_size} ranks")
-    micro = micro_batch_size or total // world_size
-    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = {group}.global_batch_size = {total}"
-    check(total % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
-    return micro, total // (micro * world_size)
+    name = f"{group}.global_batch_size"
+    check(global_batch_size % world_size == 0, name, global_batch_size, f"be a multiple of the {world_size} ranks")
+    micro = micro_batch_size or global_batch_size // world_size
+    equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = {name} = {global_batch_size}"
+    check(global_batch_size % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
+    return micro, global_batch_size // (micro * world_size)

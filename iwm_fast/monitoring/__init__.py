@@ -1,1 +1,1 @@
-"""Which numbers does a run give about itself: metrics, times, FLOPs, memory, signs of collapse?"""
+"""What does a run report about itself: metrics, step times, FLOPs, memory, signs of collapse?"""

@@ -1,4 +1,4 @@
-"""Signs that the loss is being cheated: it alone does not show a collapse of the representation."""
+"""Monitors of representation collapse, in which the loss decreases although the targets become constant."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from iwm_fast.pipelines.batch import RaggedIndex
 
-# with fewer images, statistics between images say nothing: their rank is at most their number
+# With fewer images, statistics between images mean little; the effective rank, for example, is at most their number.
 MIN_IMAGES = 8
 
-# Accepted values. They lie between what was seen in trials at 64 images and 64 patches (encoder 4 x 192): untrained and
-# healthily trained std 0.54-0.89, cosine 0.08-0.88, rank 5.4-8.1; collapsed (lr 1e-2, no EMA) std 0.045-0.069, cosine
-# 0.9955-0.998, rank 1.6-1.8. A constant prediction has a loss_over_mean of 1; a fresh predictor stood at 2.4 and was
-# below 1 within 30 steps.
+# Accepted ranges. The limits lie between the values of trials with 64 images of 64 patches (encoder of depth 4, width
+# 192). Untrained and healthily trained: std 0.54-0.89, cosine 0.08-0.88, rank 5.4-8.1. Collapsed (lr 1e-2, no EMA): std
+# 0.045-0.069, cosine 0.9955-0.998, rank 1.6-1.8. Predicting the mean token gives a loss_over_mean of 1; a fresh
+# predictor started at 2.4 and fell below 1 within 30 steps.
 LIMITS = {
     "target_std": (0.1, float("inf")),
     "cosine": (-1.0, 0.99),
@@ -26,62 +26,69 @@ LIMITS = {
 def collapse_monitors(
     predicted_tokens: Float[Tensor, "M D"], target_tokens: Float[Tensor, "M D"], index: RaggedIndex
 ) -> dict[str, Tensor]:
-    """Measure on the device how much the target tokens still say.
+    """Measure on the device how much information the target tokens carry.
 
-    Those between images are left out for fewer than 8 images. Call it for logged steps only: the singular values of
-    a (B, D) matrix cost time, and on a GPU torch waits for the device to check them.
+    Call it for logged steps only: the singular values of a (B, D) matrix take time, and on a GPU PyTorch synchronises
+    to check that they converged.
+
+    Args:
+        predicted_tokens: output of the predictor.
+        target_tokens: the teacher's layer-normalised tokens at the same patches.
+        index: patches that the rows belong to, image by image.
 
     Returns:
-        Scalars: `monitor/target_std`, standard deviation over tokens, mean over dimensions (0 constant, 1 at most);
-        `monitor/loss_over_mean`, squared error over that of predicting the batch's mean token;
-        `monitor/cosine`, between the mean tokens of different images, mean over pairs;
-        `monitor/rank_me`, effective number of dimensions the images' mean tokens use.
+        Scalars by metric name. `monitor/target_std`: standard deviation over tokens, mean over dimensions, from 0
+        (constant tokens) to 1. `monitor/loss_over_mean`: squared error divided by that of predicting the mean token.
+        With at least 8 images also `monitor/cosine`: cosine similarity between the mean tokens of two images, mean over
+        pairs; and `monitor/rank_me`: effective number of dimensions that the mean tokens of the images span.
 
     Source: RankMe, arXiv 2210.02885, equation 1 (rank_me).
     """
     predicted, target = predicted_tokens.detach().float(), target_tokens.float()
-    spread = target - target.mean(0)
-    error = (predicted - target).square().sum() / spread.square().sum().clamp(min=1e-12)
-    monitors = {"target_std": spread.square().mean(0).sqrt().mean(), "loss_over_mean": error}
+    centred = target - target.mean(0)
+    error = (predicted - target).square().sum() / centred.square().sum().clamp(min=1e-12)
+    monitors = {"target_std": centred.square().mean(0).sqrt().mean(), "loss_over_mean": error}
     if index.offsets.numel() - 1 >= MIN_IMAGES:
-        pooled = _pool(target, index)
+        pooled = _mean_by_image(target, index)
         monitors |= {"cosine": _mean_cosine(pooled), "rank_me": _rank_me(pooled)}
     return {f"monitor/{name}": value for name, value in monitors.items()}
 
 
-def _pool(tokens: Float[Tensor, "M D"], index: RaggedIndex) -> Float[Tensor, "B D"]:
+def _mean_by_image(tokens: Float[Tensor, "M D"], index: RaggedIndex) -> Float[Tensor, "B D"]:
     counts = index.offsets.diff()
     image = torch.arange(counts.numel(), device=tokens.device)
+    # Without output_size, a GPU would have to be waited for to learn the number of rows.
     image = torch.repeat_interleave(image, counts, output_size=tokens.shape[0])
     sums = tokens.new_zeros(counts.numel(), tokens.shape[1]).index_add_(0, image, tokens)
     return sums / counts.clamp(min=1)[:, None]
 
 
 def _mean_cosine(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    # the sum of all pairs' products is the square of the sum; the diagonal is taken off
+    # The products of all pairs add up to the square of the sum; the products of images with themselves are subtracted.
     unit = F.normalize(pooled, dim=1)
-    images = unit.shape[0]
-    return (unit.sum(0).square().sum() - unit.square().sum()) / (images * (images - 1))
+    num_images = unit.shape[0]
+    return (unit.sum(0).square().sum() - unit.square().sum()) / (num_images * (num_images - 1))
 
 
 def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    # The exponential of the entropy of the normalised singular values: k for k equal ones.
     values = torch.linalg.svdvals(pooled)
-    share = values / values.sum().clamp(min=1e-12)
-    return torch.special.entr(share).sum().exp()
+    distribution = values / values.sum().clamp(min=1e-12)
+    return torch.special.entr(distribution).sum().exp()
 
 
 def collapse_warnings(values: dict[str, float]) -> list[str]:
-    """Say in sentences which collapse monitors look bad; a name that is missing is not judged."""
+    """Return a sentence for each collapse monitor among `values` that is outside its accepted range."""
     remedy = "lower optim.lr or raise optim.teacher_momentum"
-    signs = {
+    meanings = {
         "target_std": f"target tokens hardly differ from each other, the encoder is collapsing: {remedy}",
-        "cosine": f"images can hardly be told apart, the encoder is collapsing, perhaps to positions only: {remedy}",
+        "cosine": f"images hardly differ, the encoder is collapsing, perhaps to tokens of the position only: {remedy}",
         "rank_me": f"images differ in hardly more than one direction, the encoder is collapsing: {remedy}",
-        "loss_over_mean": "a constant would predict better; normal in the first steps, later lower optim.lr",
+        "loss_over_mean": "the mean token would be a better prediction; normal at first, later lower optim.lr",
     }
-    found = []
-    for name, sentence in signs.items():
-        value, (lowest, highest) = values.get(f"monitor/{name}"), LIMITS[name]
-        if value is not None and not lowest <= value <= highest:
-            found.append(f"monitor/{name} is {value:.4g}, outside [{lowest:g}, {highest:g}]: {sentence}")
-    return found
+    warnings = []
+    for name, meaning in meanings.items():
+        value, (low, high) = values.get(f"monitor/{name}"), LIMITS[name]
+        if value is not None and not low <= value <= high:
+            warnings.append(f"monitor/{name} is {value:.4g}, outside [{low:g}, {high:g}]: {meaning}")
+    return warnings

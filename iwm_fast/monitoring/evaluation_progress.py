@@ -1,4 +1,4 @@
-"""How far an evaluation is: one moving line, on rank 0's terminal only."""
+"""A progress bar for evaluations, on the terminal of rank 0."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,15 +12,22 @@ from iwm_fast.runtime.distributed import RankInfo
 Item = TypeVar("Item")
 
 
-def follow(items: Iterable[Item], total: int, what: str, rank_info: RankInfo | None = None) -> Iterator[Item]:
-    """Yield the items; `what` says what they are, beside how many of this rank's `total` are done."""
-    is_first = rank_info is None or rank_info.rank == 0
-    if not (is_first and sys.stderr.isatty()):
+def follow(items: Iterable[Item], total: int, description: str, rank_info: RankInfo | None = None) -> Iterator[Item]:
+    """Yield the items while showing a progress bar, if this is rank 0 and standard error is a terminal.
+
+    Args:
+        items: items of this rank.
+        total: number of items.
+        description: text beside the bar, such as "images ranked".
+        rank_info: this process; None if it is the only one.
+    """
+    is_main = rank_info is None or rank_info.rank == 0
+    if not (is_main and sys.stderr.isatty()):
         yield from items
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         for item in items:
             yield item
             bar.advance(task)

@@ -1,12 +1,12 @@
-"""How much arithmetic a run takes per image, and how much a GPU could do.
+"""Floating-point operations that training takes per image, and the peak throughput of GPUs.
 
-Counted are matrix products, a multiply-add as 2, as the model needs them: nothing is added for padding, for what
-activation checkpointing computes again, or for norms and activation functions. A forward pass over n tokens of width d
-through L blocks with an MLP of width m is
+The count covers the matrix products of the model, with 2 operations per multiply-add. It includes neither padding, nor
+the recomputation of activation checkpointing, nor norms and activation functions. A forward pass over n tokens of width
+d through L blocks with an MLP of width m takes
 
     L * (n * (8 d^2 + 4 d m) + 4 n^2 d)
 
-and a backward pass twice that. The student is trained (3 forward passes), the teacher is not (1).
+operations and a backward pass twice as many, so training the student costs 3 forward passes. The teacher costs 1.
 """
 
 import re
@@ -20,21 +20,23 @@ from jaxtyping import Int64
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.pipelines.sampling.masks import draw_masks
 
-# enough for a mean within 0.3 % with the default masks
+# Enough draws for a mean within 0.3 % with the default masks.
 _NUM_DRAWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchCounts:
-    """How many patches are visible and how many are predicted, for some drawn images."""
+    """Numbers of context and target patches in a sample of random masks."""
 
     context: Int64[np.ndarray, "draws"]
+    """Visible patches of each mask."""
     target: Int64[np.ndarray, "draws"]
+    """Patches to predict of each mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlops:
-    """Floating-point operations of one training image."""
+    """Floating-point operations of training on one image."""
 
     encoder: float
     """Three forward passes over the context of the source view."""
@@ -45,25 +47,25 @@ class TrainingFlops:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Operations of all networks together."""
         return self.encoder + self.teacher + self.predictor
 
 
 def patch_counts(config: RunConfig) -> PatchCounts:
-    """Draw masks as training does, and count.
+    """Draw masks as training does, and count their patches.
 
     Raises:
-        ValueError: if the masks (almost) never leave a patch for the context.
+        ValueError: if the mask settings leave (almost) no patches for the context.
     """
     masks = draw_masks(config.mask, config.grid, config.seed, 0, np.arange(_NUM_DRAWS))
     return PatchCounts(context=masks.context.sum(axis=1), target=masks.target.sum(axis=1))
 
 
 def training_flops(config: RunConfig) -> TrainingFlops:
-    """Return the operations of one image, on average over the run's masks.
+    """Return the operations per image, averaged over random masks.
 
     Raises:
-        ValueError: if the masks (almost) never leave a patch for the context.
+        ValueError: if the mask settings leave (almost) no patches for the context.
     """
     counts = patch_counts(config)
     return TrainingFlops(
@@ -74,27 +76,30 @@ def training_flops(config: RunConfig) -> TrainingFlops:
 
 
 def encoder_flops(config: EncoderConfig, patches: Int64[np.ndarray, "draws"]) -> float:
-    """Return the operations of one forward pass over so many patches of an image, on average over the draws."""
+    """Return the operations of one forward pass, averaged over `patches`, the number of patches in each draw."""
+    # The patch embedding is a product with the three colour channels of a patch.
     embedding = patches * (2 * 3 * config.patch_size**2 * config.dim)
-    return float((embedding + _stack(config.dim, config.depth, config.mlp_ratio, patches)).mean())
+    return float((embedding + _block_flops(config.dim, config.depth, config.mlp_ratio, patches)).mean())
 
 
 def predictor_flops(config: RunConfig, counts: PatchCounts) -> float:
-    """Return the operations of one forward pass of the predictor, on average over the draws."""
-    predictor, num_actions = config.model.predictor, len(config.views.entries)
+    """Return the operations of one forward pass of the predictor, averaged over the draws."""
+    predictor, num_entries = config.model.predictor, len(config.views.entries)
     if predictor.depth == 0:
         return 0.0
     dim, tokens = predictor.dim, counts.context + counts.target
     mixing = 0
     if predictor.conditioning == "sequence":
-        tokens = tokens + num_actions
+        tokens = tokens + num_entries
     if predictor.conditioning == "feature":
-        mixing = counts.target * (2 * dim * (dim + num_actions) + 4 * dim * dim)
-    ends = (counts.context + counts.target) * (2 * config.model.encoder.dim * dim)
-    return float((ends + mixing + _stack(dim, predictor.depth, predictor.mlp_ratio, tokens)).mean())
+        # Three linear layers mix each mask token with the action.
+        mixing = counts.target * (2 * dim * (dim + num_entries) + 4 * dim * dim)
+    # Context tokens are projected to the predictor's width, and predicted tokens back to the encoder's.
+    projections = (counts.context + counts.target) * (2 * config.model.encoder.dim * dim)
+    return float((projections + mixing + _block_flops(dim, predictor.depth, predictor.mlp_ratio, tokens)).mean())
 
 
-def _stack(
+def _block_flops(
     dim: int, depth: int, mlp_ratio: float, tokens: Int64[np.ndarray, "draws"]
 ) -> Int64[np.ndarray, "draws"]:  # fmt: skip
     hidden_dim = int(dim * mlp_ratio)
@@ -102,14 +107,15 @@ def _stack(
 
 
 class Peak(NamedTuple):
-    """Dense operations per second of one GPU, by the kind of product."""
+    """Peak dense operations per second of one GPU, by the precision of matrix products."""
 
     bf16: float
     tf32: float
     fp32: float
 
 
-# NVIDIA's data sheets, without sparsity; the RTX 4090's bf16 and tf32 are those that sum in float32
+# From NVIDIA's data sheets, without sparsity. For the RTX 4090, bf16 and tf32 are the values with float32 accumulation.
+# The first pattern that matches a device name counts.
 PEAKS = {
     r"A100": Peak(312e12, 156e12, 19.5e12),
     r"H100 PCIe": Peak(756e12, 378e12, 51e12),
@@ -117,16 +123,16 @@ PEAKS = {
     r"H[12]00": Peak(989e12, 494e12, 67e12),
     r"B200": Peak(2250e12, 1125e12, 75e12),
     r"L40S": Peak(362e12, 183e12, 91.6e12),
-    # neither the 4090 D nor the laptop's
+    # The pattern excludes the slower 4090 D and the laptop GPU.
     r"RTX 4090$": Peak(165e12, 82.6e12, 82.6e12),
 }
 
 
 def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | None, str]:
-    """Return what a device could do at most, in dense operations per second, and its name.
+    """Return the peak dense operations per second of a device, and its name.
 
-    None where that is not known: on a CPU, on a GPU without an entry here, on a share of one (MIG).
-    `precision` is `optim.precision`.
+    The peak is None if it is not known: for a CPU, a GPU that is not listed, or a MIG partition. `precision` is
+    `optim.precision`.
     """
     if device.type != "cuda":
         return None, "CPU"
@@ -135,11 +141,11 @@ def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | N
 
 
 def peak_of(name: str, precision: str = "bf16") -> float | None:
-    """Return the peak of a GPU by its name, None if it is not known."""
-    found = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name, re.IGNORECASE)), None)
-    if found is None or " MIG " in name:
+    """Return the peak dense operations per second of the GPU with this name, None if it is not known."""
+    peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name, re.IGNORECASE)), None)
+    if peak is None or " MIG " in name:
         return None
     if precision == "bf16":
-        return found.bf16
-    # torch rounds float32 operands to tf32 only where it was told to
-    return found.fp32 if torch.get_float32_matmul_precision() == "highest" else found.tf32
+        return peak.bf16
+    # PyTorch uses TF32 for float32 products only if torch.set_float32_matmul_precision allows it.
+    return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.tf32

@@ -1,7 +1,7 @@
-"""How long the parts of a step take, by the clock of what computes: events of a GPU, the host's clock on a CPU.
+"""Durations of the phases of a training step, measured by CUDA events on a GPU and by the host's clock on a CPU.
 
-A GPU works behind the host. Its times are read when it has passed the last mark, so whoever reads them a step later
-waits for nothing. What it waited for, data above all, is the time in which it had nothing else to do.
+A GPU executes asynchronously, so its times can be read without waiting only one step later. On a GPU, the phase `wait`
+is the time in which the device was idle because the host waited for data.
 """
 
 import time
@@ -11,37 +11,38 @@ import torch
 from torch.profiler import record_function
 
 PARTS: tuple[str, ...] = ("wait", "forward", "teacher", "backward", "optimizer", "teacher_update")
-"""For the loader's batch; the student; the teacher; loss and gradients, with their exchange between ranks; clipping and
-the new weights; the teacher's new weights."""
-BEFORE_EXCHANGE: tuple[str, ...] = ("wait", "forward", "teacher")
-"""Parts in which a rank does not wait for others (but with ZeRO stage 3, where the forward pass gathers weights)."""
+"""wait: for a batch from the loader; forward: of the student; teacher: its forward pass; backward: loss and gradients,
+with their exchange between ranks; optimizer: clipping and update; teacher_update: the EMA."""
+LOCAL_PHASES: tuple[str, ...] = ("wait", "forward", "teacher")
+"""Phases in which a rank does not wait for others, except with ZeRO stage 3, whose forward pass gathers weights."""
 
 
 class StepTimer:
-    """Takes one step's time; a part lasts until the next begins, and may begin again."""
+    """Measures the phases of one step. A phase lasts until the next one begins, and may occur several times."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_on_gpu = device.type == "cuda"
+        self._is_on_gpu: bool = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self._range: record_function | None = None
 
-    def begin(self, part: str) -> None:
-        """End the part before, begin one of PARTS."""
-        self._mark(part)
-        # the same names in a trace; without one a range would cost microseconds. torch has no public name for this
+    def begin(self, phase: str) -> None:
+        """End the current phase and begin one of PARTS."""
+        self._mark(phase)
+        # Label the phase in a profile. Without a profiler, a label would only cost microseconds. PyTorch has no public
+        # name for this query.
         if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
-            self._range = record_function(part)
+            self._range = record_function(phase)
             self._range.__enter__()
 
     def stop(self) -> None:
-        """End the last part."""
+        """End the last phase."""
         self._mark("")
 
-    def _mark(self, part: str) -> None:
+    def _mark(self, phase: str) -> None:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
-        self._marks.append((part, self._now()))
+        self._marks.append((phase, self._now()))
 
     def _now(self) -> "float | torch.cuda.Event":
         if not self._is_on_gpu:
@@ -52,20 +53,21 @@ class StepTimer:
 
     @property
     def needs_sync(self) -> bool:
-        """Whether reading at once would wait for a device."""
+        """Whether reading the times right after the step would wait for the device."""
         return self._is_on_gpu
 
     def seconds(self) -> dict[str, float]:
-        """Return the time of each of PARTS; waits until a GPU has passed the last mark."""
-        spent = dict.fromkeys(PARTS, 0.0)
-        for (part, begin), (_, end) in pairwise(self._marks):
-            spent[part] += _seconds_between(begin, end)
-        return spent
+        """Return the seconds of each of PARTS. Waits until a GPU has finished the step."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (phase, begin), (_, end) in pairwise(self._marks):
+            seconds[phase] += _seconds_between(begin, end)
+        return seconds
 
 
 def _seconds_between(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
     if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
+        # CUDA events measure milliseconds.
         return 1e-3 * begin.elapsed_time(end)
     assert isinstance(begin, float) and isinstance(end, float)
     return end - begin

@@ -1,4 +1,4 @@
-"""What a run consists of, built once for each rank."""
+"""The objects that a training run consists of, built once on each rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,35 +22,44 @@ from iwm_fast.training.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingComponents:
-    """All that a run consists of."""
+    """The objects that a training run consists of, on one rank."""
 
     config: RunConfig
     rank_info: RankInfo
     shards: ShardSet
+    """Training samples."""
     fingerprint: dict[str, Any]
+    """Settings that determine the result, see `iwm_fast.config.fingerprint`."""
     engine: Engine
+    """Encoder and predictor with their optimiser."""
     teacher: Teacher
     objective: Objective
     folder: Path
+    """Run folder."""
 
 
 def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponents:
     """Build networks, optimiser, engine and teacher for this rank.
 
+    Collective: every rank must call it.
+
     Raises:
-        ValueError, FileNotFoundError, ShardError: for settings or shards that cannot make a run.
+        ValueError, FileNotFoundError, ShardError: if the settings or the shards cannot be used.
     """
+    # Called for its checks, so that an unusable batch size fails before shards are indexed.
     accumulation_steps(config, rank_info.world_size)
-    # indexed once, not by every rank
+    # Only rank 0 indexes the shards: many ranks would read the same headers from shared storage.
     shards = distributed.broadcast_from_rank_zero(lambda: open_training_shards(config.data))
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
-    # before the teacher, which begins as a copy
+    # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
     initialize_from(config, student)
     teacher = Teacher(student.encoder, compute_dtype(config))
+    # Compiled in place, before the engine wraps the modules.
     if config.runtime.compile:
         compile_blocks(student)
         compile_blocks(teacher.encoder)
     engine = build_engine(config, student, build_optimizer(student, config.optim), rank_info)
+    # DeepSpeed has created process groups of its own, with its default timeout.
     distributed.set_collective_timeout(config.runtime.rank_timeout_s)
     return TrainingComponents(
         config=config,

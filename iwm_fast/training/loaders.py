@@ -1,4 +1,4 @@
-"""The run's settings turned into loaders: training stream, finetuning stream and evaluation pass."""
+"""Builds loaders from a run's settings: the pretraining stream, the finetuning stream, and evaluation passes."""
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import RankInfo
 
-# images of one forward in evaluations; no gradient is kept, so memory is no concern
 EVALUATION_BATCH = 64
+"""Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
 def open_training_shards(data: DataConfig) -> ShardSet:
-    """Open data.train, and of it the first data.max_samples samples if that is given: all that a run knows of.
+    """Open data.train, truncated to the first data.max_samples samples if that is set.
 
     Raises:
-        ValueError: if it names no shards, or fewer samples than that.
-        FileNotFoundError, ShardError: if there is no such shard, or one that cannot be used.
+        ValueError: if data.train is empty or has fewer samples than data.max_samples.
+        FileNotFoundError, ShardError: if a shard is missing or cannot be used.
     """
     if not data.train:
         raise ValueError(
@@ -37,16 +37,19 @@ def open_training_shards(data: DataConfig) -> ShardSet:
     shards = open_shards(data.train)
     if data.max_samples is None:
         return shards
-    most = shards.num_samples
-    check(data.max_samples <= most, "data.max_samples", data.max_samples,
-          f"be at most the {most} samples of data.train, or unset")  # fmt: skip
+    check(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
+          f"be at most the {shards.num_samples} samples of data.train, or unset")  # fmt: skip
     return shards.truncated(data.max_samples)
 
 
 def training_loader(
     config: RunConfig, shards: ShardSet, rank_info: RankInfo, first_step: int = 0, start: StreamStart = BEGINNING
 ) -> Loader:
-    """Build this rank's endless stream from the given step on."""
+    """Build this rank's endless stream of micro-batches for pretraining, from `first_step` on.
+
+    `start` is where the stream of samples begins, which differs from the default after a restarted epoch.
+    """
+    # Loaders count micro-batches, so the first one is `first_step * accumulation`.
     _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = TrainingPlan(
         views=config.views,
@@ -61,7 +64,10 @@ def training_loader(
 def finetune_loader(
     config: RunConfig, augment: RandAugmentConfig | None, shards: ShardSet, rank_info: RankInfo, first_step: int = 0
 ) -> Loader:
-    """Build this rank's endless stream of single crops, mirrored or not, changed by RandAugment if that is given."""
+    """Build this rank's endless stream of micro-batches for finetuning, from `first_step` on.
+
+    An image is one randomly flipped crop, with RandAugment applied unless `augment` is None.
+    """
     _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = FinetunePlan(
         views=config.views,
@@ -74,7 +80,7 @@ def finetune_loader(
 
 
 def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> SampleStream:
-    """Return this rank's share of the order of the training samples."""
+    """Return this rank's part of the shuffled, endless sequence of training samples."""
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     return SampleStream(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
@@ -87,7 +93,7 @@ def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, st
 
 
 def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
-    """Return what an action log says of the run as a whole."""
+    """Return the run's settings that an action log stores once, so that its rows can be rendered again."""
     return LogMetadata(
         views=config.views,
         mask=config.mask,
@@ -101,6 +107,9 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
 
 
 def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:
-    """Build one pass over the given samples: largest centred square, nothing changed, all patches."""
+    """Build one pass over the samples with these numbers.
+
+    An image is its largest centred square without transformations; all patches are context.
+    """
     plan = EvaluationPlan(views=config.views, grid=config.grid, samples=samples, micro_batch_size=EVALUATION_BATCH)
     return build_loader(plan, shards, loader_config(config.runtime), device)

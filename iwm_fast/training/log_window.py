@@ -1,4 +1,4 @@
-"""The rows of numbers that a run writes about itself."""
+"""The log rows of a run: metrics of the steps since the last row, over all ranks."""
 
 import time
 
@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from iwm_fast.monitoring.collapse import collapse_monitors
-from iwm_fast.monitoring.step_timer import BEFORE_EXCHANGE, PARTS, StepTimer
+from iwm_fast.monitoring.step_timer import LOCAL_PHASES, PARTS, StepTimer
 from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.training.schedules import Schedules
@@ -17,122 +17,136 @@ from iwm_fast.training.train_state import TrainState
 
 
 class PhaseTimes:
-    """What the parts of this rank's steps took; a GPU's are read one step late, when they are there anyway."""
+    """Mean duration of each phase of this rank's steps.
+
+    The times of a step on a GPU are read after the following step, when the device has finished it and reading them
+    does not wait.
+    """
 
     def __init__(self) -> None:
-        self._late: StepTimer | None = None
-        self._clear()
+        self._pending: StepTimer | None = None
+        self._reset()
 
-    def _clear(self) -> None:
-        self._sums, self._num_steps = dict.fromkeys(PARTS, 0.0), 0
+    def _reset(self) -> None:
+        self._sums: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._num_steps = 0
 
     def add(self, timer: StepTimer) -> None:
-        """Take in a step that was stopped."""
-        late, self._late = self._late, timer
-        if late is not None:
-            self._read(late)
+        """Add a step, whose timer has been stopped."""
+        previous, self._pending = self._pending, timer
+        if previous is not None:
+            self._accumulate(previous)
         if not timer.needs_sync:
-            self._read_last()
+            self._flush()
 
-    def _read_last(self) -> None:
-        if self._late is not None:
-            self._read(self._late)
-            self._late = None
+    def _flush(self) -> None:
+        if self._pending is not None:
+            self._accumulate(self._pending)
+            self._pending = None
 
-    def _read(self, timer: StepTimer) -> None:
-        for part, seconds in timer.seconds().items():
-            self._sums[part] += seconds
+    def _accumulate(self, timer: StepTimer) -> None:
+        for phase, seconds in timer.seconds().items():
+            self._sums[phase] += seconds
         self._num_steps += 1
 
     def pop_means(self) -> dict[str, float]:
-        """Return the means in seconds per step, and start over."""
+        """Return the mean seconds of each phase per step, and start again from zero."""
+        # Only in the first window can the pending step be the only one; then it is worth waiting for.
         if self._num_steps == 0:
-            self._read_last()
-        means = {part: total / max(self._num_steps, 1) for part, total in self._sums.items()}
-        self._clear()
+            self._flush()
+        means = {phase: total / max(self._num_steps, 1) for phase, total in self._sums.items()}
+        self._reset()
         return means
 
 
 class LogWindow:
-    """What happened since the last log row."""
+    """Collects the steps between two log rows."""
 
     def __init__(self, task: TrainTask, schedules: Schedules) -> None:
-        self._task = task
-        self._schedules = schedules
-        self._parts = PhaseTimes()
-        self._begin()
+        self._task: TrainTask = task
+        self._schedules: Schedules = schedules
+        self._phase_times = PhaseTimes()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._started = time.perf_counter()
-        self._skipped = 0
+    def _reset(self) -> None:
+        self._started: float = time.perf_counter()
+        self._num_skipped = 0
         self._num_replaced = 0
         self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
-        """Count one step; nothing is waited for."""
+        """Add one step, without waiting for the device."""
         self._losses.append(report.loss)
-        self._parts.add(report.timer)
-        self._skipped += not report.is_applied
+        self._phase_times.add(report.timer)
+        self._num_skipped += not report.is_applied
         self._num_replaced += report.num_replaced
 
     def pop_metrics(self, report: StepReport, state: TrainState) -> dict[str, float]:
-        """Return the row's values, which every rank has a share in, and begin the next window; collective."""
+        """Return the metrics of a log row over all ranks, and begin the next window.
+
+        Collective: every rank must call it. `report` is the last step of the window.
+        """
         monitors = {}
         if report.prediction is not None and report.target_tokens is not None:
-            predicted = report.prediction
-            monitors = collapse_monitors(predicted.predicted_tokens, report.target_tokens, predicted.patches)
+            prediction = report.prediction
+            monitors = collapse_monitors(prediction.predicted_tokens, report.target_tokens, prediction.patches)
+        # Float64 on both sides, because all values travel in one tensor and counts must stay exact.
         on_device = {"loss": torch.stack(self._losses).double().mean(), **monitors}
         memory = used_memory_mb(self._task.rank_info.device)
-        on_host = {"replaced": float(self._num_replaced), "memory": memory, **self._parts.pop_means()}
-        ranks = self._every_rank(on_device, on_host)
-        steps, time_s = len(self._losses), time.perf_counter() - self._started
-        speed = self._task.meter.values(steps, time_s)
-        values = {
+        on_host = {"replaced": float(self._num_replaced), "memory": memory, **self._phase_times.pop_means()}
+        ranks = self._gather(on_device, on_host)
+        num_steps, time_s = len(self._losses), time.perf_counter() - self._started
+        speed = self._task.meter.values(num_steps, time_s)
+        metrics = {
+            # Ranks contribute shares of the loss, so it is their sum; monitors are measured on each rank's own images.
             self._task.loss_name: float(ranks["loss"].sum()),
             **{name: float(ranks[name].mean()) for name in monitors},
-            **self._schedule_values(state, has_teacher=report.prediction is not None),
+            **self._schedule_metrics(state, has_teacher=report.prediction is not None),
             "optim/grad_norm": float(report.grad_norm),
-            "optim/skipped_steps": float(self._skipped),
+            "optim/skipped_steps": float(self._num_skipped),
             **speed,
-            **time_values(ranks, speed["speed/step_s"]),
-            "data/wait_s": float(ranks["wait"].mean()) * steps,
-            "data/wait_share": float(ranks["wait"].mean()) * steps / time_s,
+            **time_metrics(ranks, speed["speed/step_s"]),
+            "data/wait_s": float(ranks["wait"].mean()) * num_steps,
+            "data/wait_share": float(ranks["wait"].mean()) * num_steps / time_s,
             "data/replaced_samples": float(ranks["replaced"].sum()),
             "memory/used_mb": float(ranks["memory"].max()),
         }
-        self._begin()
-        return values
+        self._reset()
+        return metrics
 
-    def _schedule_values(self, state: TrainState, *, has_teacher: bool) -> dict[str, float]:
-        lasted = max(state.applied_steps - 1, 0)
-        values = {"optim/lr": self._schedules.lr(lasted), "optim/weight_decay": self._schedules.weight_decay(lasted)}
+    def _schedule_metrics(self, state: TrainState, *, has_teacher: bool) -> dict[str, float]:
+        # The step has been counted already, so its values are those of one applied step earlier.
+        step = max(state.applied_steps - 1, 0)
+        metrics = {"optim/lr": self._schedules.lr(step), "optim/weight_decay": self._schedules.weight_decay(step)}
         if has_teacher:
-            values["optim/teacher_momentum"] = self._schedules.teacher_momentum(lasted)
-        return values
+            metrics["optim/teacher_momentum"] = self._schedules.teacher_momentum(step)
+        return metrics
 
-    def _every_rank(
-        self, on_device: dict[str, Tensor], on_host: dict[str, float]
-    ) -> dict[str, Float64[Tensor, "ranks"]]:
-        """Return each value of each rank, exchanged at once."""
-        measured = torch.stack([value.double() for value in on_device.values()])
-        counted = torch.tensor(list(on_host.values()), dtype=torch.float64, device=self._task.rank_info.device)
-        joined = distributed.all_gather(torch.cat([measured, counted])).cpu()
+    def _gather(self, on_device: dict[str, Tensor], on_host: dict[str, float]) -> dict[str, Float64[Tensor, "ranks"]]:
+        """Return each value of each rank. One exchange for all values, and the only wait for the device."""
+        device_values = torch.stack([value.double() for value in on_device.values()])
+        host_values = torch.tensor(list(on_host.values()), dtype=torch.float64, device=self._task.rank_info.device)
+        gathered = distributed.all_gather(torch.cat([device_values, host_values])).cpu()
         names = [*on_device, *on_host]
-        return dict(zip(names, joined.view(-1, len(names)).unbind(1), strict=True))
+        return dict(zip(names, gathered.view(-1, len(names)).unbind(1), strict=True))
 
 
-def time_values(ranks: dict[str, Float64[Tensor, "ranks"]], step_s: float) -> dict[str, float]:
-    """Return what a step's parts took, the mean of ranks, and who kept the others waiting.
+def time_metrics(ranks: dict[str, Float64[Tensor, "ranks"]], step_s: float) -> dict[str, float]:
+    """Return the mean durations of a step's phases over the ranks, and the rank that the others wait for.
 
-    In a step that all ranks end together each takes as long as the slowest; it shows in what a rank does before they
-    first exchange gradients, its loader's part among that.
+    All ranks end a step together, so total times are equal. A slow rank shows in the phases before the first exchange
+    of gradients, in which ranks do not wait for each other: loading data, for example.
+
+    Args:
+        ranks: seconds of each phase, for each rank.
+        step_s: duration of a step, including what happens between steps.
     """
-    means = {part: float(ranks[part].mean()) for part in PARTS}
-    own = torch.stack([ranks[part] for part in BEFORE_EXCHANGE]).sum(0)
+    means = {phase: float(ranks[phase].mean()) for phase in PARTS}
+    local = torch.stack([ranks[phase] for phase in LOCAL_PHASES]).sum(0)
     return {
-        **{f"time/{part}_s": mean for part, mean in means.items()},
-        # log rows, checkpoints, evaluations
+        **{f"time/{phase}_s": mean for phase, mean in means.items()},
+        # Time between steps: log rows, checkpoints, evaluations.
         "time/other_s": max(step_s - sum(means.values()), 0.0),
-        "time/slowest_rank": float(own.argmax()),
-        "time/slowest_rank_s": float(own.max()),
+        "time/slowest_rank": float(local.argmax()),
+        "time/slowest_rank_s": float(local.max()),
     }

@@ -1,6 +1,7 @@
-"""Steps that were left out because a loss or gradient was not finite: counted, written down, and not for ever.
+"""Steps that were skipped because of a non-finite loss or gradient: they are recorded, and too many end the run.
 
-`RUN/skipped_steps.jsonl` has a row for each: step, how many in a row, and by rank the samples that are suspected.
+`RUN/skipped_steps.jsonl` has one line per skipped step: the step, the number of consecutive skipped steps up to it, and
+the suspected samples of each rank.
 """
 
 import json
@@ -14,51 +15,55 @@ from iwm_fast.training.step import StepReport
 
 log = logging.getLogger(__name__)
 
-FILE = "skipped_steps.jsonl"
-_MOST_SHOWN = 8
+FILE_NAME = "skipped_steps.jsonl"
+_MAX_PRINTED_SAMPLES = 8
 
 
 class NonfiniteGuard:
-    """Counts the skipped steps in a row; every rank has one and is told of each step."""
+    """Counts consecutive skipped steps. Every rank has a guard and reports every step to it."""
 
-    def __init__(self, folder: Path, rank_info: RankInfo, *, most: int, remedy: str) -> None:
-        self._folder = folder
-        self._rank_info = rank_info
-        self._most = most
-        self._remedy = remedy
-        self._in_a_row = 0
+    def __init__(self, folder: Path, rank_info: RankInfo, *, max_skipped_steps: int, remedy: str) -> None:
+        """Watch a run; `remedy` says in the error message what the user can do."""
+        self._folder: Path = folder
+        self._rank_info: RankInfo = rank_info
+        self._max_skipped_steps: int = max_skipped_steps
+        self._remedy: str = remedy
+        self._num_consecutive = 0
         self._message = ""
 
     @property
     def limit_reached(self) -> bool:
-        """Whether as many were skipped in a row as there may be."""
-        return self._in_a_row >= self._most
+        """Whether as many consecutive steps were skipped as are allowed."""
+        return self._num_consecutive >= self._max_skipped_steps
 
     def add(self, step: int, report: StepReport) -> None:
-        """Take notice of a step, the `step`-th from 1; collective if it was skipped, which all ranks know alike."""
+        """Record a step, counted from 1.
+
+        Collective if the step was skipped, on which all ranks agree.
+        """
         if report.is_applied:
-            self._in_a_row = 0
+            self._num_consecutive = 0
             return
-        self._in_a_row += 1
+        self._num_consecutive += 1
         suspects = distributed.gather_objects(report.suspect_sample_keys())
         if self._rank_info.rank != 0:
             return
         rows = [{"rank": rank, "samples": samples} for rank, samples in enumerate(suspects) if samples]
-        shown = ", ".join(f"{row['rank']}: {' '.join(row['samples'][:_MOST_SHOWN])}" for row in rows)
+        text = ", ".join(f"{row['rank']}: {' '.join(row['samples'][:_MAX_PRINTED_SAMPLES])}" for row in rows)
         self._message = (
-            f"{self._in_a_row} steps in a row were not finite, the last one step {step}; suspected samples by rank: "
-            f"{shown} (all in {self._folder / FILE}); {self._remedy}"
+            f"{self._num_consecutive} steps in a row were not finite, the last one step {step}; suspected samples by "
+            f"rank: {text} (all of them in {self._folder / FILE_NAME}); {self._remedy}"
         )
-        log.warning("step %d skipped, a loss or gradient was not finite; samples by rank: %s", step, shown)
-        with (self._folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "in_a_row": self._in_a_row, "suspects": rows}) + "\n")
+        log.warning("step %d skipped: a loss or gradient is not finite; suspected samples by rank: %s", step, text)
+        with (self._folder / FILE_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "in_a_row": self._num_consecutive, "suspects": rows}) + "\n")
 
     def end_run(self) -> None:
-        """End a run that is hopeless, with one message.
+        """Raise the error that ends the run, once the limit is reached.
 
         Raises:
-            FloatingPointError: on rank 0, naming the samples of every rank.
-            PeerFailedError: on the other ranks.
+            FloatingPointError: on rank 0, naming the suspected samples of all ranks.
+            PeerFailedError: on the other ranks, so that only one message is printed.
         """
         if self._rank_info.rank != 0:
             raise PeerFailedError("rank 0 names the samples that are not finite")

@@ -1,4 +1,4 @@
-"""Pretraining as the trainer's task: the world model's objective, its stream of samples, its action log."""
+"""Pretraining as a task of the trainer: objective, stream of samples and action log of the world model."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,9 @@ from iwm_fast.pipelines.action_log.files import truncate_from
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.loader import Loader
+from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
+from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.components import TrainingComponents
 from iwm_fast.training.loaders import log_metadata, training_loader
@@ -28,21 +30,21 @@ log = logging.getLogger(__name__)
 
 
 class PretrainTask:
-    """Trains encoder and predictor; see `TrainTask`."""
+    """Trains encoder and predictor. `TrainTask` documents the methods."""
 
     loss_name = "loss/prediction"
-    remedy = "lower optim.lr or look at these samples, then resume=auto"
+    remedy = "lower optim.lr or inspect these samples, then resume with resume=auto"
 
     def __init__(self, components: TrainingComponents) -> None:
         self.config: RunConfig = components.config
-        self.rank_info = components.rank_info
-        self.shards = components.shards
+        self.rank_info: RankInfo = components.rank_info
+        self.shards: ShardSet = components.shards
         self.fingerprint: dict[str, Any] = components.fingerprint
         self.meter = build_throughput_meter(components.config, components.rank_info)
-        self._components = components
-        self._accumulation = accumulation_steps(components.config, components.rank_info.world_size)[1]
+        self._components: TrainingComponents = components
+        self._accumulation: int = accumulation_steps(components.config, components.rank_info.world_size)[1]
         self._loader: Loader | None = None
-        self._actions: ActionLog | None = None
+        self._action_log: ActionLog | None = None
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
         state = TrainState.from_checkpoint(saved)
@@ -56,31 +58,34 @@ class PretrainTask:
     def start(self, saved: Checkpoint | None) -> Engine:
         if saved is not None:
             self.load_weights(saved)
-            self._log_changes(saved)
+            self._log_resume(saved)
         log.info("%s", self.meter)
         return self._components.engine
 
-    def _log_changes(self, saved: Checkpoint) -> None:
-        log.info("going on from %s", saved.folder)
+    def _log_resume(self, saved: Checkpoint) -> None:
+        log.info("resuming from %s", saved.folder)
         if saved.fingerprint.get("optim.epochs") != self.fingerprint["optim.epochs"]:
-            log.info("schedules are laid out over %g epochs", self.config.optim.epochs)
+            log.info("schedules now span %g epochs", self.config.optim.epochs)
         start = self.resume_state(saved).start
         if start != TrainState.from_checkpoint(saved).start:
-            log.info("epoch %d begins anew, because of other settings", start.position // self.shards.num_samples)
+            log.info(
+                "epoch %d restarts, because settings of the data have changed",
+                start.position // self.shards.num_samples,
+            )
 
     def open_stream(self, state: TrainState) -> Iterator[Batch]:
-        self._actions = self._open_action_log(state.step)
+        self._action_log = self._open_action_log(state.step)
         self._loader = training_loader(self.config, self.shards, self.rank_info, state.step, state.start)
-        return map(self._actions.add, self._loader) if self._actions else self._loader
+        return map(self._action_log.add, self._loader) if self._action_log else self._loader
 
     def _open_action_log(self, step: int) -> ActionLog | None:
         folder = self._components.folder / "actions"
-        # what was logged after the checkpoint is logged again
+        # Steps after the checkpoint are repeated and logged again.
         distributed.rank_zero_only(lambda: truncate_from(folder, step))
         if not self.config.output.action_log:
             return None
-        head = log_metadata(self.config, self.shards)
-        return ActionLog(folder, head=head, shards=self.shards, rank=self.rank_info.rank)
+        metadata = log_metadata(self.config, self.shards)
+        return ActionLog(folder, head=metadata, shards=self.shards, rank=self.rank_info.rank)
 
     def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:
         components = self._components
@@ -93,23 +98,23 @@ class PretrainTask:
         return self._components.teacher.state_dict()
 
     def before_checkpoint(self) -> None:
-        """Publish every rank's rows of the action log: a checkpoint never reaches further than it."""
-        if self._actions is None:
+        """Publish the rows of all ranks in the action log, which must reach as far as the checkpoint. Collective."""
+        if self._action_log is None:
             return
         failure: Exception | None = None
         try:
-            self._actions.close_part()
-        # whatever it was, the other ranks must hear of it
+            self._action_log.close_part()
+        # Any exception: the other ranks must learn of it, or they would wait for this one.
         except Exception as error:
             failure = error
         (has_failed,) = distributed.any_rank([failure is not None], self.rank_info.device)
         if failure is not None:
             raise failure
         if has_failed:
-            raise PeerFailedError("another rank could not write its action log and reports why")
+            raise PeerFailedError("another rank could not write its action log; see its message")
 
     def close(self) -> None:
         if self._loader is not None:
             self._loader.close()
-        if self._actions is not None:
-            self._actions.close()
+        if self._action_log is not None:
+            self._action_log.close()

@@ -1,4 +1,4 @@
-"""Where training continues: the newest complete checkpoint, and in which stream of samples."""
+"""Where training resumes: from which checkpoint, and at which position of the stream of samples."""
 
 import json
 import logging
@@ -18,73 +18,77 @@ from iwm_fast.runtime import distributed
 log = logging.getLogger(__name__)
 
 
-def find_start(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
-    """Return the checkpoint to continue from, None to start from scratch, and the run's id; collective.
+def find_resume_point(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
+    """Return the newest complete checkpoint in `output.folder` (None to start from scratch), and the run's id.
 
-    Damaged checkpoints after it are moved aside, so that their steps can be written again.
+    Newer checkpoints that are damaged are moved aside, so that their steps can be saved again. Collective: every rank
+    must call it.
 
     Args:
-        config: settings; `output.folder` is searched.
-        require_same: called with the checkpoint on rank 0; raises CheckpointError if it must not be continued.
+        config: settings of the run.
+        require_same: called with the checkpoint on rank 0; raises CheckpointError if its settings differ.
 
     Raises:
-        ValueError: if the folder holds a run and resume is never.
-        CheckpointError: if no checkpoint is complete, or the newest complete one must not be continued.
+        ValueError: if the folder holds a run and `resume` is never.
+        CheckpointError: if there are checkpoints but none is complete, or if `require_same` raises it.
     """
-    found: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
-        lambda: _find_start_alone(config, require_same)
+    on_rank_zero: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
+        lambda: _find_on_this_rank(config, require_same)
     )
-    # an object of gigabytes is read again, not sent
-    folder, run_id = distributed.broadcast_from_rank_zero(lambda: _address(found))
+    # Only the path is broadcast. The other ranks read the gigabytes of a checkpoint from disk.
+    folder, run_id = distributed.broadcast_from_rank_zero(lambda: _path_and_id(on_rank_zero))
     if folder is None:
         return None, run_id
-    saved = found[0] if found else None
+    saved = on_rank_zero[0] if on_rank_zero else None
     return saved or checkpoints.read(folder), run_id
 
 
-def _address(found: tuple[Checkpoint | None, str] | None) -> tuple[Path | None, str]:
-    saved, run_id = found or (None, "")
+def _path_and_id(resume_point: tuple[Checkpoint | None, str] | None) -> tuple[Path | None, str]:
+    saved, run_id = resume_point or (None, "")
     return (saved.folder if saved else None), run_id
 
 
-def _find_start_alone(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
+def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
     folder = Path(config.output.folder)
     is_used = bool(checkpoints.step_folders(folder)) or (folder / "metrics.jsonl").exists()
     if is_used and config.resume == "never":
         raise ValueError(
             f"output.folder = {config.output.folder!r} already holds a run; "
-            "name another folder, or say resume=auto to go on with it"
+            "set resume=auto to resume it, or name another folder"
         )
     saved, refused = checkpoints.read_newest(folder)
     if saved is None:
-        return None, earlier_run_id(folder) or uuid.uuid4().hex[:12]
-    # before anything is moved
+        return None, last_run_id(folder) or uuid.uuid4().hex[:12]
+    # Checked before damaged checkpoints are moved: a run that is refused must leave the folder unchanged.
     require_same(saved)
     for damaged, reason in refused.items():
         log.warning(
-            "%s; going on from step %d instead. It is %s now: look after the disk, and delete it when it is of no use",
+            "%s; resuming from step %d instead. The damaged one was renamed to %s: check the disk, then delete it",
             reason, saved.step, set_aside(damaged),
         )  # fmt: skip
     return saved, saved.run_id
 
 
-def earlier_run_id(folder: Path) -> str | None:
-    """Return the id of the run that was started last in a folder, None if there is none."""
+def last_run_id(folder: Path) -> str | None:
+    """Return the id of the run that was started most recently in a folder, None if there is none."""
     path = folder / "started.jsonl"
     for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.is_file() else []):
         try:
             return json.loads(line).get("run_id")
-        # cut off by a crash
+        # A crash may have cut the last line short.
         except ValueError:
             continue
     return None
 
 
 def stream_start(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> StreamStart:
-    """Return where the stream of samples begins: as the checkpoint has it, or with its current epoch restarted.
+    """Return where the stream of samples begins.
+
+    This is the beginning that the checkpoint names, unless settings that determine the stream have changed; then it is
+    the beginning of the epoch in which the checkpoint was written, in the new data set.
 
     Raises:
-        CheckpointError: if settings differ and must not.
+        CheckpointError: if settings differ that must not.
     """
     start = StreamStart(**saved.counters["stream"])
     changed = checkpoints.differing_settings(
@@ -93,9 +97,9 @@ def stream_start(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, An
         may_restart=config.data.restart_epoch,
         may_extend=config.resume == "extend",
     )
-    of_the_stream = [name for name in changed if defines_sample_stream(name)]
-    if not of_the_stream:
+    if not any(defines_sample_stream(name) for name in changed):
         return start
+    # The position in samples, counted with the sizes of the old run, gives the epoch; epochs keep their number.
     batch = saved.fingerprint["optim.global_batch_size"]
     position = start.position + (saved.step - start.step) * batch
     epoch = position // saved.counters["num_samples"]

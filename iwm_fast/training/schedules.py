@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and teacher momentum as pure functions of the applied step."""
+"""Learning rate, weight decay and teacher momentum as pure functions of the number of applied steps."""
 
 import math
 from dataclasses import dataclass
@@ -9,57 +9,60 @@ from iwm_fast.pipelines.sampling.batch_plan import BEGINNING, StreamStart
 
 
 def total_steps(config: OptimConfig, num_samples: int, start: StreamStart = BEGINNING) -> int:
-    """Return the optimiser steps of the run: its epochs in global batches, the last one begun counts whole.
+    """Return the number of optimiser steps of the run: its epochs divided into global batches, rounded up.
 
-    Steps before the start of the stream were made with another data set or batch, and count as they are.
+    Steps before `start` were made with other data or another batch size. They count as they are, and the remaining
+    epochs are divided into batches of the current size.
 
     Raises:
         ValueError: if there are no samples.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}; check data.train")
-    done = Fraction(start.position, config.global_batch_size)
-    return start.step + max(0, math.ceil(_batches(config.epochs, num_samples, config) - done))
+    batches_before = Fraction(start.position, config.global_batch_size)
+    return start.step + max(0, math.ceil(_num_batches(config.epochs, num_samples, config) - batches_before))
 
 
-def _batches(epochs: float, num_samples: int, config: OptimConfig) -> Fraction:
-    # exact in the decimal that was written: 0.1 * 30 in floats is above 3, and its ceiling one step too many
+def _num_batches(epochs: float, num_samples: int, config: OptimConfig) -> Fraction:
+    # Exact arithmetic on the decimal number that the user wrote: in floats, 0.1 * 30 is slightly above 3, and rounding
+    # it up would add a step.
     return Fraction(str(epochs)) * num_samples / config.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
-    """The three curves of a run, laid out over `schedule_stretch` times its steps and flat after that.
+    """The three schedules of a run, which span `schedule_stretch` times its steps and are constant after that.
 
-    Steps are applied optimiser steps, from 0; a step beyond the run is fine.
+    Their argument is the number of applied optimiser steps, from 0; it may lie beyond the end of the run.
 
-    Source: I-JEPA code (curves); IWM section 3 for the stretch.
+    Source: I-JEPA code for the curves, IWM section 3 for the stretch.
     """
 
     total_steps: int
     """Optimiser steps of the run."""
     warmup_steps: int
-    """Steps until the learning rate's peak."""
+    """Steps until the learning rate reaches its peak."""
     config: OptimConfig
 
     def lr(self, step: int) -> float:
-        """Rise linearly from lr_start to lr over the warm-up, then follow a cosine to lr_end."""
+        """Return the learning rate: linear from lr_start to lr in the warm-up, then a cosine to lr_end."""
         config = self.config
         if step < self.warmup_steps:
             return config.lr_start + (config.lr - config.lr_start) * step / self.warmup_steps
         return _cosine(config.lr, config.lr_end, self._progress(step, self.warmup_steps))
 
     def weight_decay(self, step: int) -> float:
-        """Follow a cosine between the two values of weight_decay."""
+        """Return the weight decay, a cosine between the two values of the setting."""
         return _cosine(*self.config.weight_decay, self._progress(step, 0))
 
     def teacher_momentum(self, step: int) -> float:
-        """Go linearly between the two values of teacher_momentum."""
+        """Return the EMA coefficient of the teacher, linear between the two values of the setting."""
         first, last = self.config.teacher_momentum
         return first + (last - first) * self._progress(step, 0)
 
     def _progress(self, step: int, start: int) -> float:
-        """Return the share of the way from `start` to the stretched end, within 0..1."""
+        """Return how far a step is on the way from `start` to the stretched end, in 0..1."""
+        # `end` is not after `start` if the run is shorter than its warm-up.
         end = self.total_steps * self.config.schedule_stretch
         return min(1.0, max(0.0, (step - start) / (end - start))) if end > start else 1.0
 
@@ -69,6 +72,6 @@ def _cosine(first: float, last: float, progress: float) -> float:
 
 
 def build_schedules(config: OptimConfig, num_samples: int, start: StreamStart = BEGINNING) -> Schedules:
-    """Lay the curves out for a number of training samples."""
-    warmup = round(_batches(config.warmup_epochs, num_samples, config))
+    """Build the schedules of a run on `num_samples` training samples, whose stream of samples begins at `start`."""
+    warmup = round(_num_batches(config.warmup_epochs, num_samples, config))
     return Schedules(total_steps=total_steps(config, num_samples, start), warmup_steps=warmup, config=config)

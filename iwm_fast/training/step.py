@@ -1,7 +1,7 @@
 """The method in thirty lines: read this file first.
 
-From the visible patches of a source view and the action, predict the teacher's tokens of the target view; then let
-the teacher follow the encoder.
+From the visible patches of a source view and the action, predict the teacher's tokens of the target view. Then update
+encoder and predictor by gradient descent, and the teacher by an exponential moving average of the encoder.
 """
 
 from collections.abc import Iterator
@@ -22,35 +22,39 @@ from iwm_fast.training.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimiser step did; tensors stay on the device until they are logged."""
+    """Outcome of one optimiser step. Tensors stay on the device until they are logged, so that no step waits for it."""
 
     losses: Float[Tensor, "accumulation"]
-    """This rank's shares of the loss by micro-batch: summed over them and over ranks, the loss of the global batch."""
+    """Contribution of each micro-batch of this rank; their sum over all ranks is the loss of the global batch."""
     grad_norm: float | Tensor
-    """Global norm before clipping."""
+    """Global gradient norm before clipping."""
     is_applied: bool
-    """False if a non-finite gradient left weights and teacher as they were."""
+    """False if the step was skipped because of a non-finite gradient, with weights and teacher unchanged."""
     timer: StepTimer
-    """What its parts took, waiting for the loader first."""
+    """Durations of the phases of the step."""
     num_replaced: int
-    """Images of this rank that stand in for others that could not be decoded."""
+    """Images of this rank that replace undecodable ones."""
     keys: list[tuple[str, ...]]
-    """Samples of each micro-batch, to name in errors."""
+    """Sample keys of each micro-batch, for error messages."""
     prediction: Prediction | None = None
-    """Of the last micro-batch, for the collapse monitors; None if no teacher's tokens are predicted."""
+    """Student output for the last micro-batch, for the collapse monitors; None in finetuning, which has no teacher."""
     target_tokens: Float[Tensor, "T D"] | None = None
-    """What it is compared with."""
+    """The teacher's tokens that `prediction` is compared with."""
 
     @property
     def loss(self) -> Tensor:
-        """Share of this rank in the loss, a scalar."""
+        """Contribution of this rank to the loss of the global batch, a scalar."""
         return self.losses.sum()
 
     def suspect_sample_keys(self) -> list[str]:
-        """Return the samples that may have spoilt this step: those whose loss is not finite, all if none is known."""
+        """Return the samples that may have caused a non-finite step.
+
+        These are the samples of micro-batches with a non-finite loss, or all samples if every loss is finite and only
+        a gradient is not.
+        """
         is_bad = (~self.losses.isfinite()).tolist()
-        chosen = [keys for keys, bad in zip(self.keys, is_bad, strict=True) if bad or not any(is_bad)]
-        return [key for keys in chosen for key in keys]
+        suspects = [keys for keys, bad in zip(self.keys, is_bad, strict=True) if bad or not any(is_bad)]
+        return [key for keys in suspects for key in keys]
 
 
 class StepRecord:
@@ -93,13 +97,16 @@ class StepRecord:
         )
 
 
-ENCODER = "encoder."
+_ENCODER_PREFIX = "encoder."
 
 
 def encoder_parameters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yield the trained encoder's whole weights under their names in the encoder."""
-    for name, parameter in engine.named_parameters(ENCODER):
-        yield name.removeprefix(ENCODER), parameter
+    """Yield the unpartitioned weights of the trained encoder with their names in the encoder.
+
+    Collective: every rank must exhaust the iterator, because ZeRO stage 3 gathers each weight.
+    """
+    for name, parameter in engine.named_parameters(_ENCODER_PREFIX):
+        yield name.removeprefix(_ENCODER_PREFIX), parameter
 
 
 def train_step(
@@ -112,7 +119,11 @@ def train_step(
     applied_steps: int,
     accumulation: int,
 ) -> StepReport:
-    """Run one optimiser step: `accumulation` micro-batches, then encoder and predictor by gradient, teacher by EMA."""
+    """Run one optimiser step over `accumulation` micro-batches.
+
+    Encoder and predictor are updated by gradient descent, the teacher by EMA of the encoder. `applied_steps` is the
+    position in the schedules. Collective: every rank must call it.
+    """
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
     record = StepRecord(next(teacher.encoder.parameters()).device)
     for _ in range(accumulation):
@@ -125,6 +136,7 @@ def train_step(
     record.timer.begin("optimizer")
     outcome = engine.step()
     record.timer.begin("teacher_update")
+    # After a skipped step the encoder has not changed, and averaging it again would move the teacher.
     if outcome.applied:
         teacher.update(encoder_parameters(engine), schedules.teacher_momentum(applied_steps))
     return record.report(outcome, prediction, target_tokens)

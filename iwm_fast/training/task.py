@@ -1,4 +1,4 @@
-"""What a `Trainer` trains: the interface of pretraining and of finetuning."""
+"""The interface between `Trainer` and what it trains: pretraining or finetuning."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -19,54 +19,54 @@ from iwm_fast.training.train_state import TrainState
 
 @runtime_checkable
 class TrainTask(Protocol):
-    """Networks, data and loss; the trainer adds logs, checkpoints, signals and everything else between two steps."""
+    """Networks, data and loss. The trainer adds everything between two steps: logs, checkpoints, signals."""
 
     config: RunConfig
-    """Settings; `config.output.folder` is the run's."""
+    """Settings of the run; results go to `config.output.folder`."""
     rank_info: RankInfo
     shards: ShardSet
     """Training samples."""
     fingerprint: dict[str, Any]
-    """What decides the result, flat and fit for JSON; kept in each checkpoint."""
+    """Settings that determine the result, as a flat dict that JSON can represent; saved in each checkpoint."""
     loss_name: str
-    """Name of the loss in log rows."""
+    """Metric name of the loss in log rows."""
     remedy: str
-    """What to do when the loss is not finite."""
+    """What the user can do about a non-finite loss, for the error message."""
     meter: ThroughputMeter
-    """Turns durations into the speed values of log rows."""
+    """Converts step times into the speed metrics of log rows."""
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
-        """Return the state to continue a checkpoint from.
+        """Return the training state to resume from a checkpoint.
 
         Raises:
-            CheckpointError: if it was written with other settings, which are listed.
+            CheckpointError: if the checkpoint was written with other settings; the message lists them.
         """
         ...
 
     def load_weights(self, saved: Checkpoint) -> None:
-        """Take over the weights of a checkpoint after the last step; collective."""
+        """Load the weights of the checkpoint of a finished run. Collective."""
         ...
 
     def start(self, saved: Checkpoint | None) -> Engine:
-        """Return the engine of the first step, with a checkpoint's weights and moments if one is given; collective."""
+        """Return the engine, with weights and optimiser state of the checkpoint unless that is None. Collective."""
         ...
 
     def open_stream(self, state: TrainState) -> Iterator[Batch]:
-        """Open this rank's endless stream of micro-batches from the state's step on."""
+        """Open this rank's endless stream of micro-batches, from the step of `state` on."""
         ...
 
     def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:
-        """Run one optimiser step; collective."""
+        """Run one optimiser step. Collective."""
         ...
 
     def teacher_state(self) -> dict[str, Tensor]:
-        """Return weights to keep in a checkpoint beside the engine's; empty if there are none."""
+        """Return the teacher's weights, which a checkpoint saves beside the engine's; empty without a teacher."""
         ...
 
     def before_checkpoint(self) -> None:
-        """Publish what a checkpoint relies on; collective."""
+        """Write to disk what must not be older than the checkpoint about to be saved. Collective."""
         ...
 
     def close(self) -> None:
-        """Close the stream and whatever `open_stream` opened, also after an error."""
+        """Close everything that `open_stream` opened; also called after an error."""
         ...

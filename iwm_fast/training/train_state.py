@@ -1,4 +1,4 @@
-"""How far training has come: what a checkpoint keeps beside the weights."""
+"""Counters of a training run, which a checkpoint saves beside the weights."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,19 +9,19 @@ from iwm_fast.pipelines.sampling.batch_plan import BEGINNING, StreamStart
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStats:
-    """What training has cost."""
+    """The cost of a training run."""
 
     num_tuned: int
-    """Parameters that were trained."""
+    """Number of trained parameters."""
     images_per_s: float | None
-    """Over all ranks, without the first step after each start; None if there was no other."""
+    """Speed over all ranks, without the first step after each start; None if there was no other step."""
     time_s: float
-    """All steps, over all starts; without log rows, checkpoints and evaluations."""
+    """Duration of all steps over all starts, without log rows, checkpoints and evaluations."""
     steps: int
-    """Optimiser steps."""
+    """Number of optimiser steps."""
 
     def columns(self) -> dict[str, Any]:
-        """Return what a row of results says of it."""
+        """Return the columns of a result row, by name."""
         return {"num_tuned": self.num_tuned, "images_per_s": self.images_per_s, "time_s": self.time_s}
 
 
@@ -34,18 +34,18 @@ class TrainState:
     applied_steps: int = 0
     """Steps that changed the weights; drives schedules and teacher."""
     start: StreamStart = BEGINNING
-    """Where the stream of samples began."""
+    """Position at which the stream of samples began."""
     run_id: str = ""
-    """Name of the run, the same however often it is resumed."""
+    """Identifier of the run, which stays the same when it is resumed."""
     time_s: float = 0.0
     """Duration of all steps."""
     timed_steps: int = 0
-    """Steps without the first one after each start, which fills caches."""
+    """Steps that count for the speed: all but the first after each start, which fills caches."""
     timed_s: float = 0.0
-    """Duration of those."""
+    """Duration of the steps that count for the speed."""
 
-    def count(self, *, is_applied: bool, time_s: float, is_first: bool) -> None:
-        """Count one step that took so many seconds; `is_first` says whether it is the first one after a start."""
+    def record_step(self, *, is_applied: bool, time_s: float, is_first: bool) -> None:
+        """Count one step; `is_first` marks the first step after a start."""
         self.step += 1
         self.applied_steps += is_applied
         self.time_s += time_s
@@ -54,24 +54,24 @@ class TrainState:
             self.timed_s += time_s
 
     def counters(self, num_samples: int) -> dict[str, Any]:
-        """Return what a checkpoint has no other field for, fit for JSON."""
+        """Return what a checkpoint has no field for, in a form that JSON can represent."""
         times = {name: value for name, value in asdict(self).items() if "time" in name}
         return {"stream": asdict(self.start), "num_samples": num_samples, **times}
 
     @classmethod
     def from_checkpoint(cls, saved: Checkpoint) -> "TrainState":
-        """Return the state that a checkpoint was written at."""
-        kept = saved.counters
+        """Return the state in which a checkpoint was written."""
+        counters = saved.counters
         return cls(
             step=saved.step,
             applied_steps=saved.applied_steps,
-            # checkpoints of finetuning did not keep the stream once, those of pretraining no times
-            start=StreamStart(**kept.get("stream", {})),
+            # Old checkpoints of finetuning have no stream, and old ones of pretraining have no times.
+            start=StreamStart(**counters.get("stream", {})),
             run_id=saved.run_id,
-            **{name: kept[name] for name in ("time_s", "timed_steps", "timed_s") if name in kept},
+            **{name: counters[name] for name in ("time_s", "timed_steps", "timed_s") if name in counters},
         )
 
     def stats(self, num_tuned: int, global_batch_size: int) -> TrainStats:
-        """Return what training has cost so far."""
-        speed = self.timed_steps * global_batch_size / self.timed_s if self.timed_s else None
-        return TrainStats(num_tuned=num_tuned, images_per_s=speed, time_s=self.time_s, steps=self.step)
+        """Return the cost of training so far."""
+        images_per_s = self.timed_steps * global_batch_size / self.timed_s if self.timed_s else None
+        return TrainStats(num_tuned=num_tuned, images_per_s=images_per_s, time_s=self.time_s, steps=self.step)

@@ -1,4 +1,4 @@
-"""The training loop: one start of a run, from its newest checkpoint to its last step or until it is told to stop."""
+"""The training loop, from a run's newest checkpoint to its last step or to a request to stop."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from iwm_fast.runtime.run_lock import FolderLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.training.log_window import LogWindow
 from iwm_fast.training.nonfinite_guard import NonfiniteGuard
-from iwm_fast.training.resume import find_start
+from iwm_fast.training.resume import find_resume_point
 from iwm_fast.training.schedules import Schedules, build_schedules
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.task import TrainTask
@@ -37,34 +37,35 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Something measured during training; every rank has one and calls it at the same steps."""
+    """A measurement during training. Every rank has an evaluator and calls it at the same steps."""
 
     def prepare(self) -> None:
-        """Open and check what will be needed, before the run writes anything; collective."""
+        """Open and check what the evaluator needs, before the run writes anything. Collective."""
         ...
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """Return values for the log row; collective.
+        """Return metrics for the log row. Collective.
 
         Args:
-            teacher: the teacher's weights.
-            parameters: the predictor's whole float32 weights; must be used up on every rank.
+            teacher: weights of the teacher.
+            parameters: unpartitioned float32 weights of the predictor. Every rank must exhaust the iterator, because
+                ZeRO stage 3 gathers each weight.
         """
         ...
 
 
 class Trainer:
-    """Trains a task; log rows, evaluations, checkpoints, status and signals are the same for every task."""
+    """Trains a task: runs its steps and writes log rows, evaluations, checkpoints and the status of the run."""
 
     def __init__(
         self, task: TrainTask, *, preemption: Preemption | None = None, evaluators: Sequence[Evaluator] = ()
     ) -> None:
-        """Take a task.
+        """Prepare to train; nothing is read or written before `run`.
 
         Args:
             task: what to train.
-            preemption: whether to stop early; None: never.
-            evaluators: measured every `output.evaluate_every` steps and after the last one.
+            preemption: request to stop early, set by a signal for instance; None to never stop.
+            evaluators: called every `output.evaluate_every` steps and after the last one.
         """
         self._task: TrainTask = task
         self._preemption: Preemption = preemption or Preemption()
@@ -74,34 +75,41 @@ class Trainer:
         self._state = TrainState()
         self._is_running = False
         self._is_stopping = False
+        # Closed in reverse order of opening when the run ends, also after an error.
         self._resources = ExitStack()
 
     def run(self) -> TrainState:
-        """Train from the newest checkpoint, or from scratch, until the last checkpoint is on the disk; collective.
+        """Train from the newest checkpoint, or from scratch, until the last checkpoint is on disk.
+
+        Collective: every rank must call it.
 
         Raises:
-            PreemptedError: on every rank, if one was told to stop.
-            FloatingPointError: if too many steps in a row were not finite.
-            CheckpointError: on every rank, if a checkpoint could not be written or must not be continued.
-            ValueError: if another run holds the folder, or it holds one and resume is never.
+            PreemptedError: on every rank, if one of them was asked to stop.
+            FloatingPointError: if too many consecutive steps were not finite.
+            CheckpointError: on every rank, if a checkpoint cannot be written, or was written with other settings.
+            ValueError: if another process is training in the folder, or it holds a run and `resume` is never.
         """
+        # Two runs in one folder would overwrite each other's metrics and checkpoints.
         lock = distributed.rank_zero_only(lambda: FolderLock(self._folder))
         try:
-            saved, schedules = self._find_start()
+            saved, schedules = self._load_state()
             if self._state.step >= schedules.total_steps and saved is not None:
-                log.info("%s is finished: %d steps", self._folder, schedules.total_steps)
+                log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
+                # The caller may want to evaluate the trained networks.
                 self._task.load_weights(saved)
                 return self._state
             batches = self._open(saved, schedules)
-            first = self._state.step
+            first_step = self._state.step
             while self._state.step < schedules.total_steps:
                 began = time.perf_counter()
-                self._stop_if_told()
-                self._profiler.reach(self._state.step)
+                self._stop_if_requested()
+                self._profiler.before_step(self._state.step)
                 report = self._task.step(batches, schedules, self._state)
                 step_s = time.perf_counter() - began
-                self._state.count(is_applied=report.is_applied, time_s=step_s, is_first=self._state.step == first)
+                is_first = self._state.step == first_step
+                self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
                 self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
+                # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
                 self._preemption.record_step_duration(time.perf_counter() - began)
             self._set_status("finished")
         except Exception as error:
@@ -113,17 +121,18 @@ class Trainer:
                 lock.close()
         return self._state
 
-    def _find_start(self) -> tuple[Checkpoint | None, Schedules]:
+    def _load_state(self) -> tuple[Checkpoint | None, Schedules]:
+        """Set the training state to that of the newest checkpoint; return the checkpoint and the schedules."""
         task = self._task
-        saved, run_id = find_start(task.config, task.resume_state)
+        saved, run_id = find_resume_point(task.config, task.resume_state)
         self._state = TrainState() if saved is None else task.resume_state(saved)
         self._state.run_id = run_id
         return saved, build_schedules(task.config.optim, task.shards.num_samples, self._state.start)
 
     def _open(self, saved: Checkpoint | None, schedules: Schedules) -> Iterator[Batch]:
-        """Open everything that steps need and write what the run consists of."""
+        """Open everything that steps need, write the settings of the run, and return the stream of micro-batches."""
         task, config, state = self._task, self._task.config, self._state
-        # before anything is written: what is wrong with data.val ends the run here
+        # Evaluators come first, so that unusable validation shards end the run before anything is written.
         began = time.perf_counter()
         for evaluator in self._evaluators:
             evaluator.prepare()
@@ -135,16 +144,20 @@ class Trainer:
         self._resources.callback(self._saver.close)
         self._writer = self._open_folder() if self._is_main else None
         self._window = LogWindow(task, schedules)
-        most = config.runtime.max_skipped_steps
-        self._skipped = NonfiniteGuard(self._folder, task.rank_info, most=most, remedy=task.remedy)
+        limit = config.runtime.max_skipped_steps
+        self._guard = NonfiniteGuard(self._folder, task.rank_info, max_skipped_steps=limit, remedy=task.remedy)
         self._resources.callback(task.close)
         batches = task.open_stream(state)
         self._profiler = StepProfiler(config.runtime.profile, self._folder / "profile", task.rank_info)
         self._resources.callback(lambda: self._profiler.close(state.step))
         self._display = open_display(task.rank_info, state.step, schedules.total_steps)
         self._resources.callback(self._display.close)
+        # From here on, an error is a failure of this run. Before, it may concern settings that must not touch a run
+        # that is already in the folder.
         self._is_running = True
         self._set_status("running")
+        # Called by the watching thread when no checkpoint was possible in time. It names no step, because there is no
+        # checkpoint of the current one.
         self._preemption.on_timeout = lambda: write_status(self._folder, "preempted", reason=self._preemption.reason)
         return batches
 
@@ -152,19 +165,22 @@ class Trainer:
         task, state = self._task, self._state
         self._folder.mkdir(parents=True, exist_ok=True)
         save_config(task.config, self._folder / "config.yaml")
-        described = describe_run(task.rank_info.device, task.rank_info.world_size)
+        description = describe_run(task.rank_info.device, task.rank_info.world_size)
         with (self._folder / "started.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.step, "run_id": state.run_id, **described}) + "\n")
+            file.write(json.dumps({"step": state.step, "run_id": state.run_id, **description}) + "\n")
         writer = MetricWriter(self._folder, state.step)
         self._resources.callback(writer.close)
         return writer
 
-    def _stop_if_told(self) -> None:
-        """Save and raise if any rank was told to stop; raise if rank 0 could not write a checkpoint; collective."""
+    def _stop_if_requested(self) -> None:
+        """Save and raise PreemptedError if any rank was asked to stop; raise if rank 0 could not write a checkpoint.
+
+        Collective: ranks receive signals at different moments and must leave the loop at the same step.
+        """
         flags = [bool(self._preemption.reason), self._saver.has_failed]
         must_stop, has_failed = distributed.any_rank(flags, self._task.rank_info.device)
         if has_failed:
-            # raises on every rank
+            # Raises CheckpointError on every rank.
             self._saver.wait()
         if must_stop:
             self._stop()
@@ -176,7 +192,7 @@ class Trainer:
         reasons = distributed.gather_objects(self._preemption.reason)
         reason = next(reason for reason in reasons if reason)
         self._set_status("preempted", reason)
-        # a barrier: no rank ends, and lets its launcher end others, before that is written
+        # Serves as a barrier. When a rank exits, a launcher may kill the others, so the status must be written first.
         distributed.any_rank([False], self._task.rank_info.device)
         raise PreemptedError(reason, self._state.step)
 
@@ -185,31 +201,33 @@ class Trainer:
         self._window.add(report)
         self._display.advance(step)
         if step % output.log_every == 0 or is_last:
-            values = self._window.pop_metrics(report, self._state)
+            metrics = self._window.pop_metrics(report, self._state)
             if output.evaluate_every and (step % output.evaluate_every == 0 or is_last):
-                values |= self._evaluate()
+                metrics |= self._evaluate()
             if self._writer:
-                self._writer.write(step, values)
-                self._display.show(step, values, loss=values[self._task.loss_name])
-        self._skipped.add(step, report)
-        if self._skipped.limit_reached:
-            # weights and moments are those before the skipped steps, and worth continuing from
+                self._writer.write(step, metrics)
+                self._display.show(step, metrics, loss=metrics[self._task.loss_name])
+        # After the log row, so that metrics.jsonl shows the skipped steps that ended the run.
+        self._guard.add(step, report)
+        if self._guard.limit_reached:
+            # Skipped steps changed neither weights nor optimiser state, so the user can resume from here.
             self._save(wait=True)
-            self._skipped.end_run()
+            self._guard.end_run()
         if step % output.checkpoint_every == 0 or is_last:
             self._save(wait=is_last)
 
     def _evaluate(self) -> dict[str, float]:
-        values: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for evaluator in self._evaluators:
-            values |= evaluator(self._task.teacher_state(), self._engine.named_parameters("predictor."))
-        return values
+            metrics |= evaluator(self._task.teacher_state(), self._engine.named_parameters("predictor."))
+        return metrics
 
     def _save(self, *, wait: bool) -> None:
-        """Begin a checkpoint of this step unless there is one; `wait` until it is on the disk, if asked; collective."""
+        """Start writing a checkpoint of this step unless there is one; `wait` until it is on disk. Collective."""
         if self._saver.last_step != self._state.step:
-            # the last state leaves the memory before another is copied
+            # The copy of the previous state must be written and freed before the next one is made.
             self._saver.wait()
+            # A resumed run repeats the steps after its checkpoint only, so logs must be complete up to it.
             self._task.before_checkpoint()
             self._saver.write(
                 engine_state=self._engine.state(),
@@ -226,16 +244,18 @@ class Trainer:
             write_status(self._folder, state, step=self._state.step, reason=reason)
 
     def _record_failure(self, error: Exception) -> None:
-        """Write into the run's folder why it ends, on whichever rank that is."""
+        """Write into the run folder why the run ends. Any rank may be the one that failed."""
         if not self._is_running or isinstance(error, PreemptedError | PeerFailedError):
             return
-        lost = peer_failure_message(error)
-        # the rank that is gone may have said why itself
-        if lost and read_status(self._folder).get("state") != "running":
+        peer_failure = peer_failure_message(error)
+        # The rank that failed may have written the actual reason already.
+        if peer_failure and read_status(self._folder).get("state") != "running":
             return
-        reason = f"another rank is gone or hangs: {lost}" if lost else f"{type(error).__name__}: {error}"
-        if lost and self._is_stopping:
-            # all ranks had agreed to stop; whoever told them did not wait any longer and killed one
-            write_status(self._folder, "preempted", reason=f"{self._preemption.reason or 'told to stop'}; {reason}")
+        own_failure = f"{type(error).__name__}: {error}"
+        reason = f"another rank is gone or hangs: {peer_failure}" if peer_failure else own_failure
+        if peer_failure and self._is_stopping:
+            # All ranks had agreed to stop, and the scheduler or launcher killed one before its checkpoint was written.
+            stop_reason = self._preemption.reason or "asked to stop"
+            write_status(self._folder, "preempted", reason=f"{stop_reason}; {reason}")
         else:
             write_status(self._folder, "failed", step=self._state.step, reason=reason)

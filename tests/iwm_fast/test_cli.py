@@ -1,4 +1,4 @@
-"""What a user sees: help, and one message for each thing that cannot work."""
+"""What a user of the command line sees: help, results, and one message for each mistake."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from iwm_fast.cli import COMMANDS, main
 
 
 def refused(capsys, *arguments: str) -> str:
-    """Return the one message a command ends with."""
+    """Run a command that must be refused, and return its message."""
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     printed = capsys.readouterr()
@@ -41,7 +41,7 @@ def run_yaml(tmp_path, tiny_shards):
     return write
 
 
-def test_help_of_every_command_answers_without_loading_torch():
+def test_help_of_every_command_works_without_importing_torch():
     names = [name.split() for name in COMMANDS]
     script = (
         "import sys\nfrom iwm_fast.cli import main\n"
@@ -55,7 +55,7 @@ def test_help_of_every_command_answers_without_loading_torch():
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
-    assert "unknown command 'trian run.yaml'; known are train, check, warmup, show" in refused(
+    assert "unknown command 'trian run.yaml'; the commands are train, check, warmup, show" in refused(
         capsys, "trian", "run.yaml"
     )
 
@@ -70,9 +70,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         (["data.train="], "data.train must name the training shards"),
     ],
 )
-def test_a_run_that_cannot_work_ends_with_one_message_and_writes_nothing(
-    capsys, run_yaml, tmp_path, arguments, message
-):
+def test_an_impossible_run_ends_with_one_message_and_writes_nothing(capsys, run_yaml, tmp_path, arguments, message):
     path = run_yaml()
     assert message in refused(capsys, "train", path, *arguments)
     assert not (tmp_path / "run").exists()
@@ -89,7 +87,7 @@ def test_an_empty_folder_and_a_tar_without_images_are_refused(capsys, run_yaml, 
     assert "nothing.tar" in refused(capsys, "train", run_yaml(train=str(tmp_path / "nothing.tar")))
 
 
-def test_a_run_is_trained_shown_evaluated_and_imagined_from_the_command_line(capsys, run_yaml, tmp_path, tiny_shards):
+def test_all_commands_work_on_one_run(capsys, run_yaml, tmp_path, tiny_shards):
     path = run_yaml(val=tiny_shards.pattern)
     main(["show", path])
     main(["train", path])
@@ -109,7 +107,7 @@ def test_a_run_is_trained_shown_evaluated_and_imagined_from_the_command_line(cap
     assert "other settings" in refused(capsys, "train", path, "resume=auto", "model.encoder.dim=32")
 
 
-def test_a_label_is_asked_for_where_it_is_needed_only(capsys, run_yaml, tmp_path):
+def test_a_label_is_required_only_where_it_is_used(capsys, run_yaml, tmp_path):
     crop = photograph("coffee.png")[:60, :60]
     write_tar(tmp_path / "unlabelled.tar", [(f"{n:02}.jpg", encode(crop + n)) for n in range(16)])
     path = run_yaml(train=str(tmp_path / "unlabelled.tar"), val=str(tmp_path / "unlabelled.tar"))
@@ -120,9 +118,9 @@ def test_a_label_is_asked_for_where_it_is_needed_only(capsys, run_yaml, tmp_path
     assert "unlabelled.tar" in message and "'00'" in message
 
 
-def test_an_evaluation_without_run_or_validation_shards_says_what_is_missing(capsys, run_yaml, tmp_path):
+def test_an_evaluation_without_run_or_validation_shards_names_them(capsys, run_yaml, tmp_path):
     assert "run must name the folder" in refused(capsys, "evaluate", "mrr")
-    assert "is no run folder" in refused(capsys, "evaluate", "mrr", f"run={tmp_path}")
+    assert "is not a run folder" in refused(capsys, "evaluate", "mrr", f"run={tmp_path}")
     assert "did you mean 'bank_size'?" in refused(capsys, "evaluate", "mrr", "run=x", "bank_sise=3")
     main(["train", run_yaml()])
     capsys.readouterr()
@@ -160,7 +158,7 @@ main()
 """
 
 
-def test_few_calls_lie_between_the_command_line_and_the_step(tiny_shards, tmp_path):
+def test_there_are_few_calls_between_the_command_line_and_the_step(tiny_shards, tmp_path):
     settings = tiny_yaml(tmp_path / "run.yaml", tiny_shards, runtime={"engine": "plain", "loader": "torch"})
     command = [sys.executable, "-c", FRAMES, str(settings), f"output.folder={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -1,4 +1,4 @@
-"""One entry for all evaluations: from the command line, in Python, under a launcher."""
+"""The entry point of all evaluations, from the command line and under a launcher."""
 
 import json
 import subprocess
@@ -28,9 +28,9 @@ def data(tiny_shards) -> list[str]:
     return [f"data.train={tiny_shards.pattern}", f"data.val={tiny_shards.pattern}"]
 
 
-def test_every_task_has_settings_that_are_explained():
-    for name, task in TASKS.items():
-        texts = {setting: text for setting, _, _, text in iter_settings(task.settings)}
+def test_every_evaluation_has_documented_settings():
+    for name, evaluation in TASKS.items():
+        texts = {setting: text for setting, _, _, text in iter_settings(evaluation.settings)}
         assert {"run", "data.val", "seed"} <= texts.keys() and all(texts.values()), name
 
 
@@ -46,7 +46,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize("task", QUICK)
-def test_a_task_prints_a_table_and_leaves_rows(task, trained, tiny_shards, capsys):
+def test_an_evaluation_prints_a_table_and_writes_rows(task, trained, tiny_shards, capsys):
     command = ["plan"] if task == "plan" else ["evaluate", task]
     main([*command, f"run={trained}", *data(tiny_shards), *QUICK[task]])
     printed = capsys.readouterr().out
@@ -66,9 +66,9 @@ def refused(capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_evaluated_is_one_message(trained, tiny_shards, capsys, tmp_path):
+def test_an_impossible_evaluation_gives_one_message(trained, tiny_shards, capsys, tmp_path):
     assert "run must name the folder of a training run" in refused(capsys, "evaluate", "linear")
-    assert "is no run folder" in refused(capsys, "evaluate", "linear", f"run={tmp_path}")
+    assert "is not a run folder" in refused(capsys, "evaluate", "linear", f"run={tmp_path}")
     assert "did you mean 'epochs'" in refused(capsys, "evaluate", "linear", f"run={trained}", "epoch=1")
     assert "unknown command 'evaluate lineal'" in refused(capsys, "evaluate", "lineal", f"run={trained}")
     assert "data.val must name validation shards" in refused(capsys, "evaluate", "mrr", f"run={trained}")
@@ -79,7 +79,7 @@ def test_what_cannot_be_evaluated_is_one_message(trained, tiny_shards, capsys, t
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.slow)])
-def test_two_ranks_of_a_launcher_give_what_one_process_gives(launcher, trained, tiny_shards):
+def test_two_ranks_of_a_launcher_give_the_results_of_one_process(launcher, trained, tiny_shards):
     settings = [f"run={trained}", *data(tiny_shards), *QUICK["mrr"], "device=cpu"]
     start = launcher(target="iwm_fast.evaluate")
     done = subprocess.run([*start, "mrr", *settings], capture_output=True, text=True, check=False, timeout=300)

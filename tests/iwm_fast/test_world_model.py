@@ -1,4 +1,4 @@
-"""The world model as a user takes it: load a run, open an image, ask for a change, compare."""
+"""The Python API: load a run, load an image, predict a change, compare."""
 
 import subprocess
 import sys
@@ -40,15 +40,15 @@ def test_a_run_is_loaded_with_the_teachers_weights(tiny_shards, tmp_path):
         assert not any(parameter.requires_grad for parameter in trained.parameters()) and not trained.training
 
 
-def test_the_package_is_imported_without_torch_and_names_what_it_lacks():
+def test_the_package_imports_without_torch_and_names_missing_attributes():
     code = "import iwm_fast, sys; assert 'torch' not in sys.modules; iwm_fast.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'iwm_fast' has no attribute 'absent'"):
         iwm_fast.absent  # noqa: B018
 
 
-def test_a_folder_that_is_no_run_or_has_no_checkpoint_yet_is_refused(tmp_path, tiny_shards):
-    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no config\.yaml"):
+def test_a_folder_without_run_or_checkpoint_is_refused(tmp_path, tiny_shards):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.yaml"):
         world_model.load(tmp_path)
     run(tiny_run(tiny_shards, tmp_path / "run", loader="torch"))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
@@ -59,7 +59,7 @@ def test_a_folder_that_is_no_run_or_has_no_checkpoint_yet_is_refused(tmp_path, t
         world_model.load(tmp_path / "run")
 
 
-def test_an_opened_file_is_what_evaluations_see_of_it(model, tmp_path):
+def test_a_loaded_image_equals_the_one_in_evaluations(model, tmp_path):
     encoded = encode(photograph("coffee.png")[:50, :90])
     (tmp_path / "0.jpg").write_bytes(encoded)
     write_tar(tmp_path / "a.tar", [("0.jpg", encoded)])
@@ -69,31 +69,31 @@ def test_an_opened_file_is_what_evaluations_see_of_it(model, tmp_path):
     assert samples_of(str(tmp_path / "a.tar"))[0]["jpg"] == encoded
 
 
-def test_a_file_that_is_missing_or_no_image_is_refused_by_name(model, tmp_path):
+def test_a_missing_file_or_one_that_is_not_an_image_is_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
         model.load_image(tmp_path / "absent.jpg")
-    whole = encode(photograph("coffee.png")[:90, :90])
-    for name, content in (("note.jpg", b"not an image"), ("empty.jpg", b""), ("half.jpg", whole[: len(whole) // 2])):
+    image = encode(photograph("coffee.png")[:90, :90])
+    for name, content in (("note.jpg", b"not an image"), ("empty.jpg", b""), ("half.jpg", image[: len(image) // 2])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} must be a whole image of a known format"):
+        with pytest.raises(ValueError, match=rf"{name} must be a complete image of a supported format"):
             model.load_image(str(tmp_path / name))
 
 
-def test_an_action_by_name_is_the_one_that_training_tells(tiny_config):
+def test_an_action_by_name_equals_the_action_in_training(tiny_config):
     views = replace(tiny_config().views, brightness=0.8, hue=0.2)
     model = world_model.untrained(replace(tiny_config(), views=views))
     numbers = (uniforms(0, name, 0, np.arange(1), 9) for name in ("source", "target"))
-    source, target = (draw_photometry(views, one, is_source=one is not None) for one in numbers)
-    told = action_vector(source, target, views)
-    change = {name: float(value[0]) for name, value in action_difference(told, views).items()}
-    torch.testing.assert_close(model.action(**change), torch.from_numpy(told))
+    source, target = (draw_photometry(views, values, is_source=values is not None) for values in numbers)
+    expected = action_vector(source, target, views)
+    change = {name: float(value[0]) for name, value in action_difference(expected, views).items()}
+    torch.testing.assert_close(model.action(**change), torch.from_numpy(expected))
     assert model.action(brightness=0.4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
     assert model.action(grayscale=1.0)[0].tolist() == [0, 0, 0, 0, 0, 1, 0]
     neutral = action_vector(identity_photometry(1), identity_photometry(1), views)
     assert torch.equal(model.action(), torch.from_numpy(neutral)) and not model.action().any()
 
 
-def test_a_change_that_the_actions_do_not_have_is_refused_with_those_they_have(tiny_config):
+def test_an_unknown_action_entry_is_refused_and_the_valid_ones_are_named(tiny_config):
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0), action_entries=("hue", "blur"))
     model = world_model.untrained(replace(tiny_config(), views=views))
     assert model.action(hue=0.1).shape == (1, 2)
@@ -103,29 +103,29 @@ def test_a_change_that_the_actions_do_not_have_is_refused_with_those_they_have(t
         model.action(brightness=0.5)
 
 
-def test_a_prediction_is_the_predictors_at_all_positions_and_comes_from_tokens_too(model):
+def test_predictions_cover_all_positions_from_images_or_from_tokens(model):
     view, action = torch.randn(3, 3, 16, 16), torch.randn(3, 7)
-    predicted, everything = model.predict(view, action), all_patches(3, 16)
+    predicted, patches = model.predict(view, action), all_patches(3, 16)
     tokens = model.encode(view)
     with torch.no_grad():
-        plain = model.predictor(tokens.flatten(0, 1), action, everything, everything)
+        plain = model.predictor(tokens.flatten(0, 1), action, patches, patches)
     assert torch.equal(predicted.flatten(0, 1), plain) and torch.equal(model.predict_from(tokens, action), predicted)
     assert not torch.allclose(predicted, model.predict(view, -action))
-    assert not any(one.requires_grad for one in (predicted, tokens, model.encode_targets(view)))
+    assert not any(value.requires_grad for value in (predicted, tokens, model.encode_targets(view)))
 
 
-def test_targets_are_the_tokens_normed_without_parameters(model):
+def test_targets_are_tokens_normalised_without_parameters(model):
     view = torch.randn(2, 3, 16, 16)
-    # an untrained encoder ends with a norm that changes nothing
+    # Change the final norm, which does nothing in an untrained encoder.
     model.encoder.norm.weight.mul_(3).add_(torch.arange(16))
     targets = model.encode_targets(view)
     torch.testing.assert_close(targets, functional.layer_norm(model.encode(view), (16,), eps=1e-6))
     torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
 
 
-def test_the_identity_predictor_is_no_world_model(tiny_config):
+def test_the_identity_predictor_is_refused_as_a_world_model(tiny_config):
     model = world_model.untrained(tiny_config(predictor_depth=0))
-    for ask in (model.require_predictor, lambda: model.predict(torch.randn(1, 3, 16, 16), torch.zeros(1, 7))):
+    for call in (model.require_predictor, lambda: model.predict(torch.randn(1, 3, 16, 16), torch.zeros(1, 7))):
         with pytest.raises(ValueError, match=r"run must have a predictor, not the identity .* knn, linear, attentive"):
-            ask()
+            call()
     assert model.encode(torch.randn(1, 3, 16, 16)).shape == (1, 16, 16)

@@ -161,7 +161,7 @@ def test_refusals_name_the_problem_and_the_steps_in_the_log(tiny_shards, tmp_pat
     run(tiny_run(tiny_shards, tmp_path / "unlogged"))
     logged = f"run={tmp_path / 'run'}"
     assert "run must name the folder" in refused(capsys, "step=1")
-    assert "is no run folder" in refused(capsys, f"run={tmp_path}", "step=1")
+    assert "is not a run folder" in refused(capsys, f"run={tmp_path}", "step=1")
     assert "train with output.action_log=true" in refused(capsys, f"run={tmp_path / 'unlogged'}", "step=1")
     assert f"step 12 is not in {tmp_path}/run/actions, which holds steps 0 .. 11" in refused(capsys, logged, "step=12")
     assert f"one of the steps in {tmp_path}/run/actions, 0 .. 11, but is not set" in refused(capsys, logged)

@@ -89,7 +89,7 @@ def test_charts_use_the_colours_of_the_page(report):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
         write_run_report(tmp_path)
 
 

@@ -19,21 +19,21 @@ def run_yaml(tmp_path):
     return path
 
 
-def test_yaml_holds_differences_and_the_command_line_goes_before_it(run_yaml):
+def test_overrides_take_precedence_over_yaml_and_yaml_over_defaults(run_yaml):
     config = load_config(run_yaml, ["optim.lr=0.1", "views.crop_scale=[0.2, 1]", "optim.clip_norm=null"])
     assert config.data.train == "a.tar::b-{000..001}.tar"
     assert (config.optim.lr, config.views.crop_scale, config.optim.clip_norm) == (0.1, (0.2, 1.0), None)
     assert load_config(run_yaml).optim.lr == 2e-3 and config.optim.epochs == RunConfig().optim.epochs
 
 
-def test_a_saved_configuration_reads_back_equal(run_yaml, tmp_path):
+def test_a_saved_configuration_is_read_back_unchanged(run_yaml, tmp_path):
     config = load_config(run_yaml, ["data.val=odd ${name}{a,b}.tar", "seed=7"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["{a,b}/x.tar", "123", "null", "[x]", "a=b", "${HOME}/x"])
-def test_a_path_is_taken_as_it_stands(run_yaml, text):
+def test_a_path_is_taken_verbatim(run_yaml, text):
     assert load_config(run_yaml, [f"data.train={text}"]).data.train == text
 
 
@@ -51,7 +51,7 @@ def test_a_path_is_taken_as_it_stands(run_yaml, text):
         ("runtime.prefetch=0", "runtime.prefetch must be at least 1, got 0"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_refused_with_a_remedy(run_yaml, override, message):
+def test_an_invalid_setting_is_refused_with_a_remedy(run_yaml, override, message):
     with pytest.raises(ValueError, match=message):
         load_config(run_yaml, [override])
 
@@ -61,7 +61,7 @@ def test_a_setting_without_effect_is_refused(run_yaml):
         load_config(run_yaml, ["runtime.engine=plain", "runtime.zero_stage=2"])
 
 
-def test_an_unknown_group_in_yaml_is_refused_like_one_on_the_command_line(tmp_path):
+def test_an_unknown_setting_in_yaml_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("optim: {learning_rate: 1}\n")
     with pytest.raises(ValueError, match=r"unknown setting 'optim.learning_rate'"):
         load_config(tmp_path / "run.yaml")
@@ -75,8 +75,8 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_config(tmp_path / "broken.yaml")
 
 
-def changed(config: RunConfig, name: str, value: object) -> RunConfig:
-    """Set one dotted setting."""
+def replaced(config: RunConfig, name: str, value: object) -> RunConfig:
+    """Return the configuration with a setting, given by its dotted name, replaced."""
     *groups, leaf = name.split(".")
     parents = [config]
     for group in groups:
@@ -101,8 +101,8 @@ def changed(config: RunConfig, name: str, value: object) -> RunConfig:
         ("data.val", "other.tar"),
     ],
 )
-def test_what_cannot_change_the_result_is_not_in_the_fingerprint(name, value):
-    assert digest(fingerprint(changed(RunConfig(), name, value), "x")) == digest(fingerprint(RunConfig(), "x"))
+def test_settings_that_do_not_change_the_result_keep_the_fingerprint(name, value):
+    assert digest(fingerprint(replaced(RunConfig(), name, value), "x")) == digest(fingerprint(RunConfig(), "x"))
 
 
 def test_every_other_setting_is_in_the_fingerprint():
@@ -112,18 +112,18 @@ def test_every_other_setting_is_in_the_fingerprint():
     expected -= {"data.val", "data.restart_epoch"}
     assert set(flat) == expected and flat["data.train"] == "content"
     for name, value in (("optim.lr", 0.5), ("init_from", "runs/other"), ("data.max_samples", 8)):
-        assert digest(fingerprint(changed(RunConfig(), name, value), "x")) != digest(fingerprint(RunConfig(), "x"))
+        assert digest(fingerprint(replaced(RunConfig(), name, value), "x")) != digest(fingerprint(RunConfig(), "x"))
 
 
 def test_accumulation_is_derived_and_a_remainder_refused():
-    config = changed(RunConfig(), "optim.global_batch_size", 64)
+    config = replaced(RunConfig(), "optim.global_batch_size", 64)
     assert accumulation_steps(config, 2) == (32, 1)
-    assert accumulation_steps(changed(config, "runtime.micro_batch_size", 8), 2) == (8, 4)
+    assert accumulation_steps(replaced(config, "runtime.micro_batch_size", 8), 2) == (8, 4)
     with pytest.raises(ValueError, match=r"optim\.global_batch_size must be a multiple of the 3 ranks, got 64"):
         accumulation_steps(config, 3)
     equation = r"runtime.micro_batch_size must satisfy .* \* 2 ranks \* accumulation = .* = 64, got 24"
     with pytest.raises(ValueError, match=equation):
-        accumulation_steps(changed(config, "runtime.micro_batch_size", 24), 2)
+        accumulation_steps(replaced(config, "runtime.micro_batch_size", 24), 2)
 
 
 def test_build_refuses_a_group_given_as_a_value():
@@ -132,8 +132,8 @@ def test_build_refuses_a_group_given_as_a_value():
 
 
 @pytest.mark.parametrize("path", NAMED_RUNS, ids=lambda path: path.stem)
-def test_a_named_run_reads_and_its_first_lines_say_how_to_start_it(path):
+def test_a_named_run_is_valid_and_its_header_has_the_command(path):
     load_config(path)
-    head = path.read_text().splitlines()[:12]
-    assert any(f"iwm_fast/configs/{path.name}" in line for line in head)
-    assert any("machine" in line.lower() for line in head)
+    header = path.read_text().splitlines()[:12]
+    assert any(f"iwm_fast/configs/{path.name}" in line for line in header)
+    assert any("machine" in line.lower() for line in header)

@@ -1,4 +1,4 @@
-"""Named runs are of the sizes that are published, and their first lines tell the truth."""
+"""Named runs have published sizes and settings, and the figures in their headers are correct."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from iwm_fast.pipelines.config import MaskConfig, ViewConfig
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
 
-# millions of parameters: encoder and predictor without its conditioning
+# Millions of parameters of the encoder and of the predictor without its conditioning.
 PUBLISHED = {
     "vit_b16_inv": (85.65, 21.9),
     "vit_b16_equi": (85.65, 32.5),
@@ -26,9 +26,9 @@ PUBLISHED = {
 }
 
 
-def test_every_file_but_the_demo_and_the_labs_has_a_published_size():
-    others = {"demo", "lab_cpu", "lab_cpu_worth_keeping", "lab_gpu"}
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PUBLISHED, *others}
+def test_every_config_except_the_demo_and_labs_has_a_published_size():
+    unpublished = {"demo", "lab_cpu", "lab_cpu_worth_keeping", "lab_gpu"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PUBLISHED, *unpublished}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -36,8 +36,9 @@ def test_a_named_run_has_its_published_size(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
         student = build_student(config, REFERENCE)
-    predictor = {part: value for part, value in student.predictor.named_parameters() if not part.startswith("mixer.")}
-    sizes = [sum(value.numel() for value in part) / 1e6 for part in (student.encoder.parameters(), predictor.values())]
+    encoder = student.encoder.parameters()
+    predictor = [value for key, value in student.predictor.named_parameters() if not key.startswith("mixer.")]
+    sizes = [sum(value.numel() for value in parameters) / 1e6 for parameters in (encoder, predictor)]
     assert sizes == pytest.approx(PUBLISHED[name], rel=5e-3)
     is_conditioned = config.model.predictor.conditioning == "feature"
     assert is_conditioned == (student.predictor.mixer is not None) == (name != "ijepa_b16")
@@ -53,22 +54,24 @@ def test_a_named_run_follows_the_papers_schedule(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_views_and_masks_are_the_papers_but_for_the_baseline(name):
+def test_views_and_masks_are_the_papers_except_for_the_baseline(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     if name != "ijepa_b16":
         assert (config.views, config.mask) == (ViewConfig(), MaskConfig())
         return
     views = config.views
-    chances = [getattr(views, f"{kind}_probability") for kind in ("flip", "jitter", "grayscale", "blur", "solarize")]
-    assert chances == [0.0] * 5 and views.crop_scale == (0.3, 1.0) and not views.has_source_geometry
+    probabilities = [
+        getattr(views, f"{kind}_probability") for kind in ("flip", "jitter", "grayscale", "blur", "solarize")
+    ]
+    assert probabilities == [0.0] * 5 and views.crop_scale == (0.3, 1.0) and not views.has_source_geometry
     assert config.mask == MaskConfig(context_scale=(0.85, 1.0))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_work_that_the_first_lines_tell_is_computed_right(name):
+def test_the_flops_and_hours_in_the_header_are_correct(name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     flops, hours = map(int, re.search(r"(\d+) GFLOP per image, (\d+) GPU-hours", text).groups())
-    found = training_flops(load_config(CONFIGS / f"{name}.yaml")).total
-    assert flops == round(found / 1e9)
-    # 300 epochs of ImageNet-1k
-    assert hours == round(300 * 1_281_167 * found / (0.4 * 989e12) / 3600)
+    computed = training_flops(load_config(CONFIGS / f"{name}.yaml")).total
+    assert flops == round(computed / 1e9)
+    # 300 epochs of ImageNet-1k at 40 % of the peak of an H100.
+    assert hours == round(300 * 1_281_167 * computed / (0.4 * 989e12) / 3600)

@@ -1,4 +1,4 @@
-"""How a run looks on a terminal and in a log."""
+"""The display of a running training, on a terminal and in a log."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ WIDTH = 80
 
 
 class Terminal:
-    """A pseudo-terminal as standard error, and what a screen would show of it."""
+    """A pseudo-terminal to be used as standard error, and the text that its screen would show."""
 
     def __init__(self) -> None:
         self._master, self._slave = pty.openpty()
@@ -36,7 +36,7 @@ class Terminal:
         self._reader.start()
 
     def _listen(self) -> None:
-        # Linux ends a terminal that nobody holds any more with an error
+        # On Linux, reading from a pseudo-terminal raises an error when its other end has been closed.
         try:
             while content := os.read(self._master, 4096):
                 self._read += content
@@ -69,7 +69,10 @@ class Terminal:
 
 @pytest.fixture
 def attach(monkeypatch, caplog) -> Iterator[Callable[[], Terminal]]:
-    """Function, for the test itself to call (pytest changes standard error between set-up and test)."""
+    """Return a function that makes a terminal standard error.
+
+    The test must call it, because pytest replaces standard error between set-up and test.
+    """
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -100,7 +103,7 @@ def show_three_rows(first: int = 0) -> None:
     display.close()
 
 
-def test_on_a_terminal_there_is_one_line_and_warnings_stand_whole_above_it(attach):
+def test_a_terminal_shows_one_line_with_complete_warnings_above_it(attach):
     terminal = attach()
     show_three_rows()
     logging.getLogger("iwm_fast").info("saved")
@@ -109,16 +112,16 @@ def test_on_a_terminal_there_is_one_line_and_warnings_stand_whole_above_it(attac
     assert len(line) <= WIDTH
     warning = " ".join(above)
     assert warning.startswith("step 20: monitor/cosine is 0.999") and warning.endswith("raise optim.teacher_momentum")
-    assert last == "saved", "the handlers are given back"
+    assert last == "saved", "handlers write to standard error again"
 
 
-def test_a_run_that_goes_on_begins_where_it_stands(attach):
+def test_the_bar_of_a_resumed_run_starts_at_its_step(attach):
     terminal = attach()
     open_display(rank_info(), 374_000, 375_000).close()
     assert terminal.screen()[-1].startswith("step 374000/375000")
 
 
-def test_another_ranks_warning_writes_over_the_line_and_leaves_none_of_it_behind(attach):
+def test_a_warning_of_another_rank_erases_the_progress_line(attach):
     terminal = attach()
     terminal.stream.write("step 30/375000 ━━━━━━━━━━━━━━━━━━━━━━━━ loss 0.3457  2450 images/s  waiting 1.2 %")
     open_display(rank_info(rank=1), 0, 375_000)

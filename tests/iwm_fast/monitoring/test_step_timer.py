@@ -1,4 +1,4 @@
-"""A step's time, part by part."""
+"""The durations of the phases of a step."""
 
 import time
 
@@ -6,37 +6,37 @@ import pytest
 import torch
 
 from iwm_fast.monitoring.step_timer import PARTS, StepTimer
-from iwm_fast.training.log_window import PhaseTimes, time_values
+from iwm_fast.training.log_window import PhaseTimes, time_metrics
 
 CPU = torch.device("cpu")
 
 
-def timed(*parts: tuple[str, float]) -> StepTimer:
+def time_phases(*phases: tuple[str, float]) -> StepTimer:
     timer = StepTimer(CPU)
-    for part, seconds in parts:
-        timer.begin(part)
+    for phase, seconds in phases:
+        timer.begin(phase)
         time.sleep(seconds)
     timer.stop()
     return timer
 
 
-def test_a_part_lasts_until_the_next_and_may_come_again():
-    seconds = timed(("wait", 0.02), ("forward", 0.01), ("wait", 0.03), ("backward", 0.0)).seconds()
+def test_a_phase_lasts_until_the_next_and_may_occur_again():
+    seconds = time_phases(("wait", 0.02), ("forward", 0.01), ("wait", 0.03), ("backward", 0.0)).seconds()
     assert list(seconds) == list(PARTS)
     assert 0.05 <= seconds["wait"] < 0.15 and 0.01 <= seconds["forward"] < 0.1 and seconds["teacher"] == 0
 
 
-def test_a_window_holds_the_mean_of_its_own_steps():
-    parts = PhaseTimes()
+def test_a_window_has_the_mean_of_its_own_steps():
+    times = PhaseTimes()
     for seconds in (0.0, 0.04):
-        parts.add(timed(("forward", seconds)))
-    assert 0.02 <= parts.pop_means()["forward"] < 0.06
-    parts.add(timed(("teacher", 0.01)))
-    assert parts.pop_means()["forward"] == 0.0
+        times.add(time_phases(("forward", seconds)))
+    assert 0.02 <= times.pop_means()["forward"] < 0.06
+    times.add(time_phases(("teacher", 0.01)))
+    assert times.pop_means()["forward"] == 0.0
 
 
-class LateStopwatch(StepTimer):
-    """One that must not be read before the next step is over, as a GPU's."""
+class LateTimer(StepTimer):
+    """A timer that must not be read before the next step has ended, as on a GPU."""
 
     is_read = False
 
@@ -50,38 +50,38 @@ class LateStopwatch(StepTimer):
 
 
 def test_a_gpus_step_is_read_one_step_late_and_counted_once():
-    parts, stopwatches = PhaseTimes(), [LateStopwatch(CPU) for _ in range(4)]
-    for timer in stopwatches[:3]:
-        parts.add(timer)
-    assert [one.is_read for one in stopwatches] == [True, True, False, False]
-    assert parts.pop_means()["wait"] == 1.0 and not stopwatches[2].is_read
-    parts.add(stopwatches[3])
-    assert stopwatches[2].is_read and not stopwatches[3].is_read
-    assert parts.pop_means()["wait"] == 1.0
+    times, timers = PhaseTimes(), [LateTimer(CPU) for _ in range(4)]
+    for timer in timers[:3]:
+        times.add(timer)
+    assert [timer.is_read for timer in timers] == [True, True, False, False]
+    assert times.pop_means()["wait"] == 1.0 and not timers[2].is_read
+    times.add(timers[3])
+    assert timers[2].is_read and not timers[3].is_read
+    assert times.pop_means()["wait"] == 1.0
 
 
-def test_the_only_step_of_the_first_window_is_read_though_it_is_late():
-    parts = PhaseTimes()
-    parts.add(LateStopwatch(CPU))
-    assert parts.pop_means()["wait"] == 1.0
+def test_the_only_step_of_the_first_window_is_read_at_once():
+    times = PhaseTimes()
+    times.add(LateTimer(CPU))
+    assert times.pop_means()["wait"] == 1.0
 
 
 def test_the_slowest_rank_is_the_one_the_others_wait_for():
-    # rank 1 decodes slowly; rank 0 and 2 wait for it inside the backward pass
-    ranks = {part: torch.zeros(3, dtype=torch.float64) for part in PARTS}
+    # Rank 1 decodes slowly, and ranks 0 and 2 wait for it in the backward pass.
+    ranks = {phase: torch.zeros(3, dtype=torch.float64) for phase in PARTS}
     ranks |= {
         "wait": torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64),
         "forward": torch.tensor([0.2, 0.1, 0.2], dtype=torch.float64),
         "backward": torch.tensor([0.6, 0.4, 0.6], dtype=torch.float64),
     }
-    values = time_values(ranks, step_s=1.0)
+    values = time_metrics(ranks, step_s=1.0)
     assert (values["time/slowest_rank"], values["time/slowest_rank_s"]) == (1.0, pytest.approx(0.4))
     assert values["time/wait_s"] == pytest.approx(0.1) and values["time/other_s"] == pytest.approx(0.2)
-    assert sum(values[f"time/{part}_s"] for part in (*PARTS, "other")) == pytest.approx(1.0)
+    assert sum(values[f"time/{phase}_s"] for phase in (*PARTS, "other")) == pytest.approx(1.0)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_devices_own_time_counts():
+def test_on_a_gpu_phases_are_timed_by_the_device():
     matrix = torch.randn(4096, 4096, device="cuda")
     for _ in range(2):
         timer = StepTimer(matrix.device)
@@ -93,7 +93,7 @@ def test_on_a_gpu_the_devices_own_time_counts():
             torch.mm(matrix, matrix)
         timer.begin("backward")
         timer.stop()
-        assert timer.needs_sync and time.perf_counter() - began < 0.05, "nothing waits for the device"
+        assert timer.needs_sync and time.perf_counter() - began < 0.05, "the host does not wait for the device"
         torch.cuda.synchronize()
         took = time.perf_counter() - began
     seconds = timer.seconds()

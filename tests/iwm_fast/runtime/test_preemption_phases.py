@@ -151,7 +151,7 @@ def assert_resumes(run: LaunchedRun, resumed: LaunchedRun, step: int) -> None:
     resumed.wait_for(lambda: read_status(run.folder)["state"] == "running")
     resumed.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
-    assert f"going on from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
+    assert f"resuming from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
 
 
 @pytest.mark.parametrize(

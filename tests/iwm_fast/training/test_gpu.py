@@ -1,6 +1,6 @@
-"""The line on a GPU: the same commands, the same inputs, losses near those of the CPU.
+"""Training on a GPU: the same inputs give nearly the same losses as on the CPU.
 
-Run them on their own (`pytest -m gpu`): DeepSpeed decides once per process where it computes.
+Run these tests on their own (`pytest -m gpu`), because DeepSpeed chooses its device once per process.
 """
 
 from dataclasses import replace
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_the_first_steps_have_the_losses_of_the_cpu(tiny_shards, tmp_path, engine, loader):
     measured = {}
-    for device, chosen in (("cpu", "plain"), ("cuda", engine)):
-        config = tiny_run(tiny_shards, tmp_path, engine=chosen, loader=loader)
+    for device, device_engine in (("cpu", "plain"), ("cuda", engine)):
+        config = tiny_run(tiny_shards, tmp_path, engine=device_engine, loader=loader)
         rank_info = distributed.start(device)
         try:
             measured[device] = losses(rank_info, replace(config, runtime=replace(config.runtime, device=device)))[0]
         finally:
             distributed.stop()
-    # decoders on the GPU sample chroma differently
+    # Decoders on the GPU upsample chroma differently.
     torch.testing.assert_close(torch.tensor(measured["cuda"]), torch.tensor(measured["cpu"]), rtol=2e-2, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, again and again, ends as one that nobody killed: bit for bit."""
+"""A run that is killed repeatedly, at any moment, ends bit-equal to an uninterrupted one."""
 
 import json
 import random
@@ -23,7 +23,7 @@ STEPS_PER_EPOCH = 3
 
 
 def settings(path: Path, shards, epochs: int) -> Path:
-    """Write a run that spends most of its time saving."""
+    """Write the settings of a run that spends most of its time saving."""
     return tiny_yaml(
         path,
         shards,
@@ -33,8 +33,8 @@ def settings(path: Path, shards, epochs: int) -> Path:
     )
 
 
-def assert_ended_alike(killed: Path, straight: Path, steps: int) -> None:
-    """Check weights, moments, teacher, progress, losses and what was drawn for every sample."""
+def assert_equal_ends(killed: Path, straight: Path, steps: int) -> None:
+    """Compare weights, optimiser state, teacher, counters, losses and the action logs of two runs."""
     ends = [checkpoints.read(checkpoints.newest(folder)) for folder in (killed, straight)]
     for attribute in ("engine_state", "teacher_state"):
         first, second = (getattr(end, attribute) for end in ends)
@@ -50,12 +50,12 @@ def assert_ended_alike(killed: Path, straight: Path, steps: int) -> None:
     assert not list((killed / "checkpoints").glob(".unfinished-*"))
 
 
-# epochs and seed by number of kills: the few are in a start and two saves
+# Epochs and seed by number of kills. With this seed, the three kills hit a start and two saves.
 KILLS = {3: (10, 2), 20: (34, 0)}
 
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_nobody_killed(tiny_shards, tmp_path, num_kills):
+def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tiny_shards, tmp_path, num_kills):
     epochs, seed = KILLS[num_kills]
     run_yaml = settings(tmp_path / "run.yaml", tiny_shards, epochs)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -72,14 +72,14 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_nobody_kill
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == num_kills and not any(kill["had_ended"] for kill in kills), (kills, done.stderr)
-    # whatever was going on, what had been published is whole
+    # A published checkpoint is complete, whatever the run was doing when it was killed.
     assert not any(kill["refused"] for kill in kills), kills
     newest = [kill["newest"] for kill in kills]
     assert newest == sorted(newest) and newest[-1] > newest[0], kills
-    assert all(kill["num_unfinished"] <= 1 for kill in kills), "what killed runs leave does not pile up"
+    assert all(kill["num_unfinished"] <= 1 for kill in kills), "unfinished checkpoints of killed runs are deleted"
     if num_kills >= 20:
-        assert sum(kill["num_unfinished"] for kill in kills) >= 5, "many were killed while they saved"
-    assert_ended_alike(killed, straight, epochs * STEPS_PER_EPOCH)
+        assert sum(kill["num_unfinished"] for kill in kills) >= 5, "many runs were killed while they saved"
+    assert_equal_ends(killed, straight, epochs * STEPS_PER_EPOCH)
 
 
 def newest_step(folder: Path) -> int:
@@ -88,7 +88,7 @@ def newest_step(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_while_they_save_end_bit_for_bit_as_two_that_nobody_killed(tiny_shards, tmp_path):
+def test_two_ranks_killed_while_saving_end_bit_equal_to_uninterrupted_ones(tiny_shards, tmp_path):
     epochs = 10
     run_yaml = settings(tmp_path / "run.yaml", tiny_shards, epochs)
     moments, killed = random.Random(0), tmp_path / "killed"
@@ -104,4 +104,4 @@ def test_two_ranks_killed_while_they_save_end_bit_for_bit_as_two_that_nobody_kil
         assert start(torchrun(), "resume=auto").end() == 0
     with starting(run_yaml, tmp_path / "straight") as start:
         assert start(torchrun()).end() == 0
-    assert_ended_alike(killed, tmp_path / "straight", epochs * STEPS_PER_EPOCH)
+    assert_equal_ends(killed, tmp_path / "straight", epochs * STEPS_PER_EPOCH)

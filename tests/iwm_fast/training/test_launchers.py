@@ -1,4 +1,4 @@
-"""The same run under the DeepSpeed launcher, torchrun and alone."""
+"""The same run under the DeepSpeed launcher, under torchrun and in one process."""
 
 import json
 import shutil
@@ -50,29 +50,29 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "step-00000012" / "model.safetensors")
 
 
-def test_two_ranks_under_the_deepspeed_launcher_train_what_one_process_trains(alone, launched):
+def test_two_deepspeed_ranks_train_the_same_as_one_process(alone, launched):
     torch.testing.assert_close(torch.tensor(losses(launched)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
     assert json.loads((launched / "started.jsonl").read_text())["world_size"] == 2
 
 
-def test_two_ranks_under_torchrun_train_what_one_process_trains(alone, run_yaml, tmp_path):
+def test_two_torchrun_ranks_train_the_same_as_one_process(alone, run_yaml, tmp_path):
     folder = trained(torchrun(), run_yaml, tmp_path / "run", "runtime.zero_stage=2", "runtime.micro_batch_size=4")
     torch.testing.assert_close(torch.tensor(losses(folder)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
 
 
 def stopped_at_5(run: Path, folder: Path) -> Path:
-    """Copy a run, without what it did behind step 5, in the middle of its second epoch."""
+    """Copy a run without its checkpoints after step 5, which is in the middle of the second epoch."""
     stopped = shutil.copytree(run, folder)
     for name in ("step-00000010", "step-00000012"):
         shutil.rmtree(stopped / "checkpoints" / name)
     return stopped
 
 
-def test_two_ranks_go_on_bit_equal_from_the_middle_of_an_epoch(launched, run_yaml, tmp_path):
-    assert_goes_on_bit_equal(launched, run_yaml, tmp_path, "runtime.zero_stage=1")
+def test_two_ranks_resume_bit_equal_in_the_middle_of_an_epoch(launched, run_yaml, tmp_path):
+    assert_resumes_bit_equal(launched, run_yaml, tmp_path, "runtime.zero_stage=1")
 
 
-def assert_goes_on_bit_equal(run: Path, run_yaml: Path, tmp_path: Path, *settings: str) -> None:
+def assert_resumes_bit_equal(run: Path, run_yaml: Path, tmp_path: Path, *settings: str) -> None:
     stopped = stopped_at_5(run, tmp_path / "run")
     trained(deepspeed(), run_yaml, stopped, *settings, "resume=auto")
     straight, resumed = weights(run), weights(stopped)
@@ -82,7 +82,7 @@ def assert_goes_on_bit_equal(run: Path, run_yaml: Path, tmp_path: Path, *setting
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero_stage=0", "zero_stage=2", "zero_stage=3", "engine=plain"])
-def test_every_engine_trains_the_same_and_goes_on_bit_equal(alone, run_yaml, tmp_path, engine):
+def test_every_engine_trains_the_same_and_resumes_bit_equal(alone, run_yaml, tmp_path, engine):
     settings = [f"runtime.{engine}", "runtime.micro_batch_size=4", "runtime.activation_checkpointing=true"]
     straight = trained(deepspeed(), run_yaml, tmp_path / "straight", *settings)
     torch.testing.assert_close(torch.tensor(losses(straight)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
@@ -91,16 +91,16 @@ def test_every_engine_trains_the_same_and_goes_on_bit_equal(alone, run_yaml, tmp
     ]
     for name, value in teachers[1].items():
         torch.testing.assert_close(teachers[0][name], value, rtol=1e-5, atol=1e-6)
-    assert_goes_on_bit_equal(straight, run_yaml, tmp_path, *settings)
+    assert_resumes_bit_equal(straight, run_yaml, tmp_path, *settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [["runtime.zero_stage=3"], ["runtime.zero_stage=0"], ["runtime.engine=plain"]])
-def test_a_run_goes_on_in_another_engine_and_with_another_number_of_ranks(launched, run_yaml, tmp_path, settings):
+def test_a_run_resumes_with_another_engine_and_another_number_of_ranks(launched, run_yaml, tmp_path, settings):
     for name, launcher in (("two", deepspeed()), ("one", one_process())):
         stopped = stopped_at_5(launched, tmp_path / name)
         trained(launcher, run_yaml, stopped, *settings, "resume=auto")
-        # the row before is the mean of fewer steps
+        # Earlier rows are means over fewer steps.
         assert losses(stopped)[-1] == pytest.approx(losses(launched)[-1], rel=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_in_another_engine_and_with_another_number_of_ranks(launch
         (["optim.global_batch_size=15"], "optim.global_batch_size must be a multiple of the 2 ranks, got 15"),
     ],
 )
-def test_a_fault_in_the_settings_is_one_message_under_the_launcher(run_yaml, tmp_path, overrides, message):
+def test_invalid_settings_give_one_message_under_the_launcher(run_yaml, tmp_path, overrides, message):
     done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'run'}", *overrides)
     assert done.returncode != 0
     printed = done.stdout + done.stderr
@@ -119,11 +119,13 @@ def test_a_fault_in_the_settings_is_one_message_under_the_launcher(run_yaml, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_two_ranks_go_on_though_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
-    jpeg = [encode(photograph("coffee.png")[place : place + 64, place : place + 64]) for place in range(100)]
+def test_two_ranks_train_although_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
+    jpeg = [encode(photograph("coffee.png")[number : number + 64, number : number + 64]) for number in range(100)]
     jpeg[17], jpeg[60] = jpeg[17][: len(jpeg[17]) // 2], b"<html>not found</html>"
     for shard in range(2):
-        members = [(f"{shard}-{place:02}.jpg", content) for place, content in enumerate(jpeg) if place != 17 or shard]
+        members = [
+            (f"{shard}-{number:02}.jpg", content) for number, content in enumerate(jpeg) if number != 17 or shard
+        ]
         write_tar(tmp_path / f"{shard}.tar", members)
     settings = [f"data.train={tmp_path}/{{0..1}}.tar", "optim.epochs=1", "optim.warmup_epochs=0.5"]
     done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'run'}", "output.log_every=1", *settings)
@@ -132,7 +134,7 @@ def test_two_ranks_go_on_though_one_sample_in_a_hundred_is_bad(run_yaml, tmp_pat
     bad = ("0.tar:0-60", "1.tar:1-17", "1.tar:1-60")
     assert all(printed.count(f"cannot decode {tmp_path}/{name}") == 1 for name in bad), printed
     assert sum(row["data/replaced_samples"] for row in read_metrics(tmp_path / "run")) == 3
-    # which of the ranks met how many depends on the order: none may
+    # How many bad samples a rank meets depends on the order, so the limit is 0.
     done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'strict'}", "runtime.max_bad_samples=0", *settings)
     printed = done.stdout + done.stderr
     assert done.returncode != 0 and "bad sample 1 and runtime.max_bad_samples = 0 allows 0 per rank" in printed
@@ -140,7 +142,7 @@ def test_two_ranks_go_on_though_one_sample_in_a_hundred_is_bad(run_yaml, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_demo_does_what_it_has_to_in_one_command_and_little_the_second_time(tmp_path):
+def test_the_demo_runs_in_one_command_and_does_not_train_twice(tmp_path):
     overrides = [
         "optim.epochs=0.5",
         "optim.warmup_epochs=0.1",

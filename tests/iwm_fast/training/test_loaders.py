@@ -1,4 +1,4 @@
-"""A run on the first samples of its shards knows of no others."""
+"""A run with data.max_samples uses only the first samples of its shards."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from iwm_fast.train import run
 from iwm_fast.training.loaders import open_training_shards
 
 
-def test_a_run_on_the_first_samples_trains_evaluates_and_replays_those_only(tiny_shards, tmp_path):
+def test_max_samples_limits_training_evaluation_and_replay(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
     config = replace(
         config,
@@ -25,7 +25,7 @@ def test_a_run_on_the_first_samples_trains_evaluates_and_replays_those_only(tiny
         optim=replace(config.optim, epochs=2.0),
         output=replace(config.output, action_log=True),
     )
-    # 24 samples, 2 epochs, batches of 16
+    # 2 epochs of 24 samples in batches of 16.
     assert run(config).step == 3
     seen = read_rows(tmp_path / "run" / "actions", 0, 3).column("sample").to_pylist()
     assert sorted(seen) == sorted([*range(24), *range(24)])
@@ -39,15 +39,15 @@ def test_one_batch_can_be_overfitted(tiny_shards, tmp_path):
     assert run(replace(config, data=replace(config.data, max_samples=16), optim=optim)).step == 3
 
 
-def test_more_samples_than_there_are_is_refused_with_their_number(tiny_shards):
+def test_a_max_samples_above_the_number_of_samples_is_refused(tiny_shards):
     with pytest.raises(ValueError, match=r"data\.max_samples must be at most the 48 samples of data\.train, .* got 49"):
         open_training_shards(DataConfig(train=tiny_shards.pattern, max_samples=49))
 
 
-def test_another_number_of_samples_is_another_run(tiny_shards, tmp_path):
+def test_another_number_of_samples_changes_the_fingerprint(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path)
     few = replace(config, data=replace(config.data, max_samples=24))
-    digests = [open_training_shards(one.data).content_digest for one in (config, few)]
+    digests = [open_training_shards(settings.data).content_digest for settings in (config, few)]
     assert digests[0] != digests[1]
     assert fingerprint(config, digests[0])["data.max_samples"] is None
     assert fingerprint(few, digests[1])["data.max_samples"] == 24

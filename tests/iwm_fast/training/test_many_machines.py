@@ -1,4 +1,4 @@
-"""Two machines, as far as one can play both: a launcher started twice, each with one rank, over the loopback device."""
+"""Two machines simulated on one: a launcher is started twice, with one rank each, over the loopback device."""
 
 import os
 import signal
@@ -27,21 +27,21 @@ pytestmark = pytest.mark.launcher
 EXAMPLES = PROJECT / "examples"
 
 
-def is_free(number: int) -> bool:
+def is_free_port(number: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", number)) != 0
 
 
-def deepspeeds(folder: Path) -> list[list[str]]:
+def deepspeed_launchers(folder: Path) -> list[list[str]]:
     hosts = folder / "hosts"
     hosts.write_text("node-0 slots=1\nnode-1 slots=1\n")
-    place = ["--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    return [[str(TOOLS / "deepspeed"), *place, "--node_rank", node, "--module", "iwm_fast.train"] for node in "01"]
+    address = ["--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    return [[str(TOOLS / "deepspeed"), *address, "--node_rank", node, "--module", "iwm_fast.train"] for node in "01"]
 
 
-def torchruns(_: Path) -> list[list[str]]:
-    place = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    return [[str(TOOLS / "torchrun"), *place, "--node-rank", node, "-m", "iwm_fast.train"] for node in "01"]
+def torchrun_launchers(_: Path) -> list[list[str]]:
+    address = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    return [[str(TOOLS / "torchrun"), *address, "--node-rank", node, "-m", "iwm_fast.train"] for node in "01"]
 
 
 def start(machines: list[list[str]], settings: Path, log: Path) -> list[subprocess.Popen]:
@@ -73,8 +73,8 @@ def alone(tiny_shards, tmp_path_factory) -> torch.Tensor:
     return losses(folder)
 
 
-@pytest.mark.parametrize("launcher", [deepspeeds, pytest.param(torchruns, marks=pytest.mark.slow)])
-def test_two_machines_train_what_one_process_trains(alone, tiny_shards, tmp_path, launcher):
+@pytest.mark.parametrize("launcher", [deepspeed_launchers, pytest.param(torchrun_launchers, marks=pytest.mark.slow)])
+def test_two_machines_train_the_same_as_one_process(alone, tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", zero_stage=2)
     log = tmp_path / "log"
     codes = end(start(launcher(tmp_path), written(config, tmp_path), log))
@@ -82,20 +82,20 @@ def test_two_machines_train_what_one_process_trains(alone, tiny_shards, tmp_path
     torch.testing.assert_close(losses(tmp_path / "run"), alone, rtol=1e-4, atol=1e-6)
 
 
-def one_bad_image(folder: Path) -> str:
-    content = [encode(photograph("coffee.png")[place : place + 40, place : place + 40]) for place in range(48)]
+def shard_with_a_bad_image(folder: Path) -> str:
+    content = [encode(photograph("coffee.png")[start : start + 40, start : start + 40]) for start in range(48)]
     content[17] = content[17][: len(content[17]) // 2]
     write_tar(folder / "bad.tar", [(f"{number:02}.jpg", image) for number, image in enumerate(content)])
     return str(folder / "bad.tar")
 
 
-@pytest.mark.parametrize("launcher", [deepspeeds, pytest.param(torchruns, marks=pytest.mark.slow)])
-def test_an_error_on_one_rank_ends_all_machines_and_is_the_only_one_shown(tiny_shards, tmp_path, launcher):
+@pytest.mark.parametrize("launcher", [deepspeed_launchers, pytest.param(torchrun_launchers, marks=pytest.mark.slow)])
+def test_an_error_on_one_rank_ends_all_machines_with_one_message(tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", max_bad_samples=0.0)
-    config = replace(config, data=replace(config.data, train=one_bad_image(tmp_path)))
+    config = replace(config, data=replace(config.data, train=shard_with_a_bad_image(tmp_path)))
     log = tmp_path / "log"
     launchers = start(launcher(tmp_path), written(config, tmp_path), log)
-    while "error (rank" not in log.read_text() and any(one.poll() is None for one in launchers):
+    while "error (rank" not in log.read_text() and any(process.poll() is None for process in launchers):
         time.sleep(0.1)
     failed = time.perf_counter()
     codes = end(launchers)
@@ -103,34 +103,34 @@ def test_an_error_on_one_rank_ends_all_machines_and_is_the_only_one_shown(tiny_s
     assert time.perf_counter() - failed < 60 and 0 not in codes, printed
     assert printed.count("error (rank") == 1 and "bad.tar: sample '17': cannot decode the image" in printed
     assert printed.count("ends: another rank is gone or hangs") == 1 and "RuntimeError" not in printed, printed
-    # torchrun closes with a traceback of its own
-    assert printed.count("Traceback") == (2 if launcher is torchruns else 0), printed
+    # torchrun prints a traceback when it ends.
+    assert printed.count("Traceback") == (2 if launcher is torchrun_launchers else 0), printed
 
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """Environment of a job of two tasks, with stand-ins for srun and scontrol first in PATH."""
-    stand_ins = tmp_path / "bin"
-    stand_ins.mkdir()
-    (stand_ins / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
-    (stand_ins / "scontrol").write_text(
+    """Environment of a Slurm job with two tasks, in which PATH starts with substitutes for srun and scontrol."""
+    substitutes = tmp_path / "bin"
+    substitutes.mkdir()
+    (substitutes / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
+    (substitutes / "scontrol").write_text(
         f'#!/bin/sh\nif [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path / "scontrol"}; fi\n'
     )
-    for stand_in in stand_ins.iterdir():
-        stand_in.chmod(0o755)
-    # the example makes its port of this number
-    number = next(number for number in range(os.getpid() % 10_000, 20_000) if is_free(10_000 + number))
+    for substitute in substitutes.iterdir():
+        substitute.chmod(0o755)
+    # The example derives its port from the number of the job.
+    number = next(number for number in range(os.getpid() % 10_000, 20_000) if is_free_port(10_000 + number))
     job = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NTASKS": "2"}
-    return os.environ | CHILD | job | {"PATH": f"{stand_ins}:{TOOLS}:{os.environ['PATH']}"}
+    return os.environ | CHILD | job | {"PATH": f"{substitutes}:{TOOLS}:{os.environ['PATH']}"}
 
 
-# what the example relies on: one process per task, its number in the environment, SIGUSR1 passed on to each
+# What the example relies on: srun starts one process per task with its number in the environment, and forwards SIGUSR1.
 SRUN = """
 import os, signal, subprocess, sys
-command = sys.argv[next(place for place, word in enumerate(sys.argv) if place and not word.startswith("--")):]
-places = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(int(os.environ["SLURM_NTASKS"]))]
-tasks = [subprocess.Popen(command, env=os.environ | place) for place in places]
-signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+command = sys.argv[next(index for index, word in enumerate(sys.argv) if index and not word.startswith("--")):]
+numbers = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(int(os.environ["SLURM_NTASKS"]))]
+tasks = [subprocess.Popen(command, env=os.environ | number) for number in numbers]
+signal.signal(signal.SIGUSR1, lambda signum, _: [task.send_signal(signum) for task in tasks])
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
 
@@ -142,16 +142,16 @@ def submit(config: RunConfig, folder: Path, environment: dict[str, str]) -> subp
 
 
 @pytest.mark.slow
-def test_the_slurm_example_trains_what_one_process_trains(alone, tiny_shards, tmp_path, slurm):
+def test_the_slurm_example_trains_the_same_as_one_process(alone, tiny_shards, tmp_path, slurm):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed")
     assert end([submit(config, tmp_path, slurm)]) == [0], (tmp_path / "log").read_text()
     torch.testing.assert_close(losses(tmp_path / "run"), alone, rtol=1e-4, atol=1e-6)
     assert not (tmp_path / "scontrol").exists()
 
 
-def test_the_slurm_example_saves_and_queues_again_ahead_of_the_time_limit(tiny_shards, tmp_path, slurm):
+def test_the_slurm_example_saves_and_requeues_before_the_time_limit(tiny_shards, tmp_path, slurm):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed")
-    # hours, were it not for the signal
+    # The run would take hours without the signal.
     config = replace(config, optim=replace(config.optim, epochs=1e5))
     config = replace(config, output=replace(config.output, checkpoint_every=10**6))
     job = submit(config, tmp_path, slurm)

@@ -1,4 +1,4 @@
-"""Going on: from the newest whole checkpoint, with other data from the beginning of an epoch, or for more epochs."""
+"""Resuming: from the newest complete checkpoint, with other data in a restarted epoch, or for more epochs."""
 
 import json
 import logging
@@ -26,11 +26,12 @@ from iwm_fast.train import run
 from iwm_fast.training.loaders import training_loader
 from iwm_fast.training.schedules import build_schedules
 
-HALF = 8  # of 12 steps of 16 images: in the third of four epochs of 48
+# Of 12 steps of 16 images, this one is in the third of four epochs of 48.
+HALF = 8
 
 
 def half_trained(shards: TinyShards, folder: Path) -> RunConfig:
-    """Train to the end and go back to an earlier checkpoint, as if the run had been stopped there."""
+    """Train to the end and delete the last checkpoint, as if the run had been stopped at step 8."""
     config = tiny_run(shards, folder)
     config = replace(config, output=replace(config.output, checkpoint_every=HALF), resume="auto")
     run(config)
@@ -56,7 +57,7 @@ CHANGES = {
 
 
 def stream(config: RunConfig) -> tuple[StreamStart, torch.Tensor]:
-    """Return where the newest checkpoint's stream begins, and the samples of its steps up to the checkpoint."""
+    """Return where the stream of the newest checkpoint begins, and the samples from there up to the checkpoint."""
     saved = checkpoints.read(checkpoints.newest(Path(config.output.folder)))
     start = StreamStart(**saved.counters["stream"])
     rank_info = distributed.start("cpu")
@@ -74,31 +75,31 @@ def half(tiny_shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_data_stream_is_refused_by_name_and_can_begin_at_an_epoch(half, tmp_path, name):
+def test_changed_data_settings_are_refused_unless_the_epoch_restarts(half, tmp_path, name):
     shutil.copytree(half.output.folder, tmp_path / "run")
     config = CHANGES[name](replace(half, output=replace(half.output, folder=str(tmp_path / "run"))))
     with pytest.raises(CheckpointError, match=rf"(?s)  {name}: .* -> .*data.restart_epoch=true continues") as caught:
         run(config)
-    assert str(caught.value).count(" -> ") == 2, "the heading and one setting"
+    assert str(caught.value).count(" -> ") == 2, "the heading and one setting are listed"
     config = restarted(config)
     run(config)
-    # two whole epochs were done: the third begins anew, and the fourth follows
+    # Two epochs were complete, so the third one restarts and the fourth one follows.
     start, samples = stream(config)
     num_samples = open_shards(config.data.train).num_samples
     assert start == StreamStart(step=HALF, position=2 * num_samples)
     counts = torch.bincount(samples, minlength=num_samples)
-    # the last global batch counts whole
+    # The last global batch may go beyond the fourth epoch.
     assert counts.min() == 2 and counts.sum() - 2 * num_samples < config.optim.global_batch_size
     assert (torch.bincount(samples[:num_samples]) == 1).all()
 
 
-def test_after_the_restart_the_run_goes_on_like_any_other(half, tmp_path):
+def test_after_a_restarted_epoch_the_run_resumes_like_any_other(half, tmp_path):
     shutil.copytree(half.output.folder, tmp_path / "straight")
     config = restarted(CHANGES["seed"](half))
     config = replace(config, output=replace(config.output, checkpoint_every=2, folder=str(tmp_path / "straight")))
     run(config)
     states = [checkpoints.read(path) for path in sorted((tmp_path / "straight/checkpoints").glob("step-*"))]
-    # stopped again after the restart, and gone on without and with the flag
+    # Stop again after the restart, and resume without and with the flag.
     for flag in (False, True):
         folder = tmp_path / f"stopped-{flag}"
         shutil.copytree(tmp_path / "straight", folder)
@@ -112,7 +113,7 @@ def test_after_the_restart_the_run_goes_on_like_any_other(half, tmp_path):
         assert [row["step"] for row in read_metrics(folder)] == [4, 8, 12, 14]
 
 
-def test_networks_that_differ_are_refused_even_so(half, tmp_path):
+def test_changed_network_settings_are_refused_even_with_a_restart(half, tmp_path):
     shutil.copytree(half.output.folder, tmp_path / "run")
     config = restarted(replace(half, output=replace(half.output, folder=str(tmp_path / "run"))))
     other = replace(config, optim=replace(config.optim, lr=1e-3), seed=4)
@@ -120,7 +121,7 @@ def test_networks_that_differ_are_refused_even_so(half, tmp_path):
         run(other)
 
 
-def test_the_flag_itself_changes_nothing(half):
+def test_restart_epoch_is_not_in_the_fingerprint(half):
     assert fingerprint(half, "x") == fingerprint(restarted(half), "x")
     assert "data.restart_epoch" not in fingerprint(half, "x")
 
@@ -146,101 +147,104 @@ def in_folder(config: RunConfig, folder: Path, **output) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(half, tmp_path_factory):
-    """Return a run that ended at step 12 and has checkpoints of steps 8 and 12."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def finished(half, tmp_path_factory):
+    """Return the settings of a finished run that has checkpoints of steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(half.output.folder, folder)
     config = in_folder(half, folder)
     run(config)
     return config
 
 
-def test_a_damaged_checkpoint_is_refused_by_name_and_its_step_is_made_again(whole, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_renamed_and_its_steps_are_repeated(finished, tmp_path, caplog):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     flip_a_bit(checkpoints.newest(folder) / "model.safetensors")
     damaged = (checkpoints.newest(folder) / "model.safetensors").read_bytes()
-    assert run(in_folder(whole, folder)).step == 12
-    (said,) = [row.getMessage() for row in caplog.records if "damaged" in row.getMessage()]
-    assert "step-00000012/model.safetensors is {'size_bytes'" in said
-    assert "going on from step 8 instead" in said and "step-00000012.refused now" in said
-    assert_bit_equal(state_of(folder), state_of(Path(whole.output.folder)))
+    assert run(in_folder(finished, folder)).step == 12
+    (warning,) = [record.getMessage() for record in caplog.records if "resuming from step" in record.getMessage()]
+    assert "step-00000012/model.safetensors is {'size_bytes'" in warning
+    assert "resuming from step 8 instead" in warning and "renamed to" in warning
+    assert "step-00000012.refused: check the disk" in warning
+    assert_bit_equal(state_of(folder), state_of(Path(finished.output.folder)))
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000008", "step-00000012", "step-00000012.refused"]
     assert (folder / "checkpoints" / names[2] / "model.safetensors").read_bytes() == damaged
     assert [row["step"] for row in read_metrics(folder)] == [4, 8, 12]
 
 
-def test_where_no_checkpoint_is_whole_the_run_ends_with_all_names_and_nothing_moved(whole, tmp_path):
+def test_without_a_complete_checkpoint_the_run_ends_and_moves_nothing(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     for damaged in checkpoints.step_folders(folder):
         flip_a_bit(damaged / "state.json")
     before = sorted((folder / "checkpoints").rglob("*"))
     with pytest.raises(CheckpointError, match=r"(?s)none of .*step-00000012/state.*step-00000008/state.*from a backup"):
-        run(in_folder(whole, folder))
+        run(in_folder(finished, folder))
     assert sorted((folder / "checkpoints").rglob("*")) == before
 
 
-def test_a_run_that_may_not_go_on_moves_no_damaged_checkpoint(whole, tmp_path):
+def test_a_refused_run_moves_no_damaged_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     flip_a_bit(checkpoints.newest(folder) / "state.json")
     with pytest.raises(CheckpointError, match="seed: 0 -> 5"):
-        run(replace(in_folder(whole, folder), seed=5))
-    assert [checkpoints.step_of(one) for one in checkpoints.step_folders(folder)] == [8, 12]
+        run(replace(in_folder(finished, folder), seed=5))
+    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [8, 12]
 
 
-def test_a_damaged_checkpoint_is_not_loaded_but_the_one_before_it_with_a_warning(whole, tmp_path, caplog):
+def test_instead_of_a_damaged_checkpoint_the_previous_one_is_loaded(finished, tmp_path, caplog):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     flip_a_bit(checkpoints.newest(folder) / "model.safetensors")
     assert world_model.load(folder).step == 8
-    (said,) = [row.getMessage() for row in caplog.records if row.levelno == logging.WARNING]
-    assert "step-00000012/model.safetensors is" in said and "loading step 8 instead" in said
-    assert [checkpoints.step_of(one) for one in checkpoints.step_folders(folder)] == [8, 12], "left to the trainer"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "step-00000012/model.safetensors is" in warning and "loading step 8 instead" in warning
+    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [8, 12], (
+        "loading moves no checkpoint"
+    )
 
 
-def test_a_finished_run_goes_on_for_more_epochs_only_if_it_is_to_be_extended(whole, tmp_path):
+def test_only_resume_extend_continues_a_finished_run_for_more_epochs(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
-    longer = in_folder(whole, folder)
+    shutil.copytree(finished.output.folder, folder)
+    longer = in_folder(finished, folder)
     longer = replace(longer, optim=replace(longer.optim, epochs=6.0))
     with pytest.raises(CheckpointError, match=r"optim.epochs: 4.0 -> 6.0\nresume=extend continues"):
         run(longer)
     assert run(replace(longer, resume="extend")).step == 18
-    # the same samples as a run of six epochs, each once per epoch, and its schedules from here on
+    # The samples are those of a run of six epochs, and so are the schedules from here on.
     start, samples = stream(longer)
     assert start == StreamStart() and (torch.bincount(samples) == 6).all()
-    schedules, before = build_schedules(longer.optim, 48), build_schedules(whole.optim, 48)
+    schedules, before = build_schedules(longer.optim, 48), build_schedules(finished.optim, 48)
     rows = {row["step"]: row["optim/lr"] for row in read_metrics(folder)}
     assert rows == {
         **{step: before.lr(step - 1) for step in (4, 8, 12)},
         **{step: schedules.lr(step - 1) for step in (16, 18)},
     }
-    # from now on this is the run's number of epochs
+    # This is the run's number of epochs from now on, so resume=auto accepts it.
     assert run(longer).step == 18
 
 
-def test_an_extended_run_can_begin_its_epoch_anew_with_other_data(whole, tmp_path):
+def test_an_extended_run_can_restart_its_epoch_with_other_data(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
-    longer = replace(in_folder(whole, folder), seed=3, optim=replace(whole.optim, epochs=6.0))
-    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true continues .*, and resume=extend continues"):
+    shutil.copytree(finished.output.folder, folder)
+    longer = replace(in_folder(finished, folder), seed=3, optim=replace(finished.optim, epochs=6.0))
+    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true goes on .*, and resume=extend goes on"):
         run(replace(longer, resume="extend"))
     assert run(restarted(replace(longer, resume="extend"))).step == 18
     start, samples = stream(longer)
     assert start == StreamStart(step=12, position=4 * 48) and (torch.bincount(samples) == 2).all()
 
 
-def test_a_run_keeps_its_id_over_starts_and_another_run_has_another(half, tiny_shards, tmp_path):
+def test_a_run_keeps_its_id_when_resumed_and_runs_have_different_ids(half, tiny_shards, tmp_path):
     folder = tmp_path / "run"
     config = in_folder(replace(tiny_run(tiny_shards, folder), resume="auto"), folder)
     run_ids = [run(config).run_id]
-    # the second start finds no checkpoint, the third one of step 5
+    # The second start finds no checkpoint, the third start one of step 5.
     shutil.rmtree(folder / "checkpoints")
     run_ids.append(run(config).run_id)
-    # a line that a crash cut off
+    # A line that a crash cut short.
     with (folder / "started.jsonl").open("a") as file:
         file.write('{"step": 5, "run_')
     for newer in checkpoints.step_folders(folder)[1:]:
@@ -254,38 +258,38 @@ def test_a_run_keeps_its_id_over_starts_and_another_run_has_another(half, tiny_s
     assert checkpoints.read(checkpoints.newest(Path(half.output.folder))).run_id != run_ids[0]
 
 
-def test_training_draws_nothing_from_torchs_global_generator(whole, tmp_path):
+def test_training_draws_nothing_from_torchs_global_generator(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     shutil.rmtree(checkpoints.newest(folder))
     torch.manual_seed(17)
-    run(in_folder(whole, folder))
-    assert_bit_equal(state_of(folder), state_of(Path(whole.output.folder)))
+    run(in_folder(finished, folder))
+    assert_bit_equal(state_of(folder), state_of(Path(finished.output.folder)))
 
 
-def test_tensorboard_hides_what_lies_behind_the_checkpoint(whole, tmp_path):
+def test_tensorboard_drops_steps_after_the_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole.output.folder, folder)
+    shutil.copytree(finished.output.folder, folder)
     shutil.rmtree(checkpoints.newest(folder))
-    run(in_folder(whole, folder))
+    run(in_folder(finished, folder))
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/prediction")] == [4, 8, 12]
 
 
-def test_a_run_told_to_stop_before_its_first_step_has_nothing_to_save(half, tmp_path):
+def test_a_run_stopped_before_its_first_step_saves_nothing(half, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(half.output.folder, folder)
     preemption = Preemption()
-    preemption.reason = "told so"
+    preemption.reason = "SIGTERM"
     with pytest.raises(PreemptedError):
         run(in_folder(half, folder), preemption)
-    assert [checkpoints.step_of(one) for one in checkpoints.step_folders(folder)] == [HALF]
+    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [HALF]
 
 
-def test_steps_before_a_restart_count_as_they_are():
+def test_steps_before_a_restarted_epoch_count_as_they_are():
     optim = tiny_run(TinyShards(pattern="", folder=Path()), Path("x")).optim
     assert build_schedules(optim, 48).total_steps == 12
-    # 8 steps were made; two of four epochs remain, in batches of 16 and of 8
+    # After 8 steps, two of four epochs remain, in batches of 16 and of 8.
     start = StreamStart(step=8, position=96)
     assert build_schedules(optim, 48, start).total_steps == 14
     assert build_schedules(replace(optim, global_batch_size=8), 48, start).total_steps == 20

@@ -17,12 +17,12 @@ def config(**changes):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "num_samples", "batch", "wanted"),
+    ("epochs", "num_samples", "batch", "expected"),
     [(8.0, 100, 10, 80), (1.0, 101, 10, 11), (0.5, 7, 10, 1), (0.1, 300, 10, 3), (1.1, 100, 11, 10), (1e-5, 1, 1, 1)],
 )
-def test_steps_are_the_epochs_in_batches_rounded_up(epochs, num_samples, batch, wanted):
+def test_steps_are_the_epochs_in_batches_rounded_up(epochs, num_samples, batch, expected):
     settings = config(epochs=epochs, warmup_epochs=0.0, global_batch_size=batch)
-    assert total_steps(settings, num_samples) == wanted
+    assert total_steps(settings, num_samples) == expected
 
 
 def test_no_samples_are_refused():

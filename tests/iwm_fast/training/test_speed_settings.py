@@ -1,4 +1,4 @@
-"""Settings that change how fast and in how much memory a run computes, and nothing of what it learns."""
+"""Settings that change the speed and memory of a run do not change what it learns."""
 
 import json
 import os
@@ -25,30 +25,30 @@ def rank_info():
 @pytest.mark.parametrize(("engine", "stage"), [("plain", None), ("deepspeed", 1), ("deepspeed", 3)])
 def test_activation_checkpointing_changes_no_bit(rank_info, tiny_shards, tmp_path, engine, stage):
     config = tiny_run(tiny_shards, tmp_path, engine=engine, zero_stage=stage)
-    saving = replace(config, runtime=replace(config.runtime, activation_checkpointing=True))
-    assert losses(rank_info, saving) == losses(rank_info, config)
+    checkpointed = replace(config, runtime=replace(config.runtime, activation_checkpointing=True))
+    assert losses(rank_info, checkpointed) == losses(rank_info, config)
 
 
 def test_activation_checkpointing_keeps_less_for_the_backward_pass(rank_info, tiny_shards, tmp_path):
     def kept_bytes(is_on: bool) -> int:
         config = tiny_run(tiny_shards, tmp_path, activation_checkpointing=is_on)
         blocks = build_components(config, rank_info).engine._module.encoder.blocks
-        kept = []
+        sizes = []
 
-        def keep(tensor):
-            kept.append(tensor.numel() * tensor.element_size())
+        def pack(tensor):
+            sizes.append(tensor.numel() * tensor.element_size())
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             blocks(torch.randn(64, 32), None, 16)
-        return sum(kept)
+        return sum(sizes)
 
     assert kept_bytes(True) < kept_bytes(False) / 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-def test_compiled_blocks_have_the_losses_of_plain_ones(tiny_shards, engine):
+def test_compiled_blocks_have_the_losses_of_uncompiled_ones(tiny_shards, engine):
     script = WORKERS / "compile_run.py"
     environment = {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
@@ -60,6 +60,6 @@ def test_compiled_blocks_have_the_losses_of_plain_ones(tiny_shards, engine):
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=1e-6)
 
 
-def test_sharded_weights_are_not_compiled():
+def test_compile_is_refused_with_sharded_weights():
     with pytest.raises(ValueError, match=r"runtime.compile must be false with runtime.zero_stage=3"):
         RuntimeConfig(compile=True, zero_stage=3)

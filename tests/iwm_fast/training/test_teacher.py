@@ -18,24 +18,24 @@ def shifted(encoder, by):
     return [(name, parameter.detach() + by) for name, parameter in encoder.named_parameters()]
 
 
-def test_ema_equals_the_recurrence_by_hand(encoder):
+def test_the_update_equals_the_recurrence_in_float64(encoder):
     teacher = Teacher(encoder, None)
-    wanted = {name: parameter.detach().double() for name, parameter in encoder.named_parameters()}
+    expected = {name: parameter.detach().double() for name, parameter in encoder.named_parameters()}
     for step, momentum in enumerate((0.9, 0.5, 0.99), start=1):
-        given = shifted(encoder, step)
-        teacher.update(reversed(given), momentum)
-        wanted = {name: momentum * wanted[name] + (1 - momentum) * value.double() for name, value in given}
-    for name, value in wanted.items():
+        parameters = shifted(encoder, step)
+        teacher.update(reversed(parameters), momentum)
+        expected = {name: momentum * expected[name] + (1 - momentum) * value.double() for name, value in parameters}
+    for name, value in expected.items():
         torch.testing.assert_close(teacher.state_dict()[name].double(), value, rtol=1e-6, atol=1e-6)
 
 
-def test_momentum_one_freezes_and_zero_copies_to_the_bit(encoder):
+def test_momentum_one_freezes_and_zero_copies_exactly(encoder):
     teacher = Teacher(encoder, None)
-    given = shifted(encoder, 0.3)
-    teacher.update(given, 1.0)
+    parameters = shifted(encoder, 0.3)
+    teacher.update(parameters, 1.0)
     assert all(torch.equal(teacher.state_dict()[name], value) for name, value in encoder.state_dict().items())
-    teacher.update(given, 0.0)
-    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in given)
+    teacher.update(parameters, 0.0)
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in parameters)
 
 
 def test_training_the_encoder_does_not_move_the_teacher(encoder):
@@ -54,19 +54,21 @@ def test_teacher_gets_no_gradient(encoder, make_batch):
     assert not any(parameter.requires_grad for parameter in teacher.encoder.parameters())
 
 
-def test_targets_are_normalised_tokens_that_saw_the_whole_view(encoder, make_batch):
+def test_targets_are_normalised_tokens_of_the_complete_view(encoder, make_batch):
     teacher, batch = Teacher(encoder, None), make_batch(CONTEXT, TARGET)
-    got = teacher.encode(batch.target_view, batch.target)
+    actual = teacher.encode(batch.target_view, batch.target)
     tokens = encoder(batch.target_view, None).detach()[batch.target.row]
-    torch.testing.assert_close(got, F.layer_norm(tokens, (16,), eps=1e-6))
-    assert torch.equal(teacher.encode(batch.target_view, None)[batch.target.row], got)
+    torch.testing.assert_close(actual, F.layer_norm(tokens, (16,), eps=1e-6))
+    assert torch.equal(teacher.encode(batch.target_view, None)[batch.target.row], actual)
 
 
 def test_bf16_targets_are_float32(encoder, make_batch):
     batch = make_batch(CONTEXT, TARGET)
-    got = Teacher(encoder, torch.bfloat16).encode(batch.target_view, batch.target)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, Teacher(encoder, None).encode(batch.target_view, batch.target), atol=0.1, rtol=0.1)
+    actual = Teacher(encoder, torch.bfloat16).encode(batch.target_view, batch.target)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(
+        actual, Teacher(encoder, None).encode(batch.target_view, batch.target), atol=0.1, rtol=0.1
+    )
 
 
 def test_state_survives_a_round_trip(encoder):
@@ -77,12 +79,12 @@ def test_state_survives_a_round_trip(encoder):
 
 
 def test_names_that_do_not_match_are_refused(encoder):
-    teacher, given = Teacher(encoder, None), shifted(encoder, 0.1)
+    teacher, parameters = Teacher(encoder, None), shifted(encoder, 0.1)
     with pytest.raises(ValueError, match=r"unknown: .*'encoder.norm.bias'"):
-        teacher.update([("encoder.norm.bias", given[-1][1]), *given[:-1]], 0.9)
+        teacher.update([("encoder.norm.bias", parameters[-1][1]), *parameters[:-1]], 0.9)
     with pytest.raises(ValueError, match=r"missing: .*'patch_embed.proj.weight'"):
-        teacher.update(given[1:], 0.9)
+        teacher.update(parameters[1:], 0.9)
     with pytest.raises(ValueError, match="once, got"):
-        teacher.update([*given, given[0]], 0.9)
+        teacher.update([*parameters, parameters[0]], 0.9)
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
-        teacher.update(given, 1.5)
+        teacher.update(parameters, 1.5)

@@ -1,4 +1,4 @@
-"""The line as a whole, in one process: from tiny shards to weights."""
+"""Complete training runs in one process, from tiny shards to weights."""
 
 import json
 import math
@@ -50,8 +50,8 @@ def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
         assert torch.equal(value, second[name]), name
 
 
-def test_golden_step(rank_info, tiny_shards, tmp_path):
-    """Change these numbers only with a change that is meant to change what is trained, and say so in the commit."""
+def test_the_first_steps_have_recorded_losses(rank_info, tiny_shards, tmp_path):
+    """Update these numbers only with a change that is meant to change the training, and mention it in the commit."""
     loss, norm = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="torch"))
     torch.testing.assert_close(torch.tensor(loss), torch.tensor(GOLDEN_LOSS), rtol=2e-4, atol=0)
     torch.testing.assert_close(torch.tensor(norm), torch.tensor(GOLDEN_NORM), rtol=2e-3, atol=0)
@@ -62,16 +62,17 @@ GOLDEN_NORM = [1.539488, 1.594683, 1.455176]
 
 
 def test_micro_batches_give_the_same_loss_within_rounding(rank_info, tiny_shards, tmp_path):
-    whole = losses(rank_info, tiny_run(tiny_shards, tmp_path))
-    parts = losses(rank_info, tiny_run(tiny_shards, tmp_path, micro_batch_size=4))
-    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-4, atol=1e-6)
+    full = losses(rank_info, tiny_run(tiny_shards, tmp_path))
+    accumulated = losses(rank_info, tiny_run(tiny_shards, tmp_path, micro_batch_size=4))
+    torch.testing.assert_close(torch.tensor(accumulated), torch.tensor(full), rtol=1e-4, atol=1e-6)
 
 
-def test_the_loaders_give_losses_within_a_percent(rank_info, tiny_shards, tmp_path):
+def test_the_loaders_give_losses_within_one_percent(rank_info, tiny_shards, tmp_path):
     fast = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="dali"))[0]
     plain = losses(rank_info, tiny_run(tiny_shards, tmp_path, loader="torch"))[0]
     torch.testing.assert_close(torch.tensor(fast), torch.tensor(plain), rtol=1e-2, atol=0)
-    assert fast != plain  # decoders differ: equal losses would mean that one loader ran twice
+    # The decoders differ, so equal losses would mean that one loader ran twice.
+    assert fast != plain
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -90,27 +91,28 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(tiny_shards
     run(straight)
     stopped = tiny_run(tiny_shards, tmp_path / "stopped", engine=engine, **runtime)
     stopped = replace(stopped, resume="auto")
-    crash_after(stopped, step=7)  # the newest checkpoint is that of step 5, in the middle of the second epoch
+    # The newest checkpoint is that of step 5, in the middle of the second epoch.
+    crash_after(stopped, step=7)
     assert checkpoints.newest(tmp_path / "stopped").name == "step-00000005"
     assert run(stopped).step == STEPS
     assert_bit_equal(final_state(stopped), final_state(straight))
     rows = [read_metrics(Path(config.output.folder)) for config in (straight, stopped)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
-    # the window of step 8 began at step 5 in one run and behind the checkpoint in the other
+    # The row of step 8 may differ: its window began after step 4 in one run, and after the checkpoint in the other.
     assert rows[1][-1]["loss/prediction"] == rows[0][-1]["loss/prediction"]
 
 
 def crash_after(config: RunConfig, step: int) -> None:
-    """Train until an error in the given step, as a power failure would end it."""
+    """Train until an error after `step` steps, which stands for a power failure."""
 
     class PowerError(Exception):
         pass
 
-    here = distributed.start("cpu")
+    rank_info = distributed.start("cpu")
     try:
-        trainer = build_components(config, here)
-        forward = trainer.engine.forward
-        _, accumulation = accumulation_steps(config, here.world_size)
+        components = build_components(config, rank_info)
+        forward = components.engine.forward
+        _, accumulation = accumulation_steps(config, rank_info.world_size)
         calls = iter(range(step * accumulation))
 
         def fail(batch):
@@ -118,14 +120,14 @@ def crash_after(config: RunConfig, step: int) -> None:
                 raise PowerError
             return forward(batch)
 
-        trainer.engine.forward = fail
+        components.engine.forward = fail
         with pytest.raises(PowerError):
-            Trainer(PretrainTask(trainer)).run()
+            Trainer(PretrainTask(components)).run()
     finally:
         distributed.stop()
 
 
-def test_a_finished_run_is_left_as_it_is(tiny_shards, tmp_path):
+def test_a_finished_run_is_left_unchanged(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -136,11 +138,11 @@ def test_a_finished_run_is_left_as_it_is(tiny_shards, tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
-    with pytest.raises(ValueError, match=r"already holds a run; name another folder, or say resume=auto"):
+    with pytest.raises(ValueError, match=r"already holds a run; set resume=auto to resume it, or name another"):
         run(config)
 
 
-def test_a_run_goes_on_only_with_its_own_settings(tiny_shards, tmp_path):
+def test_a_run_resumes_only_with_the_same_settings(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     other = replace(config, seed=1, resume="auto")
@@ -150,7 +152,7 @@ def test_a_run_goes_on_only_with_its_own_settings(tiny_shards, tmp_path):
     assert "output.folder" in str(caught.value)
 
 
-def test_the_run_folder_says_what_was_run(tiny_shards, tmp_path):
+def test_the_run_folder_describes_the_run(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     started = json.loads((tmp_path / "run" / "started.jsonl").read_text())
@@ -164,7 +166,7 @@ def test_the_run_folder_says_what_was_run(tiny_shards, tmp_path):
     assert loaded.config == config and loaded.step == STEPS
 
 
-def test_the_teacher_is_what_is_loaded_and_it_lags_behind_the_encoder(tiny_shards, tmp_path):
+def test_the_teacher_is_loaded_and_has_moved_less_than_the_encoder(tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     state = final_state(config)
@@ -176,7 +178,7 @@ def test_the_teacher_is_what_is_loaded_and_it_lags_behind_the_encoder(tiny_shard
     assert 0 < (state[f"teacher/{name}"] - untrained).norm() < 0.2 * moved
 
 
-def test_the_example_of_the_readme_works_and_the_runs_export_is_timms(tiny_shards, tmp_path, monkeypatch):
+def test_the_readme_example_works_and_an_export_loads_into_timm(tiny_shards, tmp_path, monkeypatch):
     run(tiny_run(tiny_shards, tmp_path / "run"))
     readme = (PROJECT / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
@@ -187,8 +189,8 @@ def test_the_example_of_the_readme_works_and_the_runs_export_is_timms(tiny_shard
     exec(example.replace("runs/demo", "run"), names)
     assert names["imagined"].shape == (1, 16, 32)
     folder = export(ExportConfig(run="run", to="export"))
-    described = json.loads((folder / "config.json").read_text())
-    encoder = eval(described["encoder"]["call"], {"timm": timm})
+    description = json.loads((folder / "config.json").read_text())
+    encoder = eval(description["encoder"]["call"], {"timm": timm})
     encoder.load_state_dict(load_file(folder / "encoder.safetensors"), strict=True)
     features = encoder.eval()(names["image"])
     torch.testing.assert_close(features, names["model"].encode(names["image"]).mean(dim=1), atol=1e-5, rtol=1e-4)
@@ -196,8 +198,8 @@ def test_the_example_of_the_readme_works_and_the_runs_export_is_timms(tiny_shard
 
 def test_the_identity_predictor_trains_with_its_own_terms(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path, depth=0)
-    trainer = build_components(config, rank_info)
-    assert trainer.objective.variance_weight > 0
+    components = build_components(config, rank_info)
+    assert components.objective.variance_weight > 0
     loss, _ = losses(rank_info, config, steps=6)
     assert loss[-1] < loss[0]
 
@@ -207,32 +209,32 @@ def test_training_lowers_the_loss(rank_info, tiny_shards, tmp_path):
     assert loss[-1] < 0.8 * loss[0]
 
 
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_teacher(rank_info, tiny_shards, tmp_path):
+def test_a_nonfinite_step_changes_neither_weights_nor_teacher(rank_info, tiny_shards, tmp_path):
     config = tiny_run(tiny_shards, tmp_path)
-    trainer = build_components(config, rank_info)
-    loader = training_loader(config, trainer.shards, rank_info)
+    components = build_components(config, rank_info)
+    loader = training_loader(config, components.shards, rank_info)
 
     def step(batches):
         return train_step(
-            trainer.engine,
-            trainer.teacher,
-            trainer.objective,
+            components.engine,
+            components.teacher,
+            components.objective,
             batches,
-            build_schedules(config.optim, trainer.shards.num_samples),
+            build_schedules(config.optim, components.shards.num_samples),
             applied_steps=0,
             accumulation=1,
         )
 
-    # after one good step the encoder is ahead of the teacher, so that a forbidden update would show
+    # After a finite step, encoder and teacher differ, so that an unwanted update would be visible.
     assert step(loader).is_applied
     batch = next(loader)
     loader.close()
-    before = {name: value.clone() for name, value in trainer.engine.state().items()}
-    teacher = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
-    poisoned = iter([replace(batch, source_view=batch.source_view * float("nan"))])
-    assert not step(poisoned).is_applied
-    assert_bit_equal(trainer.engine.state(), before)
-    assert_bit_equal(trainer.teacher.state_dict(), teacher)
+    before = {name: value.clone() for name, value in components.engine.state().items()}
+    teacher = {name: value.clone() for name, value in components.teacher.state_dict().items()}
+    nonfinite = iter([replace(batch, source_view=batch.source_view * float("nan"))])
+    assert not step(nonfinite).is_applied
+    assert_bit_equal(components.engine.state(), before)
+    assert_bit_equal(components.teacher.state_dict(), teacher)
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
@@ -241,14 +243,15 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
         writer.write(step, {"loss/prediction": float(step), "optim/grad_norm": math.inf})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "loss/pred')  # cut off by a crash
+        # A line that a crash cut short.
+        file.write('{"step": 20, "loss/pred')
     MetricWriter(tmp_path, first_step=10).close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10]
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("train_shards", ["", "absent-{000..003}.tar"])
-def test_missing_shards_end_before_anything_is_written(tiny_shards, tmp_path, train_shards):
+def test_missing_shards_end_the_run_before_anything_is_written(tiny_shards, tmp_path, train_shards):
     config = tiny_run(tiny_shards, tmp_path / "run")
     config = replace(config, data=DataConfig(train=train_shards and str(tmp_path / train_shards)))
     with pytest.raises((ValueError, FileNotFoundError)):

@@ -115,7 +115,7 @@ def test_a_process_told_to_stop_goes_on_bit_equal_with_everything_drawn(run, tmp
     assert process.wait(PATIENCE_S) == EXIT_PREEMPTED, log.read_text()
     status = read_status(arm)
     assert status["state"] == "preempted" and 5 <= status["step"] < 72, status
-    assert "the same command goes on" in log.read_text()
+    assert "run the same command again to resume" in log.read_text()
     finish(ALONE, run, *asked, log=log)
     first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_straight")
     assert all(torch.equal(first[name], second[name]) for name in second)

@@ -234,7 +234,7 @@ def test_what_cannot_be_learnt_is_said_before_anything_is_trained(rank_info, con
     assert "no 'size'" in refusal(ShardError, tasks="a: {label: json.size}")
     assert "not one of the classes" in refusal(ShardError, tasks="a: {label: json.right, classes: [red, green]}")
     assert "weight must be a number above 0" in refusal(ValueError, tasks="a: {label: cls, weight: -1}")
-    with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names labels"):
+    with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names the labels"):
         config(data=EvalData(label="json.right"))
     assert not (Path(run_folder) / "evaluations" / "multitask_wrong").exists()
 

@@ -273,7 +273,7 @@ def test_the_change_between_two_image_files_is_said_in_natural_units(folder, fil
 
 def test_files_that_are_missing_or_no_images_are_refused_by_name(folder, files, tmp_path):
     (tmp_path / "note.jpg").write_text("not an image")
-    with pytest.raises(ValueError, match=r"note\.jpg must be a whole image of a known format"):
+    with pytest.raises(ValueError, match=r"note\.jpg must be a complete image of a supported format"):
         plan_images(small(folder, source=files[0], target=str(tmp_path / "note.jpg")))
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
         plan_images(small(folder, source=str(tmp_path / "absent.jpg"), target=files[1]))

@@ -170,7 +170,7 @@ def test_wrong_settings_are_refused_with_what_is_accepted():
         ({"ignore_index": 256}, "ignore_index must be between 0 and 255"),
         ({"num_classes": 0}, "num_classes must be between 1 and 256, or unset"),
         ({"num_shown": 0}, "num_shown must be at least 1"),
-        ({"data": EvalData(label="json.right")}, "data.label must be left unset: labels are masks here"),
+        ({"data": EvalData(label="json.right")}, "data.label must be left unset: the labels are segmentation maps"),
     ):
         with pytest.raises(ValueError, match=message):
             SegmentConfig(run="x", **settings)
