@@ -76,8 +76,7 @@ class KnnConfig(EvalConfig):
     num_neighbors: int = 10
     """Number of nearest training images that vote."""
     temperature: float = 0.07
-    """A neighbour with cosine similarity s votes with weight exp(s / temperature), so lower values favour the
-    nearest."""
+    """A neighbour with cosine similarity s votes with weight exp(s / temperature): low values favour the nearest."""
     max_train_samples: int = 50_000
     """Largest number of training images; if there are more, an evenly spaced subset is used."""
 
@@ -134,8 +133,7 @@ class AttentiveConfig(ProbeConfig):
     weight_decays: tuple[float, ...] = (0.01,)
     """Weight decays to search over, combined with every learning rate."""
     max_cache_gb: float = 200.0
-    """Largest disk space in GB (10^9 bytes) for the cached tokens of all images; a token takes 2 bytes per
-    dimension."""
+    """Largest size in GB (10^9 bytes) of the token cache on disk; a token takes 2 bytes per dimension."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +158,7 @@ class PlanConfig(EvalConfig):
     rounds: int = 8
     """Rounds of the search; time grows in proportion."""
     elite_share: float = 0.1
-    """Share of the candidates, the best ones, that the next round's distribution is fitted to."""
+    """Share of best candidates per round, which the next round's distribution is fitted to, between 0 and 1."""
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)

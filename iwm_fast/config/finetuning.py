@@ -33,8 +33,7 @@ class TuneConfig:
     """Layer-wise learning-rate decay in the arm encoder: a layer's rate is multiplied by this factor once per layer
     between it and the head. 1 means equal rates."""
     end_to_end_layer_decay: float = 0.9
-    """Layer-wise learning-rate decay in the arm end_to_end, where encoder and predictor count as one stack of
-    layers."""
+    """Layer-wise learning-rate decay in the arm end_to_end, over the layers of encoder and predictor together."""
     weight_decay: float = 0.05
     """Weight decay of matrices. Biases, norms and learned tokens are not decayed."""
     drop_path: float = 0.2
