@@ -108,7 +108,7 @@ class Comparison:
     ) -> Result:
         """Save and return the accuracy of the run's encoder beside that of the control.
 
-        Both are given as whether each validation image is classified correctly.
+        `correct` and `control` are true for the validation images that are classified correctly with each of them.
         """
         row = mean_row(
             "encoder", "accuracy", correct, config.seed,
@@ -141,7 +141,8 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
 
 
 def result_name(task: str, data: EvalData) -> str:
-    """Return the name of a task's result, which contains the label unless it is the default one."""
+    """Return the name of a task's result, which contains the label unless that is the default."""
+    # Quoted, because names of fields may contain characters that file names may not.
     return task if data.label == "cls" else f"{task}_{quote(data.label, safe='')}"
 
 
@@ -175,8 +176,7 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
         yield from loader
     finally:
         loader.close()
-        # DALI's graph is part of a reference cycle, so its memory, a quarter of a GB, stays allocated until the garbage
-        # collector runs.
+        # DALI's graph is in a reference cycle, so its memory, a quarter of a GB, stays until the garbage is collected.
         del loader
         if model.config.runtime.loader == "dali":
             gc.collect()

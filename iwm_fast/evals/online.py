@@ -42,7 +42,7 @@ class OnlineEvaluation:
         self._train = train
         self._rank_info = rank_info
         # The identity predictor ignores the action, so its MRR has no meaning.
-        self._has_world_model = config.model.predictor.depth > 0
+        self._has_predictor = config.model.predictor.depth > 0
 
     def prepare(self) -> None:
         """Open data.val and measure the untrained networks, which are the control of all later measurements.
@@ -63,16 +63,14 @@ class OnlineEvaluation:
         self._val = open_shards(val)
         self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        if self._has_world_model:
+        if self._has_predictor:
             controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
         if self._labelled:
             controls["eval/knn_chance"] = self._labelled.chance
         return controls
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """Return MRR and k-NN accuracy of the current weights, their controls and the duration, by metric name.
-
-        Collective: every rank must call it.
+        """Return MRR, k-NN accuracy, their controls and the duration, by name. Collective: every rank must call it.
 
         Args:
             teacher: weights of the teacher, which is evaluated as the encoder.
@@ -80,10 +78,10 @@ class OnlineEvaluation:
                 rank consumes them, because each weight is gathered by all ranks.
 
         Raises:
-            Exception: an error of rank 0; on the other ranks it has no message.
+            Exception: if the evaluation fails on rank 0; only rank 0 raises with a message.
         """
         started = time.perf_counter()
-        # Built in a separate collective, so that an error reaches the other ranks before they gather weights.
+        # A failure to build the networks must reach the other ranks before they gather weights with this one.
         model = distributed.rank_zero_only(lambda: self._new_model(teacher))
         _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
         # The function is called on rank 0 only, where there is a model.
@@ -100,7 +98,7 @@ class OnlineEvaluation:
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
         metrics = {}
-        if self._has_world_model:
+        if self._has_predictor:
             samples = spread(self._val.num_samples, _MRR.num_images)
             rank = np.stack(list(rank_images([model], self._val, samples, _MRR)))
             metrics["eval/mrr"] = mean_reciprocal_rank(rank)

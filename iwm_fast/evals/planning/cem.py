@@ -83,7 +83,7 @@ def training_prior(views: ViewConfig) -> Prior:
 
 
 def search(distance: DistanceFunction, prior: Prior, config: PlanConfig, sample: int) -> SearchResult:
-    """Return the action with the smallest distance among `config.population` candidates in each of `config.rounds`."""
+    """Return the best of `population` candidates in each of `rounds` rounds, the one with the smallest distance."""
     mean, std = prior.mean, prior.std
     num_elites = max(2, round(config.elite_share * config.population))
     best = SearchResult(action=np.zeros(len(mean), np.float32), distance=np.inf)

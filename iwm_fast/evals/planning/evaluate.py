@@ -35,9 +35,7 @@ from iwm_fast.world_model import WorldModel
 
 
 def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Result:
-    """Measure how well the search recovers the change between two images, and save `plan`.
-
-    Collective: every rank must call it.
+    """Measure how well known changes are recovered, and save `plan`. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -80,7 +78,7 @@ def measure(
         for pair in draw_pairs(model, train, local, kind=kind, split="train", seed=config.seed):
             yield torch.cat([torch.from_numpy(pair.action).to(model.device), pooled_features(model, pair)])
 
-    # Results of an image travel between ranks as one row of numbers.
+    # The results of an image are joined into a vector, because ranks exchange one tensor per image.
     sizes = [num_entries, num_entries, num_entries, 3, 1, num_features]
     samples = spread(val.num_samples, config.num_images)
     rows = compute_sharded(samples, search_pairs, (sum(sizes),), f"{kind} sources searched", rank_info)

@@ -22,7 +22,7 @@ from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
 
 SourceKind = Literal["clean", "destroyed"]
-"""Sources are clean images, or suffer each destructive transformation that the run knows with probability 1/2."""
+"""A clean source is unchanged; a destroyed one has each transformation that the run knows with probability 1/2."""
 SOURCE_KINDS: tuple[SourceKind, ...] = ("clean", "destroyed")
 
 # Of 255. The channels of a photograph without colour differ by no more than rounding and compression make them differ.

@@ -15,7 +15,7 @@ from iwm_fast.pipelines.transforms.action import action_difference
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningErrors:
-    """The true action of each image pair and its estimates, in the units of the predictor, and prediction errors."""
+    """True and estimated actions of image pairs, in units of the predictor, with the distances of their predictions."""
 
     true: Float32[np.ndarray, "images A"]
     searched: Float32[np.ndarray, "images A"]
@@ -25,7 +25,7 @@ class PlanningErrors:
     regressed: Float32[np.ndarray, "images A"]
     """Estimated by ridge regression from frozen features."""
     distance: Float32[np.ndarray, "images 3"]
-    """Distances of the target's tokens to the predictions for the searched action, the true one, and no change."""
+    """Distances of the predictions for the searched action, the true one, and no change to the target's tokens."""
     has_colour: Float32[np.ndarray, "images"]
     """1 if the photograph has colours, otherwise 0."""
 

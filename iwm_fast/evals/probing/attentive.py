@@ -33,6 +33,7 @@ class AttentiveGrid(nn.Module):
 
     def __init__(self, dataset: FeatureDataset, num_classes: int, num_points: int, *, seed: int) -> None:
         super().__init__()
+        # A fork leaves the global generator of the caller unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = AttentiveHead(dataset.features.shape[-1], num_classes)

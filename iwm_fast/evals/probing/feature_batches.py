@@ -55,7 +55,7 @@ class FeatureDataset:
         window_size = max(1, self.window_bytes // row_bytes // batch_size) * batch_size
         with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
             windows = (
-                # Read in ascending order, so that each run is read in one piece.
+                # Read in ascending order, so that the rows of a run are read together.
                 (window, reader.submit(lambda ascending: self.features[ascending], np.sort(window)))
                 for epoch in range(epochs)
                 for window in shuffle_windows(self.indices, run_size, window_size, np.random.default_rng((seed, epoch)))

@@ -64,6 +64,7 @@ class FeatureSpec:
             "samples": hashlib.sha256(self.labelled.samples.astype("<i8").tobytes()).hexdigest(),
             "kind": self.kind,
             "dtype": DTYPES[self.kind].name,
+            # Loaders and devices decode, resize and sum with different rounding.
             "loader": config.runtime.loader,
             "device": self.model.device.type,
         }
@@ -85,7 +86,7 @@ class FeatureSpec:
 
 
 class FeatureCache:
-    """The features folder of a run or an export, for a few encoders."""
+    """Cached features of a run or an export, for the encoders of one evaluation."""
 
     def __init__(self, run: str | Path, models: Sequence[WorldModel], rank_info: RankInfo) -> None:
         """Delete features of other encoders and of killed processes. Collective: every rank must call it."""
@@ -131,6 +132,7 @@ class FeatureCache:
         spec = self.spec(model, labelled, kind)
         folder = self._folder / spec.digest
         with self._lock():
+            # Rank 0 decides for all ranks, which may see different states of a network file system.
             if not distributed.broadcast_from_rank_zero(lambda: verify_or_remove(folder)):
                 write_features(folder, spec, self._rank_info)
             # Mapped before the lock is released, because another evaluation may delete the file, but not the mapping.

@@ -70,6 +70,7 @@ def evaluate_probe(
     models, sets = comparison.models, comparison.sets
     cache = FeatureCache(config.run, models, rank_info)
     if max_cache_gb is not None:
+        # Checked for all features together before the first are extracted, which can take hours.
         specs = [cache.spec(model, labelled, kind) for model in models for labelled in sets]
         rank_zero_only(partial(cache.check_disk_space, specs, max_cache_gb))
     features = [[cache.rows(model, labelled, kind) for labelled in sets] for model in models]
@@ -82,10 +83,9 @@ def check_holdout(train: Labelled, config: ProbeConfig) -> None:
     Raises:
         ValueError: if there are no images to train on, or none to hold out.
     """
-    fit, held_out = split_holdout(len(train.samples), config.holdout, config.seed)
-    accepted = (
-        f"leave images to train on and to hold out, of {len(train.samples)}; raise max_train_samples or change it"
-    )
+    num_images = len(train.samples)
+    fit, held_out = split_holdout(num_images, config.holdout, config.seed)
+    accepted = f"leave images to train on and to hold out, of {num_images}; raise max_train_samples or change it"
     check(min(len(fit), len(held_out)) > 0, "holdout", config.holdout, accepted)
     num_classes = len(train.labels.classes)
     num_missing = num_classes - len(np.unique(train.number[fit]))

@@ -30,7 +30,7 @@ STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateBank:
-    """M jittered versions of one image, among which the correct one is to be retrieved."""
+    """M jittered versions of an image."""
 
     pixels: UInt8[Tensor, "M H W 3"]
     photometry: Photometry

@@ -24,7 +24,7 @@ def test_each_target_has_its_own_penalty__noise_is_predicted_by_its_mean():
     assert predicted[:, 1].std() < 0.4 * noise.std()
 
 
-def test_more_features_than_examples_and_constant_features_give_finite_results():
+def test_degenerate_features_give_finite_predictions():
     features = torch.randn(10, 40)
     features[:, 3] = 7.0
     assert torch.isfinite(ridge(features, torch.randn(10, 1), features)).all()

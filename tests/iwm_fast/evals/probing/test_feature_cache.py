@@ -196,7 +196,7 @@ def test_too_little_disk_space_is_refused_with_the_size_needed(model, images, ru
     spec = cache.spec(model, images, "tokens")
     size = 70 * 16 * 32 * 2 / 1e9
     cache.check_disk_space([spec, spec], size)
-    message = rf"max_cache_gb must be at least {2 * size:.4g}: .*{run_folder}.*max_train_samples, got"
+    message = rf"max_cache_gb must be at least {2 * size:.4g}, .*{run_folder}.*max_train_samples, got"
     with pytest.raises(ValueError, match=message):
         cache.check_disk_space([spec, cache.spec(model, replace(images, samples=images.samples[::-1]), "tokens")], size)
     encoder = replace(model.config.model.encoder, dim=10**12)

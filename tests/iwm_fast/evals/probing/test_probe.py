@@ -313,7 +313,7 @@ def test_unusable_data_is_refused_with_address_and_remedy(run_folder, tmp_path, 
     config = replace(config, run=str(run_folder))
     train = write_tinted(tmp_path / "cut.tar", 6, 0, bad=2)
     wrong = {
-        r"train\.tar: sample '000': its \.json has no 'animal'": {"data": EvalData(label="json.animal")},
+        r"train\.tar: sample '000': its \.json has no field 'animal'": {"data": EvalData(label="json.animal")},
         r"val\.tar: sample '098': json\.name is integer 98, which is not one": {"data": EvalData(label="json.name")},
         r"cut\.tar: sample '002': cannot decode the image": {"data": EvalData(train=train)},
     }
