@@ -1,4 +1,4 @@
-"""Shared by the evaluations: shards, labelled samples spread over them, and a run beside its control."""
+"""Data of the evaluations: shards, labelled samples, and the comparison of a run with its untrained control."""
 
 import gc
 import hashlib
@@ -29,37 +29,38 @@ from iwm_fast.world_model import WorldModel
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Some samples of a set, and the classes of all of it."""
+    """A selection of the samples of a shard set, with the labels of the complete set."""
 
     shards: ShardSet
     labels: Labels
     samples: Int64[np.ndarray, "samples"]
+    """Numbers of the selected samples."""
 
     @property
     def number(self) -> Int64[np.ndarray, "samples"]:
-        """Class number of each of the samples."""
+        """Class number of each selected sample."""
         return self.labels.number[self.samples]
 
 
 class LabelledSets(NamedTuple):
-    """Samples to learn from and samples to be asked about, with the same classes."""
+    """Training and validation samples with the same classes."""
 
     train: Labelled
     val: Labelled
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes, in the order of their numbers."""
         return self.train.labels.classes
 
     @property
     def chance(self) -> float:
-        """Share of a guess that takes each class for equally common."""
+        """Accuracy of uniform guessing."""
         return 1 / len(self.classes)
 
     @property
     def most_common(self) -> float:
-        """Share of the validation images in the class that most training images have: what a better guess names."""
+        """Validation accuracy of always predicting the most common class of the training set."""
         return float((self.val.number == self.train.labels.counts.argmax()).mean())
 
 
@@ -72,27 +73,27 @@ def label_sets(
     max_train: int | None = None,
     max_val: int | None = None,
 ) -> LabelledSets:
-    """Return samples of both sets, at most `max_train` and `max_val` of them (None: all), spread over their set.
+    """Read the labels of both sets and select at most `max_train` and `max_val` samples, evenly spaced; None: all.
 
-    Classes are those named, or else what the training set holds, and have the same numbers in both.
+    Both sets number the classes alike. `classes` names them; None takes those of the training set.
 
     Raises:
-        ShardError: if a sample has no label, or a validation sample one that no training sample has.
+        ShardError: if a sample has no label, or a validation sample has one that no training sample has.
     """
-    known = read_labels(train, label, classes=classes)
-    asked = read_labels(val, label, classes=known.classes)
+    train_labels = read_labels(train, label, classes=classes)
+    val_labels = read_labels(val, label, classes=train_labels.classes)
     return LabelledSets(
-        train=Labelled(shards=train, labels=known, samples=spread(train.num_samples, max_train)),
-        val=Labelled(shards=val, labels=asked, samples=spread(val.num_samples, max_val)),
+        train=Labelled(shards=train, labels=train_labels, samples=spread(train.num_samples, max_train)),
+        val=Labelled(shards=val, labels=val_labels, samples=spread(val.num_samples, max_val)),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A run's encoder, its control, and the labelled samples that both are measured on."""
+    """A run's encoder, its untrained control, and the labelled samples on which both are measured."""
 
     models: tuple[WorldModel, WorldModel]
-    """The run's, and the same networks as they are before training."""
+    """The run's model, and the same networks before training."""
     sets: LabelledSets
 
     def report(
@@ -103,92 +104,79 @@ class Comparison:
         control: Bool[np.ndarray, "images"],
         *,
         details: dict[str, Any],
-        **cost: Any,
+        **row_fields: Any,
     ) -> Result:
-        """Return and save the accuracy on the features of the run's encoder, beside that on those of the control.
+        """Save and return the accuracy of the run's encoder beside that of the control.
 
-        Both are given by whether each validation image is named rightly; `cost` are further fields of the row.
+        `correct` and `control` are true for the validation images that are classified correctly with each of them.
         """
         row = mean_row(
-            "encoder",
-            "accuracy",
-            correct,
-            config.seed,
-            control=control,
-            control_name="untrained encoder",
-            chance=self.sets.chance,
-            **cost,
-        )
-        about = {"num_classes": len(self.sets.classes), "most_common_class": self.sets.most_common}
+            "encoder", "accuracy", correct, config.seed,
+            control=control, control_name="untrained encoder", chance=self.sets.chance, **row_fields,
+        )  # fmt: skip
+        shared = {"num_classes": len(self.sets.classes), "most_common_class": self.sets.most_common}
         result = Result(
-            task=task,
-            name=result_name(task, config.data),
-            rows=(row,),
-            step=self.models[0].step,
-            seed=config.seed,
-            settings=asdict(config),
-            details=about | details,
-        )
+            task=task, name=result_name(task, config.data), rows=(row,), step=self.models[0].step, seed=config.seed,
+            settings=asdict(config), details=shared | details,
+        )  # fmt: skip
         save_result(config.run, result)
         return result
 
 
 def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Comparison:
-    """Load the run and open its shards, or those of the settings; collective.
+    """Load the run and open its shards, or those that the settings name. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
         ValueError: if no shards are named.
-        ShardError: if a sample has no label, or a validation sample one that no training sample has.
+        ShardError: if a sample has no label, or a validation sample has one that no training sample has.
     """
     with same_error_on_all_ranks():
         model = world_model.load(config.run, rank_info.device)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
-    return Comparison(
-        models=(model, world_model.untrained(replace(model.config, seed=config.seed), model.device)),
-        # labels in .json members cost a read of all shards: once is enough
-        sets=broadcast_from_rank_zero(
-            lambda: label_sets(*shards, config.data.label, max_train=config.max_train_samples)
-        ),
-    )
+    control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
+    # Labels in .json members require a read of all shards, so only rank 0 reads them.
+    sets = broadcast_from_rank_zero(lambda: label_sets(*shards, config.data.label, max_train=config.max_train_samples))
+    return Comparison(models=(model, control), sets=sets)
 
 
 def result_name(task: str, data: EvalData) -> str:
-    """Return the name of a task's result: each label has its own."""
+    """Return the name of a task's result, which contains the label unless that is the default."""
+    # Quoted, because names of fields may contain characters that file names may not.
     return task if data.label == "cls" else f"{task}_{quote(data.label, safe='')}"
 
 
 def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
-    """Open data.val, or the run's.
+    """Open `data.val` or, if it is unset, the validation shards of the run.
 
     Raises:
         ValueError: if neither names shards.
     """
     spec = data.val or model.config.data.val
     if not spec:
-        raise ValueError("data.val must name validation shards: neither the run nor the command line does")
+        raise ValueError("data.val must name validation shards, because the run has none")
     return open_shards(spec)
 
 
 def training_shards(model: WorldModel, data: EvalData) -> ShardSet:
-    """Open data.train, or what the run was trained on."""
+    """Open `data.train` or, if it is unset, the training samples of the run."""
     return open_shards(data.train) if data.train else open_training_shards(model.config.data)
 
 
 def spread(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:
-    """Choose at most `count` samples at equal distances, so that every shard and class has its share; None: all."""
+    """Return at most `count` sample numbers, evenly spaced to represent all shards and classes; None: all."""
     count = num_samples if count is None else min(count, num_samples)
     return np.arange(count, dtype=np.int64) * num_samples // count
 
 
 def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[Batch]:
-    """Yield the given samples once, untouched."""
+    """Yield the samples once, in order, with the largest centred square of each image as its unchanged source view."""
     loader = evaluation_loader(model.config, shards, samples, model.device)
     try:
         yield from loader
     finally:
         loader.close()
-        # DALI's graph is in a cycle: its memory, a quarter of a GB, would stay until Python clears up
+        # DALI's graph is in a reference cycle, so its memory, a quarter of a GB, stays until the garbage is collected.
         del loader
         if model.config.runtime.loader == "dali":
             gc.collect()
@@ -197,33 +185,34 @@ def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "sam
 def clean_images(
     model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]
 ) -> Iterator[tuple[UInt8[Tensor, "H W 3"], int]]:
-    """Yield the pixels of the given samples once, untouched, each with the sample's number."""
+    """Yield the pixels and the sample number of each sample once, in order, without any photometric change."""
     for batch in batches(model, shards, samples):
         yield from zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True)
 
 
-def compute_rows(
+def compute_sharded(
     samples: Int64[np.ndarray, "samples"],
-    rows_of: Callable[[Int64[np.ndarray, "share"]], Iterable[Float[Tensor, "*shape"]]],
+    compute: Callable[[Int64[np.ndarray, "share"]], Iterable[Float[Tensor, "*shape"]]],
     shape: tuple[int, ...],
-    what: str,
+    description: str,
     rank_info: RankInfo,
 ) -> Float[Tensor, "samples *shape"]:
-    """Return one row of numbers for each sample, in order: each rank computes its share, all return the whole.
+    """Compute a tensor for each sample, shared among the ranks, and return all of them in order on every rank.
 
-    Collective; `rows_of`, which yields the rows of a share, must not be. `what` names the rows on the progress line.
+    `compute` yields the tensors of a share of the samples. It must not be collective, because shares differ in size.
+    `description` labels the progress bar. Collective: every rank must call it.
     """
     share = local_share(samples, rank_info)
     local = drop_padding(share)
-    rows = torch.zeros(len(local), *shape, device=rank_info.device)
-    for place, row in enumerate(follow(rows_of(local), len(local), what, rank_info)):
-        rows[place] = row
-    return gather_in_order(share, rows, rank_info)
+    values = torch.zeros(len(local), *shape, device=rank_info.device)
+    for index, value in enumerate(follow(compute(local), len(local), description, rank_info)):
+        values[index] = value
+    return gather_in_order(share, values, rank_info)
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """Return a short name of weights: runs with the same number of steps may have different ones."""
-    whole = hashlib.sha256()
+    """Return a short digest of tensors, which tells apart the weights of runs with the same number of steps."""
+    digest = hashlib.sha256()
     for tensor in tensors:
-        whole.update(tensor.cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

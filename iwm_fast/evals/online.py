@@ -1,7 +1,7 @@
-"""Evaluation while a run goes on: a small MRR and k-NN on data.val every `output.evaluate_every` steps.
+"""Evaluation during training: a small MRR and k-NN on data.val every `output.evaluate_every` steps.
 
-Rank 0 works with networks of its own, built for the moment from the teacher's and the predictor's weights, while the
-other ranks wait; training's networks, random states and sample stream are not touched.
+Rank 0 evaluates temporary networks with the weights of teacher and predictor, while the other ranks wait. The networks,
+random states and sample stream of training do not change.
 """
 
 import logging
@@ -17,7 +17,7 @@ from iwm_fast.config.evaluation import KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.datasets import LabelledSets, label_sets, spread
 from iwm_fast.evals.probing.knn import knn_accuracy
-from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, mean_reciprocal
+from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime import distributed
@@ -26,7 +26,7 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-# some 400 TFLOP for a ViT-B/16: half a minute of a GPU's float32
+# Small settings, because training waits: about 400 TFLOP for a ViT-B/16, half a minute of a GPU in float32.
 _MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))
 _KNN = KnnConfig(max_train_samples=2000)
 _MAX_VAL_SAMPLES = 2000
@@ -34,66 +34,62 @@ _PREDICTOR = "predictor."
 
 
 class OnlineEvaluation:
-    """Measures a run between two steps; every rank has one and calls it at the same steps."""
+    """Evaluates a run between two training steps; every rank has one and calls it at the same steps."""
 
     def __init__(self, config: RunConfig, train: ShardSet, rank_info: RankInfo) -> None:
-        """Take note of what to measure; nothing is opened before `prepare`.
-
-        Args:
-            config: the run's settings, with `output.evaluate_every`.
-            train: the shards it is trained on: k-NN's neighbours.
-            rank_info: this rank.
-        """
-        self._config, self._train, self._rank_info = config, train, rank_info
-        # the identity predictor applies no change, so there is nothing to rank
-        self._has_world_model = config.model.predictor.depth > 0
+        """Store the arguments; `train` are the training shards, which contain the neighbours for k-NN."""
+        self._config = config
+        self._train = train
+        self._rank_info = rank_info
+        # The identity predictor ignores the action, so its MRR has no meaning.
+        self._has_predictor = config.model.predictor.depth > 0
 
     def prepare(self) -> None:
-        """Open data.val and measure the untrained networks; collective.
+        """Open data.val and measure the untrained networks, which are the control of all later measurements.
 
-        That is the control of every later row, and it reads each image that will ever be asked for, so that what is
-        wrong with one ends the run before its first step.
+        This reads all images that later measurements use, so that a bad image ends the run before its first step.
+        Collective: every rank must call it.
 
         Raises:
             ValueError: if data.val names no shards.
-            FileNotFoundError, ShardError: if they are not there, cannot be read, or have labels that data.train lacks.
+            FileNotFoundError, ShardError: if shards are missing, damaged, or have labels that data.train lacks.
         """
         self._controls = distributed.broadcast_from_rank_zero(self._open_and_measure)
 
     def _open_and_measure(self) -> dict[str, float]:
         val = self._config.data.val
-        every = self._config.output.evaluate_every
-        check(bool(val), "data.val", val, f"name validation shards where output.evaluate_every is set ({every})")
+        interval = self._config.output.evaluate_every
+        check(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
         self._val = open_shards(val)
-        self._labelled = _labelled_samples(self._train, self._val)
+        self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        if self._has_world_model:
-            controls["eval/mrr_chance"] = chance(_MRR.bank_size)
+        if self._has_predictor:
+            controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
         if self._labelled:
             controls["eval/knn_chance"] = self._labelled.chance
         return controls
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """Return MRR and k-NN of the networks as they are, beside their controls; collective.
+        """Return MRR, k-NN accuracy, their controls and the duration, by name. Collective: every rank must call it.
 
         Args:
-            teacher: the teacher's weights, which are measured as the encoder.
-            parameters: the predictor's whole float32 weights, as `Engine.named_parameters("predictor.")` yields them;
-                used up on every rank.
+            teacher: weights of the teacher, which is evaluated as the encoder.
+            parameters: unsharded float32 weights of the predictor, from `Engine.named_parameters("predictor.")`. Every
+                rank consumes them, because each weight is gathered by all ranks.
 
         Raises:
-            Exception: whatever ended it on rank 0; the other ranks end without a message.
+            Exception: if the evaluation fails on rank 0; only rank 0 raises with a message.
         """
         started = time.perf_counter()
-        # an error here is told before the others wait for this rank to gather weights
+        # A failure to build the networks must reach the other ranks before they gather weights with this one.
         model = distributed.rank_zero_only(lambda: self._new_model(teacher))
         _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
-        # called on rank 0 only, which has the model
-        measured = distributed.broadcast_from_rank_zero(lambda: self._measure(model) if model else {})
-        return {**measured, **self._controls, "eval/time_s": time.perf_counter() - started}
+        # The function is called on rank 0 only, where there is a model.
+        metrics = distributed.broadcast_from_rank_zero(lambda: self._measure(model) if model else {})
+        return {**metrics, **self._controls, "eval/time_s": time.perf_counter() - started}
 
     def _new_model(self, teacher: dict[str, Tensor] | None = None) -> WorldModel:
-        # torch's layers fill themselves from the global generator before ours are drawn
+        # torch's layers initialise themselves with the global generator, which training must find unchanged.
         with torch.random.fork_rng(devices=[]):
             model = world_model.untrained(self._config, self._rank_info.device)
         if teacher is not None:
@@ -101,33 +97,35 @@ class OnlineEvaluation:
         return model
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
-        measured = {}
-        if self._has_world_model:
+        metrics = {}
+        if self._has_predictor:
             samples = spread(self._val.num_samples, _MRR.num_images)
-            rank = np.stack(list(bank_ranks([model], self._val, samples, _MRR)))
-            measured["eval/mrr"] = mean_reciprocal(rank)
+            rank = np.stack(list(rank_images([model], self._val, samples, _MRR)))
+            metrics["eval/mrr"] = mean_reciprocal_rank(rank)
         if self._labelled:
-            measured["eval/knn"] = knn_accuracy(model, self._labelled, _KNN)
+            metrics["eval/knn"] = knn_accuracy(model, self._labelled, _KNN)
         if self._rank_info.device.type == "cuda":
-            # what training's allocator does not use is there for DALI's
+            # DALI has its own allocator, which cannot use the memory that torch's keeps in its cache.
             torch.cuda.empty_cache()
-        return measured
+        return metrics
 
 
 @torch.no_grad()
-def _copy(parameters: Iterable[tuple[str, Tensor]], own: dict[str, Tensor]) -> None:
-    """Overwrite the predictor's weights in place, where there is one; weights that are sharded are gathered for it."""
+def _copy(parameters: Iterable[tuple[str, Tensor]], destination: dict[str, Tensor]) -> None:
+    """Copy the predictor's weights into the tensors of the destination, which is empty on ranks other than 0."""
+    # Every rank iterates to the end, because iterating gathers sharded weights from all ranks.
     for name, parameter in parameters:
-        if name.removeprefix(_PREDICTOR) in own:
-            own[name.removeprefix(_PREDICTOR)].copy_(parameter)
+        if name.removeprefix(_PREDICTOR) in destination:
+            destination[name.removeprefix(_PREDICTOR)].copy_(parameter)
 
 
-def _labelled_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
+def _label_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
+    """Return labelled samples for k-NN; None, with a log line, if some have no label."""
     for name, shards in (("data.train", train), ("data.val", val)):
         num_missing = int((shards.labels(np.arange(shards.num_samples)) < 0).sum())
         if num_missing:
             log.info(
-                "output.evaluate_every measures MRR without k-NN: %d of %d samples of %s have no .cls",
+                "output.evaluate_every measures MRR without k-NN, because %d of %d samples of %s have no .cls",
                 num_missing, shards.num_samples, name,
             )  # fmt: skip
             return None

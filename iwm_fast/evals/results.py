@@ -1,7 +1,7 @@
-"""What an evaluation has measured: rows of numbers beside their controls, on the terminal and in the run's folder.
+"""Results of evaluations: metrics with their controls and intervals, for the terminal and in the run's folder.
 
-<run>/evaluations/<name>.json      settings, rows, and whatever else belongs to the task
-<run>/evaluations/<name>.parquet   the rows alone, for whoever compares many runs
+<run>/evaluations/<name>.json      settings, rows and details
+<run>/evaluations/<name>.parquet   the rows alone, for comparing many runs
 """
 
 import json
@@ -19,34 +19,36 @@ from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.runtime.provenance import commit
 
 NUM_RESAMPLES = 2000
+"""Bootstrap resamples of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One number and what it has to be compared with."""
+    """One measured number, with its interval and what to compare it with."""
 
     subject: str
-    """What was measured: a family of transformations, an arm, a task, a parameter."""
+    """What was measured: a family of transformations, a finetuned variant, a task, an entry of the action, ..."""
     metric: str
-    """mrr, recall_at_1, accuracy, mean_iou, error, ..."""
+    """Name of the metric: mrr, recall_at_1, accuracy, mean_iou, error, ..."""
     value: float
     low: float | None = None
-    """Lower end of the 95 % interval over images, where one was computed."""
+    """Lower end of the 95 % bootstrap interval over images; None if none was computed."""
     high: float | None = None
+    """Upper end of the interval."""
     control: float | None = None
-    """The same number of what it should beat."""
+    """The same metric of a baseline."""
     control_name: str = ""
-    """What that is: untrained predictor, random initialisation, ..."""
+    """Name of the baseline: untrained predictor, random initialisation, ..."""
     chance: float | None = None
-    """What a guess would give."""
+    """Expected value of guessing."""
     num_tuned: int = 0
-    """Parameters that were trained for this number; 0 for what needs no training."""
+    """Number of parameters trained for this metric; 0 if nothing is trained."""
     num_samples: int = 0
-    """Images it was measured on."""
+    """Number of images the metric was measured on."""
     images_per_s: float | None = None
-    """Training speed over all ranks, of what was trained."""
+    """Training speed, summed over all ranks; None if nothing is trained."""
     time_s: float | None = None
-    """What it took, features from the cache not counted."""
+    """Duration in seconds, without the extraction of cached features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +56,20 @@ class Result:
     """The outcome of one evaluation."""
 
     task: str
-    """mrr, knn, linear, ..."""
+    """Name of the evaluation: mrr, knn, linear, ..."""
     name: str
-    """Of the files; the task, and what tells two evaluations of that task apart."""
+    """Stem of the files: the task, followed by what distinguishes two evaluations of it, such as the label."""
     rows: tuple[Row, ...]
     step: int
     """Optimiser steps of the evaluated checkpoint."""
     seed: int
     settings: dict[str, Any]
-    """The task's settings."""
+    """Settings of the evaluation."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else a reader of this task wants to know."""
+    """Further values that are specific to the task."""
 
     def value(self, subject: str, metric: str) -> float:
-        """Return one number.
+        """Return the value of a metric of a subject.
 
         Raises:
             KeyError: if there is no such row.
@@ -75,19 +77,19 @@ class Result:
         return self.row(subject, metric).value
 
     def row(self, subject: str, metric: str) -> Row:
-        """Return one row.
+        """Return the row of a metric of a subject.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: if there is no such row.
         """
         for row in self.rows:
             if (row.subject, row.metric) == (subject, metric):
                 return row
-        raise KeyError(f"{self.name} has no row {subject!r}, {metric!r}")
+        raise KeyError(f"{self.name} has no row for {subject!r}, {metric!r}")
 
 
 def save_result(run: str | Path, result: Result) -> Path:
-    """Write a result into a run's folder and return the JSON file; that of an earlier checkpoint is replaced."""
+    """Write a result into a run's folder, replacing an earlier one of that name, and return its JSON file."""
     path = Path(run) / "evaluations" / f"{result.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tree = asdict(result) | {"commit": commit()}
@@ -98,31 +100,32 @@ def save_result(run: str | Path, result: Result) -> Path:
     return path
 
 
-_KINDS = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+# The types are fixed, so that tables of several runs can be concatenated even if a column has no value in one of them.
+_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _SCHEMA = pa.schema(
     [("task", pa.string()), ("name", pa.string()), ("step", pa.int64()), ("seed", pa.int64())]
-    + [(one.name, _KINDS.get(one.type, pa.float64())) for one in fields(Row)]  # type: ignore[call-overload]
+    + [(column.name, _ARROW_TYPES.get(column.type, pa.float64())) for column in fields(Row)]  # type: ignore[call-overload]
 )
 
 
 def read_result(path: Path) -> Result:
-    """Read what `save_result` wrote.
+    """Read a result from its JSON file.
 
     Raises:
         FileNotFoundError: if the task has not been evaluated.
-        ValueError: if it is of an older version.
+        ValueError: if an older version of iwm-fast wrote the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `iwm evaluate {path.stem.partition('_')[0]}` first")
     tree = json.loads(path.read_text(encoding="utf-8"))
     if "rows" not in tree:
-        raise ValueError(f"{path} was written by an older iwm-fast, without rows; delete it, or evaluate again")
+        raise ValueError(f"{path} was written by an older iwm-fast, without rows; delete it or evaluate again")
     tree.pop("commit")
     return Result(**tree | {"rows": tuple(Row(**row) for row in tree["rows"])})
 
 
 def table(result: Result) -> Table:
-    """Lay a result out for a terminal; columns in which no row has anything are left out."""
+    """Return a result as a table for the terminal, without the columns that are empty in all rows."""
     columns = {
         "": lambda row: row.subject,
         "measured": lambda row: row.metric,
@@ -136,14 +139,14 @@ def table(result: Result) -> Table:
         "images": lambda row: f"{row.num_samples:,}" if row.num_samples else "",
     }
     filled = {name: cell for name, cell in columns.items() if any(cell(row) for row in result.rows)}
-    laid_out = Table(*filled, title=f"{result.name}, step {result.step}, seed {result.seed}")
+    rich_table = Table(*filled, title=f"{result.name}, step {result.step}, seed {result.seed}")
     for row in result.rows:
-        laid_out.add_row(*(cell(row) for cell in filled.values()))
-    return laid_out
+        rich_table.add_row(*(cell(row) for cell in filled.values()))
+    return rich_table
 
 
 def bootstrap(values: Float[np.ndarray, "images"], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over images, by drawing the images anew with replacement."""
+    """Return the 95 % interval of a mean over images, by resampling the images with replacement."""
     generator = np.random.default_rng(seed)
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(NUM_RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -158,40 +161,31 @@ def mean_row(
     *,
     control: Shaped[np.ndarray, "..."] | None = None,
     control_name: str = "",
-    **more: Any,
+    **row_fields: Any,
 ) -> Row:
-    """Return the mean of a number over images, with its interval.
+    """Return a row with the mean of a metric over images and its 95 % interval.
 
     Args:
         subject: what was measured.
-        metric: name of the number.
-        values: of each image; booleans count as 0 and 1.
-        seed: of the interval's resampling.
-        control: the same of what it is compared with; None if there is nothing.
-        control_name: what that is.
-        more: further fields of the row.
+        metric: name of the metric.
+        values: the metric of each image; booleans count as 0 and 1.
+        seed: seed of the bootstrap.
+        control: the metric of each image for a baseline; None if there is no baseline.
+        control_name: name of the baseline.
+        row_fields: further fields of the row.
     """
     low, high = bootstrap(values.astype(np.float64), seed)
-    compared = {} if control is None else {"control": float(control.mean()), "control_name": control_name}
-    return Row(
-        subject=subject,
-        metric=metric,
-        value=float(values.mean()),
-        low=low,
-        high=high,
-        num_samples=len(values),
-        **compared,
-        **more,
-    )
+    if control is not None:
+        row_fields |= {"control": float(control.mean()), "control_name": control_name}
+    mean, num_samples = float(values.mean()), len(values)
+    return Row(subject=subject, metric=metric, value=mean, low=low, high=high, num_samples=num_samples, **row_fields)
 
 
 def accuracy_gain(
     correct: Shaped[np.ndarray, "images"], control: Shaped[np.ndarray, "images"], seed: int
 ) -> dict[str, float]:
-    """Return how much more accurate one is than the other, with the interval of the difference.
-
-    Both are of the same images, so that it varies less than the difference of two independent accuracies.
-    """
+    """Return the accuracy of `correct` minus that of `control` on the same images, with its 95 % interval."""
+    # Resampling the differences of paired images gives a narrower interval than comparing two independent accuracies.
     gain = correct.astype(np.float64) - control
     low, high = bootstrap(gain, seed)
     return {"accuracy": float(gain.mean()), "low": low, "high": high}

@@ -1,4 +1,4 @@
-"""One rank of test_eval_ranks.py: `python ranks_evals.py RUN MRR PLAN` (settings as JSON); measures and prints."""
+"""A rank of test_evaluation_ranks.py, `python ranks_evals.py RUN MRR PLAN` with settings as JSON: prints the rows."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One rank of test_features.py: `python ranks_features.py RUN [kill]`; evaluates, or dies while it writes features."""
+"""A rank of test_feature_cache.py, `python ranks_features.py RUN [kill]`: evaluates, or is killed while writing."""
 
 import os
 import signal
@@ -25,8 +25,8 @@ def main(run, rank_info):
         print(rows, result.details, flush=True)
 
 
-def die_before_writing(event, arguments):
-    # all rows are written by now, and the manifest is not
+def kill_before_manifest(event, arguments):
+    # At this point all features are written, but the manifest, which makes them valid, is not.
     if event == "open" and "/features/" in str(arguments[0]) and str(arguments[0]).endswith("manifest.json"):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -34,7 +34,7 @@ def die_before_writing(event, arguments):
 if __name__ == "__main__":
     rank_info = distributed.start("cpu")
     if sys.argv[2:]:
-        sys.addaudithook(die_before_writing)
+        sys.addaudithook(kill_before_manifest)
     main(sys.argv[1], rank_info)
     distributed.stop()
     end_process()

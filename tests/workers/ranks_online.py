@@ -1,4 +1,4 @@
-"""One rank of test_online.py: `python ranks_online.py FOLDER TRAIN VAL`; measures, then loses its images."""
+"""A rank of test_online.py, `python ranks_online.py FOLDER TRAIN VAL`: evaluates, also after the images are deleted."""
 
 import sys
 from dataclasses import replace
@@ -17,7 +17,7 @@ from fixtures.tiny_pretraining import tiny_run
 
 
 def main(folder, train, val):
-    # where whole weights are to be had only if every rank takes part
+    # At ZeRO stage 3, complete weights can be gathered only if all ranks take part.
     config = tiny_run(TinyShards(pattern=train, folder=folder), folder, engine="deepspeed", zero_stage=3)
     config = replace(config, data=replace(config.data, val=val), output=replace(config.output, evaluate_every=4))
     rank_info = distributed.start("cpu")

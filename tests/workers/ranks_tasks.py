@@ -1,4 +1,4 @@
-"""One rank of test_tasks_ranks.py: `python ranks_tasks.py RUN TASKS NAME key=value ...`; prints what it measures."""
+"""A rank of test_task_ranks.py, `python ranks_tasks.py RUN TASKS NAME key=value ...`: prints the rows."""
 
 import sys
 from dataclasses import replace
@@ -12,12 +12,14 @@ from iwm_fast.runtime.process import end_process
 
 
 def main(rank_info, run, tasks, name, *settings):
-    changes = {key: int(value) if value.isdigit() else value for key, value in (one.split("=") for one in settings)}
-    given = {"run": run, "name": name, **tuning(epochs=1.0, **changes)}
+    changes = {
+        key: int(value) if value.isdigit() else value for key, value in (setting.split("=") for setting in settings)
+    }
+    shared = {"run": run, "name": name, **tuning(epochs=1.0, **changes)}
     plain = AugmentConfig(rand_augment=False, mixup=0.0, cutmix=0.0, erasing=0.0)
     evaluations = (
-        (evaluate_multitask, MultitaskConfig(tasks=tasks, augment=plain, **given)),
-        (evaluate_segment, SegmentConfig(arms="head,predictor,encoder", **given)),
+        (evaluate_multitask, MultitaskConfig(tasks=tasks, augment=plain, **shared)),
+        (evaluate_segment, SegmentConfig(arms="head,predictor,encoder", **shared)),
     )
     for evaluate, config in evaluations:
         for row in evaluate(config, rank_info).rows:

@@ -1,1 +1,1 @@
-"""Which transformation leads from one image to another? The world model is searched for it."""
+"""Which transformation leads from one image to another? The world model is used to search for it."""

@@ -1,10 +1,9 @@
-"""The cross-entropy method over actions: draw many, keep the best, draw the next ones like those.
+"""The cross-entropy method over actions: draw candidates, keep the best, and fit the next distribution to them.
 
-Jitter is drawn from a normal distribution for each entry, starting as wide as training's, and flags from a coin of
-their own, so that each action tried is one that training could have shown. The spread of the next round is that of the
-best about the mean they were drawn around. Draws are functions of (seed, sample,
-round), and each image's actions are predicted in forwards of their own: so the outcome does not depend on which rank
-an image is searched on, nor on which others are.
+Jitter entries are drawn from normal distributions, which start with the mean and standard deviation of training's
+actions, and flags from Bernoulli distributions. Candidates are clipped to the range of actions that training can show.
+Draws are a function of seed, sample and round, and forwards never mix images, so the result for an image depends
+neither on the rank that searches it nor on the other images.
 """
 
 from collections.abc import Callable
@@ -16,34 +15,36 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
-from iwm_fast.evals.retrieval.bank import sequences_at_once
+from iwm_fast.evals.retrieval.bank import max_sequences_per_forward
 from iwm_fast.pipelines.config import ViewConfig, check
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.world_model import WorldModel
 
 FLAGS = ("grayscale", "blur", "solarize")
-# a flag that none of the best has can still come back
-_LEAST = 0.02
+# A flag that no elite candidate has keeps this probability, so that the search can return to it.
+_MIN_FLAG_PROBABILITY = 0.02
 
-Distance = Callable[[Float32[np.ndarray, "P A"]], Float64[np.ndarray, "P"]]
+DistanceFunction = Callable[[Float32[np.ndarray, "P A"]], Float64[np.ndarray, "P"]]
+"""Returns the distance of the prediction for each of P actions to a fixed target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """Where a search begins, in the units that the predictor is told; what it leaves alone is always 0."""
+    """Initial distribution of the actions, in units of the predictor; entries that are not searched are always 0."""
 
     mean: Float64[np.ndarray, "A"]
-    """Of a flag: its probability."""
+    """Mean of a jitter entry, probability of a flag."""
     std: Float64[np.ndarray, "A"]
+    """Standard deviation of a jitter entry, 0 for a flag."""
     limit: Float64[np.ndarray, "A"]
-    """Largest value; the smallest is its negative, or 0 for a flag."""
+    """Largest value of an entry; the smallest is its negative for jitter and 0 for a flag."""
     is_flag: Bool[np.ndarray, "A"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The best action that a search has tried."""
+class SearchResult:
+    """The best of all candidates of a search."""
 
     action: Float32[np.ndarray, "A"]
     distance: float
@@ -51,17 +52,17 @@ class Found:
 
 
 def searched_entries(views: ViewConfig) -> tuple[str, ...]:
-    """Return the entries of the action that training has varied; not where the source lies, if that was varied."""
+    """Return the photometric entries of the action that training varies."""
     varied = [name for name in FLAGS if getattr(views, f"{name}_probability") > 0]
     varied += [name for name in JITTER if views.jitter_probability > 0 and getattr(views, name) > 0]
     return tuple(name for name in views.entries if name in varied)
 
 
 def training_prior(views: ViewConfig) -> Prior:
-    """Return mean and spread of the differences that training shows, and their largest.
+    """Return the distribution of the actions that training shows.
 
     Raises:
-        ValueError: if the run's actions have no photometric entry that training has varied.
+        ValueError: if the run's actions have no photometric entry that training varies.
     """
     searched = searched_entries(views)
     check(bool(searched), "run", views.entries,
@@ -69,60 +70,60 @@ def training_prior(views: ViewConfig) -> Prior:
           "solarize, and be trained with it")  # fmt: skip
     is_flag = np.array([name in FLAGS for name in views.entries])
     is_searched = np.array([name in searched for name in views.entries])
-    # two factors, each with this probability uniform within one strength of neutral, and their difference
-    spread, limit = (2 * views.jitter_probability / 3) ** 0.5, 2.0
-    chances = np.array([getattr(views, f"{name}_probability") if name in FLAGS else 0.0 for name in views.entries])
+    # A jitter entry is the difference of two factors, in units of the strength. A factor is uniform in [-1, 1] about
+    # neutral with probability p, otherwise neutral, so its variance is p / 3, and the difference is at most 2.
+    std, limit = (2 * views.jitter_probability / 3) ** 0.5, 2.0
+    probability = [getattr(views, f"{name}_probability") if name in FLAGS else 0.0 for name in views.entries]
     return Prior(
-        mean=chances * is_searched,
-        std=np.where(is_flag, 0.0, spread) * is_searched,
+        mean=np.array(probability) * is_searched,
+        std=np.where(is_flag, 0.0, std) * is_searched,
         limit=np.where(is_flag, 1.0, limit) * is_searched,
         is_flag=is_flag,
     )
 
 
-def search(distance: Distance, prior: Prior, config: PlanConfig, sample: int) -> Found:
-    """Return the action of the smallest distance, of `population` tried in each of `rounds` rounds."""
+def search(distance: DistanceFunction, prior: Prior, config: PlanConfig, sample: int) -> SearchResult:
+    """Return the best of `population` candidates in each of `rounds` rounds, the one with the smallest distance."""
     mean, std = prior.mean, prior.std
-    num_kept = max(2, round(config.elite_share * config.population))
-    best = Found(action=np.zeros(len(mean), np.float32), distance=np.inf)
+    num_elites = max(2, round(config.elite_share * config.population))
+    best = SearchResult(action=np.zeros(len(mean), np.float32), distance=np.inf)
     for number in range(config.rounds):
         uniform = uniforms(config.seed, f"plan round {number}", sample, np.arange(config.population), len(mean))
-        tried = _draw(mean, std, prior, uniform)
-        found = distance(tried)
-        order = np.argsort(found, kind="stable")
-        if found[order[0]] < best.distance:
-            best = Found(action=tried[order[0]], distance=float(found[order[0]]))
-        kept = tried[order[:num_kept]].astype(np.float64)
-        # not about their own mean: the search would narrow while it is still on its way
-        std = np.where(prior.is_flag, 0.0, np.sqrt(((kept - mean) ** 2).mean(axis=0)))
-        mean = kept.mean(axis=0)
+        candidates = _draw(mean, std, prior, uniform)
+        distances = distance(candidates)
+        order = np.argsort(distances, kind="stable")
+        if distances[order[0]] < best.distance:
+            best = SearchResult(action=candidates[order[0]], distance=float(distances[order[0]]))
+        elites = candidates[order[:num_elites]].astype(np.float64)
+        # The spread is taken about the previous mean. About the elites' own mean it would shrink, and the search would
+        # stop moving, while the mean is still far from the best action.
+        std = np.where(prior.is_flag, 0.0, np.sqrt(((elites - mean) ** 2).mean(axis=0)))
+        mean = elites.mean(axis=0)
     return best
 
 
 def _draw(
-    mean: Float64[np.ndarray, "A"],
-    std: Float64[np.ndarray, "A"],
-    prior: Prior,
-    uniform: Float64[np.ndarray, "P A"],
+    mean: Float64[np.ndarray, "A"], std: Float64[np.ndarray, "A"], prior: Prior, uniform: Float64[np.ndarray, "P A"]
 ) -> Float32[np.ndarray, "P A"]:
-    # 0 would be drawn at minus infinity, and 0 times that is no number
+    # A uniform number of 0 would become minus infinity, and NaN where the standard deviation is 0.
     normal = torch.special.ndtri(torch.from_numpy(np.maximum(uniform, 1e-12))).numpy()
     jitter = np.clip(mean + std * normal, -prior.limit, prior.limit)
-    flags = (uniform < np.clip(mean, _LEAST, 1 - _LEAST)) * prior.limit
+    flags = (uniform < np.clip(mean, _MIN_FLAG_PROBABILITY, 1 - _MIN_FLAG_PROBABILITY)) * prior.limit
     return np.where(prior.is_flag, flags, jitter).astype(np.float32)
 
 
-def distance_to(model: WorldModel, source: Float[Tensor, "1 3 H W"], target: Float[Tensor, "1 3 H W"]) -> Distance:
-    """Return what measures actions: how far the prediction from the source is from the target's tokens.
+def distance_to(
+    model: WorldModel, source: Float[Tensor, "1 3 H W"], target: Float[Tensor, "1 3 H W"]
+) -> DistanceFunction:
+    """Return a function that measures how far predictions from the source are from the target's tokens."""
+    # Encoded once for all rounds of a search.
+    source_tokens, target_tokens = model.encode(source), model.encode_targets(target)
+    chunk_size = max_sequences_per_forward(model)
 
-    Both are encoded once.
-    """
-    tokens, wanted = model.encode(source), model.encode_targets(target)
-    at_once = sequences_at_once(model)
+    def distance(actions: Float32[np.ndarray, "P A"]) -> Float64[np.ndarray, "P"]:
+        chunks = torch.from_numpy(actions).split(chunk_size)
+        predictions = (model.predict_from(source_tokens.expand(len(chunk), -1, -1), chunk) for chunk in chunks)
+        distances = [(predicted - target_tokens).square().mean(dim=(1, 2)) for predicted in predictions]
+        return torch.cat(distances).double().cpu().numpy()
 
-    def measure(action: Float32[np.ndarray, "P A"]) -> Float64[np.ndarray, "P"]:
-        parts = torch.from_numpy(action).split(at_once)
-        predicted = (model.predict_from(tokens.expand(len(part), -1, -1), part) for part in parts)
-        return torch.cat([(one - wanted).square().mean(dim=(1, 2)) for one in predicted]).double().cpu().numpy()
-
-    return measure
+    return distance

@@ -1,4 +1,4 @@
-"""Pairs of images whose change is known: an untouched or destroyed source, and the same image jittered."""
+"""Pairs of images whose change is known: a clean or destroyed source, and the same image jittered as the target."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,61 +21,62 @@ from iwm_fast.pipelines.transforms.parameters import Photometry, draw_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
 
-Kind = Literal["clean", "destroyed"]
-"""Of the source: untouched, or with each destruction that the run knows by the toss of a coin."""
-KINDS: tuple[Kind, ...] = ("clean", "destroyed")
+SourceKind = Literal["clean", "destroyed"]
+"""A clean source is unchanged; a destroyed one has each transformation that the run knows with probability 1/2."""
+SOURCE_KINDS: tuple[SourceKind, ...] = ("clean", "destroyed")
 
-# of 255: the channels of a photograph without colour are equal but for rounding
-_COLOURLESS = 1.0
+# Of 255. The channels of a photograph without colour differ by no more than rounding and compression make them differ.
+_MIN_COLOUR_SPREAD = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """One pair."""
+class ImagePair:
+    """A source and a target view of one image, normalised, and the action that leads from one to the other."""
 
     sample: int
     source: Float[Tensor, "1 3 H W"]
     target: Float[Tensor, "1 3 H W"]
     action: Float32[np.ndarray, "A"]
-    """What leads from one to the other."""
     has_colour: bool
-    """Whether the photograph has any: otherwise saturation and hue change nothing."""
+    """Whether the photograph has colours; without them, saturation and hue change nothing."""
 
 
-def draw_tasks(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "images"], *, kind: Kind, split: str, seed: int
-) -> Iterator[Task]:
-    """Yield one pair for each sample, jittered with the run's own strengths.
+def draw_pairs(
+    model: WorldModel,
+    shards: ShardSet,
+    samples: Int64[np.ndarray, "images"],
+    *,
+    kind: SourceKind,
+    split: str,
+    seed: int,
+) -> Iterator[ImagePair]:
+    """Yield one pair for each sample, with a target jittered at the run's strengths.
 
-    What is drawn is a pure function of seed, split (train or val), kind and sample.
+    Draws are a function of seed, split ("train" or "val"), kind and sample.
     """
     for pixels, sample in clean_images(model, shards, samples):
         change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
-        source, target = (normalize_view(render(pixels[None], view)) for view in change)
-        spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
-        yield Task(
-            sample=sample,
-            source=source,
-            target=target,
-            action=action_vector(*change, model.config.views)[0],
-            has_colour=bool(spread.mean() >= _COLOURLESS),
-        )
+        source, target = (normalize_view(render(pixels[None], photometry)) for photometry in change)
+        colour_spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
+        has_colour = bool(colour_spread.mean() >= _MIN_COLOUR_SPREAD)
+        (action,) = action_vector(*change, model.config.views)
+        yield ImagePair(sample=sample, source=source, target=target, action=action, has_colour=has_colour)
 
 
-def draw_change(views: ViewConfig, sample: int, *, kind: Kind, split: str, seed: int) -> tuple[Photometry, Photometry]:
-    """Draw what makes source and target of an untouched image."""
+def draw_change(
+    views: ViewConfig, sample: int, *, kind: SourceKind, split: str, seed: int
+) -> tuple[Photometry, Photometry]:
+    """Draw the parameters that render source and target from a clean image."""
     searched = searched_entries(views)
-    tossed = {f"{name}_probability": 0.5 if kind == "destroyed" and name in searched else 0.0 for name in FLAGS}
-    of_source, of_target = replace(views, jitter_probability=0.0, **tossed), bank_views(views, "run")
-    numbers = (uniforms(seed, f"plan {split} {kind} {of}", sample, np.arange(1), 9) for of in ("source", "target"))
-    return (
-        draw_photometry(of_source, next(numbers), is_source=True),
-        draw_photometry(of_target, next(numbers), is_source=False),
-    )
+    flags = {f"{name}_probability": 0.5 if kind == "destroyed" and name in searched else 0.0 for name in FLAGS}
+    source_views, target_views = replace(views, jitter_probability=0.0, **flags), bank_views(views, "run")
+    numbers = [uniforms(seed, f"plan {split} {kind} {view}", sample, np.arange(1), 9) for view in ("source", "target")]
+    source = draw_photometry(source_views, numbers[0], is_source=True)
+    return source, draw_photometry(target_views, numbers[1], is_source=False)
 
 
 @torch.no_grad()
-def pooled(model: WorldModel, task: Task) -> Float[Tensor, "F"]:
+def pooled_features(model: WorldModel, pair: ImagePair) -> Float[Tensor, "F"]:
     """Return the frozen features of a pair: mean tokens of source and target, and their difference."""
-    source, target = (model.encode(view).mean(dim=1)[0] for view in (task.source, task.target))
+    source, target = (model.encode(view).mean(dim=1)[0] for view in (pair.source, pair.target))
     return torch.cat([source, target, target - source])

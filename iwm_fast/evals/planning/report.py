@@ -1,4 +1,4 @@
-"""The numbers of an evaluation of planning: errors in natural units, beside what is to be beaten."""
+"""Rows of the planning evaluation: errors in natural units, beside those of the baselines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,87 +8,84 @@ from jaxtyping import Float, Float32
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.planning.cem import FLAGS
-from iwm_fast.evals.planning.image_pairs import Kind
+from iwm_fast.evals.planning.image_pairs import SourceKind
 from iwm_fast.evals.results import Row, mean_row
 from iwm_fast.pipelines.transforms.action import action_difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What was done to images, and what is said to have been done; actions in the units that the predictor is told."""
+class PlanningErrors:
+    """True and estimated actions of image pairs, in units of the predictor, with the distances of their predictions."""
 
-    done: Float32[np.ndarray, "images A"]
-    found: Float32[np.ndarray, "images A"]
-    """By the search."""
+    true: Float32[np.ndarray, "images A"]
+    searched: Float32[np.ndarray, "images A"]
+    """Found by the search."""
     untrained: Float32[np.ndarray, "images A"]
-    """By the same search through an untrained predictor."""
+    """Found by the same search with an untrained predictor."""
     regressed: Float32[np.ndarray, "images A"]
-    """By ridge regression on frozen features."""
+    """Estimated by ridge regression from frozen features."""
     distance: Float32[np.ndarray, "images 3"]
-    """From the target's tokens to the prediction for what was found, for what was done, and for no change."""
+    """Distances of the predictions for the searched action, the true one, and no change to the target's tokens."""
     has_colour: Float32[np.ndarray, "images"]
-    """1 if the photograph has any, otherwise 0."""
+    """1 if the photograph has colours, otherwise 0."""
 
     def __len__(self) -> int:
-        return len(self.done)
+        return len(self.true)
 
 
-def parameter_rows(outcome: Outcome, entries: Sequence[str], config: RunConfig, seed: int) -> list[Row]:
-    """Return for each entry what search, regression and doing nothing miss by.
+def parameter_rows(errors: PlanningErrors, entries: Sequence[str], config: RunConfig, seed: int) -> list[Row]:
+    """Return the errors of search, regression and no change for each entry of the action.
 
-    That is the mean absolute difference in natural units for jitter, the share of wrong answers for flags. Where some
-    photographs have no colour, saturation and hue have a further row for those that have.
+    The error of a jitter entry is the mean absolute difference in natural units, that of a flag the share of wrong
+    answers. If some photographs have no colour, saturation and hue get a further row for those that have.
     """
-    has_colour, num_tuned = outcome.has_colour > 0, 3 * config.model.encoder.dim + 1
+    has_colour, num_tuned = errors.has_colour > 0, 3 * config.model.encoder.dim + 1
     rows = []
     for name in entries:
         metric = "wrong" if name in FLAGS else "error"
         rows += [
-            _search_row(outcome, name, metric, config, seed),
-            mean_row(name, f"{metric}_of_regression", _missed(outcome, outcome.regressed, name, config), seed,
+            _search_row(errors, name, metric, config, seed),
+            mean_row(name, f"{metric}_of_regression", _error(errors, errors.regressed, name, config), seed,
                      num_tuned=num_tuned),
-            mean_row(name, f"{metric}_of_no_change", _missed(outcome, 0 * outcome.done, name, config), seed),
+            mean_row(name, f"{metric}_of_no_change", _error(errors, 0 * errors.true, name, config), seed),
         ]  # fmt: skip
-        if name in ("saturation", "hue") and 0 < has_colour.sum() < len(outcome):
-            coloured = Outcome(**{part: values[has_colour] for part, values in vars(outcome).items()})
+        if name in ("saturation", "hue") and 0 < has_colour.sum() < len(errors):
+            coloured = PlanningErrors(**{field: values[has_colour] for field, values in vars(errors).items()})
             rows.append(_search_row(coloured, name, f"{metric}_with_colour", config, seed))
     if {"saturation", "hue"} & set(entries):
         share = float(1 - has_colour.mean())
-        rows.append(Row(subject="photographs", metric="share_without_colour", value=share, num_samples=len(outcome)))
+        rows.append(Row(subject="photographs", metric="share_without_colour", value=share, num_samples=len(errors)))
     return rows
 
 
-def _search_row(outcome: Outcome, name: str, metric: str, config: RunConfig, seed: int) -> Row:
+def _search_row(errors: PlanningErrors, name: str, metric: str, config: RunConfig, seed: int) -> Row:
     return mean_row(
-        name,
-        metric,
-        _missed(outcome, outcome.found, name, config),
-        seed,
-        control=_missed(outcome, outcome.untrained, name, config),
-        control_name="untrained predictor",
-        chance=float(_missed_by_guess(outcome, name, config).mean()),
-    )
+        name, metric, _error(errors, errors.searched, name, config), seed,
+        control=_error(errors, errors.untrained, name, config), control_name="untrained predictor",
+        chance=float(_error_of_guess(errors, name, config).mean()),
+    )  # fmt: skip
 
 
-def _missed(
-    outcome: Outcome, answer: Float[np.ndarray, "images A"], name: str, config: RunConfig
+def _error(
+    errors: PlanningErrors, estimate: Float[np.ndarray, "images A"], name: str, config: RunConfig
 ) -> Float[np.ndarray, "images"]:
-    done, said = (action_difference(action, config.views)[name] for action in (outcome.done, answer))
+    true, estimated = (action_difference(action, config.views)[name] for action in (errors.true, estimate))
     if name in FLAGS:
-        return ((said > 0.5) != (done > 0.5)).astype(np.float64)
-    return np.abs(said - done).astype(np.float64)
+        return ((estimated > 0.5) != (true > 0.5)).astype(np.float64)
+    return np.abs(estimated - true).astype(np.float64)
 
 
-def _missed_by_guess(outcome: Outcome, name: str, config: RunConfig) -> Float[np.ndarray, "images"]:
-    """Return what a fresh draw from the range of what was drawn misses on average, image by image."""
+def _error_of_guess(errors: PlanningErrors, name: str, config: RunConfig) -> Float[np.ndarray, "images"]:
+    """Return the expected error, for each image, of guessing from the distribution the true change was drawn from."""
     if name in FLAGS:
-        return np.full(len(outcome), 0.5)
-    done, strength = action_difference(outcome.done, config.views)[name].astype(np.float64), getattr(config.views, name)
-    return (strength**2 + done**2) / (2 * strength)
+        return np.full(len(errors), 0.5)
+    # The mean of |u - x| for u uniform in [-s, s] and |x| <= s is (s^2 + x^2) / 2s.
+    true, strength = action_difference(errors.true, config.views)[name].astype(np.float64), getattr(config.views, name)
+    return (strength**2 + true**2) / (2 * strength)
 
 
-def distance_rows(outcome: Outcome, kind: Kind, seed: int) -> list[Row]:
-    """Return how near the predictions come: for the action found, for the true one, and for no change."""
+def distance_rows(errors: PlanningErrors, kind: SourceKind, seed: int) -> list[Row]:
+    """Return the distances of the predictions for the searched action, the true one, and no change to the target."""
     metrics = ("distance_found", "distance_of_true_action", "distance_of_no_change")
-    columns = zip(metrics, outcome.distance.T.astype(np.float64), strict=True)
+    columns = zip(metrics, errors.distance.T.astype(np.float64), strict=True)
     return [mean_row(f"{kind} sources", metric, values, seed) for metric, values in columns]

@@ -1,1 +1,1 @@
-"""What do frozen features tell: k nearest neighbours, a linear and an attentive probe?"""
+"""How good are frozen features? k-NN, a linear and an attentive probe classify images from them."""

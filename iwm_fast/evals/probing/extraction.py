@@ -1,4 +1,4 @@
-"""Frozen features of labelled samples, from the encoder."""
+"""Extraction of frozen features of labelled samples with the encoder."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,88 +18,91 @@ from iwm_fast.world_model import WorldModel
 Item = TypeVar("Item")
 
 Kind = Literal["pooled", "tokens"]
-"""The mean over an image's patches, (D,); or all its tokens, (N, D)."""
+"""Features of an image: the mean over its patches, (D,), or all its tokens, (N, D)."""
+# Tokens are stored in half precision, because they take N times as much space as pooled features.
 DTYPES = {"pooled": np.dtype(np.float32), "tokens": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Frozen, pooled encoder outputs and their labels."""
+    """Frozen, pooled outputs of the encoder with their class numbers."""
 
     features: Float[Tensor, "images D"]
     label: Int64[Tensor, "images"]
 
 
-def encoded(
+def encode_batches(
     model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: Kind
 ) -> Iterator[Float[Tensor, "B *rest"]]:
-    """Yield the samples' features, batch after batch, on the CPU; a GPU goes on with the next batch meanwhile.
+    """Yield the features of the samples in batches, in order, on the CPU.
+
+    A batch is copied from a GPU while the next one is encoded.
 
     Raises:
         ShardError: if an image cannot be decoded, with shard and key.
     """
-    copies = (_begin_copy(model.encode(batch.source_view), kind) for batch in batches(model, shards, samples))
-    for features, arrived in one_ahead(copies):
-        if arrived is not None:
-            arrived.synchronize()
+    copies = (_start_copy(model.encode(batch.source_view), kind) for batch in batches(model, shards, samples))
+    for features, copied in prefetch_one(copies):
+        if copied is not None:
+            copied.synchronize()
         yield features
 
 
-def _begin_copy(tokens: Float[Tensor, "B N D"], kind: Kind) -> tuple[Float[Tensor, "B *rest"], torch.cuda.Event | None]:
-    """Return features on their way to the CPU, and the event of their arrival if they come from a GPU."""
+def _start_copy(tokens: Float[Tensor, "B N D"], kind: Kind) -> tuple[Float[Tensor, "B *rest"], torch.cuda.Event | None]:
+    """Start copying features to the CPU, and return the copy and, for tokens on a GPU, the event of its completion."""
     features = tokens.mean(dim=1) if kind == "pooled" else tokens.half()
     if not features.is_cuda:
         return features, None
-    # into pinned memory
-    copy, arrived = features.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-    return copy, arrived
+    # A non-blocking copy to the CPU allocates pinned memory. Its content is undefined until the event has occurred.
+    copy, copied = features.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+    return copy, copied
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items, each after the next one has been taken: whatever taking it has begun goes on meanwhile."""
-    before: list[Item] = []
+def prefetch_one(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item after the next one has been requested, so that asynchronous work on the next one has started."""
+    previous: list[Item] = []
     for item in items:
-        yield from before
-        before = [item]
-    yield from before
+        yield from previous
+        previous = [item]
+    yield from previous
 
 
-def row_shape(model: WorldModel, kind: Kind) -> tuple[int, ...]:
+def feature_shape(model: WorldModel, kind: Kind) -> tuple[int, ...]:
     """Return the shape of one image's features."""
     dim = model.config.model.encoder.dim
     return (dim,) if kind == "pooled" else (model.config.grid**2, dim)
 
 
-def encode_in_order(
-    model: WorldModel, part: Labelled, kind: Kind, rank_info: RankInfo
+def encode_on_all_ranks(
+    model: WorldModel, labelled: Labelled, kind: Kind, rank_info: RankInfo
 ) -> Iterator[Float[Tensor, "B *rest"]]:
-    """Yield the features of all samples in order on every rank, each encoded by one of them; collective.
-
-    Ranks take batches of images that are the same for any number of ranks, because a row's last bits may depend on the
-    other images of its batch.
+    """Yield the features of all samples in order on every rank. Collective: every rank must consume all batches.
 
     Raises:
         ShardError: if an image cannot be decoded, with shard and key.
     """
-    size, world_size, samples = EVALUATION_BATCH, rank_info.world_size, part.samples
-    in_batches = [samples[first : first + size] for first in range(0, len(samples), size)]
-    local = in_batches[rank_info.rank :: world_size]
-    features = encoded(model, part.shards, np.concatenate(local or [samples[:0]]), kind)
+    size, world_size, samples = EVALUATION_BATCH, rank_info.world_size, labelled.samples
+    # The last bits of features may depend on the other images of a batch, so batches are the same for any number of
+    # ranks, and ranks take turns.
+    all_batches = [samples[first : first + size] for first in range(0, len(samples), size)]
+    local = all_batches[rank_info.rank :: world_size]
+    local_features = encode_batches(model, labelled.shards, np.concatenate(local or [samples[:0]]), kind)
     if world_size == 1:
-        yield from features
+        yield from local_features
         return
     dtype = getattr(torch, DTYPES[kind].name)
-    for first in range(0, len(in_batches), world_size):
-        padded = torch.zeros(size, *row_shape(model, kind), dtype=dtype, device=rank_info.device)
-        if first + rank_info.rank < len(in_batches):
-            rows = next(features)
-            padded[: len(rows)] = rows
+    for first in range(0, len(all_batches), world_size):
+        # In the last round some ranks have no batch, or a smaller one; their padding comes last and is cut off.
+        padded = torch.zeros(size, *feature_shape(model, kind), dtype=dtype, device=rank_info.device)
+        if first + rank_info.rank < len(all_batches):
+            features = next(local_features)
+            padded[: len(features)] = features
         gathered = all_gather(padded.flatten()).view(-1, *padded.shape[1:]).cpu()
         yield gathered[: len(samples) - first * size]
 
 
-def extract_features(model: WorldModel, part: Labelled) -> Features:
-    """Return pooled features and class numbers of the samples, held in memory; waits for no other rank."""
-    features = list(encoded(model, part.shards, part.samples, "pooled"))
-    return Features(features=torch.cat(features), label=torch.from_numpy(part.number))
+def extract_features(model: WorldModel, labelled: Labelled) -> Features:
+    """Return pooled features and class numbers of the samples in memory, computed by this rank alone."""
+    features = list(encode_batches(model, labelled.shards, labelled.samples, "pooled"))
+    return Features(features=torch.cat(features), label=torch.from_numpy(labelled.number))

@@ -1,7 +1,6 @@
-"""Cached features with their labels, in batches: in order, or mixed without reading single rows all over the disk.
+"""Batches of cached features and their labels, in sequence or shuffled, without random reads of single rows.
 
-A mixed epoch takes runs of rows that lie together, in random order, and mixes them again inside windows that fit into
-memory.
+Shuffling takes runs of consecutive rows in random order, and shuffles them again inside windows that fit into memory.
 """
 
 from collections.abc import Iterator
@@ -13,68 +12,71 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from iwm_fast.evals.probing.extraction import one_ahead
+from iwm_fast.evals.probing.extraction import prefetch_one
 
-# a disk or a network folder reads this much nearly as fast as it reads on; of tokens it is 7 images of a ViT-S/16
+# A seek on a disk or a network folder costs about as much as reading this many bytes, which are the tokens of 7 images
+# of a ViT-S/16.
 RUN_BYTES = 2**20
-# two of them are in memory; a class has to be spread over many runs of a window if shards are sorted by class
+# Two windows are in memory at a time. If shards are sorted by class, a window must contain runs of many classes.
 WINDOW_BYTES = 2**29
 
-LabelledRows = tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]
+FeatureBatch = tuple[Shaped[Tensor, "B *rest"], Int64[Tensor, "B"]]
+"""Features and class numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Examples:
-    """Some rows of a set of features, and their labels."""
+class FeatureDataset:
+    """A subset of cached features with their labels."""
 
-    rows: Shaped[np.ndarray, "images *rest"]
-    """Of all images; may be mapped from a file."""
+    features: Shaped[np.ndarray, "images *rest"]
+    """Features of all images, which may be mapped from a file."""
     label: Int64[np.ndarray, "images"]
-    chosen: Int64[np.ndarray, "chosen"]
-    """Which of them are meant, ascending."""
+    """Class numbers of all images."""
+    indices: Int64[np.ndarray, "subset"]
+    """Rows of the subset, ascending."""
     device: torch.device | str = "cpu"
-    """Where batches are delivered."""
+    """Device of the batches."""
     run_bytes: int = RUN_BYTES
     window_bytes: int = WINDOW_BYTES
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
-    def in_order(self, batch_size: int) -> Iterator[LabelledRows]:
-        """Yield each example once; the last batch may be smaller."""
+    def sequential_batches(self, batch_size: int) -> Iterator[FeatureBatch]:
+        """Yield each example of the subset once, in order; the last batch may be smaller."""
         for first in range(0, len(self), batch_size):
-            rows = self.chosen[first : first + batch_size]
-            yield self._deliver(self.rows[rows], rows)
+            indices = self.indices[first : first + batch_size]
+            yield self._to_batch(self.features[indices], indices)
 
-    def mixed(self, batch_size: int, epochs: int, seed: int) -> Iterator[LabelledRows]:
-        """Yield each example once in each epoch, in an order of its own; the last batch of an epoch may be smaller."""
-        row_bytes = self.rows[:1].nbytes
-        run = max(1, self.run_bytes // row_bytes)
-        size = max(1, self.window_bytes // row_bytes // batch_size) * batch_size
+    def shuffled_batches(self, batch_size: int, epochs: int, seed: int) -> Iterator[FeatureBatch]:
+        """Yield each example once per epoch, in a new order; the last batch of an epoch may be smaller."""
+        row_bytes = self.features[:1].nbytes
+        run_size = max(1, self.run_bytes // row_bytes)
+        window_size = max(1, self.window_bytes // row_bytes // batch_size) * batch_size
         with ThreadPoolExecutor(1, thread_name_prefix="features") as reader:
             windows = (
-                # read in ascending order, so that runs are read as a whole
-                (rows, reader.submit(lambda ascending: self.rows[ascending], np.sort(rows)))
+                # Read in ascending order, so that the rows of a run are read together.
+                (window, reader.submit(lambda ascending: self.features[ascending], np.sort(window)))
                 for epoch in range(epochs)
-                for rows in mixed_windows(self.chosen, run, size, np.random.default_rng((seed, epoch)))
+                for window in shuffle_windows(self.indices, run_size, window_size, np.random.default_rng((seed, epoch)))
             )
-            # the next window is read while one is used
-            for rows, reading in one_ahead(windows):
-                content, place = reading.result(), np.searchsorted(np.sort(rows), rows)
-                for first in range(0, len(rows), batch_size):
-                    part = slice(first, first + batch_size)
-                    yield self._deliver(content[place[part]], rows[part])
+            # The next window is read while the current one is used.
+            for window, pending in prefetch_one(windows):
+                features, position = pending.result(), np.searchsorted(np.sort(window), window)
+                for first in range(0, len(window), batch_size):
+                    batch = slice(first, first + batch_size)
+                    yield self._to_batch(features[position[batch]], window[batch])
 
-    def _deliver(self, content: Shaped[np.ndarray, "B *rest"], rows: Int64[np.ndarray, "B"]) -> LabelledRows:
-        label = torch.from_numpy(self.label[rows])
-        return torch.from_numpy(np.ascontiguousarray(content)).to(self.device), label.to(self.device)
+    def _to_batch(self, features: Shaped[np.ndarray, "B *rest"], indices: Int64[np.ndarray, "B"]) -> FeatureBatch:
+        label = torch.from_numpy(self.label[indices])
+        return torch.from_numpy(np.ascontiguousarray(features)).to(self.device), label.to(self.device)
 
 
-def mixed_windows(
-    chosen: Int64[np.ndarray, "chosen"], run: int, size: int, generator: np.random.Generator
-) -> Iterator[Int64[np.ndarray, "rows"]]:
-    """Yield all rows once in windows of `size`, the last one smaller, each mixed; runs of rows come in random order."""
-    runs = [chosen[first : first + run] for first in range(0, len(chosen), run)]
+def shuffle_windows(
+    indices: Int64[np.ndarray, "subset"], run_size: int, window_size: int, generator: np.random.Generator
+) -> Iterator[Int64[np.ndarray, "window"]]:
+    """Yield all indices once in shuffled windows of randomly chosen runs; the last window may be smaller."""
+    runs = [indices[first : first + run_size] for first in range(0, len(indices), run_size)]
     order = np.concatenate([runs[number] for number in generator.permutation(len(runs))])
-    for first in range(0, len(order), size):
-        yield generator.permutation(order[first : first + size])
+    for first in range(0, len(order), window_size):
+        yield generator.permutation(order[first : first + window_size])

@@ -1,12 +1,12 @@
-"""Frozen features on the disk: each encoder looks at each image once, whatever is evaluated afterwards.
+"""A cache of frozen features on disk, so that an encoder encodes an image once for all evaluations.
 
     <run>/features/<digest>/rows.npy        pooled: float32 (images, D); tokens: float16 (images, N, D)
-                            about.json      what the rows follow from
-                            manifest.json   size and SHA-256 of both
+                            about.json      everything that determines the features
+                            manifest.json   size and SHA-256 of both files
 
-The digest is that of everything the rows follow from: the encoder's weights, size and heads, the size of the views,
-the shards' content, the samples, loader and kind of device. The rows of the checkpoint and the control that were
-evaluated last are kept, for every set of images; the folder may be deleted at any time.
+The digest is that of about.json: weights and architecture of the encoder, size of the views, content of the shards,
+samples, loader and type of device. For all sets of images, the features of the checkpoint and the control that were
+evaluated last are kept. The folder may be deleted at any time.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from iwm_fast.evals.datasets import Labelled, tensors_digest
-from iwm_fast.evals.probing.extraction import DTYPES, Kind, encode_in_order, row_shape
+from iwm_fast.evals.probing.extraction import DTYPES, Kind, encode_on_all_ranks, feature_shape
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.atomic import publish, remove, remove_leftovers, save_json, verify
@@ -37,126 +37,130 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-FOLDER, ROWS, ABOUT = "features", "rows.npy", "about.json"
-# raise it when the same key would give other rows
+FOLDER, FEATURES_FILE, KEY_FILE = "features", "rows.npy", "about.json"
+# Increment it when a change of the code changes the features of an unchanged key.
 _FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """Rows that an evaluation needs: one encoder's features of some samples."""
+    """Which features an evaluation needs: the encoder, the samples, and pooled features or tokens."""
 
     model: WorldModel
-    weights: str
-    """Digest of the encoder's weights."""
-    part: Labelled
+    weights_digest: str
+    labelled: Labelled
     kind: Kind
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Everything that the rows follow from."""
+        """Everything that determines the features."""
         config = self.model.config
         return {
             "format": _FORMAT,
-            "weights": self.weights,
+            "weights": self.weights_digest,
             "encoder": asdict(config.model.encoder),
             "size": config.views.size,
-            "shards": self.part.shards.content_digest,
-            "samples": hashlib.sha256(self.part.samples.astype("<i8").tobytes()).hexdigest(),
+            "shards": self.labelled.shards.content_digest,
+            "samples": hashlib.sha256(self.labelled.samples.astype("<i8").tobytes()).hexdigest(),
             "kind": self.kind,
             "dtype": DTYPES[self.kind].name,
+            # Loaders and devices decode, resize and sum with different rounding.
             "loader": config.runtime.loader,
             "device": self.model.device.type,
         }
 
     @property
     def digest(self) -> str:
-        """Name of the rows' folder."""
+        """Name of the folder of these features."""
         return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all rows."""
-        return (len(self.part.samples), *row_shape(self.model, self.kind))
+        """Shape of the features of all samples."""
+        return (len(self.labelled.samples), *feature_shape(self.model, self.kind))
 
     @property
     def size_gb(self) -> float:
-        """Of all rows, on the disk."""
+        """Size on disk in GB of 10^9 bytes."""
         return math.prod(self.shape) * DTYPES[self.kind].itemsize / 1e9
 
 
 class FeatureCache:
-    """The features that some encoders make of a run's, or an export's, images."""
+    """Cached features of a run or an export, for the encoders of one evaluation."""
 
     def __init__(self, run: str | Path, models: Sequence[WorldModel], rank_info: RankInfo) -> None:
-        """Remove what killed processes and other encoders have left; collective."""
+        """Delete features of other encoders and of killed processes. Collective: every rank must call it."""
         self._folder = Path(run) / FOLDER
         self._rank_info = rank_info
-        self._weights = {id(model): tensors_digest(model.encoder.state_dict().values()) for model in models}
-        with self._locked():
-            distributed.rank_zero_only(self._remove_others)
+        self._digests = {id(model): tensors_digest(model.encoder.state_dict().values()) for model in models}
+        with self._lock():
+            distributed.rank_zero_only(self._remove_stale)
 
-    def spec(self, model: WorldModel, part: Labelled, kind: Kind) -> FeatureSpec:
-        """Return which rows are meant; the model must be one of those that the cache was opened for."""
-        return FeatureSpec(model=model, weights=self._weights[id(model)], part=part, kind=kind)
+    def spec(self, model: WorldModel, labelled: Labelled, kind: Kind) -> FeatureSpec:
+        """Return the specification of features; the model must be one of those that the cache was opened for."""
+        return FeatureSpec(model=model, weights_digest=self._digests[id(model)], labelled=labelled, kind=kind)
 
-    def require_room(self, specs: Sequence[FeatureSpec], max_gb: float) -> None:
-        """Check that rows may take so much room and that the disk has it.
+    def check_disk_space(self, specs: Sequence[FeatureSpec], max_gb: float) -> None:
+        """Check that features fit into `max_gb` and that those to be written fit on the disk.
 
         Raises:
-            ValueError: with the room they take, naming the settings that change it.
+            ValueError: if they do not, with their size and the settings that change it.
         """
-        size = {self._folder / spec.digest: spec.size_gb for spec in specs}
-        whole = sum(size.values())
-        check(whole <= max_gb, "max_cache_gb", max_gb,
-              f"be at least {whole:.4g}: that much room the features of all images take in {self._folder}; raise it, "
-              "or lower max_train_samples")  # fmt: skip
-        missing = sum(gb for folder, gb in size.items() if not folder.exists())
+        size_gb = {self._folder / spec.digest: spec.size_gb for spec in specs}
+        total = sum(size_gb.values())
+        check(total <= max_gb, "max_cache_gb", max_gb,
+              f"be at least {total:.4g}, the size of the features of all images in {self._folder}; raise it or lower "
+              "max_train_samples")  # fmt: skip
+        missing = sum(size for folder, size in size_gb.items() if not folder.exists())
         free = shutil.disk_usage(self._folder.parent).free / 1e9
         if missing > free:
             raise ValueError(
-                f"{missing:.4g} GB are still to be written in {self._folder} and {free:.4g} GB are free; make room, or "
-                "lower max_train_samples"
+                f"the features need {missing:.4g} GB more in {self._folder}, but {free:.4g} GB are free; free disk "
+                "space or lower max_train_samples"
             )
 
-    def rows(self, model: WorldModel, part: Labelled, kind: Kind) -> Shaped[np.ndarray, "images *rest"]:
-        """Return the features of a part's samples, extracted now unless they are there; collective.
+    def rows(self, model: WorldModel, labelled: Labelled, kind: Kind) -> Shaped[np.ndarray, "images *rest"]:
+        """Return the features of labelled samples, which are extracted first if they are not in the cache.
 
-        They are mapped from the file on rank 0, read-only; the other ranks get none.
+        On rank 0 they are mapped from the file, read-only; on the other ranks the array is empty. Collective: every
+        rank must call it.
 
         Raises:
             ShardError: if an image cannot be decoded, with shard and key.
             OSError: if the disk is full.
         """
-        spec = self.spec(model, part, kind)
+        spec = self.spec(model, labelled, kind)
         folder = self._folder / spec.digest
-        with self._locked():
-            if not distributed.broadcast_from_rank_zero(lambda: is_complete(folder)):
-                extract(folder, spec, self._rank_info)
-            # still locked, so that nobody removes it before it is mapped
-            rows = distributed.rank_zero_only(lambda: np.load(folder / ROWS, mmap_mode="r"))
-        return np.empty((0, *spec.shape[1:]), DTYPES[kind]) if rows is None else rows
+        with self._lock():
+            # Rank 0 decides for all ranks, which may see different states of a network file system.
+            if not distributed.broadcast_from_rank_zero(lambda: verify_or_remove(folder)):
+                write_features(folder, spec, self._rank_info)
+            # Mapped before the lock is released, because another evaluation may delete the file, but not the mapping.
+            features = distributed.rank_zero_only(lambda: np.load(folder / FEATURES_FILE, mmap_mode="r"))
+        return np.empty((0, *spec.shape[1:]), DTYPES[kind]) if features is None else features
 
-    def _remove_others(self) -> None:
+    def _remove_stale(self) -> None:
         remove_leftovers(self._folder)
-        kept = set(self._weights.values())
-        others = [about.parent for about in self._folder.glob(f"*/{ABOUT}") if _weights_in(about) not in kept]
-        for folder in others:
+        current = set(self._digests.values())
+        stale = [
+            path.parent for path in self._folder.glob(f"*/{KEY_FILE}") if _read_weights_digest(path) not in current
+        ]
+        for folder in stale:
             remove(folder)
-        if others:
-            log.info("removed the features of other checkpoints from %s, sets of images: %d", self._folder, len(others))
+        if stale:
+            log.info("removed %d sets of features of other checkpoints from %s", len(stale), self._folder)
 
-    def _locked(self) -> AbstractContextManager[object]:
-        """Keep other evaluations of the run out of the folder until the context ends; rank 0 does it for all."""
+    def _lock(self) -> AbstractContextManager[object]:
+        """Lock the folder against other evaluations until the context ends. Rank 0 holds the lock for all ranks."""
         return distributed.rank_zero_only(lambda: lock_folder(self._folder, wait=True)) or nullcontext()
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether the rows are there as they were extracted; what is damaged is removed."""
+def verify_or_remove(folder: Path) -> bool:
+    """Return whether the folder holds undamaged features; remove it if they are damaged."""
     if not folder.exists():
         return False
     try:
-        verify(folder, (ROWS, ABOUT))
+        verify(folder, (FEATURES_FILE, KEY_FILE))
     except OSError as error:
         log.warning("features in %s are damaged (%s) and are extracted again", folder, error)
         remove(folder)
@@ -164,37 +168,39 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def extract(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
-    """Encode a share of the images on each rank, and publish all rows from rank 0; collective."""
+def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
+    """Encode the images on all ranks and publish their features from rank 0. Collective: every rank must call it."""
     batch_size = EVALUATION_BATCH * rank_info.world_size
-    what = f"batches of {batch_size} images encoded, step {spec.model.step}"
-    encoding = encode_in_order(spec.model, spec.part, spec.kind, rank_info)
-    batches = follow(encoding, -(-len(spec.part.samples) // batch_size), what, rank_info)
+    num_batches = -(-len(spec.labelled.samples) // batch_size)
+    description = f"batches of {batch_size} images encoded, step {spec.model.step}"
+    features = encode_on_all_ranks(spec.model, spec.labelled, spec.kind, rank_info)
+    batches = follow(features, num_batches, description, rank_info)
 
-    def write_rows(path: Path) -> None:
-        # written, not mapped: a full disk is an error then, and no signal that kills
+    def write_array(path: Path) -> None:
+        # Written as a stream: on a full disk, writing to a mapped file would kill the process by SIGBUS instead of
+        # raising an error.
         with path.open("wb") as file:
             descr = np.lib.format.dtype_to_descr(DTYPES[spec.kind])
             header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
             np.lib.format.write_array_header_2_0(file, header)
-            for rows in batches:
-                file.write(rows.contiguous().numpy().data)
+            for batch in batches:
+                file.write(batch.contiguous().numpy().data)
 
     if rank_info.rank != 0:
-        # each batch is gathered by all ranks
+        # All ranks iterate, because every batch is gathered from all of them.
         for _ in batches:
             pass
         return
-    publish(folder, {ROWS: write_rows, ABOUT: lambda path: save_json(spec.key, path)})
+    publish(folder, {FEATURES_FILE: write_array, KEY_FILE: lambda path: save_json(spec.key, path)})
     log.info(
-        "%d images encoded at step %d, %.3g GB in %s, which may be deleted",
-        len(spec.part.samples), spec.model.step, spec.size_gb, folder.parent,
+        "encoded %d images at step %d; their features take %.3g GB in %s, which may be deleted",
+        len(spec.labelled.samples), spec.model.step, spec.size_gb, folder.parent,
     )  # fmt: skip
 
 
-def _weights_in(about: Path) -> str:
-    """Return which encoder made the rows, empty if that cannot be read."""
+def _read_weights_digest(path: Path) -> str:
+    """Return the digest of the encoder's weights from a key file, empty if it cannot be read."""
     try:
-        return json.loads(about.read_text(encoding="utf-8"))["weights"]
+        return json.loads(path.read_text(encoding="utf-8"))["weights"]
     except (ValueError, LookupError, TypeError):
         return ""

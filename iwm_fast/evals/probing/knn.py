@@ -1,7 +1,7 @@
-"""k nearest neighbours on frozen features: no training, so nothing to tune.
+"""k-nearest-neighbour classification (k-NN) on frozen features, which needs no training.
 
-Features are the teacher's mean-pooled tokens, centred on the training set's mean and compared by cosine similarity;
-each of the k nearest training images votes with weight exp(similarity / temperature).
+Features are the teacher's mean-pooled tokens minus the mean of the training set, compared by cosine similarity. Each of
+the k nearest training images votes for its class with weight exp(similarity / temperature).
 """
 
 import time
@@ -20,48 +20,49 @@ from iwm_fast.evals.results import Result
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
 from iwm_fast.world_model import WorldModel
 
-# 256 MB
-SIMILARITIES = 2**26
+# 256 MB in float32.
+MAX_SIMILARITIES = 2**26
 
 
 def evaluate_knn(config: KnnConfig, rank_info: RankInfo | None = None) -> Result:
-    """Score a run beside its own untrained encoder; write the result; collective.
+    """Measure accuracy beside the untrained encoder and save the result. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
         ShardError: if a sample has no label, one that no training sample has, or an image that cannot be decoded.
     """
     rank_info = rank_info or single_process(config.device)
-    compared = open_comparison(config, rank_info)
-    cache = FeatureCache(config.run, compared.models, rank_info)
-    rows = [[cache.rows(model, part, "pooled") for part in compared.sets] for model in compared.models]
-    return broadcast_from_rank_zero(lambda: _report(config, compared, rows))
+    comparison = open_comparison(config, rank_info)
+    cache = FeatureCache(config.run, comparison.models, rank_info)
+    features = [[cache.rows(model, labelled, "pooled") for labelled in comparison.sets] for model in comparison.models]
+    return broadcast_from_rank_zero(lambda: _report(config, comparison, features))
 
 
-def _report(config: KnnConfig, compared: Comparison, rows: list[list[np.ndarray]]) -> Result:
+def _report(config: KnnConfig, comparison: Comparison, features: list[list[np.ndarray]]) -> Result:
     begin = time.perf_counter()
-    correct, control = (_correct(config, compared, *pair) for pair in rows)
+    correct, control = (_classify(config, comparison, *train_and_val) for train_and_val in features)
     time_s = time.perf_counter() - begin
-    details = {"num_train": len(compared.sets.train.samples)}
-    return compared.report("knn", config, correct, control, details=details, time_s=time_s)
+    details = {"num_train": len(comparison.sets.train.samples)}
+    return comparison.report("knn", config, correct, control, details=details, time_s=time_s)
 
 
-def _correct(config: KnnConfig, compared: Comparison, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    # copies, because torch wants memory that it may write to
+def _classify(config: KnnConfig, comparison: Comparison, train: np.ndarray, val: np.ndarray) -> np.ndarray:
+    """Return whether each validation image is classified correctly."""
+    # The features are copied, because they are mapped read-only and torch requires writable memory.
     bank, queries = (
-        Features(features=torch.from_numpy(np.array(rows)), label=torch.from_numpy(part.number))
-        for rows, part in zip((known, asked), compared.sets, strict=True)
+        Features(features=torch.from_numpy(np.array(features)), label=torch.from_numpy(labelled.number))
+        for features, labelled in zip((train, val), comparison.sets, strict=True)
     )
-    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=compared.models[0].device)
+    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=comparison.models[0].device)
     return correct.numpy()
 
 
 def knn_accuracy(model: WorldModel, sets: LabelledSets, config: KnnConfig) -> float:
-    """Return the share of validation images that their nearest training images name rightly.
+    """Return the share of validation images that are classified correctly by their nearest training images.
 
-    Nothing is cached and no other rank is waited for: this is for evaluation while a run goes on.
+    Features are not cached, and the function is not collective, so that it can be called during training.
     """
-    bank, queries = (extract_features(model, part) for part in sets)
+    bank, queries = (extract_features(model, labelled) for labelled in sets)
     correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=model.device)
     return float(correct.double().mean())
 
@@ -73,12 +74,13 @@ def knn_correct(
     temperature: float,
     *,
     device: torch.device | str = "cpu",
-    most_similarities: int = SIMILARITIES,
+    max_similarities: int = MAX_SIMILARITIES,
 ) -> Bool[Tensor, "queries"]:
-    """Return of each query whether the weighted vote names its label; so many similarities are held at a time."""
+    """Return whether the weighted vote gives each query's label, holding at most `max_similarities` in memory."""
+    # Without centring, a large offset that all features share would make all similarities about 1.
     mean = bank.features.mean(dim=0)
     keys = functional.normalize(bank.features - mean, dim=1).to(device)
-    size = max(1, most_similarities // len(keys))
+    size = max(1, max_similarities // len(keys))
     correct = []
     for features, label in zip(queries.features.split(size), queries.label.split(size), strict=True):
         similarity = functional.normalize(features - mean, dim=1).to(device) @ keys.T
@@ -89,11 +91,11 @@ def knn_correct(
 def vote(
     similarity: Float[Tensor, "Q images"], label: Int64[Tensor, "images"], num_neighbors: int, temperature: float
 ) -> Int64[Tensor, "Q"]:
-    """Return each query's class by the weighted vote of its nearest images, on the CPU."""
+    """Return the class of each query by the weighted vote of its nearest images, on the CPU."""
     nearest, index = similarity.topk(min(num_neighbors, similarity.shape[1]), dim=1)
-    # sums on a GPU have no fixed order
+    # On a GPU, scatter_add_ sums in no fixed order, which could decide close votes differently.
     nearest, index = nearest.cpu(), index.cpu()
-    # relative to the nearest: the same winner, and no overflow at small temperatures
+    # Relative to the nearest image the votes have the same winner, and do not overflow at small temperatures.
     weight = ((nearest - nearest[:, :1]) / temperature).exp()
     votes = torch.zeros(len(similarity), int(label.max()) + 1).scatter_add_(1, label[index], weight)
     return votes.argmax(dim=1)

@@ -1,14 +1,15 @@
-"""Mean reciprocal rank of the predicted change among jittered versions of the image.
+"""Mean reciprocal rank (MRR) of the correct image when a predicted change is looked up in a bank of jittered images.
 
-A source image and the action that leads to one member of its bank go in; the members are ranked by squared distance of
-token maps to the prediction, and every member is asked for once. Jitter is asked forward, from the untouched image.
-Grayscale, blur and solarize are asked backward, from the image they destroyed, with their flag set: only a source is
-ever destroyed in training, so no predictor was taught the way from clean to destroyed, and asking it would measure
-nothing. Ties share their middle rank, so a predictor that ignores the action scores near chance, never 0. Source: paper
-section 4; the families' directions are ours.
+The predictor gets a source image and the action that leads to one candidate of the image's bank. All candidates are
+ranked by the squared distance of their tokens to the prediction, and each candidate is the correct answer once.
 
-Images are taken one after the other and keep nothing but their ranks, so memory grows with the bank (two token maps for
-each member), not with the number of images. On many ranks each takes its share of them.
+Jitter is predicted from the clean image. Grayscale, blur and solarize are predicted from the destroyed image with their
+flag set, because training applies them to source views only: no predictor learns the way from a clean to a destroyed
+image. Ties get their mean rank, so a predictor that ignores the action scores close to chance instead of 0. Source:
+paper section 4; the directions of the families are ours.
+
+Images are processed one at a time and leave only their ranks, so memory grows with the bank (two token maps per
+candidate) but not with the number of images. With several ranks, each processes its share of the images.
 """
 
 import logging
@@ -23,19 +24,20 @@ from pyarrow import parquet
 from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.evals.datasets import clean_images, compute_rows, spread, validation_shards
+from iwm_fast.evals.datasets import clean_images, compute_sharded, spread, validation_shards
 from iwm_fast.evals.results import Result, Row, mean_row, save_result
 from iwm_fast.evals.retrieval.bank import (
-    Bank,
-    ask,
+    CandidateBank,
+    Query,
     bank_views,
-    distances,
+    diagonal_ranks,
     draw_bank,
+    encode_bank,
+    make_query,
+    mean_squared_distances,
     open_world_model,
-    predicted_map,
-    ranks,
+    predict_query,
     source_photometry,
-    target_map,
     with_untrained_predictor,
 )
 from iwm_fast.pipelines.config import ViewConfig
@@ -48,12 +50,15 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
+Ranks = Float32[np.ndarray, "images families M"]
+"""Ranks of the correct answers, from 1."""
+
 
 def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result:
-    """Score a run beside chance and an untrained predictor on the same encoder; write `mrr_<bank>`; collective.
+    """Measure MRR and recall beside chance and an untrained predictor on the same encoder, and save `mrr_<bank>`.
 
-    The single ranks stand beside the result in `mrr_<bank>_ranks.parquet`. Families that the run was not taught, or
-    whose flag its actions do not have, are measured like the others, and named.
+    The ranks of all queries are saved in `mrr_<bank>_ranks.parquet`. Families that training did not apply, or whose
+    flag is missing from the run's actions, are measured with a warning. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -67,22 +72,23 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     models = [model, with_untrained_predictor(model, config.seed)]
     shape = len(models), len(config.families), config.bank_size
 
-    def ranked(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
-        return map(torch.from_numpy, bank_ranks(models, shards, local, config))
+    def rank_share(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
+        return map(torch.from_numpy, rank_images(models, shards, local, config))
 
-    rank, control = compute_rows(samples, ranked, shape, "images ranked", rank_info).cpu().numpy().swapaxes(0, 1)
-    result = _result(rank, control, model, config)
+    ranks = compute_sharded(samples, rank_share, shape, "images ranked", rank_info)
+    rank, control_rank = ranks.cpu().numpy().swapaxes(0, 1)
+    result = _make_result(rank, control_rank, model, config)
     keys = [shards.key(int(sample)) for sample in samples]
-    rank_zero_only(lambda: _save(result, keys, rank, control))
+    rank_zero_only(lambda: _save(result, keys, rank, control_rank))
     return result
 
 
-def bank_ranks(
+def rank_images(
     models: list[WorldModel], shards: ShardSet, samples: Int64[np.ndarray, "images"], config: MrrConfig
 ) -> Iterator[Float32[np.ndarray, "models families M"]]:
-    """Yield for each image the ranks of the right answers, in the same bank for all models and families.
+    """Yield for each image the ranks of the correct answers, in the same bank for all models and families.
 
-    The models share their encoder: it is the predictors that are compared. Nothing here waits for other ranks.
+    The models must share their encoder; only the predictors are compared. Not collective.
     """
     for pixels, sample in clean_images(models[0], shards, samples):
         bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
@@ -90,41 +96,39 @@ def bank_ranks(
 
 
 def ranks_in_bank(
-    models: list[WorldModel], pixels: UInt8[Tensor, "H W 3"], bank: Bank, config: MrrConfig
+    models: list[WorldModel], pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, config: MrrConfig
 ) -> Float32[np.ndarray, "models families M"]:
-    """Return the ranks of the right answers in one image's bank."""
-    target = target_map(models[0], bank)
-    questions = [ask(pixels, bank, family, models[0]) for family in config.families]
-    return np.array(
-        [[ranks(distances(predicted_map(model, asked), target)) for asked in questions] for model in models]
-    )
+    """Return the ranks of the correct answers in the bank of one clean image."""
+    target = encode_bank(models[0], bank)
+    queries = [make_query(pixels, bank, family, models[0]) for family in config.families]
+
+    def ranks(model: WorldModel, query: Query) -> Float32[np.ndarray, "M"]:
+        return diagonal_ranks(mean_squared_distances(predict_query(model, query), target))
+
+    return np.array([[ranks(model, query) for query in queries] for model in models])
 
 
-def chance(bank_size: int) -> float:
-    """Return the expected reciprocal rank of a random order: the harmonic number over the bank's size."""
+def chance_mrr(bank_size: int) -> float:
+    """Return the expected reciprocal rank in a random order, the harmonic number of the bank's size over that size."""
     return float((1 / np.arange(1, bank_size + 1)).mean())
 
 
-def mean_reciprocal(rank: Float32[np.ndarray, "images *rest M"]) -> float:
-    """Return the mean reciprocal rank, each image's mean first."""
+def mean_reciprocal_rank(rank: Float32[np.ndarray, "images *rest M"]) -> float:
+    """Return the mean reciprocal rank."""
+    # The queries of an image are averaged first, in the order in which `mean_row` averages, so that both agree.
     return float((1 / rank.astype(np.float64)).mean(axis=-1).mean())
 
 
-def _result(
-    rank: Float32[np.ndarray, "images families M"],
-    control: Float32[np.ndarray, "images families M"],
-    model: WorldModel,
-    config: MrrConfig,
-) -> Result:
+def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: MrrConfig) -> Result:
     rows: list[Row] = []
-    for place, family in enumerate(config.families):
-        rows += _rows(family, rank[:, place], control[:, place], config.seed)
+    for index, family in enumerate(config.families):
+        rows += _family_rows(family, rank[:, index], control_rank[:, index], config.seed)
     views = model.config.views
     strengths = bank_views(views, config.bank)
     details = {
         "bank_strengths": {name: getattr(strengths, name) for name in JITTER},
         "blur_sigma": float(source_photometry("blur", views).blur_sigma[0]),
-        **_strange(config, views),
+        **_unsupported_families(config, views),
         "ranks": f"mrr_{config.bank}_ranks.parquet",
     }
     return Result(
@@ -133,48 +137,44 @@ def _result(
     )  # fmt: skip
 
 
-def _rows(
-    family: str, rank: Float32[np.ndarray, "images M"], control: Float32[np.ndarray, "images M"], seed: int
+def _family_rows(
+    family: str, rank: Float32[np.ndarray, "images M"], control_rank: Float32[np.ndarray, "images M"], seed: int
 ) -> list[Row]:
     size = rank.shape[1]
-    scores = {
-        "mrr": (lambda place: 1 / place, chance(size)),
-        "recall_at_1": (lambda place: place <= 1, 1 / size),
-        "recall_at_5": (lambda place: place <= 5, min(1.0, 5 / size)),
+    metrics = {
+        "mrr": (lambda rank: 1 / rank, chance_mrr(size)),
+        "recall_at_1": (lambda rank: rank <= 1, 1 / size),
+        "recall_at_5": (lambda rank: rank <= 5, min(1.0, 5 / size)),
     }
     return [
-        # banks differ by image, members of one bank are not independent
+        # The interval is over images, because the queries of one bank are not independent.
         mean_row(subject=family, metric=metric, values=score(rank.astype(np.float64)).mean(axis=1), seed=seed,
-                 control=score(control.astype(np.float64)), control_name="untrained predictor", chance=by_chance)
-        for metric, (score, by_chance) in scores.items()
+                 control=score(control_rank.astype(np.float64)), control_name="untrained predictor", chance=chance)
+        for metric, (score, chance) in metrics.items()
     ]  # fmt: skip
 
 
-def _strange(config: MrrConfig, views: ViewConfig) -> dict[str, list[str]]:
-    """Say which families the run cannot be expected to know."""
+def _unsupported_families(config: MrrConfig, views: ViewConfig) -> dict[str, list[str]]:
+    """Return and log the families that the run cannot be expected to handle."""
     flags = [family for family in config.families if family != "jitter"]
-    untold = [family for family in flags if family not in views.entries]
-    untaught = [family for family in flags if getattr(views, f"{family}_probability") == 0]
-    for names, why in ((untold, "its actions do not tell"), (untaught, "it never saw in training")):
+    not_encoded = [family for family in flags if family not in views.entries]
+    not_trained = [family for family in flags if getattr(views, f"{family}_probability") == 0]
+    reasons = ((not_encoded, "which the run's actions do not encode"), (not_trained, "which training did not apply"))
+    for names, reason in reasons:
         if names:
-            log.warning("the run is asked about %s, which %s", " and ".join(names), why)
-    return {"not_in_action": untold, "not_in_training": untaught}
+            log.warning("families contains %s, %s", " and ".join(names), reason)
+    return {"not_in_action": not_encoded, "not_in_training": not_trained}
 
 
-def _save(
-    result: Result,
-    keys: list[str],
-    rank: Float32[np.ndarray, "images families M"],
-    control: Float32[np.ndarray, "images families M"],
-) -> None:
-    """Write the result, and one row per image, family and member beside it."""
+def _save(result: Result, keys: list[str], rank: Ranks, control_rank: Ranks) -> None:
+    """Write the result and, beside it, a table with one row per image, family and candidate."""
     _, num_families, size = rank.shape
     columns = {
         "key": np.repeat(keys, num_families * size),
         "family": np.tile(np.repeat(result.settings["families"], size), len(keys)),
         "member": np.tile(np.arange(size, dtype=np.int32), len(keys) * num_families),
         "rank": rank.ravel(),
-        "rank_untrained": control.ravel(),
+        "rank_untrained": control_rank.ravel(),
     }
     path = save_result(result.settings["run"], result).with_name(result.details["ranks"])
     replace_file(path, lambda draft: parquet.write_table(pa.table(columns), draft))

@@ -1,7 +1,7 @@
-"""The world model at work, as pictures: a change is asked for, its prediction is looked up in a bank of images.
+"""Pictures of what predictions retrieve from banks of jittered images.
 
-Nothing is picked by hand: images are spread evenly over the validation set, each asks for the first version of its
-bank, and the sweeps are those of the first image. Where in the image the source lies (crop, flip) is not swept.
+No image is selected by its result: the images are evenly spaced over the validation set, each is queried for the first
+candidate of its bank, and the sweeps use the first image. Crop and flip entries of the action are not swept.
 """
 
 from collections import defaultdict
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
 from iwm_fast.evals.datasets import clean_images, spread, validation_shards
-from iwm_fast.evals.retrieval.bank import draw_bank, open_world_model, target_map
+from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.sweeps import (
-    Case,
-    Scene,
-    ask_for_first,
-    sections_of,
+    BankedImage,
+    RetrievalCase,
+    make_sections,
+    retrieve_clean,
+    retrieve_first,
     sweep,
     swept_entries,
-    undo,
-    undone_flags,
+    trained_flags,
 )
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.rendering.image_grid import Section, require_writable, save_sections
@@ -27,11 +27,11 @@ from iwm_fast.rendering.imagine_page import write_page
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
-_UNDONE = {"grayscale": "Colours given back", "blur": "Blur undone", "solarize": "Solarize undone"}
+_TITLES = {"grayscale": "Colours restored", "blur": "Blur undone", "solarize": "Solarize undone"}
 
 
 def imagine(config: ImagineConfig) -> tuple[Path, ...]:
-    """Draw what the predictions retrieve and return the files: sheet, sweeps, and a page with both.
+    """Write a sheet, the sweeps of the run's action entries, if any, and a page with both, and return their files.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -40,7 +40,7 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     path = Path(config.picture or Path(config.run) / "imagine.png")
     require_writable(path)
     model = open_world_model(config.run, single_process(config.device).device)
-    sheet, sweeps = _sections(model, config)
+    sheet, sweeps = _draw_sections(model, config)
     title = (
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "
         f"({config.bank} strengths) to choose from"
@@ -55,27 +55,28 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     return tuple(written)
 
 
-def _sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Section], list[Section]]:
-    """Return the sheet's sections and those of the sweeps; of each image only what is drawn is kept."""
+def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Section], list[Section]]:
+    """Return the sections of the sheet and those of the sweeps."""
     views = model.config.views
-    asked: list[Case] = []
+    first_cases: list[RetrievalCase] = []
     sweeps: list[Section] = []
-    undone: defaultdict[str, list[Case]] = defaultdict(list)
-    for scene in _scenes(model, config):
-        if not asked:
+    clean_cases: defaultdict[str, list[RetrievalCase]] = defaultdict(list)
+    # One image at a time, because the target tokens of a bank are large.
+    for image in _banked_images(model, config):
+        if not first_cases:
             entries = swept_entries(views, config.bank)
-            sweeps = [sweep(entry, scene, config.steps, model, config.bank) for entry in entries]
-        asked.append(ask_for_first(scene, model))
-        for flag in undone_flags(views):
-            undone[flag].append(undo(flag, scene, model))
-    for flag, cases in undone.items():
-        sweeps += sections_of(f"{_UNDONE[flag]}, the images of the sheet", cases)
-    return sections_of("The first version of each image's bank", asked), sweeps
+            sweeps = [sweep(entry, image, config.steps, model, config.bank) for entry in entries]
+        first_cases.append(retrieve_first(image, model))
+        for flag in trained_flags(views):
+            clean_cases[flag].append(retrieve_clean(flag, image, model))
+    for flag, cases in clean_cases.items():
+        sweeps += make_sections(f"{_TITLES[flag]}, the images of the sheet", cases)
+    return make_sections("The first version of each image's bank", first_cases), sweeps
 
 
-def _scenes(model: WorldModel, config: ImagineConfig) -> Iterator[Scene]:
+def _banked_images(model: WorldModel, config: ImagineConfig) -> Iterator[BankedImage]:
     shards = validation_shards(model, config.data)
     samples = spread(shards.num_samples, config.num_images)
-    for pixels, sample in follow(clean_images(model, shards, samples), len(samples), "images asked about"):
+    for pixels, sample in follow(clean_images(model, shards, samples), len(samples), "images queried"):
         bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
-        yield Scene(pixels=pixels, bank=bank, target=target_map(model, bank))
+        yield BankedImage(pixels=pixels, bank=bank, target=encode_bank(model, bank))

@@ -1,7 +1,6 @@
-"""Evaluation between two steps: the numbers of the commands, and nothing of training is touched."""
+"""Evaluation during training: it gives the metrics of the commands and does not affect training."""
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.launchers import CHILD
+from fixtures.launchers import CHILD, free_port
 from fixtures.paths import WORKERS
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
@@ -38,13 +37,15 @@ def rank_info():
     distributed.stop()
 
 
-def measured(shards: TinyShards, folder: Path, val: str, **runtime) -> RunConfig:
+def online_run(shards: TinyShards, folder: Path, val: str, **runtime) -> RunConfig:
+    """Return the settings of a tiny run that is evaluated every 4 steps."""
     config = tiny_run(shards, folder, **runtime)
     config = replace(config, output=replace(config.output, evaluate_every=4))
     return replace(config, data=replace(config.data, val=val))
 
 
-def with_labels(path: Path, labels: list[int | None], *, bad: bool = False) -> str:
+def write_labelled(path: Path, labels: list[int | None], *, bad: bool = False) -> str:
+    """Write a shard of images with these labels, None for no label; with `bad`, the second image is truncated."""
     members = []
     for number, label in enumerate(labels):
         image = encode(photograph("coffee.png")[number : number + 40, number : number + 40])
@@ -54,9 +55,9 @@ def with_labels(path: Path, labels: list[int | None], *, bad: bool = False) -> s
     return str(path)
 
 
-def test_a_run_writes_the_numbers_that_the_commands_give(tiny_shards, tmp_path):
-    val = with_labels(tmp_path / "val.tar", [0, 1, 2, 0, 1, 2])
-    run(measured(tiny_shards, tmp_path / "run", val))
+def test_a_run_logs_the_metrics_that_the_commands_measure(tiny_shards, tmp_path):
+    val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1, 2])
+    run(online_run(tiny_shards, tmp_path / "run", val))
     first, second, last = read_metrics(tmp_path / "run")
     data = EvalData(val=val)
     mrr = evaluate_mrr(
@@ -64,14 +65,15 @@ def test_a_run_writes_the_numbers_that_the_commands_give(tiny_shards, tmp_path):
     ).row("jitter", "mrr")
     knn = evaluate_knn(KnnConfig(run=str(tmp_path / "run"), max_train_samples=2000, data=data))
     assert last["eval/mrr"] == mrr.value and last["eval/mrr_chance"] == mrr.chance
-    named = knn.row("encoder", "accuracy")
-    assert last["eval/knn"] == named.value and last["eval/knn_chance"] == named.chance
-    assert last["eval/knn_untrained"] == named.control
-    # of the weights of the moment
+    accuracy = knn.row("encoder", "accuracy")
+    assert last["eval/knn"] == accuracy.value and last["eval/knn_chance"] == accuracy.chance
+    assert last["eval/knn_untrained"] == accuracy.control
+    # The weights differ between the evaluations.
     assert len({row["eval/mrr"] for row in (first, second, last)} | {last["eval/mrr_untrained"]}) == 4
 
 
-def steps(trainer: TrainingComponents, evaluation: OnlineEvaluation | None) -> list[float]:
+def train(trainer: TrainingComponents, evaluation: OnlineEvaluation | None) -> list[float]:
+    """Train for 4 steps with an evaluation after each step, and return the losses."""
     schedules = build_schedules(trainer.config.optim, trainer.shards.num_samples)
     loader = training_loader(trainer.config, trainer.shards, trainer.rank_info)
     losses = []
@@ -87,59 +89,57 @@ def steps(trainer: TrainingComponents, evaluation: OnlineEvaluation | None) -> l
 
 
 def random_states() -> list[bytes]:
-    # Python's own generator moves under these tests, which check argument types of some elements drawn with it
+    # Without the state of Python's `random`, which the type checker of the tests uses to choose elements to check.
     return [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]
 
 
-def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_measured(rank_info, tiny_shards, tmp_path):
-    config = measured(tiny_shards, tmp_path / "run", with_labels(tmp_path / "val.tar", [0, 1]))
-    plain, watched = build_components(config, rank_info), build_components(config, rank_info)
+def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tmp_path):
+    config = online_run(tiny_shards, tmp_path / "run", write_labelled(tmp_path / "val.tar", [0, 1]))
+    plain, evaluated = build_components(config, rank_info), build_components(config, rank_info)
     states = random_states()
-    evaluation = OnlineEvaluation(config, watched.shards, rank_info)
+    evaluation = OnlineEvaluation(config, evaluated.shards, rank_info)
     evaluation.prepare()
-    losses = steps(watched, evaluation)
+    losses = train(evaluated, evaluation)
     assert random_states() == states
-    assert losses == steps(plain, None)
-    for one, other in (
-        (watched.engine.state(), plain.engine.state()),
-        (watched.teacher.state_dict(), plain.teacher.state_dict()),
+    assert losses == train(plain, None)
+    for actual, expected in (
+        (evaluated.engine.state(), plain.engine.state()),
+        (evaluated.teacher.state_dict(), plain.teacher.state_dict()),
     ):
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert all(parameter.grad is None for parameter in watched.teacher.encoder.parameters())
+        assert all(torch.equal(value, expected[name]) for name, value in actual.items())
+    assert all(parameter.grad is None for parameter in evaluated.teacher.encoder.parameters())
 
 
-def test_what_is_wrong_is_found_before_the_first_step(rank_info, tiny_shards, tmp_path):
+def test_unusable_validation_data_is_refused_before_the_first_step(rank_info, tiny_shards, tmp_path):
     trainer = build_components(tiny_run(tiny_shards, tmp_path / "run"), rank_info)
 
     def prepare(val: str) -> None:
-        OnlineEvaluation(measured(tiny_shards, tmp_path / "run", val), trainer.shards, rank_info).prepare()
+        OnlineEvaluation(online_run(tiny_shards, tmp_path / "run", val), trainer.shards, rank_info).prepare()
 
-    with pytest.raises(ValueError, match=r"data\.val must name validation shards where output\.evaluate_every is set"):
+    with pytest.raises(ValueError, match=r"data\.val must name validation shards when output\.evaluate_every is set"):
         prepare("")
     with pytest.raises(FileNotFoundError, match="absent"):
         prepare(str(tmp_path / "absent.tar"))
     with pytest.raises(ShardError, match="sample '1': cannot decode the image"):
-        prepare(with_labels(tmp_path / "bad.tar", [0, 1, 2], bad=True))
+        prepare(write_labelled(tmp_path / "bad.tar", [0, 1, 2], bad=True))
     with pytest.raises(ShardError, match="cls is integer 7, which is not one of the classes"):
-        prepare(with_labels(tmp_path / "strange.tar", [0, 7]))
+        prepare(write_labelled(tmp_path / "strange.tar", [0, 7]))
 
 
-def test_without_labels_the_world_model_alone_is_measured_and_one_line_says_so(
-    rank_info, tiny_shards, tmp_path, caplog
-):
-    val = with_labels(tmp_path / "val.tar", [0, None, None])
-    config = measured(tiny_shards, tmp_path / "run", val)
+def test_without_labels_only_mrr_is_measured_with_one_log_line(rank_info, tiny_shards, tmp_path, caplog):
+    val = write_labelled(tmp_path / "val.tar", [0, None, None])
+    config = online_run(tiny_shards, tmp_path / "run", val)
     trainer = build_components(config, rank_info)
     with caplog.at_level("INFO"):
         evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
         evaluation.prepare()
         row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
-    assert caplog.text.count("without k-NN: 2 of 3 samples of data.val have no .cls") == 1
+    assert caplog.text.count("without k-NN, because 2 of 3 samples of data.val have no .cls") == 1
 
 
-def test_without_a_world_model_the_encoder_alone_is_measured(rank_info, tiny_shards, tmp_path):
-    config = measured(tiny_shards, tmp_path / "run", with_labels(tmp_path / "val.tar", [0, 1]), depth=0)
+def test_with_the_identity_predictor_only_knn_is_measured(rank_info, tiny_shards, tmp_path):
+    config = online_run(tiny_shards, tmp_path / "run", write_labelled(tmp_path / "val.tar", [0, 1]), depth=0)
     trainer = build_components(config, rank_info)
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
@@ -148,26 +148,18 @@ def test_without_a_world_model_the_encoder_alone_is_measured(rank_info, tiny_sha
 
 
 @pytest.mark.multi_rank
-def test_two_ranks_measure_the_same_and_end_together_when_an_image_cannot_be_read(tiny_shards, tmp_path):
-    val = with_labels(tmp_path / "val.tar", [0, 1, 2, 0])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def test_two_ranks_agree_and_end_together_when_the_images_are_gone(tiny_shards, tmp_path):
+    val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0])
+    port = free_port()
     pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
     for rank in "01":
-        rank_info = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(WORKER), str(tmp_path), tiny_shards.pattern, val]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | rank_info, **pipes))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | launch, **pipes))
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
-    (first, error), (second, silence) = printed
+    (first, error), (second, other_error) = printed
     assert "eval/mrr" in first and first == second
-    assert error.count("error (rank 0)") == 1 and "val.tar" in error and "Traceback" not in error + silence
-    assert "error" not in silence
+    assert error.count("error (rank 0)") == 1 and "val.tar" in error and "Traceback" not in error + other_error
+    assert "error" not in other_error

@@ -1,4 +1,4 @@
-"""Planning: the search finds what a predictor knows, and the numbers beside it are what they say."""
+"""Planning: the search recovers changes through exact predictors, and the rows have correct baselines."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from fixtures.exact_predictor import Pair, deaf, exact
+from fixtures.exact_predictor import Pair, exact, ignore_action
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, PlanConfig
 from iwm_fast.evals.datasets import batches, spread
 from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
-from iwm_fast.evals.planning.evaluate import Plan, evaluate_plan, measure, plan_images
-from iwm_fast.evals.planning.image_pairs import draw_change, draw_tasks
-from iwm_fast.evals.planning.report import Outcome, parameter_rows
+from iwm_fast.evals.planning.evaluate import PlannedChange, evaluate_plan, measure, plan_images
+from iwm_fast.evals.planning.image_pairs import draw_change, draw_pairs
+from iwm_fast.evals.planning.report import PlanningErrors, parameter_rows
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
@@ -51,7 +51,7 @@ def small(folder="x", **more):
 
 
 class Linear(nn.Module):
-    """Predicts tokens that are a linear function of the action, and so tell it exactly."""
+    """Predicts tokens that are an invertible linear function of the action."""
 
     def __init__(self, num_actions: int, num_tokens: int, dim: int) -> None:
         super().__init__()
@@ -63,53 +63,54 @@ class Linear(nn.Module):
         return (action @ self.weight).view(-1, self.dim)
 
 
-def test_the_search_finds_the_action_that_the_tokens_tell(model):
+def test_the_search_finds_the_action_that_produced_the_target_tokens(model):
     model = replace(model, predictor=Linear(7, 16, 16))
     tokens = torch.zeros(1, 16, 16)
-    done = np.array([1.3, -0.4, 0.9, -1.7, 0, 1, 1], np.float32)
-    wanted = model.predict_from(tokens, torch.from_numpy(done[None]))
+    true = np.array([1.3, -0.4, 0.9, -1.7, 0, 1, 1], np.float32)
+    target_tokens = model.predict_from(tokens, torch.from_numpy(true[None]))
 
     def distance(action):
         predicted = model.predict_from(tokens.expand(len(action), -1, -1), torch.from_numpy(action))
-        return (predicted - wanted).square().mean((1, 2)).double().numpy()
+        return (predicted - target_tokens).square().mean((1, 2)).double().numpy()
 
-    found = search(distance, training_prior(model.config.views), small(population=256, rounds=25), 0)
-    np.testing.assert_allclose(found.action, done, atol=1e-3)
-    assert found.distance == pytest.approx(0, abs=1e-5)
+    result = search(distance, training_prior(model.config.views), small(population=256, rounds=25), 0)
+    np.testing.assert_allclose(result.action, true, atol=1e-3)
+    assert result.distance == pytest.approx(0, abs=1e-5)
 
 
-def test_a_search_is_a_pure_function_of_seed_and_sample_and_more_of_it_comes_nearer(model):
+def test_a_search_depends_on_seed_and_sample_and_improves_with_rounds(model):
     view = torch.randn(2, 1, 3, 16, 16)
     prior, distance = training_prior(model.config.views), distance_to(model, *view)
 
-    def found(sample=0, **more):
-        return search(distance, prior, small(**more), sample)
+    def run_search(sample=0, **settings):
+        return search(distance, prior, small(**settings), sample)
 
-    first = found()
-    assert np.array_equal(first.action, found().action)
-    for other in (found(sample=1), found(seed=1)):
+    first = run_search()
+    assert np.array_equal(first.action, run_search().action)
+    for other in (run_search(sample=1), run_search(seed=1)):
         assert not np.array_equal(first.action, other.action)
-    assert found(rounds=8).distance < first.distance
+    assert run_search(rounds=8).distance < first.distance
     assert distance(first.action[None]) == pytest.approx([first.distance])
 
 
-def test_what_is_tried_is_what_training_could_show(model):
+def test_candidates_are_actions_that_training_could_show(model):
     views = replace(model.config.views, hue=0.0, grayscale_probability=0.0)
-    tried = []
+    candidates = []
 
-    def distance(action):
-        tried.append(action)
-        return -action[:, 0].astype(np.float64)
+    def distance(actions):
+        candidates.append(actions)
+        return -actions[:, 0].astype(np.float64)
 
-    found = search(distance, training_prior(views), small(population=200, rounds=6), 0)
-    actions = dict(zip(views.entries, np.concatenate(tried).T, strict=True))
-    assert found.action[0] == 2.0  # brightness: from one end of the range to the other
+    result = search(distance, training_prior(views), small(population=200, rounds=6), 0)
+    actions = dict(zip(views.entries, np.concatenate(candidates).T, strict=True))
+    # Brightness from one end of its range to the other.
+    assert result.action[0] == 2.0
     assert all(np.abs(actions[name]).max() <= 2 for name in JITTER)
     assert not actions["hue"].any() and not actions["grayscale"].any()
     assert set(actions["blur"]) == set(actions["solarize"]) == {0.0, 1.0}
 
 
-def test_the_search_begins_with_the_spread_of_trainings_own_actions():
+def test_the_search_starts_with_mean_and_spread_of_training_actions():
     views, slots = ViewConfig(brightness=0.8, jitter_probability=0.6), np.arange(20_000)
     source, target = (
         draw_photometry(views, uniforms(0, name, 0, slots, 9), is_source=name == "a") for name in ("a", "b")
@@ -121,43 +122,43 @@ def test_the_search_begins_with_the_spread_of_trainings_own_actions():
 
 
 def pairs_of(model, shards, samples, kind, config):
-    """Return sources, clean images and flags of the validation tasks, as an exact predictor wants them."""
-    tasks = list(draw_tasks(model, shards, samples, kind=kind, split="val", seed=config.seed))
+    """Return the validation pairs in the form that the exact predictor takes."""
+    pairs = list(draw_pairs(model, shards, samples, kind=kind, split="val", seed=config.seed))
     (batch,) = batches(model, shards, samples)
-    flags = [action_difference(task.action[None], model.config.views) for task in tasks]
+    flags = [action_difference(pair.action[None], model.config.views) for pair in pairs]
     return [
         Pair(
-            source=denormalize_view(task.source)[0],
+            source=denormalize_view(pair.source)[0],
             clean=clean,
             flags=tuple(name for name in ("grayscale", "blur", "solarize") if flag[name][0] > 0.5),
         )
-        for task, clean, flag in zip(tasks, denormalize_view(batch.source_view), flags, strict=True)
+        for pair, clean, flag in zip(pairs, denormalize_view(batch.source_view), flags, strict=True)
     ]
 
 
 @pytest.mark.parametrize("kind", ["clean", "destroyed"])
-def test_through_the_exact_predictor_the_change_of_real_images_is_recovered(model, tiny_shards, kind):
+def test_an_exact_predictor_recovers_the_changes_of_real_images(model, tiny_shards, kind):
     shards, config = open_shards(tiny_shards.pattern), small(population=128, rounds=8)
     samples = spread(shards.num_samples, 3)
-    perfect = exact(model, *pairs_of(model, shards, samples, kind, config))
-    outcome = measure(perfect, shards, shards, kind, config, rank_info=single_process("cpu"))
-    brightness, *_ = parameter_rows(outcome, JITTER, model.config, 0)
+    exact_model = exact(model, *pairs_of(model, shards, samples, kind, config))
+    errors = measure(exact_model, shards, shards, kind, config, rank_info=single_process("cpu"))
+    brightness, *_ = parameter_rows(errors, JITTER, model.config, 0)
     assert brightness.value < 0.03 < brightness.chance / 4
-    assert outcome.done[:, 4:].any() == (kind == "destroyed")
-    np.testing.assert_array_equal(outcome.found[:, 4:], outcome.done[:, 4:])
-    # the true action is exact to the rounding of pixels, and doing nothing is worse than what was found
-    assert (outcome.distance[:, 1] < 1e-3).all() and (outcome.distance[:, 2] > 10 * outcome.distance[:, 0]).all()
+    assert errors.true[:, 4:].any() == (kind == "destroyed")
+    np.testing.assert_array_equal(errors.searched[:, 4:], errors.true[:, 4:])
+    # The true action is exact up to the rounding of pixels, and no change is far worse than the searched action.
+    assert (errors.distance[:, 1] < 1e-3).all() and (errors.distance[:, 2] > 10 * errors.distance[:, 0]).all()
 
 
-def test_through_a_deaf_predictor_errors_are_those_of_a_guess(model, tiny_shards):
+def test_a_predictor_that_ignores_the_action_has_the_errors_of_a_guess(model, tiny_shards):
     shards, config = open_shards(tiny_shards.pattern), small(num_images=48)
-    outcome = measure(deaf(model), shards, shards, "clean", config, rank_info=single_process("cpu"))
-    for row in parameter_rows(outcome, JITTER, model.config, 0):
+    errors = measure(ignore_action(model), shards, shards, "clean", config, rank_info=single_process("cpu"))
+    for row in parameter_rows(errors, JITTER, model.config, 0):
         if row.metric == "error":
             assert row.value > 0.8 * row.chance
 
 
-def test_rows_say_what_is_missed_in_natural_units_and_what_is_to_be_beaten(folder):
+def test_rows_have_the_errors_of_search_baselines_and_chance(folder):
     result = evaluate_plan(small(folder))
     assert read_result(Path(folder) / "evaluations" / "plan.json").rows == result.rows
     by_name = {(row.subject, row.metric): row for row in result.rows}
@@ -174,14 +175,14 @@ def test_rows_say_what_is_missed_in_natural_units_and_what_is_to_be_beaten(folde
     assert by_name["photographs", "share_without_colour"].value == 0
 
 
-def test_a_guess_and_doing_nothing_miss_by_what_many_guesses_miss_by():
+def test_chance_is_the_mean_error_of_many_guesses():
     config = world_config(brightness=0.5)
-    done = np.zeros((400, 7), np.float32)
-    done[:, 0] = np.linspace(-1, 1, 400)
-    outcome = blank(done)
-    rows = {row.metric: row for row in parameter_rows(outcome, ["brightness"], config, 0)}
+    true = np.zeros((400, 7), np.float32)
+    true[:, 0] = np.linspace(-1, 1, 400)
+    errors = errors_of_true_actions(true)
+    rows = {row.metric: row for row in parameter_rows(errors, ["brightness"], config, 0)}
     guesses = np.random.default_rng(0).uniform(-0.5, 0.5, (400, 2000))
-    assert rows["error"].chance == pytest.approx(np.abs(guesses - 0.5 * done[:, :1]).mean(), rel=0.01)
+    assert rows["error"].chance == pytest.approx(np.abs(guesses - 0.5 * true[:, :1]).mean(), rel=0.01)
     assert rows["error_of_no_change"].value == pytest.approx(0.25, rel=0.01) and rows["error"].value == 0
 
 
@@ -191,18 +192,22 @@ def world_config(**views):
     return RunConfig(views=ViewConfig(**views))
 
 
-def blank(done, has_colour=None):
-    has_colour = np.ones(len(done), np.float32) if has_colour is None else has_colour
-    distance = np.zeros((len(done), 3), np.float32)
-    return Outcome(done=done, found=done, untrained=done, regressed=done, distance=distance, has_colour=has_colour)
+def errors_of_true_actions(true, has_colour=None):
+    """Return estimates that are all equal to the true actions."""
+    has_colour = np.ones(len(true), np.float32) if has_colour is None else has_colour
+    zeros = np.zeros((len(true), 3), np.float32)
+    return PlanningErrors(
+        true=true, searched=true, untrained=true, regressed=true, distance=zeros, has_colour=has_colour
+    )
 
 
-def test_where_some_photographs_have_no_colour_saturation_and_hue_are_told_without_them_too():
-    done = np.ones((4, 7), np.float32)
-    found = done.copy()
-    found[:2, 2:4] += 1  # one strength off where nothing is to be seen
-    outcome = replace(blank(done, np.array([0, 0, 1, 1], np.float32)), found=found)
-    rows = {(row.subject, row.metric): row for row in parameter_rows(outcome, JITTER, world_config(), 0)}
+def test_saturation_and_hue_have_further_rows_for_coloured_photographs():
+    true = np.ones((4, 7), np.float32)
+    searched = true.copy()
+    # One strength off in the photographs without colour.
+    searched[:2, 2:4] += 1
+    errors = replace(errors_of_true_actions(true, np.array([0, 0, 1, 1], np.float32)), searched=searched)
+    rows = {(row.subject, row.metric): row for row in parameter_rows(errors, JITTER, world_config(), 0)}
     assert rows["photographs", "share_without_colour"].value == 0.5
     for name, strength in (("saturation", 0.2), ("hue", 0.1)):
         assert rows[name, "error"].value == pytest.approx(strength / 2)
@@ -210,15 +215,15 @@ def test_where_some_photographs_have_no_colour_saturation_and_hue_are_told_witho
     assert ("brightness", "error_with_colour") not in rows
 
 
-def test_a_photograph_without_colour_is_known_as_one(model, tmp_path):
+def test_a_photograph_without_colour_is_recognised(model, tmp_path):
     coffee = photograph("coffee.png")[:40, :40]
     grey = np.repeat(coffee.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
     write_tar(tmp_path / "a.tar", [("0.png", encode(coffee, "PNG")), ("1.png", encode(grey, "PNG"))])
-    tasks = draw_tasks(model, open_shards(str(tmp_path / "a.tar")), np.arange(2), kind="clean", split="val", seed=0)
-    assert [task.has_colour for task in tasks] == [True, False]
+    pairs = draw_pairs(model, open_shards(str(tmp_path / "a.tar")), np.arange(2), kind="clean", split="val", seed=0)
+    assert [pair.has_colour for pair in pairs] == [True, False]
 
 
-def test_tasks_are_drawn_as_they_are_told_and_differ_between_splits_seeds_and_images(tiny_config):
+def test_changes_depend_on_kind_split_seed_and_image(tiny_config):
     views = replace(tiny_config().views, blur_probability=0.0)
     changes = [draw_change(views, sample, kind="destroyed", split="val", seed=0) for sample in range(200)]
     sources = [source for source, _ in changes]
@@ -234,7 +239,7 @@ def test_tasks_are_drawn_as_they_are_told_and_differ_between_splits_seeds_and_im
         assert target.brightness[0] != changes[0][1].brightness[0]
 
 
-def test_only_what_training_varied_and_the_action_tells_is_searched_for():
+def test_only_entries_that_training_varies_are_searched():
     assert searched_entries(ViewConfig()) == ViewConfig().entries
     views = ViewConfig(hue=0.0, blur_probability=0.0, source_crop=(0.5, 1.0))
     assert searched_entries(views) == ("brightness", "contrast", "saturation", "grayscale", "solarize")
@@ -244,34 +249,35 @@ def test_only_what_training_varied_and_the_action_tells_is_searched_for():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, str]:
-    """Return a photograph, and the same half as bright, as files of another shape than the views."""
+    """Return files of a photograph and of a version with changed brightness, both larger than the views."""
     folder, pixels = tmp_path_factory.mktemp("files"), torch.from_numpy(photograph("coffee.png")[:90, :120].copy())
     source, target = draw_change(ViewConfig(), 0, kind="clean", split="val", seed=0)
-    darker = render(pixels[None], replace(target, **{name: getattr(source, name) for name in JITTER[1:]}))[0]
-    for name, image in (("source.jpg", pixels), ("target.png", darker)):
+    changed = render(pixels[None], replace(target, **{name: getattr(source, name) for name in JITTER[1:]}))[0]
+    for name, image in (("source.jpg", pixels), ("target.png", changed)):
         (folder / name).write_bytes(encode(image.numpy(), "PNG" if name.endswith("png") else "JPEG"))
     return str(folder / "source.jpg"), str(folder / "target.png")
 
 
-def test_the_change_between_two_image_files_is_said_in_natural_units(folder, files):
+def test_the_change_between_two_image_files_is_in_natural_units(folder, files):
     source, target = files
     settings = small(folder, source=source, target=target, population=64, rounds=6)
-    plan = plan_images(settings)
-    assert plan == plan_images(settings) and isinstance(plan, Plan)
+    planned = plan_images(settings)
+    assert planned == plan_images(settings) and isinstance(planned, PlannedChange)
     model = world_model.load(folder)
-    assert tuple(plan.change) == model.config.views.entries
-    view, wanted = model.load_image(source), model.encode_targets(model.load_image(target))
+    assert tuple(planned.change) == model.config.views.entries
+    view, target_tokens = model.load_image(source), model.encode_targets(model.load_image(target))
 
     def distance(action):
-        return float((model.predict(view, action) - wanted).square().mean())
+        return float((model.predict(view, action) - target_tokens).square().mean())
 
-    assert plan.distance_before == pytest.approx(distance(model.action()), rel=1e-4)
-    assert plan.distance_after == pytest.approx(distance(model.action(**plan.change)), rel=1e-4)
-    assert plan.distance_after < plan.distance_before and "brightness" in plan.words
-    assert str(plan).startswith(plan.words) and f"{plan.distance_after:.4f} for this" in str(plan)
+    assert planned.distance_before == pytest.approx(distance(model.action()), rel=1e-4)
+    assert planned.distance_after == pytest.approx(distance(model.action(**planned.change)), rel=1e-4)
+    assert planned.distance_after < planned.distance_before and "brightness" in planned.description
+    text = str(planned)
+    assert text.startswith(planned.description) and f"{planned.distance_after:.4f} for this change" in text
 
 
-def test_files_that_are_missing_or_no_images_are_refused_by_name(folder, files, tmp_path):
+def test_files_that_are_missing_or_not_images_are_refused_by_name(folder, files, tmp_path):
     (tmp_path / "note.jpg").write_text("not an image")
     with pytest.raises(ValueError, match=r"note\.jpg must be a complete image of a supported format"):
         plan_images(small(folder, source=files[0], target=str(tmp_path / "note.jpg")))
@@ -283,7 +289,7 @@ def test_files_that_are_missing_or_no_images_are_refused_by_name(folder, files, 
         plan_images(small(folder))
 
 
-def test_a_run_without_a_world_model_is_refused_at_once(tiny_shards, tmp_path):
+def test_a_run_with_the_identity_predictor_is_refused_immediately(tiny_shards, tmp_path):
     run(tiny_run(tiny_shards, tmp_path / "run", loader="torch", depth=0))
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
         evaluate_plan(small(str(tmp_path / "run"), data=EvalData(val="/absent.tar")))

@@ -1,4 +1,4 @@
-"""k nearest neighbours: who votes, with which weight, and what is reported beside it."""
+"""k-NN classification: votes and their weights, memory, and the reported rows."""
 
 import json
 from dataclasses import replace
@@ -23,10 +23,10 @@ def run_folder(tmp_path_factory):
     return tinted_run(tmp_path_factory.mktemp("tinted"), num_val=48)
 
 
-def clusters(count: int, seed: int = 0, spread: float = 3.0) -> Features:
-    """Points around three centres, far from the origin."""
+def clusters(count: int, seed: int = 0, distance: float = 3.0) -> Features:
+    """Return points around three centres, far from the origin; a class is a centre."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(3, 16, generator=torch.Generator().manual_seed(9)) * spread
+    centres = torch.randn(3, 16, generator=torch.Generator().manual_seed(9)) * distance
     label = torch.arange(count) % 3
     return Features(features=centres[label] + torch.randn(count, 16, generator=generator) + 100, label=label)
 
@@ -34,18 +34,20 @@ def clusters(count: int, seed: int = 0, spread: float = 3.0) -> Features:
 def test_votes_are_weighted_by_similarity__four_images():
     similarity = torch.tensor([[0.9, 0.8, 0.8, -1.0]])
     label = torch.tensor([0, 1, 1, 2])
-    assert vote(similarity, label, 3, temperature=1.0).item() == 1  # two against one
-    assert vote(similarity, label, 3, temperature=0.01).item() == 0  # the nearest alone counts
+    # Two images against one.
+    assert vote(similarity, label, 3, temperature=1.0).item() == 1
+    # At a low temperature the nearest image decides.
+    assert vote(similarity, label, 3, temperature=0.01).item() == 0
     assert vote(similarity, label, 1, temperature=1.0).item() == 0
-    assert vote(similarity, label, 99, temperature=1.0).item() == 1  # there are but four
+    assert vote(similarity, label, 99, temperature=1.0).item() == 1
 
 
 def test_knn_finds_clusters_and_ignores_a_common_offset():
     assert knn_correct(clusters(45), clusters(15, seed=1), 5, 0.07).all()
 
 
-def test_without_clusters_knn_guesses():
-    correct = knn_correct(clusters(600, spread=0.0), clusters(600, seed=1, spread=0.0), 5, 0.07)
+def test_without_clusters_accuracy_is_chance():
+    correct = knn_correct(clusters(600, distance=0.0), clusters(600, seed=1, distance=0.0), 5, 0.07)
     assert 0.25 < float(correct.double().mean()) < 0.42
 
 
@@ -55,46 +57,46 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         out = function(*arguments, **(keywords or {}))
         tensors = out if isinstance(out, tuple | list) else [out]
-        self.numel = max([self.numel, *(one.numel() for one in tensors if isinstance(one, torch.Tensor))])
+        self.numel = max([self.numel, *(value.numel() for value in tensors if isinstance(value, torch.Tensor))])
         return out
 
 
-def test_memory_does_not_grow_with_queries_times_images():
+def test_memory_does_not_grow_with_the_product_of_queries_and_images():
     bank, queries = clusters(500), clusters(400, seed=1)
-    whole = knn_correct(bank, queries, 5, 0.07)
+    correct = knn_correct(bank, queries, 5, 0.07)
     with LargestTensor() as largest:
-        in_parts = knn_correct(bank, queries, 5, 0.07, most_similarities=10_000)
-    assert torch.equal(in_parts, whole) and largest.numel == 10_000
+        chunked = knn_correct(bank, queries, 5, 0.07, max_similarities=10_000)
+    assert torch.equal(chunked, correct) and largest.numel == 10_000
     with LargestTensor() as largest:
-        assert torch.equal(knn_correct(bank, queries, 5, 0.07, most_similarities=1), whole)
+        assert torch.equal(knn_correct(bank, queries, 5, 0.07, max_similarities=1), correct)
     assert largest.numel == 500 * 16
 
 
-def test_knn_compares_the_field_it_is_told_to(run_folder):
-    found = {
+def test_knn_compares_the_chosen_label(run_folder):
+    rows = {
         label: evaluate_knn(KnnConfig(run=str(run_folder), data=EvalData(label=label))).row("encoder", "accuracy")
         for label in ("cls", "json.look.tint", "json.look.hue_bin")
     }
-    tint, hue_bin, cls = (found[name] for name in ("json.look.tint", "json.look.hue_bin", "cls"))
+    tint, hue_bin, cls = (rows[name] for name in ("json.look.tint", "json.look.hue_bin", "cls"))
     assert tint.value == hue_bin.value == 1.0 and (tint.low, tint.high) == (1.0, 1.0)
     assert (tint.chance, cls.chance) == (pytest.approx(1 / 3), 0.5)
-    # beads of two classes, three at a time: the images do not tell
+    # The images do not show `.cls`, which alternates every three samples.
     assert cls.value < 0.9 and cls.low < cls.value < cls.high
-    # colours are seen without training, too
+    # An untrained encoder sees colours, too.
     assert tint.control == 1.0 and tint.control_name == "untrained encoder" and tint.num_samples == 48
 
 
-def test_the_result_is_in_the_runs_folder_with_what_it_takes_to_read_it(run_folder):
+def test_the_result_is_saved_in_the_run_folder_with_its_settings(run_folder):
     config = KnnConfig(run=str(run_folder), data=EvalData(label="json.look.tint"), max_train_samples=24)
     result = evaluate_knn(config)
     saved = read_result(run_folder / "evaluations" / "knn_json.look.tint.json")
     assert saved.rows == result.rows and saved.step == 3 and saved.settings["max_train_samples"] == 24
-    # of equally common classes the first: blue, which half of the validation images are
+    # Of equally common training classes the first counts: blue, the class of half of the validation images.
     assert saved.details == {"num_train": 24, "num_classes": 3, "most_common_class": 0.5}
     assert json.loads((run_folder / "evaluations" / "knn_json.look.tint.json").read_text())["task"] == "knn"
 
 
-def test_a_class_that_training_lacks_is_refused_before_anything_is_extracted(run_folder, tmp_path):
+def test_a_class_that_training_lacks_is_refused_before_extraction(run_folder, tmp_path):
     config = KnnConfig(run=str(run_folder), data=EvalData(label="json.name"))
     before = set(run_folder.glob("features/*"))
     with pytest.raises(ShardError, match=r"val\.tar: sample '098': json\.name is integer 98, .* classes 0, 1, 2"):
@@ -110,16 +112,16 @@ def test_a_bad_validation_image_is_named(run_folder, tmp_path):
         evaluate_knn(KnnConfig(run=str(run_folder), data=EvalData(val=val)))
 
 
-def test_value_and_control_are_the_run_and_the_networks_before_training(run_folder, tiny_shards):
+def test_value_and_control_are_those_of_the_run_and_untrained_networks(run_folder, tiny_shards):
     names = ("tiny-000000.tar", "tiny-{000001..000002}.tar")
     data = EvalData(**{of: str(tiny_shards.folder / name) for of, name in zip(("train", "val"), names, strict=True)})
     controls = set()
     for seed in (0, 2):
         config = KnnConfig(run=str(run_folder), seed=seed, data=data)
         row = evaluate_knn(config).row("encoder", "accuracy")
-        compared = open_comparison(config, single_process("cpu"))
-        model = compared.models[0]
+        comparison = open_comparison(config, single_process("cpu"))
+        model = comparison.models[0]
         models = [model, world_model.untrained(replace(model.config, seed=seed))]
-        assert [row.value, row.control] == [knn_accuracy(one, compared.sets, config) for one in models]
+        assert [row.value, row.control] == [knn_accuracy(network, comparison.sets, config) for network in models]
         controls.add(row.control)
     assert len(controls) > 1

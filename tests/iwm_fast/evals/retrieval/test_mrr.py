@@ -1,4 +1,4 @@
-"""Mean reciprocal rank: what is measured, what is written, and that nothing but the model decides."""
+"""Mean reciprocal rank: its values for predictors of known quality, and the files written."""
 
 import gc
 import json
@@ -10,14 +10,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from fixtures.exact_predictor import FLAGS, Pair, deaf, exact
+from fixtures.exact_predictor import FLAGS, Pair, exact, ignore_action
 from fixtures.tar_files import photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, ImagineConfig, MrrConfig, PlanConfig
 from iwm_fast.evals.results import read_result
-from iwm_fast.evals.retrieval.bank import Bank, ask, draw_bank
-from iwm_fast.evals.retrieval.mrr import bank_ranks, chance, evaluate_mrr, ranks_in_bank
+from iwm_fast.evals.retrieval.bank import CandidateBank, draw_bank, make_query
+from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr, rank_images, ranks_in_bank
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.parameters import Photometry
 from iwm_fast.train import run
@@ -58,17 +58,19 @@ def small(folder, **more):
 
 
 def test_chance_is_the_harmonic_number_over_the_bank():
-    assert chance(64) == pytest.approx(0.0741, abs=1e-4) and chance(256) == pytest.approx(0.0239, abs=1e-4)
+    assert chance_mrr(64) == pytest.approx(0.0741, abs=1e-4) and chance_mrr(256) == pytest.approx(0.0239, abs=1e-4)
 
 
-def test_every_family_is_scored_beside_chance_and_the_untrained_predictor(tiny_folder):
+def test_all_families_are_measured_beside_chance_and_the_control(tiny_folder):
     result = evaluate_mrr(small(tiny_folder))
     metrics = ("mrr", "recall_at_1", "recall_at_5")
-    assert [(row.subject, row.metric) for row in result.rows] == [(one, name) for one in FAMILIES for name in metrics]
-    by_chance = {"mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6, "recall_at_1": 1 / 6, "recall_at_5": 5 / 6}
+    assert [(row.subject, row.metric) for row in result.rows] == [
+        (family, name) for family in FAMILIES for name in metrics
+    ]
+    chance = {"mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6, "recall_at_1": 1 / 6, "recall_at_5": 5 / 6}
     for row in result.rows:
         assert row.low <= row.value <= row.high and row.num_samples == 5
-        assert row.control_name == "untrained predictor" and row.chance == pytest.approx(by_chance[row.metric])
+        assert row.control_name == "untrained predictor" and row.chance == pytest.approx(chance[row.metric])
     assert read_result(path_of(result, tiny_folder)) == replace(result, settings=as_json(result.settings))
     assert result.name == "mrr_default" and evaluate_mrr(small(tiny_folder, bank="run")).name == "mrr_run"
 
@@ -81,7 +83,7 @@ def as_json(tree):
     return json.loads(json.dumps(tree))
 
 
-def test_the_single_ranks_are_kept_and_give_the_rows(tiny_folder):
+def test_the_ranks_of_all_queries_are_saved_and_give_the_rows(tiny_folder):
     result = evaluate_mrr(small(tiny_folder, bank="run"))
     table = parquet.read_table(path_of(result, tiny_folder).with_name(result.details["ranks"]))
     assert result.details["ranks"] == "mrr_run_ranks.parquet" and table.num_rows == 5 * 4 * 6
@@ -89,74 +91,75 @@ def test_the_single_ranks_are_kept_and_give_the_rows(tiny_folder):
     shards = open_shards(world_model.load(tiny_folder).config.data.val)
     assert list(dict.fromkeys(row["key"] for row in rows)) == [shards.key(sample) for sample in (0, 9, 19, 28, 38)]
     for family in FAMILIES:
-        own = [row for row in rows if row["family"] == family]
-        assert [row["member"] for row in own] == [0, 1, 2, 3, 4, 5] * 5
+        family_rows = [row for row in rows if row["family"] == family]
+        assert [row["member"] for row in family_rows] == [0, 1, 2, 3, 4, 5] * 5
         for column, value in (("rank", "value"), ("rank_untrained", "control")):
-            reciprocal = np.mean([1 / row[column] for row in own])
+            reciprocal = np.mean([1 / row[column] for row in family_rows])
             assert reciprocal == pytest.approx(getattr(result.row(family, "mrr"), value))
 
 
-def test_a_set_that_is_smaller_than_asked_for_is_taken_whole(tiny_folder):
+def test_a_set_with_fewer_images_than_num_images_is_used_completely(tiny_folder):
     result = evaluate_mrr(small(tiny_folder, num_images=1000, bank_size=2, families=("blur",)))
     assert {row.num_samples for row in result.rows} == {48}
 
 
-def test_the_exact_predictor_ranks_first_in_each_family_and_a_deaf_one_at_chance(model, pixels):
+def test_an_exact_predictor_ranks_first_and_one_without_action_at_chance(model, pixels):
     bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
-    suffered = [Pair(source=ask(pixels, bank, flag, model).source, clean=pixels, flags=(flag,)) for flag in FLAGS]
-    models = [exact(model, Pair(source=pixels, clean=pixels), *suffered), deaf(model)]
-    right, guessed = ranks_in_bank(models, pixels, bank, small("x"))
-    assert right.shape == (4, 12) and (right == 1).all()
-    assert (1 / guessed).mean(axis=1) == pytest.approx([chance(12)] * 4, abs=1e-6)
+    sources = {flag: make_query(pixels, bank, flag, model).source for flag in FLAGS}
+    destroyed = [Pair(source=source, clean=pixels, flags=(flag,)) for flag, source in sources.items()]
+    models = [exact(model, Pair(source=pixels, clean=pixels), *destroyed), ignore_action(model)]
+    exact_ranks, other_ranks = ranks_in_bank(models, pixels, bank, small("x"))
+    assert exact_ranks.shape == (4, 12) and (exact_ranks == 1).all()
+    assert (1 / other_ranks).mean(axis=1) == pytest.approx([chance_mrr(12)] * 4, abs=1e-6)
 
 
 def test_without_conditioning_mrr_is_chance_to_three_digits(tiny_config, tiny_shards):
     config = tiny_config(conditioning="none")
     model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
     shards, settings = open_shards(tiny_shards.pattern), small("x", bank_size=16)
-    for rank in bank_ranks([model], shards, np.arange(6), settings):
+    for rank in rank_images([model], shards, np.arange(6), settings):
         assert rank.shape == (1, 4, 16)
-        assert (1 / rank).mean(axis=2) == pytest.approx(np.full((1, 4), chance(16)), abs=5e-4)
+        assert (1 / rank).mean(axis=2) == pytest.approx(np.full((1, 4), chance_mrr(16)), abs=5e-4)
 
 
 def test_the_order_of_the_bank_does_not_matter(model, pixels):
     bank = draw_bank(pixels, 0, 16, model=model, strengths="default", seed=0)
     order = np.random.default_rng(0).permutation(16)
     photometry = Photometry(**{name: values[order] for name, values in vars(bank.photometry).items()})
-    shuffled = Bank(pixels=bank.pixels[torch.from_numpy(order)], photometry=photometry)
-    one, other = (ranks_in_bank([model], pixels, given, small("x")) for given in (bank, shuffled))
-    np.testing.assert_array_equal(one[..., order], other)
-    assert len(np.unique(one)) > 4
+    shuffled = CandidateBank(pixels=bank.pixels[torch.from_numpy(order)], photometry=photometry)
+    ranks, shuffled_ranks = (ranks_in_bank([model], pixels, candidates, small("x")) for candidates in (bank, shuffled))
+    np.testing.assert_array_equal(ranks[..., order], shuffled_ranks)
+    assert len(np.unique(ranks)) > 4
 
 
-def test_no_image_is_kept_once_it_is_ranked(tiny_config, tiny_shards):
+def test_the_bank_of_an_image_is_freed_after_ranking(tiny_config, tiny_shards):
     config = tiny_config()
     model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
-    alive = []
-    for _ in bank_ranks([model], open_shards(tiny_shards.pattern), np.arange(3), small("x", families=("jitter",))):
+    num_alive = []
+    for _ in rank_images([model], open_shards(tiny_shards.pattern), np.arange(3), small("x", families=("jitter",))):
         gc.collect()
-        alive.append(sum(type(one) is Bank for one in gc.get_objects()))
-    assert alive == [1, 1, 1]
+        num_alive.append(sum(type(value) is CandidateBank for value in gc.get_objects()))
+    assert num_alive == [1, 1, 1]
 
 
-def test_what_the_run_was_not_told_or_taught_is_measured_and_named(tiny_shards, tmp_path, caplog):
+def test_unsupported_families_are_measured_with_a_warning(tiny_shards, tmp_path, caplog):
     entries = ("brightness", "contrast", "saturation", "hue", "grayscale", "solarize")
     folder = trained(tiny_shards, tmp_path / "run", action_entries=entries, solarize_probability=0.0)
     with caplog.at_level("WARNING"):
         result = evaluate_mrr(small(folder))
     assert result.details["not_in_action"] == ["blur"] and result.details["not_in_training"] == ["solarize"]
     assert {row.subject for row in result.rows} == set(FAMILIES)
-    assert "is asked about blur, which its actions do not tell" in caplog.text
-    assert "is asked about solarize, which it never saw in training" in caplog.text
+    assert "families contains blur, which the run's actions do not encode" in caplog.text
+    assert "families contains solarize, which training did not apply" in caplog.text
 
 
-def test_a_run_without_a_world_model_is_refused_at_once(tiny_shards, tmp_path):
+def test_a_run_with_the_identity_predictor_is_refused_immediately(tiny_shards, tmp_path):
     folder = trained(tiny_shards, tmp_path / "run", depth=0)
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
         evaluate_mrr(small(folder, data=EvalData(val="/absent.tar")))
 
 
-def test_a_label_is_refused_where_none_is_compared_and_where_it_is_no_name():
+def test_a_label_is_refused_where_it_has_no_effect_or_a_wrong_form():
     for config in (MrrConfig, ImagineConfig, PlanConfig):
         with pytest.raises(ValueError, match=r"data\.label must be left unset"):
             config(run="x", data=EvalData(label="json.hue_bin"))

@@ -1,4 +1,4 @@
-"""Pictures of the world model at work: what is on them, and that it is true."""
+"""Pictures of retrieved predictions: what they show, and that it is correct."""
 
 import re
 from dataclasses import replace
@@ -8,21 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from fixtures.exact_predictor import Pair, deaf, exact
+from fixtures.exact_predictor import Pair, exact, ignore_action
 from fixtures.tar_files import photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import ImagineConfig
-from iwm_fast.evals.retrieval.bank import ask, draw_bank, target_map
+from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, make_query
 from iwm_fast.evals.retrieval.sweeps import (
-    Scene,
-    ask_for_first,
-    sections_of,
+    BankedImage,
+    make_sections,
+    retrieve_clean,
+    retrieve_first,
     sweep,
     sweep_values,
     swept_entries,
-    undo,
-    undone_flags,
+    trained_flags,
 )
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.pipelines.config import ViewConfig
@@ -38,10 +38,10 @@ def model(tiny_config):
 
 
 @pytest.fixture
-def scene(model) -> Scene:
+def image(model) -> BankedImage:
     pixels = torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
     bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
-    return Scene(pixels=pixels, bank=bank, target=target_map(model, bank))
+    return BankedImage(pixels=pixels, bank=bank, target=encode_bank(model, bank))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def small(folder, **more):
     return ImagineConfig(**({"run": str(folder), "num_images": 3, "bank_size": 4, "device": "cpu"} | more))
 
 
-def test_sheet_sweeps_and_page_are_written_and_the_page_needs_nothing_else(folder):
+def test_sheet_sweeps_and_a_self_contained_page_are_written(folder):
     sheet, sweeps, page = imagine(small(folder, steps=5))
     assert [path.name for path in (sheet, sweeps, page)] == ["imagine.png", "imagine_sweeps.png", "imagine.html"]
     for picture in (sheet, sweeps):
@@ -65,7 +65,7 @@ def test_sheet_sweeps_and_page_are_written_and_the_page_needs_nothing_else(folde
             assert opened.format == "PNG"
     text = page.read_text()
     sources = re.findall(r'<img[^>]* src="([^"]*)"', text)
-    # 3 images; 4 entries asked for and retrieved at 5 values; 3 destructions of 3 images
+    # 3 images in 3 rows; 4 entries with 2 rows of 5 values; 3 destroyed versions of 3 images in 3 rows.
     assert len(sources) == 3 * 3 + 4 * 2 * 5 + 3 * 3 * 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|<script|<link|url\(", text)
@@ -77,11 +77,11 @@ def test_sheet_sweeps_and_page_are_written_and_the_page_needs_nothing_else(folde
 
 def test_pictures_are_a_pure_function_of_run_and_settings(folder, tmp_path):
     written = [imagine(small(folder, num_images=1, steps=2, picture=str(tmp_path / f"{name}.png"))) for name in "ab"]
-    for one, other in zip(*written, strict=True):
-        assert one.read_bytes() == other.read_bytes() and one.parent == tmp_path
+    for first, second in zip(*written, strict=True):
+        assert first.read_bytes() == second.read_bytes() and first.parent == tmp_path
 
 
-def test_what_cannot_be_written_is_found_before_the_run_is_read(tmp_path):
+def test_an_unwritable_picture_is_refused_before_the_run_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"picture must name a file in a folder that can be written to, got '.*file/a"):
         imagine(small("no run at all", picture=str(tmp_path / "file" / "a.png")))
@@ -94,7 +94,7 @@ def test_what_cannot_be_written_is_found_before_the_run_is_read(tmp_path):
         small("x", steps=1)
 
 
-def test_sweeps_go_from_end_to_end_and_their_middle_is_the_image_itself():
+def test_a_sweep_covers_the_range_of_jitter_around_the_unchanged_image():
     views = ViewConfig(brightness=0.8, hue=0.2)
     assert sweep_values("brightness", 5, views).tolist() == pytest.approx([0.2, 0.6, 1.0, 1.4, 1.8])
     assert sweep_values("hue", 3, views).tolist() == pytest.approx([-0.2, 0.0, 0.2])
@@ -102,75 +102,72 @@ def test_sweeps_go_from_end_to_end_and_their_middle_is_the_image_itself():
         assert sweep_values(name, 7, views)[3] == (0.0 if name == "hue" else 1.0)
 
 
-def test_only_what_training_varied_and_the_action_tells_is_swept_and_undone():
+def test_only_entries_that_training_varies_are_swept_or_undone():
     views = ViewConfig(
         saturation=0.0, blur_probability=0.0, action_entries=("brightness", "saturation", "blur", "solarize")
     )
-    assert swept_entries(views, "run") == ("brightness",) and undone_flags(views) == ("solarize",)
+    assert swept_entries(views, "run") == ("brightness",) and trained_flags(views) == ("solarize",)
     assert swept_entries(ViewConfig(), "default") == JITTER
-    assert undone_flags(ViewConfig()) == ("grayscale", "blur", "solarize")
+    assert trained_flags(ViewConfig()) == ("grayscale", "blur", "solarize")
 
 
 @pytest.mark.parametrize("entry", JITTER)
-def test_the_exact_predictor_retrieves_each_step_of_a_sweep(model, scene, entry):
-    found = sweep(entry, scene, 5, exact(model, Pair(source=scene.pixels, clean=scene.pixels)), "default")
-    asked, retrieved = found.rows
-    assert [panel.caption for panel in retrieved] == ["right"] * 5 and all(panel.is_right for panel in retrieved)
-    assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(asked, retrieved, strict=True))
-    assert np.array_equal(asked[2].pixels, scene.pixels.numpy()) and asked[2].caption == "as it is"
-    assert found.numbers["right"] == "5 of 5" and found.numbers["mean reciprocal rank"].startswith("1.000, ")
-    assert found.numbers["retrieved is off by"].startswith("0.000 on average")
+def test_an_exact_predictor_retrieves_each_value_of_a_sweep(model, image, entry):
+    section = sweep(entry, image, 5, exact(model, Pair(source=image.pixels, clean=image.pixels)), "default")
+    requested, retrieved = section.rows
+    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and all(panel.is_right for panel in retrieved)
+    assert all(np.array_equal(*(panel.pixels for panel in column)) for column in zip(requested, retrieved, strict=True))
+    assert np.array_equal(requested[2].pixels, image.pixels.numpy()) and requested[2].caption == "unchanged"
+    assert section.numbers["correct"] == "5 of 5" and section.numbers["mean reciprocal rank"].startswith("1.000, ")
+    assert section.numbers["mean error of the retrieved value"].startswith("0.000, of no change 0.")
 
 
-def test_a_deaf_predictor_retrieves_the_same_whatever_is_asked_for(model, scene):
-    asked, retrieved = sweep("brightness", scene, 5, deaf(model), "default").rows
-    assert (
-        len({panel.pixels.tobytes() for panel in retrieved}) == 1
-        and len({panel.pixels.tobytes() for panel in asked}) == 5
-    )
+def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
+    requested, retrieved = sweep("brightness", image, 5, ignore_action(model), "default").rows
+    assert [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved)] == [5, 1]
     assert sum(panel.is_right for panel in retrieved) <= 1
     wrong = next(panel for panel in retrieved if not panel.is_right)
-    assert re.fullmatch(r"(as it is|× \d\.\d\d)( of another version)?; right one at rank \d+", wrong.caption)
+    assert re.fullmatch(r"(unchanged|× \d\.\d\d)( of a bank image)?; correct answer at rank \d+", wrong.caption)
 
 
 @pytest.mark.parametrize("flag", ["grayscale", "blur", "solarize"])
-def test_the_exact_predictor_undoes_what_a_source_has_suffered(model, scene, flag):
-    source = ask(scene.pixels, scene.bank, flag, model).source
-    case = undo(flag, scene, exact(model, Pair(source=source, clean=scene.pixels, flags=(flag,))))
-    shown, asked, retrieved = case.panels
-    assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(asked.pixels, scene.pixels.numpy())
-    assert retrieved.is_right and retrieved.caption == "right" and case.rank == 1 and case.num_candidates == 13
-    missed = undo(flag, scene, deaf(model))
-    assert missed.panels[2].is_right == (missed.rank == 1) == (missed.panels[2].caption == "right")
+def test_an_exact_predictor_retrieves_the_clean_image(model, image, flag):
+    source = make_query(image.pixels, image.bank, flag, model).source
+    case = retrieve_clean(flag, image, exact(model, Pair(source=source, clean=image.pixels, flags=(flag,))))
+    shown, correct, retrieved = case.panels
+    assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(correct.pixels, image.pixels.numpy())
+    assert retrieved.is_right and retrieved.caption == "correct" and case.rank == 1 and case.num_candidates == 13
+    case = retrieve_clean(flag, image, ignore_action(model))
+    assert case.panels[2].is_right == (case.rank == 1) == (case.panels[2].caption == "correct")
 
 
-def test_the_first_member_of_the_bank_is_asked_for(model, scene):
-    case = ask_for_first(scene, exact(model, Pair(source=scene.pixels, clean=scene.pixels)))
-    assert np.array_equal(case.panels[1].pixels, scene.bank.pixels[0].numpy()) and case.panels[2].is_right
+def test_the_sheet_shows_the_first_candidate_of_the_bank(model, image):
+    case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
+    assert np.array_equal(case.panels[1].pixels, image.bank.pixels[0].numpy()) and case.panels[2].is_right
     assert re.search(r"brightness [+-]0\.\d\d", case.panels[1].caption)
 
 
-def test_many_images_go_below_each_other_and_are_counted_once(model, scene):
-    case = ask_for_first(scene, exact(model, Pair(source=scene.pixels, clean=scene.pixels)))
-    first, second = sections_of("Many", [case] * 11)
+def test_many_images_are_split_into_sections_with_common_numbers(model, image):
+    case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
+    first, second = make_sections("Many", [case] * 11)
     assert len(first.rows[0]) == 8 and len(second.rows[0]) == 3 and second.title == ""
-    assert first.numbers["right"] == "11 of 11" and not second.numbers
+    assert first.numbers["correct"] == "11 of 11" and not second.numbers
 
 
-def test_large_pictures_are_photographs_on_the_page_and_words_are_escaped(tmp_path):
+def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
     panel = Panel(pixels=np.zeros((128, 128, 3), np.uint8), caption="<b>")
     write_page(tmp_path / "page.html", [Section(labels=("a",), rows=((panel,),))], "title", "a&b")
     text = (tmp_path / "page.html").read_text()
     assert "data:image/jpeg;base64," in text and "&lt;b&gt;" in text and "a&amp;b" in text
 
 
-def test_panels_keep_their_pixels_and_stand_where_their_row_and_column_say(tmp_path):
+def test_panels_keep_their_pixels_in_their_row_and_column(tmp_path):
     colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
     rows = tuple(tuple(Panel(pixels=np.tile(colour, (4, 4, 1))) for colour in row) for row in colours)
     save_sections(tmp_path / "sheet.png", [Section(labels=("one", "two"), rows=rows)], "title")
     with Image.open(tmp_path / "sheet.png") as opened:
         drawn = np.array(opened.convert("RGB"))
-    places = [[np.argwhere((drawn == colour).all(axis=2)).mean(axis=0) for colour in row] for row in colours]
-    (red, green), (blue, yellow) = places
+    centres = [[np.argwhere((drawn == colour).all(axis=2)).mean(axis=0) for colour in row] for row in colours]
+    (red, green), (blue, yellow) = centres
     assert red[0] == pytest.approx(green[0], abs=1) and red[1] == pytest.approx(blue[1], abs=1)
     assert red[0] < blue[0] and red[1] < green[1] and yellow == pytest.approx([blue[0], green[1]], abs=1)
