@@ -79,12 +79,7 @@ def _matches(row: Mapping[str, Any], selector: Number) -> bool:
 
 
 def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome:
-    """Judge a claim by its comparisons.
-
-    Args:
-        claim: the claim.
-        values: returns the value of a result for each seed that has it.
-    """
+    """Judge a claim by its comparisons; `values` returns a result's value for each seed that has it."""
     comparisons = tuple(_compare(better, worse, values) for better, worse in claim.compare)
     intervals = [comparison.difference for comparison in comparisons]
     measured = [interval for interval in intervals if interval is not None]

@@ -86,11 +86,7 @@ class LabConfig:
 
 
 def read_lab(path: Path, tasks: set[str]) -> LabConfig:
-    """Read the YAML file of a lab.
-
-    Args:
-        path: path of the file.
-        tasks: names of all evaluations.
+    """Read the YAML file of a lab; `tasks` are the names of all evaluations.
 
     Raises:
         FileNotFoundError: if the file or its base run file does not exist.

@@ -17,10 +17,7 @@ _NumTuned = dict[str, int]
 
 
 def write_lab_report(lab: LabConfig, judged: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Path:
-    """Write LAB/report.html and, if a claim was measured, LAB/claims.png, and return the path of the page.
-
-    The lab may be unfinished; `judged` holds its claims with their verdicts, and `rows` the results there are.
-    """
+    """Write LAB/report.html and, if a claim was measured, LAB/claims.png, and return the path of the page."""
     path = lab.folder / "report.html"
     counts = {verdict: sum(claim.verdict == verdict for claim in judged) for verdict in ("holds", "undecided", "fails")}
     measured_cells = {(row["cell"], row["seed"]) for row in rows}
@@ -59,11 +56,8 @@ def _rule() -> str:
 
 def _claim_card(outcome: Outcome, num_tuned: _NumTuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [
-        (means(comparison, claim, num_tuned), difference(comparison), len(comparison.values[0]))
-        for comparison in outcome.comparisons
-    ]
-    is_measured = any(comparison.difference for comparison in outcome.comparisons)
+    rows = [(means(pair, claim, num_tuned), difference(pair), len(pair.values[0])) for pair in outcome.comparisons]
+    is_measured = any(pair.difference for pair in outcome.comparisons)
     return card(
         claim.text,
         f'<p class="small soft">{escape(claim.name)}</p>',
@@ -126,8 +120,7 @@ def _number_table(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:
     """Return a table of all results with their mean and range over seeds."""
     by_result: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        key = (row["result"], row["subject"], row["metric"], row["cell"])
-        by_result.setdefault(key, []).append(row["value"])
+        by_result.setdefault((row["result"], row["subject"], row["metric"], row["cell"]), []).append(row["value"])
     order = {name: number for number, name in enumerate(lab.cells)}
     body = []
     for *key, cell in sorted(by_result, key=lambda key: (*key[:3], order[key[3]])):

@@ -181,8 +181,8 @@ class WorkerPool:
             file.write(f"$ iwm {' '.join(command.arguments)}\n".encode())
             file.flush()
             with self._lock:
-                # The process gets a session of its own, because the terminal would otherwise send it a Ctrl-C, too,
-                # and a second one makes it abort without a checkpoint. It is stopped by `_on_signal` instead.
+                # In a session of its own, the process does not get the terminal's Ctrl-C in addition to the signal
+                # that `_on_signal` sends: a second signal could make it abort without a checkpoint.
                 process = subprocess.Popen(
                     [sys.executable, "-m", "iwm_fast.cli", *command.arguments],
                     stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
@@ -242,11 +242,8 @@ def write_results(lab: LabConfig) -> Path:
         for row in result.rows
     ]
     judged = [judge(claim, lambda selector: values_of(selector, rows)) for claim in lab.claims]
-    tree = {
-        **_provenance(lab),
-        "verdicts": {outcome.claim.name: outcome.verdict for outcome in judged},
-        "rows": rows,
-    }
+    verdicts = {outcome.claim.name: outcome.verdict for outcome in judged}
+    tree = {**_provenance(lab), "verdicts": verdicts, "rows": rows}
     replace_file(lab.folder / "lab.json", lambda draft: save_json(tree, draft))
     return write_lab_report(lab, judged, rows)
 

@@ -60,14 +60,11 @@ class FinetuneSource:
 def evaluate_finetune(
     config: FinetuneConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
 ) -> Result:
-    """Train or resume the variants and return their accuracies; rank 0 saves the result.
-
-    Collective: every rank must call it.
+    """Train or resume the variants, and return and save their accuracies. Collective: every rank must call it.
 
     Raises:
         ValueError: if the variants, run, shards, weights or batch sizes do not fit.
-        FileNotFoundError, CheckpointError: if the run, the weights or the shards cannot be read, or a variant was
-            trained with other settings.
+        FileNotFoundError, CheckpointError: if run, weights or shards cannot be read, or a variant has other settings.
         ShardError: if a sample has no label, or a validation sample has a label that no training sample has.
         PreemptedError: if a rank was told to stop; calling this again resumes.
     """

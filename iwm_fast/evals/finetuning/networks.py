@@ -21,11 +21,7 @@ Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 def build_networks(model: WorldModel, settings: TuneTask, rank_info: RankInfo, variant: str = "") -> Student:
     """Build copies of the run's encoder and predictor on the CPU, with the kernels that `settings.runtime` selects.
 
-    Args:
-        model: the run.
-        settings: settings of the finetuning; their seed determines new weights.
-        rank_info: which process of the launch this is.
-        variant: name of the variant: "random_predictor" gets a new predictor, "untrained_head" a new encoder.
+    The variant "random_predictor" has a new predictor and "untrained_head" a new encoder, by the seed of the settings.
     """
     student = _build_student(model, settings, rank_info, model.config.seed)
     student.encoder.load_state_dict(model.encoder.state_dict())

@@ -183,10 +183,7 @@ class FinetuneTask:
             self._loader.close()
 
     def release(self) -> None:
-        """Close the engine and put the module, with unsharded weights on every rank, into evaluation mode.
-
-        Collective: every rank must call it.
-        """
+        """Detach the engine and put the unsharded module into evaluation mode. Collective: every rank must call it."""
         if self._engine is not None:
             self._engine.release()
         self._job.module.eval()

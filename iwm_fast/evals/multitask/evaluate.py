@@ -49,9 +49,7 @@ from iwm_fast.world_model import WorldModel
 def evaluate_multitask(
     config: MultitaskConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
 ) -> Result:
-    """Train or resume the predictors and return the accuracy of each task; rank 0 saves the result.
-
-    Collective: every rank must call it.
+    """Train or resume the predictors, and return and save their accuracies. Collective: every rank must call it.
 
     Raises:
         ValueError: if the tasks, the run, the shards or the batch sizes do not fit.
@@ -71,10 +69,8 @@ def evaluate_multitask(
         lambda: [LabelledTask(spec, label_sets(train, val, spec.label, classes=spec.classes)) for spec in specs]
     )
     multitask = _train_predictor("multitask", tasks, config, model, context)
-    single_tasks = []
-    if config.single:
-        single = single_task_settings(config, len(tasks))
-        single_tasks = [_train_predictor(f"alone_{task.spec.name}", [task], single, model, context) for task in tasks]
+    single, alone = single_task_settings(config, len(tasks)), tasks if config.single else []
+    single_tasks = [_train_predictor(f"alone_{task.spec.name}", [task], single, model, context) for task in alone]
     result = make_result(context, tasks, multitask, single_tasks)
     rank_zero_only(lambda: save_result(config.run, result))
     return result
@@ -118,10 +114,7 @@ def _divide_epochs(epochs: float, num_tasks: int) -> float:
 def _train_predictor(
     name: str, tasks: list[LabelledTask], settings: MultitaskConfig, model: WorldModel, context: FinetuneContext
 ) -> TrainedVariant:
-    """Train or resume a predictor for these tasks and classify the validation images with it.
-
-    Collective: every rank must call it.
-    """
+    """Train or resume a predictor for these tasks and evaluate it. Collective: every rank must call it."""
     context = replace(context, settings=settings)
     student = build_networks(model, settings, context.rank_info)
     assert isinstance(student.predictor, Predictor)
@@ -154,11 +147,9 @@ def _train_predictor(
 
 def _predict_classes(module: TaskPredictor, batch: Batch, *, encode: Encode) -> Int64[Tensor, "B tasks"]:
     """Return the class of each image for each task; the encoder runs once for all tasks."""
-    tokens, classes = encode(batch.source_view), []
+    tokens, action, classes = encode(batch.source_view), torch.zeros_like(batch.action), []
     for number, head in enumerate(module.heads):
         task = torch.full((len(tokens),), number, device=tokens.device)
-        inputs = TaskInputs(
-            tokens=tokens, action=torch.zeros_like(batch.action), patches=batch.context, task=task, indices=()
-        )
+        inputs = TaskInputs(tokens=tokens, action=action, patches=batch.context, task=task, indices=())
         classes.append(head(module.predict_tokens(inputs)).argmax(dim=1))
     return torch.stack(classes, dim=1)

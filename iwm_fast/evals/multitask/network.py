@@ -78,14 +78,7 @@ class TaskBatcher:
     """
 
     def __init__(self, labels: list[Labels], settings: TuneTask, encode: Encode, rank_info: RankInfo) -> None:
-        """Build the augmentation of each task.
-
-        Args:
-            labels: labels of each task.
-            settings: settings whose batch sizes are the share of a single task.
-            encode: the frozen encoder.
-            rank_info: which process of the launch this is.
-        """
+        """Build the augmentation of each task; the batch sizes in `settings` are those of a single task."""
         self._labels: list[Labels] = labels
         self._encode: Encode = encode
         self._augmentations = [BatchAugmentation(settings, len(task.classes), rank_info.world_size) for task in labels]

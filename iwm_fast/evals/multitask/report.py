@@ -23,11 +23,7 @@ def make_result(
 ) -> Result:
     """Return a row for each task and one for their mean, first of the shared predictor, then of single tasks.
 
-    Args:
-        context: context shared by all predictors.
-        tasks: the tasks.
-        multitask: the predictor that was trained on all tasks.
-        single_tasks: a predictor for each task; empty if none were trained.
+    `single_tasks` holds a predictor for each task, in the same order, or is empty.
     """
     seed, steps = context.settings.seed, multitask.stats.steps
     chances = {task.spec.name: task.sets.chance for task in tasks}

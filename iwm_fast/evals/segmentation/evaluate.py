@@ -64,22 +64,15 @@ class SegmentationContext:
 
     def read_masks(self, shards: ShardSet) -> closing[MaskReader]:
         """Return a reader of the maps of these shards, as a context that closes it."""
-        reader = MaskReader(
-            shards,
-            size=self.context.model_config.views.size,
-            num_classes=self.num_classes,
-            ignore_index=self.config.ignore_index,
-            num_threads=self.config.runtime.reader_threads,
-        )
-        return closing(reader)
+        size, num_threads = self.context.model_config.views.size, self.config.runtime.reader_threads
+        options = {"num_classes": self.num_classes, "ignore_index": self.config.ignore_index}
+        return closing(MaskReader(shards, size=size, num_threads=num_threads, **options))
 
 
 def evaluate_segment(
     config: SegmentConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
 ) -> Result:
-    """Train or resume the variants and return their mean IoU and pixel accuracy; rank 0 saves result and figure.
-
-    Collective: every rank must call it.
+    """Train or resume the variants, and return and save their metrics. Collective: every rank must call it.
 
     Raises:
         ValueError: if the variants, run, shards or batch sizes do not fit.

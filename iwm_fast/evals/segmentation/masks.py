@@ -17,15 +17,14 @@ from iwm_fast.runtime.distributed import broadcast_from_rank_zero
 
 
 def count_classes(train: ShardSet, val: ShardSet, *, ignore_index: int, num_threads: int) -> int:
-    """Return one more than the largest class in the training maps; rank 0 reads all maps once.
-
-    Collective: every rank must call it.
+    """Return one more than the largest class in the training maps. Collective: every rank must call it.
 
     Raises:
         ShardError: if a sample has no map, or a validation map contains a class that no training map contains.
         ValueError: if training maps contain only `ignore_index`.
     """
 
+    # Only rank 0 counts, because all maps have to be read.
     def count() -> int:
         in_train: np.ndarray = np.any(read_mask_values(train, num_threads), axis=0)
         in_train[ignore_index] = False
@@ -67,9 +66,7 @@ class MaskReader:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="masks")
 
     def prefetch(self, batch: Batch) -> Callable[[], UInt8[Tensor, "B H W"]]:
-        """Start to read the maps of a batch and return a function that waits for them.
-
-        The function returns the maps on the batch's device.
+        """Start to read a batch's maps and return a function that waits for them and moves them to its device.
 
         Raises:
             ShardError: by the returned function, if a map cannot be used or contains an undefined class.

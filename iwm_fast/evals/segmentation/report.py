@@ -22,12 +22,7 @@ CONTROLS = {"predictor": "random_predictor", "head": "untrained_head"}
 
 
 def make_result(context: FinetuneContext, num_classes: int, trained: dict[str, TrainedVariant]) -> Result:
-    """Return a row of mean IoU for each variant, then a row of pixel accuracy for each variant.
-
-    Args:
-        context: context shared by all variants.
-        num_classes: number of classes in the maps.
-        trained: variants by name; `per_image` holds pixel counts, as returned by `count_pixels`.
+    """Return rows of mean IoU, then rows of pixel accuracy; `per_image` of a variant holds its pixel counts.
 
     Raises:
         ValueError: if all pixels of the validation maps are ignored.
