@@ -67,7 +67,7 @@ class LabCommand:
 
 
 class LabStoppedError(Exception):
-    """The lab was told to stop, and its running commands have saved and exited."""
+    """The lab was asked to stop, and its running commands have saved and exited."""
 
 
 def list_cells(lab: LabConfig) -> list[Cell]:
@@ -115,7 +115,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 class WorkerPool:
-    """Runs several cells at a time, each command in a process of its own."""
+    """Runs several cells at a time, each command in its own process."""
 
     def __init__(self, lab: LabConfig) -> None:
         self._lab: LabConfig = lab
@@ -138,7 +138,7 @@ class WorkerPool:
         """Run all commands that are not done and return a message for each cell that failed.
 
         Raises:
-            LabStoppedError: if the lab was told to stop, after the running commands have saved.
+            LabStoppedError: if the lab was asked to stop, after the running commands have saved.
         """
         old_handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -168,7 +168,7 @@ class WorkerPool:
                 was_done = is_done(command)
                 code = 0 if was_done else self._execute(command, os.environ | environment)
                 if code != 0:
-                    # A command that was told to stop exits with a code other than 0, too.
+                    # A command that was asked to stop exits with a code other than 0, too.
                     return "" if self._stopped.is_set() else self._describe_failure(command, code)
                 self._log_progress(command, was_done)
             return ""
@@ -181,7 +181,7 @@ class WorkerPool:
             file.write(f"$ iwm {' '.join(command.arguments)}\n".encode())
             file.flush()
             with self._lock:
-                # In a session of its own, the process does not get the terminal's Ctrl-C in addition to the signal
+                # In its own session, the process does not get the terminal's Ctrl-C in addition to the signal
                 # that `_on_signal` sends: a second signal could make it abort without a checkpoint.
                 process = subprocess.Popen(
                     [sys.executable, "-m", "iwm_fast.cli", *command.arguments],
@@ -205,6 +205,7 @@ class WorkerPool:
             self._num_executed += not was_done
             if was_done:
                 return
+            # Commands that were done before took no time, so they do not enter the mean duration.
             elapsed_s = time.monotonic() - self._start_s
             remaining_s = elapsed_s / self._num_executed * (self._num_commands - self._num_done)
             log.info("%d of %d: %s, %s; about %.0f min remaining", self._num_done, self._num_commands, command.cell,
@@ -216,7 +217,7 @@ def run_lab(path: Path) -> Path:
 
     Raises:
         RuntimeError: if a command failed, after the commands of all other cells.
-        LabStoppedError: if the lab was told to stop; calling this again resumes.
+        LabStoppedError: if the lab was asked to stop; calling this again resumes.
     """
     lab = read_lab(path, set(TASKS))
     lab.folder.mkdir(parents=True, exist_ok=True)

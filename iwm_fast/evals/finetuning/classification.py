@@ -66,7 +66,7 @@ def evaluate_finetune(
         ValueError: if the variants, run, shards, weights or batch sizes do not fit.
         FileNotFoundError, CheckpointError: if run, weights or shards cannot be read, or a variant has other settings.
         ShardError: if a sample has no label, or a validation sample has a label that no training sample has.
-        PreemptedError: if a rank was told to stop; calling this again resumes.
+        PreemptedError: if a rank was asked to stop; calling this again resumes.
     """
     rank_info = rank_info or single_process(config.runtime.device)
     with same_error_on_all_ranks():

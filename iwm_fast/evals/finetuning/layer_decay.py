@@ -45,6 +45,7 @@ def timm_layer_scales(model: nn.Module, decay: float) -> dict[str, tuple[float, 
     The factor of the last block is 1, because timm does not know of the head that is put on top of the model.
     """
     without_decay = getattr(model, "no_weight_decay", set)()
+    # The value 1.0 only marks the groups to which weight decay applies.
     groups = param_groups_layer_decay(model, weight_decay=1.0, no_weight_decay_list=without_decay, layer_decay=decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {

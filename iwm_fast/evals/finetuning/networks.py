@@ -43,6 +43,7 @@ def freeze_encoder(encoder: Encoder, rank_info: RankInfo) -> Encode:
     encoder.requires_grad_(False).eval().to(rank_info.device)
 
     def encode(view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        # Without an index, the encoder returns the tokens of all patches, packed image after image.
         return encoder(view, None).unflatten(0, (len(view), -1))
 
     return encode

@@ -105,7 +105,7 @@ def train_job(job: Job, context: FinetuneContext) -> TrainStats:
     every rank must call it.
 
     Raises:
-        PreemptedError: on every rank, if one was told to stop.
+        PreemptedError: on every rank, if one was asked to stop.
         CheckpointError: if the folder holds a job with other settings, which are listed, or no complete checkpoint.
         FloatingPointError: if the loss or gradient was not finite in too many steps in a row.
         ValueError: if batch, ranks and micro-batch do not divide, or another process uses the folder.
@@ -158,6 +158,7 @@ def build_run_config(settings: TuneTask, model_config: RunConfig, folder: Path) 
             precision=tune.precision,
         ),
         runtime=settings.runtime,
+        # Two checkpoints, because the newest one may be damaged.
         output=OutputConfig(
             folder=str(folder), log_every=settings.log_every, checkpoint_every=settings.checkpoint_every, keep_last=2
         ),

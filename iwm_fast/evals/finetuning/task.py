@@ -127,6 +127,7 @@ class FinetuneTask:
     @torch.no_grad()
     def load_weights(self, saved: Checkpoint) -> None:
         module = self._job.module.to(self.rank_info.device)
+        # Checkpoints contain the parameters but no buffers, which follow from the settings.
         weights = saved.weights(_MODULE_PREFIX)
         for name, parameter in module.named_parameters():
             parameter.copy_(weights[name])
@@ -166,6 +167,7 @@ class FinetuneTask:
 
     def _loss(self, engine: Engine, batch: Batch) -> Float[Tensor, ""]:
         autocast = torch.autocast(self.rank_info.device.type, dtype=self._dtype, enabled=self._dtype is not None)
+        # The frozen encoder runs here, outside the engine, so it needs a separate autocast context.
         with torch.no_grad(), autocast:
             inputs = self._job.prepare(batch)
         outputs = engine.forward(inputs)
@@ -176,7 +178,7 @@ class FinetuneTask:
         return {}
 
     def before_checkpoint(self) -> None:
-        """Do nothing: there is no action log."""
+        """Do nothing, because finetuning has no action log."""
 
     def close(self) -> None:
         if self._loader is not None:

@@ -119,4 +119,5 @@ def _parameter_groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, A
     for parameter, scale, decays in scaled_parameters:
         new_group = {"params": [], "name": "decay" if decays else "no_decay", "lr_scale": scale}
         groups.setdefault((not decays, scale), new_group)["params"].append(parameter)
+    # Decaying groups come first, as in `scaled_optimizer`.
     return [groups[key] for key in sorted(groups)]

@@ -55,7 +55,7 @@ def evaluate_multitask(
         ValueError: if the tasks, the run, the shards or the batch sizes do not fit.
         FileNotFoundError, CheckpointError: if the task list, the run or the shards cannot be read.
         ShardError: if a sample has no label, or a validation sample has a label that no training sample has.
-        PreemptedError: if a rank was told to stop; calling this again resumes.
+        PreemptedError: if a rank was asked to stop; calling this again resumes.
     """
     rank_info = rank_info or single_process(config.runtime.device)
     with same_error_on_all_ranks():

@@ -47,7 +47,7 @@ class TaskPredictor(nn.Module):
         super().__init__()
         self.predictor: Predictor = predictor
         width, dim = predictor.mask_token.numel(), predictor.project.out_features
-        # Each token is a vector of its own, because weight decay applies to every parameter with two axes.
+        # Each token is a separate vector, because weight decay applies to every parameter with two axes.
         self.tokens = nn.ParameterList(torch.zeros(width) for _ in num_classes)
         for token in self.tokens:
             nn.init.trunc_normal_(token, std=0.02)

@@ -34,7 +34,7 @@ from iwm_fast.evals.results import Result, save_result
 from iwm_fast.evals.segmentation.figure import FigureImages, SegmentedImages, save_figure
 from iwm_fast.evals.segmentation.masks import MaskReader, count_classes
 from iwm_fast.evals.segmentation.mean_iou import count_pixels, mean_iou
-from iwm_fast.evals.segmentation.network import classify_pixels, segmentation_loss
+from iwm_fast.evals.segmentation.network import classify_pixels, pixel_loss
 from iwm_fast.evals.segmentation.report import make_result
 from iwm_fast.models.heads import PatchHead
 from iwm_fast.models.student import Student
@@ -78,7 +78,7 @@ def evaluate_segment(
         ValueError: if the variants, run, shards or batch sizes do not fit.
         FileNotFoundError, CheckpointError: if run or shards cannot be read, or a variant has other settings.
         ShardError: if a map is missing or cannot be used, or validation maps have a class that training maps lack.
-        PreemptedError: if a rank was told to stop; calling this again resumes.
+        PreemptedError: if a rank was asked to stop; calling this again resumes.
     """
     segmentation = open_segmentation(config, rank_info or single_process(config.runtime.device), preemption)
     context, samples = segmentation.context, choose_figure_samples(segmentation)
@@ -169,14 +169,13 @@ def build_segmentation_job(
     return variant.make_job(
         # The labels are a function that waits for the maps, so that threads read them while the networks compute.
         lambda batch: (batch.source_view, masks.prefetch(batch)),
-        lambda logits, wait: segmentation_loss(logits, wait(), ignore_index),
+        lambda logits, wait: pixel_loss(logits, wait(), ignore_index),
         origin | {"num_classes": segmentation.num_classes, "ignore_index": ignore_index},
     )
 
 
 def _load_figure_images(segmentation: SegmentationContext, samples: Int64[np.ndarray, "samples"]) -> FigureImages:
-    context = segmentation.context
-    pixels = predict(lambda batch: denormalize_view(batch.source_view), context, samples)
-    with segmentation.read_masks(context.val) as masks:
-        mask = predict(lambda batch: masks.prefetch(batch)(), context, samples)
+    pixels = predict(lambda batch: denormalize_view(batch.source_view), segmentation.context, samples)
+    with segmentation.read_masks(segmentation.context.val) as masks:
+        mask = predict(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
     return FigureImages(pixels=pixels.numpy(), mask=mask.numpy())

@@ -39,12 +39,12 @@ def save_figure(
     """Draw a column for each image: the image, its map, and the classes and pixel accuracy of each variant."""
     rows = [
         [Panel(pixels=pixels) for pixels in images.pixels],
-        [Panel(pixels=pixels) for pixels in colour_classes(images.mask, ignore_index)],
+        [Panel(pixels=pixels) for pixels in colourise(images.mask, ignore_index)],
     ]
     labels = ["image", "map"]
     for name, variant in segmented.items():
         labels.append(f"{name.replace('_', ' ')}, mean IoU {variant.mean_iou:.2f}")
-        pairs = zip(colour_classes(variant.classes), variant.counts, strict=True)
+        pairs = zip(colourise(variant.classes), variant.counts, strict=True)
         rows.append([Panel(pixels=pixels, caption=_accuracy_caption(counts)) for pixels, counts in pairs])
     save_sheet(path, labels, rows, title)
 
@@ -54,9 +54,7 @@ def _accuracy_caption(counts: Int64[np.ndarray, "3 K"]) -> str:
     return f"{pixel_accuracy(counts[None]):.0%} of pixels correct" if counts[2].any() else "all pixels ignored"
 
 
-def colour_classes(
-    classes: Integer[np.ndarray, "B H W"], ignore_index: int | None = None
-) -> UInt8[np.ndarray, "B H W 3"]:
+def colourise(classes: Integer[np.ndarray, "B H W"], ignore_index: int | None = None) -> UInt8[np.ndarray, "B H W 3"]:
     """Return class maps in colour. A class has the same colour in all figures; ignored pixels are black."""
     hues = (np.arange(256) * _HUE_STEP) % 1.0
     # Three levels of brightness also distinguish classes whose hues are similar.

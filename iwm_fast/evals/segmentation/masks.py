@@ -91,5 +91,6 @@ class MaskReader:
 
     def close(self) -> None:
         """Stop the threads and close the files."""
+        # Maps may be pending whose batches are not used, for example after an error.
         self._pool.shutdown(cancel_futures=True)
         self._files.close()

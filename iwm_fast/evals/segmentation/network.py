@@ -16,9 +16,7 @@ def upsample_logits(logits: Float[Tensor, "B N K"], size: int) -> Float[Tensor, 
     return functional.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def segmentation_loss(
-    logits: Float[Tensor, "B N K"], mask: UInt8[Tensor, "B H W"], ignore_index: int
-) -> Float[Tensor, ""]:
+def pixel_loss(logits: Float[Tensor, "B N K"], mask: UInt8[Tensor, "B H W"], ignore_index: int) -> Float[Tensor, ""]:
     """Return the cross-entropy averaged over the pixels of each image and summed over images.
 
     Pixels with `ignore_index` do not count; an image with only such pixels contributes 0.

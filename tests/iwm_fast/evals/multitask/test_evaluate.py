@@ -9,6 +9,7 @@ import torch
 
 from fixtures.painted_shards import painted_run, tuning
 from iwm_fast import world_model
+from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.config.evaluation import EvalData
 from iwm_fast.config.finetuning import AugmentConfig, MultitaskConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
@@ -110,19 +111,16 @@ def test_images_are_assigned_by_slot_and_mixed_within_their_task(config, make_ba
     labels = [make_labels(num_classes) for num_classes in (2, 3, 4)]
     changes = {} if augment == "plain" else {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
     settings = config(augment=replace(PLAIN, **{"label_smoothing": 0.0} | changes), global_batch_size=12)
-    views = []
-
-    def encode(view):
-        views.append(view)
-        return view.flatten(2).transpose(1, 2)
-
-    batcher = TaskBatcher(labels, single_task_settings(settings, 3), encode, RANK_INFO)
+    # This encoder returns the pixels as tokens of width 3.
+    batcher = TaskBatcher(
+        labels, single_task_settings(settings, 3), lambda view: view.flatten(2).transpose(1, 2), RANK_INFO
+    )
     torch.manual_seed(0)
     np.random.seed(0)
     inputs = batcher(batch)
     assert inputs.task.tolist() == task.tolist() and [len(indices) for indices in inputs.indices] == [4, 4, 4]
     # Mixing images of one task does not change them, up to rounding, because they are equal.
-    torch.testing.assert_close(views[0], batch.source_view)
+    torch.testing.assert_close(inputs.tokens, batch.source_view.flatten(2).transpose(1, 2))
     assert [soft_labels.shape[1] for soft_labels in inputs.labels] == [2, 3, 4] and not inputs.action.any()
     for indices, soft_labels, task_labels in zip(inputs.indices, inputs.labels, labels, strict=True):
         torch.testing.assert_close(soft_labels.sum(1), torch.ones(4))
@@ -181,19 +179,12 @@ def test_a_list_of_one_task_is_the_same_as_that_task_alone(rank_info, config):
     multitask, alone = result.row("left", "accuracy"), result.row("left alone", "accuracy")
     assert (multitask.value, multitask.num_tuned) == (alone.value, alone.num_tuned)
     folder = Path(settings.run) / "evaluations" / "multitask_one"
-    weights = [read_weights(folder / name) for name in ("multitask", "alone_left")]
+    newest = [checkpoints.newest(folder / name) for name in ("multitask", "alone_left")]
+    weights = [checkpoints.read(path).weights("") for path in newest]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # The second call reads both predictors: training again would give other durations.
     assert evaluate_multitask(settings).rows == result.rows
-
-
-def read_weights(folder):
-    from iwm_fast.checkpoints import checkpoint
-
-    saved, refused = checkpoint.read_newest(folder)
-    assert saved is not None and not refused
-    return saved.weights("")
 
 
 def test_without_single_predictors_there_is_no_control(rank_info, config):

@@ -14,10 +14,18 @@ from fixtures.painted_shards import COLOURS, painted, painted_run, tuning
 from fixtures.tar_files import encode, write_tar
 from iwm_fast.config.evaluation import EvalData
 from iwm_fast.config.finetuning import DenseAugmentConfig, SegmentConfig
+from iwm_fast.evals.finetuning.networks import build_networks
+from iwm_fast.evals.finetuning.run import train_job
+from iwm_fast.evals.finetuning.variants import build_variant
 from iwm_fast.evals.results import read_result
-from iwm_fast.evals.segmentation.evaluate import evaluate_segment
-from iwm_fast.evals.segmentation.figure import colour_classes
-from iwm_fast.evals.segmentation.network import classify_pixels, segmentation_loss, upsample_logits
+from iwm_fast.evals.segmentation.evaluate import (
+    build_segmentation_job,
+    choose_figure_samples,
+    evaluate_segment,
+    open_segmentation,
+)
+from iwm_fast.evals.segmentation.figure import colourise
+from iwm_fast.evals.segmentation.network import classify_pixels, pixel_loss, upsample_logits
 from iwm_fast.models.heads import PatchHead
 from iwm_fast.pipelines.config import RandAugmentConfig
 from iwm_fast.pipelines.errors import ShardError
@@ -54,10 +62,10 @@ def test_the_loss_is_the_mean_over_the_counted_pixels_of_each_image():
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.8, 0.2], [0.1, 0.9], [0.6, 0.4]]]))
     mask = torch.tensor([[[0, 1], [255, 0]]], dtype=torch.uint8)
     expected = -(np.log(0.5) + np.log(0.2) + np.log(0.6)) / 3
-    assert float(segmentation_loss(logits, mask, 255)) == pytest.approx(expected)
+    assert float(pixel_loss(logits, mask, 255)) == pytest.approx(expected)
     # The loss is summed over images, and an image whose pixels are all ignored contributes 0.
     repeated, ignored = logits.repeat(2, 1, 1).requires_grad_(), torch.full_like(mask, 255)
-    loss = segmentation_loss(repeated, torch.cat([mask, ignored]), 255)
+    loss = pixel_loss(repeated, torch.cat([mask, ignored]), 255)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected)
     assert repeated.grad is not None and repeated.grad[0].any() and not repeated.grad[1].any()
@@ -70,7 +78,7 @@ def test_classes_of_a_batch_are_those_of_single_images():
 
 
 def test_colours_distinguish_classes_and_ignored_pixels_are_black():
-    colours = colour_classes(np.arange(256, dtype=np.uint8)[None, None], ignore_index=255)[0, 0]
+    colours = colourise(np.arange(256, dtype=np.uint8)[None, None], ignore_index=255)[0, 0]
     assert len(np.unique(colours, axis=0)) > 250 and not colours[255].any() and colours[:255].any(axis=1).all()
     distance = np.abs(colours[:20, None].astype(int) - colours[None, :20]).sum(-1) + 1000 * np.eye(20, dtype=int)
     assert distance.min() > 20
@@ -104,8 +112,6 @@ def test_variants_learn_the_maps_and_are_reported_with_their_controls(rank_info,
 
 
 def test_the_figure_shows_images_with_several_classes(rank_info, run_folder, tmp_path):
-    from iwm_fast.evals.segmentation.evaluate import choose_figure_samples, open_segmentation
-
     content = []
     for number in range(10):
         # Images have two classes; images 3 and 8 have four, and image 5 has one pixel of a third class.
@@ -129,11 +135,6 @@ def test_micro_batches_do_not_change_the_result(rank_info, run_folder):
 
 
 def test_training_changes_all_networks_of_a_variant_and_no_frozen_ones(rank_info, run_folder):
-    from iwm_fast.evals.finetuning.networks import build_networks
-    from iwm_fast.evals.finetuning.run import train_job
-    from iwm_fast.evals.finetuning.variants import build_variant
-    from iwm_fast.evals.segmentation.evaluate import build_segmentation_job, open_segmentation
-
     segmentation = open_segmentation(SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5)), rank_info)
     for name, networks in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
         student = build_networks(segmentation.model, segmentation.config, rank_info, name)
