@@ -124,7 +124,7 @@ class WorkerPool:
         self._free_environments: Queue[dict[str, str]] = Queue()
         for worker in range(self.num_workers):
             on_gpu = {"CUDA_VISIBLE_DEVICES": str(worker % num_gpus)} if num_gpus else None
-            # Without GPUs, a thread for each process avoids that the processes compete for cores.
+            # Without GPUs, each process has a single thread, so that the processes do not compete for cores.
             self._free_environments.put(on_gpu or {"OMP_NUM_THREADS": "1"})
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._lock = Lock()
