@@ -1,1 +1,1 @@
-"""Does what the paper claims hold here? Grids of small runs and the verdicts on them."""
+"""Labs: do the paper's claims hold in grids of small runs?"""

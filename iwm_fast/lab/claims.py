@@ -1,9 +1,9 @@
-"""Whether a lab's numbers bear out its claims, by a rule that was fixed before: intervals of differences.
+"""Judges a lab's claims from its numbers, by a rule that does not depend on the numbers.
 
-A comparison holds if the 95 % interval of the mean difference lies above zero, or above minus the margin of a claim
-that says "no worse than"; differences are taken seed by seed,
-because cells of one seed share their order of samples and their crops, and the interval is Student's over seeds. A
-claim holds if all of its comparisons do, fails if one of them lies below that bound, and is undecided otherwise.
+Differences are taken between results of the same seed, because cells with the same seed share the order of samples and
+the crops. A comparison holds if the 95 % interval of the mean difference (Student, over seeds) lies above the bound,
+which is zero, or minus the margin for a claim of the form "no worse than". A claim holds if all of its comparisons
+hold, fails if the interval of one of them lies below the bound, and is undecided otherwise.
 """
 
 import math
@@ -21,7 +21,7 @@ Verdict = Literal["holds", "fails", "undecided", "not measured"]
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over seeds and its 95 % interval; infinite with one seed."""
+    """A mean over seeds and its 95 % interval, which is infinite for a single seed."""
 
     mean: float
     low: float
@@ -30,30 +30,30 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two numbers of which the first should be the larger."""
+    """Two results, the first of which should be larger."""
 
     better: Number
     worse: Number
     values: tuple[tuple[float, ...], tuple[float, ...]]
-    """Of each over the seeds that have both."""
+    """Values of both results, for the seeds that have both."""
     difference: Interval | None
-    """None if no seed has both."""
+    """Mean difference; None if no seed has both results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a lab says of a claim."""
+    """A claim, its comparisons and the verdict on it."""
 
     claim: Claim
     comparisons: tuple[Comparison, ...]
     verdict: Verdict
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and Student's 95 % interval of some numbers.
+def student_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of some values and Student's 95 % interval of it.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if `values` is empty.
     """
     if not values:
         raise ValueError("values must hold at least one number, got none")
@@ -64,46 +64,41 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
-def values_of(number: Number, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return a number by seed out of a lab's rows (cell, seed, result, subject, metric, value, ...)."""
-    return {row["seed"]: row["value"] for row in rows if _is_of(row, number)}
+def values_of(selector: Number, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the selected value for each seed, from a lab's rows (cell, seed, result, subject, metric, value, ...)."""
+    return {row["seed"]: row["value"] for row in rows if _matches(row, selector)}
 
 
-def tuned_for(number: Number, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many parameters were trained for a number; 0 if it was not measured."""
-    return max((row["num_tuned"] for row in rows if _is_of(row, number)), default=0)
+def tuned_for(selector: Number, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of parameters that were trained for a result; 0 if it was not measured."""
+    return max((row["num_tuned"] for row in rows if _matches(row, selector)), default=0)
 
 
-def _is_of(row: Mapping[str, Any], number: Number) -> bool:
-    return all(row[part] == name for part, name in asdict(number).items())
+def _matches(row: Mapping[str, Any], selector: Number) -> bool:
+    return all(row[key] == value for key, value in asdict(selector).items())
 
 
 def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome:
-    """Compare what a claim compares.
-
-    Args:
-        claim: what should hold.
-        values: returns a number by seed, for the seeds that have it.
-    """
+    """Judge a claim by its comparisons; `values` returns a result's value for each seed that has it."""
     comparisons = tuple(_compare(better, worse, values) for better, worse in claim.compare)
-    differences = [one.difference for one in comparisons]
-    known = [one for one in differences if one is not None]
-    if len(known) < len(differences):
+    intervals = [comparison.difference for comparison in comparisons]
+    measured = [interval for interval in intervals if interval is not None]
+    if len(measured) < len(intervals):
         verdict: Verdict = "not measured"
-    elif all(one.low > -claim.margin for one in known):
+    elif all(interval.low > -claim.margin for interval in measured):
         verdict = "holds"
     else:
-        verdict = "fails" if any(one.high < -claim.margin for one in known) else "undecided"
+        verdict = "fails" if any(interval.high < -claim.margin for interval in measured) else "undecided"
     return Outcome(claim=claim, comparisons=comparisons, verdict=verdict)
 
 
 def _compare(better: Number, worse: Number, values: Callable[[Number], dict[int, float]]) -> Comparison:
-    first, second = values(better), values(worse)
-    seeds = sorted(first.keys() & second.keys())
-    differences = [first[seed] - second[seed] for seed in seeds]
+    better_values, worse_values = values(better), values(worse)
+    seeds = sorted(better_values.keys() & worse_values.keys())
+    differences = [better_values[seed] - worse_values[seed] for seed in seeds]
     return Comparison(
         better=better,
         worse=worse,
-        values=(tuple(first[seed] for seed in seeds), tuple(second[seed] for seed in seeds)),
-        difference=interval(differences) if differences else None,
+        values=(tuple(better_values[seed] for seed in seeds), tuple(worse_values[seed] for seed in seeds)),
+        difference=student_interval(differences) if differences else None,
     )

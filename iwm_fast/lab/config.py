@@ -1,22 +1,22 @@
-"""A lab's settings: which runs, what is measured on each, and which claims the numbers have to bear out.
+"""The YAML file of a lab: the runs, the evaluations of each run, and the claims that the results are compared with.
 
-like: other.yaml                      a lab whose keys hold where this one does not give its own; `settings` are joined
-folder: runs/lab                      one folder per cell and seed in it
-base: iwm_fast/configs/demo.yaml      the run that all cells start from
-settings: {optim.epochs: 20}          what all cells change in it
-demo_data: true                       whether the demonstration shards are to be written for it
+like: other.yaml                      lab to inherit keys from; keys of this file replace them, `settings` are merged
+folder: runs/lab                      folder of the lab, with one folder for each cell and seed
+base: iwm_fast/configs/demo.yaml      run file that all cells are based on
+settings: {optim.epochs: 20}          settings that all cells change
+demo_data: true                       whether to write the demonstration shards first
 seeds: [0, 1, 2]
-workers: 2                            cells at a time; unset: one per GPU, otherwise one per core
+workers: 2                            number of cells that run at a time; default: one per GPU, or one per core
 cells:
-  feature: {}                         what one cell changes
+  feature: {}                         settings that this cell changes
   none: {model.predictor.conditioning: none}
 evaluations:
   - {task: mrr, cells: [feature, none], settings: {bank_size: 64}}
 claims:
   conditioning:
-    text: what is claimed, in one sentence
-    paper: its figures
-    compare:                          better, worse; each is CELL RESULT SUBJECT METRIC
+    text: the claim, in one sentence
+    paper: the paper's numbers
+    compare:                          pairs [better, worse], each of the form CELL RESULT SUBJECT METRIC
       - [feature mrr_default jitter mrr, none mrr_default jitter mrr]
 """
 
@@ -28,13 +28,13 @@ import yaml
 
 from iwm_fast.pipelines.config import check
 
-_TOP = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
-_CLAIM, _MAY = {"text", "paper", "compare"}, {"margin"}
+_LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
+_REQUIRED_CLAIM_KEYS, _OPTIONAL_CLAIM_KEYS = {"text", "paper", "compare"}, {"margin"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """One figure of the lab, over its seeds."""
+    """Selects one result of a cell; its values are those of all seeds."""
 
     cell: str
     result: str
@@ -48,71 +48,67 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the lab has to show: in every pair the first number is above the second."""
+    """A claim: in every pair of results, the first is larger than the second."""
 
     name: str
     text: str
     paper: str
     compare: tuple[tuple[Number, Number], ...]
     margin: float = 0.0
-    """By how much the first may be below the second all the same."""
+    """Amount by which the first result may be smaller than the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One task, measured on some cells."""
+    """An evaluation that is run on some cells."""
 
     task: str
     cells: tuple[str, ...]
     settings: tuple[str, ...]
-    """As `key=value`."""
+    """Overrides of the form `key=value`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabConfig:
-    """A grid of runs and what it is for."""
+    """A grid of runs with its evaluations and claims."""
 
     folder: Path
     base: Path
     settings: tuple[str, ...]
-    """As `key=value`."""
+    """Overrides of the form `key=value` that all cells share."""
     has_demo_data: bool
     seeds: tuple[int, ...]
     workers: int | None
     cells: dict[str, tuple[str, ...]]
-    """Name of each cell and its settings as `key=value`."""
+    """Overrides of the form `key=value` of each cell, by the cell's name."""
     evaluations: tuple[Evaluation, ...]
     claims: tuple[Claim, ...]
 
 
 def read_lab(path: Path, tasks: set[str]) -> LabConfig:
-    """Read a lab's YAML file.
-
-    Args:
-        path: the file.
-        tasks: names of the evaluations there are.
+    """Read the YAML file of a lab; `tasks` are the names of all evaluations.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no base run.
-        ValueError: for what is missing, unknown or of the wrong kind.
+        FileNotFoundError: if the file or its base run file does not exist.
+        ValueError: if a key is missing or unknown, or a value is invalid.
     """
-    tree = _tree(path)
-    for name in ("folder", "base", "cells"):
-        check(name in tree, str(path), sorted(tree), f"name {name}")
-    cells = {str(name): _settings(changes or {}, f"cells.{name}") for name, changes in tree["cells"].items()}
+    tree = _read_tree(path)
+    for key in ("folder", "base", "cells"):
+        check(key in tree, str(path), sorted(tree), f"have the key {key}")
+    cells = {str(name): _to_overrides(settings or {}, f"cells.{name}") for name, settings in tree["cells"].items()}
     seeds = tuple(tree.get("seeds", (0, 1, 2)))
-    check(len(seeds) >= 1 and len(set(seeds)) == len(seeds), "seeds", seeds, "name at least one seed, each once")
+    check(len(seeds) >= 1 and len(set(seeds)) == len(seeds), "seeds", seeds, "list at least one seed and none twice")
     if not Path(tree["base"]).is_file():
-        raise FileNotFoundError(f"base of {path}: no run file {tree['base']!r}")
-    evaluations = tuple(_evaluation(row, cells, tasks) for row in tree.get("evaluations", []))
-    claims = tuple(parse_claim(name, row) for name, row in (tree.get("claims") or {}).items())
+        raise FileNotFoundError(f"base of {path}: the run file {tree['base']!r} does not exist")
+    evaluations = tuple(_parse_evaluation(entry, cells, tasks) for entry in tree.get("evaluations", []))
+    claims = tuple(parse_claim(name, entry) for name, entry in (tree.get("claims") or {}).items())
     for claim in claims:
-        unknown = sorted({number.cell for pair in claim.compare for number in pair} - cells.keys())
+        unknown = sorted({selector.cell for pair in claim.compare for selector in pair} - cells.keys())
         check(not unknown, f"cells of claims.{claim.name}", unknown, f"be among {', '.join(cells)}")
     return LabConfig(
         folder=Path(tree["folder"]),
         base=Path(tree["base"]),
-        settings=_settings(tree.get("settings", {}), "settings"),
+        settings=_to_overrides(tree.get("settings", {}), "settings"),
         has_demo_data=bool(tree.get("demo_data", False)),
         seeds=seeds,
         workers=tree.get("workers"),
@@ -122,60 +118,63 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
     )
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no lab file {str(path)!r}; give the path of a YAML file")
+        raise FileNotFoundError(f"the lab file {str(path)!r} does not exist; name a YAML file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
-    unknown = sorted(set(tree) - _TOP)
-    check(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_TOP))}")
+    unknown = sorted(set(tree) - _LAB_KEYS)
+    check(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_LAB_KEYS))}")
     if "like" not in tree:
         return tree
-    other = _tree(Path(tree["like"]))
-    return other | tree | {"settings": other.get("settings", {}) | tree.get("settings", {})}
+    parent = _read_tree(Path(tree["like"]))
+    return parent | tree | {"settings": parent.get("settings", {}) | tree.get("settings", {})}
 
 
-def _settings(changes: Any, where: str) -> tuple[str, ...]:
-    check(isinstance(changes, dict), where, changes, "hold `group.key: value` lines")
-    return tuple(f"{name}={_written(value)}" for name, value in changes.items())
+def _to_overrides(settings: Any, address: str) -> tuple[str, ...]:
+    check(isinstance(settings, dict), address, settings, "hold `group.key: value` lines")
+    return tuple(f"{name}={_to_yaml(value)}" for name, value in settings.items())
 
 
-def _written(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    )
+def _to_yaml(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    # A scalar is followed by the mark "..." for the end of a document.
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _evaluation(row: Any, cells: dict[str, Any], tasks: set[str]) -> Evaluation:
-    check(isinstance(row, dict) and row.get("task") in tasks, "task of evaluations", row, f"be one of {sorted(tasks)}")
-    chosen = tuple(row.get("cells", cells))
-    unknown = [name for name in chosen if name not in cells]
-    check(not unknown, f"cells of evaluation {row['task']}", unknown, f"be among {', '.join(cells)}")
-    return Evaluation(task=row["task"], cells=chosen, settings=_settings(row.get("settings", {}), "settings"))
+def _parse_evaluation(entry: Any, cells: dict[str, Any], tasks: set[str]) -> Evaluation:
+    is_known = isinstance(entry, dict) and entry.get("task") in tasks
+    check(is_known, "task of evaluations", entry, f"be one of {sorted(tasks)}")
+    selected = tuple(entry.get("cells", cells))
+    unknown = [name for name in selected if name not in cells]
+    check(not unknown, f"cells of evaluation {entry['task']}", unknown, f"be among {', '.join(cells)}")
+    return Evaluation(task=entry["task"], cells=selected, settings=_to_overrides(entry.get("settings", {}), "settings"))
 
 
-def parse_claim(name: str, row: Any) -> Claim:
-    """Read a claim of a lab's YAML file.
+def parse_claim(name: str, entry: Any) -> Claim:
+    """Parse a claim of a lab's YAML file.
 
     Raises:
-        ValueError: for what is missing, unknown or of the wrong kind.
+        ValueError: if a key is missing or unknown, or a value is invalid.
     """
-    is_whole = isinstance(row, dict) and _CLAIM <= set(row) <= _CLAIM | _MAY
-    check(is_whole, f"claims.{name}", row, f"have {', '.join(sorted(_CLAIM))}, and may have margin")
-    margin = row.get("margin", 0.0)
+    keys = set(entry) if isinstance(entry, dict) else set()
+    has_keys = _REQUIRED_CLAIM_KEYS <= keys <= _REQUIRED_CLAIM_KEYS | _OPTIONAL_CLAIM_KEYS
+    check(has_keys, f"claims.{name}", entry, f"have {', '.join(sorted(_REQUIRED_CLAIM_KEYS))} and optionally margin")
+    margin = entry.get("margin", 0.0)
     check(isinstance(margin, int | float) and margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
-    pairs = tuple(tuple(_number(text, name) for text in pair) for pair in row["compare"])
-    check(all(len(pair) == 2 for pair in pairs), f"claims.{name}.compare", row["compare"], "hold pairs: better, worse")
-    return Claim(name=name, text=row["text"], paper=row["paper"], compare=pairs, margin=float(margin))  # type: ignore[arg-type]
+    pairs = tuple(tuple(_parse_selector(text, name) for text in pair) for pair in entry["compare"])
+    is_paired = all(len(pair) == 2 for pair in pairs)
+    check(is_paired, f"claims.{name}.compare", entry["compare"], "hold pairs [better, worse]")
+    return Claim(name=name, text=entry["text"], paper=entry["paper"], compare=pairs, margin=float(margin))  # type: ignore[arg-type]
 
 
-def _number(text: str, claim: str) -> Number:
-    parts = str(text).split()
-    check(len(parts) >= 4, f"claims.{claim}.compare", text, "be CELL RESULT SUBJECT METRIC")
-    cell, result, *subject, metric = parts
+def _parse_selector(text: str, claim: str) -> Number:
+    words = str(text).split()
+    check(len(words) >= 4, f"claims.{claim}.compare", text, "be of the form CELL RESULT SUBJECT METRIC")
+    # Only subjects contain spaces, such as "mean alone".
+    cell, result, *subject, metric = words
     return Number(cell=cell, result=result, subject=" ".join(subject), metric=metric)

@@ -1,12 +1,12 @@
-"""`iwm lab LAB.yaml`: a grid of small runs, what is measured on each, and the claims they bear out.
+"""`iwm lab LAB.yaml`: runs the cells of a lab with their evaluations, and judges the claims by the results.
 
-    <folder>/cells/<cell>-seed<k>/      a run's folder, and what was said while it was made: lab.log
-    <folder>/lab.yaml                   what was asked for
-    <folder>/lab.json                   every number by cell and seed, and the verdicts
-    <folder>/report.html                the page
+    <folder>/cells/<cell>-seed<k>/      folder of a run; lab.log holds the output of its commands
+    <folder>/lab.yaml                   copy of the lab's file
+    <folder>/lab.json                   all results by cell and seed, and the verdicts
+    <folder>/report.html                the report page
 
-Each step of a cell is a command that a user could give. A step that is done is not done again, one that was stopped
-goes on: so a lab can be stopped and started at any time, and grown by cells, seeds and evaluations.
+Every command of a cell can also be entered by a user. Finished commands are not repeated and interrupted ones resume,
+so a lab can be stopped and started at any time, and cells, seeds and evaluations can be added later.
 """
 
 import json
@@ -39,12 +39,13 @@ from iwm_fast.runtime.run_status import read_status
 log = logging.getLogger(__name__)
 
 LAB, _LOG = "lab.yaml", "lab.log"
+# Number of lines of a log that an error message quotes.
 _TAIL = 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the grid."""
+    """One run of the grid: a cell of the lab's file with one of the seeds."""
 
     name: str
     seed: int
@@ -55,22 +56,22 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One command of a cell."""
+class LabCommand:
+    """A command that trains or evaluates a cell."""
 
     cell: Cell
-    what: str
-    """train, or the name of the task."""
+    name: str
+    """Either "train" or the name of the evaluation."""
     arguments: tuple[str, ...]
-    """Of `iwm`."""
+    """Arguments of `iwm`."""
 
 
 class LabStoppedError(Exception):
-    """A lab was told to stop, and its runs have stopped in order."""
+    """The lab was asked to stop, and its running commands have saved and exited."""
 
 
-def cells_of(lab: LabConfig) -> list[Cell]:
-    """Return all runs, seed by seed: an unfinished lab has whole comparisons."""
+def list_cells(lab: LabConfig) -> list[Cell]:
+    """Return all runs, ordered by seed, so that an unfinished lab has complete comparisons for some seeds."""
     return [
         Cell(name=name, seed=seed, folder=lab.folder / "cells" / f"{name}-seed{seed}")
         for seed in lab.seeds
@@ -78,136 +79,145 @@ def cells_of(lab: LabConfig) -> list[Cell]:
     ]
 
 
-def steps_of(lab: LabConfig, cell: Cell) -> Iterator[Step]:
-    """Yield the commands of a cell in their order."""
+def iter_commands(lab: LabConfig, cell: Cell) -> Iterator[LabCommand]:
+    """Yield the commands of a cell in the order in which they have to run."""
     settings = (*lab.settings, *lab.cells[cell.name], f"seed={cell.seed}", f"output.folder={cell.folder}")
-    yield Step(cell=cell, what="train", arguments=("train", str(lab.base), *settings, "resume=auto"))
+    yield LabCommand(cell=cell, name="train", arguments=("train", str(lab.base), *settings, "resume=auto"))
     for evaluation in lab.evaluations:
         if cell.name in evaluation.cells:
             arguments = (f"run={cell.folder}", f"seed={cell.seed}", *evaluation.settings)
-            yield Step(cell=cell, what=evaluation.task, arguments=("evaluate", evaluation.task, *arguments))
+            yield LabCommand(cell=cell, name=evaluation.task, arguments=("evaluate", evaluation.task, *arguments))
 
 
-def is_done(step: Step) -> bool:
-    """Return whether a step's outcome is there, and is that of these settings and of the run's last checkpoint."""
-    folder = step.cell.folder
-    if step.what == "train":
+def is_done(command: LabCommand) -> bool:
+    """Return whether the command has finished with the same settings and, if an evaluation, on the last checkpoint."""
+    folder = command.cell.folder
+    if command.name == "train":
         if read_status(folder).get("state") != "finished":
             return False
-        _, base, *overrides = step.arguments
-        wanted, there = (to_tree(one) for one in (load_config(base, overrides), load_config(folder / "config.yaml")))
-        # how it was computed may differ
-        return all(wanted[name] == there[name] for name in wanted if name not in ("runtime", "output", "resume"))
+        _, base, *overrides = command.arguments
+        configs = load_config(base, overrides), load_config(folder / "config.yaml")
+        requested, saved = (to_tree(config) for config in configs)
+        # Settings in `runtime` and `output` do not affect the result.
+        return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
     newest = checkpoints.newest(folder)
-    wanted = to_tree(read_settings(TASKS[step.what].settings, list(step.arguments[2:])))
+    requested = to_tree(read_settings(TASKS[command.name].settings, list(command.arguments[2:])))
     return newest is not None and any(
-        json.loads(json.dumps(result.settings)) == wanted and result.step == checkpoints.step_of(newest)
-        for result in results_of(folder)
-        if result.task == step.what
+        json.loads(json.dumps(result.settings)) == requested and result.step == checkpoints.step_of(newest)
+        for result in read_results(folder)
+        if result.task == command.name
     )
 
 
-def results_of(folder: Path) -> list[Result]:
-    """Return what was measured on a run."""
+def read_results(folder: Path) -> list[Result]:
+    """Return the results of all evaluations of a run."""
     return [read_result(path) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
-class Workers:
-    """Runs cells beside each other, each step a process of its own."""
+class WorkerPool:
+    """Runs several cells at a time, each command in its own process."""
 
     def __init__(self, lab: LabConfig) -> None:
-        self._lab = lab
+        self._lab: LabConfig = lab
         num_gpus = torch.cuda.device_count()
-        self.count = lab.workers or num_gpus or os.cpu_count() or 1
-        self._places: Queue[dict[str, str]] = Queue()
-        for worker in range(self.count):
+        self.num_workers: int = lab.workers or num_gpus or os.cpu_count() or 1
+        self._free_environments: Queue[dict[str, str]] = Queue()
+        for worker in range(self.num_workers):
             on_gpu = {"CUDA_VISIBLE_DEVICES": str(worker % num_gpus)} if num_gpus else None
-            self._places.put(on_gpu or {"OMP_NUM_THREADS": "1"})
-        self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._lock, self._stopped = Lock(), Event()
-        self._num_steps = sum(len(list(steps_of(lab, cell))) for cell in cells_of(lab))
-        self._num_done, self._began = 0, time.monotonic()
-        self._num_made = 0
+            # Without GPUs, each process has a single thread, so that the processes do not compete for cores.
+            self._free_environments.put(on_gpu or {"OMP_NUM_THREADS": "1"})
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._lock = Lock()
+        self._stopped = Event()
+        self._num_commands: int = sum(len(list(iter_commands(lab, cell))) for cell in list_cells(lab))
+        self._num_done: int = 0
+        self._num_executed: int = 0
+        self._start_s: float = time.monotonic()
 
     def run(self) -> list[str]:
-        """Make every cell and return what went wrong.
+        """Run all commands that are not done and return a message for each cell that failed.
 
         Raises:
-            LabStoppedError: if the lab was told to stop; what was under way has saved.
+            LabStoppedError: if the lab was asked to stop, after the running commands have saved.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with ThreadPoolExecutor(self.count) as pool:
-                failures = list(pool.map(self._make, cells_of(self._lab)))
+            with ThreadPoolExecutor(self.num_workers) as pool:
+                failures = list(pool.map(self._run_cell, list_cells(self._lab)))
         finally:
-            for number, handler in before.items():
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
         if self._stopped.is_set():
-            raise LabStoppedError("stopped; the same command goes on")
+            raise LabStoppedError("stopped; run the same command again to resume")
         return [failure for failure in failures if failure]
 
     def _on_signal(self, number: int, _: object) -> None:
+        # No lock here: the handler may interrupt code that holds it. A process that starts meanwhile is signalled by
+        # `_execute`, which checks the event after it has registered the process.
         self._stopped.set()
-        for process in list(self._running.values()):
+        for process in list(self._processes.values()):
             process.send_signal(signal.SIGTERM)
 
-    def _make(self, cell: Cell) -> str:
-        """Carry out a cell's steps on a GPU that is free, if there are any, until one fails, and say which."""
-        place = self._places.get()
+    def _run_cell(self, cell: Cell) -> str:
+        """Run the commands of a cell, on a GPU if there are any, and return a message if one fails."""
+        environment = self._free_environments.get()
         try:
-            for step in steps_of(self._lab, cell):
+            for command in iter_commands(self._lab, cell):
                 if self._stopped.is_set():
                     break
-                is_there = is_done(step)
-                code = 0 if is_there else self._carry_out(step, os.environ | place)
+                was_done = is_done(command)
+                code = 0 if was_done else self._execute(command, os.environ | environment)
                 if code != 0:
-                    return "" if self._stopped.is_set() else self._describe_failure(step, code)
-                self._tell(step, is_there)
+                    # A command that was asked to stop exits with a code other than 0, too.
+                    return "" if self._stopped.is_set() else self._describe_failure(command, code)
+                self._log_progress(command, was_done)
             return ""
         finally:
-            self._places.put(place)
+            self._free_environments.put(environment)
 
-    def _carry_out(self, step: Step, environment: dict[str, str]) -> int:
-        step.cell.folder.mkdir(parents=True, exist_ok=True)
-        with (step.cell.folder / _LOG).open("ab") as file:
-            file.write(f"$ iwm {' '.join(step.arguments)}\n".encode())
+    def _execute(self, command: LabCommand, environment: dict[str, str]) -> int:
+        command.cell.folder.mkdir(parents=True, exist_ok=True)
+        with (command.cell.folder / _LOG).open("ab") as file:
+            file.write(f"$ iwm {' '.join(command.arguments)}\n".encode())
             file.flush()
             with self._lock:
-                # not into the terminal's group: a Ctrl-C is passed on once, by us
+                # In its own session, the process does not get the terminal's Ctrl-C in addition to the signal
+                # that `_on_signal` sends: a second signal could make it abort without a checkpoint.
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "iwm_fast.cli", *step.arguments],
+                    [sys.executable, "-m", "iwm_fast.cli", *command.arguments],
                     stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
                 )  # fmt: skip
-                self._running[process.pid] = process
+                self._processes[process.pid] = process
             if self._stopped.is_set():
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
-            del self._running[process.pid]
+            del self._processes[process.pid]
         return code
 
-    def _describe_failure(self, step: Step, code: int) -> str:
-        path = step.cell.folder / _LOG
+    def _describe_failure(self, command: LabCommand, code: int) -> str:
+        path = command.cell.folder / _LOG
         tail = "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
-        return f"{step.cell}: {step.what} ended with {code}; the end of {path}:\n{tail}"
+        return f"{command.cell}: {command.name} exited with code {code}; the last lines of {path}:\n{tail}"
 
-    def _tell(self, step: Step, is_there: bool) -> None:
+    def _log_progress(self, command: LabCommand, was_done: bool) -> None:
         with self._lock:
             self._num_done += 1
-            self._num_made += not is_there
-            if is_there:
+            self._num_executed += not was_done
+            if was_done:
                 return
-            lasted = time.monotonic() - self._began
-            left = lasted / self._num_made * (self._num_steps - self._num_done)
-            log.info("%d of %d: %s, %s; about %.0f min left", self._num_done, self._num_steps, step.cell, step.what,
-                     left / 60)  # fmt: skip
+            # Commands that were done before took no time, so they do not enter the mean duration.
+            elapsed_s = time.monotonic() - self._start_s
+            remaining_s = elapsed_s / self._num_executed * (self._num_commands - self._num_done)
+            log.info("%d of %d: %s, %s; about %.0f min remaining", self._num_done, self._num_commands, command.cell,
+                     command.name, remaining_s / 60)  # fmt: skip
 
 
 def run_lab(path: Path) -> Path:
-    """Make what is not there yet, judge the claims and write the page; return that.
+    """Run the commands of a lab that are not done, judge its claims, and return the path of the report page.
 
     Raises:
-        RuntimeError: if a step failed; the others are made all the same.
-        LabStoppedError: if the lab was told to stop; the same call goes on.
+        RuntimeError: if a command failed, after the commands of all other cells.
+        LabStoppedError: if the lab was asked to stop; calling this again resumes.
     """
     lab = read_lab(path, set(TASKS))
     lab.folder.mkdir(parents=True, exist_ok=True)
@@ -216,43 +226,40 @@ def run_lab(path: Path) -> Path:
         write_demo_shards(Path(load_config(lab.base, lab.settings).data.train).parent)
     failures: list[str] = []
     try:
-        failures = Workers(lab).run()
+        failures = WorkerPool(lab).run()
     finally:
-        page = write_outcome(lab)
+        page = write_results(lab)
     if failures:
-        raise RuntimeError("\n\n".join(failures) + "\n\nmend it, and give the same command again: it goes on")
+        raise RuntimeError("\n\n".join(failures) + "\n\nremove the cause and run the same command again to resume")
     return page
 
 
-def write_outcome(lab: LabConfig) -> Path:
-    """Write the numbers and the page of a lab, finished or not."""
+def write_results(lab: LabConfig) -> Path:
+    """Write the results of a lab, finished or not, and return the path of the report page."""
     rows = [
         {"cell": cell.name, "seed": cell.seed, "result": result.name, "step": result.step, **asdict(row)}
-        for cell in cells_of(lab)
-        for result in results_of(cell.folder)
+        for cell in list_cells(lab)
+        for result in read_results(cell.folder)
         for row in result.rows
     ]
-    outcomes = [judge(claim, lambda number: values_of(number, rows)) for claim in lab.claims]
-    tree = {
-        **_made_by(lab),
-        "verdicts": {one.claim.name: one.verdict for one in outcomes},
-        "rows": rows,
-    }
+    judged = [judge(claim, lambda selector: values_of(selector, rows)) for claim in lab.claims]
+    verdicts = {outcome.claim.name: outcome.verdict for outcome in judged}
+    tree = {**_provenance(lab), "verdicts": verdicts, "rows": rows}
     replace_file(lab.folder / "lab.json", lambda draft: save_json(tree, draft))
-    return write_lab_report(lab, outcomes, rows)
+    return write_lab_report(lab, judged, rows)
 
 
-def _made_by(lab: LabConfig) -> dict[str, list[str]]:
-    """Return machines and commits of the runs that there are."""
-    files = [cell.folder / "started.jsonl" for cell in cells_of(lab)]
+def _provenance(lab: LabConfig) -> dict[str, list[str]]:
+    """Return the machines and commits that produced the runs, without repetitions."""
+    files = [cell.folder / "started.jsonl" for cell in list_cells(lab)]
     starts = [json.loads(line) for file in files if file.is_file() for line in file.read_text("utf-8").splitlines()]
-    return {name: sorted({one[name] for one in starts}) for name in ("machine", "commit")}
+    return {key: sorted({start[key] for start in starts}) for key in ("machine", "commit")}
 
 
 def report_lab(folder: Path) -> Path:
-    """Write a lab's page anew from what is in its folder.
+    """Write the results and the report page of a lab again from its folder, and return the path of the page.
 
     Raises:
         FileNotFoundError: if the folder holds no lab.
     """
-    return write_outcome(read_lab(folder / LAB, set(TASKS)))
+    return write_results(read_lab(folder / LAB, set(TASKS)))

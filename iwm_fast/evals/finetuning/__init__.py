@@ -1,1 +1,1 @@
-"""What are encoder and predictor worth when they are finetuned for classification?"""
+"""Finetuning for classification: what are the encoder and the predictor of a run worth?"""

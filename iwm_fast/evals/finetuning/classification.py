@@ -1,7 +1,8 @@
-"""Is the predictor worth keeping? One classification task learnt five ways from one run, and what each has cost.
+"""Finetunes variants of a run for classification, to measure what its predictor is worth and what training costs.
 
-Arms share data, augmentation, steps and heads; what is tuned differs. Hyperparameters are the settings', the last
-step's weights are what counts, and validation images are looked at once, after it.
+All variants share data, augmentation, number of steps and heads, and differ in the networks that are trained.
+Hyperparameters come from the settings alone, the weights of the last step are evaluated, and the validation images are
+used only once, after training.
 """
 
 import functools
@@ -15,21 +16,21 @@ from torch.nn import functional
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig
 from iwm_fast.evals.datasets import LabelledSets, label_sets, result_name, tensors_digest
-from iwm_fast.evals.finetuning.mixup import Mixing
-from iwm_fast.evals.finetuning.networks import networks
+from iwm_fast.evals.finetuning.mixup import BatchAugmentation
+from iwm_fast.evals.finetuning.networks import build_networks
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
-    Learnt,
+    TrainedVariant,
     free_memory,
-    micro_batches,
     open_context,
     predict,
+    split_global_batch,
     task_folder,
-    tune,
+    train_job,
 )
 from iwm_fast.evals.finetuning.task import Job
-from iwm_fast.evals.finetuning.timm_baseline import build_timm_arm, build_vit, vit_config
-from iwm_fast.evals.finetuning.variants import WITH_PREDICTOR, Arm, build_arm, origin_of
+from iwm_fast.evals.finetuning.timm_baseline import build_timm_variant, build_vit, vit_run_config
+from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, build_variant, describe_origin
 from iwm_fast.evals.results import Result, accuracy_gain, mean_row, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
@@ -46,71 +47,70 @@ PRETRAINED, CONTROL = "predictor", "random_predictor"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Whose networks are finetuned."""
+class FinetuneSource:
+    """The networks that finetuning starts from: those of a run or a model from timm."""
 
     context: FinetuneContext
-    build: Callable[[str, int], Arm]
-    """From the name of an arm and the number of classes."""
+    build: Callable[[str, int], Variant]
+    """Builds a variant, given its name and the number of classes."""
     origin: dict[str, Any]
-    """What the outcome depends on beside the settings."""
+    """Values besides the settings that decide the result."""
 
 
 def evaluate_finetune(
     config: FinetuneConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
 ) -> Result:
-    """Train the arms, or go on with them, and report each one's accuracy; collective, saved by rank 0.
+    """Train or resume the variants, and return and save their accuracies. Collective: every rank must call it.
 
     Raises:
-        ValueError: if arms, run, shards, weights or sizes of batches do not fit.
-        FileNotFoundError, CheckpointError: if the run, the weights or the shards cannot be read, or an arm was trained
-            with other settings.
-        ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
-        PreemptedError: if a rank was told to stop; the same call goes on.
+        ValueError: if the variants, run, shards, weights or batch sizes do not fit.
+        FileNotFoundError, CheckpointError: if run, weights or shards cannot be read, or a variant has other settings.
+        ShardError: if a sample has no label, or a validation sample has a label that no training sample has.
+        PreemptedError: if a rank was asked to stop; calling this again resumes.
     """
     rank_info = rank_info or single_process(config.runtime.device)
     with same_error_on_all_ranks():
-        micro_batches(config, rank_info.world_size)
-        subject = (_timm_model if config.timm else _run)(config, rank_info, preemption)
-    context = subject.context
-    sets = broadcast_from_rank_zero(lambda: _open(config, context))
-    learnt = {}
-    for arm in ARMS:
-        if arm in config.chosen_arms:
-            learnt[arm] = _learn(arm, subject, sets)
+        split_global_batch(config, rank_info.world_size)
+        source = (_open_timm if config.timm else _open_run)(config, rank_info, preemption)
+    context = source.context
+    sets = broadcast_from_rank_zero(lambda: _read_label_sets(config, context))
+    trained = {}
+    for name in ARMS:
+        if name in config.chosen_arms:
+            trained[name] = _train_variant(name, source, sets)
             free_memory(rank_info.device)
-    result = _report(context, sets, learnt)
+    result = _make_result(context, sets, trained)
     broadcast_from_rank_zero(lambda: save_result(config.run or config.to, result))
     return result
 
 
-def _run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> Subject:
+def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
     model = world_model.load(config.run, rank_info.device)
-    needing = [arm for arm in config.chosen_arms if arm in WITH_PREDICTOR]
+    needs_predictor = any(name in PREDICTOR_VARIANTS for name in config.chosen_arms)
     is_identity = model.config.model.predictor.depth == 0
-    check(not (is_identity and needing), "arms", config.arms,
-          "be encoder, attentive or both: this run was trained with the identity predictor")  # fmt: skip
+    check(not (is_identity and needs_predictor), "arms", config.arms,
+          "be encoder, attentive or both for a run with the identity predictor")  # fmt: skip
     context = open_context(result_name("finetune", config.data), config, model, rank_info, preemption)
-    return Subject(
+    return FinetuneSource(
         context=context,
-        build=lambda arm, num_classes: classification_arm(arm, model, context, num_classes),
-        origin=origin_of(model.step, model.encoder, model.predictor),
+        build=lambda name, num_classes: build_classification_variant(name, model, context, num_classes),
+        origin=describe_origin(model.step, model.encoder, model.predictor),
     )
 
 
-def classification_arm(name: str, model: WorldModel, context: FinetuneContext, num_classes: int) -> Arm:
-    """Build an arm of classification from the run's teacher and predictor; the same on every rank."""
+def build_classification_variant(name: str, model: WorldModel, context: FinetuneContext, num_classes: int) -> Variant:
+    """Build a classifier from the run's teacher and predictor, with the same weights on every rank."""
     head = functools.partial(LinearHead if name == "encoder" else AttentiveHead, num_classes=num_classes)
-    return build_arm(name, networks(model, context.task, context.rank_info, name), context, head)
+    return build_variant(name, build_networks(model, context.settings, context.rank_info, name), context, head)
 
 
-def _timm_model(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> Subject:
+def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
     for name in ("train", "val"):
-        check(bool(getattr(config.data, name)), f"data.{name}", "", "name shards where timm is given")
+        check(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
     vit = build_vit(config)
     context = FinetuneContext(
-        task=config,
-        model_config=vit_config(config, vit),
+        settings=config,
+        model_config=vit_run_config(config, vit),
         step=0,
         train=open_shards(config.data.train),
         val=open_shards(config.data.val),
@@ -118,61 +118,62 @@ def _timm_model(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempt
         rank_info=rank_info,
         preemption=preemption,
     )
-    return Subject(
+    return FinetuneSource(
         context=context,
-        build=lambda _, num_classes: build_timm_arm(vit, context, num_classes),
+        build=lambda _, num_classes: build_timm_variant(vit, context, num_classes),
         origin={"timm": config.timm, "timm.weights": tensors_digest(vit.state_dict().values())},
     )
 
 
-def _open(config: FinetuneConfig, context: FinetuneContext) -> LabelledSets:
+def _read_label_sets(config: FinetuneConfig, context: FinetuneContext) -> LabelledSets:
     sets = label_sets(context.train, context.val, config.data.label)
-    check(len(sets.classes) >= 2, "data.label", config.data.label, f"tell classes apart: all are {sets.classes}")
+    accepted = f"name a label with at least two classes in the training shards, which have only {sets.classes}"
+    check(len(sets.classes) >= 2, "data.label", config.data.label, accepted)
     return sets
 
 
-def _learn(name: str, subject: Subject, sets: LabelledSets) -> Learnt:
-    """Train an arm, or go on with it, and ask it about the validation images; collective."""
-    context = subject.context
-    arm = subject.build(name, len(sets.classes))
-    tuned = tune(classification_job(arm, context, sets.train.labels, subject.origin), context)
-    correct = predict(arm, context).argmax(dim=1).numpy() == sets.val.number
-    log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), tuned.steps, tuned.time_s)
-    return Learnt(measured=correct, tuned=tuned)
+def _train_variant(name: str, source: FinetuneSource, sets: LabelledSets) -> TrainedVariant:
+    """Train or resume a variant and classify the validation images with it. Collective: every rank must call it."""
+    context = source.context
+    variant = source.build(name, len(sets.classes))
+    stats = train_job(build_classification_job(variant, context, sets.train.labels, source.origin), context)
+    correct = predict(variant, context).argmax(dim=1).numpy() == sets.val.number
+    log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), stats.steps, stats.time_s)
+    return TrainedVariant(per_image=correct, stats=stats)
 
 
-def classification_job(arm: Arm, context: FinetuneContext, labels: Labels, origin: dict[str, Any]) -> Job:
-    """Return what is to be trained of an arm, on images that are erased and mixed as the settings say.
+def build_classification_job(variant: Variant, context: FinetuneContext, labels: Labels, origin: dict[str, Any]) -> Job:
+    """Return the job that trains a variant on images augmented according to the settings.
 
     Raises:
-        ValueError: if images are to be mixed and a micro-batch is of odd size.
+        ValueError: if images are to be mixed and the micro-batch size is odd.
     """
-    mixing = Mixing(context.task, len(labels.classes), context.rank_info.world_size)
+    augmentation = BatchAugmentation(context.settings, len(labels.classes), context.rank_info.world_size)
     loss = functools.partial(functional.cross_entropy, reduction="sum")
-    return arm.job(lambda batch: mixing(batch.source_view, labels.of(batch.sample)), loss, origin)
+    return variant.make_job(lambda batch: augmentation(batch.source_view, labels.of(batch.sample)), loss, origin)
 
 
-def _report(context: FinetuneContext, sets: LabelledSets, learnt: dict[str, Learnt]) -> Result:
-    seed = context.task.seed
-    correct = {arm: one.measured for arm, one in learnt.items()}
+def _make_result(context: FinetuneContext, sets: LabelledSets, trained: dict[str, TrainedVariant]) -> Result:
+    seed = context.settings.seed
+    correct = {name: variant.per_image for name, variant in trained.items()}
     rows = [
         mean_row(
-            arm,
+            name,
             "accuracy",
-            correct[arm],
+            correct[name],
             seed,
-            control=correct.get(CONTROL) if arm == PRETRAINED else None,
+            control=correct.get(CONTROL) if name == PRETRAINED else None,
             control_name=CONTROL,
             chance=sets.chance,
-            **one.tuned.columns(),
+            **variant.stats.columns(),
         )
-        for arm, one in learnt.items()
+        for name, variant in trained.items()
     ]
     details: dict[str, Any] = {
         "num_train_samples": context.train.num_samples,
         "classes": list(sets.classes),
-        "steps": {arm: one.tuned.steps for arm, one in learnt.items()},
+        "steps": {name: variant.stats.steps for name, variant in trained.items()},
     }
-    if {PRETRAINED, CONTROL} <= learnt.keys():
+    if {PRETRAINED, CONTROL} <= trained.keys():
         details["gain_of_pretraining"] = accuracy_gain(correct[PRETRAINED], correct[CONTROL], seed)
-    return context.result("finetune", rows, details)
+    return context.make_result("finetune", rows, details)

@@ -1,6 +1,7 @@
-"""Layer-wise learning rates: the nearer a layer of a pretrained network is to the pixels, the less it is changed.
+"""Layer-wise learning rates: in a pretrained network, the layers closer to the pixels learn more slowly.
 
-Source: BEiT (arXiv 2106.08254) for one encoder: the head is the topmost layer, block l of L the (L + 1 - l)-th below.
+Source: BEiT (arXiv 2106.08254) for a single encoder. The head is the topmost layer, and block l of L is (L + 1 - l)
+layers below it.
 """
 
 import re
@@ -11,40 +12,41 @@ from torch import nn
 _BLOCK = re.compile(r"(encoder|predictor)\.blocks\.(\d+)\.")
 
 
-def layer_of(name: str, encoder_depth: int, predictor_depth: int | None = None) -> int:
-    """Return how high a parameter stands: patch embedding 0, encoder blocks from 1, then the predictor, then the head.
+def layer_index(name: str, encoder_depth: int, predictor_depth: int | None = None) -> int:
+    """Return the layer of a parameter: 0 for the patch embedding, 1 for the first encoder block, and so on to the head.
 
-    What brings tokens into the predictor (embedding, mask token, action layers) is a layer below its blocks. What
-    follows the blocks of either stands with the last of them, as in timm.
+    The predictor's blocks follow the encoder's. The predictor's input modules (embedding, mask token, action layers)
+    form a layer of their own below its blocks. Modules after the blocks belong to the last block's layer, as in timm.
 
     Args:
-        name: under "encoder.", "predictor." or "head.".
-        encoder_depth: its blocks.
-        predictor_depth: its blocks; None where there is no predictor.
+        name: name of the parameter, which begins with "encoder.", "predictor." or "head.".
+        encoder_depth: number of encoder blocks.
+        predictor_depth: number of predictor blocks; None if the network has no predictor.
     """
-    found = _BLOCK.match(name)
-    if found:
-        return int(found[2]) + (1 if found[1] == "encoder" else encoder_depth + 2)
+    block = _BLOCK.match(name)
+    if block:
+        return int(block[2]) + (1 if block[1] == "encoder" else encoder_depth + 2)
     if name.startswith("encoder."):
         return encoder_depth if name.startswith("encoder.norm.") else 0
-    top = top_layer(encoder_depth, predictor_depth)
+    head_layer = head_layer_index(encoder_depth, predictor_depth)
     if name.startswith(("predictor.norm.", "predictor.project.")):
-        return top - 1
-    return encoder_depth + 1 if name.startswith("predictor.") else top
+        return head_layer - 1
+    return encoder_depth + 1 if name.startswith("predictor.") else head_layer
 
 
-def top_layer(encoder_depth: int, predictor_depth: int | None = None) -> int:
-    """Return where the head stands."""
+def head_layer_index(encoder_depth: int, predictor_depth: int | None = None) -> int:
+    """Return the layer of the head, which is the topmost one."""
     return encoder_depth + 1 + (0 if predictor_depth is None else predictor_depth + 1)
 
 
-def timm_scales(model: nn.Module, decay: float) -> dict[str, tuple[float, bool]]:
-    """Return by name what timm multiplies a parameter's learning rate with, and whether it decays.
+def timm_layer_scales(model: nn.Module, decay: float) -> dict[str, tuple[float, bool]]:
+    """Return, by parameter name, timm's factor of the learning rate and whether weight decay applies.
 
-    The last block has 1: a head on top of the model is not known to it.
+    The factor of the last block is 1, because timm does not know of the head that is put on top of the model.
     """
-    free = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_layer_decay(model, weight_decay=1.0, no_weight_decay_list=free, layer_decay=decay)
+    without_decay = getattr(model, "no_weight_decay", set)()
+    # The value 1.0 only marks the groups to which weight decay applies.
+    groups = param_groups_layer_decay(model, weight_decay=1.0, no_weight_decay_list=without_decay, layer_decay=decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr_scale"], group["weight_decay"] > 0)

@@ -1,6 +1,6 @@
-"""What is done to training images as batches, on the device: erasing, then mixup or cutmix; and to their labels.
+"""Augmentation of training batches on the device: random erasing, mixup or CutMix, and label smoothing.
 
-timm's, which draws from the global generators of torch, numpy and Python: whoever calls this seeds them.
+These are timm's, which draw from the global generators of torch, NumPy and Python, so the caller has to seed them.
 """
 
 import torch
@@ -10,28 +10,29 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from iwm_fast.config.finetuning import TuneTask
-from iwm_fast.evals.finetuning.run import micro_batches
+from iwm_fast.evals.finetuning.run import split_global_batch
 from iwm_fast.pipelines.config import check
 
 
-class Mixing:
-    """Erases, mixes and smooths, as `augment` says."""
+class BatchAugmentation:
+    """Erases, mixes and smooths according to the settings in `augment`."""
 
-    def __init__(self, task: TuneTask, num_classes: int, world_size: int) -> None:
-        """Get ready.
+    def __init__(self, settings: TuneTask, num_classes: int, world_size: int) -> None:
+        """Read the settings.
 
         Raises:
-            ValueError: if images are to be mixed and a micro-batch is of odd size.
+            ValueError: if images are to be mixed and the micro-batch size is odd.
         """
-        augment = task.augment
-        self._num_classes, self._label_smoothing = num_classes, augment.label_smoothing
-        self._erasing = augment.erasing
+        augment = settings.augment
+        self._num_classes: int = num_classes
+        self._label_smoothing: float = augment.label_smoothing
+        self._erasing: float = augment.erasing
         self._mixup: Mixup | None = None
         if augment.mixup > 0 or augment.cutmix > 0:
-            micro, _ = micro_batches(task, world_size)
-            # the first is mixed with the last, and so on
-            check(micro % 2 == 0, "runtime.micro_batch_size (tune.global_batch_size / ranks where unset)", micro,
-                  "be even where augment.mixup or augment.cutmix is above 0")  # fmt: skip
+            micro_batch_size, _ = split_global_batch(settings, world_size)
+            # timm mixes the first image with the last, the second with the last but one, and so on.
+            check(micro_batch_size % 2 == 0, "runtime.micro_batch_size (by default tune.global_batch_size / ranks)",
+                  micro_batch_size, "be even if augment.mixup or augment.cutmix is above 0")  # fmt: skip
             self._mixup = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,
@@ -43,10 +44,10 @@ class Mixing:
     def __call__(
         self, images: Float[Tensor, "B 3 H W"], label: Int64[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B K"]]:
-        """Return changed copies of normalised images, and each one's label as shares of all classes."""
+        """Return augmented copies of normalised images, and their soft labels, which sum to 1 over the classes."""
         images, label = images.clone(), label.to(images.device)
         if self._erasing > 0:
-            # normal noise for each pixel, which is what normalised images look like
+            # Erased pixels become normal noise, which has the mean and deviation of normalised images.
             images = RandomErasing(self._erasing, mode="pixel", device=str(images.device))(images)
         if self._mixup is not None:
             return self._mixup(images, label)

@@ -1,4 +1,4 @@
-"""What tasks that train are put together from: the run's networks on the settings' operations, frozen or new."""
+"""The networks that finetuning starts from: the run's encoder and predictor, or new ones."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,46 +15,44 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.world_model import WorldModel
 
 Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
-"""From normalised images to the tokens of all their patches."""
+"""Maps normalised images to the tokens of all their patches."""
 
 
-def networks(model: WorldModel, task: TuneTask, rank_info: RankInfo, arm: str = "") -> Student:
-    """Return encoder and predictor of the run on the task's operations, on the CPU and apart from the model's.
+def build_networks(model: WorldModel, settings: TuneTask, rank_info: RankInfo, variant: str = "") -> Student:
+    """Build copies of the run's encoder and predictor on the CPU, with the kernels that `settings.runtime` selects.
 
-    Args:
-        model: the run.
-        task: settings; its seed gives new weights.
-        rank_info: this process.
-        arm: random_predictor has a predictor, and untrained_head an encoder, as before training.
+    The variant "random_predictor" has a new predictor and "untrained_head" a new encoder, by the seed of the settings.
     """
-    student = _build(model, task, rank_info, model.config.seed)
+    student = _build_student(model, settings, rank_info, model.config.seed)
     student.encoder.load_state_dict(model.encoder.state_dict())
     student.predictor.load_state_dict(model.predictor.state_dict())
-    if arm == "random_predictor":
-        student.predictor = _build(model, task, rank_info, task.seed).predictor
-    if arm == "untrained_head":
-        student.encoder = _build(model, task, rank_info, task.seed).encoder
+    if variant == "random_predictor":
+        student.predictor = _build_student(model, settings, rank_info, settings.seed).predictor
+    if variant == "untrained_head":
+        student.encoder = _build_student(model, settings, rank_info, settings.seed).encoder
     return student
 
 
-def _build(model: WorldModel, task: TuneTask, rank_info: RankInfo, seed: int) -> Student:
-    config = replace(model.config, runtime=task.runtime, seed=seed)
+def _build_student(model: WorldModel, settings: TuneTask, rank_info: RankInfo, seed: int) -> Student:
+    config = replace(model.config, runtime=settings.runtime, seed=seed)
     return build_student(config, choose_ops(config, rank_info.device))
 
 
-def frozen(encoder: Encoder, rank_info: RankInfo) -> Encode:
-    """Return what gives the tokens of all patches of images; the encoder is moved to the device and kept as it is."""
+def freeze_encoder(encoder: Encoder, rank_info: RankInfo) -> Encode:
+    """Freeze an encoder, move it to the device and return a function that encodes images with it."""
     encoder.requires_grad_(False).eval().to(rank_info.device)
 
     def encode(view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        # Without an index, the encoder returns the tokens of all patches, packed image after image.
         return encoder(view, None).unflatten(0, (len(view), -1))
 
     return encode
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let torch draw new weights that follow from a seed alone, and forget it afterwards."""
+def seeded_init(seed: int) -> Iterator[None]:
+    """Seed torch for the weights initialised inside the context, and restore its random state afterwards."""
+    # New weights are drawn on the CPU, so the generators of GPUs need not be saved.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,6 +1,7 @@
-"""Training on top of a run: any module, with the engine, checkpoints and pipelines of pretraining.
+"""Training and evaluation of modules on top of a run, with the engines, checkpoints and pipelines of pretraining.
 
-A task makes a `Job` of each network it wants trained; `tune` trains it, or resumes it, or finds it finished.
+An evaluation builds a `Job` for each network that it trains. `train_job` trains it, resumes it, or reads its weights if
+it is finished; `predict` evaluates it on the validation images.
 """
 
 import gc
@@ -33,84 +34,87 @@ from iwm_fast.world_model import WorldModel
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneContext:
-    """What all networks of one task are trained and measured with."""
+    """Settings, data and process that all networks of one evaluation are trained and measured with."""
 
-    task: TuneTask
-    """Its settings."""
+    settings: TuneTask
+    """Settings of the evaluation."""
     model_config: RunConfig
-    """Settings of the run, of which networks, views and loader count."""
+    """Settings of the run; networks, views and loader are configured by them."""
     step: int
-    """Optimiser steps of the run's checkpoint."""
+    """Number of optimiser steps of the run's checkpoint."""
     train: ShardSet
     val: ShardSet
     folder: Path
-    """Holds a folder for each job, and is called like the task's result; see `task_folder`."""
+    """Folder that holds one folder for each job; its name is the name of the result."""
     rank_info: RankInfo
     preemption: Preemption | None = None
-    """Whether to stop early; None: never."""
+    """Source of requests to stop early; None: training never stops early."""
 
     @property
-    def config(self) -> RunConfig:
-        """Settings that engine and loader take; see `run_config`."""
-        return run_config(self.task, self.model_config, self.folder)
+    def run_config(self) -> RunConfig:
+        """Settings in the form that engines and loaders accept."""
+        return build_run_config(self.settings, self.model_config, self.folder)
 
-    def result(self, task: str, rows: list[Row], details: dict[str, Any]) -> Result:
-        """Return the outcome of a task."""
+    def make_result(self, task: str, rows: list[Row], details: dict[str, Any]) -> Result:
+        """Return the result of the evaluation with this name."""
         return Result(
             task=task,
             name=self.folder.name,
             rows=tuple(rows),
             step=self.step,
-            seed=self.task.seed,
-            settings=asdict(self.task),
+            seed=self.settings.seed,
+            settings=asdict(self.settings),
             details=details,
         )
 
 
 def open_context(
-    name: str, task: TuneTask, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
+    name: str, settings: TuneTask, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
 ) -> FinetuneContext:
-    """Open the shards of a task on top of a run; `name` is the task's.
+    """Open the shards for an evaluation of a run; `name` is the name of the evaluation.
 
     Raises:
-        ValueError, FileNotFoundError, ShardError: if there are no such shards, or some cannot be used.
+        ValueError, FileNotFoundError, ShardError: if shards are not named, do not exist or cannot be used.
     """
     return FinetuneContext(
-        task=task,
+        settings=settings,
         model_config=model.config,
         step=model.step,
-        train=training_shards(model, task.data),
-        val=validation_shards(model, task.data),
-        folder=task_folder(task.run, name, task.name),
+        train=training_shards(model, settings.data),
+        val=validation_shards(model, settings.data),
+        folder=task_folder(settings.run, name, settings.name),
         rank_info=rank_info,
         preemption=preemption,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learnt:
-    """What a network has come to."""
+class TrainedVariant:
+    """Measurements on a trained network and the cost of its training."""
 
-    measured: Shaped[np.ndarray, "images *rest"]
-    """Of each validation image: whether it is named rightly, or its numbers of pixels."""
-    tuned: TrainStats
+    per_image: Shaped[np.ndarray, "images *rest"]
+    """One entry for each validation image: whether its class was predicted correctly, or its pixel counts."""
+    stats: TrainStats
+    """Number of trained parameters, speed and duration."""
 
 
-def tune(job: Job, context: FinetuneContext) -> TrainStats:
-    """Train a job's module in place, in a folder of its name: from its newest checkpoint, if there is one; collective.
+def train_job(job: Job, context: FinetuneContext) -> TrainStats:
+    """Train a job's module in place, starting from the newest checkpoint in the job's folder if there is one.
 
-    A finished job is not trained again: its weights are read. Afterwards the module is in evaluation mode.
+    A finished job is not trained again; its weights are read. Afterwards the module is in evaluation mode. Collective:
+    every rank must call it.
 
     Raises:
-        PreemptedError: on every rank, if one was told to stop.
-        CheckpointError: if the folder holds a job of other settings, naming them, or no checkpoint is complete.
-        FloatingPointError: if too many steps in a row were not finite.
-        ValueError: if batch, ranks and micro-batch do not divide, or another process holds the folder.
+        PreemptedError: on every rank, if one was asked to stop.
+        CheckpointError: if the folder holds a job with other settings, which are listed, or no complete checkpoint.
+        FloatingPointError: if the loss or gradient was not finite in too many steps in a row.
+        ValueError: if batch, ranks and micro-batch do not divide, or another process uses the folder.
     """
-    task, rank_info = context.task, context.rank_info
-    micro_batches(task, rank_info.world_size)
-    config = run_config(task, context.model_config, context.folder / job.name)
-    finetuning = FinetuneTask(job, task, config, shards=context.train, rank_info=rank_info)
+    settings, rank_info = context.settings, context.rank_info
+    # Sizes that do not divide are refused here, before the engine and the loader are built.
+    split_global_batch(settings, rank_info.world_size)
+    config = build_run_config(settings, context.model_config, context.folder / job.name)
+    finetuning = FinetuneTask(job, settings, config, shards=context.train, rank_info=rank_info)
     state = Trainer(finetuning, preemption=context.preemption).run()
     finetuning.release()
     num_tuned = sum(parameter.numel() for parameter in job.module.parameters() if parameter.requires_grad)
@@ -118,27 +122,27 @@ def tune(job: Job, context: FinetuneContext) -> TrainStats:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what networks have left that are not needed any more."""
-    # engines hold on to themselves in circles, and on to memory
+    """Free the memory of networks that are no longer used, before the next ones are built."""
+    # Engines contain reference cycles, so they and their tensors are freed only by the garbage collector.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def task_folder(run: str | Path, task: str, name: str = "") -> Path:
-    """Return where a task keeps its jobs: <run>/evaluations/<task>, with _<name> if there is a name."""
+    """Return the folder for the jobs of an evaluation: <run>/evaluations/<task>, or <task>_<name> if it has a name."""
     return Path(run) / "evaluations" / (f"{task}_{name}" if name else task)
 
 
-def run_config(task: TuneTask, model_config: RunConfig, folder: Path) -> RunConfig:
-    """Return the settings that engine, loader and checkpoints take: the run's networks, the task's training."""
-    tune, augment = task.tune, task.augment
+def build_run_config(settings: TuneTask, model_config: RunConfig, folder: Path) -> RunConfig:
+    """Return a run configuration with the networks of `model_config` and the training of `settings`."""
+    tune, augment = settings.tune, settings.augment
     return replace(
         model_config,
-        seed=task.seed,
+        seed=settings.seed,
         resume="auto",
         init_from="",
-        data=replace(model_config.data, train=task.data.train or model_config.data.train, val=task.data.val),
+        data=replace(model_config.data, train=settings.data.train or model_config.data.train, val=settings.data.val),
         views=replace(model_config.views, crop_scale=augment.crop_scale, flip_probability=augment.flip),
         optim=OptimConfig(
             global_batch_size=tune.global_batch_size,
@@ -153,49 +157,50 @@ def run_config(task: TuneTask, model_config: RunConfig, folder: Path) -> RunConf
             clip_norm=tune.clip_norm,
             precision=tune.precision,
         ),
-        runtime=task.runtime,
+        runtime=settings.runtime,
+        # Two checkpoints, because the newest one may be damaged.
         output=OutputConfig(
-            folder=str(folder), log_every=task.log_every, checkpoint_every=task.checkpoint_every, keep_last=2
+            folder=str(folder), log_every=settings.log_every, checkpoint_every=settings.checkpoint_every, keep_last=2
         ),
     )
 
 
-def micro_batches(task: TuneTask, world_size: int) -> tuple[int, int]:
-    """Return images per rank and forward, and forwards per optimiser step.
+def split_global_batch(settings: TuneTask, world_size: int) -> tuple[int, int]:
+    """Return the micro-batch size (images per rank and forward) and the number of micro-batches per optimiser step.
 
     Raises:
         ValueError: if batch, ranks and micro-batch do not divide.
     """
-    return split_batch("tune", task.tune.global_batch_size, task.runtime.micro_batch_size, world_size)
+    return split_batch("tune", settings.tune.global_batch_size, settings.runtime.micro_batch_size, world_size)
 
 
 @torch.no_grad()
 def predict(
-    call: Callable[[Batch], Shaped[Tensor, "B *rest"]],
+    forward: Callable[[Batch], Shaped[Tensor, "B *rest"]],
     context: FinetuneContext,
     samples: Int64[np.ndarray, "samples"] | None = None,
 ) -> Shaped[Tensor, "samples *rest"]:
-    """Return what `call` says of clean validation views, in the order of the samples, on the CPU; collective.
+    """Return the outputs of `forward` for validation images without augmentation, on the CPU, in the samples' order.
 
-    Each rank computes its share, all return the whole.
+    Each rank computes its share, and all ranks return all outputs. Collective: every rank must call it.
 
     Args:
-        call: from a micro-batch to one row for each image; run without gradient in the settings' precision. Networks
-            must be in evaluation mode, as `tune` leaves them.
-        context: gives shards, loader and precision.
+        forward: maps a micro-batch to one output for each image. It runs without gradient, in the precision of the
+            settings. Networks must be in evaluation mode, in which `train_job` leaves them.
+        context: provides shards, loader and precision.
         samples: numbers of the validation images; None: all.
     """
-    config, device = context.config, context.rank_info.device
+    config, device = context.run_config, context.rank_info.device
     share = local_share(np.arange(context.val.num_samples) if samples is None else samples, context.rank_info)
     local = drop_padding(share)
-    # a rank without samples has to know what a row looks like
+    # A rank without samples computes sample 0, because gathering needs the outputs' shape and dtype on every rank.
     loader = evaluation_loader(config, context.val, local if len(local) else np.zeros(1, np.int64), device)
-    dtype, rows = compute_dtype(config), []
+    dtype, outputs = compute_dtype(config), []
     try:
         for batch in loader:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                row = call(batch)
-            rows.append(row.float() if row.is_floating_point() else row)
+                output = forward(batch)
+            outputs.append(output.float() if output.is_floating_point() else output)
     finally:
         loader.close()
-    return gather_in_order(share, torch.cat(rows)[: len(local)], context.rank_info).cpu()
+    return gather_in_order(share, torch.cat(outputs)[: len(local)], context.rank_info).cpu()

@@ -1,4 +1,4 @@
-"""Finetuning as the trainer's task: any module on top of a run, with its own stream of single views."""
+"""Finetuning as a task of the trainer: any module on top of a run, trained on a stream of single views."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -35,96 +35,100 @@ from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "trained."
-# settings of the run that decide the result; the rest of its fingerprint does not matter here or comes from the task
-_OF_THE_RUN = ("seed", "data.", "views.", "model.")
+_MODULE_PREFIX = "trained."
+# The settings of a run that affect a job's result. A job does not use its mask and objective, and replaces its optim.
+_RUN_SETTINGS = ("seed", "data.", "views.", "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One module to train, and how its loss comes from a micro-batch."""
+    """A module to train, with its inputs, loss and optimiser."""
 
     name: str
-    """One word; its folder is called so."""
+    """Name of the job and of its folder; a single word."""
     module: nn.Module
-    """What is trained: forward(inputs) -> outputs, tensors or tuples, lists, dicts of them. It runs in the precision
-    of the settings and its outputs arrive as float32. Frozen networks are not inside it, and each parameter must have
-    a share in each micro-batch's outputs."""
+    """The module to train, which maps inputs to a tensor or to tuples, lists or dicts of tensors. It runs in the
+    precision of the settings, and its outputs are converted to float32. It must not contain frozen networks, and every
+    parameter must contribute to the outputs of every micro-batch."""
     prepare: Callable[[Batch], Any]
-    """Turns a micro-batch into the module's inputs and whatever the loss needs: frozen encoder, labels, mixing. Runs
-    without gradient, in the same precision."""
+    """Maps a micro-batch to the module's inputs and all that the loss needs, for example by a frozen encoder and mixup.
+    Runs without gradient, in the precision of the settings."""
     loss: Callable[[Any, Any], Float[Tensor, ""]]
-    """Of outputs and inputs: the sum over the micro-batch's images; it is divided by the global batch."""
+    """Maps outputs and inputs to the loss summed over the images of the micro-batch."""
     optimizer: torch.optim.AdamW
-    """With groups named "decay..." and "no_decay...", each with its "lr_scale" if that is not 1: the group's peak
-    learning rate over tune.lr. See `iwm_fast.engines.optimizer.scaled_optimizer`."""
+    """Optimiser whose groups are named "decay..." and "no_decay...". A group's "lr_scale" is the ratio of its peak
+    learning rate to tune.lr; without it the ratio is 1."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What else decides the result, fit for JSON, such as the step of the run's checkpoint: a job whose settings or
-    origin differ from those of its folder is not resumed."""
+    """Everything else that decides the result, such as the step of the run's checkpoint, as JSON values. A job resumes
+    only from a folder with the same settings and origin."""
 
 
-class InPrecision(nn.Module):
-    """A module run in the settings' precision: engines let no autocast from outside reach what they wrap."""
+class AutocastModule(nn.Module):
+    """Runs a module under autocast. Engines do not apply an autocast context from outside to the module they wrap."""
 
     def __init__(self, trained: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.trained = trained
+        self.trained: nn.Module = trained
         self._autocast: dict[str, Any] = {"device_type": device_type, "dtype": dtype, "enabled": dtype is not None}
 
     def forward(self, inputs: Any) -> Any:
         """Return the module's outputs in float32."""
         with torch.autocast(**self._autocast):
-            return in_float32(self.trained(inputs))
+            return to_float32(self.trained(inputs))
 
 
-def in_float32(outputs: Any) -> Any:
-    """Return outputs, tensors or tuples, lists or dicts of them, in float32; whole numbers stay what they are."""
+def to_float32(outputs: Any) -> Any:
+    """Convert floating-point tensors, also in tuples, lists and dicts, to float32; other tensors keep their dtype."""
     if isinstance(outputs, Tensor):
-        # a view: an engine's gradient hook would act twice on a tensor that another output is computed from
+        # Engines put hooks on the gradients of outputs. If an output is also an intermediate of another output, its
+        # hook acts on both gradients; a view separates the output from the intermediate.
         return outputs.float().view_as(outputs) if outputs.is_floating_point() else outputs
     if isinstance(outputs, dict):
-        return {name: in_float32(part) for name, part in outputs.items()}
-    return tuple(in_float32(part) for part in outputs)
+        return {name: to_float32(value) for name, value in outputs.items()}
+    return tuple(to_float32(value) for value in outputs)
 
 
 class FinetuneTask:
-    """Trains a job's module; see `iwm_fast.training.task.TrainTask`.
+    """Trains a job's module; implements `iwm_fast.training.task.TrainTask`.
 
-    All that is drawn (drop path, mixing, erasing) follows from (seed, step, micro-batch, rank), so a job that was
-    stopped continues bit for bit on a CPU.
+    Drop path, mixup and erasing are determined by (seed, step, micro-batch, rank), so that on a CPU a resumed job is
+    equal bit for bit to one that was not interrupted.
     """
 
     loss_name = "loss/train"
     remedy = "lower tune.lr or look at these samples"
 
-    def __init__(self, job: Job, task: TuneTask, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo) -> None:
+    def __init__(
+        self, job: Job, settings: TuneTask, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo
+    ) -> None:
         self.config: RunConfig = config
         self.rank_info: RankInfo = rank_info
         self.shards: ShardSet = shards
-        self.fingerprint: dict[str, Any] = job_fingerprint(job, task, config, shards)
+        self.fingerprint: dict[str, Any] = job_fingerprint(job, settings, config, shards)
         self.meter = ThroughputMeter(global_batch_size=config.optim.global_batch_size, num_ranks=rank_info.world_size)
         self._job: Job = job
-        self._augment = task.augment.operations if task.augment.rand_augment else None
+        self._augment = settings.augment.operations if settings.augment.rand_augment else None
         self._accumulation: int = accumulation_steps(config, rank_info.world_size)[1]
-        self._dtype = compute_dtype(config)
+        self._dtype: torch.dtype | None = compute_dtype(config)
         self._engine: Engine | None = None
         self._loader: Loader | None = None
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
         old, new = saved.fingerprint, self.fingerprint
-        names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        if names:
-            rows = "\n".join(f"  {name}: {old.get(name)} -> {new.get(name)}" for name in names)
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed:
+            lines = "\n".join(f"  {name}: {old.get(name)} -> {new.get(name)}" for name in changed)
             raise CheckpointError(
-                f"{Path(self.config.output.folder)} was trained with other settings (saved -> now):\n{rows}\n"
-                "set them back, give name=OTHER to keep both, or delete that folder to train anew"
+                f"{Path(self.config.output.folder)} was trained with other settings (saved -> now):\n{lines}\n"
+                "restore these settings, set name=OTHER to keep both results, or delete the folder to train again"
             )
         return TrainState.from_checkpoint(saved)
 
     @torch.no_grad()
     def load_weights(self, saved: Checkpoint) -> None:
         module = self._job.module.to(self.rank_info.device)
-        weights = saved.weights(_PREFIX)
+        # Checkpoints contain the parameters but no buffers, which follow from the settings.
+        weights = saved.weights(_MODULE_PREFIX)
         for name, parameter in module.named_parameters():
             parameter.copy_(weights[name])
 
@@ -133,13 +137,13 @@ class FinetuneTask:
         job.module.train()
         if config.runtime.compile:
             compile_blocks(job.module)
-        wrapped = InPrecision(job.module, self.rank_info.device.type, self._dtype)
-        self._engine = build_engine(config, wrapped, job.optimizer, self.rank_info)
+        module = AutocastModule(job.module, self.rank_info.device.type, self._dtype)
+        self._engine = build_engine(config, module, job.optimizer, self.rank_info)
         distributed.set_collective_timeout(config.runtime.rank_timeout_s)
         log.info("training %s", job.name)
         if saved is not None:
             checkpoints.restore(saved, self._engine)
-            log.info("going on from %s", saved.folder)
+            log.info("resuming from %s", saved.folder)
         return self._engine
 
     def open_stream(self, state: TrainState) -> Iterator[Batch]:
@@ -151,9 +155,9 @@ class FinetuneTask:
         engine, device, applied = self._engine, self.rank_info.device, state.applied_steps
         engine.set_hyperparameters(lr=schedules.lr(applied), weight_decay=schedules.weight_decay(applied))
         record = StepRecord(device)
-        for micro in range(self._accumulation):
+        for micro_batch in range(self._accumulation):
             batch = record.next_batch(batches)
-            counters = state.step, micro, self.rank_info.rank
+            counters = state.step, micro_batch, self.rank_info.rank
             with seeded_rng(*counters, seed=self.config.seed, device=device):
                 loss = self._loss(engine, batch)
                 record.timer.begin("backward")
@@ -163,32 +167,34 @@ class FinetuneTask:
 
     def _loss(self, engine: Engine, batch: Batch) -> Float[Tensor, ""]:
         autocast = torch.autocast(self.rank_info.device.type, dtype=self._dtype, enabled=self._dtype is not None)
+        # The frozen encoder runs here, outside the engine, so it needs a separate autocast context.
         with torch.no_grad(), autocast:
             inputs = self._job.prepare(batch)
         outputs = engine.forward(inputs)
+        # Engines sum gradients over micro-batches and ranks, so dividing by the global batch size gives the mean.
         return self._job.loss(outputs, inputs) / self.config.optim.global_batch_size
 
     def teacher_state(self) -> dict[str, Tensor]:
         return {}
 
     def before_checkpoint(self) -> None:
-        """Do nothing: there is no action log."""
+        """Do nothing, because finetuning has no action log."""
 
     def close(self) -> None:
         if self._loader is not None:
             self._loader.close()
 
     def release(self) -> None:
-        """Give the module back for evaluation, with whole weights on every rank; the engine ends; collective."""
+        """Detach the engine and put the unsharded module into evaluation mode. Collective: every rank must call it."""
         if self._engine is not None:
             self._engine.release()
         self._job.module.eval()
 
 
-def job_fingerprint(job: Job, task: TuneTask, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
-    """Return what decides the result of a job, flat; samples by content instead of by path."""
+def job_fingerprint(job: Job, settings: TuneTask, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+    """Return all values that decide a job's result, by dotted name; shards are identified by content, not by path."""
     run = fingerprint(config, shards.content_digest)
-    kept = {name: value for name, value in run.items() if name.startswith(_OF_THE_RUN)}
-    groups = {name: to_tree(getattr(task, name)) for name in ("tune", "augment")}
-    of_the_task = {f"{group}.{name}": value for group, tree in groups.items() for name, value in tree.items()}
-    return kept | of_the_task | {"data.label": task.data.label} | job.origin
+    of_run = {name: value for name, value in run.items() if name.startswith(_RUN_SETTINGS)}
+    groups = {name: to_tree(getattr(settings, name)) for name in ("tune", "augment")}
+    of_job = {f"{group}.{name}": value for group, tree in groups.items() for name, value in tree.items()}
+    return of_run | of_job | {"data.label": settings.data.label} | job.origin

@@ -1,4 +1,4 @@
-"""The encoder arm of a timm ViT, for comparison: other people's weights, trained and measured as a run's encoder is."""
+"""The variant "encoder" for a ViT from timm: a published model, finetuned and measured in the same way as a run."""
 
 from pathlib import Path
 from typing import Any
@@ -13,83 +13,84 @@ from torch import Tensor, nn
 from iwm_fast.config.finetuning import FinetuneConfig, TuneConfig
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RunConfig
 from iwm_fast.engines.optimizer import adamw
-from iwm_fast.evals.finetuning.layer_decay import timm_scales
-from iwm_fast.evals.finetuning.networks import seeded
+from iwm_fast.evals.finetuning.layer_decay import timm_layer_scales
+from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
-from iwm_fast.evals.finetuning.variants import Arm, ArmInputs
+from iwm_fast.evals.finetuning.variants import Variant, VariantInputs
 from iwm_fast.models.heads import LinearHead
 from iwm_fast.pipelines.config import ViewConfig, check
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
 
 class TimmNetwork(nn.Module):
-    """A timm ViT and a linear head on the mean over its patches, as in the encoder arm."""
+    """A ViT from timm and a linear head on the mean of its patch tokens, like the variant "encoder" of a run."""
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, vit: VisionTransformer, num_classes: int) -> None:
         super().__init__()
-        self.vit = vit
-        self.head = LinearHead(vit.embed_dim, num_classes)
-        expected: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
-        mean = torch.tensor(expected.get("mean", PIXEL_MEAN))
-        std = torch.tensor(expected.get("std", PIXEL_STD))
-        # views come normalised with our mean and deviation, the weights may know others
+        self.vit: VisionTransformer = vit
+        self.head: LinearHead = LinearHead(vit.embed_dim, num_classes)
+        pretrained_config: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
+        mean = torch.tensor(pretrained_config.get("mean", PIXEL_MEAN))
+        std = torch.tensor(pretrained_config.get("std", PIXEL_STD))
+        # Views are normalised with ImageNet's mean and deviation; other weights may expect other values.
         self.register_buffer("scale", (torch.tensor(PIXEL_STD) / std)[:, None, None], persistent=False)
         self.register_buffer("shift", ((torch.tensor(PIXEL_MEAN) - mean) / std)[:, None, None], persistent=False)
 
-    def forward(self, inputs: ArmInputs) -> Float[Tensor, "B K"]:
-        """Return one score for each class."""
+    def forward(self, inputs: VariantInputs) -> Float[Tensor, "B K"]:
+        """Return the logit of each class."""
         assert inputs.view is not None
         tokens = self.vit.forward_features(inputs.view * self.scale + self.shift)
         return self.head(tokens[:, self.vit.num_prefix_tokens :])
 
 
 def build_vit(config: FinetuneConfig) -> VisionTransformer:
-    """Build the timm model that the settings name, with their weights.
+    """Build the model `config.timm` of timm with the weights of `config.weights`.
 
     Raises:
-        ValueError: if timm has no such ViT, or the weights do not fit it, or a setting has no effect on it.
-        FileNotFoundError: if there is no such file of weights.
+        ValueError: if timm has no such ViT, the weights do not fit it, or a setting has no effect on it.
+        FileNotFoundError: if the file of weights does not exist.
     """
-    check(timm.is_model(config.timm), "timm", config.timm, "name a model of timm's, such as vit_base_patch16_224")
+    check(timm.is_model(config.timm), "timm", config.timm, "name a model in timm, such as vit_base_patch16_224")
     check(config.runtime.ops == "reference", "runtime.ops", config.runtime.ops, "be reference for a timm model")
     check(not config.runtime.compile, "runtime.compile", True, "be false for a timm model")
     options = {"img_size": config.image_size, "global_pool": "avg", "fc_norm": False}
-    accepted = "name a plain ViT of timm's (vit_*)"
+    accepted = "name a plain ViT in timm (vit_*)"
     check(config.timm.startswith("vit"), "timm", config.timm, accepted)
-    with seeded(config.seed):
+    with seeded_init(config.seed):
         vit: Any = timm.create_model(config.timm, num_classes=0, drop_path_rate=config.tune.drop_path, **options)
     check(isinstance(vit, VisionTransformer), "timm", config.timm, accepted)
     if config.weights:
-        _load(vit, config)
+        _load_weights(vit, config)
     vit.set_grad_checkpointing(config.runtime.activation_checkpointing)
     return vit
 
 
-def _load(vit: VisionTransformer, config: FinetuneConfig) -> None:
+def _load_weights(vit: VisionTransformer, config: FinetuneConfig) -> None:
     path = Path(config.weights)
     if not path.is_file():
-        raise FileNotFoundError(f"weights = {str(path)!r} does not exist; give a .safetensors or .pth file")
+        raise FileNotFoundError(f"weights = {str(path)!r} does not exist; name a .safetensors or .pth file")
     try:
-        # tensors only, never pickled code; the filter resizes positions and knows other people's names
+        # Only tensors are unpickled, so the file cannot run code. The filter resizes position embeddings and converts
+        # the parameter names of other code bases.
         state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), vit)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"weights: {path} cannot be read as a ViT's: {str(error).splitlines()[0]}") from error
-    kept = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+        raise ValueError(f"weights: {path} cannot be read as weights of a ViT: {str(error).splitlines()[0]}") from error
+    weights = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
     try:
-        vit.load_state_dict(kept)
+        vit.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {path} does not fit {config.timm}: {reason}") from error
 
 
-def vit_config(config: FinetuneConfig, vit: Any) -> RunConfig:
-    """Return settings in the form of a run's, for engine and loader."""
+def vit_run_config(config: FinetuneConfig, vit: Any) -> RunConfig:
+    """Return a run configuration that describes the model to engine and loader."""
     patch_size, num_heads = vit.patch_embed.patch_size[0], vit.blocks[0].attn.num_heads
     encoder = EncoderConfig(dim=vit.embed_dim, depth=len(vit.blocks), num_heads=num_heads, patch_size=patch_size)
-    accepted = f"be a multiple of the patches' side of {patch_size}"
+    accepted = f"be a multiple of the patch size {patch_size}"
     check(config.image_size % patch_size == 0, "image_size", config.image_size, accepted)
     return RunConfig(
         views=ViewConfig(size=config.image_size, blur_sigma=(0.1, 1.0)),
@@ -97,25 +98,26 @@ def vit_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     )
 
 
-def build_timm_arm(vit: VisionTransformer, context: FinetuneContext, num_classes: int) -> Arm:
-    """Build the encoder arm of a timm ViT."""
-    with seeded(context.task.seed):
+def build_timm_variant(vit: VisionTransformer, context: FinetuneContext, num_classes: int) -> Variant:
+    """Build the variant "encoder" of a ViT from timm."""
+    with seeded_init(context.settings.seed):
         module = TimmNetwork(vit, num_classes).to(context.rank_info.device)
-    optimizer = adamw(_groups(module, context.task.tune), context.config.optim)
-    return Arm(name="encoder", module=module, encode=None, optimizer=optimizer)
+    optimizer = adamw(_parameter_groups(module, context.settings.tune), context.run_config.optim)
+    return Variant(name="encoder", module=module, encode=None, optimizer=optimizer)
 
 
-def _groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, Any]]:
-    peak = tune.encoder_lr / tune.lr
-    scales = timm_scales(module.vit, tune.layer_decay)
-    # the head is one layer above what timm knows
-    rows = [
-        (parameter, peak * tune.layer_decay * scales[name][0], scales[name][1])
+def _parameter_groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, Any]]:
+    head_scale = tune.encoder_lr / tune.lr
+    layer_scales = timm_layer_scales(module.vit, tune.layer_decay)
+    # timm's topmost layer has scale 1, but here the head is one layer above it.
+    scaled_parameters = [
+        (parameter, head_scale * tune.layer_decay * layer_scales[name][0], layer_scales[name][1])
         for name, parameter in module.vit.named_parameters()
     ]
-    rows += [(parameter, peak, parameter.ndim > 1) for parameter in module.head.parameters()]
+    scaled_parameters += [(parameter, head_scale, parameter.ndim > 1) for parameter in module.head.parameters()]
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for parameter, scale, decays in rows:
-        new = {"params": [], "name": "decay" if decays else "no_decay", "lr_scale": scale}
-        groups.setdefault((not decays, scale), new)["params"].append(parameter)
+    for parameter, scale, decays in scaled_parameters:
+        new_group = {"params": [], "name": "decay" if decays else "no_decay", "lr_scale": scale}
+        groups.setdefault((not decays, scale), new_group)["params"].append(parameter)
+    # Decaying groups come first, as in `scaled_optimizer`.
     return [groups[key] for key in sorted(groups)]

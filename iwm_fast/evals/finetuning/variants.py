@@ -1,9 +1,9 @@
-"""The arms of finetuning: which networks are trained, on what they stand, and how fast each part learns.
+"""The variants of finetuning: which networks are trained, on what inputs, and at which learning rates.
 
-Predictor arms use the world model as a part of the classifier: the whole image as context, the null action, mask tokens
-at all positions, an attentive head on what is predicted. The head sits behind the projection to the encoder's width,
-where the tokens are those that pretraining asked for; so heads of all attentive arms are alike, and arms differ in
-nothing but what is under them.
+Variants with a predictor use the world model as part of the classifier. Its context is the complete image, the action
+is the null action, and mask tokens stand at all positions; an attentive head classifies the predicted tokens. The head
+follows the projection to the encoder's width, whose outputs are the tokens that pretraining optimised. All attentive
+variants therefore have identical heads, and differ only in the networks below them.
 """
 
 import functools
@@ -19,8 +19,8 @@ from iwm_fast.config.finetuning import TuneConfig
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
-from iwm_fast.evals.finetuning.layer_decay import layer_of, top_layer
-from iwm_fast.evals.finetuning.networks import Encode, frozen, seeded
+from iwm_fast.evals.finetuning.layer_decay import head_layer_index, layer_index
+from iwm_fast.evals.finetuning.networks import Encode, freeze_encoder, seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.models.encoder import Encoder
@@ -32,137 +32,139 @@ from iwm_fast.pipelines.batch import Batch, RaggedIndex
 
 Head = LinearHead | AttentiveHead | PatchHead
 
-WITH_PREDICTOR = ("predictor", "random_predictor", "end_to_end")
-WITH_ENCODER = ("encoder", "end_to_end")
+PREDICTOR_VARIANTS = ("predictor", "random_predictor", "end_to_end")
+ENCODER_VARIANTS = ("encoder", "end_to_end")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmInputs:
-    """A micro-batch as an arm's network takes it."""
+class VariantInputs:
+    """The inputs of a variant's network for one micro-batch."""
 
     view: Float[Tensor, "B 3 H W"] | None
-    """Normalised images, where the encoder is trained."""
+    """Normalised images; None if the encoder is frozen."""
     tokens: Float[Tensor, "B N D"] | None
-    """The frozen encoder's, where it is not."""
+    """Tokens from the frozen encoder; None if the encoder is trained."""
     action: Float[Tensor, "B A"]
-    """Null: nothing is to change."""
-    everything: RaggedIndex
-    """All patches: context and target alike."""
+    """Null action: the predictor predicts the image without any change."""
+    patches: RaggedIndex
+    """All patches, which are both context and target."""
     label: Any = None
-    """What the loss compares with, in training."""
+    """Targets of the loss; None in evaluation."""
 
 
-class ArmNetwork(nn.Module):
-    """What an arm trains: a head, on a predictor or none, on an encoder or frozen tokens."""
+class VariantNetwork(nn.Module):
+    """The trained part of a variant: a head, with or without a predictor and an encoder below it."""
 
     def __init__(self, head: Head, *, predictor: Predictor | None = None, encoder: Encoder | None = None) -> None:
         super().__init__()
-        self.encoder, self.predictor, self.head = encoder, predictor, head
+        self.encoder: Encoder | None = encoder
+        self.predictor: Predictor | None = predictor
+        self.head: Head = head
 
-    def forward(self, inputs: ArmInputs) -> Float[Tensor, "B *rest"]:
-        """Return what the head says of each image: one score for each class, or that of each patch."""
+    def forward(self, inputs: VariantInputs) -> Float[Tensor, "B *rest"]:
+        """Return the head's output: the logits of each image, (B, K), or of each patch, (B, N, K)."""
         tokens = inputs.tokens
         if self.encoder is not None:
             assert inputs.view is not None
             tokens = self.encoder(inputs.view, None).unflatten(0, (len(inputs.view), -1))
         assert tokens is not None
         if self.predictor is not None:
-            everything = inputs.everything
-            predicted = self.predictor(tokens.flatten(0, 1), inputs.action, everything, everything)
+            patches = inputs.patches
+            predicted = self.predictor(tokens.flatten(0, 1), inputs.action, patches, patches)
             tokens = predicted.unflatten(0, tokens.shape[:2])
         return self.head(tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to learn a task: its networks, and how fast they learn."""
+class Variant:
+    """One way to finetune a run: its networks and their optimiser."""
 
     name: str
     module: nn.Module
-    """What is trained; takes `ArmInputs`."""
+    """Trained network, which takes `VariantInputs`."""
     encode: Encode | None
-    """The frozen encoder; None where images go into the network."""
+    """Frozen encoder; None if the trained network takes images."""
     optimizer: torch.optim.AdamW
-    """Over the trained parameters, each part at its own rate."""
+    """Optimiser of the trained parameters, with a learning rate for each layer."""
 
-    def job(
+    def make_job(
         self,
-        change: Callable[[Batch], tuple[Float[Tensor, "B 3 H W"], Any]],
+        augment: Callable[[Batch], tuple[Float[Tensor, "B 3 H W"], Any]],
         loss: Callable[[Float[Tensor, "B *rest"], Any], Float[Tensor, ""]],
         origin: dict[str, Any],
     ) -> Job:
-        """Return what is to be trained.
+        """Return the job that trains this variant.
 
         Args:
-            change: returns the images of a micro-batch as they are learnt from, and their labels.
-            loss: of scores and labels, the sum over images.
-            origin: what the outcome depends on beside the settings.
+            augment: maps a micro-batch to the images to train on and their labels.
+            loss: maps logits and labels to the loss summed over images.
+            origin: values besides the settings that decide the result.
         """
         return Job(
             name=self.name,
             module=self.module,
-            prepare=lambda batch: self._inputs(batch, *change(batch)),
-            loss=lambda scores, inputs: loss(scores, inputs.label),
+            prepare=lambda batch: self._inputs(batch, *augment(batch)),
+            loss=lambda logits, inputs: loss(logits, inputs.label),
             optimizer=self.optimizer,
             origin=origin,
         )
 
-    def _inputs(self, batch: Batch, view: Float[Tensor, "B 3 H W"], label: Any = None) -> ArmInputs:
-        return ArmInputs(
+    def _inputs(self, batch: Batch, view: Float[Tensor, "B 3 H W"], label: Any = None) -> VariantInputs:
+        return VariantInputs(
             view=view if self.encode is None else None,
             tokens=None if self.encode is None else self.encode(view),
             action=torch.zeros_like(batch.action),
-            everything=batch.context,
+            patches=batch.context,
             label=label,
         )
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B *rest"]:
-        """Return the scores of clean images."""
+        """Return the logits of images without augmentation."""
         return self.module(self._inputs(batch, batch.source_view))
 
 
-def build_arm(name: str, student: Student, context: FinetuneContext, make_head: Callable[[int], Head]) -> Arm:
-    """Put an arm together; the same on every rank.
+def build_variant(name: str, student: Student, context: FinetuneContext, make_head: Callable[[int], Head]) -> Variant:
+    """Build a variant with the same weights on every rank.
 
     Args:
-        name: of the arm.
-        student: encoder and predictor as it begins with them.
-        context: what all arms are trained with.
-        make_head: from the width of the encoder to a head with new weights.
+        name: name of the variant.
+        student: encoder and predictor with their initial weights.
+        context: context shared by all variants.
+        make_head: returns a head with new weights, given the encoder's width.
     """
-    task = context.task
-    with seeded(task.seed):
+    settings = context.settings
+    with seeded_init(settings.seed):
         head = make_head(student.encoder.dim)
-    is_trained = name in WITH_ENCODER
-    predictor = student.predictor if name in WITH_PREDICTOR else None
-    # arms that need one are refused before
+    trains_encoder = name in ENCODER_VARIANTS
+    predictor = student.predictor if name in PREDICTOR_VARIANTS else None
+    # Runs with the identity predictor were refused when the settings were checked.
     assert not isinstance(predictor, IdentityPredictor)
-    module = ArmNetwork(head, predictor=predictor, encoder=student.encoder if is_trained else None)
-    set_drop_path_(module, task.tune.drop_path)
-    scales = functools.partial(lr_scale, arm=name, tune=task.tune, networks_of=context.model_config.model)
-    return Arm(
+    module = VariantNetwork(head, predictor=predictor, encoder=student.encoder if trains_encoder else None)
+    set_drop_path_(module, settings.tune.drop_path)
+    scales = functools.partial(lr_scale, variant=name, tune=settings.tune, model_config=context.model_config.model)
+    return Variant(
         name=name,
         module=module,
-        encode=None if is_trained else frozen(student.encoder, context.rank_info),
-        optimizer=scaled_optimizer(module, context.config.optim, scales),
+        encode=None if trains_encoder else freeze_encoder(student.encoder, context.rank_info),
+        optimizer=scaled_optimizer(module, context.run_config.optim, scales),
     )
 
 
-def lr_scale(parameter: str, *, arm: str, tune: TuneConfig, networks_of: ModelConfig) -> float:
-    """Return a parameter's peak learning rate over tune.lr."""
+def lr_scale(parameter: str, *, variant: str, tune: TuneConfig, model_config: ModelConfig) -> float:
+    """Return the ratio of a parameter's peak learning rate to tune.lr; `parameter` is its name."""
     is_head = parameter.startswith("head.")
-    if arm == "encoder":
-        depth = networks_of.encoder.depth
-        below = top_layer(depth) - layer_of(parameter, depth)
-        return tune.encoder_lr / tune.lr * tune.layer_decay**below
-    if arm == "end_to_end":
-        depths = networks_of.encoder.depth, networks_of.predictor.depth
-        below = top_layer(*depths) - layer_of(parameter, *depths)
-        return (1.0 if is_head else tune.pretrained_lr_factor) * tune.end_to_end_layer_decay**below
-    return tune.pretrained_lr_factor if arm == "predictor" and not is_head else 1.0
+    if variant == "encoder":
+        depth = model_config.encoder.depth
+        layers_below_head = head_layer_index(depth) - layer_index(parameter, depth)
+        return tune.encoder_lr / tune.lr * tune.layer_decay**layers_below_head
+    if variant == "end_to_end":
+        depths = model_config.encoder.depth, model_config.predictor.depth
+        layers_below_head = head_layer_index(*depths) - layer_index(parameter, *depths)
+        return (1.0 if is_head else tune.pretrained_lr_factor) * tune.end_to_end_layer_decay**layers_below_head
+    return tune.pretrained_lr_factor if variant == "predictor" and not is_head else 1.0
 
 
-def origin_of(step: int, *networks: nn.Module) -> dict[str, Any]:
-    """Return which networks a job starts from: the step of their checkpoint and a digest of their weights."""
+def describe_origin(step: int, *networks: nn.Module) -> dict[str, Any]:
+    """Return the origin of a job: the step of the run's checkpoint and a digest of the networks' weights."""
     weights = (tensor for network in networks for tensor in network.state_dict().values())
     return {"run.step": step, "run.weights": tensors_digest(weights)}

@@ -1,1 +1,1 @@
-"""Can one finetuned predictor serve several tasks at once?"""
+"""Multitask evaluation: can one finetuned predictor solve several tasks?"""

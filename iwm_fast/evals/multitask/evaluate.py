@@ -1,9 +1,9 @@
-"""Can one world model do several tasks at once? One predictor with a token for each, beside one predictor per task.
+"""Compares a single predictor for several tasks, with a token for each task, with one predictor for each task.
 
-The encoder is frozen, the predictor starts from the run's weights, sees all patches and predicts all, and nothing is to
-change. Image number i of a batch belongs to task i modulo their number, so that each task has an equal share. A
-predictor of one task alone gets the same images per step of its task and as many steps: what it costs is a T-th, what
-it sees of its task is the same.
+The encoder is frozen. The predictor starts from the run's weights, sees all patches, and predicts all patches under the
+null action. Image i of a batch belongs to task i modulo the number T of tasks, so that all tasks have equal shares.
+A predictor for a single task is trained with as many steps and as many images of its task per step, which is a T-th of
+the images and of the cost.
 """
 
 import math
@@ -20,20 +20,20 @@ from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.config.loading import to_tree
 from iwm_fast.engines.optimizer import scaled_optimizer
 from iwm_fast.evals.datasets import label_sets
-from iwm_fast.evals.finetuning.networks import Encode, frozen, networks, seeded
+from iwm_fast.evals.finetuning.networks import Encode, build_networks, freeze_encoder, seeded_init
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
-    Learnt,
+    TrainedVariant,
     free_memory,
-    micro_batches,
     open_context,
     predict,
-    tune,
+    split_global_batch,
+    train_job,
 )
 from iwm_fast.evals.finetuning.task import Job
-from iwm_fast.evals.finetuning.variants import origin_of
-from iwm_fast.evals.multitask.network import Division, TaskInputs, TaskPredictor, weighted_loss
-from iwm_fast.evals.multitask.report import LabelledTask, report
+from iwm_fast.evals.finetuning.variants import describe_origin
+from iwm_fast.evals.multitask.network import TaskBatcher, TaskInputs, TaskPredictor, weighted_loss
+from iwm_fast.evals.multitask.report import LabelledTask, make_result
 from iwm_fast.evals.multitask.task_list import read_task_list
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.models.layers import set_drop_path_
@@ -49,18 +49,18 @@ from iwm_fast.world_model import WorldModel
 def evaluate_multitask(
     config: MultitaskConfig, rank_info: RankInfo | None = None, preemption: Preemption | None = None
 ) -> Result:
-    """Train the predictors and report the accuracy of each task; collective, saved by rank 0.
+    """Train or resume the predictors, and return and save their accuracies. Collective: every rank must call it.
 
     Raises:
-        ValueError: if the tasks, the run, the shards or the sizes of batches do not fit.
-        FileNotFoundError, CheckpointError: if the tasks, the run or the shards cannot be read.
-        ShardError: if a sample lacks a label, or a validation sample has one that no training sample has.
-        PreemptedError: if a rank was told to stop; the same call goes on.
+        ValueError: if the tasks, the run, the shards or the batch sizes do not fit.
+        FileNotFoundError, CheckpointError: if the task list, the run or the shards cannot be read.
+        ShardError: if a sample has no label, or a validation sample has a label that no training sample has.
+        PreemptedError: if a rank was asked to stop; calling this again resumes.
     """
     rank_info = rank_info or single_process(config.runtime.device)
     with same_error_on_all_ranks():
         specs = read_task_list(config.tasks)
-        check_split(config, len(specs), rank_info.world_size)
+        check_batch_split(config, len(specs), rank_info.world_size)
         model = world_model.load(config.run, rank_info.device)
         model.require_predictor()
         context = open_context("multitask", config, model, rank_info, preemption)
@@ -68,89 +68,88 @@ def evaluate_multitask(
     tasks = broadcast_from_rank_zero(
         lambda: [LabelledTask(spec, label_sets(train, val, spec.label, classes=spec.classes)) for spec in specs]
     )
-    together = _learn("multitask", tasks, config, model, context)
-    few = share_of_one(config, len(tasks))
-    alone = [_learn(f"alone_{task.spec.name}", [task], few, model, context) for task in tasks] if config.single else []
-    result = report(context, tasks, together, alone)
+    multitask = _train_predictor("multitask", tasks, config, model, context)
+    single, alone = single_task_settings(config, len(tasks)), tasks if config.single else []
+    single_tasks = [_train_predictor(f"alone_{task.spec.name}", [task], single, model, context) for task in alone]
+    result = make_result(context, tasks, multitask, single_tasks)
     rank_zero_only(lambda: save_result(config.run, result))
     return result
 
 
-def check_split(config: MultitaskConfig, num_tasks: int, world_size: int) -> None:
-    """Check that batches and micro-batches have an equal share of each task, so that every head has images in each.
+def check_batch_split(config: MultitaskConfig, num_tasks: int, world_size: int) -> None:
+    """Check that each batch and micro-batch contains equally many images of all tasks, so that all heads are trained.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if the batch sizes do not allow it.
     """
     total = config.tune.global_batch_size
     check(total % num_tasks == 0, "tune.global_batch_size", total, f"be a multiple of the {num_tasks} tasks")
-    micro, _ = micro_batches(config, world_size)
-    name = "runtime.micro_batch_size (tune.global_batch_size / ranks where unset)"
-    check(micro % num_tasks == 0, name, micro, f"be a multiple of the {num_tasks} tasks")
+    micro_batch_size, _ = split_global_batch(config, world_size)
+    name = "runtime.micro_batch_size (by default tune.global_batch_size / ranks)"
+    check(micro_batch_size % num_tasks == 0, name, micro_batch_size, f"be a multiple of the {num_tasks} tasks")
     is_mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
-    check(not is_mixed or micro % (2 * num_tasks) == 0, name, micro,
-          f"be a multiple of twice the {num_tasks} tasks where augment.mixup or augment.cutmix is above 0")  # fmt: skip
+    check(not is_mixed or micro_batch_size % (2 * num_tasks) == 0, name, micro_batch_size,
+          f"be a multiple of twice the {num_tasks} tasks if augment.mixup or augment.cutmix is above 0")  # fmt: skip
 
 
-def share_of_one(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
-    """Return the settings under which a task alone has as many steps, and as many images of its in each."""
-    tune, micro = config.tune, config.runtime.micro_batch_size
-    smaller = replace(
+def single_task_settings(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
+    """Return the settings that train one of the tasks alone, with the same steps and the same images of it per step."""
+    tune, micro_batch_size = config.tune, config.runtime.micro_batch_size
+    tune = replace(
         tune,
         global_batch_size=tune.global_batch_size // num_tasks,
-        epochs=_part(tune.epochs, num_tasks),
-        warmup_epochs=_part(tune.warmup_epochs, num_tasks),
+        epochs=_divide_epochs(tune.epochs, num_tasks),
+        warmup_epochs=_divide_epochs(tune.warmup_epochs, num_tasks),
     )
-    runtime = replace(config.runtime, micro_batch_size=micro // num_tasks if micro else None)
-    return replace(config, tune=smaller, runtime=runtime)
+    runtime = replace(config.runtime, micro_batch_size=micro_batch_size // num_tasks if micro_batch_size else None)
+    return replace(config, tune=tune, runtime=runtime)
 
 
-def _part(epochs: float, num_tasks: int) -> float:
-    # rounded down: steps are the ceiling of what these epochs are exactly, and a third as a float may be above a third
+def _divide_epochs(epochs: float, num_tasks: int) -> float:
+    # Steps are the ceiling of epochs times steps per epoch. A quotient that the float format rounds up would therefore
+    # give one step too many, so the quotient is rounded down at the twelfth decimal.
     return epochs if num_tasks == 1 else math.floor(epochs / num_tasks * 1e12) / 1e12
 
 
-def _learn(
-    name: str, tasks: list[LabelledTask], config: MultitaskConfig, model: WorldModel, context: FinetuneContext
-) -> Learnt:
-    """Train a predictor, or go on with it, and ask it about the validation images; collective."""
-    context = replace(context, task=config)
-    student = networks(model, config, context.rank_info)
+def _train_predictor(
+    name: str, tasks: list[LabelledTask], settings: MultitaskConfig, model: WorldModel, context: FinetuneContext
+) -> TrainedVariant:
+    """Train or resume a predictor for these tasks and evaluate it. Collective: every rank must call it."""
+    context = replace(context, settings=settings)
+    student = build_networks(model, settings, context.rank_info)
     assert isinstance(student.predictor, Predictor)
-    encode = frozen(student.encoder, context.rank_info)
-    with seeded(config.seed):
+    encode = freeze_encoder(student.encoder, context.rank_info)
+    with seeded_init(settings.seed):
         module = TaskPredictor(student.predictor, [len(task.sets.classes) for task in tasks])
-    set_drop_path_(module, config.tune.drop_path)
-    factor, labels = config.tune.pretrained_lr_factor, [task.sets.train.labels for task in tasks]
-    # weights tell tasks of one predictor from each other
+    set_drop_path_(module, settings.tune.drop_path)
+    factor, labels = settings.tune.pretrained_lr_factor, [task.sets.train.labels for task in tasks]
+    # Weights balance the tasks of one predictor, so the weight of a single task is ignored.
     weights = [task.spec.weight for task in tasks] if len(tasks) > 1 else [1.0]
     job = Job(
         name=name,
         module=module,
-        prepare=Division(labels, share_of_one(config, len(tasks)), encode, context.rank_info),
-        loss=lambda scores, inputs: weighted_loss(scores, inputs.labels, weights),
+        prepare=TaskBatcher(labels, single_task_settings(settings, len(tasks)), encode, context.rank_info),
+        loss=lambda logits, inputs: weighted_loss(logits, inputs.labels, weights),
         optimizer=scaled_optimizer(
-            module, context.config.optim, lambda part: factor if part.startswith("predictor.") else 1.0
+            module, context.run_config.optim, lambda parameter: factor if parameter.startswith("predictor.") else 1.0
         ),
-        origin=origin_of(model.step, model.encoder, model.predictor)
+        origin=describe_origin(model.step, model.encoder, model.predictor)
         | {"tasks": [to_tree(task.spec) for task in tasks]},
     )
-    tuned = tune(job, context)
-    named = predict(partial(_answers, module, encode=encode), context).numpy()
+    stats = train_job(job, context)
+    predicted = predict(partial(_predict_classes, module, encode=encode), context).numpy()
     true = np.stack([task.sets.val.number for task in tasks], axis=1)
-    # their memory is given back before the next ones are built
+    # The references are dropped first, because otherwise the next predictor would be built while this one is in memory.
     del job, module
     free_memory(context.rank_info.device)
-    return Learnt(measured=named == true, tuned=tuned)
+    return TrainedVariant(per_image=predicted == true, stats=stats)
 
 
-def _answers(module: TaskPredictor, batch: Batch, *, encode: Encode) -> Int64[Tensor, "B tasks"]:
-    """Return the class that each task's token and head give each image; the encoder sees it once."""
-    tokens, answers = encode(batch.source_view), []
+def _predict_classes(module: TaskPredictor, batch: Batch, *, encode: Encode) -> Int64[Tensor, "B tasks"]:
+    """Return the class of each image for each task; the encoder runs once for all tasks."""
+    tokens, action, classes = encode(batch.source_view), torch.zeros_like(batch.action), []
     for number, head in enumerate(module.heads):
         task = torch.full((len(tokens),), number, device=tokens.device)
-        inputs = TaskInputs(
-            tokens=tokens, action=torch.zeros_like(batch.action), everything=batch.context, task=task, rows=()
-        )
-        answers.append(head(module.predicted(inputs)).argmax(dim=1))
-    return torch.stack(answers, dim=1)
+        inputs = TaskInputs(tokens=tokens, action=action, patches=batch.context, task=task, indices=())
+        classes.append(head(module.predict_tokens(inputs)).argmax(dim=1))
+    return torch.stack(classes, dim=1)

@@ -1,1 +1,1 @@
-"""What are encoder and predictor worth for a label in each patch?"""
+"""Semantic segmentation: what do the tokens of encoder and predictor know of the regions of an image?"""

@@ -1,76 +1,72 @@
-"""What the arms of segmentation have learnt, as rows beside each other."""
+"""Result of a segmentation: mean IoU and pixel accuracy of each variant."""
 
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from iwm_fast.evals.finetuning.run import FinetuneContext, Learnt
+from iwm_fast.evals.finetuning.run import FinetuneContext, TrainedVariant
 from iwm_fast.evals.results import Result, Row
 from iwm_fast.evals.segmentation.mean_iou import (
     class_iou,
-    guessed,
-    interval,
+    majority_baseline,
     mean_iou,
+    percentile_interval,
     pixel_accuracy,
     resampled_mean_iou,
 )
 from iwm_fast.training.train_state import TrainStats
 
 CONTROLS = {"predictor": "random_predictor", "head": "untrained_head"}
-"""What an arm has to beat, where that was trained, too."""
+"""The variant that serves as control of another variant, if it was trained, too."""
 
 
-def report(context: FinetuneContext, num_classes: int, learnt: dict[str, Learnt]) -> Result:
-    """Return rows of mean IoU, then of pixel accuracy.
-
-    Args:
-        context: what all arms were trained with.
-        num_classes: classes of the maps.
-        learnt: by arm; `measured` are its numbers of pixels, see `iwm_fast.evals.segmentation.mean_iou.pixel_counts`.
+def make_result(context: FinetuneContext, num_classes: int, trained: dict[str, TrainedVariant]) -> Result:
+    """Return rows of mean IoU, then rows of pixel accuracy; `per_image` of a variant holds its pixel counts.
 
     Raises:
-        ValueError: if no pixel of the validation maps counts.
+        ValueError: if all pixels of the validation maps are ignored.
     """
-    counts = {arm: one.measured for arm, one in learnt.items()}
-    draws = {arm: resampled_mean_iou(one, context.task.seed) for arm, one in counts.items()}
-    rows = [_row(arm, "mean_iou", counts, one.tuned, draws[arm]) for arm, one in learnt.items()]
-    rows += [_row(arm, "pixel_accuracy", counts, one.tuned) for arm, one in learnt.items()]
-    some = next(iter(counts.values()))
+    counts = {name: variant.per_image for name, variant in trained.items()}
+    draws = {name: resampled_mean_iou(variant_counts, context.settings.seed) for name, variant_counts in counts.items()}
+    rows = [_row(name, "mean_iou", counts, variant.stats, draws[name]) for name, variant in trained.items()]
+    rows += [_row(name, "pixel_accuracy", counts, variant.stats) for name, variant in trained.items()]
+    # True pixels are the same for all variants.
+    true_pixels = next(iter(counts.values()))[:, 2]
     details: dict[str, Any] = {
         "num_classes": num_classes,
-        "pixels_of_each_class": some[:, 2].sum(axis=0).tolist(),
-        "iou_of_each_class": {arm: class_iou(one) for arm, one in counts.items()},
-        "steps": {arm: one.tuned.steps for arm, one in learnt.items()},
+        "pixels_of_each_class": true_pixels.sum(axis=0).tolist(),
+        "iou_of_each_class": {name: class_iou(variant_counts) for name, variant_counts in counts.items()},
+        "steps": {name: variant.stats.steps for name, variant in trained.items()},
     }
-    if {"predictor", "random_predictor"} <= learnt.keys():
-        # on the same images: their differences vary less than two means
-        low, high = interval(draws["predictor"] - draws["random_predictor"])
+    if {"predictor", "random_predictor"} <= trained.keys():
+        # Draws are paired: a difference on the same images varies less than the difference of two independent means.
+        low, high = percentile_interval(draws["predictor"] - draws["random_predictor"])
         gain = mean_iou(counts["predictor"]) - mean_iou(counts["random_predictor"])
         details["gain_of_pretraining"] = {"mean_iou": gain, "low": low, "high": high}
-    return context.result("segment", rows, details)
+    return context.make_result("segment", rows, details)
 
 
 def _row(
-    arm: str,
+    name: str,
     metric: str,
     counts: dict[str, Int64[np.ndarray, "images 3 K"]],
-    tuned: TrainStats,
+    stats: TrainStats,
     draws: Float64[np.ndarray, "draws"] | None = None,
 ) -> Row:
     measure = {"mean_iou": mean_iou, "pixel_accuracy": pixel_accuracy}[metric]
-    low, high = (None, None) if draws is None else interval(draws)
-    control = CONTROLS.get(arm, "")
+    low, high = (None, None) if draws is None else percentile_interval(draws)
+    control = CONTROLS.get(name, "")
     has_control = control in counts
     return Row(
-        subject=arm,
+        subject=name,
         metric=metric,
-        value=measure(counts[arm]),
+        value=measure(counts[name]),
         low=low,
         high=high,
         control=measure(counts[control]) if has_control else None,
         control_name=control if has_control else "",
-        chance=measure(guessed(counts[arm])),
-        num_samples=len(counts[arm]),
-        **tuned.columns(),
+        chance=measure(majority_baseline(counts[name])),
+        num_samples=len(counts[name]),
+        **stats.columns(),
     )

@@ -1,4 +1,4 @@
-"""A lab's YAML file: what it means, and what is refused before anything runs."""
+"""The YAML file of a lab: how it is read, and what is refused before anything runs."""
 
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import iwm_fast
 from iwm_fast.config.loading import load_config
 from iwm_fast.evaluate import TASKS, read_settings
 from iwm_fast.lab.config import Number, read_lab
-from iwm_fast.lab.runner import cells_of, steps_of
+from iwm_fast.lab.runner import iter_commands, list_cells
 
 
 @pytest.fixture
 def write(tmp_path):
+    """Function that writes a lab file with changes and returns its path."""
     (tmp_path / "base.yaml").write_text("{}")
 
     def act(**changes):
@@ -41,7 +42,7 @@ def test_a_lab_is_read(write):
     lab = read(write())
     assert lab.settings == ("optim.epochs=2", "views.crop_scale=[0.3, 1.0]") and lab.seeds == (3, 4)
     assert lab.cells == {"a": (), "b": ("model.predictor.conditioning=none",)}
-    assert [(one.task, one.cells, one.settings) for one in lab.evaluations] == [
+    assert [(evaluation.task, evaluation.cells, evaluation.settings) for evaluation in lab.evaluations] == [
         ("mrr", ("a",), ("bank_size=8",)),
         ("knn", ("a", "b"), ()),
     ]
@@ -54,8 +55,8 @@ def test_a_lab_is_read(write):
     ("changes", "message"),
     [
         ({"folders": "x"}, "keys of .*must be among base, cells, claims.*got .'folders'"),
-        ({"cells": None}, "must name cells"),
-        ({"seeds": [1, 1]}, "seeds must name at least one seed, each once"),
+        ({"cells": None}, "must have the key cells"),
+        ({"seeds": [1, 1]}, "seeds must list at least one seed and none twice"),
         ({"cells": {"a": ["x"]}}, "cells.a must hold"),
         ({"evaluations": [{"task": "mrrr"}]}, "task of evaluations must be one of"),
         ({"evaluations": [{"task": "mrr", "cells": ["z"]}]}, "cells of evaluation mrr must be among a, b"),
@@ -66,24 +67,24 @@ def test_a_lab_is_read(write):
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [], "margin": -1}}}, "margin must be at least 0"),
     ],
 )
-def test_what_cannot_work_is_refused(write, changes, message):
+def test_invalid_labs_are_refused(write, changes, message):
     with pytest.raises(ValueError, match=message):
         read(write(**changes))
 
 
-def test_missing_files_are_named(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no lab file"):
+def test_missing_and_broken_files_are_reported(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the lab file .* does not exist"):
         read(tmp_path / "absent.yaml")
-    with pytest.raises(FileNotFoundError, match=r"no run file 'other\.yaml'"):
+    with pytest.raises(FileNotFoundError, match=r"the run file 'other\.yaml' does not exist"):
         read(write(base="other.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):
         read(tmp_path / "broken.yaml")
 
 
-def test_a_lab_may_be_like_another_but_for_what_it_names(write, tmp_path):
-    given = {"like": str(write()), "folder": "elsewhere", "settings": {"optim.epochs": 4}, "workers": 6}
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(given))
+def test_a_lab_inherits_from_another_what_it_does_not_set(write, tmp_path):
+    changes = {"like": str(write()), "folder": "elsewhere", "settings": {"optim.epochs": 4}, "workers": 6}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(changes))
     first, other = read(write()), read(tmp_path / "other.yaml")
     assert (str(other.folder), other.workers) == ("elsewhere", 6)
     assert other.settings == ("optim.epochs=4", "views.crop_scale=[0.3, 1.0]")
@@ -91,17 +92,19 @@ def test_a_lab_may_be_like_another_but_for_what_it_names(write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping", "lab_gpu"])
-def test_every_step_of_the_shipped_labs_has_settings_that_there_are(name, monkeypatch):
+def test_all_commands_of_the_shipped_labs_have_valid_settings(name, monkeypatch):
     monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
     lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
     assert len(lab.seeds) >= 3
     measured = set()
-    for cell in cells_of(lab)[: len(lab.cells)]:
-        train, *evaluations = steps_of(lab, cell)
+    for cell in list_cells(lab)[: len(lab.cells)]:
+        train, *evaluations = iter_commands(lab, cell)
         config = load_config(train.arguments[1], train.arguments[2:])
-        for step in evaluations:
-            read_settings(TASKS[step.what].settings, list(step.arguments[2:]))
-            measured.add((cell.name, step.what))
-        assert config.model.predictor.depth > 0 or not {"mrr", "finetune"} & {step.what for step in evaluations}
-    compared = {(number.cell, number.result) for claim in lab.claims for pair in claim.compare for number in pair}
+        for command in evaluations:
+            read_settings(TASKS[command.name].settings, list(command.arguments[2:]))
+            measured.add((cell.name, command.name))
+        has_predictor = config.model.predictor.depth > 0
+        assert has_predictor or not {"mrr", "finetune"} & {command.name for command in evaluations}
+    selectors = [selector for claim in lab.claims for pair in claim.compare for selector in pair]
+    compared = {(selector.cell, selector.result) for selector in selectors}
     assert {(cell, result.partition("_")[0]) for cell, result in compared} <= measured

@@ -1,4 +1,4 @@
-"""A lab's page says what was compared and how it came out, and draws nothing where nothing was measured."""
+"""The report page of a lab shows comparisons and verdicts, and draws no chart for a claim that was not measured."""
 
 from iwm_fast.lab.claims import judge, values_of
 from iwm_fast.lab.config import LabConfig, parse_claim
@@ -20,7 +20,7 @@ ROWS = [
 ]
 
 
-def test_the_page(tmp_path):
+def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
     names = ("cell", "result", "subject", "metric")
     rows = [
         {**dict(zip(names, name, strict=True)), "seed": seed, "value": value, "num_tuned": tuned}
@@ -28,7 +28,8 @@ def test_the_page(tmp_path):
         for seed, value in enumerate(values)
     ]
     claims = [
-        parse_claim(name, {"text": "It is so.", "paper": "0.8", "compare": pairs}) for name, pairs in CLAIMS.items()
+        parse_claim(name, {"text": f"Text of {name}.", "paper": "0.8", "compare": pairs})
+        for name, pairs in CLAIMS.items()
     ]
     base = tmp_path / "base.yaml"
     base.write_text("seed: 0")
@@ -36,10 +37,10 @@ def test_the_page(tmp_path):
         folder=tmp_path, base=base, settings=(), has_demo_data=False, seeds=(0, 1), workers=None,
         cells=dict.fromkeys("ab", ()), evaluations=(), claims=tuple(claims),
     )  # fmt: skip
-    outcomes = [judge(claim, lambda number: values_of(number, rows)) for claim in claims]
-    page = write_lab_report(lab, outcomes, rows).read_text(encoding="utf-8")
-    worth, capacity, listens = (page.split(f"<h3>{name}</h3>")[1].split("</table>")[0] for name in CLAIMS)
-    # no more of a name than tells it apart
+    judged = [judge(claim, lambda selector: values_of(selector, rows)) for claim in claims]
+    page = write_lab_report(lab, judged, rows).read_text(encoding="utf-8")
+    worth, capacity, listens = (page.split(f"<h3>Text of {name}.</h3>")[1].split("</table>")[0] for name in CLAIMS)
+    # Labels contain only the fields that distinguish the results of a claim.
     assert "predictor, accuracy, 461,329 tuned 0.750, random_predictor, accuracy, 461,329 tuned 0.650" in worth
     assert "+0.100 (+0.100 to +0.100)" in worth and "head, mean_iou, 903 tuned 0.780" in worth
     assert "accuracy, mean_iou<" in worth and "accuracy (linear)<" in capacity

@@ -1,4 +1,4 @@
-"""A lab makes what is missing and nothing else, can be stopped and grown, and says what failed."""
+"""A lab runs only commands that are not done, can be stopped and extended, and reports failures."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ import yaml
 
 from iwm_fast.evaluate import TASKS
 from iwm_fast.lab.config import read_lab
-from iwm_fast.lab.runner import cells_of, is_done, report_lab, run_lab, steps_of
+from iwm_fast.lab.runner import is_done, iter_commands, list_cells, report_lab, run_lab
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.run_status import read_status
@@ -30,6 +30,7 @@ CLAIM = {"text": "It listens.", "paper": "0.8", "compare": [["a mrr_default jitt
 
 @pytest.fixture
 def write(tmp_path, tiny_shards):
+    """Function that writes a lab file with changes and returns its path."""
     base = BASE | {"data": {"train": tiny_shards.pattern, "val": tiny_shards.pattern}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
 
@@ -49,15 +50,15 @@ def write(tmp_path, tiny_shards):
     return act
 
 
-def logs(folder):
+def count_commands(folder):
     return {path.parent.name: path.read_text().count("$ iwm") for path in folder.glob("cells/*/lab.log")}
 
 
-def test_cells_come_seed_by_seed_and_each_step_is_a_command_of_the_user(write):
+def test_cells_are_ordered_by_seed_and_commands_have_their_settings(write):
     lab = read_lab(write(seeds=[0, 1], settings={"optim.epochs": 2}), set(TASKS))
-    cells = cells_of(lab)
+    cells = list_cells(lab)
     assert [cell.folder.name for cell in cells] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
-    train, evaluate = steps_of(lab, cells[3])
+    train, evaluate = iter_commands(lab, cells[3])
     assert train.arguments[0] == "train" and train.arguments[-1] == "resume=auto"
     assert {"optim.epochs=2", "model.predictor.conditioning=none", "seed=1"} <= set(train.arguments)
     assert evaluate.arguments[:2] == ("evaluate", "mrr") and "bank_size=4" in evaluate.arguments
@@ -65,31 +66,31 @@ def test_cells_come_seed_by_seed_and_each_step_is_a_command_of_the_user(write):
 
 
 @pytest.mark.launcher
-def test_a_lab_is_made_judged_not_made_twice_and_grown(write, tmp_path):
+def test_a_lab_is_run_judged_not_repeated_and_extended(write, tmp_path):
     page = run_lab(write())
     folder = tmp_path / "lab"
-    said = json.loads((folder / "lab.json").read_text())
-    assert {(row["cell"], row["seed"], row["subject"]) for row in said["rows"]} == {
-        ("a", 0, "jitter"),
-        ("b", 0, "jitter"),
-    }
-    # whatever has made it, once
-    assert len(said["machine"]) == len(said["commit"]) == 1 and all(said["machine"] + said["commit"])
-    # one seed decides nothing
-    assert said["verdicts"] == {"conditioning": "undecided"}
+    results = json.loads((folder / "lab.json").read_text())
+    measured = {(row["cell"], row["seed"], row["subject"]) for row in results["rows"]}
+    assert measured == {("a", 0, "jitter"), ("b", 0, "jitter")}
+    # Machine and commit are listed without repetitions.
+    assert len(results["machine"]) == len(results["commit"]) == 1 and all(results["machine"] + results["commit"])
+    # A claim is undecided with a single seed.
+    assert results["verdicts"] == {"conditioning": "undecided"}
     assert "It listens." in page.read_text() and (folder / "claims.png").stat().st_size > 1000
-    assert logs(folder) == {"a-seed0": 2, "b-seed0": 2}
-    # a cell more, another evaluation of one that is there
+    assert count_commands(folder) == {"a-seed0": 2, "b-seed0": 2}
+    # Another cell, and another evaluation of an existing cell, are added.
     run_lab(write(cells={"a": {}, "b": {"model.predictor.conditioning": "none"}, "c": {"optim.lr": 1e-4}},
                   evaluations=[MRR, {"task": "knn", "cells": ["a"]}]))  # fmt: skip
-    assert logs(folder) == {"a-seed0": 3, "b-seed0": 2, "c-seed0": 2}
+    assert count_commands(folder) == {"a-seed0": 3, "b-seed0": 2, "c-seed0": 2}
     assert report_lab(folder) == page and "knn" in page.read_text()
 
 
 @pytest.mark.launcher
-def test_a_cell_that_fails_is_shown_with_the_end_of_its_log_and_the_others_are_made(write, tmp_path):
+def test_a_failed_cell_is_reported_with_its_log_and_the_others_are_run(write, tmp_path):
     path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}}, claims={})
-    with pytest.raises(RuntimeError, match=r"(?s)bad, seed 0: train ended with 2.*num_heads must divide.*it goes on"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)bad, seed 0: train exited with code 2.*num_heads must divide.*to resume"
+    ):
         run_lab(path)
     assert read_status(tmp_path / "lab" / "cells" / "a-seed0")["state"] == "finished"
     assert "a" in (tmp_path / "lab" / "report.html").read_text()
@@ -97,7 +98,7 @@ def test_a_cell_that_fails_is_shown_with_the_end_of_its_log_and_the_others_are_m
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_a_lab_that_is_stopped_stops_its_runs_in_order_and_goes_on(write, tmp_path):
+def test_a_stopped_lab_lets_its_runs_save_before_it_exits(write, tmp_path):
     path = write(settings={"optim.epochs": 4000, "output.checkpoint_every": 100000}, evaluations=[], claims={})
     lab = subprocess.Popen([sys.executable, "-m", "iwm_fast.cli", "lab", str(path)], stderr=subprocess.PIPE, text=True)
     folders = [tmp_path / "lab" / "cells" / f"{name}-seed0" for name in "ab"]
@@ -106,10 +107,10 @@ def test_a_lab_that_is_stopped_stops_its_runs_in_order_and_goes_on(write, tmp_pa
         assert lab.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     lab.send_signal(signal.SIGTERM)
-    _, said = lab.communicate(timeout=120)
-    assert lab.returncode == EXIT_PREEMPTED and "the same command goes on" in said
-    steps = [read_status(folder) for folder in folders]
-    assert [status["state"] for status in steps] == ["preempted"] * 2
-    # the schedule is another, so this is another run: the lab says so instead of mixing them
+    _, output = lab.communicate(timeout=120)
+    assert lab.returncode == EXIT_PREEMPTED and "run the same command again to resume" in output
+    states = [read_status(folder)["state"] for folder in folders]
+    assert states == ["preempted"] * 2
+    # Another schedule needs another run, so the lab refuses to continue this one.
     with pytest.raises(RuntimeError, match="other settings"):
         run_lab(write(settings={"optim.epochs": 2}, evaluations=[], claims={}))

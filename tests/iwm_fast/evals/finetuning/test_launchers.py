@@ -1,4 +1,4 @@
-"""Finetuning as a process of its own, alone and on two ranks: the outcome of one, and going on when it was stopped."""
+"""Finetuning in processes, on one and two ranks: equal results, and resuming after a stop."""
 
 import json
 import os
@@ -43,32 +43,32 @@ def arguments(run, *more):
     ]  # fmt: skip
 
 
-def begin(launcher, run, *more, log):
+def start(launcher, run, *more, log):
     with log.open("a") as file:
         command = [*launcher, *arguments(run, *more)]
         environment = os.environ | CHILD
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def finish(launcher, run, *more, log, code=0):
-    process = begin(launcher, run, *more, log=log)
+def run_to_end(launcher, run, *more, log, code=0):
+    process = start(launcher, run, *more, log=log)
     try:
         assert process.wait(PATIENCE_S) == code, log.read_text()
     finally:
         process.kill()
 
 
-def rows(run, name=FOLDER):
-    found = json.loads((run / "evaluations" / f"{name}.json").read_text())["rows"]
-    return [row | {"time_s": None, "images_per_s": None} for row in found]
+def rows_without_times(run, name=FOLDER):
+    rows = json.loads((run / "evaluations" / f"{name}.json").read_text())["rows"]
+    return [row | {"time_s": None, "images_per_s": None} for row in rows]
 
 
-def losses(run, arm, name=FOLDER):
-    return [row["loss/train"] for row in read_metrics(run / "evaluations" / name / arm)]
+def losses(run, variant, name=FOLDER):
+    return [row["loss/train"] for row in read_metrics(run / "evaluations" / name / variant)]
 
 
-def state(run, arm, name=FOLDER):
-    return checkpoints.read(checkpoints.newest(run / "evaluations" / name / arm)).engine_state
+def state(run, variant, name=FOLDER):
+    return checkpoints.read(checkpoints.newest(run / "evaluations" / name / variant)).engine_state
 
 
 @pytest.mark.multi_rank
@@ -78,21 +78,21 @@ def state(run, arm, name=FOLDER):
         pytest.param(*row, marks=pytest.mark.slow) for row in (("plain", None), ("deepspeed", 0), ("deepspeed", 2))
     )],
 )  # fmt: skip
-def test_two_ranks_train_and_measure_what_one_does(run, tmp_path, engine, stage):
-    kept = [f"runtime.engine={engine}", *([f"runtime.zero_stage={stage}"] if stage is not None else [])]
-    # small parameters would stay whole on every rank
-    kept += ["runtime.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
-    asked = ["arms=end_to_end,predictor", *QUIET]
-    finish(ALONE, run, *asked, "runtime.engine=plain", log=tmp_path / "alone.log")
-    finish(torchrun(target=TARGET), run, *asked, *kept, "name=ranks", log=tmp_path / "ranks.log")
-    for arm in ("end_to_end", "predictor"):
-        assert losses(run, arm, f"{FOLDER}_ranks") == pytest.approx(losses(run, arm), rel=1e-4), arm
-        for name, weight in state(run, arm, f"{FOLDER}_ranks").items():
+def test_two_ranks_give_the_same_result_as_one(run, tmp_path, engine, stage):
+    engine_options = [f"runtime.engine={engine}", *([f"runtime.zero_stage={stage}"] if stage is not None else [])]
+    # Below the threshold, parameters would not be sharded.
+    engine_options += ["runtime.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
+    options = ["arms=end_to_end,predictor", *QUIET]
+    run_to_end(ALONE, run, *options, "runtime.engine=plain", log=tmp_path / "alone.log")
+    run_to_end(torchrun(target=TARGET), run, *options, *engine_options, "name=ranks", log=tmp_path / "ranks.log")
+    for variant in ("end_to_end", "predictor"):
+        assert losses(run, variant, f"{FOLDER}_ranks") == pytest.approx(losses(run, variant), rel=1e-4), variant
+        for name, weight in state(run, variant, f"{FOLDER}_ranks").items():
             if name.startswith("weight/"):
-                torch.testing.assert_close(weight, state(run, arm)[name], rtol=1e-3, atol=1e-4)
-    assert rows(run, f"{FOLDER}_ranks") == rows(run)
-    shown = (tmp_path / "ranks.log").read_text()
-    assert shown.count("accuracy") >= 2 and shown.count(f"{FOLDER}_ranks, step") == 1, "one table, of rank 0"
+                torch.testing.assert_close(weight, state(run, variant)[name], rtol=1e-3, atol=1e-4)
+    assert rows_without_times(run, f"{FOLDER}_ranks") == rows_without_times(run)
+    log = (tmp_path / "ranks.log").read_text()
+    assert log.count("accuracy") >= 2 and log.count(f"{FOLDER}_ranks, step") == 1, "only rank 0 prints a table"
 
 
 def wait_for(process, condition, log):
@@ -103,46 +103,46 @@ def wait_for(process, condition, log):
 
 
 @pytest.mark.launcher
-def test_a_process_told_to_stop_goes_on_bit_equal_with_everything_drawn(run, tmp_path):
-    # no beartype there: erasing, too, follows from the seed alone
-    asked = ["arms=end_to_end", "augment.erasing=0.5", "tune.drop_path=0.3", "tune.epochs=12"]
-    finish(ALONE, run, *asked, "name=straight", log=tmp_path / "straight.log")
+def test_a_stopped_process_resumes_bit_equal_with_all_augmentation(run, tmp_path):
+    # Without beartype, which tests in this process use, erasing depends only on the seed.
+    options = ["arms=end_to_end", "augment.erasing=0.5", "tune.drop_path=0.3", "tune.epochs=12"]
+    run_to_end(ALONE, run, *options, "name=uninterrupted", log=tmp_path / "uninterrupted.log")
     log = tmp_path / "stopped.log"
-    process = begin(ALONE, run, *asked, log=log)
-    arm = run / "evaluations" / FOLDER / "end_to_end"
-    wait_for(process, lambda: len(read_metrics(arm)) >= 5, log)
+    process = start(ALONE, run, *options, log=log)
+    folder = run / "evaluations" / FOLDER / "end_to_end"
+    wait_for(process, lambda: len(read_metrics(folder)) >= 5, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == EXIT_PREEMPTED, log.read_text()
-    status = read_status(arm)
+    status = read_status(folder)
     assert status["state"] == "preempted" and 5 <= status["step"] < 72, status
-    assert "run the same command again to resume" in log.read_text()
-    finish(ALONE, run, *asked, log=log)
-    first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_straight")
+    assert "the same command" in log.read_text()
+    run_to_end(ALONE, run, *options, log=log)
+    first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_uninterrupted")
     assert all(torch.equal(first[name], second[name]) for name in second)
-    assert losses(run, "end_to_end") == losses(run, "end_to_end", f"{FOLDER}_straight")
+    assert losses(run, "end_to_end") == losses(run, "end_to_end", f"{FOLDER}_uninterrupted")
 
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_two_ranks_under_deepspeed_go_on_bit_equal(run, tmp_path):
-    asked = ["arms=end_to_end", "augment.erasing=0.5", "tune.drop_path=0.3", "tune.epochs=20", "runtime.zero_stage=2"]
-    finish(deepspeed(target=TARGET), run, *asked, "name=straight", log=tmp_path / "straight.log")
+def test_two_ranks_under_deepspeed_resume_bit_equal(run, tmp_path):
+    options = ["arms=end_to_end", "augment.erasing=0.5", "tune.drop_path=0.3", "tune.epochs=20", "runtime.zero_stage=2"]
+    run_to_end(deepspeed(target=TARGET), run, *options, "name=uninterrupted", log=tmp_path / "uninterrupted.log")
     log = tmp_path / "stopped.log"
-    process = begin(deepspeed(target=TARGET), run, *asked, log=log)
-    arm = run / "evaluations" / FOLDER / "end_to_end"
-    wait_for(process, lambda: len(read_metrics(arm)) >= 5, log)
-    # the pid that rank 0 left; whichever rank is told, all stop
-    os.kill(read_status(arm)["pid"], signal.SIGUSR1)
+    process = start(deepspeed(target=TARGET), run, *options, log=log)
+    folder = run / "evaluations" / FOLDER / "end_to_end"
+    wait_for(process, lambda: len(read_metrics(folder)) >= 5, log)
+    # The process id is rank 0's; all ranks stop, whichever rank gets the signal.
+    os.kill(read_status(folder)["pid"], signal.SIGUSR1)
     assert process.wait(PATIENCE_S) == EXIT_PREEMPTED, log.read_text()
-    assert read_status(arm)["state"] == "preempted"
-    finish(deepspeed(target=TARGET), run, *asked, log=log)
-    first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_straight")
+    assert read_status(folder)["state"] == "preempted"
+    run_to_end(deepspeed(target=TARGET), run, *options, log=log)
+    first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_uninterrupted")
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 @pytest.mark.launcher
-def test_a_fault_of_the_settings_is_one_message_on_many_ranks(run, tmp_path):
+def test_invalid_settings_are_reported_once_by_all_ranks_together(run, tmp_path):
     log = tmp_path / "ranks.log"
-    process = begin(torchrun(target=TARGET), run, "tune.global_batch_size=9", log=log)
+    process = start(torchrun(target=TARGET), run, "tune.global_batch_size=9", log=log)
     assert process.wait(PATIENCE_S) != 0
     assert log.read_text().count("tune.global_batch_size must be a multiple of the 2 ranks, got 9") == 1

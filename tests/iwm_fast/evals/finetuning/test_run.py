@@ -1,4 +1,4 @@
-"""Training on top of a run: going on, being refused, and being the same on every engine."""
+"""Training of a job: resuming, refusing other settings, and equal results of all engines."""
 
 import math
 import os
@@ -18,8 +18,8 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RuntimeConfig
-from iwm_fast.evals.finetuning.run import micro_batches, predict, run_config, task_folder, tune
-from iwm_fast.evals.finetuning.task import InPrecision, in_float32
+from iwm_fast.evals.finetuning.run import build_run_config, predict, split_global_batch, task_folder, train_job
+from iwm_fast.evals.finetuning.task import AutocastModule, to_float32
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
@@ -35,20 +35,15 @@ def rank_info():
 
 
 class StopAt:
-    """Tells its preemption, at one step, that training is to stop."""
+    """Requests a stop through its preemption when it sees the batch of a step."""
 
     def __init__(self, step):
-        self.step, self.preemption = step, Preemption()
+        self.step = step
+        self.preemption = Preemption()
 
     def __call__(self, batch):
         if batch.step == self.step:
             self.preemption.reason = "SIGTERM"
-
-
-@pytest.fixture
-def stop_at():
-    """Function: step -> what watches batches and stops training at that step."""
-    return StopAt
 
 
 def assert_same(first, second):
@@ -56,38 +51,38 @@ def assert_same(first, second):
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
-def interrupted(rank_info, shards, folder, task, watch):
+def stop_and_resume(rank_info, shards, folder, task, watch):
     with pytest.raises(PreemptedError):
         train_toy(rank_info, shards, folder, task, watch=watch, preemption=watch.preemption)
-    # another process would stand elsewhere
+    # In another process, the global generators would have other states.
     torch.manual_seed(123)
     np.random.seed(123)
     return train_toy(rank_info, shards, folder, task)
 
 
 @pytest.mark.parametrize("runtime", [{}, {"micro_batch_size": 4}, {"loader": "dali", "loader_threads": 1}])
-def test_a_job_that_was_stopped_ends_bit_equal_to_one_that_was_not(rank_info, tiny_shards, tmp_path, stop_at, runtime):
+def test_a_resumed_job_is_bit_equal_to_an_uninterrupted_one(rank_info, tiny_shards, tmp_path, runtime):
     task = tiny_task(tiny_shards, runtime=runtime)
-    straight, _ = train_toy(rank_info, tiny_shards, tmp_path / "straight", task)
-    resumed, tuned = interrupted(rank_info, tiny_shards, tmp_path / "resumed", task, stop_at(5))
-    assert_same(weights_of(resumed), weights_of(straight))
-    first, second = (read_metrics(tmp_path / name / "toy") for name in ("straight", "resumed"))
+    uninterrupted, _ = train_toy(rank_info, tiny_shards, tmp_path / "uninterrupted", task)
+    resumed, stats = stop_and_resume(rank_info, tiny_shards, tmp_path / "resumed", task, StopAt(5))
+    assert_same(weights_of(resumed), weights_of(uninterrupted))
+    first, second = (read_metrics(tmp_path / name / "toy") for name in ("uninterrupted", "resumed"))
     assert [row["loss/train"] for row in first] == [row["loss/train"] for row in second]
-    assert tuned.steps == STEPS and [row["step"] for row in first] == [3, 6, 9]
+    assert stats.steps == STEPS and [row["step"] for row in first] == [3, 6, 9]
 
 
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_a_job_under_zero_goes_on_bit_equal(rank_info, tiny_shards, tmp_path, stop_at, stage):
+def test_a_job_under_zero_resumes_bit_equal(rank_info, tiny_shards, tmp_path, stage):
     task = tiny_task(tiny_shards, engine="deepspeed", runtime={"zero_stage": stage})
-    straight, _ = train_toy(rank_info, tiny_shards, tmp_path / "straight", task)
-    resumed, _ = interrupted(rank_info, tiny_shards, tmp_path / "resumed", task, stop_at(5))
-    assert_same(weights_of(resumed), weights_of(straight))
+    uninterrupted, _ = train_toy(rank_info, tiny_shards, tmp_path / "uninterrupted", task)
+    resumed, _ = stop_and_resume(rank_info, tiny_shards, tmp_path / "resumed", task, StopAt(5))
+    assert_same(weights_of(resumed), weights_of(uninterrupted))
 
 
-def test_a_stop_leaves_one_checkpoint_and_says_so(rank_info, tiny_shards, tmp_path, stop_at):
-    watch = stop_at(5)
+def test_a_stopped_job_writes_a_checkpoint_and_its_status(rank_info, tiny_shards, tmp_path):
+    watch = StopAt(5)
     with pytest.raises(PreemptedError):
         train_toy(rank_info, tiny_shards, tmp_path, watch=watch, preemption=watch.preemption)
     saved = [path.name for path in checkpoints.step_folders(tmp_path / "toy")]
@@ -96,51 +91,50 @@ def test_a_stop_leaves_one_checkpoint_and_says_so(rank_info, tiny_shards, tmp_pa
     assert status["state"] == "preempted" and status["reason"] == "SIGTERM" and status["step"] == 6
 
 
-def test_the_deadline_of_a_stop_does_not_cut_off_its_checkpoint(rank_info, tiny_shards, tmp_path, stop_at):
-    watch = stop_at(5)
+def test_the_deadline_of_a_stop_does_not_interrupt_its_checkpoint(rank_info, tiny_shards, tmp_path):
+    watch = StopAt(5)
     with pytest.raises(PreemptedError):
         train_toy(rank_info, tiny_shards, tmp_path, watch=watch, preemption=watch.preemption)
     assert watch.preemption.is_deadline_suspended
 
 
 @pytest.mark.multi_rank
-def test_a_failure_of_any_rank_stands_in_the_status(tiny_shards, tmp_path):
+def test_the_status_names_the_failure_of_any_rank(tiny_shards, tmp_path):
     port, ranks = free_port(), []
     for rank in "01":
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, str(WORKERS / "ranks_finetune.py"), tiny_shards.pattern, str(tmp_path)]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | own | {"PYTHONPATH": PYTHONPATH}))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | environment))
     assert [rank.wait(timeout=120) for rank in ranks] == [1, 2]
     status = read_status(tmp_path / "toy")
-    assert status["state"] == "failed" and "rank 1 cannot go on" in status["reason"], status
+    assert status["state"] == "failed" and "rank 1 cannot continue" in status["reason"], status
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-def test_engines_give_the_same_weights_with_several_rates_and_hand_back_a_whole_module(
-    rank_info, tiny_shards, tmp_path, stage
-):
+def test_engines_give_the_same_weights_and_release_a_usable_module(rank_info, tiny_shards, tmp_path, stage):
     plain, _ = train_toy(rank_info, tiny_shards, tmp_path / "plain")
     untrained = weights_of(toy_job(tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)).module)
-    # small parameters would stay whole under stage 3
-    cut_up = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if stage == 3 else {}
-    engine = {"engine": "deepspeed", "runtime": {"zero_stage": stage, **cut_up}} if stage is not None else {}
-    other, tuned = train_toy(rank_info, tiny_shards, tmp_path / "other", tiny_task(tiny_shards, **engine))
-    assert tuned.num_tuned == sum(weight.numel() for weight in untrained.values()) == 48 * 12 + 12 + 24 + 36 + 3
+    # Below the threshold, stage 3 does not shard parameters.
+    sharded = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if stage == 3 else {}
+    engine = {"engine": "deepspeed", "runtime": {"zero_stage": stage, **sharded}} if stage is not None else {}
+    other, stats = train_toy(rank_info, tiny_shards, tmp_path / "other", tiny_task(tiny_shards, **engine))
+    assert stats.num_tuned == sum(weight.numel() for weight in untrained.values()) == 48 * 12 + 12 + 24 + 36 + 3
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-4, atol=1e-6)
         assert not torch.equal(weight, untrained[name]), name
-    # no engine behind it: it can be called, on any number of images, and trained by hand
+    # The engine is released, so the module runs on any number of images and computes its own gradients.
     assert not other.training
     scores = other({"pixels": torch.zeros(5, 48)})
     scores.sum().backward()
     assert scores.shape == (5, 3) and all(parameter.grad is not None for parameter in other.parameters())
 
 
-def test_each_group_learns_at_its_own_rate(rank_info, tiny_shards, tmp_path):
-    # Adam's first step is the learning rate, whatever the gradient
+def test_parameter_groups_have_their_own_learning_rates(rank_info, tiny_shards, tmp_path):
+    # Adam's first step equals the learning rate for any gradient.
     task = tiny_task(tiny_shards, tune={"epochs": 1 / 6, "warmup_epochs": 0.0, "weight_decay": 0.0, "clip_norm": None})
-    module, tuned = train_toy(rank_info, tiny_shards, tmp_path, task)
-    assert tuned.steps == 1 and tuned.images_per_s is None
+    module, stats = train_toy(rank_info, tiny_shards, tmp_path, task)
+    assert stats.steps == 1 and stats.images_per_s is None
     before = weights_of(toy_job(task, tiny_run(tiny_shards, tmp_path)).module)
     for name, scale in {"embed.weight": 0.25, "norm.bias": 0.5, "head.weight": 1.0}.items():
         change = (weights_of(module)[name] - before[name]).abs().median()
@@ -148,11 +142,10 @@ def test_each_group_learns_at_its_own_rate(rank_info, tiny_shards, tmp_path):
 
 
 def test_micro_batches_give_the_same_weights_within_rounding(rank_info, tiny_shards, tmp_path):
-    whole = tiny_task(tiny_shards)
-    parts = tiny_task(tiny_shards, runtime={"micro_batch_size": 2})
-    quiet = {"dropout": 0.0, "noise": 0.0}
-    first, _ = train_toy(rank_info, tiny_shards, tmp_path / "whole", whole, **quiet)
-    second, _ = train_toy(rank_info, tiny_shards, tmp_path / "parts", parts, **quiet)
+    deterministic = {"dropout": 0.0, "noise": 0.0}
+    first, _ = train_toy(rank_info, tiny_shards, tmp_path / "full", tiny_task(tiny_shards), **deterministic)
+    split = tiny_task(tiny_shards, runtime={"micro_batch_size": 2})
+    second, _ = train_toy(rank_info, tiny_shards, tmp_path / "split", split, **deterministic)
     for name, weight in weights_of(first).items():
         torch.testing.assert_close(weights_of(second)[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -160,10 +153,10 @@ def test_micro_batches_give_the_same_weights_within_rounding(rank_info, tiny_sha
 def test_a_finished_job_is_read_and_not_trained_again(rank_info, tiny_shards, tmp_path):
     trained, first = train_toy(rank_info, tiny_shards, tmp_path)
 
-    def never(batch):
-        raise AssertionError("a finished job saw a batch")
+    def fail(batch):
+        raise AssertionError("a finished job must not load batches")
 
-    read, second = train_toy(rank_info, tiny_shards, tmp_path, watch=never)
+    read, second = train_toy(rank_info, tiny_shards, tmp_path, watch=fail)
     assert_same(weights_of(read), weights_of(trained))
     assert second == first and first.steps == STEPS and first.images_per_s > 0 and not read.training
     assert read_status(tmp_path / "toy")["state"] == "finished"
@@ -178,7 +171,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_other_settings_are_refused_by_name_and_with_a_way_out(rank_info, tiny_shards, tmp_path, name):
+def test_other_settings_are_refused_with_their_names_and_remedies(rank_info, tiny_shards, tmp_path, name):
     task = tiny_task(tiny_shards)
     train_toy(rank_info, tiny_shards, tmp_path, task)
     with pytest.raises(
@@ -187,7 +180,7 @@ def test_other_settings_are_refused_by_name_and_with_a_way_out(rank_info, tiny_s
         train_toy(rank_info, tiny_shards, tmp_path, CHANGES[name](task))
 
 
-def test_what_changes_nothing_of_the_outcome_may_change(rank_info, tiny_shards, tmp_path):
+def test_settings_that_do_not_affect_the_result_may_change(rank_info, tiny_shards, tmp_path):
     task = tiny_task(tiny_shards)
     _, first = train_toy(rank_info, tiny_shards, tmp_path, task)
     other = replace(task, name="two", log_every=1, runtime=RuntimeConfig(device="cpu", micro_batch_size=4))
@@ -199,35 +192,35 @@ def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
     task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
     job = replace(toy_job(task, config), origin={"run.step": 7})
     with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
-        tune(job, toy_context(rank_info, tiny_shards, tmp_path, task))
+        train_job(job, toy_context(rank_info, tiny_shards, tmp_path, task))
 
 
-def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_gone_on_from(rank_info, tiny_shards, tmp_path):
-    straight, _ = train_toy(rank_info, tiny_shards, tmp_path)
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(rank_info, tiny_shards, tmp_path):
+    undamaged, _ = train_toy(rank_info, tiny_shards, tmp_path)
     newest = checkpoints.newest(tmp_path / "toy")
     (newest / checkpoints.MODEL).write_bytes(b"nothing")
-    again, _ = train_toy(rank_info, tiny_shards, tmp_path)
-    assert_same(weights_of(again), weights_of(straight))
+    resumed, _ = train_toy(rank_info, tiny_shards, tmp_path)
+    assert_same(weights_of(resumed), weights_of(undamaged))
     assert newest.with_name(f"{newest.name}.refused").exists()
 
 
-def test_a_bad_batch_is_left_out(rank_info, tiny_shards, tmp_path, caplog):
-    seen = []
+def test_a_step_with_a_bad_batch_is_skipped(rank_info, tiny_shards, tmp_path, caplog):
+    steps = []
 
     def spoil(batch):
-        seen.append(batch.step)
+        steps.append(batch.step)
         if batch.step == 2:
             batch.source_view.fill_(math.nan)
 
-    module, tuned = train_toy(rank_info, tiny_shards, tmp_path, watch=spoil)
+    module, stats = train_toy(rank_info, tiny_shards, tmp_path, watch=spoil)
     assert "step 3 skipped" in caplog.text and "0: 00" in caplog.text
     assert all(weight.isfinite().all() for weight in weights_of(module).values())
-    assert tuned.steps == STEPS and len(seen) == STEPS
+    assert stats.steps == STEPS and len(steps) == STEPS
     assert read_metrics(tmp_path / "toy")[0]["optim/skipped_steps"] == 1
     assert checkpoints.read(checkpoints.newest(tmp_path / "toy")).applied_steps == STEPS - 1
 
 
-def test_nothing_but_bad_batches_ends_it_with_a_checkpoint(rank_info, tiny_shards, tmp_path):
+def test_too_many_bad_batches_end_training_with_a_checkpoint(rank_info, tiny_shards, tmp_path):
     task = tiny_task(tiny_shards, runtime={"max_skipped_steps": 2})
     with pytest.raises(FloatingPointError, match=r"2 steps in a row.*last one step 3.*lower tune\.lr"):
         train_toy(
@@ -245,45 +238,45 @@ def test_a_folder_in_use_is_refused(rank_info, tiny_shards, tmp_path):
     lock.close()
 
 
-def draws():
+def draw():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
 
-def test_draws_follow_from_seed_and_counters_and_leave_no_trace():
+def test_seeded_draws_depend_on_counters_and_leave_no_trace():
     cpu = torch.device("cpu")
 
     def drawn(*counters, seed=0):
         with seeded_rng(*counters, seed=seed, device=cpu):
-            return draws()
+            return draw()
 
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    undisturbed = draws()
+    undisturbed = draw()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     first = drawn(3, 0, 1)
-    assert draws() == undisturbed
+    assert draw() == undisturbed
     assert drawn(3, 0, 1) == first
     for other in (drawn(4, 0, 1), drawn(3, 1, 1), drawn(3, 0, 0), drawn(3, 0, 1, seed=1)):
-        assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
+        assert all(one != another for one, another in zip(first, other, strict=True))
 
 
-def test_bf16_is_the_module_s_arithmetic_and_float32_its_outputs(rank_info, tiny_shards, tmp_path):
-    seen = []
+def test_a_module_computes_in_bf16_and_returns_float32(rank_info, tiny_shards, tmp_path):
+    dtypes = []
 
-    class Watched(torch.nn.Linear):
+    class Recorder(torch.nn.Linear):
         def forward(self, inputs):
             outputs = super().forward(inputs)
-            seen.append(outputs.dtype)
-            return {"scores": outputs, "count": torch.tensor(1), "parts": [outputs]}
+            dtypes.append(outputs.dtype)
+            return {"scores": outputs, "count": torch.tensor(1), "list": [outputs]}
 
-    outputs = InPrecision(Watched(4, 2), "cpu", torch.bfloat16)(torch.ones(1, 4))
-    assert seen == [torch.bfloat16]
-    assert outputs["scores"].dtype == outputs["parts"][0].dtype == torch.float32
+    outputs = AutocastModule(Recorder(4, 2), "cpu", torch.bfloat16)(torch.ones(1, 4))
+    assert dtypes == [torch.bfloat16]
+    assert outputs["scores"].dtype == outputs["list"][0].dtype == torch.float32
     assert outputs["count"].dtype == torch.int64
-    assert in_float32((torch.ones(1),))[0].dtype == torch.float32
+    assert to_float32((torch.ones(1),))[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-def test_a_job_in_bf16_differs_from_one_in_float32_by_rounding(rank_info, tiny_shards, tmp_path, engine):
+def test_weights_in_bf16_and_float32_differ_only_by_rounding(rank_info, tiny_shards, tmp_path, engine):
     exact, _ = train_toy(rank_info, tiny_shards, tmp_path / "fp32", tiny_task(tiny_shards, engine=engine))
     task = tiny_task(tiny_shards, engine=engine, tune={"precision": "bf16"})
     rough, _ = train_toy(rank_info, tiny_shards, tmp_path / "bf16", task)
@@ -291,10 +284,10 @@ def test_a_job_in_bf16_differs_from_one_in_float32_by_rounding(rank_info, tiny_s
     assert 0 < gap < 0.05
 
 
-def test_the_run_s_networks_meet_the_task_s_training(tiny_shards, tmp_path):
+def test_the_configuration_has_the_run_s_networks_and_the_new_training(tiny_shards, tmp_path):
     task = tiny_task(tiny_shards, seed=3, augment=plain_augment(flip=0.0))
     run = tiny_run(tiny_shards, tmp_path)
-    config = run_config(task, run, tmp_path / "job")
+    config = build_run_config(task, run, tmp_path / "job")
     assert config.model == run.model and config.grid == run.grid
     assert config.views == replace(run.views, crop_scale=(0.5, 1.0), flip_probability=0.0)
     assert (config.seed, config.optim.global_batch_size, config.optim.lr_end) == (3, 8, 0.0)
@@ -302,14 +295,14 @@ def test_the_run_s_networks_meet_the_task_s_training(tiny_shards, tmp_path):
     assert task_folder("runs/a", "finetune", "weak").as_posix() == "runs/a/evaluations/finetune_weak"
 
 
-def test_sizes_that_do_not_divide_are_refused_in_the_task_s_words(tiny_shards):
+def test_batch_sizes_that_do_not_divide_are_refused_by_setting_name(tiny_shards):
     with pytest.raises(ValueError, match=r"tune.global_batch_size must be a multiple of the 3 ranks, got 8"):
-        micro_batches(tiny_task(tiny_shards), 3)
+        split_global_batch(tiny_task(tiny_shards), 3)
     with pytest.raises(ValueError, match=r"runtime.micro_batch_size must .*tune.global_batch_size = 8, got 3"):
-        micro_batches(tiny_task(tiny_shards, runtime={"micro_batch_size": 3}), 1)
+        split_global_batch(tiny_task(tiny_shards, runtime={"micro_batch_size": 3}), 1)
 
 
-def test_predictions_come_in_the_order_asked_for(rank_info, tiny_shards, tmp_path):
+def test_predictions_are_in_the_order_of_the_samples(rank_info, tiny_shards, tmp_path):
     context, samples = toy_context(rank_info, tiny_shards, tmp_path), np.array([40, 3, 17, 5])
     assert predict(lambda batch: batch.sample, context, samples).tolist() == samples.tolist()
     assert predict(lambda batch: batch.sample, context).tolist() == list(range(48))

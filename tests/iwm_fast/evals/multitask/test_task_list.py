@@ -1,3 +1,5 @@
+"""The YAML task list: how it is read, and which files are refused."""
+
 from pathlib import Path
 
 import pytest
@@ -27,35 +29,35 @@ def test_the_bundled_file_names_three_tasks():
     assert [task.label for task in read_task_list(str(path))] == ["cls", "json.hue_bin", "json.quadrant"]
 
 
-WRONG = {
+INVALID = {
     "": "must name at least one task, in lines like `photograph: {label: cls}`, got None",
     "- cls": r"must name at least one task, .* got \['cls'\]",
-    "a: {label: cls}\nb: {label: cls}": r"must name each label once; leave one of the two out, got \['cls'\]",
-    "a: {label: cls}\na: {label: json.b}": r"must name each task once; leave one of the two out, got \['a'\]",
+    "a: {label: cls}\nb: {label: cls}": r"must name each label only once, got \['cls'\]",
+    "a: {label: cls}\na: {label: json.b}": r"must name each task only once, got \['a'\]",
     "a: cls": "tasks.yaml: a must hold `label: cls` or `label: json.FIELD`, got 'cls'",
     "a: {weight: 1}": "tasks.yaml: a.label must be cls or json.NAME, got ''",
     "a: {label: json.}": "a.label must be cls or json.NAME, got 'json.'",
-    "a: {label: cls, wieght: 2}": r"a must have no other entries than label, weight, classes, got \['wieght'\]",
+    "a: {label: cls, wieght: 2}": r"a must have no keys other than label, weight, classes, got \['wieght'\]",
     "a: {label: cls, weight: 0}": "a.weight must be a number above 0, got 0",
     "a: {label: cls, weight: true}": "a.weight must be a number above 0, got True",
     "a: {label: cls, weight: .inf}": "a.weight must be a number above 0, got inf",
-    "a: {label: cls, classes: [1, '1']}": "a.classes must list the names of the classes once each",
-    "a: {label: cls, classes: []}": "a.classes must list the names",
-    "mean: {label: cls}": "must name tasks by letters, digits, dashes and underscores, and none 'mean', got 'mean'",
+    "a: {label: cls, classes: [1, '1']}": "a.classes must list the name of each class once",
+    "a: {label: cls, classes: []}": "a.classes must list the name of each class",
+    "mean: {label: cls}": "must name tasks by letters, digits, dashes and underscores, and not 'mean', got 'mean'",
     "a/b: {label: cls}": "must name tasks by letters",
     "3: {label: cls}": "must name tasks by letters",
     "a: {label: cls": "is not valid YAML",
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_a_file_that_cannot_be_meant_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match=WRONG[text]):
+@pytest.mark.parametrize("text", INVALID)
+def test_an_invalid_file_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=INVALID[text]):
         read(tmp_path, text)
 
 
-def test_a_missing_file_is_named_with_what_it_should_hold(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tasks file '.*nothing.yaml'; give tasks=FILE"):
+def test_a_missing_file_is_reported_with_an_example(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tasks = '.*nothing.yaml' does not exist; name a YAML file"):
         read_task_list(str(tmp_path / "nothing.yaml"))
-    with pytest.raises(ValueError, match="tasks must name a YAML file of tasks"):
+    with pytest.raises(ValueError, match="tasks must name a YAML file with lines like"):
         read_task_list("")
