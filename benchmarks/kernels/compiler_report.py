@@ -194,5 +194,4 @@ def kernel_count_summary(records: Sequence[Record], arch: int) -> str:
         f"{record.figures['kernels']} kernels for N={record.shape['N']} at d={record.shape['d']}"
         for record in _select(records, "binaries", arch=arch)
     ]
-    total = ", ".join(counts)
-    return f"Compiled in total, for forward and backward of dense batches: {total}; a new length compiles none."
+    return f"Compiled in total for forward and backward of dense batches: {', '.join(counts)}; a new length needs none."

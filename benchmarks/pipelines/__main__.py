@@ -48,8 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.build_parser("pipelines", __doc__, SECTIONS, suffix=results.PIPELINES)
     parser.add_argument("--memory", dest="only", action="store_const", const="memory", help="same as --only memory")
-    default = f"default: {_FULL_BATCH}, with --quick {_QUICK_BATCH}"
-    parser.add_argument("--batch-size", type=int, help=f"images per batch; {default}")
+    parser.add_argument("--batch-size", type=int, help=f"images per batch: {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
     return parser.parse_args(arguments)
 
 

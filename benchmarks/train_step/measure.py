@@ -83,6 +83,7 @@ def compare(
         except Exception as error:
             failures[name] = Failure(first_line(error))
     rounds: dict[str, list[StepRound]] = {name: [] for name in trainings}
+    # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
     gc.collect()
     for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
         rounds[name].append(run_round(trainings[name], batches, workload.budget.steps, rank_info))

@@ -38,17 +38,18 @@ def compare_on_ranks(folder: Path, device: torch.device, quick: bool, limit_s: f
 
 def _run(command: list[str], folder: Path, limit_s: float) -> None:
     with socket.socket() as probe:
+        # The kernel chooses a free port for port 0.
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
+    # One thread per rank, as torchrun sets it, so that the ranks do not compete for the same cores.
     rendezvous = {"WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank, log in enumerate(logs):
         environment = os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with log.open("w") as file:
-            processes.append(
-                subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            )
+            process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        processes.append(process)
     try:
         codes = [process.wait(timeout=limit_s) for process in processes]
     except subprocess.TimeoutExpired:
@@ -82,4 +83,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo and DeepSpeed can abort the interpreter's cleanup, although the result is written by now.
     end_process()
