@@ -1,1 +1,1 @@
-"""Measured separately; nothing imports it."""
+"""Benchmarks of the package, which does not import them."""

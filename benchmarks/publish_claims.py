@@ -1,10 +1,10 @@
-"""Bring a lab's outcome into the repository: `python -m benchmarks.publish_claims iwm_fast/configs/lab_cpu.yaml`.
+"""Publish the results of a lab: `python -m benchmarks.publish_claims iwm_fast/configs/lab_cpu.yaml`.
 
-    docs/lab_cpu.json    every number that a claim compares, by seed, with command, machine and commit
+    docs/lab_cpu.json    the numbers that the claims compare, by seed, with command, machine and commit
     docs/lab_cpu.png     the lab's figure
-    README.md            the table of claims, between the marks of this lab
+    README.md            the table of claims, between the markers of this lab
 
-Without a lab the tables are written anew from what docs/ holds.
+Without an argument, only the tables are rendered again from docs/.
 """
 
 import argparse
@@ -27,37 +27,37 @@ _VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write what the command line asks for."""
+    """Publish the lab of the command line, if any, and update the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lab", type=Path, nargs="?", help="YAML file of a lab that has run")
+    parser.add_argument("lab", type=Path, nargs="?", help="YAML file of a completed lab")
     path = parser.parse_args(arguments).lab
     if path is not None:
         lab = read_lab(path, set(TASKS))
-        tree = {"command": f"iwm lab {path}", **numbers_of(lab)}
+        tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
-    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(update_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"written to {README}")
 
 
-def with_sections(text: str) -> str:
-    """Return a README with the tables of all labs that docs/ holds."""
+def update_sections(text: str) -> str:
+    """Return the README with the tables of all labs in docs/."""
     for path in sorted(DOCS.glob("lab_*.json")):
-        text = with_section(text, path.stem, json.loads(path.read_text(encoding="utf-8")))
+        text = update_section(text, path.stem, json.loads(path.read_text(encoding="utf-8")))
     return text
 
 
-def numbers_of(lab: LabConfig) -> dict[str, Any]:
-    """Return what is kept of a lab: its claims as they were written down, and the numbers that they compare.
+def collect_values(lab: LabConfig) -> dict[str, Any]:
+    """Return the claims of a lab, as they are written in its YAML file, and the numbers that they compare.
 
     Raises:
-        FileNotFoundError: if it has not run.
+        FileNotFoundError: if the lab has not run.
     """
-    found = json.loads((lab.folder / "lab.json").read_text(encoding="utf-8"))
+    results = json.loads((lab.folder / "lab.json").read_text(encoding="utf-8"))
     numbers = {str(number): number for claim in lab.claims for pair in claim.compare for number in pair}
-    rows = found["rows"]
-    # keys as JSON has them
-    values = {name: {str(seed): value for seed, value in values_of(one, rows).items()} for name, one in numbers.items()}
+    rows = results["rows"]
+    # JSON turns keys into strings; so do these lines, so that a tree equals the one that is read back.
+    values = {name: {str(seed): value for seed, value in values_of(num, rows).items()} for name, num in numbers.items()}
     measured = {name: by_seed for name, by_seed in values.items() if by_seed}
     tuned = {name: tuned_for(numbers[name], rows) for name in measured}
     claims = {
@@ -69,12 +69,12 @@ def numbers_of(lab: LabConfig) -> dict[str, Any]:
         }
         for claim in lab.claims
     }
-    about = {name: found[name] for name in ("machine", "commit")}
-    return about | {"claims": claims, "tuned": tuned, "values": measured}
+    provenance = {name: results[name] for name in ("machine", "commit")}
+    return provenance | {"claims": claims, "tuned": tuned, "values": measured}
 
 
-def outcomes_of(tree: dict[str, Any]) -> list[Outcome]:
-    """Judge the claims by the numbers that were kept."""
+def judge_outcomes(tree: dict[str, Any]) -> list[Outcome]:
+    """Judge the claims of a tree that `collect_values` returned."""
     claims = [parse_claim(name, row) for name, row in tree["claims"].items()]
     values = tree["values"]
     return [
@@ -83,43 +83,43 @@ def outcomes_of(tree: dict[str, Any]) -> list[Outcome]:
     ]
 
 
-def marks(lab: str) -> tuple[str, str]:
-    """Return the lines of a README between which a lab's table stands."""
+def markers(lab: str) -> tuple[str, str]:
+    """Return the lines of the README that enclose the table of a lab."""
     return f"<!-- {lab}: written by python -m benchmarks.publish_claims -->", f"<!-- end of {lab} -->"
 
 
-def with_section(text: str, lab: str, tree: dict[str, Any]) -> str:
-    """Return a README with a lab's table of claims between its marks.
+def update_section(text: str, lab: str, tree: dict[str, Any]) -> str:
+    """Return the README with the table of claims of a lab replaced.
 
     Raises:
-        ValueError: if the marks are not there.
+        ValueError: if the README does not contain both markers exactly once.
     """
-    begin, end = marks(lab)
+    begin, end = markers(lab)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README must hold the lines {begin!r} and {end!r}, each once")
+        raise ValueError(f"README must contain the lines {begin!r} and {end!r} exactly once")
     before, rest = text.split(begin)
-    return f"{before}{begin}\n{section(tree)}{end}{rest.split(end)[1]}"
+    return f"{before}{begin}\n{render_section(tree)}{end}{rest.split(end)[1]}"
 
 
-def section(tree: dict[str, Any]) -> str:
-    """Return the table of claims and what made it."""
+def render_section(tree: dict[str, Any]) -> str:
+    """Return the table of claims, followed by command, seeds, machine and commit."""
     lines = [
         "| claim | here, mean over seeds | difference, 95 % interval | the paper | |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_line(outcome, tree["tuned"]) for outcome in outcomes_of(tree)]
+    lines += [_line(outcome, tree["tuned"]) for outcome in judge_outcomes(tree)]
     seeds = {seed for values in tree["values"].values() for seed in values}
-    where = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
-    about = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}; {where}. Student's interval, seeds paired."
-    return "\n".join([*lines, "", about, ""])
+    provenance = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
+    run = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}"
+    return "\n".join([*lines, "", f"{run}; {provenance}. Student's interval, seeds paired.", ""])
 
 
 def _line(outcome: Outcome, tuned: dict[str, int]) -> str:
     claim = outcome.claim
     cells = (
         claim.text,
-        "; ".join(means(one, claim, tuned) for one in outcome.comparisons),
-        "; ".join(difference(one) for one in outcome.comparisons),
+        "; ".join(means(comparison, claim, tuned) for comparison in outcome.comparisons),
+        "; ".join(difference(comparison) for comparison in outcome.comparisons),
         claim.paper,
         _VERDICTS.get(outcome.verdict, outcome.verdict),
     )

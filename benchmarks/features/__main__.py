@@ -1,7 +1,7 @@
-"""Time frozen features beside the encoder's own forward: `python -m benchmarks.features --help`.
+"""Time the extraction of frozen features beside the encoder's forward pass: `python -m benchmarks.features --help`.
 
-The forward has its batches in memory; an extraction begins with a closed loader and ends with a published file. They
-take turns, each over all images, and must say the same bit for bit: another outcome ends the run with status 1.
+The forward pass has its batches in memory; an extraction starts by opening a loader and ends with a published file.
+They alternate over all images. Their results must be bit-equal; otherwise the run ends with status 1.
 """
 
 import statistics
@@ -18,11 +18,11 @@ import torch
 from benchmarks.features import report
 from benchmarks.features.report import FEATURES, FORWARD, POOLED, TOKENS
 from benchmarks.harness import cli, interleave, results
-from benchmarks.harness.interleave import Turn
-from benchmarks.harness.photograph_shards import PhotographShards, read_into_memory
+from benchmarks.harness.interleave import StreamRound
+from benchmarks.harness.photograph_shards import PhotographShards, load_into_page_cache
 from benchmarks.harness.records import Shape
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import in_turns
+from benchmarks.harness.timing import interleaved_rounds
 from iwm_fast import world_model
 from iwm_fast.config.run import EncoderConfig, ModelConfig, RunConfig, RuntimeConfig
 from iwm_fast.evals.datasets import Labelled, batches
@@ -41,36 +41,36 @@ KINDS: dict[str, Kind] = {POOLED: "pooled", TOKENS: "tokens"}
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is encoded, and by what."""
+    """The encoder and the images of the benchmark."""
 
     model: WorldModel
-    part: Labelled
+    dataset: Labelled
     shape: Shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for; return the exit status."""
-    options = cli.parser("features", __doc__, KINDS, suffix=results.FEATURES).parse_args(arguments)
+    """Run the extractions that the command line selects; return the exit status."""
+    options = cli.build_parser("features", __doc__, KINDS, suffix=results.FEATURES).parse_args(arguments)
     session = cli.open_session(options, PACKAGES, suffix=results.FEATURES)
     if session.device == "cpu":
-        # as an evaluation does, so that decoding threads and torch's do not fight for the same cores
+        # As in an evaluation, so that the threads of DALI and PyTorch do not compete for the same cores.
         torch.set_num_threads(1)
     kinds: dict[str, Kind] = {name: kind for name, kind in KINDS.items() if options.only in (None, name)}
     workload = build_workload(options.data, session.device, options.quick)
     return cli.run_and_report(
-        session, lambda: measure(session, workload, kinds), lambda found: report.sections(found, level="##")
+        session, lambda: measure(session, workload, kinds), lambda records: report.sections(records, level="##")
     )
 
 
-def build_workload(folder: Path, device: str, is_quick: bool) -> Workload:
-    """Return an untrained ViT-S/16 and photographs of 500 x 375 pixels, or something tiny; on a GPU more of them."""
+def build_workload(folder: Path, device: str, quick: bool) -> Workload:
+    """Return an untrained ViT-S/16 and photographs of 500 x 375 pixels, more of them on a GPU; a tiny set if quick."""
     name, size, encoder = "ViT-S/16", 224, EncoderConfig(dim=384, depth=12, num_heads=6)
     photographs = PhotographShards(num_shards=32 if device == "cuda" else 2)
-    if is_quick:
+    if quick:
         name, size, encoder = "tiny", 32, EncoderConfig(dim=64, depth=2, num_heads=2, patch_size=8)
         photographs = PhotographShards(num_shards=2, samples_per_shard=40, width=80, height=60)
     pattern = photographs.write(folder)
-    read_into_memory(pattern)
+    load_into_page_cache(pattern)
     config = RunConfig(
         data=DataConfig(train=pattern),
         views=ViewConfig(size=size),
@@ -80,60 +80,54 @@ def build_workload(folder: Path, device: str, is_quick: bool) -> Workload:
     shards = open_shards(pattern)
     return Workload(
         model=world_model.untrained(config, device),
-        part=Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)),
+        dataset=Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)),
         shape={"encoder": name, "view": size, "images": shards.num_samples, "B": EVALUATION_BATCH,
                "photographs": f"{photographs.width}x{photographs.height}", "threads": torch.get_num_threads()},
     )  # fmt: skip
 
 
 def measure(session: Session, workload: Workload, kinds: dict[str, Kind]) -> None:
-    """Let forward and extractions take turns over all images.
-
-    Raises:
-        WrongResultError: if an extraction keeps something else than the forward says.
-    """
-    part = workload.part
-    views = [batch.source_view.clone() for batch in batches(workload.model, part.shards, part.samples)]
-    works: dict[str, Callable[[], np.ndarray]] = {FORWARD: lambda: forward(workload.model, views, "pooled")}
+    """Check the extractions, then time them and the forward pass over all images in interleaved rounds."""
+    dataset = workload.dataset
+    # The loader reuses its buffers, so the views are copied.
+    views = [batch.source_view.clone() for batch in batches(workload.model, dataset.shards, dataset.samples)]
+    functions: dict[str, Callable[[], np.ndarray]] = {FORWARD: lambda: encode(workload.model, views, "pooled")}
     for name, kind in kinds.items():
         check(workload, views, name, kind)
-        works[name] = lambda kind=kind: extraction(workload, kind)
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for name in in_turns(works, 1 if session.is_quick else 3, lambda number: session.has_time(f"round {number}")):
+        functions[name] = lambda kind=kind: extract(workload, kind)
+    times_s: dict[str, list[float]] = {name: [] for name in functions}
+    num_rounds = 1 if session.quick else 3
+    for name in interleaved_rounds(functions, num_rounds, lambda number: session.has_time(f"round {number}")):
         begin = time.perf_counter()
-        works[name]()
-        taken[name].append(time.perf_counter() - begin)
-    for name, times_s in taken.items():
-        over = [100 * (own / base - 1) for own, base in zip(times_s, taken[FORWARD], strict=True)]
-        figures = {} if name == FORWARD else {"over_percent": round(statistics.median(over), 2)}
-        result = [Turn(len(part.samples), [time_s]) for time_s in times_s]
-        interleave.note(session, Case(FEATURES, workload.shape, "float32"), name, result, **figures)
+        functions[name]()
+        times_s[name].append(time.perf_counter() - begin)
+    for name, times in times_s.items():
+        # Ratios are formed within a round, because the speed of the machine drifts between rounds.
+        overheads = [100 * (time_s / base_s - 1) for time_s, base_s in zip(times, times_s[FORWARD], strict=True)]
+        figures = {} if name == FORWARD else {"over_percent": round(statistics.median(overheads), 2)}
+        result = [StreamRound(len(dataset.samples), [time_s]) for time_s in times]
+        interleave.record(session, Case(FEATURES, workload.shape, "float32"), name, result, **figures)
 
 
-def forward(model: WorldModel, views: list[torch.Tensor], kind: Kind) -> np.ndarray:
-    """Encode batches that are in memory."""
-    made = [model.encode(view) for view in views]
-    return torch.cat([tokens.mean(dim=1) if kind == "pooled" else tokens.half() for tokens in made]).cpu().numpy()
+def encode(model: WorldModel, views: list[torch.Tensor], kind: Kind) -> np.ndarray:
+    """Return the features of batches that are in memory."""
+    encoded = [model.encode(view) for view in views]
+    return torch.cat([tokens.mean(dim=1) if kind == "pooled" else tokens.half() for tokens in encoded]).cpu().numpy()
 
 
-def extraction(workload: Workload, kind: Kind) -> np.ndarray:
-    """Do what an evaluation does for the features of these images."""
+def extract(workload: Workload, kind: Kind) -> np.ndarray:
+    """Extract the features of all images as an evaluation does, with an empty cache."""
     with TemporaryDirectory() as folder:
         cache = FeatureCache(folder, [workload.model], single_process(workload.model.device.type))
-        return np.array(cache.rows(workload.model, workload.part, kind))
+        return np.array(cache.rows(workload.model, workload.dataset, kind))
 
 
 def check(workload: Workload, views: list[torch.Tensor], name: str, kind: Kind) -> None:
-    """Compare what is kept of the first batches with what the forward says of them.
-
-    Raises:
-        WrongResultError: if they differ.
-    """
-    samples = workload.part.samples[: 2 * EVALUATION_BATCH]
-    few = replace(workload, part=replace(workload.part, samples=samples))
-    wanted = forward(workload.model, views[:2], kind)
-    if not np.array_equal(extraction(few, kind), wanted):
-        raise WrongResultError(f"{name} keeps something else than the encoder says of the same images")
+    """Raise WrongResultError unless the extracted features of the first two batches equal those of the forward pass."""
+    samples = workload.dataset.samples[: 2 * EVALUATION_BATCH]
+    first_batches = replace(workload, dataset=replace(workload.dataset, samples=samples))
+    if not np.array_equal(extract(first_batches, kind), encode(workload.model, views[:2], kind)):
+        raise WrongResultError(f"{name}: the features differ from the encoder's outputs for the same images")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurements of frozen features: names of the records, goal and table."""
+"""Report of frozen features: names of the records, goal and table."""
 
 from collections.abc import Sequence
 
@@ -12,17 +12,17 @@ FORWARD, POOLED, TOKENS = "forward alone", "extraction, pooled", "extraction, to
 
 
 def sections(records: Sequence[Record], level: str = "###") -> str:
-    """Return every table that has something in it, each under a heading, the goals first."""
-    found = {"Goals": goal_table(GOALS, records), "Extraction": _speeds(records)}
-    return tables.sections(found, records, level)
+    """Return the non-empty tables under headings of this level, the goals first."""
+    texts = {"Goals": goal_table(GOALS, records), "Extraction": _speeds(records)}
+    return tables.sections(texts, records, level)
 
 
-def slowest_percent(records: Sequence[Record]) -> float | None:
-    """Return how much longer the slower kind of extraction takes than the forward in the same round."""
+def max_overhead_percent(records: Sequence[Record]) -> float | None:
+    """Return by how many percent the slower kind of extraction takes longer than the forward pass."""
     return max((record.figures["over_percent"] for record in records if "over_percent" in record.figures), default=None)
 
 
-GOALS = (Goal("extraction over the encoder's own forward, %", 10.0, slowest_percent, is_at_most=True),)
+GOALS = (Goal("overhead of an extraction over the encoder's forward, %", 10.0, max_overhead_percent, is_at_most=True),)
 
 
 def _speeds(records: Sequence[Record]) -> str:
@@ -30,11 +30,11 @@ def _speeds(records: Sequence[Record]) -> str:
     if not timed:
         return ""
     columns = {
-        "who": tables.provider,
+        "provider": tables.provider,
         "images/s": figure("images_per_s", ".2f"),
         "s": time("median_ms", ".2f", 1e3),
-        "turns": lambda record: "-".join(time(name, ".2f", 1e3)(record) for name in ("p20_ms", "p80_ms")),
-        "over forward, %": figure("over_percent", ".1f"),
+        "p20-p80": lambda record: "-".join(time(name, ".2f", 1e3)(record) for name in ("p20_ms", "p80_ms")),
+        "overhead, %": figure("over_percent", ".1f"),
     }
     shapes = dict.fromkeys(describe(record.shape) for record in timed)
     return f"{record_table(timed, columns)}\n\n{'; '.join(shapes)}."

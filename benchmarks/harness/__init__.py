@@ -1,1 +1,1 @@
-"""How is something measured? In turns, with its machine, against goals and limits."""
+"""How is performance measured? In interleaved rounds, with a record of the machine, against goals and rooflines."""

@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, and how a session is conducted from begin to end."""
+"""What the commands have in common: arguments, sessions, and the report at the end."""
 
 import argparse
 import os
@@ -14,49 +14,51 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.session import Session, WrongResultError
 
 
-def parser(
+def build_parser(
     module: str, summary: str | None, sections: Iterable[str], *, suffix: str, needs_data: bool = True
 ) -> argparse.ArgumentParser:
-    """Return a parser of the arguments that all of them have; `suffix` ends the name of the default result file."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=summary)
-    made.add_argument("--only", choices=list(sections), help="one section instead of all")
-    made.add_argument("--quick", action="store_true", help="fewer, shorter turns of less work: does it run?")
-    made.add_argument("--limit-s", type=float, default=1e9, help="start nothing new after so many seconds")
-    made.add_argument("--out", type=Path, help=f"append here; default benchmarks/results/<GPU or CPU>{suffix}.jsonl")
-    made.add_argument("--commit", help="what was measured, where there is no git to ask")
+    """Return a parser of the common arguments; `suffix` ends the name of the default result file."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=summary)
+    parser.add_argument("--only", choices=list(sections), help="run one section instead of all")
+    parser.add_argument("--quick", action="store_true", help="smoke test: fewer and shorter rounds on smaller problems")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="start no new measurement after this many seconds")
+    parser.add_argument(
+        "--out", type=Path, help=f"append to this file; default: benchmarks/results/<GPU or CPU>{suffix}.jsonl"
+    )
+    parser.add_argument("--commit", help="commit to record where there is no git repository")
     if needs_data:
         cache = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast")
-        made.add_argument("--data", type=Path, default=cache / "benchmarks", help="where the shards are kept: 0.6 GB")
-    return made
+        parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="folder for the shards (0.6 GB)")
+    return parser
 
 
 def open_session(
-    options: argparse.Namespace, packages: Sequence[str] = (), *, suffix: str, without: Sequence[str] = ()
+    options: argparse.Namespace, packages: Sequence[str] = (), *, suffix: str, excluded: Sequence[str] = ()
 ) -> Session:
-    """Return the session that the arguments ask for, on a GPU if there is one."""
-    about = machine.describe(options.commit, packages)
+    """Return a session with the parsed options, on a GPU if there is one."""
+    description = machine.describe(options.commit, packages)
     return Session(
-        about,
-        effort=timing.QUICK if options.quick else timing.FULL,
+        description,
+        budget=timing.QUICK if options.quick else timing.FULL,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        out=options.out or results.RESULTS / f"{machine.slug(machine.processor(about))}{suffix}.jsonl",
+        out=options.out or results.RESULTS / f"{machine.slug(machine.processor_name(description))}{suffix}.jsonl",
         limit_s=options.limit_s,
-        without=without,
+        excluded=excluded,
     )
 
 
 def run_sections(
     session: Session, sections: Mapping[str, Callable[..., None]], only: str | None, *arguments: Any
 ) -> None:
-    """Call the sections, or the only one, with session and arguments one after the other as long as there is time."""
+    """Call all sections, or `only` one, with the session and the arguments while there is time."""
     for name, section in sections.items():
         if only in (None, name) and session.has_time(name):
             section(session, *arguments)
 
 
 def run_and_report(session: Session, measure: Callable[[], None], tables: Callable[[list[Record]], str]) -> int:
-    """Measure, print tables of what was found, and return the exit status: 1 if someone computed something else."""
-    print(machine.machine_line(session.machine))
+    """Measure, print the tables, and return the exit status: 1 if a provider computed a wrong result."""
+    print(machine.describe_in_words(session.machine))
     status = 0
     try:
         measure()
@@ -64,7 +66,7 @@ def run_and_report(session: Session, measure: Callable[[], None], tables: Callab
         print(f"\nwrong result: {error}", file=sys.stderr)
         status = 1
     print(f"\n{tables(session.records)}\n")
-    for label in session.left_out:
-        print(f"left out: {label}")
+    for label in session.skipped:
+        print(f"skipped: {label}")
     print(f"written to {session.out}")
     return status

@@ -1,7 +1,7 @@
-"""Time streams of batches in turns: one at a time is open and runs, round after round, in changing order.
+"""Time streams of batches in interleaved rounds: only one stream is open at a time, and the order alternates.
 
-A turn leaves out the batches that were made ahead while the stream was opening, and then counts images until its time
-is over. So what is measured is what a training would wait for if it took no time itself.
+Each round opens a stream, discards the batches prefetched while it was opening, and counts images until its time is
+over. The result is the rate at which a training loop that takes no time itself would receive images.
 """
 
 import gc
@@ -14,124 +14,128 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from benchmarks.harness.session import Case, Session
-from benchmarks.harness.timing import Failure, Name, first_line, in_turns, spread
+from benchmarks.harness.timing import Failure, Name, first_line, interleaved_rounds, percentiles
 
 
-class Turns(NamedTuple):
+class StreamBudget(NamedTuple):
     """How long to measure streams that are compared."""
 
     rounds: int
     seconds: float
-    """Of one turn, without opening."""
-    fewest: int
-    """Batches of a turn, however long they take."""
+    """Minimum duration of one round of one stream, without the time to open it."""
+    min_batches: int
+    """Minimum number of batches per round."""
 
 
-FULL = Turns(rounds=5, seconds=5.0, fewest=8)
-QUICK = Turns(rounds=2, seconds=1.0, fewest=2)
+FULL = StreamBudget(rounds=5, seconds=5.0, min_batches=8)
+QUICK = StreamBudget(rounds=2, seconds=1.0, min_batches=2)
 
 
 class Stream(NamedTuple):
-    """Batches from someone who makes them."""
+    """A source of batches."""
 
     start: Callable[[], Any]
-    """Start to make batches; returns an iterator, often a generator, whose close() stops it."""
-    take: Callable[[Any], int]
-    """Have a batch as training would, and return how many images are in it."""
-    ahead: int = 0
-    """Batches that may have been made before they were asked for."""
+    """Returns an iterator of batches, often a generator, whose close() ends the production."""
+    consume: Callable[[Any], int]
+    """Waits until a batch is complete, as training would, and returns its number of images."""
+    prefetched: int = 0
+    """Maximum number of batches produced before the first one is requested."""
     burst: int = 1
-    """Batches that are made at the same time, each by a worker: a turn ends with the last of them."""
+    """Batches that arrive together because parallel workers produce them; a round ends after a complete burst."""
 
     def open(self) -> closing[Any]:
-        """Return a context in which batches are made."""
+        """Return a context manager that yields the iterator and closes it on exit."""
         return closing(self.start())
 
 
-class Turn(NamedTuple):
-    """What came in one turn."""
+class StreamRound(NamedTuple):
+    """Result of one round of one stream."""
 
     images: int
     batch_s: list[float]
-    """How long each batch was waited for."""
+    """Seconds waited for each batch."""
 
     @property
     def images_per_s(self) -> float:
-        """Images over the time from the last batch left out to the last one counted."""
+        """Images over the time from the last discarded batch to the last counted one."""
         return self.images / sum(self.batch_s)
 
 
 def compare(
     streams: Mapping[Name, Stream],
-    turns: Turns,
+    budget: StreamBudget,
     *,
     prepare: Callable[[], object] = lambda: None,
-    most_batches: int | None = None,
+    max_batches: int | None = None,
     deadline: float = math.inf,
-) -> dict[Name, list[Turn] | Failure]:
-    """Give each stream its turns; one that raises is a failure and the others go on.
+) -> dict[Name, list[StreamRound] | Failure]:
+    """Measure all streams in interleaved rounds; a stream that raises becomes a failure and the others continue.
 
     Args:
-        streams: by name.
-        turns: how long.
-        prepare: is called before a stream is opened.
-        most_batches: after so many, the ones left out among them, a turn is over.
-        deadline: no further round is started then, on the monotonic clock.
+        streams: streams by name.
+        budget: number and duration of the rounds.
+        prepare: called before a stream is opened.
+        max_batches: maximum number of batches per round, including discarded ones.
+        deadline: time on the monotonic clock after which no further round starts.
     """
     failures: dict[Name, Failure] = {}
-    taken: dict[Name, list[Turn]] = {name: [] for name in streams}
-    for name in in_turns(streams, turns.rounds, lambda _: time.monotonic() <= deadline):
+    rounds: dict[Name, list[StreamRound]] = {name: [] for name in streams}
+    for name in interleaved_rounds(streams, budget.rounds, lambda _: time.monotonic() <= deadline):
         if name in failures:
             continue
-        # an earlier stream may hold files and memory until it is cleared away
+        # A closed stream can hold files and memory in reference cycles until they are collected.
         gc.collect()
         prepare()
         try:
-            taken[name].append(take_turn(streams[name], turns, most_batches))
+            rounds[name].append(run_round(streams[name], budget, max_batches))
         except Exception as error:
             failures[name] = Failure(first_line(error))
-    return {name: failures.get(name) or taken[name] for name in streams}
+    return {name: failures.get(name) or rounds[name] for name in streams}
 
 
-def take_turn(stream: Stream, turns: Turns, most_batches: int | None = None) -> Turn:
-    """Open a stream and count its images until the time is over."""
+def run_round(stream: Stream, budget: StreamBudget, max_batches: int | None = None) -> StreamRound:
+    """Open a stream and count its images until the time is over.
+
+    Raises:
+        RuntimeError: if the stream ends before any batch is counted.
+    """
     images, batch_s = 0, []
     with stream.open() as batches:
-        for batch in islice(batches, stream.ahead):
-            stream.take(batch)
+        for batch in islice(batches, stream.prefetched):
+            stream.consume(batch)
         begin = last = time.perf_counter()
-        for batch in islice(batches, None if most_batches is None else most_batches - stream.ahead):
-            images += stream.take(batch)
+        for batch in islice(batches, None if max_batches is None else max_batches - stream.prefetched):
+            images += stream.consume(batch)
             now = time.perf_counter()
             batch_s.append(now - last)
             last = now
-            is_long_enough = now - begin >= turns.seconds and len(batch_s) >= turns.fewest
+            is_long_enough = now - begin >= budget.seconds and len(batch_s) >= budget.min_batches
             if is_long_enough and len(batch_s) % stream.burst == 0:
                 break
     if not batch_s:
-        raise RuntimeError("every batch was made ahead: there is too little data for a turn")
-    return Turn(images, batch_s)
+        raise RuntimeError("all batches were prefetched: too little data for a round")
+    return StreamRound(images, batch_s)
 
 
-def summarize(taken: Sequence[Turn]) -> dict[str, Any]:
-    """Return median and percentiles over turns of the milliseconds per batch, at the size of the first."""
-    size = taken[0].images / len(taken[0].batch_s)
-    return spread([1e3 * size / turn.images_per_s for turn in taken])
+def summarize(rounds: Sequence[StreamRound]) -> dict[str, Any]:
+    """Return median and percentiles over rounds of the milliseconds per batch, at the first round's batch size."""
+    batch_size = rounds[0].images / len(rounds[0].batch_s)
+    return percentiles([1e3 * batch_size / result.images_per_s for result in rounds])
 
 
-def note(session: Session, case: Case, provider: str, result: list[Turn] | Failure, **figures: Any) -> None:
-    """Write a record: ms per batch over whole turns, images per second, and how long batches were waited for."""
+def record(session: Session, case: Case, provider: str, result: list[StreamRound] | Failure, **figures: Any) -> None:
+    """Record milliseconds per batch over complete rounds, images per second, and the waiting time per batch."""
     if isinstance(result, Failure):
-        session.note(case, provider, failure=result.line)
+        session.record(case, provider, failure=result.message)
         return
-    images_per_s = statistics.median(turn.images_per_s for turn in result)
-    waits_ms = sorted(1e3 * wait for turn in result for wait in turn.batch_s)
-    found = {
+    images_per_s = statistics.median(stream_round.images_per_s for stream_round in result)
+    waits_ms = sorted(1e3 * wait for stream_round in result for wait in stream_round.batch_s)
+    rates = {
         "images_per_s": round(images_per_s, 1),
         "images_per_s_per_core": round(images_per_s / session.machine["cores"], 1),
         "batch_p50_ms": round(statistics.median(waits_ms), 2),
         "batch_p99_ms": round(waits_ms[int(0.99 * len(waits_ms))], 2),
         "batches": len(waits_ms),
-        "images": sum(turn.images for turn in result),
+        "images": sum(stream_round.images for stream_round in result),
     }
-    session.note(case, provider, **summarize(result), figures=found | figures)
+    session.record(case, provider, **summarize(result), figures=rates | figures)

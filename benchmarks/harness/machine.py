@@ -1,4 +1,4 @@
-"""On what a number was measured: no number without its machine, command and commit."""
+"""Description of the machine, command and commit that every record carries."""
 
 import importlib.metadata
 import math
@@ -23,17 +23,17 @@ PIPELINE_PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow
 
 
 def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Return CPU, GPU, versions, commit, command and the time of starting; what there is not, is not said.
+    """Return GPU, CPU, versions, commit, command and start time, without what is missing or unknown.
 
     Args:
-        commit: what to say where there is no git, as in a copy of the working tree; otherwise git is asked.
-        packages: whose versions matter too.
+        commit: commit to record where there is no git repository, as in a copy of the working tree; default: ask git.
+        packages: distributions whose versions are recorded besides those of PyTorch and Triton.
     """
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    found = {
+    description = {
         "gpu": properties.name if properties else None,
         "multiprocessors": properties.multi_processor_count if properties else None,
-        "driver": _driver() if properties else None,
+        "driver": _driver_version() if properties else None,
         "cpu": cpu_name(),
         "cores": num_cores(),
         "torch": torch.__version__,
@@ -43,26 +43,26 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "commit": commit or provenance.commit(),
-        # as it was typed, without the interpreter's folder
+        # The original arguments include -m, which sys.argv does not. The interpreter's folder is left out.
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return {name: value for name, value in found.items() if value not in (None, "unknown")}
+    return {name: value for name, value in description.items() if value not in (None, "unknown")}
 
 
 def slug(name: str) -> str:
-    """Return a processor's name as a file's."""
+    """Return a name in lower case with hyphens, for use as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use, by its affinity and its container's limit."""
-    allowed, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
+    """Return how many cores this process may use according to its CPU affinity and its container's quota."""
+    affinity, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
     quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
-    return allowed if quota == "max" else min(allowed, max(math.floor(int(quota) / int(period)), 1))
+    return affinity if quota == "max" else min(affinity, max(math.floor(int(quota) / int(period)), 1))
 
 
-def _driver() -> str | None:
+def _driver_version() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -71,19 +71,20 @@ def _driver() -> str | None:
     return answer.strip().partition("\n")[0] or None
 
 
-def processor(about: dict[str, Any]) -> str:
-    """Return a name for what does the work."""
-    cpu = f"{about.get('cpu') or 'CPU'}, {about.get('cores')} cores"
-    return f"{about['gpu']}, {cpu}" if about.get("gpu") else cpu
+def processor_name(description: dict[str, Any]) -> str:
+    """Return the name of the GPU, if any, and of the CPU with its number of cores."""
+    cpu = f"{description.get('cpu') or 'CPU'}, {description.get('cores')} cores"
+    return f"{description['gpu']}, {cpu}" if description.get("gpu") else cpu
 
 
-def machine_line(about: dict[str, Any]) -> str:
-    """Return on what was measured, in words."""
+def describe_in_words(description: dict[str, Any]) -> str:
+    """Return a line of text for a description: processors, measured ceilings, versions, start time and command."""
     ceilings = ""
-    if "matrix_flops_per_s" in about:
-        copy, product = about["copy_bytes_per_s"] / 1e12, about["matrix_flops_per_s"] / 1e12
+    if "matrix_flops_per_s" in description:
+        copy, product = description["copy_bytes_per_s"] / 1e12, description["matrix_flops_per_s"] / 1e12
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
     names = ("driver", *PIPELINE_PACKAGES, "deepspeed", "torch", "triton", "cuda", "cudnn", "python", "commit")
-    versions = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
-    cpu = f", {about['cpu']}, {about['cores']} cores" if about.get("cpu") else ""
-    return f"{about.get('gpu') or 'no GPU'}{cpu}: {ceilings}{versions}; {about.get('run')}; `{about.get('command')}`"
+    versions = ", ".join(f"{name} {description[name]}" for name in names if description.get(name) is not None)
+    cpu = f", {description['cpu']}, {description['cores']} cores" if description.get("cpu") else ""
+    processors, run = f"{description.get('gpu') or 'no GPU'}{cpu}", description.get("run")
+    return f"{processors}: {ceilings}{versions}; {run}; `{description.get('command')}`"

@@ -1,4 +1,4 @@
-"""One run of the benchmarks: its time, what was measured, and the check that comes before measuring."""
+"""One run of a benchmark: its time limit, its records, and the correctness check that precedes every timing."""
 
 import sys
 import time
@@ -14,27 +14,27 @@ from benchmarks.harness import timing
 from benchmarks.harness.providers import Function, Provider, compiled
 from benchmarks.harness.records import PASSES, Record, Shape, append
 from benchmarks.harness.rooflines import Cost
-from benchmarks.harness.timing import Effort, Failure
+from benchmarks.harness.timing import Failure, TimingBudget
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 
-ROUNDING = 5e-3
-"""Relative errors below are bfloat16's own: rounding a result once costs up to 2e-3."""
-WRONG = 3e-2
-"""Relative error from which a bfloat16 result is wrong, unless plain PyTorch's is half of it; that of the tests."""
+ROUNDING_ERROR = 5e-3
+"""Relative errors below this are bfloat16 rounding: rounding a result once costs up to 2e-3."""
+MAX_RELATIVE_ERROR = 3e-2
+"""A larger error of a bfloat16 result is wrong, unless it is at most twice plain PyTorch's; the tests use it, too."""
 
 
 class WrongResultError(RuntimeError):
-    """A fused operation does not compute what its reference does: no time of it means anything."""
+    """A provider does not compute what it is compared with, so its time means nothing."""
 
 
 class Case(NamedTuple):
-    """A task that providers compete in."""
+    """What providers are compared on: an operation or a stage, at one shape and dtype."""
 
     what: str
     shape: Shape
     dtype: str = "bfloat16"
     costs: dict[str, Cost] | None = None
-    """By pass."""
+    """Minimum bytes and operations by pass, if they are known."""
 
     def __str__(self) -> str:
         return f"{self.what} {' '.join(f'{name}={value}' for name, value in self.shape.items())}"
@@ -42,101 +42,92 @@ class Case(NamedTuple):
 
 @dataclass
 class Session:
-    """Where measurements go."""
+    """State of one run: machine, budget, and the records measured so far."""
 
     machine: dict[str, Any]
     _: KW_ONLY
-    effort: Effort
+    budget: TimingBudget
     device: str
     out: Path | None = None
     """File that records are appended to."""
     limit_s: float = 1e9
-    """Seconds after which nothing new is started."""
-    without: Sequence[str] = ()
-    """Providers whose names contain one of these are left out."""
+    """Seconds after which no new measurement starts."""
+    excluded: Sequence[str] = ()
+    """Providers whose names contain one of these strings are not timed."""
     records: list[Record] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    """What there was no time or no device for."""
+    skipped: list[str] = field(default_factory=list)
+    """Measurements for which there was no time or no device."""
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.limit_s
-        self.is_quick = self.effort == timing.QUICK
+        self.quick = self.budget == timing.QUICK
 
     def has_time(self, what: object) -> bool:
-        """Return whether something new may start; remember what may not."""
+        """Return whether a new measurement may start, and list it under `skipped` if not."""
         if time.monotonic() < self.deadline:
             print(f"... {what}", file=sys.stderr, flush=True)
             return True
-        self.left_out.append(str(what))
+        self.skipped.append(str(what))
         return False
 
     def deadline_of(self, share: float) -> float:
-        """Return when that share of the time left will be over, so that something is left for the rest."""
+        """Return the monotonic time at which this share of the remaining time is used up."""
         now = time.monotonic()
         return now + share * (self.deadline - now)
 
-    def note(self, case: Case, provider: str, pass_: str = "", **values: Any) -> None:
-        """Write one record."""
-        record = Record(
-            what=case.what,
-            provider=provider,
-            shape=case.shape,
-            dtype=case.dtype,
-            pass_=pass_,
-            machine=self.machine,
-            **values,
-        )
+    def record(self, case: Case, provider: str, pass_: str = "", **values: Any) -> None:
+        """Keep one record, and append it to the file."""
+        values |= {"pass_": pass_, "machine": self.machine}
+        record = Record(what=case.what, provider=provider, shape=case.shape, dtype=case.dtype, **values)
         self.records.append(record)
         if self.out is not None:
             append(self.out, record)
 
-    def note_failure(self, case: Case, provider: str, error: Exception, pass_: str = "") -> None:
-        """Write what a provider raised; if the GPU computes no more after it, raise that."""
-        self.note(case, provider, pass_, failure=timing.first_line(error))
+    def record_failure(self, case: Case, provider: str, error: Exception, pass_: str = "") -> None:
+        """Record the error of a provider; raise instead if it left the GPU unusable."""
+        self.record(case, provider, pass_, failure=timing.first_line(error))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def compare_ops(
-        self,
-        case: Case,
-        operation: Callable[..., Function],
-        inputs: dict[str, Tensor],
-        d_outputs: dict[str, Tensor],
+        self, case: Case, operation: Callable[..., Function], inputs: dict[str, Tensor], d_outputs: dict[str, Tensor]
     ) -> None:
-        """Check the fused operation, and time it, the plain one and that compiled.
+        """Check the fused operation, then time it beside the plain and the compiled one.
 
         Args:
-            case: what is compared.
-            operation: takes `Ops`, and exact=True for float64 without autocast; returns the function of the inputs.
-            inputs: what is passed, by name.
-            d_outputs: the gradient that comes back for each output, by name.
+            case: operation and shape.
+            operation: maps `Ops` to the function of the inputs; with exact=True for float64 without autocast.
+            inputs: inputs by name.
+            d_outputs: the gradient of each output by name.
 
         Raises:
-            WrongResultError: see `check`.
+            WrongResultError: if an error of the fused operation exceeds twice the plain one's, and 3e-2.
         """
         fused = Provider("fused", operation(FUSED), tuple(inputs.values()), tuple(d_outputs.values()))
         plain = fused._replace(name="eager", function=operation(REFERENCE))
-        exact = fused.in_double(operation(REFERENCE, exact=True))
+        exact = fused.in_float64(operation(REFERENCE, exact=True))
         names = [*d_outputs, *(f"d_{name}" for name in inputs)]
-        own = [fused] if self.check(case, names, fused=fused, plain=plain, exact=exact) else []
-        self.measure(case, [*own, plain, plain._replace(name="compiled", function=compiled(plain.function))])
+        runs_fused = self.check(case, names, fused=fused, plain=plain, exact=exact)
+        baselines = [plain, plain._replace(name="compiled", function=compiled(plain.function))]
+        self.measure(case, [fused, *baselines] if runs_fused else baselines)
 
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:
-        """Time every pass of all providers in turns; one that raises is written down and drops out."""
+        """Time all providers pass by pass; one that raises is recorded and drops out of the remaining passes."""
         if torch.cuda.is_available():
-            # after eight shapes of one function Dynamo would give up, silently
+            # Dynamo silently falls back to eager after eight recompilations of one function (its recompile limit).
             torch.compiler.reset()
-        able = [one for one in providers if not any(name in one.name for name in self.without)]
+        remaining = [provider for provider in providers if not any(name in provider.name for name in self.excluded)]
         for pass_ in passes:
-            found = timing.compare({one.name: one.work(pass_) for one in able}, effort=self.effort)
-            self.note_timings(case, pass_, found)
-            able = [one for one in able if not isinstance(found[one.name], Failure)]
+            functions = {provider.name: provider.timed_pass(pass_) for provider in remaining}
+            results = timing.compare(functions, budget=self.budget)
+            self.record_timings(case, pass_, results)
+            remaining = [provider for provider in remaining if not isinstance(results[provider.name], Failure)]
 
-    def note_timings(self, case: Case, pass_: str, found: dict[str, timing.Timing | Failure]) -> None:
-        """Write a record for each provider: its times, and how near the floor they are, or why there are none."""
-        for name, result in found.items():
+    def record_timings(self, case: Case, pass_: str, results: dict[str, timing.Timing | Failure]) -> None:
+        """Record for each provider either its times and its share of the floor, or its failure."""
+        for name, result in results.items():
             if isinstance(result, Failure):
-                self.note(case, name, pass_, failure=result.line)
+                self.record(case, name, pass_, failure=result.message)
                 continue
             values: dict[str, Any] = result._asdict()
             if case.costs is not None:
@@ -144,7 +135,7 @@ class Session:
                 values |= {"bytes": cost.bytes or None, "flops": cost.flops or None}
                 if bandwidth and cost.bytes:
                     values["share_of_floor"] = 1e3 * cost.bytes / bandwidth / result.median_ms
-            self.note(case, name, pass_, **values)
+            self.record(case, name, pass_, **values)
 
     def check(
         self,
@@ -154,47 +145,47 @@ class Session:
         fused: Provider,
         plain: Provider,
         exact: Provider,
-        rows: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        select: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> bool:
-        """Compare fused results and gradients with float64's, and so with what plain PyTorch makes of the same.
+        """Record the errors of the fused and the plain operation relative to float64, and bound the fused ones.
 
         Args:
-            case: what is about to be timed.
-            names: of the outputs, then the inputs.
+            case: operation and shape that are about to be timed.
+            names: names of the outputs, then of the inputs.
             fused: the fused operation.
             plain: the reference in the same precision.
             exact: the reference in float64.
-            rows: what of the fused tensors the others compute.
+            select: returns the part of a fused tensor that the other two compute.
 
         Returns:
-            Whether the fused operation runs; an error of it is written down.
+            Whether the fused operation runs; its error is recorded if it does not.
 
         Raises:
-            WrongResultError: if an error exceeds twice the plain one's, and 3e-2.
+            WrongResultError: if an error of the fused operation exceeds twice the plain one's, and 3e-2.
         """
-        wanted = exact.outputs_and_gradients()
-        expected = dict(zip(names, map(relative_error, plain.outputs_and_gradients(), wanted), strict=True))
+        expected = exact.outputs_and_gradients()
+        plain_errors = dict(zip(names, map(relative_error, plain.outputs_and_gradients(), expected), strict=True))
         try:
-            got = [rows(tensor) for tensor in fused.outputs_and_gradients()]
+            actual = [select(tensor) for tensor in fused.outputs_and_gradients()]
         except Exception as error:
-            self.note_failure(case, fused.name, error)
+            self.record_failure(case, fused.name, error)
             return False
-        found = dict(zip(names, map(relative_error, got, wanted), strict=True))
-        checked = Case(f"{case.what} error", case.shape, case.dtype)
-        self.note(checked, fused.name, figures=found)
-        self.note(checked, "plain", figures=expected)
+        fused_errors = dict(zip(names, map(relative_error, actual, expected), strict=True))
+        error_case = Case(f"{case.what} error", case.shape, case.dtype)
+        self.record(error_case, fused.name, figures=fused_errors)
+        self.record(error_case, "plain", figures=plain_errors)
         for name in names:
-            allowed = max(2 * expected[name], WRONG)
-            # written so that NaN fails
-            if not found[name] <= allowed:
+            limit = max(2 * plain_errors[name], MAX_RELATIVE_ERROR)
+            # The negated comparison is also true for NaN.
+            if not fused_errors[name] <= limit:
                 raise WrongResultError(
-                    f"{case}: {name} of {fused.name} is off by {found[name]:.2e} relative to float64, "
-                    f"allowed {allowed:.2e}; run pytest tests/kernels"
+                    f"{case}: {name} of {fused.name} is off by {fused_errors[name]:.2e} relative to float64, "
+                    f"at most {limit:.2e} is allowed; run pytest tests/kernels"
                 )
         return True
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Return ||got - wanted|| / ||wanted||."""
-    difference = (got.double() - wanted.double()).norm()
-    return float(difference / wanted.double().norm().clamp(min=1e-30))
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return ||actual - expected|| / ||expected||, computed in float64."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp(min=1e-30))

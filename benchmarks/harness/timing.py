@@ -1,7 +1,7 @@
-"""Time functions: warm, in turns and out of the cache; what the device takes by events, what the host takes beside it.
+"""Time functions on warm code and a cold cache: the device by events, and the host's time to enqueue the work.
 
-Machines are noisy, so whatever is compared runs in one process in turns, A B C A B C, and is told by median and spread.
-Without a GPU the same code times by the host's clock: good for trying the benchmarks out, not for results.
+Machines are noisy, so functions that are compared run in one process and alternate, A B C A B C; each is reported as a
+median with percentiles. Without a GPU the host's clock is used: that tests the benchmarks, but yields no results.
 """
 
 import functools
@@ -13,86 +13,87 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 FLUSH_BYTES = 256 * 2**20
-"""Read between repeats; an H100 caches 50 MB, an H200 60 MB."""
+"""Bytes read between repeats to empty the L2 cache, which has 50 MB on an H100 and 60 MB on an H200."""
 COPY_BYTES = 2 * 2**30
-"""Size of the tensor whose copy measures the memory's bandwidth."""
+"""Size of the tensor whose copy measures the memory bandwidth."""
 MATRIX_SIDE = 8192
 """Side of the matrices whose product measures the rate of matrix instructions."""
 
+# torch.cuda._sleep counts clock cycles. At 2 GHz, above the clock of an H100 or H200, the wait is never too short.
 _CYCLES_PER_MS = 2_000_000
-_LONGEST_NAP_MS = 50.0
+_MAX_SPIN_MS = 50.0
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one function."""
+    """Time of one function in milliseconds."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     repeats: int
     host_ms: float
-    """Median of what the host needs to start the work."""
+    """Median time that the host needs to enqueue the work."""
 
 
 class Failure(NamedTuple):
     """A function that raised."""
 
-    line: str
-    """First line of the error."""
+    message: str
+    """Type and first line of the error."""
 
 
-class Effort(NamedTuple):
-    """How long to measure a group of functions that are compared."""
+class TimingBudget(NamedTuple):
+    """How long to time a group of functions that are compared."""
 
     seconds: float
-    fewest: int
-    most: int
+    min_repeats: int
+    max_repeats: int
     warm_ups: int = 5
 
 
-FULL = Effort(seconds=0.8, fewest=20, most=200)
-QUICK = Effort(seconds=0.25, fewest=10, most=50)
+FULL = TimingBudget(seconds=0.8, min_repeats=20, max_repeats=200)
+QUICK = TimingBudget(seconds=0.25, min_repeats=10, max_repeats=50)
 
 
-class Work(NamedTuple):
-    """What is timed, and what happens before it, untimed."""
+class TimedFunction(NamedTuple):
+    """A function to time, and the untimed preparation of its argument."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
 
 
-def measure(function: Callable[[], object], *, effort: Effort = FULL) -> Timing:
+def measure(function: Callable[[], object], *, budget: TimingBudget = FULL) -> Timing:
     """Time one function.
 
     Raises:
         RuntimeError: if the function raised, with the first line of its error.
     """
-    timing = compare({"it": Work(lambda _: function())}, effort=effort)["it"]
+    timing = compare({"": TimedFunction(lambda _: function())}, budget=budget)[""]
     if isinstance(timing, Failure):
-        raise RuntimeError(timing.line)
+        raise RuntimeError(timing.message)
     return timing
 
 
-def compare(works: dict[str, Work], *, effort: Effort = FULL) -> dict[str, Timing | Failure]:
-    """Time functions in turns; one that raises while it warms up is a failure and the others go on."""
-    warmed = {name: warm_up(work, effort.warm_ups) for name, work in works.items()}
-    naps = {name: nap_ms for name, nap_ms in warmed.items() if not isinstance(nap_ms, Failure)}
+def compare(functions: dict[str, TimedFunction], *, budget: TimingBudget = FULL) -> dict[str, Timing | Failure]:
+    """Time functions alternately; a function that raises during warm-up becomes a failure and the others continue."""
+    warmed = {name: warm_up(function, budget.warm_ups) for name, function in functions.items()}
+    spins_ms = {name: spin_ms for name, spin_ms in warmed.items() if not isinstance(spin_ms, Failure)}
     begin = time.perf_counter()
-    for name, nap_ms in naps.items():
-        _once(works[name], nap_ms)
-    turn_s = max(time.perf_counter() - begin, 1e-6)
-    repeats = min(max(int(effort.seconds / turn_s), effort.fewest), effort.most)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in naps}
+    for name, spin_ms in spins_ms.items():
+        _time_once(functions[name], spin_ms)
+    round_s = max(time.perf_counter() - begin, 1e-6)
+    repeats = min(max(int(budget.seconds / round_s), budget.min_repeats), budget.max_repeats)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in spins_ms}
     for _ in range(repeats):
-        for name, nap_ms in naps.items():
-            times[name].append(_once(works[name], nap_ms))
-    return {name: one if isinstance(one, Failure) else summarize(times[name]) for name, one in warmed.items()}
+        for name, spin_ms in spins_ms.items():
+            times[name].append(_time_once(functions[name], spin_ms))
+    return {name: entry if isinstance(entry, Failure) else summarize(times[name]) for name, entry in warmed.items()}
 
 
-def in_turns(names: Iterable[Name], rounds: int, has_time: Callable[[int], bool]) -> Iterator[Name]:
-    """Yield all names once a round, in changing order, as long as there is time for the second round and so on."""
+def interleaved_rounds(names: Iterable[Name], rounds: int, has_time: Callable[[int], bool]) -> Iterator[Name]:
+    """Yield all names once per round, reversing the order each round; `has_time(n)` decides if round n >= 2 starts."""
     order = list(names)
     for number in range(rounds):
         if number > 0 and not has_time(number + 1):
@@ -100,8 +101,8 @@ def in_turns(names: Iterable[Name], rounds: int, has_time: Callable[[int], bool]
         yield from order[:: 1 if number % 2 == 0 else -1]
 
 
-def spread(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Return median and percentiles of milliseconds under a record's names; a single time is all of them."""
+def percentiles(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Return median, 20th and 80th percentile under the field names of a record; a single time stands for all three."""
     tenths = statistics.quantiles(times_ms, n=10, method="inclusive") if len(times_ms) > 1 else [*times_ms] * 9
     return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7], "repeats": len(times_ms)}
 
@@ -109,46 +110,52 @@ def spread(times_ms: Sequence[float]) -> dict[str, Any]:
 def summarize(times: Sequence[tuple[float, float]]) -> Timing:
     """Return median and percentiles of (device, host) milliseconds."""
     device_ms, host_ms = zip(*times, strict=True)
-    return Timing(**spread(device_ms), host_ms=statistics.median(host_ms))
+    return Timing(**percentiles(device_ms), host_ms=statistics.median(host_ms))
 
 
-def warm_up(work: Work, times: int) -> float | Failure:
-    """Run work until it is compiled and loaded; return for how long the device has to wait for the host, in ms."""
+def warm_up(function: TimedFunction, repeats: int) -> float | Failure:
+    """Run a function until it is compiled and loaded.
+
+    Returns:
+        Milliseconds that the device must spin so that the host can enqueue all work first; or the failure.
+    """
     try:
-        hosts = [_once(work, 0.0)[1] for _ in range(times)]
+        host_ms = [_time_once(function, 0.0)[1] for _ in range(repeats)]
     except Exception as error:
         failure = Failure(first_line(error))
     else:
-        return min(2 * max(hosts[-2:]) + 0.05, _LONGEST_NAP_MS)
+        # The first calls compile. Twice the slower of the last two leaves a margin for a busy host.
+        return min(2 * max(host_ms[-2:]) + 0.05, _MAX_SPIN_MS)
     if torch.cuda.is_available():
-        # after an illegal access every call fails: then this raises too and ends the run
+        # After an illegal memory access every later CUDA call fails, too. Then this call raises and ends the run.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     return failure
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and first line: what a table has room for."""
+    """Return type and first line of an error, at most 200 characters."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def _once(work: Work, nap_ms: float) -> tuple[float, float]:
-    """Return milliseconds of device and host."""
-    state = work.prepare()
+def _time_once(function: TimedFunction, spin_ms: float) -> tuple[float, float]:
+    """Return the milliseconds of device and host for one call."""
+    state = function.prepare()
     if not torch.cuda.is_available():
         begin = time.perf_counter()
-        work.run(state)
-        spent_ms = 1e3 * (time.perf_counter() - begin)
-        return spent_ms, spent_ms
-    # read, not overwritten as usual: lines that are dirty would be written back while the clock runs
+        function.run(state)
+        elapsed_ms = 1e3 * (time.perf_counter() - begin)
+        return elapsed_ms, elapsed_ms
+    # The usual way is to overwrite a buffer. That leaves dirty cache lines, whose write-back would fall into the
+    # timed region, so the buffer is only read.
     _flush_buffer().sum()
-    # the device waits until all of the work is enqueued; otherwise short kernels measure the host
-    torch.cuda._sleep(int(nap_ms * _CYCLES_PER_MS))
+    # The device spins until the host has enqueued all work. Otherwise short kernels would measure the host.
+    torch.cuda._sleep(int(spin_ms * _CYCLES_PER_MS))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin = time.perf_counter()
     start.record()
-    work.run(state)
+    function.run(state)
     end.record()
     host_ms = 1e3 * (time.perf_counter() - begin)
     end.synchronize()
@@ -160,14 +167,14 @@ def _flush_buffer() -> torch.Tensor:
     return torch.ones(FLUSH_BYTES // 4, device="cuda")
 
 
-def copy_bandwidth(device: str, *, num_bytes: int = COPY_BYTES, effort: Effort = FULL) -> float:
-    """Return bytes per second of a copy within the device's memory, read and written."""
+def copy_bandwidth(device: str, *, num_bytes: int = COPY_BYTES, budget: TimingBudget = FULL) -> float:
+    """Return bytes per second of a copy within device memory, counting bytes read and bytes written."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * num_bytes / (1e-3 * measure(lambda: target.copy_(source), effort=effort).median_ms)
+    return 2 * num_bytes / (1e-3 * measure(lambda: target.copy_(source), budget=budget).median_ms)
 
 
-def matrix_rate(device: str, *, side: int = MATRIX_SIDE, effort: Effort = FULL) -> float:
-    """Return bfloat16 operations per second of a large matrix product on random numbers (zeros run faster)."""
+def matrix_rate(device: str, *, side: int = MATRIX_SIDE, budget: TimingBudget = FULL) -> float:
+    """Return bfloat16 FLOP/s of a large product of random matrices (products of zeros run faster)."""
     left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    return 2 * side**3 / (1e-3 * measure(lambda: left @ right, effort=effort).median_ms)
+    return 2 * side**3 / (1e-3 * measure(lambda: left @ right, budget=budget).median_ms)

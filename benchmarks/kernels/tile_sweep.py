@@ -1,7 +1,7 @@
-"""Other settings of the attention tables, timed beside the shipped ones: how the static tables are tuned.
+"""Tune the static tables of attention: time candidates beside the shipped launches.
 
-Every candidate is one launch that the operation's own host functions make from another Group or other Tiles. It is
-compiled beforehand, on all cores; what spills, does not fit or gives another result than the shipped setting drops out.
+A candidate is a launch that the operation's host functions build from a different Group or from different Tiles. All
+candidates are compiled first, on all cores. One that spills, does not fit or computes a wrong result is not timed.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.harness import tables, timing
 from benchmarks.harness.records import BACKWARD, FORWARD, Record
-from benchmarks.harness.session import ROUNDING, Case, Session, relative_error
-from benchmarks.kernels.attention_baselines import inputs
+from benchmarks.harness.session import ROUNDING_ERROR, Case, Session, relative_error
+from benchmarks.kernels.attention_baselines import random_inputs
 from iwm_fast.kernels.attention import flash, short
 from iwm_fast.kernels.attention.flash import Cut, Tiles
 from iwm_fast.kernels.attention.op import backward_launches, forward_launches
@@ -25,17 +25,17 @@ from iwm_fast.kernels.attention.packed import Packed
 from iwm_fast.kernels.attention.short import Group
 from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compilable, interpretable, power_of_two_tiles
 
-WHOLE_LENGTHS = (196, 256, 212)
+SHORT_LENGTHS = (196, 256, 212)
 TILED_LENGTHS = (400, 320)
 HEAD_DIMS = (64, 32)
 TILES = [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
-"""Settings for long sequences."""
+"""Candidates for long sequences."""
 SHIPPED = "shipped"
-_PARTS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
+_TILED_KERNELS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
 
 
 class Buffers(NamedTuple):
-    """The tensors of one task."""
+    """The tensors of one problem."""
 
     packed: Packed
     out: Tensor
@@ -45,42 +45,42 @@ class Buffers(NamedTuple):
 
     @property
     def backward(self) -> dict[str, Tensor]:
-        """What a backward launch takes."""
+        """Keyword arguments of a backward launch."""
         return {"out": self.out, "lse": self.lse, "d_out": self.d_out, "d_qkv": self.d_qkv}
 
 
 def run(session: Session) -> None:
-    """Time every candidate for the lengths that matter most, and for long sequences."""
-    for head_dim, length in itertools.product(HEAD_DIMS, WHOLE_LENGTHS[:1] if session.is_quick else WHOLE_LENGTHS):
+    """Time all candidates for the lengths that matter most, and for long sequences."""
+    for head_dim, length in itertools.product(HEAD_DIMS, SHORT_LENGTHS[:1] if session.quick else SHORT_LENGTHS):
         for pass_ in (BACKWARD, FORWARD):
             sweep(session, length, head_dim, "whole", pass_)
-    for head_dim, length in itertools.product(HEAD_DIMS, () if session.is_quick else TILED_LENGTHS):
-        for part, pass_ in _PARTS.items():
-            sweep(session, length, head_dim, part, pass_)
+    for head_dim, length in itertools.product(HEAD_DIMS, () if session.quick else TILED_LENGTHS):
+        for kernel, pass_ in _TILED_KERNELS.items():
+            sweep(session, length, head_dim, kernel, pass_)
 
 
 def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str, *, images: int = 256) -> None:
-    """Time settings for one length: of the kernel for whole sequences, or of one of those for tiles."""
+    """Time candidates for one length and kernel: "whole" for short sequences, or one of `_TILED_KERNELS`."""
     case = Case("attention sweep", {"N": length, "d": head_dim, "H": 12, "B": images, "kernel": kernel})
     if not session.has_time(f"{case} {pass_}"):
         return
-    buffers = prepared(images, length, (12, head_dim), session.device)
+    buffers = prepare_buffers(images, length, (12, head_dim), session.device)
     if kernel == "whole":
-        candidates = {name_group(group): whole_launch(group, pass_, buffers) for group in groups(length)}
-        usual = shipped(pass_, buffers)
+        candidates = {name_group(group): short_launch(group, pass_, buffers) for group in candidate_groups(length)}
+        shipped = shipped_launches(pass_, buffers)
     else:
         cut = flash.cut_for(architecture(buffers.out.device), buffers.packed)
-        first = tiled_launch(cut.d_query, "d_query", buffers)
-        # the second kernel backward reads what the first one writes
-        first.run()
-        shared = {} if kernel == "forward" else {"delta_ptr": first.arguments["delta_ptr"]}
+        d_query = tiled_launch(cut.d_query, "d_query", buffers)
+        # The d_key kernel reads the row sums ("delta") that the d_query kernel writes.
+        d_query.run()
+        shared = {} if kernel == "forward" else {"delta_ptr": d_query.arguments["delta_ptr"]}
         candidates = {name_tiles(tiles): tiled_launch(tiles, kernel, buffers, shared) for tiles in TILES}
-        usual = [tiled_launch(getattr(cut, kernel), kernel, buffers, shared)]
-    time_launches(session, case, pass_, candidates, usual, buffers=buffers)
+        shipped = [tiled_launch(getattr(cut, kernel), kernel, buffers, shared)]
+    time_launches(session, case, pass_, candidates, shipped, buffers=buffers)
 
 
-def groups(length: int) -> list[Group]:
-    """Return settings for one length: splits of the keys, queries of a tile, warps, stages."""
+def candidate_groups(length: int) -> list[Group]:
+    """Return groups for one length: all combinations of key splits, queries per tile, warps and stages."""
     splits = dict.fromkeys(
         (
             power_of_two_tiles(length, 16),
@@ -95,128 +95,121 @@ def groups(length: int) -> list[Group]:
 
 
 def name_group(group: Group) -> str:
-    """Return a group's name in the tables."""
+    """Return the name of a group in the tables."""
     split = "+".join(map(str, group.key_splits[-1]))
     return f"{split} q{group.num_queries} w{group.num_warps} s{group.num_stages}"
 
 
 def name_tiles(tiles: Tiles) -> str:
-    """Return tiles' name in the tables."""
+    """Return the name of tiles in the tables."""
     return f"{tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages}"
 
 
-def prepared(images: int, length: int, heads: tuple[int, int], device: str) -> Buffers:
-    """Return tensors, those that forward fills filled by the shipped setting."""
-    qkv, d_out = inputs(images * length, *heads, device)
+def prepare_buffers(images: int, length: int, heads: tuple[int, int], device: str) -> Buffers:
+    """Return random inputs, with the outputs of the shipped forward launches."""
+    qkv, d_out = random_inputs(images * length, *heads, device)
     qkv, d_out = interpretable(qkv.detach()), interpretable(d_out)
     out, lse = torch.empty_like(d_out), torch.empty(heads[0], images * length, device=device)
     buffers = Buffers(Packed(qkv, None, length), out, lse, d_out, torch.empty_like(qkv))
-    for launch in shipped(FORWARD, buffers):
+    for launch in shipped_launches(FORWARD, buffers):
         launch.run()
     return buffers
 
 
-def shipped(pass_: str, buffers: Buffers) -> list[Launch]:
-    """Return what the operation starts."""
+def shipped_launches(pass_: str, buffers: Buffers) -> list[Launch]:
+    """Return the launches of the operation itself."""
     arch = architecture(buffers.out.device)
     if pass_ == FORWARD:
         return forward_launches(arch, buffers.packed, buffers.out, buffers.lse)
     return backward_launches(arch, buffers.packed, **buffers.backward)
 
 
-def whole_launch(group: Group, pass_: str, buffers: Buffers) -> Launch:
-    """Return a pass over sequences that a group holds."""
+def short_launch(group: Group, pass_: str, buffers: Buffers) -> Launch:
+    """Return the launch of a pass for sequences that fit into a group."""
     if pass_ == FORWARD:
         return short.forward_launches((group,), buffers.packed, buffers.out, buffers.lse)[0]
     return short.backward_launches((group,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
 
 
-def tiled_launch(tiles: Tiles, part: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
-    """Return one kernel over sequences of any length, with arguments that it shares with others."""
+def tiled_launch(tiles: Tiles, kernel: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
+    """Return the launch of a tiled kernel, with arguments that it shares with other launches."""
     cut = Cut(tiles, tiles, tiles)
-    if part == "forward":
+    if kernel == "forward":
         launch = flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
     else:
-        launch = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)[part == "d_key"]
+        launch = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)[kernel == "d_key"]
     return launch._replace(arguments=launch.arguments | (shared or {}))
 
 
 def time_launches(
-    session: Session,
-    case: Case,
-    pass_: str,
-    candidates: dict[str, Launch],
-    usual: list[Launch],
-    *,
-    buffers: Buffers,
+    session: Session, case: Case, pass_: str, candidates: dict[str, Launch], shipped: list[Launch], *, buffers: Buffers
 ) -> None:
-    """Time candidates beside what is usually started, all on the same tensors."""
-    compile_all([*candidates.values(), *usual])
-    wanted = _result(usual, pass_, buffers)
-    works = {SHIPPED: timing.Work(lambda _: [launch.run() for launch in usual])}
+    """Time candidates beside the shipped launches, all on the same tensors."""
+    compile_all([*candidates.values(), *shipped])
+    expected = _run_launches(shipped, pass_, buffers)
+    functions = {SHIPPED: timing.TimedFunction(lambda _: [launch.run() for launch in shipped])}
     for name, launch in candidates.items():
         try:
             if spills(launch):
-                session.note(case, name, pass_, failure="spills")
+                session.record(case, name, pass_, failure="spills")
                 continue
-            got = _result([launch], pass_, buffers)
+            actual = _run_launches([launch], pass_, buffers)
         except Exception as error:
-            session.note_failure(case, name, error, pass_)
+            session.record_failure(case, name, error, pass_)
             continue
-        error = relative_error(got, wanted)
-        if not error <= ROUNDING:
-            session.note(case, name, pass_, failure=f"differs from the shipped setting by {error:.1e}")
+        error = relative_error(actual, expected)
+        # The negated comparison is also true for NaN.
+        if not error <= ROUNDING_ERROR:
+            session.record(case, name, pass_, failure=f"differs from the shipped launches by {error:.1e}")
             continue
-        works[name] = timing.Work(lambda _, launch=launch: launch.run())
-    session.note_timings(case, pass_, timing.compare(works, effort=session.effort))
+        functions[name] = timing.TimedFunction(lambda _, launch=launch: launch.run())
+    session.record_timings(case, pass_, timing.compare(functions, budget=session.budget))
 
 
-def _result(launches: Sequence[Launch], pass_: str, buffers: Buffers) -> Tensor:
-    """Return what launches write, and nothing that was there before."""
+def _run_launches(launches: Sequence[Launch], pass_: str, buffers: Buffers) -> Tensor:
+    """Run launches and return a copy of the output or gradient, with zeros where they write nothing."""
     target = buffers.out if pass_ == FORWARD else buffers.d_qkv
     target.fill_(float("nan"))
     for launch in launches:
         launch.run()
-    # one kernel of two writes its part of the gradient only
+    # A backward kernel writes only its own entries of the gradient, those of the queries or of the keys and values.
     return target.nan_to_num()
 
 
 def compile_all(launches: Sequence[Launch]) -> None:
-    """Compile on all cores; what does not compile says so when it is started."""
+    """Compile launches on all cores; one that does not compile raises later, when it runs."""
     if IS_INTERPRETING:
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for launch in launches:
-            warmed(launch)
+            compile_launch(launch)
 
 
-def warmed(launch: Launch) -> Any:
-    """Return the compiled kernel without starting it."""
+def compile_launch(launch: Launch) -> Any:
+    """Return the compiled kernel of a launch without running it."""
     return launch.kernel.warmup(**launch.arguments, **compilable(launch.constants), **launch.options, grid=launch.grid)
 
 
 def spills(launch: Launch) -> bool:
-    """Return whether registers do not hold everything; loads the kernel."""
+    """Return whether the compiled kernel spills registers; loads the kernel."""
     if IS_INTERPRETING:
         return False
-    kernel = warmed(launch)
+    kernel = compile_launch(launch)
+    # Triton sets n_spills only when it loads the kernel onto the device.
     kernel._init_handles()
     return kernel.n_spills > 0
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return the best settings beside the shipped ones."""
-    tasks: dict[Any, dict[str, float]] = {}
+    """Return a table of the three fastest candidates beside the shipped launches."""
+    groups: dict[Any, dict[str, float]] = {}
     for record in records:
-        found = tasks.setdefault((tables.describe(record.shape), record.pass_), {})
+        times_ms = groups.setdefault((tables.describe(record.shape), record.pass_), {})
         if record.median_ms is not None:
-            found[record.provider] = record.median_ms
+            times_ms[record.provider] = record.median_ms
     rows = []
-    for (shape, pass_), found in tasks.items():
-        best = sorted((ms, name) for name, ms in found.items() if name != SHIPPED)[:3]
-        rows.append(
-            [shape, pass_, f"{found.get(SHIPPED, float('nan')):.3f}", *(f"{ms:.3f}: {name}" for ms, name in best)]
-        )
-    return tables.table(
-        ["task", "pass", SHIPPED, "best", "second", "third"], [row + [""] * (6 - len(row)) for row in rows]
-    )
+    for (shape, pass_), times_ms in groups.items():
+        fastest = sorted((ms, name) for name, ms in times_ms.items() if name != SHIPPED)[:3]
+        cells = [f"{ms:.3f}: {name}" for ms, name in fastest]
+        rows.append([shape, pass_, f"{times_ms.get(SHIPPED, float('nan')):.3f}", *cells, *[""] * (3 - len(cells))])
+    return tables.table(["shape", "pass", SHIPPED, "best", "second", "third"], rows)

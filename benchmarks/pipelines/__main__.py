@@ -1,7 +1,7 @@
-"""Time the data line beside everything it competes with: `python -m benchmarks.pipelines --help`.
+"""Time the data pipeline beside its alternatives: `python -m benchmarks.pipelines --help`.
 
-All streams read the same shards in the same run, in turns, and are checked first: one that does other work than the
-rest ends the run with status 1. Without a GPU everything runs on the CPU but the sweep of a GPU's decoder.
+All streams read the same shards in the same run, in interleaved rounds. They are checked first: a stream that does
+different work ends the run with status 1. Without a GPU all sections run on the CPU, except for the decoder sweep.
 """
 
 import argparse
@@ -13,15 +13,7 @@ import torch
 from benchmarks.harness import cli, interleave, machine, results
 from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.harness.session import Session
-from benchmarks.pipelines import (
-    action_log,
-    dali_conditionals,
-    loader_memory,
-    report,
-    shuffle_quality,
-    stages,
-    startup,
-)
+from benchmarks.pipelines import action_log, dali_conditionals, loader_memory, report, shuffle_quality, stages, startup
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.config import ViewConfig
 
@@ -38,30 +30,30 @@ _FULL_BATCH, _QUICK_BATCH = 64, 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for; return the exit status."""
+    """Run the sections that the command line selects; return the exit status."""
     options = parse(arguments)
     session = cli.open_session(options, machine.PIPELINE_PACKAGES, suffix=results.PIPELINES)
     if session.device == "cpu":
-        # as a run does, so that decoding threads and torch's do not fight for the same cores
+        # As in a training run, so that the threads of DALI and PyTorch do not compete for the same cores.
         torch.set_num_threads(1)
     workload = workload_of(options, session.device)
     return cli.run_and_report(
         session,
         lambda: cli.run_sections(session, SECTIONS, options.only, workload),
-        lambda found: report.sections(found, level="##"),
+        lambda records: report.sections(records, level="##"),
     )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.parser("pipelines", __doc__, SECTIONS, suffix=results.PIPELINES)
-    parser.add_argument("--memory", dest="only", action="store_const", const="memory", help="short for --only memory")
-    parser.add_argument("--batch-size", type=int, help=f"images of a batch; {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
+    parser = cli.build_parser("pipelines", __doc__, SECTIONS, suffix=results.PIPELINES)
+    parser.add_argument("--memory", dest="only", action="store_const", const="memory", help="same as --only memory")
+    parser.add_argument("--batch-size", type=int, help=f"images per batch: {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
     return parser.parse_args(arguments)
 
 
 def workload_of(options: argparse.Namespace, device: str) -> Workload:
-    """Return what the command line makes every stream do."""
+    """Return the workload that the command line describes."""
     return Workload(
         folder=options.data,
         photographs=PhotographShards(),
@@ -69,7 +61,7 @@ def workload_of(options: argparse.Namespace, device: str) -> Workload:
         batch_size=options.batch_size or (_QUICK_BATCH if options.quick else _FULL_BATCH),
         threads=machine.num_cores(),
         device=torch.device("cuda", 0) if device == "cuda" else torch.device(device),
-        turns=interleave.QUICK if options.quick else interleave.FULL,
+        budget=interleave.QUICK if options.quick else interleave.FULL,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the action log costs: its own time for each image, and our loader with a log behind it."""
+"""Cost of the action log: its own time per image, and a stream of our loader that writes a log."""
 
 import dataclasses
 import time
@@ -22,33 +22,33 @@ from iwm_fast.training.loaders import log_metadata
 
 NUM_ROWS = 4 * GROUP_ROWS
 _GROUP_BATCHES = 8
-"""In a turn a group of rows is so small that some are written while the clock runs."""
+"""Batches per row group of the logged stream: few, so that row groups are written during a round."""
 
 
 def run(session: Session, workload: Workload, num_rows: int = NUM_ROWS) -> None:
-    """Log some thousand rows as fast as it goes, and write down what the processor spent on them."""
-    batches = _batches(workload, -(-num_rows // workload.batch_size))
+    """Log a few thousand rows as fast as possible, and record the processor time and size per image."""
+    batches = _synthetic_batches(workload, -(-num_rows // workload.batch_size))
     num_rows = len(batches) * workload.batch_size
     with TemporaryDirectory() as folder:
         log = open_log(workload, Path(folder), GROUP_ROWS)
-        begin, spent = time.perf_counter(), time.process_time()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         for batch in batches:
             log.add(batch)
         log.close_part()
-        waited_s, spent_s = time.perf_counter() - begin, time.process_time() - spent
+        wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
         log.close()
         size = sum(path.stat().st_size for path in Path(folder).glob("*.parquet"))
     figures = {
         "rows": num_rows,
-        "cpu_us_per_image": round(1e6 * spent_s / num_rows, 2),
-        "us_per_image": round(1e6 * waited_s / num_rows, 2),
+        "cpu_us_per_image": round(1e6 * cpu_s / num_rows, 2),
+        "us_per_image": round(1e6 * wall_s / num_rows, 2),
         "bytes_per_image": round(size / num_rows, 1),
     }
-    session.note(Case(LOGGING, workload.shape), LOGGED, figures=figures)
+    session.record(Case(LOGGING, workload.shape), LOGGED, figures=figures)
 
 
-def _batches(workload: Workload, count: int) -> list[Batch]:
-    """Return batches of which nothing is true but what the log keeps: what repeats would be stored too easily."""
+def _synthetic_batches(workload: Workload, count: int) -> list[Batch]:
+    """Return copies of one batch in which all logged fields are random, because repeated values compress too well."""
     template, slots = first_batch(loader_stream(workload)), np.arange(workload.batch_size)
     generator, last = torch.Generator().manual_seed(0), workload.shards.num_samples - 1
     batches = []
@@ -69,22 +69,22 @@ def _batches(workload: Workload, count: int) -> list[Batch]:
 
 
 def logged_stream(workload: Workload) -> Stream:
-    """Return our loader with a log behind it, as a run has it."""
-    plain = loader_stream(workload)
+    """Return our loader with an action log of its batches, as in a training run."""
+    stream = loader_stream(workload)
 
     def start() -> Iterator[Batch]:
         group_rows = _GROUP_BATCHES * workload.batch_size
         with (
-            plain.open() as loader,
+            stream.open() as loader,
             TemporaryDirectory() as folder,
             closing(open_log(workload, Path(folder), group_rows)) as log,
         ):
             yield from map(log.add, loader)
 
-    return plain._replace(start=start)
+    return stream._replace(start=start)
 
 
 def open_log(workload: Workload, folder: Path, group_rows: int) -> ActionLog:
-    """Open a log of a single process."""
+    """Open the log of a single process."""
     head = log_metadata(workload.config(), workload.shards)
     return ActionLog(folder, head=head, shards=workload.shards, rank=0, group_rows=group_rows)

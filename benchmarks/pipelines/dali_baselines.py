@@ -1,6 +1,6 @@
-"""DALI graphs that are compared: its own reader, the first stages of ours, and ours without conditional execution."""
+"""DALI graphs for comparison: DALI's reader, the first stages of our graph, and ours without conditional execution."""
 
-# DALI's enums and graph nodes are typed too loosely to check
+# DALI's enums and graph nodes are typed too loosely for pyright.
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportIndexIssue=false
 
@@ -23,10 +23,10 @@ from iwm_fast.pipelines.transforms.dali_graph import (
 from iwm_fast.pipelines.transforms.parameters import Draws, blur_radius, color_matrix, gray_gain
 
 Feed = Callable[[], tuple[Any, ...]]
-"""Returns a graph's next inputs."""
+"""Returns the next inputs of a graph."""
 
 BUFFER = 1024
-"""Samples that DALI's reader mixes: its default."""
+"""Size of the shuffle buffer of DALI's reader in samples, its default."""
 
 _NEUTRAL = {
     "encoded": (types.UINT8, 1),
@@ -43,7 +43,7 @@ _NEUTRAL = {
 
 
 def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) -> Pipeline:
-    """Build DALI's own reader alone; it shuffles as its documentation has it and goes through the shards for ever."""
+    """Build DALI's reader, which shuffles as its documentation recommends and repeats the shards indefinitely."""
     graph = Pipeline(device_id=None, seed=0, **size)
     with graph:
         encoded = fn.readers.webdataset(
@@ -62,9 +62,9 @@ def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) ->
 
 
 def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:
-    """Build the first part of our graph: "decode", the whole image, or "crop", only the window, resized.
+    """Build the first stages of our graph: "decode" decodes full images, "crop" decodes and resizes the crop window.
 
-    It is fed with encoded images and, for "crop", crops.
+    The inputs are encoded images and, for "crop", crop parameters.
     """
     inputs = {"encoded": (types.UINT8, 1)} | ({} if stage == "decode" else {"crop": (types.FLOAT, 1)})
     graph = Pipeline(**settings.of_pipeline)
@@ -84,16 +84,16 @@ def _crop_nodes(data: dict[str, Any], settings: GraphSettings) -> Any:
     return to_square(decode_window(data["encoded"], window, settings), settings.views.size)
 
 
-def runs(graph: Pipeline) -> Generator[Any]:
-    """Yield a graph's outputs, for ever."""
+def run_forever(graph: Pipeline) -> Generator[Any]:
+    """Yield the outputs of a graph, indefinitely."""
     while True:
         yield graph.run()
 
 
 def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
-    """Lay out what is drawn for the graph without conditions: what was not drawn leaves pixels as they are, bit-equal.
+    """Return the inputs of `neutral_graph`: an operation that was not drawn gets parameters that change no pixel.
 
-    That is the identity matrix, a window of one pixel, a threshold above all values.
+    These are the identity matrix, a blur window of one pixel, and a solarization threshold above all values.
     """
     source, target = draws.source, draws.target
     color = (color_matrix(target), gray_gain(target), color_matrix(source), gray_gain(source))
@@ -103,7 +103,7 @@ def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
 
 
 def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
-    """Build our graph with every operation executed for every sample."""
+    """Build our graph so that all operations are executed for all samples."""
     graph = Pipeline(**settings.of_pipeline)
     is_gpu = settings.device_id is not None
     with graph:

@@ -1,7 +1,7 @@
-"""How well an order mixes samples that lie sorted in their shards, and what that costs in files.
+"""How well a sample order mixes shards of sorted samples, and how many files it reads from at the same time.
 
-Two figures, each over that of a full shuffle: the effective number of shards in a batch (the exponential of their
-entropy), and how often two samples that shared a batch share one again in the next epoch (1: as chance has it).
+Both measures of mixing are relative to a full shuffle: the effective number of shards per batch (the exponential of
+the entropy), and how often two samples of the same batch are in the same batch again in the next epoch (1 is chance).
 """
 
 from itertools import islice
@@ -12,22 +12,22 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import entropy
 
-from benchmarks.harness.photograph_shards import write_numbers
+from benchmarks.harness.photograph_shards import write_numbered_shards
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.pipelines import dali_baselines
-from benchmarks.pipelines.baselines import BUFFER, arrays, shuffled, write_indexes
-from benchmarks.pipelines.report import DALI_READER, LIBRARY_READER, OURS, SHUFFLING
-from benchmarks.pipelines.streams import AHEAD, Workload
+from benchmarks.pipelines.baselines import BUFFER, numpy_batches, shuffled_dataset, write_indexes
+from benchmarks.pipelines.report import DALI_READER, OURS, SHUFFLING, WEBDATASET_READER
+from benchmarks.pipelines.streams import READ_AHEAD, Workload
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 
 WINDOWS = (1, 4, 16, 64)
 _REPEATS = 4
-"""Full shuffles that are averaged."""
+"""Number of full shuffles whose average is the reference."""
 
 
-class Set(NamedTuple):
-    """Sorted samples: the number of a sample tells its shard."""
+class SortedShards(NamedTuple):
+    """Sizes of shards of sorted samples; sample n is in shard n // samples_per_shard."""
 
     num_shards: int = 64
     samples_per_shard: int = 256
@@ -35,35 +35,35 @@ class Set(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards."""
+        """Number of samples in all shards."""
         return self.num_shards * self.samples_per_shard
 
 
-class Order(NamedTuple):
-    """Two epochs of sample numbers as they came, and what having them in this order takes."""
+class SampleSequence(NamedTuple):
+    """Sample numbers of two epochs in the order of reading, and the cost of that order."""
 
     epochs: np.ndarray
-    """(2, samples)."""
+    """Sample numbers of shape (2, samples)."""
     files: float
-    """Read from for one batch and those read ahead of it, on average."""
+    """Average number of files read from for one batch and the batches read ahead of it."""
     buffered: int
-    """Samples that wait in memory to be mixed."""
+    """Size of the shuffle buffer in samples."""
 
 
-def run(session: Session, workload: Workload, chosen: Set | None = None) -> None:
-    """Write a record for each order."""
-    chosen = chosen or Set()
-    shards = open_shards(write_numbers(workload.folder, chosen.num_shards, chosen.samples_per_shard))
-    windows = sorted({min(window, chosen.num_shards) for window in WINDOWS})
-    orders = {f"{OURS}, window {window}": our_order(chosen, window) for window in windows}
-    orders |= {DALI_READER: dali_order(shards, chosen), LIBRARY_READER: library_order(shards)}
+def run(session: Session, workload: Workload, layout: SortedShards | None = None) -> None:
+    """Record mixing and cost of our order for several windows, of DALI's reader and of the webdataset library."""
+    layout = layout or SortedShards()
+    shards = open_shards(write_numbered_shards(workload.folder, layout.num_shards, layout.samples_per_shard))
+    windows = sorted({min(window, layout.num_shards) for window in WINDOWS})
+    orders = {f"{OURS}, window {window}": our_order(layout, window) for window in windows}
+    orders |= {DALI_READER: dali_order(shards, layout), WEBDATASET_READER: webdataset_order(shards)}
     generators = [np.random.default_rng(seed) for seed in range(_REPEATS)]
-    full = [np.stack([one.permutation(chosen.num_samples) for _ in range(2)]) for one in generators]
-    full_shards, full_pairs = np.mean([mixing(epochs, chosen) for epochs in full], axis=0)
-    case = Case(SHUFFLING, {"shards": chosen.num_shards, "samples": chosen.num_samples, "B": chosen.batch_size})
+    full = [np.stack([rng.permutation(layout.num_samples) for _ in range(2)]) for rng in generators]
+    full_shards, full_pairs = np.mean([measure_mixing(epochs, layout) for epochs in full], axis=0)
+    case = Case(SHUFFLING, {"shards": layout.num_shards, "samples": layout.num_samples, "B": layout.batch_size})
     for name, order in orders.items():
-        check(name, order, chosen)
-        shards, pairs = mixing(order.epochs, chosen)
+        check(name, order, layout)
+        shards, pairs = measure_mixing(order.epochs, layout)
         figures = {
             "effective_shards": round(shards, 2),
             "of_full_shuffle": round(shards / full_shards, 4),
@@ -71,55 +71,51 @@ def run(session: Session, workload: Workload, chosen: Set | None = None) -> None
             "files": round(order.files, 1),
             "buffered_samples": order.buffered,
         }
-        session.note(case, name, figures=figures)
+        session.record(case, name, figures=figures)
 
 
-def check(name: str, order: Order, chosen: Set) -> None:
-    """Check that each epoch holds every sample once.
-
-    Raises:
-        WrongResultError: if one does not.
-    """
-    if not (np.sort(order.epochs, axis=1) == np.arange(chosen.num_samples)).all():
-        raise WrongResultError(f"{SHUFFLING}: an epoch of {name} does not hold every sample once")
+def check(name: str, order: SampleSequence, layout: SortedShards) -> None:
+    """Raise WrongResultError unless both epochs contain every sample exactly once."""
+    if not (np.sort(order.epochs, axis=1) == np.arange(layout.num_samples)).all():
+        raise WrongResultError(f"{SHUFFLING}: an epoch of {name} does not contain every sample exactly once")
 
 
-def our_order(chosen: Set, window: int) -> Order:
-    """Return the training order with data.shuffle_window."""
-    order = SampleOrder([chosen.samples_per_shard] * chosen.num_shards, 0, window)
-    epochs = order.samples_at(np.arange(2 * chosen.num_samples)).reshape(2, -1)
-    flight = AHEAD * chosen.batch_size
-    shards = epochs[0, : len(epochs[0]) // flight * flight].reshape(-1, flight) // chosen.samples_per_shard
-    return Order(epochs, float(np.mean([len(np.unique(one)) for one in shards])), 0)
+def our_order(layout: SortedShards, window: int) -> SampleSequence:
+    """Return the order of a training run with this data.shuffle_window."""
+    order = SampleOrder([layout.samples_per_shard] * layout.num_shards, 0, window)
+    epochs = order.samples_at(np.arange(2 * layout.num_samples)).reshape(2, -1)
+    in_flight = READ_AHEAD * layout.batch_size
+    shards = epochs[0, : len(epochs[0]) // in_flight * in_flight].reshape(-1, in_flight) // layout.samples_per_shard
+    return SampleSequence(epochs, float(np.mean([len(np.unique(numbers)) for numbers in shards])), 0)
 
 
-def dali_order(shards: ShardSet, chosen: Set) -> Order:
-    """Return the order of DALI's reader: a buffer of samples, and shards permuted every epoch."""
+def dali_order(shards: ShardSet, layout: SortedShards) -> SampleSequence:
+    """Return the order of DALI's reader, which permutes shards in each epoch and shuffles samples in a buffer."""
     with TemporaryDirectory() as folder:
         paths, index_paths = write_indexes(shards, Path(folder))
-        graph = dali_baselines.read_graph(paths, index_paths, batch_size=chosen.batch_size, num_threads=1)
-        numbers = (int(bytes(content)) for batch in arrays(graph) for content in batch)
-        epochs = np.fromiter(islice(numbers, 2 * chosen.num_samples), np.int64).reshape(2, -1)
-        return Order(epochs, 1, dali_baselines.BUFFER)
+        graph = dali_baselines.read_graph(paths, index_paths, batch_size=layout.batch_size, num_threads=1)
+        numbers = (int(bytes(content)) for batch in numpy_batches(graph) for content in batch)
+        epochs = np.fromiter(islice(numbers, 2 * layout.num_samples), np.int64).reshape(2, -1)
+        return SampleSequence(epochs, 1, dali_baselines.BUFFER)
 
 
-def library_order(shards: ShardSet) -> Order:
-    """Return the order of the webdataset library: a buffer of samples, and shards permuted every epoch."""
-    data = shuffled([shard.path for shard in shards.shards])
-    epochs = [[int(content) for (content,) in data] for _ in range(2)]
-    return Order(np.array(epochs), 1, BUFFER)
+def webdataset_order(shards: ShardSet) -> SampleSequence:
+    """Return the order of the webdataset library, which permutes shards in each epoch and shuffles in a buffer."""
+    dataset = shuffled_dataset([shard.path for shard in shards.shards])
+    epochs = [[int(content) for (content,) in dataset] for _ in range(2)]
+    return SampleSequence(np.array(epochs), 1, BUFFER)
 
 
-def mixing(epochs: np.ndarray, chosen: Set) -> tuple[float, float]:
-    """Return the effective number of shards in a batch, and the share of pairs that are together in both epochs."""
-    num_batches = chosen.num_samples // chosen.batch_size
-    whole = epochs[:, : num_batches * chosen.batch_size]
-    shards = whole.reshape(-1, chosen.batch_size) // chosen.samples_per_shard
-    effective = [np.exp(entropy(np.bincount(one))) for one in shards]
-    # each sample's batch in both epochs, then how many samples have the same two
-    batch = np.full((2, chosen.num_samples), num_batches)
+def measure_mixing(epochs: np.ndarray, layout: SortedShards) -> tuple[float, float]:
+    """Return the effective number of shards per batch, and the share of pairs in the same batch in both epochs."""
+    num_batches = layout.num_samples // layout.batch_size
+    complete = epochs[:, : num_batches * layout.batch_size]
+    shards = complete.reshape(-1, layout.batch_size) // layout.samples_per_shard
+    effective = [np.exp(entropy(np.bincount(numbers))) for numbers in shards]
+    # Find the batch of each sample in both epochs, then count the samples that have both batches in common.
+    batch = np.full((2, layout.num_samples), num_batches)
     for epoch in range(2):
-        batch[epoch, whole[epoch]] = np.arange(whole.shape[1]) // chosen.batch_size
+        batch[epoch, complete[epoch]] = np.arange(complete.shape[1]) // layout.batch_size
     together = np.bincount(batch[0] * (num_batches + 1) + batch[1]).astype(float)
-    pairs = num_batches * chosen.batch_size * (chosen.batch_size - 1)
+    pairs = num_batches * layout.batch_size * (layout.batch_size - 1)
     return float(np.mean(effective)), float((together * (together - 1)).sum() / pairs)

@@ -1,4 +1,4 @@
-"""Who trains: the engines of the product, and the loop anyone would write without one."""
+"""The engines that are compared: those of the package, and a minimal PyTorch training loop without an engine."""
 
 import math
 from collections.abc import Iterator
@@ -22,37 +22,37 @@ from iwm_fast.training.schedules import build_schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.teacher import Teacher
 
-Contestants = dict[str, dict[str, Any]]
-"""Settings of a run by the name of the way to train; without an engine it is the bare loop."""
+EngineConfigs = dict[str, dict[str, Any]]
+"""Runtime settings by name; settings without "engine" select the bare loop."""
 
-
-ENGINES: Contestants = {
+ENGINES: EngineConfigs = {
     PLAIN: {"engine": "plain"},
     **{name: {"engine": "deepspeed", "zero_stage": stage} for stage, name in enumerate(ZERO)},
 }
-CONTESTANTS_OF_RANKS: Contestants = {DDP if name == PLAIN else name: engine for name, engine in ENGINES.items()}
+TWO_RANK_ENGINES: EngineConfigs = {DDP if name == PLAIN else name: engine for name, engine in ENGINES.items()}
 
 
-def contestants_of(workload: StepWorkload) -> Contestants:
-    """Return who trains in one process: every engine, and with and without what a GPU or a compiler adds."""
+def engine_configs(workload: StepWorkload) -> EngineConfigs:
+    """Return the settings for one process: bare loop and engines, with and without fused kernels and torch.compile."""
     is_gpu = workload.device.type == "cuda"
-    ops, ending = ({"ops": "fused"}, FUSED) if is_gpu else ({}, "")
-    found = {BARE + ending: ops, **{name + ending: engine | ops for name, engine in ENGINES.items()}}
+    ops, suffix = ({"ops": "fused"}, FUSED) if is_gpu else ({}, "")
+    configs = {BARE + suffix: ops, **{name + suffix: engine | ops for name, engine in ENGINES.items()}}
     if is_gpu:
-        found |= {BARE: {}, **{name: ENGINES[name] for name in (PLAIN, DEFAULT)}}
+        configs |= {BARE: {}, **{name: ENGINES[name] for name in (PLAIN, DEFAULT)}}
     if workload.with_compile:
-        found |= {name + ending + COMPILED: ENGINES[name] | ops | {"compile": True} for name in (PLAIN, DEFAULT)}
-    return found
+        configs |= {name + suffix + COMPILED: ENGINES[name] | ops | {"compile": True} for name in (PLAIN, DEFAULT)}
+    return configs
 
 
 class BareEngine:
-    """Backward, clip, step as anyone writes them: no look at what is not finite, no state, one process."""
+    """An `iwm_fast.engines.base.Engine` for one process, without checkpoints and without a check for finite values."""
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer) -> None:
-        self._module, self._optimizer, self._clip_norm = module, optimizer, config.optim.clip_norm or torch.inf
+        self._module = module
+        self._optimizer = optimizer
+        self._clip_norm: float = config.optim.clip_norm or torch.inf
 
     def forward(self, batch: Batch) -> Any:
-        """See `iwm_fast.engines.base.Engine`, as for the others."""
         return self._module(batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -62,43 +62,45 @@ class BareEngine:
         nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        # to look at the norm would mean to wait for the device
+        # Reading the norm would wait for the device.
         return StepOutcome(applied=True, grad_norm=math.nan)
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        return (row for row in self._module.named_parameters() if row[0].startswith(prefix))
+        return ((name, parameter) for name, parameter in self._module.named_parameters() if name.startswith(prefix))
 
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
         set_hyperparameters(self._optimizer, lr, weight_decay)
 
     def state(self) -> dict[str, Tensor]:
-        raise NotImplementedError("a bare loop saves nothing")
+        raise NotImplementedError("the bare loop has no state to save")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        raise NotImplementedError("a bare loop loads nothing")
+        raise NotImplementedError("the bare loop has no state to load")
 
     def release(self) -> None:
-        raise NotImplementedError("a bare loop holds nothing that it could give back")
+        raise NotImplementedError("the bare loop has no memory to release")
 
 
 class Training:
-    """A run that has been built and goes on step by step."""
+    """A training run that advances step by step, with runtime settings from `EngineConfigs`."""
 
     def __init__(self, runtime: dict[str, Any], workload: StepWorkload, rank_info: RankInfo) -> None:
         self.config = workload.config(**runtime)
-        self._before, self._device = allocated(rank_info.device), rank_info.device
+        self._device = rank_info.device
+        self._initial_bytes = allocated_bytes(self._device)
         if "engine" in runtime:
-            built = build_components(self.config, rank_info)
-            self._engine, self._teacher, self._objective = built.engine, built.teacher, built.objective
+            components = build_components(self.config, rank_info)
+            parts = components.engine, components.teacher, components.objective
         else:
-            self._engine, self._teacher, self._objective = _build_bare(self.config, rank_info)
+            parts = _build_bare(self.config, rank_info)
+        self._engine, self._teacher, self._objective = parts
         self._schedules = build_schedules(self.config.optim, workload.photographs.num_samples)
         self._num_steps = 0
-        self.kept_bytes = 0
-        """Weights, moments and whatever else stays between steps, on a GPU."""
+        self.resident_bytes = 0
+        """GPU memory that stays allocated between steps, such as weights and optimizer state."""
 
     def step(self, batches: Iterator[Batch]) -> StepReport:
-        """Run one step."""
+        """Run one training step."""
         report = train_step(
             self._engine, self._teacher, self._objective, batches, self._schedules,
             applied_steps=self._num_steps, accumulation=1,
@@ -107,9 +109,9 @@ class Training:
         return report
 
     def warm_up(self, batches: Iterator[Batch], steps: int) -> list[float]:
-        """Run the first steps; return this rank's losses."""
+        """Run the first steps, set `resident_bytes`, and return the losses of this rank's share of the batch."""
         losses = [float(self.step(batches).loss) for _ in range(steps)]
-        self.kept_bytes = allocated(self._device) - self._before
+        self.resident_bytes = allocated_bytes(self._device) - self._initial_bytes
         return losses
 
 
@@ -119,6 +121,6 @@ def _build_bare(config: RunConfig, rank_info: RankInfo) -> tuple[Engine, Teacher
     return engine, Teacher(student.encoder, compute_dtype(config)), Objective(config.objective, is_identity=False)
 
 
-def allocated(device: torch.device) -> int:
-    """Return the bytes that torch now has in use on a GPU; 0 for a CPU."""
+def allocated_bytes(device: torch.device) -> int:
+    """Return the bytes that PyTorch has allocated on a GPU; 0 for a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""Time training steps in turns: all that are compared are built first, then step round after round, one at a time."""
+"""Time training steps in interleaved rounds: all engines are built first, then only one of them runs at a time."""
 
 import gc
 import math
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import Failure, first_line, in_turns, spread
-from benchmarks.train_step.engines import Contestants, Training, allocated
+from benchmarks.harness.timing import Failure, first_line, interleaved_rounds, percentiles
+from benchmarks.train_step.engines import EngineConfigs, Training, allocated_bytes
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PARTS
 from iwm_fast.monitoring.throughput import build_throughput_meter
@@ -21,24 +21,24 @@ from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime.distributed import RankInfo
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-"""Largest relative difference of losses; a missing update shows as more."""
+"""Maximum relative difference of losses by precision; a missing update causes a larger one."""
 
 
-class StepTurn(NamedTuple):
-    """What one turn took."""
+class StepRound(NamedTuple):
+    """Result of one round of one engine."""
 
     step_s: float
     parts: dict[str, float]
-    """Seconds per step of each of PARTS."""
+    """Seconds per step for each of PARTS."""
     peak_bytes: int = 0
-    """Most that was in use beyond what there was before, on a GPU."""
+    """Maximum GPU memory allocated during the round, beyond what was allocated before it."""
 
 
-def take_turn(
-    training: Training, batches: Iterator[Batch], steps: int, rank_info: RankInfo, left_out: int = 0
-) -> StepTurn:
-    """Run some steps, of which the first ones do not count."""
-    for _ in range(left_out):
+def run_round(
+    training: Training, batches: Iterator[Batch], steps: int, rank_info: RankInfo, skipped: int = 0
+) -> StepRound:
+    """Time `steps` steps after `skipped` untimed ones. Collective: all ranks must call it."""
+    for _ in range(skipped):
         training.step(batches)
     is_on_gpu = rank_info.device.type == "cuda"
     if is_on_gpu:
@@ -46,104 +46,110 @@ def take_turn(
         torch.cuda.reset_peak_memory_stats(rank_info.device)
     if rank_info.world_size > 1:
         dist.barrier()
-    before, began = allocated(rank_info.device), time.perf_counter()
+    initial_bytes, begin = allocated_bytes(rank_info.device), time.perf_counter()
     reports = [training.step(batches) for _ in range(steps)]
     if is_on_gpu:
         torch.cuda.synchronize(rank_info.device)
-    step_s = (time.perf_counter() - began) / steps
-    peak = torch.cuda.max_memory_allocated(rank_info.device) - before if is_on_gpu else 0
-    taken = [report.timer.seconds() for report in reports]
-    return StepTurn(step_s, {part: statistics.fmean(row[part] for row in taken) for part in PARTS}, peak)
+    step_s = (time.perf_counter() - begin) / steps
+    peak = torch.cuda.max_memory_allocated(rank_info.device) - initial_bytes if is_on_gpu else 0
+    times_s = [report.timer.seconds() for report in reports]
+    return StepRound(step_s, {part: statistics.fmean(times[part] for times in times_s) for part in PARTS}, peak)
 
 
 class Comparison(NamedTuple):
-    """What a comparison gave."""
+    """Result of a comparison, by name of the engine."""
 
-    turns: dict[str, list[StepTurn] | Failure]
+    rounds: dict[str, list[StepRound] | Failure]
     losses: dict[str, list[float]]
-    """Of the first steps, this rank's share."""
-    kept_bytes: dict[str, int]
+    """Losses of the first steps on this rank's share of the batch."""
+    resident_bytes: dict[str, int]
 
 
 def compare(
-    workload: StepWorkload, contestants: Contestants, rank_info: RankInfo, *, deadline: float = math.inf
+    workload: StepWorkload, configs: EngineConfigs, rank_info: RankInfo, *, deadline: float = math.inf
 ) -> Comparison:
-    """Build all, then give each its turns with one cached batch; one that raises is a failure and the others go on.
+    """Build all engines and time their steps on one cached batch in interleaved rounds.
 
-    No further round is started after the deadline on the monotonic clock.
+    An engine that raises while it is built or warmed up becomes a failure, and the others continue. No further round
+    starts after the deadline, a time on the monotonic clock. Collective: all ranks must call it.
     """
     batches = repeat(workload.cached_batch(rank_info))
     losses, trainings, failures = {}, {}, {}
-    for name, runtime in contestants.items():
+    for name, runtime in configs.items():
         try:
             training = Training(runtime, workload, rank_info)
-            losses[name] = training.warm_up(batches, workload.turns.warm_ups)
+            losses[name] = training.warm_up(batches, workload.budget.warm_ups)
             trainings[name] = training
         except Exception as error:
             failures[name] = Failure(first_line(error))
-    taken: dict[str, list[StepTurn]] = {name: [] for name in trainings}
+    rounds: dict[str, list[StepRound]] = {name: [] for name in trainings}
+    # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
     gc.collect()
-    for name in in_turns(trainings, workload.turns.rounds, lambda _: time.monotonic() <= deadline):
-        taken[name].append(take_turn(trainings[name], batches, workload.turns.steps, rank_info))
-    kept = {name: training.kept_bytes for name, training in trainings.items()}
-    return Comparison(failures | taken, losses, kept)
+    for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
+        rounds[name].append(run_round(trainings[name], batches, workload.budget.steps, rank_info))
+    resident_bytes = {name: training.resident_bytes for name, training in trainings.items()}
+    return Comparison(failures | rounds, losses, resident_bytes)
 
 
-def check_losses(losses: Mapping[str, Sequence[float]], base: str, precision: str) -> None:
-    """Check that all that run train alike; if the base does not run, like the first that does.
+def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision: str) -> None:
+    """Raise WrongResultError if the losses of an engine differ from the baseline's by more than rounding.
 
-    Raises:
-        WrongResultError: if losses of the first steps differ by more than rounding.
+    If the baseline failed, the first engine that runs takes its place.
     """
-    base = base if base in losses else next(iter(losses), base)
-    for name, found in losses.items():
-        for step, (loss, wanted) in enumerate(zip(found, losses[base], strict=True)):
-            # written so that NaN fails
-            if not abs(loss - wanted) <= _TOLERANCE[precision] * abs(wanted):
-                raise WrongResultError(f"{name}: loss {loss:.6g} in step {step} where {base} has {wanted:.6g}")
+    baseline = baseline if baseline in losses else next(iter(losses), baseline)
+    for name, actual in losses.items():
+        for step, (loss, expected) in enumerate(zip(actual, losses[baseline], strict=True)):
+            # The negated comparison is also true for NaN.
+            if not abs(loss - expected) <= _TOLERANCE[precision] * abs(expected):
+                raise WrongResultError(f"{name}: loss {loss:.6g} in step {step}, {baseline} has {expected:.6g}")
 
 
-def note(
+def record(
     session: Session,
     workload: StepWorkload,
     case: Case,
-    found: Comparison,
+    comparison: Comparison,
     *,
-    base_of: Callable[[str], str],
+    baseline_of: Callable[[str], str],
     rank_info: RankInfo,
 ) -> None:
-    """Write a record for each contestant: ms per step, images/s, parts, and what it takes beyond another, its base."""
-    yardstick = build_throughput_meter(workload.config(), rank_info)
-    for name, result in found.turns.items():
+    """Record time per step, images per second, parts, memory, and the overhead of each engine over its baseline."""
+    throughput_meter = build_throughput_meter(workload.config(), rank_info)
+    for name, result in comparison.rounds.items():
         if isinstance(result, Failure):
-            session.note(case, name, failure=result.line)
+            session.record(case, name, failure=result.message)
             continue
-        times = spread([1e3 * turn.step_s for turn in result])
+        times = percentiles([1e3 * step_round.step_s for step_round in result])
         images_per_s = 1e3 * workload.batch_size / times["median_ms"]
         figures: dict[str, Any] = {"images_per_s": round(images_per_s, 2), **part_figures(result)}
-        over = base_of(name)
-        base = found.turns.get(over)
-        if isinstance(base, list) and over != name:
-            figures |= {"over": over, "over_percent": round(over_percent(result, base), 2)}
-        share = yardstick.mfu(images_per_s)
-        if share is not None:
-            figures |= {"mfu_percent": round(100 * share, 2), "peak": str(yardstick)}
+        baseline = baseline_of(name)
+        baseline_rounds = comparison.rounds.get(baseline)
+        if isinstance(baseline_rounds, list) and baseline != name:
+            figures |= {"over": baseline, "over_percent": round(overhead_percent(result, baseline_rounds), 2)}
+        mfu = throughput_meter.mfu(images_per_s)
+        if mfu is not None:
+            figures |= {"mfu_percent": round(100 * mfu, 2), "peak": str(throughput_meter)}
         if rank_info.device.type == "cuda":
-            peak = found.kept_bytes.get(name, 0) + max(turn.peak_bytes for turn in result)
+            peak = comparison.resident_bytes.get(name, 0) + max(step_round.peak_bytes for step_round in result)
             figures["memory_gb"] = round(peak / 1e9, 2)
-        session.note(case, name, **times, figures=figures)
+        session.record(case, name, **times, figures=figures)
 
 
-def part_figures(taken: Sequence[StepTurn]) -> dict[str, float]:
-    """Return medians over turns: milliseconds of each part, and the shares of the step that have goals."""
-    found = {f"{part}_ms": round(1e3 * statistics.median(turn.parts[part] for turn in taken), 3) for part in PARTS}
+def part_figures(rounds: Sequence[StepRound]) -> dict[str, float]:
+    """Return medians over rounds: milliseconds of each part, and the shares of the step that have goals."""
+    figures = {}
+    for part in PARTS:
+        figures[f"{part}_ms"] = round(1e3 * statistics.median(step_round.parts[part] for step_round in rounds), 3)
     for part in ("wait", "teacher_update"):
-        share = statistics.median(turn.parts[part] / turn.step_s for turn in taken)
-        found[f"{part}_percent"] = round(100 * share, 3)
-    return found
+        share = statistics.median(step_round.parts[part] / step_round.step_s for step_round in rounds)
+        figures[f"{part}_percent"] = round(100 * share, 3)
+    return figures
 
 
-def over_percent(taken: Sequence[StepTurn], base: Sequence[StepTurn]) -> float:
-    """Return by how many percent a step is longer than the base's, the median over rounds: a round is one weather."""
-    rounds = zip(taken, base, strict=False)
-    return 100 * (statistics.median(one.step_s / other.step_s for one, other in rounds) - 1)
+def overhead_percent(rounds: Sequence[StepRound], baseline: Sequence[StepRound]) -> float:
+    """Return by how many percent a step is longer than the baseline's.
+
+    It is the median of ratios within a round, because the speed of the machine drifts between rounds.
+    """
+    ratios = (ours.step_s / theirs.step_s for ours, theirs in zip(rounds, baseline, strict=False))
+    return 100 * (statistics.median(ratios) - 1)

@@ -1,11 +1,11 @@
-"""The training step's measurements: names of the records, goals and tables."""
+"""Report of the training step: names of the records, goals and tables."""
 
 from collections.abc import Sequence
 
 from benchmarks.harness import tables
-from benchmarks.harness.goals import Goal, Measured, goal_table
+from benchmarks.harness.goals import Goal, Metric, goal_table
 from benchmarks.harness.records import Record
-from benchmarks.harness.tables import Column, describe, figure, record_table, shape, time
+from benchmarks.harness.tables import Column, figure, record_table, shape, time
 from iwm_fast.monitoring.step_timer import PARTS
 
 STEP, LOADING = "training step", "training step with its loader"
@@ -13,114 +13,111 @@ STEP, LOADING = "training step", "training step with its loader"
 BARE, PLAIN, DDP = "bare loop", "plain engine", "DistributedDataParallel"
 ZERO = tuple(f"DeepSpeed ZeRO-{stage}" for stage in range(4))
 DEFAULT = ZERO[1]
-"""What a run takes if nothing else is said."""
+"""The default engine of a training run."""
 FUSED, COMPILED = ", fused", ", compiled"
-"""Endings of names: Triton kernels, torch.compile."""
+"""Suffixes of names: with Triton kernels, with torch.compile."""
 
 CACHED, SHARDS = "one cached batch", "shards"
-"""Where a loader's batches come from."""
+"""Sources of the batches."""
 
 SMALL, BASE = "ViT-S/16 + 6x192", "ViT-B/16 + 18x384"
-"""Encoder and predictor: the ones measured on a CPU and on a GPU."""
-
+"""Encoder and predictor (depth x width) that are measured on a CPU and on a GPU."""
 
 GPU = "H200"
-"""The card in the goals for one."""
+"""The GPU of the goals."""
 
 
 def sections(records: Sequence[Record], level: str = "###") -> str:
-    """Return every table that has something in it, each under a heading, the goals first."""
+    """Return the non-empty tables under headings of this level, the goals first."""
     timed = [record for record in records if record.what in (STEP, LOADING) and record.failure is None]
-    found = {"Goals": goal_table(GOALS, records), "Steps": speeds(timed), "Parts of a step, ms": parts(timed)}
-    return tables.sections(found, records, level)
+    texts = {"Goals": goal_table(GOALS, records), "Steps": speeds(timed), "Parts of a step, ms": parts(timed)}
+    return tables.sections(texts, records, level)
 
 
 def speeds(timed: Sequence[Record]) -> str:
-    """Return images per second, the 20th and 80th percentile of the turns, and what an engine takes beyond its base."""
+    """Return a table of images per second (median, 20th and 80th percentile of the rounds) and of overheads."""
     if not timed:
         return ""
     columns = {
         "ranks": shape("ranks"),
-        "who": _who,
+        "provider": _provider,
         "images/s": figure("images_per_s", ".1f"),
-        "turns": tables.image_rates(".1f"),
+        "p20-p80": tables.image_rates(".1f"),
         "ms per step": time("median_ms", ".1f"),
-        "over": figure("over"),
-        "by, %": figure("over_percent", ".1f"),
+        "baseline": figure("over"),
+        "overhead, %": figure("over_percent", ".1f"),
         "MFU, %": figure("mfu_percent", ".1f"),
         "memory, GB": figure("memory_gb", ".1f"),
     }
     peaks = dict.fromkeys(str(record.figures["peak"]) for record in timed if "peak" in record.figures)
-    about = ({**one.shape, "networks": one.shape["model"], "precision": one.dtype} for one in timed)
-    names = ("networks", "view", "B", "precision")
-    shapes = dict.fromkeys(describe({name: shape[name] for name in names}) for shape in about)
+    shapes = dict.fromkeys(
+        f"networks={record.shape['model']} view={record.shape['view']} B={record.shape['B']} precision={record.dtype}"
+        for record in timed
+    )
     return f"{record_table(timed, columns)}\n\n{'; '.join([*shapes, *peaks])}."
 
 
-def _who(record: Record) -> str:
+def _provider(record: Record) -> str:
     return f"{record.shape['engine']}, {record.provider}" if record.what == LOADING else record.provider
 
 
 def parts(timed: Sequence[Record]) -> str:
-    """Return where the time of a step goes, and the shares that have goals."""
-    columns: dict[str, Column] = {"ranks": shape("ranks"), "who": _who}
+    """Return a table of the milliseconds of each part of a step, and the shares of the step that have goals."""
+    columns: dict[str, Column] = {"ranks": shape("ranks"), "provider": _provider}
     columns |= {part.replace("_", " "): figure(f"{part}_ms", ".2f") for part in PARTS}
-    columns["waiting, %"] = figure("wait_percent", ".2f")
+    columns["wait, %"] = figure("wait_percent", ".2f")
     columns["teacher update, %"] = figure("teacher_update_percent", ".2f")
     return record_table(timed, columns)
 
 
-def on_cpu(name: str) -> Measured:
-    """Return how to find a figure of the default engine on one rank of a machine without a GPU."""
+def cpu_metric(name: str) -> Metric:
+    """Return a function that selects a figure of the default engine on one rank of a machine without a GPU."""
 
-    def measured(records: Sequence[Record]) -> float | None:
-        fitting = [one for one in _of(records, STEP, SMALL) if one.provider == DEFAULT and one.shape["ranks"] == 1]
-        return next((one.figures.get(name) for one in fitting if not one.machine.get("gpu")), None)
+    def metric(records: Sequence[Record]) -> float | None:
+        steps = [record for record in _select(records, STEP, SMALL) if not record.machine.get("gpu")]
+        default = [step.figures for step in steps if step.provider == DEFAULT and step.shape["ranks"] == 1]
+        return default[0].get(name) if default else None
 
-    return measured
-
-
-def on_gpu(name: str) -> Measured:
-    """Return how to find a figure of the default engine where it is fastest, whatever else is switched on."""
-
-    def measured(records: Sequence[Record]) -> float | None:
-        fitting = [one.figures for one in _on_card(records, STEP) if one.provider.startswith(DEFAULT)]
-        return max(fitting, key=lambda figures: figures["images_per_s"], default={}).get(name)
-
-    return measured
+    return metric
 
 
-def from_shards(records: Sequence[Record]) -> float | None:
-    """Return the loader's images per second over those of a cached batch, in percent, both of one run."""
-    speeds = {one.provider: one.figures["images_per_s"] for one in _on_card(records, LOADING)}
-    return 100 * speeds[SHARDS] / speeds[CACHED] if {SHARDS, CACHED} <= speeds.keys() else None
+def gpu_metric(name: str) -> Metric:
+    """Return a function that selects a figure of the default engine in its fastest configuration on the GPU."""
+
+    def metric(records: Sequence[Record]) -> float | None:
+        default = [step.figures for step in _select_gpu(records, STEP) if step.provider.startswith(DEFAULT)]
+        return max(default, key=lambda figures: figures["images_per_s"], default={}).get(name)
+
+    return metric
 
 
-def waiting(records: Sequence[Record]) -> float | None:
-    """Return the share of the step in which there is no batch."""
-    return next((one.figures["wait_percent"] for one in _on_card(records, LOADING) if one.provider == SHARDS), None)
+def loader_speed_percent(records: Sequence[Record]) -> float | None:
+    """Return images per second from shards, in percent of those from a cached batch in the same run."""
+    rates = {record.provider: record.figures["images_per_s"] for record in _select_gpu(records, LOADING)}
+    return 100 * rates[SHARDS] / rates[CACHED] if {SHARDS, CACHED} <= rates.keys() else None
 
 
-def _on_card(records: Sequence[Record], what: str) -> list[Record]:
-    return [one for one in _of(records, what, BASE) if GPU in str(one.machine.get("gpu"))]
+def loader_wait_percent(records: Sequence[Record]) -> float | None:
+    """Return the time that a step waits for its batch from shards, in percent of the step."""
+    from_shards = (record for record in _select_gpu(records, LOADING) if record.provider == SHARDS)
+    return next((record.figures["wait_percent"] for record in from_shards), None)
 
 
-def _of(records: Sequence[Record], what: str, model: str) -> list[Record]:
-    return [one for one in records if one.what == what and one.shape["model"] == model]
+def _select_gpu(records: Sequence[Record], what: str) -> list[Record]:
+    return [record for record in _select(records, what, BASE) if GPU in str(record.machine.get("gpu"))]
 
+
+def _select(records: Sequence[Record], what: str, model: str) -> list[Record]:
+    return [record for record in records if record.what == what and record.shape["model"] == model]
+
+
+_UPDATE = "the teacher's update, % of the step"
 
 GOALS = (
-    Goal(f"{SMALL} on a CPU: {DEFAULT} over the bare loop, %", 10.0, on_cpu("over_percent"), is_at_most=True),
-    Goal(
-        f"{SMALL} on a CPU: the teacher's update, % of the step", 2.0, on_cpu("teacher_update_percent"), is_at_most=True
-    ),
-    Goal(f"{BASE} on an {GPU} from one cached batch, images/s", 2450.0, on_gpu("images_per_s")),
-    Goal(
-        f"{BASE} on an {GPU}: the teacher's update, % of the step",
-        2.0,
-        on_gpu("teacher_update_percent"),
-        is_at_most=True,
-    ),
-    Goal(f"{BASE} on an {GPU}: images/s from shards, % of those", 95.0, from_shards),
-    Goal(f"{BASE} on an {GPU}: waiting for shards, % of the step", 1.0, waiting, is_at_most=True),
+    Goal(f"{SMALL} on a CPU: {DEFAULT} over the bare loop, %", 10.0, cpu_metric("over_percent"), is_at_most=True),
+    Goal(f"{SMALL} on a CPU: {_UPDATE}", 2.0, cpu_metric("teacher_update_percent"), is_at_most=True),
+    Goal(f"{BASE} on an {GPU} from one cached batch, images/s", 2450.0, gpu_metric("images_per_s")),
+    Goal(f"{BASE} on an {GPU}: {_UPDATE}", 2.0, gpu_metric("teacher_update_percent"), is_at_most=True),
+    Goal(f"{BASE} on an {GPU}: images/s from shards, % of one cached batch", 95.0, loader_speed_percent),
+    Goal(f"{BASE} on an {GPU}: wait for shards, % of the step", 1.0, loader_wait_percent, is_at_most=True),
 )

@@ -1,4 +1,4 @@
-"""What every training step of a comparison does, and the batch they all take."""
+"""The training step that all engines of a comparison run, and its cached batch."""
 
 import dataclasses
 from contextlib import closing
@@ -22,28 +22,28 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import training_loader
 
 
-class StepTurns(NamedTuple):
+class StepBudget(NamedTuple):
     """How long to measure steps that are compared."""
 
     rounds: int
     steps: int
-    """Of one turn."""
+    """Steps per round of one engine."""
     warm_ups: int
-    """Steps before the first turn; their losses are compared, too."""
+    """Steps before the first round, whose losses are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepWorkload:
-    """The work of a step, whoever does it."""
+    """The networks, data and batch size of a step."""
 
     name: str
-    """Of the networks."""
+    """Name of the networks in the records."""
     folder: Path
-    """Where shards are kept."""
+    """Folder in which the shards are stored."""
     device: torch.device
     batch_size: int
-    """Images of a step, over all ranks."""
-    turns: StepTurns
+    """Images per step over all ranks."""
+    budget: StepBudget
     model: ModelConfig
     precision: str
     views: ViewConfig = field(default_factory=ViewConfig)
@@ -52,15 +52,15 @@ class StepWorkload:
 
     @cached_property
     def pattern(self) -> str:
-        """The shards, written when they are first asked for."""
+        """Pattern of the shards, which are written on first access."""
         return self.photographs.write(self.folder)
 
     def shape(self, num_ranks: int) -> dict[str, int | str]:
-        """Return what is compared with each other, for records."""
+        """Return the properties that comparable records share."""
         return {"model": self.name, "view": self.views.size, "B": self.batch_size, "ranks": num_ranks}
 
     def config(self, **runtime: Any) -> RunConfig:
-        """Return a run's settings: one micro-batch a step, all cores decoding."""
+        """Return the settings of a training run with one micro-batch per step and one decoding thread per core."""
         return RunConfig(
             data=DataConfig(train=self.pattern),
             views=self.views,
@@ -70,11 +70,11 @@ class StepWorkload:
         )
 
     def loader(self, rank_info: RankInfo) -> Loader:
-        """Open the loader of a run."""
+        """Open the loader of a training run."""
         return training_loader(self.config(), open_shards(self.pattern), rank_info)
 
     def cached_batch(self, rank_info: RankInfo) -> Batch:
-        """Return this rank's first batch of a run in memory of its own."""
+        """Return a copy of this rank's first batch, which stays valid after the loader is closed."""
         with closing(self.loader(rank_info)) as loader:
             return _copy(next(loader))
 
@@ -88,16 +88,16 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWorkload:
-    """Return what this machine is measured with: a ViT-S/16 on a CPU, a ViT-B/16 on a GPU, or something tiny."""
+def build_workload(folder: Path, device: torch.device, quick: bool) -> StepWorkload:
+    """Return the workload for this machine: a ViT-S/16 on a CPU, a ViT-B/16 on a GPU, or tiny networks if quick."""
     common: dict[str, Any] = {"folder": folder, "device": device}
-    if is_quick:
+    if quick:
         return StepWorkload(
             **common,
             name="tiny",
             batch_size=4,
-            turns=StepTurns(rounds=2, steps=1, warm_ups=2),
-            # heads of 32, for the kernels
+            budget=StepBudget(rounds=2, steps=1, warm_ups=2),
+            # The fused attention supports head dimensions of 32 and 64.
             model=ModelConfig(
                 encoder=EncoderConfig(dim=64, depth=2, num_heads=2, patch_size=4),
                 predictor=PredictorConfig(dim=32, depth=1, num_heads=1),
@@ -112,10 +112,10 @@ def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWo
             **common,
             name=BASE,
             batch_size=256,
-            turns=StepTurns(rounds=7, steps=10, warm_ups=3),
+            budget=StepBudget(rounds=7, steps=10, warm_ups=3),
             model=ModelConfig(predictor=PredictorConfig(depth=18)),
             precision="bf16",
-            # more than a turn takes, however often it comes
+            # Enough images for all rounds of the loader.
             photographs=PhotographShards(),
         )
     encoder, predictor = EncoderConfig(dim=384, depth=12, num_heads=6), PredictorConfig(dim=192, depth=6, num_heads=6)
@@ -123,8 +123,8 @@ def build_workload(folder: Path, device: torch.device, is_quick: bool) -> StepWo
         **common,
         name=SMALL,
         batch_size=8,
-        # a step takes three seconds on one core
-        turns=StepTurns(rounds=6, steps=1, warm_ups=2),
+        # A step takes three seconds on one core.
+        budget=StepBudget(rounds=6, steps=1, warm_ups=2),
         model=ModelConfig(encoder=encoder, predictor=predictor),
         precision="fp32",
     )

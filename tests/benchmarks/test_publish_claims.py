@@ -1,4 +1,4 @@
-"""The table of claims in the README says what the kept numbers say, by the rule that judges a lab."""
+"""The table of claims in the README follows from the published numbers and the rules of a lab."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from iwm_fast.lab.config import Claim, LabConfig, Number
 BETTER, WORSE = Number(cell="a", result="mrr", subject="jitter", metric="mrr"), Number(
     cell="b", result="mrr", subject="jitter", metric="mrr"
 )  # fmt: skip
-CLAIM = Claim(name="c", text="It listens.", paper="0.8 against 0", compare=((BETTER, WORSE),))
+CLAIM = Claim(name="c", text="It uses the action.", paper="0.8 against 0", compare=((BETTER, WORSE),))
 
 
 @pytest.fixture
@@ -31,46 +31,41 @@ def lab(tmp_path):
     )  # fmt: skip
 
 
-def test_the_readme_shows_the_kept_numbers():
+def test_the_readme_shows_the_published_numbers():
     text = publish_claims.README.read_text(encoding="utf-8")
-    assert text == publish_claims.with_sections(text), "run python -m benchmarks.publish_claims"
-    kept, shown = (
-        {path.stem for path in publish_claims.DOCS.glob("lab_*.json")},
-        set(re.findall("<!-- end of (.*) -->", text)),
-    )
-    assert kept == shown != set()
-    for lab in kept:
+    assert text == publish_claims.update_sections(text), "run python -m benchmarks.publish_claims"
+    published = {path.stem for path in publish_claims.DOCS.glob("lab_*.json")}
+    assert published == set(re.findall("<!-- end of (.*) -->", text)) != set()
+    for lab in published:
         assert f"(docs/{lab}.png)" in text and (publish_claims.DOCS / f"{lab}.png").stat().st_size < 300_000
 
 
-def test_only_what_is_compared_is_kept_and_judged_again(lab):
-    tree = json.loads(json.dumps({"command": "iwm lab x.yaml", **publish_claims.numbers_of(lab)}))
+def test_only_compared_numbers_are_published_and_judged(lab):
+    tree = json.loads(json.dumps({"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}))
     assert set(tree["values"]) == {"a mrr jitter mrr", "b mrr jitter mrr"}
-    (outcome,) = publish_claims.outcomes_of(tree)
+    (outcome,) = publish_claims.judge_outcomes(tree)
     assert outcome.claim == CLAIM and outcome.verdict == "holds"
     assert outcome.comparisons[0].values == ((0.5, 0.51, 0.52), (0.2, 0.2 + 0.01, 0.22))
 
 
-def test_a_line_holds_means_difference_the_paper_and_the_verdict(lab):
-    tree = {"command": "iwm lab x.yaml", **publish_claims.numbers_of(lab)}
-    said = publish_claims.section(tree)
-    assert (
-        "| It listens. | a, 1,234 tuned 0.510, b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0 | **holds** |"
-        in said
-    )
-    assert "`iwm lab x.yaml`, seeds 0, 1, 2; M; commit 1a2b." in said
-    other = replace(lab, claims=(replace(CLAIM, compare=((WORSE, BETTER),)),))
-    assert "**fails**" in publish_claims.section(tree | publish_claims.numbers_of(other))
+def test_a_row_has_means_difference_paper_and_verdict(lab):
+    tree = {"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}
+    section = publish_claims.render_section(tree)
+    cells = "It uses the action. | a, 1,234 tuned 0.510, b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0"
+    assert f"| {cells} | **holds** |" in section
+    assert "`iwm lab x.yaml`, seeds 0, 1, 2; M; commit 1a2b." in section
+    reversed_lab = replace(lab, claims=(replace(CLAIM, compare=((WORSE, BETTER),)),))
+    assert "**fails**" in publish_claims.render_section(tree | publish_claims.collect_values(reversed_lab))
     del tree["values"]["b mrr jitter mrr"]
-    assert "| not measured |" in publish_claims.section(tree)
+    assert "| not measured |" in publish_claims.render_section(tree)
 
 
-def test_nothing_but_what_is_between_the_marks_is_written(lab):
-    tree = {"command": "iwm lab x.yaml", **publish_claims.numbers_of(lab)}
-    (begin, end), (other, _) = publish_claims.marks("lab"), publish_claims.marks("lab_2")
-    text = f"before\n{begin}\nstale\n{end}\nafter\n{other}\n"
-    once = publish_claims.with_section(text, "lab", tree)
-    assert once.startswith("before\n") and once.endswith(f"{end}\nafter\n{other}\n") and "stale" not in once
-    assert publish_claims.with_section(once, "lab", tree) == once
-    with pytest.raises(ValueError, match="README must hold the lines"):
-        publish_claims.with_section("no marks", "lab", tree)
+def test_only_the_text_between_the_markers_changes(lab):
+    tree = {"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}
+    (begin, end), (next_begin, _) = publish_claims.markers("lab"), publish_claims.markers("lab_2")
+    text = f"before\n{begin}\nstale\n{end}\nafter\n{next_begin}\n"
+    updated = publish_claims.update_section(text, "lab", tree)
+    assert updated.startswith("before\n") and updated.endswith(f"{end}\nafter\n{next_begin}\n")
+    assert "stale" not in updated and publish_claims.update_section(updated, "lab", tree) == updated
+    with pytest.raises(ValueError, match="README must contain the lines"):
+        publish_claims.update_section("no markers", "lab", tree)

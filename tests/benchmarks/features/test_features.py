@@ -1,4 +1,4 @@
-"""The benchmark of frozen features in small, on a CPU."""
+"""The benchmark of frozen features with tiny networks on a CPU."""
 
 import dataclasses
 
@@ -14,34 +14,33 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.session import WrongResultError
 
 
-def test_forward_and_extractions_are_timed_and_written_down(tmp_path, capsys):
+def test_the_forward_pass_and_extractions_are_timed_and_recorded(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--quick", "--out", str(out), "--data", str(tmp_path), "--commit", "x"]
     assert benchmark.main(arguments) == 0
-    found = records.read(out)
-    assert [record.provider for record in found] == [FORWARD, POOLED, TOKENS]
-    assert all(record.figures["images_per_s"] > 0 and record.shape["images"] == 80 for record in found)
-    assert ["over_percent" in record.figures for record in found] == [False, True, True]
-    assert "extraction over the encoder's own forward, %" in capsys.readouterr().out
+    recorded = records.read(out)
+    assert [record.provider for record in recorded] == [FORWARD, POOLED, TOKENS]
+    assert all(record.figures["images_per_s"] > 0 and record.shape["images"] == 80 for record in recorded)
+    assert ["over_percent" in record.figures for record in recorded] == [False, True, True]
+    assert "overhead of an extraction over the encoder's forward, %" in capsys.readouterr().out
 
 
-def test_an_extraction_of_other_images_is_refused(tmp_path):
-    workload = benchmark.build_workload(tmp_path, "cpu", is_quick=True)
+def test_features_of_different_images_are_an_error(tmp_path):
+    workload = benchmark.build_workload(tmp_path, "cpu", quick=True)
     views = [torch.zeros(64, 3, 32, 32), torch.zeros(16, 3, 32, 32)]
-    with pytest.raises(WrongResultError, match="extraction, pooled keeps something else than the encoder says"):
+    with pytest.raises(WrongResultError, match="extraction, pooled: the features differ from the encoder's outputs"):
         benchmark.check(workload, views, POOLED, "pooled")
 
 
-def test_the_goal_is_that_of_the_slower_kind():
-    def measured(provider: str, over: float) -> Record:
-        figures = {"images_per_s": 9.0, "over_percent": over}
+def test_the_goal_counts_the_slower_extraction():
+    def extraction(provider: str, over_percent: float) -> Record:
+        figures = {"images_per_s": 9.0, "over_percent": over_percent}
         return Record(
             what=feature_tables.FEATURES, provider=provider, shape={"images": 8}, median_ms=1e3, figures=figures
         )
 
-    found = [measured(POOLED, 4.0), measured(TOKENS, 12.0)]
-    text = feature_tables.sections(found)
+    pooled, tokens = extraction(POOLED, 4.0), extraction(TOKENS, 12.0)
+    text = feature_tables.sections([pooled, tokens])
     assert "12.00" in text and "| no" in text and "images=8." in text
-    fine = feature_tables.sections([found[0], dataclasses.replace(found[1], figures=found[0].figures)])
-    assert "| yes" in fine
-    assert "extraction, tokens" in report.render([], features=found)
+    assert "| yes" in feature_tables.sections([pooled, dataclasses.replace(tokens, figures=pooled.figures)])
+    assert "extraction, tokens" in report.render([], features=[pooled, tokens])

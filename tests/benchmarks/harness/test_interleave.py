@@ -1,4 +1,4 @@
-"""Turns: one stream at a time, without what was made ahead; failures, spread, time that runs out."""
+"""Interleaved rounds: one open stream at a time, discarded batches, failures, percentiles, the time limit."""
 
 import time
 from itertools import count, repeat
@@ -6,47 +6,47 @@ from itertools import count, repeat
 import pytest
 
 from benchmarks.harness import interleave, records
-from benchmarks.harness.interleave import Stream, Turn, Turns
+from benchmarks.harness.interleave import Stream, StreamBudget, StreamRound
 from benchmarks.harness.session import Case, Session
 from benchmarks.harness.timing import QUICK, Failure
 
-SHORT = Turns(rounds=3, seconds=0.0, fewest=2)
+SHORT = StreamBudget(rounds=3, seconds=0.0, min_batches=2)
 
 
-def stream(made=None, images=4, opened=None, **values):
-    """Return a stream that lists its batches in `made` and itself in `opened` while it is open."""
-    made, opened = [] if made is None else made, [] if opened is None else opened
+def stream(numbers=None, images=4, events=None, **values):
+    """Return an endless stream that appends its batch numbers to `numbers`, and "open" and "closed" to `events`."""
+    numbers, events = [] if numbers is None else numbers, [] if events is None else events
 
     def start():
-        opened.append("open")
+        events.append("open")
         try:
             for number in count():
-                made.append(number)
+                numbers.append(number)
                 yield images
         finally:
-            opened.append("closed")
+            events.append("closed")
 
     return Stream(start, lambda batch: batch, **values)
 
 
-def test_what_was_made_ahead_is_not_counted():
-    made = []
-    turn = interleave.take_turn(stream(made, ahead=3), SHORT)
-    assert turn.images == 2 * 4 and len(turn.batch_s) == 2 and made == [0, 1, 2, 3, 4]
+def test_prefetched_batches_are_not_counted():
+    numbers = []
+    result = interleave.run_round(stream(numbers, prefetched=3), SHORT)
+    assert result.images == 2 * 4 and len(result.batch_s) == 2 and numbers == [0, 1, 2, 3, 4]
 
 
-def test_a_turn_ends_when_all_workers_have_delivered():
-    assert len(interleave.take_turn(stream(burst=5), SHORT).batch_s) == 5
+def test_a_round_ends_after_a_complete_burst():
+    assert len(interleave.run_round(stream(burst=5), SHORT).batch_s) == 5
 
 
-def test_a_turn_lasts_as_long_as_it_should():
-    slow = stream()._replace(take=lambda batch: time.sleep(0.01) or batch)
-    turn = interleave.take_turn(slow, Turns(rounds=1, seconds=0.05, fewest=1))
-    assert 4 <= len(turn.batch_s) <= 6 and 0.05 <= sum(turn.batch_s) < 1
-    assert turn.images_per_s == pytest.approx(turn.images / sum(turn.batch_s))
+def test_a_round_lasts_at_least_its_seconds():
+    slow = stream()._replace(consume=lambda batch: time.sleep(0.01) or batch)
+    result = interleave.run_round(slow, StreamBudget(rounds=1, seconds=0.05, min_batches=1))
+    assert 4 <= len(result.batch_s) <= 6 and 0.05 <= sum(result.batch_s) < 1
+    assert result.images_per_s == pytest.approx(result.images / sum(result.batch_s))
 
 
-def test_streams_are_open_one_at_a_time_and_change_places():
+def test_one_stream_is_open_at_a_time_and_the_order_alternates():
     log = []
 
     def logging(name):
@@ -59,37 +59,37 @@ def test_streams_are_open_one_at_a_time_and_change_places():
 
         return Stream(start, lambda batch: batch)
 
-    found = interleave.compare({name: logging(name) for name in "AB"}, SHORT, prepare=lambda: log.append("-"))
+    results = interleave.compare({name: logging(name) for name in "AB"}, SHORT, prepare=lambda: log.append("-"))
     assert "".join(log) == "-Aa-Bb" + "-Bb-Aa" + "-Aa-Bb"
-    assert [len(taken) for taken in found.values()] == [3, 3]
+    assert [len(rounds) for rounds in results.values()] == [3, 3]
 
 
-def test_a_stream_that_raises_is_closed_and_the_others_go_on():
-    opened = []
-    broken = stream(opened=opened)._replace(take=lambda batch: 1 // 0)
-    found = interleave.compare({"bad": broken, "good": stream()}, SHORT)
-    assert isinstance(found["bad"], Failure) and "ZeroDivisionError" in found["bad"].line
-    assert isinstance(found["good"], list) and len(found["good"]) == 3
-    assert opened == ["open", "closed"], "and is not tried again"
+def test_a_stream_that_raises_is_closed_and_the_others_continue():
+    events = []
+    broken = stream(events=events)._replace(consume=lambda batch: 1 // 0)
+    results = interleave.compare({"bad": broken, "good": stream()}, SHORT)
+    assert isinstance(results["bad"], Failure) and "ZeroDivisionError" in results["bad"].message
+    assert isinstance(results["good"], list) and len(results["good"]) == 3
+    assert events == ["open", "closed"], "it is not opened again"
 
 
-def test_when_time_is_up_every_stream_has_had_one_turn():
-    found = interleave.compare({name: stream() for name in "AB"}, SHORT, deadline=time.monotonic() - 1)
-    assert [len(taken) for taken in found.values()] == [1, 1]
+def test_all_streams_have_one_round_after_the_deadline():
+    results = interleave.compare({name: stream() for name in "AB"}, SHORT, deadline=time.monotonic() - 1)
+    assert [len(rounds) for rounds in results.values()] == [1, 1]
 
 
-def test_an_epoch_ends_a_turn_and_one_too_short_is_no_result():
-    forever = Turns(rounds=1, seconds=1e9, fewest=1)
-    assert len(interleave.take_turn(stream(ahead=2), forever, most_batches=6).batch_s) == 4
+def test_max_batches_ends_a_round_and_a_round_without_batches_raises():
+    endless = StreamBudget(rounds=1, seconds=1e9, min_batches=1)
+    assert len(interleave.run_round(stream(prefetched=2), endless, max_batches=6).batch_s) == 4
     with pytest.raises(RuntimeError, match="too little data"):
-        interleave.take_turn(stream(ahead=4), forever, most_batches=4)
+        interleave.run_round(stream(prefetched=4), endless, max_batches=4)
 
 
-def test_a_record_tells_speed_spread_and_waits(tmp_path):
-    session = Session({"cores": 2}, effort=QUICK, device="cpu", out=tmp_path / "x.jsonl")
-    taken = [Turn(80, [0.1] * 10), Turn(80, [0.2] * 10), Turn(80, [0.1] * 9 + [3.1])]
-    interleave.note(session, Case("read", {"B": 8}), "ours", taken, doubt=0.5)
-    interleave.note(session, Case("read", {"B": 8}), "peer", Failure("no"))
+def test_a_record_contains_rate_percentiles_and_waiting_times(tmp_path):
+    session = Session({"cores": 2}, budget=QUICK, device="cpu", out=tmp_path / "x.jsonl")
+    rounds = [StreamRound(80, [0.1] * 10), StreamRound(80, [0.2] * 10), StreamRound(80, [0.1] * 9 + [3.1])]
+    interleave.record(session, Case("read", {"B": 8}), "ours", rounds, doubt=0.5)
+    interleave.record(session, Case("read", {"B": 8}), "peer", Failure("no"))
     ours, peer = records.read(tmp_path / "x.jsonl")
     assert (ours.median_ms, ours.repeats) == (pytest.approx(200), 3)
     assert ours.p20_ms is not None and 100 < ours.p20_ms < 200
@@ -99,6 +99,6 @@ def test_a_record_tells_speed_spread_and_waits(tmp_path):
     assert peer.failure == "no" and peer.median_ms is None
 
 
-def test_one_turn_has_no_spread():
-    found = interleave.summarize([Turn(8, list(repeat(0.1, 2)))])
-    assert found == {"median_ms": 100, "p20_ms": 100, "p80_ms": 100, "repeats": 1}
+def test_all_percentiles_of_a_single_round_are_equal():
+    summary = interleave.summarize([StreamRound(8, list(repeat(0.1, 2)))])
+    assert summary == {"median_ms": 100, "p20_ms": 100, "p80_ms": 100, "repeats": 1}

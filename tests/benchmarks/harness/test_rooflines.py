@@ -1,4 +1,4 @@
-"""Floors, tiles and occupancy against numbers worked out by hand."""
+"""Rooflines, tiles and occupancy against numbers calculated independently."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def milliseconds(num_bytes):
 def test_attention_moves_four_tensors_forward_and_seven_backward(length, head_dim, forward_ms, backward_ms):
     costs = rooflines.attention_costs([length] * 1024, 12, head_dim)
     assert milliseconds(costs[FORWARD].bytes) == pytest.approx(forward_ms, abs=5e-4)
-    # the figures by hand leave out the logarithms, a 56th of the seven tensors at d = 32
+    # The expected figures ignore the log-sum-exp, a 56th of the seven tensors at d = 32.
     assert milliseconds(costs[BACKWARD].bytes) == pytest.approx(backward_ms, rel=0.01)
 
 
@@ -42,13 +42,13 @@ def test_attention_multiplies_twice_forward_and_five_times_backward():
     assert costs[BOTH].bytes == costs[FORWARD].bytes + costs[BACKWARD].bytes
 
 
-def test_packed_lengths_count_each_for_itself():
+def test_costs_of_packed_sequences_add_up():
     cost = rooflines.attention_costs([3, 5], 2, 32)[FORWARD]
     assert cost.flops == 4 * 2 * 32 * (9 + 25)
     assert cost.bytes == 4 * (8 * 2 * 32 * 2) + 4 * 8 * 2
 
 
-def test_a_norm_moves_twelve_bytes_an_element_and_sixteen_back():
+def test_a_norm_moves_12_bytes_per_element_forward_and_16_backward():
     costs = rooflines.norm_costs(1000, 384)
     assert costs[FORWARD].bytes == 12 * 384_000 + 8000
     assert costs[BACKWARD].bytes == 16 * 384_000 + 8000
@@ -57,7 +57,7 @@ def test_a_norm_moves_twelve_bytes_an_element_and_sixteen_back():
 def test_conditioning_reads_and_writes_rows_once():
     rows = 256 * 98, 256 * 98, 256 * 5
     sequence = rooflines.conditioning_costs(rows, 384, has_mixer=False)[FORWARD]
-    # bfloat16 context and float32 tokens in, everything out in float32
+    # The context is read in bfloat16, tokens in float32. All packed rows are written in float32.
     assert sequence.bytes == 384 * (2 * rows[0] + 4 * rows[2] + 4 * sum(rows))
     feature = rooflines.conditioning_costs((*rows[:2], 0), 384, has_mixer=True)
     assert feature[FORWARD].flops / 1e9 == pytest.approx(14.8, abs=0.05)
@@ -65,29 +65,29 @@ def test_conditioning_reads_and_writes_rows_once():
 
 
 @pytest.mark.parametrize(("length", "tile", "waste"), [(196, 192, 3.84), (196, 128, 1.71), (256, 128, 1.0)])
-def test_square_tiles_waste_what_does_not_fit(length, tile, waste):
-    assert rooflines.library_waste(length, tile) == pytest.approx(waste, abs=0.005)
+def test_square_tiles_compute_scores_beyond_the_length(length, tile, waste):
+    assert rooflines.square_tile_waste(length, tile) == pytest.approx(waste, abs=0.005)
 
 
-def packed_of(length):
+def meta_packed(length):
     return Packed(torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta"), None, length)
 
 
-def test_a_ladder_wastes_what_its_rung_and_its_queries_do():
-    packed = packed_of(196)
-    key_splits = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
-    (launch,) = short.forward_launches((key_splits,), packed, packed.qkv, packed.qkv)
-    # 208 keys times 256 queries
-    assert rooflines.launches_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
+def test_waste_of_a_short_launch_follows_from_its_bucket_and_queries():
+    packed = meta_packed(196)
+    group = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
+    (launch,) = short.forward_launches((group,), packed, packed.qkv, packed.qkv)
+    # The launch computes 208 keys times 256 queries.
+    assert rooflines.launch_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
     assert rooflines.scores_computed(launch, 192) == 192 * 192
-    assert rooflines.scores_computed(launch, 209) == 0, "no rung holds it"
-    fine = key_splits._replace(num_queries=16)
+    assert rooflines.scores_computed(launch, 209) == 0, "no bucket holds this length"
+    fine = group._replace(num_queries=16)
     (launch,) = short.forward_launches((fine,), packed, packed.qkv, packed.qkv)
-    assert rooflines.launches_waste([launch], 196) == pytest.approx(1.13, abs=0.005)
+    assert rooflines.launch_waste([launch], 196) == pytest.approx(1.13, abs=0.005)
 
 
-def test_tiles_leave_short_sequences_to_others():
-    packed = packed_of(400)
+def test_tiled_launches_skip_short_sequences():
+    packed = meta_packed(400)
     tiles = Tiles(128, 64, 8, 2)
     launch = forward_launch(Cut(tiles, tiles, tiles), packed, 256, out=packed.qkv, lse=packed.qkv)
     assert rooflines.scores_computed(launch, 256) == 0
@@ -98,22 +98,22 @@ def test_tiles_leave_short_sequences_to_others():
 @pytest.mark.parametrize("length", compiler_report.WASTE_LENGTHS)
 def test_shipped_launches_compute_every_score(arch, length):
     for launches in compiler_report.dense_launches(arch, length, 64).values():
-        assert rooflines.launches_waste(launches, length) >= 1
+        assert rooflines.launch_waste(launches, length) >= 1
 
 
 @pytest.mark.parametrize(
     ("registers", "shared_bytes", "num_warps", "arch", "programs"),
     [
-        (128, 20_000, 4, 90, 4),  # 16 warps of 128 registers fill 64 K
-        (129, 20_000, 4, 90, 3),  # eight at a time: 136, 15 warps and a quarter holds three
+        (128, 20_000, 4, 90, 4),  # 16 warps of 32 threads with 128 registers use all 64 K.
+        (129, 20_000, 4, 90, 3),  # Rounded up to 136 registers per thread, three warps fit into a quarter.
         (168, 30_720, 4, 90, 3),
         (255, 0, 8, 90, 1),
-        (32, 0, 4, 90, 16),  # 64 warps
+        (32, 0, 4, 90, 16),  # The limit is 64 warps.
         (32, 139_520, 8, 90, 1),
         (32, 113 * 1024, 8, 90, 2),
         (32, 113 * 1024, 8, 80, 1),
         (16, 0, 1, 90, 32),
     ],
 )
-def test_programs_of_a_multiprocessor(registers, shared_bytes, num_warps, arch, programs):
+def test_number_of_programs_per_multiprocessor(registers, shared_bytes, num_warps, arch, programs):
     assert rooflines.programs_per_multiprocessor(registers, shared_bytes, num_warps, arch) == programs
