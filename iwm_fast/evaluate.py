@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -85,7 +86,8 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     """Build the settings of an evaluation from `key=value` arguments.
 
     Raises:
-        ValueError: for an unknown setting, a value of the wrong type or out of range, or if no run is named.
+        ValueError: for an unknown setting, a value of the wrong type or out of range, or if no run is named, or a
+            checkpoint in its place.
     """
     # Imported here, because it takes a third of a second, which `iwm --help` need not wait for.
     from iwm_fast.config.loading import build  # noqa: PLC0415
@@ -93,6 +95,10 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     config = build(config_class, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
+    folder = Path(config.run)
+    if folder.parent.name == "checkpoints" and (folder / "state.json").is_file():
+        run, step = folder.parents[1], folder.name.removeprefix("step-").lstrip("0")
+        raise ValueError(f"run must name the folder of a run, got a checkpoint; set run={run} checkpoint={step}")
     return config
 
 

@@ -30,6 +30,8 @@ class ExportConfig:
 
     run: str = ""
     """Folder of the trained run."""
+    checkpoint: str = ""
+    """Checkpoint to export: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
     to: str = ""
     """Folder to write. It must not exist yet."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
-from iwm_fast.evals.results import Result, mean_row, save_result
+from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels
 from iwm_fast.pipelines.batch import Batch
@@ -122,7 +122,7 @@ class Comparison:
         about = {"num_classes": len(self.sets.classes), "most_common_class": self.sets.most_common}
         result = Result(
             task=task,
-            name=result_name(task, config.data),
+            name=name_with_step(result_name(task, config.data), config.checkpoint, self.models[0].step),
             rows=(row,),
             step=self.models[0].step,
             seed=config.seed,
@@ -142,7 +142,7 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
         ShardError: if a sample has no label, or a validation sample one that no training sample has.
     """
     with same_error_on_all_ranks():
-        model = world_model.load(config.run, rank_info.device)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
     return Comparison(
         models=(model, world_model.untrained(replace(model.config, seed=config.seed), model.device)),

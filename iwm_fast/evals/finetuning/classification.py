@@ -85,7 +85,7 @@ def evaluate_finetune(
 
 
 def _run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> Subject:
-    model = world_model.load(config.run, rank_info.device)
+    model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
     needing = [arm for arm in config.chosen_arms if arm in WITH_PREDICTOR]
     is_identity = model.config.model.predictor.depth == 0
     check(not (is_identity and needing), "arms", config.arms,

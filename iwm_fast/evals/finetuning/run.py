@@ -18,7 +18,7 @@ from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, split_batch
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
-from iwm_fast.evals.results import Result, Row
+from iwm_fast.evals.results import Result, Row, name_with_step
 from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -75,13 +75,14 @@ def open_context(
     Raises:
         ValueError, FileNotFoundError, ShardError: if there are no such shards, or some cannot be used.
     """
+    folder = task_folder(task.run, name, task.name)
     return FinetuneContext(
         task=task,
         model_config=model.config,
         step=model.step,
         train=training_shards(model, task.data),
         val=validation_shards(model, task.data),
-        folder=task_folder(task.run, name, task.name),
+        folder=folder.with_name(name_with_step(folder.name, task.checkpoint, model.step)),
         rank_info=rank_info,
         preemption=preemption,
     )

@@ -23,7 +23,7 @@ from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_ent
 from iwm_fast.evals.planning.image_pairs import KINDS, Kind, Task, draw_tasks, pooled
 from iwm_fast.evals.planning.report import Outcome, distance_rows, parameter_rows
 from iwm_fast.evals.planning.ridge import ridge
-from iwm_fast.evals.results import Result, Row, save_result
+from iwm_fast.evals.results import Result, Row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -43,7 +43,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint)
         training_prior(model.config.views)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
     searched = searched_entries(model.config.views)
@@ -55,7 +55,8 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             rows += parameter_rows(outcome, asked, model.config, config.seed)
             rows += distance_rows(outcome, kind, config.seed)
     result = Result(
-        task="plan", name="plan", rows=tuple(rows), step=model.step, seed=config.seed, settings=asdict(config),
+        task="plan", name=name_with_step("plan", config.checkpoint, model.step), rows=tuple(rows), step=model.step,
+        seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
     rank_zero_only(lambda: save_result(config.run, result))
@@ -135,7 +136,7 @@ def plan_images(config: PlanConfig) -> Plan:
         ValueError: if one of them is no image, or the run has nothing to search with.
     """
     check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
-    model = open_world_model(config.run, single_process(config.device).device)
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
     distance = distance_to(model, model.load_image(config.source), model.load_image(config.target))
     found = search(distance, prior, config, sample=0)

@@ -48,14 +48,14 @@ class Question:
     action: Float[Tensor, "M A"]
 
 
-def open_world_model(run: str, device: torch.device) -> WorldModel:
+def open_world_model(run: str, device: torch.device, checkpoint: str = "") -> WorldModel:
     """Load a run that has a predictor, onto a device.
 
     Raises:
         FileNotFoundError, CheckpointError: as `world_model.load`.
         ValueError: if its predictor is the identity.
     """
-    model = world_model.load(run, device)
+    model = world_model.load(run, device, checkpoint=checkpoint)
     model.require_predictor()
     return model
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
 from iwm_fast.evals.datasets import clean_images, spread, validation_shards
+from iwm_fast.evals.results import name_with_step
 from iwm_fast.evals.retrieval.bank import draw_bank, open_world_model, target_map
 from iwm_fast.evals.retrieval.sweeps import (
     Case,
@@ -37,9 +38,10 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
         ValueError: if the run's predictor is the identity, or the pictures cannot be written.
     """
-    path = Path(config.picture or Path(config.run) / "imagine.png")
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
+    name = name_with_step("imagine", config.checkpoint, model.step)
+    path = Path(config.picture or Path(config.run) / f"{name}.png")
     require_writable(path)
-    model = open_world_model(config.run, single_process(config.device).device)
     sheet, sweeps = _sections(model, config)
     title = (
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "

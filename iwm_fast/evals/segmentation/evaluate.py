@@ -106,7 +106,7 @@ def open_bench(config: SegmentConfig, rank_info: RankInfo, preemption: Preemptio
     """Load the run, open the shards and count the classes of their maps; collective."""
     with same_error_on_all_ranks():
         micro_batches(config, rank_info.world_size)
-        model = world_model.load(config.run, rank_info.device)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
         if any(arm in WITH_PREDICTOR for arm in config.arms.split(",")):
             model.require_predictor()
         context = open_context("segment", config, model, rank_info, preemption)
