@@ -123,8 +123,13 @@ COMMANDS = {
         "iwm_fast.commands.show_batch:show", RUN_CONFIG),
     **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
        for name, evaluation in TASKS.items() if name != "plan"},
+    "embed": Command(
+        "run=DIR [data.val=SHARDS | images=FOLDER] to=FILE [key=value ...]",
+        "write the features of images to a Parquet or NumPy file, one row per image",
+        "iwm_fast.commands.embed:embed", "iwm_fast.config.commands:EmbedConfig"),
     "export": Command(
-        "run=DIR to=DIR", "write encoder, world model and a model card to a folder that others can load",
+        "run=DIR to=DIR [key=value ...]",
+        "write encoder, world model and a model card to a folder that others can load",
         "iwm_fast.checkpoints.export:export", "iwm_fast.config.commands:ExportConfig"),
     "imagine": Command(
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",

@@ -10,7 +10,7 @@ target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class WorldModel:
         """Device of the weights; inputs are moved to it."""
         return next(self.encoder.parameters()).device
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self, device: str | torch.device) -> "WorldModel":
         """Move the networks to a device, in place, and return this model."""
         self.encoder.to(device)
         self.predictor.to(device)
@@ -116,7 +116,7 @@ class WorldModel:
         tokens = self.encoder(view, None)
         return tokens.unflatten(0, (len(view), -1))
 
-    def predict(self, images: Images, action: Float[Tensor, "B A"]) -> Float[Tensor, "B N D"]:
+    def predict(self, images: Images, action: Float[Tensor, "actions A"]) -> Float[Tensor, "B N D"]:
         """Return the predicted tokens of the changed images at all positions; `encode_targets` returns the actual ones.
 
         There is one action per image, or one for all of them.

@@ -181,9 +181,17 @@ def spread(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:
     return np.arange(count, dtype=np.int64) * num_samples // count
 
 
-def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[Batch]:
-    """Yield the given samples once, untouched."""
-    loader = evaluation_loader(model.config, shards, samples, model.device)
+def batches(
+    model: WorldModel,
+    shards: ShardSet,
+    samples: Int64[np.ndarray, "samples"],
+    *,
+    leaves_out_bad_samples: bool = False,
+) -> Iterator[Batch]:
+    """Yield the given samples once, untouched; `evaluation_loader` explains what happens to bad samples."""
+    loader = evaluation_loader(
+        model.config, shards, samples, model.device, leaves_out_bad_samples=leaves_out_bad_samples
+    )
     try:
         yield from loader
     finally:
