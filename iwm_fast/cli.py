@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, watch_signals_if_training
+from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, refuse_checkpoint_folder, watch_signals_if_training
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
@@ -75,6 +75,7 @@ def _report(arguments: list[str]) -> None:
     if config.lab:
         print(load("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
     else:
+        refuse_checkpoint_folder(config.run)
         print(load("iwm_fast.commands.report_run:write_run_report")(Path(config.run)))
 
 

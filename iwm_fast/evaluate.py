@@ -95,11 +95,23 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     config = build(config_class, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
-    folder = Path(config.run)
-    if folder.parent.name == "checkpoints" and (folder / "state.json").is_file():
-        run, step = folder.parents[1], folder.name.removeprefix("step-").lstrip("0")
-        raise ValueError(f"run must name the folder of a run, got a checkpoint; set run={run} checkpoint={step}")
+    refuse_checkpoint_folder(config.run)
     return config
+
+
+def refuse_checkpoint_folder(run: str) -> None:
+    """Check that `run` does not name the folder of a checkpoint, into which results would be written.
+
+    Raises:
+        ValueError: if it does, naming the run and the step.
+    """
+    folder = Path(run)
+    if folder.parent.name == "checkpoints" and (folder / "state.json").is_file():
+        step = folder.name.removeprefix("step-").lstrip("0")
+        raise ValueError(
+            f"run must name the folder of a run, got that of a checkpoint; set run={folder.parents[1]}, and "
+            f"checkpoint={step} where the command has that setting"
+        )
 
 
 def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> None:

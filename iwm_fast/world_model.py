@@ -7,7 +7,6 @@ predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens 
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_ima
 # Normalised pixels lie between -2.2 and 2.7. The margin is for images that somebody changed after normalisation.
 _MAX_NORMALISED = 10.0
 
-Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence[Any]
+Images = str | Path | Image.Image | np.ndarray | Tensor | list[Any] | tuple[Any, ...]
 """Images for a model: the path of a file, a PIL image, a uint8 array (H, W, 3), a list of these, or a batch of
 normalised images (B, 3, H, W) of the run's size, as `WorldModel.load_image` returns it."""
 
@@ -80,8 +79,7 @@ class WorldModel:
         size = self.config.views.size
         if isinstance(images, Tensor):
             return _require_normalised(images, size).to(self.device, torch.float32)
-        is_list = isinstance(images, Sequence) and not isinstance(images, str)
-        pixels = [_read_pixels(image) for image in (images if is_list else [images])]
+        pixels = [_read_pixels(image) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
         windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))

@@ -205,6 +205,7 @@ def _write_npz(path: Path, rows: _CountedRows, shape: tuple[int, ...], metadata:
             # NumPy could store None only as a pickle.
             columns[name] += [-1 if value is None else value for value in values]
     feature = np.concatenate([batch.feature for batch in batches]).reshape(-1, *shape)
+    arrays: dict[str, Any] = metadata | columns | {"feature": feature}
     # Given a path, NumPy would append .npz to the name of the temporary file.
     with path.open("wb") as file:
-        np.savez(file, **metadata | columns | {"feature": feature})
+        np.savez(file, **arrays)

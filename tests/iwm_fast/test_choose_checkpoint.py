@@ -103,8 +103,10 @@ def test_a_chosen_checkpoint_is_exported_and_an_export_has_no_other(trained, tmp
 
 def test_commands_name_the_run_if_they_are_given_a_checkpoint(trained, capsys):
     path = trained / "checkpoints" / "step-00000010"
-    for command in ("evaluate knn", "imagine", "export to=x"):
+    for command in ("evaluate knn", "imagine", "export to=x", "report"):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), f"run={path}"])
-        assert f"set run={trained} checkpoint=10" in capsys.readouterr().err
-    assert not (path / "evaluations").exists()
+        assert f"set run={trained}, and checkpoint=10 where" in capsys.readouterr().err
+    assert {entry.name for entry in path.iterdir()} == {
+        "model.safetensors", "state.json", "config.yaml", "manifest.json"
+    }  # fmt: skip
