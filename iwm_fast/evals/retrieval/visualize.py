@@ -38,10 +38,11 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
         ValueError: if the run's predictor is the identity, or the pictures cannot be written.
     """
-    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
-    name = name_with_step("imagine", config.checkpoint, model.step)
-    path = Path(config.picture or Path(config.run) / f"{name}.png")
+    path = Path(config.picture or Path(config.run) / "imagine.png")
     require_writable(path)
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
+    if not config.picture:
+        path = path.with_stem(name_with_step(path.stem, config.checkpoint, model.step))
     sheet, sweeps = _sections(model, config)
     title = (
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "
