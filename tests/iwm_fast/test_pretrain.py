@@ -35,12 +35,11 @@ def test_a_folder_of_images_is_packed_once_next_to_the_run(tmp_path, caplog):
         (folder / f"{number}.jpg").write_bytes(encode(photograph("coffee.png")[number : number + 40, :40]))
     with caplog.at_level(logging.INFO):
         model = iwm_fast.pretrain(tmp_path / "images", output=tmp_path / "run", **TINY)
-        again = iwm_fast.pretrain(
-            tmp_path / "images", output=tmp_path / "again", **TINY | {"init_from": str(tmp_path / "run")}
-        )
+        again = iwm_fast.pretrain(tmp_path / "images", output=tmp_path / "run", resume="auto", **TINY)
     assert model.step == again.step == 2
     assert list((tmp_path / "run_shards").glob("*.tar")) and model.config.data.train == str(tmp_path / "run_shards")
     assert f"packing the images of {tmp_path / 'images'} into shards in {tmp_path / 'run_shards'}" in caplog.text
+    assert f"using the shards in {tmp_path / 'run_shards'}, which were packed earlier" in caplog.text
 
 
 def test_settings_and_launches_that_do_not_fit_are_refused(tmp_path, monkeypatch):
