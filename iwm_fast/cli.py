@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, watch_signals_if_training
+from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, refuse_checkpoint_folder, watch_signals_if_training
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
@@ -75,6 +75,7 @@ def _report(arguments: list[str]) -> None:
     if config.lab:
         print(load("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
     else:
+        refuse_checkpoint_folder(config.run)
         print(load("iwm_fast.commands.report_run:write_run_report")(Path(config.run)))
 
 
@@ -123,8 +124,13 @@ COMMANDS = {
         "iwm_fast.commands.show_batch:show", RUN_CONFIG),
     **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
        for name, evaluation in TASKS.items() if name != "plan"},
+    "embed": Command(
+        "run=DIR [data.val=SHARDS | images=FOLDER] to=FILE [key=value ...]",
+        "write the features of images to a Parquet or NumPy file, one row per image",
+        "iwm_fast.commands.embed:embed", "iwm_fast.config.commands:EmbedConfig"),
     "export": Command(
-        "run=DIR to=DIR", "write encoder, world model and a model card to a folder that others can load",
+        "run=DIR to=DIR [key=value ...]",
+        "write encoder, world model and a model card to a folder that others can load",
         "iwm_fast.checkpoints.export:export", "iwm_fast.config.commands:ExportConfig"),
     "imagine": Command(
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -85,7 +86,8 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     """Build the settings of an evaluation from `key=value` arguments.
 
     Raises:
-        ValueError: for an unknown setting, a value of the wrong type or out of range, or if no run is named.
+        ValueError: for an unknown setting, a value of the wrong type or out of range, or if no run is named, or a
+            checkpoint in its place.
     """
     # Imported here, because it takes a third of a second, which `iwm --help` need not wait for.
     from iwm_fast.config.loading import build  # noqa: PLC0415
@@ -93,7 +95,23 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     config = build(config_class, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
+    refuse_checkpoint_folder(config.run)
     return config
+
+
+def refuse_checkpoint_folder(run: str) -> None:
+    """Check that `run` does not name the folder of a checkpoint, into which results would be written.
+
+    Raises:
+        ValueError: if it does, naming the run and the step.
+    """
+    folder = Path(run)
+    if folder.parent.name == "checkpoints" and (folder / "state.json").is_file():
+        step = folder.name.removeprefix("step-").lstrip("0")
+        raise ValueError(
+            f"run must name the folder of a run, got that of a checkpoint; set run={folder.parents[1]}, and "
+            f"checkpoint={step} where the command has that setting"
+        )
 
 
 def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> None:

@@ -3,12 +3,15 @@
 Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
 """
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iwm_fast.config.loading import format_settings, load_config
 from iwm_fast.config.run import RunConfig
@@ -16,6 +19,11 @@ from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 from iwm_fast.runtime.run_status import read_status, write_status
+
+if TYPE_CHECKING:
+    from iwm_fast.world_model import WorldModel
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -89,6 +97,67 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         raise
     finally:
         distributed.stop()
+
+
+def pretrain(
+    shards: str | Path | Sequence[str], config: str | Path = "vit_s16", *, output: str | Path, **settings: Any
+) -> "WorldModel":
+    """Train a run in this process, for instance in a notebook, and return the trained model.
+
+    It does the same as `iwm train CONFIG data.train=SHARDS output.folder=OUTPUT ...`.
+
+    Args:
+        shards: training shards, written like data.train, or a folder of images, which is packed into shards first, in
+            the folder OUTPUT_shards, unless an earlier call has done so.
+        config: path of a YAML file, or the name of a file in `iwm_fast/configs` without its ending.
+        output: folder of the run.
+        settings: further settings, nested such as `optim={"epochs": 4}`, or dotted such as `**{"optim.epochs": 4}`.
+
+    Raises:
+        FileNotFoundError: if there is no such configuration, or there are no images or shards.
+        ValueError: if a setting is unknown or out of range, or this process is one of several of a launcher.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("pretrain trains in one process; launch several ranks with `torchrun -m iwm_fast.train`")
+    log_to_console()
+    train = "::".join(shards) if isinstance(shards, list | tuple) else str(shards)
+    overrides = _overrides(settings | {"data.train": train, "output.folder": str(output)})
+    named = Path(__file__).parent / "configs" / f"{config}.yaml"
+    run_config = load_config(named if named.is_file() else config, overrides)
+    run(replace(run_config, data=replace(run_config.data, train=_pack_images(run_config))))
+    # Imported here, because `iwm train --help` need not wait for torch.
+    from iwm_fast.world_model import load  # noqa: PLC0415
+
+    return load(output)
+
+
+def _overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return nested settings as texts `group.key=value`."""
+    texts = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            texts += _overrides(value, f"{prefix}{name}.")
+        else:
+            # JSON is valid YAML, which overrides are written in. Strings are used verbatim.
+            text = str(value) if isinstance(value, str | Path) else json.dumps(value)
+            texts.append(f"{prefix}{name}={text}")
+    return texts
+
+
+def _pack_images(config: RunConfig) -> str:
+    """Return the training shards of a run; a folder of images is packed into shards next to the run's folder."""
+    source, folder = Path(config.data.train), Path(config.output.folder)
+    if not source.is_dir() or any(source.glob("*.tar")):
+        return config.data.train
+    from iwm_fast.pipelines.storage.shard_writer import pack_folder  # noqa: PLC0415
+
+    shards = folder.with_name(f"{folder.name}_shards")
+    if shards.is_dir():
+        log.info("using the shards in %s, which were packed earlier; remove it to pack %s again", shards, source)
+    else:
+        log.info("packing the images of %s into shards in %s", source, shards)
+        pack_folder(source, shards)
+    return str(shards)
 
 
 if __name__ == "__main__":

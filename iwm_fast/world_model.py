@@ -1,19 +1,20 @@
 """The Python API for a trained run: `iwm_fast.load(folder)` returns a model with encoder, predictor and actions.
 
-model = iwm_fast.load("runs/demo")                              # a run, or an export
-image = model.load_image("photo.jpg")                           # (1, 3, H, W), normalised
-action = model.action(brightness=0.5, hue=0.1)                  # (1, A): 50 % brighter, a tenth of a turn of hue
-predicted = model.predict(image, action)                        # (1, N, D): predicted tokens of the changed image
-target = model.encode_targets(model.load_image("changed.jpg"))  # (1, N, D): actual tokens of a changed image
+model = iwm_fast.load("runs/demo")                # a run, or an export; checkpoint=1500 for an earlier step
+tokens = model.encode("photo.jpg")                # (1, N, D): tokens of all patches
+action = model.action(brightness=0.5, hue=0.1)    # (1, A): 50 % brighter, a tenth of a turn of hue
+predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens of the changed image
+target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,9 +31,14 @@ from iwm_fast.pipelines.transforms.action import action_of
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import identity_draws
-from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop
+from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop, upright_rgb
 
-log = logging.getLogger(__name__)
+# Normalised pixels lie between -2.2 and 2.7. The margin is for images that somebody changed after normalisation.
+_MAX_NORMALISED = 10.0
+
+Images = str | Path | Image.Image | np.ndarray | Tensor | list[Any] | tuple[Any, ...]
+"""Images for a model: the path of a file, a PIL image, a uint8 array (H, W, 3), a list of these, or a batch of
+normalised images (B, 3, H, W) of the run's size, as `WorldModel.load_image` returns it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +53,38 @@ class WorldModel:
     """The world model itself; the identity if the run has no predictor."""
     step: int
     """Optimiser steps of the checkpoint; 0 for an untrained model."""
-    device: torch.device
-    """Device of the weights; inputs are moved to it."""
 
-    def load_image(self, path: str | Path) -> Float[Tensor, "1 3 H W"]:
-        """Read an image file, crop its largest centred square, resize it to the run's size and normalise it.
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights; inputs are moved to it."""
+        return next(self.encoder.parameters()).device
+
+    def to(self, device: str | torch.device) -> "WorldModel":
+        """Move the networks to a device, in place, and return this model."""
+        self.encoder.to(device)
+        self.predictor.to(device)
+        return self
+
+    def load_image(self, images: Images) -> Float[Tensor, "B 3 H W"]:
+        """Prepare images: crop the largest centred square, resize it to the run's size and normalise it.
+
+        A batch of normalised images is checked and moved to the model's device. Its values are checked only on the CPU,
+        because a GPU would have to be waited for.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not an image, or truncated.
+            ValueError: if a file is not an image, or truncated, or a batch is not normalised or has another size.
+            TypeError: for anything else.
         """
-        encoded = np.frombuffer(Path(path).read_bytes(), np.uint8)
-        try:
-            pixels = decode_image(encoded)
-        except UNDECODABLE as error:
-            raise ValueError(f"{path} must be a complete image of a supported format: {error}") from error
-        window = crop_window(identity_draws(1).crop, np.array([pixels.shape[:2]]))
-        return normalize_view(resized_crop(pixels, window[0], self.config.views.size)[None]).to(self.device)
+        size = self.config.views.size
+        if isinstance(images, Tensor):
+            return _require_normalised(images, size).to(self.device, torch.float32)
+        pixels = [_read_pixels(image) for image in (images if isinstance(images, list | tuple) else [images])]
+        if not pixels:
+            raise ValueError("images must not be an empty list")
+        windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))
+        crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
+        return normalize_view(torch.stack(crops)).to(self.device)
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.
@@ -83,18 +104,28 @@ class WorldModel:
         return torch.from_numpy(action_of(change, self.config.views)).to(self.device)
 
     @torch.no_grad()
-    def encode(self, view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        """Return the encoder's tokens of all patches of normalised images."""
-        tokens = self.encoder(view.to(self.device), None)
+    def encode(self, images: Images) -> Float[Tensor, "B N D"]:
+        """Return the encoder's tokens of all patches of images; their mean over N is the image's feature.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
+        """
+        view = self.load_image(images)
+        tokens = self.encoder(view, None)
         return tokens.unflatten(0, (len(view), -1))
 
-    def predict(self, view: Float[Tensor, "B 3 H W"], action: Float[Tensor, "B A"]) -> Float[Tensor, "B N D"]:
+    def predict(self, images: Images, action: Float[Tensor, "actions A"]) -> Float[Tensor, "B N D"]:
         """Return the predicted tokens of the changed images at all positions; `encode_targets` returns the actual ones.
+
+        There is one action per image, or one for all of them.
 
         Raises:
             ValueError: if the run's predictor is the identity.
+            FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
         """
-        return self.predict_from(self.encode(view), action)
+        self.require_predictor()
+        tokens = self.encode(images)
+        return self.predict_from(tokens, action.expand(len(tokens), -1) if len(action) == 1 else action)
 
     @torch.no_grad()
     def predict_from(self, tokens: Float[Tensor, "B N D"], action: Float[Tensor, "B A"]) -> Float[Tensor, "B N D"]:
@@ -110,9 +141,13 @@ class WorldModel:
         predicted = self.predictor(tokens.flatten(0, 1), action.to(self.device), patches, patches)
         return predicted.unflatten(0, (num_images, num_patches))
 
-    def encode_targets(self, view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        """Return the tokens that the predictor was trained to predict: layer-normalised without parameters."""
-        tokens = self.encode(view)
+    def encode_targets(self, images: Images) -> Float[Tensor, "B N D"]:
+        """Return the tokens that the predictor was trained to predict: layer-normalised without parameters.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
+        """
+        tokens = self.encode(images)
         return functional.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
 
     def require_predictor(self) -> None:
@@ -128,24 +163,72 @@ class WorldModel:
             )
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> WorldModel:
-    """Load the newest complete checkpoint of a run, or an export folder.
+def _read_pixels(image: Any) -> UInt8[Tensor, "H W 3"]:
+    """Return the pixels of a file, a PIL image or an array."""
+    if isinstance(image, str | Path):
+        encoded = np.frombuffer(Path(image).read_bytes(), np.uint8)
+        try:
+            return decode_image(encoded)
+        except UNDECODABLE as error:
+            raise ValueError(f"{image} must be a complete image of a supported format: {error}") from error
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            "images must be paths, PIL images, uint8 arrays (H, W, 3), a list of these, or a normalised tensor "
+            f"(B, 3, H, W), got {type(image).__name__}"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            "an array must be one image of type uint8 and shape (H, W, 3), or be in a list of such arrays, got "
+            f"{image.dtype} {image.shape}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(image))
+
+
+def _require_normalised(view: Tensor, size: int) -> Float[Tensor, "B 3 H W"]:
+    """Return a batch of normalised images if it is one."""
+    expected = f"a tensor must hold normalised images, float (B, 3, {size}, {size}), as `model.load_image` returns them"
+    if not view.is_floating_point() or view.ndim != 4 or view.shape[1:] != (3, size, size):
+        raise ValueError(f"{expected}, got {str(view.dtype).removeprefix('torch.')} {tuple(view.shape)}")
+    if view.device.type != "cpu" or not len(view):
+        return view
+    low, high = view.amin((0, 2, 3)), view.amax((0, 2, 3))
+    # Normalised pixels fill this range in all three channels only by an improbable coincidence.
+    is_zero_to_one = bool(((low >= 0) & (low < 0.1) & (high > 0.9) & (high <= 1)).all())
+    if is_zero_to_one or max(high.max(), -low.min()) > _MAX_NORMALISED:
+        raise ValueError(f"{expected}; got values from {low.min():g} to {high.max():g}, which are not normalised")
+    return view
+
+
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", checkpoint: int | str | Path | None = None
+) -> WorldModel:
+    """Load a run, an export, or a single checkpoint.
+
+    Args:
+        folder: folder of a run, an export or a checkpoint.
+        device: device to load it onto.
+        checkpoint: which checkpoint of a run: a step, or the path of its folder; None or empty: the newest undamaged
+            one.
 
     Raises:
-        FileNotFoundError: if the folder is neither a run nor an export, or has no checkpoint yet.
-        CheckpointError: if all checkpoints are damaged, or the export is.
+        FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.
+        ValueError: if another checkpoint of an export is chosen than the only one it has.
+        CheckpointError: if the chosen checkpoint is damaged, or all of them are, or the export is.
     """
     folder = Path(folder)
     if is_export(folder):
         export = read_export(folder)
+        if checkpoint not in (None, "", export.step, str(export.step)):
+            raise ValueError(
+                f"{str(folder)!r} is an export of step {export.step} and has no other, got checkpoint={checkpoint}; "
+                "name the folder of the run"
+            )
         states = export.encoder_state, export.predictor_state
         return _trained(export.config, *states, step=export.step, device=device)
     config = load_run_config(folder)
-    saved, damaged = checkpoints.read_newest(folder)
-    if saved is None:
-        raise FileNotFoundError(f"{str(folder)!r} has no checkpoint yet; wait for output.checkpoint_every steps")
-    for reason in damaged.values():
-        log.warning("%s; loading step %d instead", reason, saved.step)
+    saved = checkpoints.read_chosen(folder, checkpoint)
     return _trained(config, saved.teacher_state, saved.weights("predictor."), step=saved.step, device=device)
 
 
@@ -168,6 +251,4 @@ def untrained(config: RunConfig, device: str | torch.device = "cpu") -> WorldMod
     """Return a model with the initial weights of the run's settings and seed, the control of evaluations."""
     # The reference operations run on every device, whatever the run was trained with.
     student = build_student(config, REFERENCE).requires_grad_(False).eval().to(device)
-    return WorldModel(
-        config=config, encoder=student.encoder, predictor=student.predictor, step=0, device=torch.device(device)
-    )
+    return WorldModel(config=config, encoder=student.encoder, predictor=student.predictor, step=0)

@@ -16,7 +16,7 @@ from PIL import UnidentifiedImageError
 
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, Request
+from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EvaluationPlan, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image
@@ -130,8 +130,12 @@ class BadSampleReplacer:
             limit = f"runtime.max_bad_samples = {self._max_bad_samples:g} allows {math.floor(self._limit)} per rank"
             what = f"cannot decode the image, drawn at step {step} ({reason}); it is bad sample {count} and {limit}"
             raise self._error(sample, what, "or raise that limit")
+        address = self._shards.address(sample)
+        if isinstance(self._plan, EvaluationPlan):
+            log.warning("cannot decode %s (%s); it is left out, bad samples so far: %d", address, reason, count)
+            return
         message = "step %d: cannot decode %s (%s); another sample of the batch replaces it, bad samples so far: %d"
-        log.warning(message, step, self._shards.address(sample), reason, count)
+        log.warning(message, step, address, reason, count)
 
     def _error(self, sample: int, what: str, alternative: str) -> ShardError:
         remedy = f"run `iwm shards check` to find all such samples and leave them out, {alternative}"

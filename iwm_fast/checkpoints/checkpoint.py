@@ -13,6 +13,7 @@ a run that used rank 0's generator could not continue in the same way with anoth
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,8 @@ from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.pipelines.storage.atomic import publish, save_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 3
 MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.yaml"
@@ -164,6 +167,48 @@ def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, Checkpo
             "restore one from a backup, or name another output.folder to start a new run"
         )
     return None, refused
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has the files of a checkpoint, without reading them."""
+    return (folder / STATE).is_file() and (folder / MODEL).is_file()
+
+
+def read_chosen(folder: Path, checkpoint: int | str | Path | None = None) -> Checkpoint:
+    """Read one checkpoint of a run, the newest undamaged one unless another is chosen.
+
+    Args:
+        folder: the run's folder, or the folder of a checkpoint.
+        checkpoint: a step, or the path or name of the checkpoint's folder; None or empty: the newest.
+
+    Raises:
+        FileNotFoundError: if the run has no checkpoint, or not the chosen one, listing those it has.
+        CheckpointError: if the chosen checkpoint is damaged, or all of them are.
+    """
+    if checkpoint not in (None, ""):
+        return read(_find(folder, str(checkpoint)))
+    if is_checkpoint(folder):
+        return read(folder)
+    saved, damaged = read_newest(folder)
+    if saved is None:
+        raise FileNotFoundError(f"{str(folder)!r} has no checkpoint yet; wait for output.checkpoint_every steps")
+    for reason in damaged.values():
+        log.warning("%s; loading step %d instead", reason, saved.step)
+    return saved
+
+
+def _find(run_folder: Path, checkpoint: str) -> Path:
+    """Return the folder of a run's checkpoint that is given by its step, its path or its name."""
+    folders = step_folders(run_folder)
+    for folder in folders:
+        is_same_path = Path(checkpoint).resolve() == folder.resolve()
+        if is_same_path or checkpoint in (str(step_of(folder)), folder.name):
+            return folder
+    steps = ", ".join(str(step_of(folder)) for folder in folders) or "none yet"
+    raise FileNotFoundError(
+        f"checkpoint must be a step of which {str(run_folder)!r} has a checkpoint ({steps}), or the folder of one, "
+        f"got {checkpoint!r}"
+    )
 
 
 def read(folder: Path) -> Checkpoint:

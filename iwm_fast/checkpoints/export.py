@@ -1,14 +1,18 @@
 """Exporting a trained run as a folder for others: weights as safetensors, a description of the networks, a model card.
 
     <folder>/
-        encoder.safetensors           the EMA teacher, under timm's names
+        model.safetensors             the EMA teacher, under timm's names
+        config.json                   timm's description of the teacher: architecture, arguments, preprocessing
+        iwm.json                      everything else: settings, action entries, statistics, versions
         trained_encoder.safetensors   the encoder trained by gradient descent, under timm's names
         predictor.safetensors         the world model; absent for the identity predictor
-        config.json                   the call that builds the encoder in timm, settings, action entries, statistics
         README.md                     model card
         manifest.json                 size and SHA-256 of each file (see pipelines.storage.atomic)
 
-The folder exists complete or not at all.
+The first two files have the names and the content that timm and the Hugging Face Hub expect, so that
+`timm.create_model("local-dir:FOLDER", pretrained=True)` builds the teacher. The folder exists complete or not at all.
+
+In format 1 the teacher was `encoder.safetensors` and the description `config.json`. Such folders can still be read.
 """
 
 import json
@@ -33,9 +37,11 @@ from iwm_fast.pipelines.storage.atomic import publish, save_json
 from iwm_fast.pipelines.transforms.action import action_difference
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
-FORMAT = 1
-ENCODER, TRAINED_ENCODER, PREDICTOR = "encoder.safetensors", "trained_encoder.safetensors", "predictor.safetensors"
-DESCRIPTION, CARD = "config.json", "README.md"
+FORMAT = 2
+ENCODER, TRAINED_ENCODER, PREDICTOR = "model.safetensors", "trained_encoder.safetensors", "predictor.safetensors"
+TIMM_CONFIG, DESCRIPTION, CARD = "config.json", "iwm.json", "README.md"
+# Description and teacher of each format.
+_FILES = {1: ("config.json", "encoder.safetensors"), FORMAT: (DESCRIPTION, ENCODER)}
 
 # timm's name of each encoder size (dim, num_heads, depth), and the patch sizes for which timm has a model of that name.
 _TIMM_SIZES = {
@@ -45,9 +51,10 @@ _TIMM_SIZES = {
     (1024, 16, 24): ("large", (14, 16, 32)),
     (1280, 16, 32): ("huge", (14,)),
 }
-_TIMM_IMAGE_SIZE = 224
+# The architecture that stands for sizes without a name in timm: its arguments are all overridden.
+_TIMM_ANY_SIZE = "vit_base_patch16_224"
 # Arguments with which timm's features are the mean over patches after the final norm.
-_TIMM_HEADLESS = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+_TIMM_HEADLESS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
 # Groups of settings that build or explain the networks. The others, data, runtime and output, name paths and machines.
 _EXPORTED_GROUPS = ("seed", "views", "mask", "model", "objective", "optim")
@@ -68,24 +75,25 @@ class ExportedModel:
 
 
 def export(config: ExportConfig) -> Path:
-    """Export the newest undamaged checkpoint of a run and return the export folder.
+    """Export a checkpoint of a run, by default the newest undamaged one, and return the export folder.
 
     Raises:
-        FileNotFoundError: if the run has no checkpoint.
-        CheckpointError: if all checkpoints are damaged.
+        FileNotFoundError: if the run has no checkpoint, or not the chosen one.
+        CheckpointError: if the chosen checkpoint is damaged, or all of them are.
         FileExistsError: if the export folder exists.
     """
-    saved, _ = checkpoints.read_newest(Path(config.run))
-    if saved is None:
-        raise FileNotFoundError(f"{config.run!r} has no checkpoint to export; give run=DIR of a training run")
-    description = describe(saved, load_config(saved.folder / checkpoints.CONFIG))
+    saved = checkpoints.read_chosen(Path(config.run), config.checkpoint)
+    run_config = load_config(saved.folder / checkpoints.CONFIG)
+    description = describe(saved, run_config)
     # Positions are fixed and therefore not among the trained weights, but timm expects them.
     trained = saved.weights("encoder.") | {"pos_embed": saved.teacher_state["pos_embed"]}
     card = model_card(description, read_evaluations(Path(config.run)), _last_metrics(Path(config.run), saved.step))
     writers = {
-        ENCODER: lambda path: save_file(saved.teacher_state, path),
-        TRAINED_ENCODER: lambda path: save_file(trained, path),
-        PREDICTOR: lambda path: save_file(saved.weights("predictor."), path),
+        # Some libraries refuse safetensors files that do not name their framework.
+        ENCODER: lambda path: save_file(saved.teacher_state, path, metadata={"format": "pt"}),
+        TRAINED_ENCODER: lambda path: save_file(trained, path, metadata={"format": "pt"}),
+        PREDICTOR: lambda path: save_file(saved.weights("predictor."), path, metadata={"format": "pt"}),
+        TIMM_CONFIG: lambda path: save_json(timm_config(run_config.model.encoder, run_config.views.size), path),
         DESCRIPTION: lambda path: save_json(description, path),
         CARD: lambda path: path.write_text(card, encoding="utf-8"),
     }
@@ -96,12 +104,12 @@ def export(config: ExportConfig) -> Path:
 
 
 def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
-    """Return the content of an export's config.json."""
+    """Return the content of an export's iwm.json."""
     tree = to_tree(config)
     weights = {"encoder": saved.weights("encoder."), "predictor": saved.weights("predictor.")}
     return {
         "format": FORMAT,
-        "encoder": {"call": timm_call(config.model.encoder, config.views.size), "file": ENCODER},
+        "encoder": {**tree["model"]["encoder"], "file": ENCODER},
         "predictor": {**tree["model"]["predictor"], "file": PREDICTOR} if config.model.predictor.depth else None,
         "action": describe_action_entries(config.views),
         "pixel_mean": PIXEL_MEAN,
@@ -114,26 +122,40 @@ def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def timm_call(config: EncoderConfig, image_size: int) -> str:
-    """Return the Python expression that builds this encoder in timm, by name if timm has a model of this size."""
-    size, patch_sizes = _TIMM_SIZES.get((config.dim, config.num_heads, config.depth), ("", ()))
-    if config.patch_size in patch_sizes and config.mlp_ratio == 4:
-        arguments = {} if image_size == _TIMM_IMAGE_SIZE else {"img_size": image_size}
-        name = f"vit_{size}_patch{config.patch_size}_{_TIMM_IMAGE_SIZE}"
-        return f"timm.create_model({name!r}, {_format_arguments(arguments | _TIMM_HEADLESS)})"
-    arguments = {
-        "img_size": image_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
+def timm_config(config: EncoderConfig, image_size: int) -> dict[str, Any]:
+    """Return the content of config.json, with which timm builds the teacher and preprocesses its images."""
+    name, patch_sizes = _TIMM_SIZES.get((config.dim, config.num_heads, config.depth), ("", ()))
+    is_named = config.patch_size in patch_sizes
+    return {
+        "architecture": f"vit_{name}_patch{config.patch_size}_224" if is_named else _TIMM_ANY_SIZE,
+        "num_classes": 0,
+        "num_features": config.dim,
+        "global_pool": "avg",
+        "model_args": {
+            "img_size": image_size,
+            "patch_size": config.patch_size,
+            "embed_dim": config.dim,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+            "mlp_ratio": config.mlp_ratio,
+            **_TIMM_HEADLESS,
+        },
+        "pretrained_cfg": {
+            "tag": "iwm",
+            "custom_load": False,
+            "num_classes": 0,
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": True,
+            # An image is its largest centred square, resized, as `WorldModel.load_image` prepares it.
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": PIXEL_MEAN,
+            "std": PIXEL_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
     }
-    return f"timm.models.vision_transformer.VisionTransformer({_format_arguments(arguments | _TIMM_HEADLESS)})"
-
-
-def _format_arguments(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def describe_action_entries(views: ViewConfig) -> list[dict[str, Any]]:
@@ -171,7 +193,7 @@ def _last_metrics(run: Path, step: int) -> dict[str, Any]:
 
 def is_export(folder: Path) -> bool:
     """Return whether a folder has the files of an export, without reading them."""
-    return (folder / DESCRIPTION).is_file() and (folder / ENCODER).is_file()
+    return any(all((folder / name).is_file() for name in names) for names in _FILES.values())
 
 
 def read_export(folder: Path) -> ExportedModel:
@@ -180,11 +202,13 @@ def read_export(folder: Path) -> ExportedModel:
     Raises:
         CheckpointError: if it is damaged or has another format.
     """
+    # In format 1, config.json was the description. Now it is timm's.
+    description_file, encoder_file = _FILES[FORMAT if (folder / DESCRIPTION).is_file() else 1]
     try:
-        require_undamaged(folder, (DESCRIPTION, ENCODER))
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {description['format']}, not {FORMAT}")
+        require_undamaged(folder, (description_file, encoder_file))
+        description = json.loads((folder / description_file).read_text(encoding="utf-8"))
+        if description["format"] not in _FILES:
+            raise CheckpointError(f"{folder} has format {description['format']}, not 1 to {FORMAT}")
         if description["predictor"] is not None:
             require_undamaged(folder, (PREDICTOR,))
     # The note replaces the advice for checkpoints of a run, which does not help with an export.
@@ -194,6 +218,6 @@ def read_export(folder: Path) -> ExportedModel:
     return ExportedModel(
         config=build(RunConfig, description["settings"]),
         step=description["step"],
-        encoder_state=load_file(folder / ENCODER),
+        encoder_state=load_file(folder / encoder_file),
         predictor_state={} if description["predictor"] is None else load_file(folder / PREDICTOR),
     )

@@ -2,6 +2,18 @@
 
 from typing import Any
 
+# The Hugging Face Hub reads these lines. A licence is the publisher's choice.
+_FRONT_MATTER = """---
+# license: name it here when you publish these weights
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- timm
+- image-feature-extraction
+- image-world-model
+- jepa
+- iwm-fast
+---"""
 # Metrics that describe the result of training; the others describe its schedules and speed.
 _RESULT_PREFIXES = ("loss/", "monitor/", "eval/")
 
@@ -10,7 +22,7 @@ def model_card(description: dict[str, Any], evaluations: dict[str, dict[str, Any
     """Return the text of the model card, in Markdown.
 
     Args:
-        description: the content of the export's config.json.
+        description: the content of the export's iwm.json.
         evaluations: the run's evaluation results, by file name without ending.
         last_row: the last row of the run's metrics.jsonl up to the exported step; empty if there is none.
     """
@@ -18,6 +30,7 @@ def model_card(description: dict[str, Any], evaluations: dict[str, dict[str, Any
     encoder, predictor = model["encoder"], model["predictor"]
     world = f" and a {predictor['depth']} x {predictor['dim']} world model" if predictor["depth"] else ""
     sections = [
+        _FRONT_MATTER,
         f"# ViT {encoder['depth']} x {encoder['dim']}, patches of {encoder['patch_size']}{world}",
         _summary(description),
         "## Use\n\n" + _usage(description),
@@ -26,8 +39,8 @@ def model_card(description: dict[str, Any], evaluations: dict[str, dict[str, Any
         "## Licence\n\nNot stated yet: name it here when you publish these weights.",
     ]
     if predictor["depth"]:
-        # After the title, the summary and the usage.
-        sections.insert(3, "## The action\n\n" + _action_table(description["action"]))
+        # After the front matter, the title, the summary and the usage.
+        sections.insert(4, "## The action\n\n" + _action_table(description["action"]))
     return "\n\n".join(sections) + "\n"
 
 
@@ -40,12 +53,12 @@ def _summary(description: dict[str, Any]) -> str:
         else "It was trained with the identity predictor, for invariant features; there is no world model to include."
     )
     files = [
-        f"`encoder.safetensors`: the EMA teacher, {counts['encoder']} parameters, recommended for downstream use",
+        f"`model.safetensors`: the EMA teacher, {counts['encoder']} parameters, recommended for downstream use",
         f"`trained_encoder.safetensors`: the encoder trained by gradient descent, {counts['encoder']} parameters",
     ]
     if "predictor" in counts:
         files.append(f"`predictor.safetensors`: the world model, {counts['predictor']} parameters")
-    files.append("`config.json`: everything that is needed to rebuild the networks")
+    files += ["`config.json`: what timm needs to build the encoder", "`iwm.json`: everything else, for iwm-fast"]
     return (
         f"An Image World Model (arXiv 2403.00504), trained with iwm-fast for {description['step']:,} steps. {world}\n\n"
         + "\n".join(f"- {line}" for line in files)
@@ -57,10 +70,10 @@ def _usage(description: dict[str, Any]) -> str:
     mean, std = (", ".join(map(str, description[name])) for name in ("pixel_mean", "pixel_std"))
     text = (
         f"Images are {size} x {size}, RGB in 0..1, minus the mean ({mean}), divided by the standard deviation ({std}). "
-        "With timm alone:\n\n"
-        "```python\nimport timm, torch\nfrom safetensors.torch import load_file\n"
-        f"encoder = {description['encoder']['call']}.eval()\n"
-        'encoder.load_state_dict(load_file("encoder.safetensors"))\n'
+        "With timm alone, in this folder (or as `hf-hub:OWNER/NAME`, once it is on the Hugging Face Hub):\n\n"
+        "```python\nimport timm, torch\n"
+        'encoder = timm.create_model("local-dir:.", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))  # of PIL images\n"
         f"features = encoder(torch.randn(1, 3, {size}, {size}))  # (1, {dim}), the mean over patches\n```"
     )
     if description["predictor"] is None:
@@ -69,9 +82,9 @@ def _usage(description: dict[str, Any]) -> str:
         f"{text}\n\nThe world model, with iwm-fast:\n\n"
         "```python\nimport iwm_fast\n"
         'model = iwm_fast.load(".")\n'
-        f'image = model.load_image("photo.jpg")  # (1, 3, {size}, {size})\n'
+        f'tokens = model.encode("photo.jpg")  # (1, patches, {dim})\n'
         f"action = model.action({description['action'][0]['name']}=0.5)\n"
-        f"imagined = model.predict(image, action)  # (1, patches, {dim})\n```"
+        f'imagined = model.predict("photo.jpg", action)  # (1, patches, {dim})\n```'
     )
 
 
@@ -101,7 +114,7 @@ def _training_table(description: dict[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"`config.json` lists all settings.\n\n| setting | value |\n| --- | --- |\n{table}"
+    return f"`iwm.json` lists all settings.\n\n| setting | value |\n| --- | --- |\n{table}"
 
 
 def _results_table(step: int, evaluations: dict[str, dict[str, Any]], last_row: dict[str, Any]) -> str:

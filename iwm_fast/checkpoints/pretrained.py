@@ -1,9 +1,9 @@
 """`init_from`: the weights that a run starts with, instead of randomly initialised ones.
 
-There are three kinds of source: a run's folder (its newest checkpoint), an export folder, or a file of ViT weights
-under timm's names, as timm, I-JEPA and most other projects write them. The encoder takes the source's teacher if it has
-one, and the run's own teacher starts as a copy of the encoder. No weights are ignored silently: a block that is
-missing, unexpected or of another shape is an error that names it.
+There are three kinds of source: the folder of a run (its newest checkpoint) or of a checkpoint, an export folder, or a
+file of ViT weights under timm's names, as timm, I-JEPA and most other projects write them. The encoder takes the
+source's teacher if it has one, and the run's own teacher starts as a copy of the encoder. No weights are ignored
+silently: a block that is missing, unexpected or of another shape is an error that names it.
 """
 
 import logging
@@ -128,11 +128,11 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedW
         source_config, encoder, predictor = exported.config, exported.encoder_state, exported.predictor_state
         step = exported.step
     else:
-        saved, _ = checkpoints.read_newest(path)
-        if saved is None:
+        if not checkpoints.is_checkpoint(path) and not checkpoints.step_folders(path):
             raise FileNotFoundError(
                 f"init_from = {str(path)!r} holds neither an export nor a run with a checkpoint; name one that does"
             )
+        saved = checkpoints.read_chosen(path)
         source_config = load_config(saved.folder / checkpoints.CONFIG)
         encoder, predictor, step = saved.teacher_state, saved.weights("predictor."), saved.step
     _require_same_encoder(source_config, config, path)
@@ -172,7 +172,7 @@ def _predictor_mismatch(
         raise ValueError(
             f"init_from: the predictor of {current.init_from} was trained with the action entries "
             f"{source.views.entries}, but this run has {current.views.entries}; set views to the source's values, or "
-            "use the encoder only: export the run, and name the export's encoder.safetensors"
+            "use the encoder only: export the run, and name the export's model.safetensors"
         )
     _require_fit(weights, student.predictor, Path(current.init_from))
     return None

@@ -1,8 +1,9 @@
 """Settings of the commands before and after a run, for the command line and for Python; cheap to import."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from iwm_fast.config.evaluation import EvalData
 from iwm_fast.pipelines.config import Backend, check
 
 
@@ -30,11 +31,40 @@ class ExportConfig:
 
     run: str = ""
     """Folder of the trained run."""
+    checkpoint: str = ""
+    """Checkpoint to export: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
     to: str = ""
     """Folder to write. It must not exist yet."""
 
     def __post_init__(self) -> None:
         check(bool(self.to), "to", self.to, "name a folder to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Settings of `iwm embed`, which writes the features of images to a file, one row per image."""
+
+    run: str = ""
+    """Folder of the run, or of an export."""
+    checkpoint: str = ""
+    """Checkpoint to use: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
+    data: EvalData = field(default_factory=EvalData)
+    """Shards to embed, as data.val, and the label to write beside the features, as data.label."""
+    images: str = ""
+    """Image file, or folder of images with its subfolders, to embed instead of shards."""
+    to: str = ""
+    """File to write, which must not exist yet: NAME.parquet, or NAME.npz, which is collected in memory."""
+    pool: Literal["mean", "none"] = "mean"
+    """mean: the feature is the mean over the patches; none: the features of all patches, one after the other in raster
+    order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on. auto uses a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check(self.to.endswith((".parquet", ".npz")), "to", self.to, "name a file to write, .parquet or .npz")
+        check(not self.data.train, "data.train", self.data.train, "be unset; name the shards to embed in data.val")
+        check(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),
+              "not both be set")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

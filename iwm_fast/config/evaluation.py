@@ -34,6 +34,9 @@ class EvalConfig:
 
     run: str = ""
     """Folder of the run, or of an export."""
+    checkpoint: str = ""
+    """Checkpoint to evaluate: a step, such as 1500, or the path of a checkpoint's folder. The names of the results then
+    end with the step. Unset: the newest."""
     data: EvalData = field(default_factory=EvalData)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one."""

@@ -128,6 +128,9 @@ class TuneTask:
 
     run: str = ""
     """Folder of the run, or of an export."""
+    checkpoint: str = ""
+    """Checkpoint to start from: a step, such as 1500, or the path of a checkpoint's folder. The names of results and
+    trained networks then end with the step. Unset: the newest."""
     data: EvalData = field(default_factory=EvalData)
     tune: TuneConfig = field(default_factory=TuneConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -175,6 +178,7 @@ class FinetuneConfig(TuneTask):
         check(not unknown and len(set(arms)) == len(arms), "arms", self.arms,
               f"be all, or name some of {', '.join(ARMS)} once each, joined by commas")  # fmt: skip
         if self.timm:
+            check(not self.checkpoint, "checkpoint", self.checkpoint, "be unset if timm is set")
             check(not self.run and bool(self.to), "to", self.to, "name a folder if timm is set, and run must be unset")
             check(self.arms in ("all", "encoder"), "arms", self.arms, "be encoder or unset if timm is set")
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
-from iwm_fast.evals.results import Result, mean_row, save_result
+from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels
 from iwm_fast.pipelines.batch import Batch
@@ -116,7 +116,9 @@ class Comparison:
         )  # fmt: skip
         shared = {"num_classes": len(self.sets.classes), "most_common_class": self.sets.most_common}
         result = Result(
-            task=task, name=result_name(task, config.data), rows=(row,), step=self.models[0].step, seed=config.seed,
+            task=task,
+            name=name_with_step(result_name(task, config.data), config.checkpoint, self.models[0].step),
+            rows=(row,), step=self.models[0].step, seed=config.seed,
             settings=asdict(config), details=shared | details,
         )  # fmt: skip
         save_result(config.run, result)
@@ -132,7 +134,7 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
         ShardError: if a sample has no label, or a validation sample has one that no training sample has.
     """
     with same_error_on_all_ranks():
-        model = world_model.load(config.run, rank_info.device)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
     control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
     # Labels in .json members require a read of all shards, so only rank 0 reads them.
@@ -169,9 +171,20 @@ def spread(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:
     return np.arange(count, dtype=np.int64) * num_samples // count
 
 
-def batches(model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[Batch]:
-    """Yield the samples once, in order, with the largest centred square of each image as its unchanged source view."""
-    loader = evaluation_loader(model.config, shards, samples, model.device)
+def batches(
+    model: WorldModel,
+    shards: ShardSet,
+    samples: Int64[np.ndarray, "samples"],
+    *,
+    leaves_out_bad_samples: bool = False,
+) -> Iterator[Batch]:
+    """Yield the samples once, in order, with the largest centred square of each image as its unchanged source view.
+
+    Samples that cannot be decoded raise an error, or are left out if `leaves_out_bad_samples` is true.
+    """
+    loader = evaluation_loader(
+        model.config, shards, samples, model.device, leaves_out_bad_samples=leaves_out_bad_samples
+    )
     try:
         yield from loader
     finally:

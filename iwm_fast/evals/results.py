@@ -88,6 +88,14 @@ class Result:
         raise KeyError(f"{self.name} has no row for {subject!r}, {metric!r}")
 
 
+def name_with_step(name: str, checkpoint: str, step: int) -> str:
+    """Return the name of a result, which ends with the step if a checkpoint was chosen instead of the newest.
+
+    So results of other checkpoints do not replace those of the newest.
+    """
+    return f"{name}-step-{step:08d}" if checkpoint else name
+
+
 def save_result(run: str | Path, result: Result) -> Path:
     """Write a result into a run's folder, replacing an earlier one of that name, and return its JSON file."""
     path = Path(run) / "evaluations" / f"{result.name}.json"

@@ -1,5 +1,7 @@
 """Builds loaders from a run's settings: the pretraining stream, the finetuning stream, and evaluation passes."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -106,10 +108,28 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
     )
 
 
-def evaluation_loader(config: RunConfig, shards: ShardSet, samples: np.ndarray, device: torch.device) -> Loader:
+def evaluation_loader(
+    config: RunConfig,
+    shards: ShardSet,
+    samples: np.ndarray,
+    device: torch.device,
+    *,
+    leaves_out_bad_samples: bool = False,
+) -> Loader:
     """Build one pass over the samples with these numbers.
 
-    An image is its largest centred square without transformations; all patches are context.
+    An image is its largest centred square without transformations; all patches are context. A sample that cannot be
+    decoded is an error, unless bad samples are left out: then another one replaces it, and the caller drops the images
+    whose `sample` differs from `scheduled_sample`.
     """
-    plan = EvaluationPlan(views=config.views, grid=config.grid, samples=samples, micro_batch_size=EVALUATION_BATCH)
-    return build_loader(plan, shards, loader_config(config.runtime), device)
+    plan = EvaluationPlan(
+        views=config.views,
+        grid=config.grid,
+        samples=samples,
+        micro_batch_size=EVALUATION_BATCH,
+        leaves_out_bad_samples=leaves_out_bad_samples,
+    )
+    runtime = config.runtime
+    if leaves_out_bad_samples:
+        runtime = replace(runtime, max_bad_samples=float(shards.num_samples))
+    return build_loader(plan, shards, loader_config(runtime), device)

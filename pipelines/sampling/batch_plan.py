@@ -204,6 +204,9 @@ class EvaluationPlan:
     grid: int
     samples: Int64[np.ndarray, "samples"]
     micro_batch_size: int
+    leaves_out_bad_samples: bool = False
+    """Whether a sample that cannot be decoded is replaced. The caller drops the replacement, which it recognises by
+    `Batch.sample` and `Batch.scheduled_sample`, which differ."""
     augment: None = None
 
     @property
@@ -223,8 +226,13 @@ class EvaluationPlan:
         return _unmasked_request(0, slots, self.samples[slots], self.grid, draws=identity_draws(len(slots)))
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
-        """Return no sample: an evaluation on other samples would measure something else."""
-        return np.empty(0, np.int64)
+        """Return the samples that follow if bad ones are left out, otherwise none.
+
+        An evaluation on other samples would measure something else.
+        """
+        if not self.leaves_out_bad_samples:
+            return np.empty(0, np.int64)
+        return np.roll(self.samples, -int(request.slots[image]))[1:]
 
 
 def _unmasked_request(

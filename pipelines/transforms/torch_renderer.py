@@ -23,11 +23,16 @@ def decode_image(encoded: UInt8[np.ndarray, "bytes"]) -> UInt8[Tensor, "H W 3"]:
         One of UNDECODABLE: if the bytes are not a complete image of an accepted format.
     """
     with Image.open(io.BytesIO(encoded.tobytes()), formats=IMAGE_FORMATS) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):
-            # Pillow's `convert` clips 16-bit values at 255 instead of scaling them by 255 / 65535.
-            upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-        return torch.from_numpy(np.array(upright.convert("RGB")))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> UInt8[Tensor, "H W 3"]:
+    """Return the pixels of a Pillow image as RGB, turned by the orientation in its EXIF data."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        # Pillow's `convert` clips 16-bit values at 255 instead of scaling them by 255 / 65535.
+        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB")))
 
 
 def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:

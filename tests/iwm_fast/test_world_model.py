@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 import iwm_fast
@@ -129,3 +130,59 @@ def test_the_identity_predictor_is_refused_as_a_world_model(tiny_config):
         with pytest.raises(ValueError, match=r"run must have a predictor, not the identity .* knn, linear, attentive"):
             call()
     assert model.encode(torch.randn(1, 3, 16, 16)).shape == (1, 16, 16)
+
+
+def test_all_forms_of_an_image_give_the_same_tokens(model, tmp_path):
+    pixels = photograph("coffee.png")[:50, :90]
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    forms = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(pixels), pixels]
+    expected = model.encode(model.load_image(tmp_path / "photo.png"))
+    for form in forms:
+        assert torch.equal(model.encode(form), expected)
+    assert torch.allclose(model.encode(forms), expected.expand(4, -1, -1), atol=1e-6)
+    assert torch.equal(model.encode_targets(pixels), model.encode_targets(model.load_image(pixels)))
+    action = model.action(brightness=0.5)
+    assert torch.allclose(model.predict(forms, action)[1:2], model.predict(pixels, action), atol=1e-6)
+
+
+def test_the_orientation_of_a_pil_image_is_applied(model):
+    image = Image.fromarray(photograph("coffee.png")[:50, :90])
+    turned = Image.fromarray(np.rot90(image, 2))
+    # Turned by half a turn.
+    turned.getexif()[0x0112] = 3
+    assert torch.equal(model.load_image(turned), model.load_image(image))
+
+
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        (torch.rand(2, 3, 16, 16), "which are not normalised"),
+        (torch.randint(0, 256, (2, 3, 16, 16)).float(), "which are not normalised"),
+        (torch.randn(2, 3, 32, 32), r"float \(B, 3, 16, 16\).*got float32 \(2, 3, 32, 32\)"),
+        (torch.randn(3, 16, 16), r"got float32 \(3, 16, 16\)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"got uint8 \(1, 3, 16, 16\)"),
+        (np.zeros((40, 40, 3), np.float32), r"type uint8 and shape \(H, W, 3\).*got float32 \(40, 40, 3\)"),
+        (np.zeros((40, 40), np.uint8), r"got uint8 \(40, 40\)"),
+        ([], "must not be an empty list"),
+    ],
+)
+def test_images_that_would_give_wrong_features_are_refused(model, images, problem):
+    with pytest.raises(ValueError, match=problem):
+        model.encode(images)
+
+
+def test_values_of_normalised_images_are_accepted(model):
+    # Black, white, grey and noise all lie in the range, and so does a light image of little contrast.
+    plain = [np.full((20, 20, 3), value, np.uint8) for value in (0, 128, 255)]
+    light = np.linspace(126, 168, 1200).astype(np.uint8).reshape(20, 20, 3)
+    for pixels in (*plain, light, photograph("coffee.png")):
+        model.encode(model.load_image(pixels))
+    with pytest.raises(TypeError, match=r"images must be paths, PIL images, uint8 arrays .* got float"):
+        model.encode([0.5])
+
+
+def test_moving_a_model_moves_both_networks_and_its_inputs(model):
+    assert model.to("cpu") is model and model.device == torch.device("cpu")
+    moved = model.to("meta")
+    assert moved.device.type == "meta" and next(moved.predictor.parameters()).device.type == "meta"
+    assert moved.load_image(torch.randn(1, 3, 16, 16)).device.type == "meta"

@@ -85,7 +85,7 @@ def evaluate_finetune(
 
 
 def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
-    model = world_model.load(config.run, rank_info.device)
+    model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
     needs_predictor = any(name in PREDICTOR_VARIANTS for name in config.chosen_arms)
     is_identity = model.config.model.predictor.depth == 0
     check(not (is_identity and needs_predictor), "arms", config.arms,

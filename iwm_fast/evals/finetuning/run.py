@@ -19,7 +19,7 @@ from iwm_fast.config.finetuning import TuneTask
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, split_batch
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
-from iwm_fast.evals.results import Result, Row
+from iwm_fast.evals.results import Result, Row, name_with_step
 from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -76,13 +76,14 @@ def open_context(
     Raises:
         ValueError, FileNotFoundError, ShardError: if shards are not named, do not exist or cannot be used.
     """
+    folder = task_folder(settings.run, name, settings.name)
     return FinetuneContext(
         settings=settings,
         model_config=model.config,
         step=model.step,
         train=training_shards(model, settings.data),
         val=validation_shards(model, settings.data),
-        folder=task_folder(settings.run, name, settings.name),
+        folder=folder.with_name(name_with_step(folder.name, settings.checkpoint, model.step)),
         rank_info=rank_info,
         preemption=preemption,
     )

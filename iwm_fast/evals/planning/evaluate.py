@@ -23,7 +23,7 @@ from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_ent
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
 from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
 from iwm_fast.evals.planning.ridge import ridge
-from iwm_fast.evals.results import Result, Row, save_result
+from iwm_fast.evals.results import Result, Row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
 from iwm_fast.pipelines.config import check
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -43,7 +43,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint)
         # Fails early if there is nothing to search for.
         training_prior(model.config.views)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
@@ -56,7 +56,8 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             rows += parameter_rows(errors, reported, model.config, config.seed)
             rows += distance_rows(errors, kind, config.seed)
     result = Result(
-        task="plan", name="plan", rows=tuple(rows), step=model.step, seed=config.seed, settings=asdict(config),
+        task="plan", name=name_with_step("plan", config.checkpoint, model.step), rows=tuple(rows), step=model.step,
+        seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
     rank_zero_only(lambda: save_result(config.run, result))
@@ -135,7 +136,7 @@ def plan_images(config: PlanConfig) -> PlannedChange:
         ValueError: if a file is not an image, or the run has no predictor or no entry to search for.
     """
     check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
-    model = open_world_model(config.run, single_process(config.device).device)
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
     distance = distance_to(model, model.load_image(config.source), model.load_image(config.target))
     result = search(distance, prior, config, sample=0)

@@ -48,14 +48,14 @@ class Query:
     action: Float[Tensor, "M A"]
 
 
-def open_world_model(run: str, device: torch.device) -> WorldModel:
+def open_world_model(run: str, device: torch.device, checkpoint: str = "") -> WorldModel:
     """Load a run or an export that has a predictor.
 
     Raises:
         FileNotFoundError, CheckpointError: if there is no checkpoint or export, or it is damaged.
         ValueError: if its predictor is the identity.
     """
-    model = world_model.load(run, device)
+    model = world_model.load(run, device, checkpoint=checkpoint)
     model.require_predictor()
     return model
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.evals.datasets import clean_images, compute_sharded, spread, validation_shards
-from iwm_fast.evals.results import Result, Row, mean_row, save_result
+from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
     Query,
@@ -66,7 +66,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint)
         shards = validation_shards(model, config.data)
     samples = spread(shards.num_samples, config.num_images)
     models = [model, with_untrained_predictor(model, config.seed)]
@@ -125,14 +125,15 @@ def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: Mr
         rows += _family_rows(family, rank[:, index], control_rank[:, index], config.seed)
     views = model.config.views
     strengths = bank_views(views, config.bank)
+    name = name_with_step(f"mrr_{config.bank}", config.checkpoint, model.step)
     details = {
         "bank_strengths": {name: getattr(strengths, name) for name in JITTER},
         "blur_sigma": float(source_photometry("blur", views).blur_sigma[0]),
         **_unsupported_families(config, views),
-        "ranks": f"mrr_{config.bank}_ranks.parquet",
+        "ranks": f"{name}_ranks.parquet",
     }
     return Result(
-        task="mrr", name=f"mrr_{config.bank}", rows=tuple(rows), step=model.step, seed=config.seed,
+        task="mrr", name=name, rows=tuple(rows), step=model.step, seed=config.seed,
         settings=asdict(config), details=details,
     )  # fmt: skip
 

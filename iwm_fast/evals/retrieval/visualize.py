@@ -10,6 +10,7 @@ from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
 from iwm_fast.evals.datasets import clean_images, spread, validation_shards
+from iwm_fast.evals.results import name_with_step
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.sweeps import (
     BankedImage,
@@ -39,7 +40,9 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     """
     path = Path(config.picture or Path(config.run) / "imagine.png")
     require_writable(path)
-    model = open_world_model(config.run, single_process(config.device).device)
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
+    if not config.picture:
+        path = path.with_stem(name_with_step(path.stem, config.checkpoint, model.step))
     sheet, sweeps = _draw_sections(model, config)
     title = (
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "

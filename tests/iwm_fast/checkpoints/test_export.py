@@ -1,6 +1,5 @@
 """The contents of an export folder, and the networks that timm and iwm-fast build from it."""
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from fixtures.tar_files import encode, photograph
@@ -16,10 +17,10 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.checkpoints.export import describe_action_entries, export, timm_call
+from iwm_fast.checkpoints.export import describe_action_entries, export, timm_config
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.config.run import EncoderConfig, RunConfig
+from iwm_fast.config.run import EncoderConfig
 from iwm_fast.evals.results import read_result
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.kernels.ops import REFERENCE
@@ -45,17 +46,38 @@ def exported(trained, tmp_path) -> Path:
 
 
 def test_the_exported_encoder_in_timm_has_the_teachers_features(trained, exported):
-    described, model = json.loads((exported / "config.json").read_text()), world_model.load(trained)
-    encoder = eval(described["encoder"]["call"], {"timm": timm}).eval()
-    encoder.load_state_dict(load_file(exported / "encoder.safetensors"), strict=True)
+    encoder, model = timm.create_model(f"local-dir:{exported}", pretrained=True).eval(), world_model.load(trained)
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(encoder.forward_features(images), model.encode(images), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encoder(images), model.encode(images).mean(1), atol=1e-5, rtol=1e-5)
 
 
+def test_timm_prepares_images_as_the_world_model_does(exported, tmp_path):
+    encoder, model = timm.create_model(f"local-dir:{exported}", pretrained=True), world_model.load(exported)
+    data = timm.data.resolve_model_data_config(encoder)
+    assert data["input_size"] == (3, 16, 16) and data["crop_pct"] == 1.0 and data["interpolation"] == "bilinear"
+    image = Image.fromarray(photograph("coffee.png")[:64, :64])
+    ours, theirs = model.load_image(image)[0], timm.data.create_transform(**data)(image)
+    # Pillow and torch round differently, by one of 255 levels.
+    torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0)
+
+
+def test_timm_finetunes_an_export_with_a_new_head(exported):
+    classifier = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=5)
+    assert classifier(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+    assert torch.equal(classifier.norm.weight, load_file(exported / "model.safetensors")["norm.weight"])
+
+
+def test_the_model_card_begins_with_metadata_for_the_hub(exported):
+    _, metadata, text = (exported / "README.md").read_text().split("---\n", 2)
+    described = yaml.safe_load(metadata)
+    assert described["library_name"] == "timm" and "jepa" in described["tags"] and "license" not in described
+    assert text.strip().startswith("# ViT 2 x 32, patches of 4")
+
+
 def test_an_export_has_teacher_and_trained_encoder_which_differ(trained, exported):
     saved = checkpoints.read(checkpoints.newest(trained))
-    teacher, encoder = (load_file(exported / f"{name}.safetensors") for name in ("encoder", "trained_encoder"))
+    teacher, encoder = (load_file(exported / f"{name}.safetensors") for name in ("model", "trained_encoder"))
     assert teacher.keys() == encoder.keys() == saved.teacher_state.keys()
     assert all(torch.equal(teacher[name], saved.teacher_state[name]) for name in teacher)
     assert torch.equal(encoder["norm.weight"], saved.engine_state["weight/encoder.norm.weight"])
@@ -77,14 +99,14 @@ def test_all_files_of_an_export_have_the_same_permissions(exported):
 
 
 def test_an_export_names_no_path_of_the_machine_it_was_made_on(exported, trained, tiny_shards):
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", "iwm.json", "README.md"):
         text = (exported / name).read_text()
         assert str(trained.parent) not in text and str(tiny_shards.folder) not in text
 
 
 def test_the_examples_of_the_model_card_work_in_the_export_folder(exported, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2 and all(len(example.splitlines()) == 5 for example in examples)
+    assert [len(example.splitlines()) for example in examples] == [4, 5]
     monkeypatch.chdir(exported)
     # The image that the card's example loads.
     Path("photo.jpg").write_bytes(encode(photograph("coffee.png")))
@@ -139,7 +161,7 @@ def test_a_run_with_the_identity_predictor_exports_no_world_model(tiny_shards, t
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no checkpoint to export"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         export(ExportConfig(run=str(tmp_path), to=str(tmp_path / "export")))
 
 
@@ -158,29 +180,29 @@ def test_standard_sizes_are_built_by_their_names_in_timm(size, patch_sizes):
     for patch_size in patch_sizes:
         config = EncoderConfig(dim=dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
         with torch.device("meta"):
-            model = eval(timm_call(config, 224), {"timm": timm})
+            description = timm_config(config, 224)
+            model = timm.create_model(description["architecture"], num_classes=0, **description["model_args"])
             ours = Encoder(config, 224, REFERENCE)
-        assert timm_call(config, 224).startswith("timm.create_model('vit_")
+        assert description["architecture"].endswith(f"_patch{patch_size}_224")
         theirs = {name: value.shape for name, value in model.state_dict().items()}
         assert theirs == {name: value.shape for name, value in ours.state_dict().items()}
         assert model.blocks[0].attn.num_heads == num_heads and len(model.blocks) == depth
 
 
-def test_a_standard_size_gives_the_same_features_by_its_name_in_timm():
-    config = EncoderConfig(dim=192, depth=12, num_heads=3)
-    call = timm_call(config, 64)
-    assert call.startswith("timm.create_model('vit_tiny_patch16_224', img_size=64, ")
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncoderConfig(dim=192, depth=12, num_heads=3),
+        EncoderConfig(dim=48, depth=3, num_heads=4, patch_size=8, mlp_ratio=3.0),
+    ],
+)
+def test_timm_builds_named_and_unnamed_sizes_with_the_same_features(config):
     encoder = Encoder(config, 64, REFERENCE).eval()
     initialize_(encoder, torch.Generator().manual_seed(0))
-    model = eval(call, {"timm": timm}).eval()
+    description = timm_config(config, 64)
+    model = timm.create_model(description["architecture"], num_classes=0, **description["model_args"]).eval()
     model.load_state_dict(encoder.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        tokens = encoder(images, None).unflatten(0, (2, 16))
+        tokens = encoder(images, None).unflatten(0, (2, -1))
         torch.testing.assert_close(model(images), tokens.mean(1), atol=1e-5, rtol=1e-4)
-
-
-def test_sizes_without_a_name_in_timm_are_built_from_arguments():
-    for odd in (EncoderConfig(dim=768, patch_size=14), EncoderConfig(mlp_ratio=3.0), EncoderConfig(num_heads=6)):
-        assert timm_call(odd, 224).startswith("timm.models.vision_transformer.VisionTransformer(img_size=224, ")
-    assert RunConfig().model.encoder == EncoderConfig()
