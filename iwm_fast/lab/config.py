@@ -1,23 +1,6 @@
 """A lab's settings: which runs, what is measured on each, and which claims the numbers have to bear out.
 
-like: other.yaml                      a lab whose keys hold where this one does not give its own; `settings` are joined
-folder: runs/lab                      one folder per cell and seed in it
-base: iwm_fast/configs/demo.yaml      the run that all cells start from
-settings: {optim.epochs: 20}          what all cells change in it
-demo_data: true                       whether the demonstration shards are to be written for it
-seeds: [0, 1, 2]
-workers: 2                            cells at a time; unset: one per GPU, otherwise one per core
-cells:
-  feature: {}                         what one cell changes
-  none: {model.predictor.conditioning: none}
-evaluations:
-  - {task: mrr, cells: [feature, none], settings: {bank_size: 64}}
-claims:
-  conditioning:
-    text: what is claimed, in one sentence
-    paper: its figures
-    compare:                          better, worse; each is CELL RESULT SUBJECT METRIC
-      - [feature mrr_default jitter mrr, none mrr_default jitter mrr]
+`iwm lab --help` explains the keys of its YAML file.
 """
 
 from dataclasses import dataclass
