@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import iwm_fast
 from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, refuse_checkpoint_folder, watch_signals_if_training
 from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.extras import EXTRAS, require_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 from iwm_fast.train import train
@@ -30,6 +32,8 @@ class Command:
     list of arguments."""
     settings: str = ""
     """Dataclass of the settings, which `--help` explains."""
+    explanation: str = ""
+    """Function that returns a longer text for `--help`."""
 
 
 def _read(settings: str, arguments: list[str]) -> Any:
@@ -97,6 +101,7 @@ def _shards_check(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
+    require_packages(EXTRAS)
     load("iwm_fast.commands.demo:demo")(arguments)
 
 
@@ -141,7 +146,8 @@ COMMANDS = {
         "run=DIR | lab=DIR", "write one HTML page about a run or a lab: curves, tables, pictures, settings",
         _report, "iwm_fast.config.commands:ReportConfig"),
     "lab": Command(
-        "LAB.yaml", "train and evaluate a grid of small runs and judge the claims; resumes if stopped", _lab),
+        "LAB.yaml", "train and evaluate a grid of small runs and judge the claims; resumes if stopped", _lab,
+        explanation="iwm_fast.commands.help_texts:lab_help"),
     "replay": Command(
         "run=DIR step=S [key=value ...]", "render the views of a logged step again, exactly as in training",
         "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),
@@ -154,7 +160,8 @@ COMMANDS = {
     "shards check": Command(
         "SHARDS", "decode every sample once, report, and exclude unreadable samples from the index", _shards_check),
     "demo": Command(
-        "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo),
+        "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo,
+        explanation="iwm_fast.commands.help_texts:demo_help"),
 }  # fmt: skip
 
 
@@ -164,7 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     is_process = arguments is None
     action: Callable[[], None]
-    if not name:
+    if words == ["--version"]:
+        action = partial(print, "iwm-fast", iwm_fast.__version__)
+    elif not name:
         action = partial(_overview, words)
     elif {"-h", "--help"} & set(words):
         action = partial(_help, name)
@@ -206,13 +215,16 @@ def _overview(words: list[str]) -> None:
         if name.startswith(prefix):
             print(f"  iwm {name} {command.usage}\n      {command.summary}")
     print(
-        "\n`iwm COMMAND --help` explains the settings of a command. IWM_TRACEBACK=1 prints the traceback of an error."
+        "\n`iwm COMMAND --help` explains the settings of a command, `iwm --version` prints the version. "
+        "IWM_TRACEBACK=1 prints the traceback of an error."
     )
 
 
 def _help(name: str) -> None:
     command = COMMANDS[name]
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
+    if command.explanation:
+        print("\n" + load(command.explanation)())
     if command.settings:
         print("\n" + load("iwm_fast.config.loading:format_settings")(load(command.settings)))
 

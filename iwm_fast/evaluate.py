@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
+from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 
@@ -138,6 +139,10 @@ def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> 
 
 
 def _run(name: str, config: Any, preemption: Preemption) -> None:
+    # Only evaluations that train have runtime settings.
+    runtime = getattr(config, "runtime", None)
+    if runtime is not None:
+        require_training_packages(runtime.loader, runtime.engine)
     # Imported here, because they take seconds in which signals must be handled already.
     from rich.console import Console  # noqa: PLC0415
 
@@ -146,8 +151,6 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
 
     evaluation = TASKS[name]
     run = load(evaluation.target)
-    # Only evaluations that train have runtime settings.
-    runtime = getattr(config, "runtime", None)
     timeout = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
     rank_info = distributed.start(config.device if runtime is None else runtime.device, **timeout)
     try:

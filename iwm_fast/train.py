@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from iwm_fast.config.loading import format_settings, load_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
+from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
 from iwm_fast.runtime.run_status import read_status, write_status
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Train with the command line of this process, then exit."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{format_settings(RunConfig)}")
-        return
+        text = f"python -m iwm_fast.train RUN.yaml [key=value ...]\n\n{format_settings(RunConfig)}"
+        run_and_exit(partial(print, text))
     run_and_exit(partial(train, sys.argv[1:], watch_signals()))
 
 
@@ -63,8 +64,10 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     Collective: every rank must call it.
 
     Raises:
+        MissingPackageError: if a package that the settings need is not installed.
         PreemptedError: on every rank, if one of them was asked to stop.
     """
+    require_training_packages(config.runtime.loader, config.runtime.engine)
     preemption = preemption or Preemption()
     folder = Path(config.output.folder)
     # A failure recorded by an earlier start may be overwritten, one of this start may not.

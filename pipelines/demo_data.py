@@ -128,7 +128,7 @@ def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
     folders = (spec and spec.submodule_search_locations) or []
     file = next((Path(folder, path_in_package) for folder in folders if Path(folder, path_in_package).exists()), None)
     if file is None:
-        raise FileNotFoundError(f"photograph {path} is not installed: pip install scikit-image scikit-learn")
+        raise FileNotFoundError(f"photograph {path} is not installed: pip install 'iwm-fast[demo]'")
     with Image.open(file) as image:
         height = round(image.height * DEMO_WIDTH / image.width)
         return np.asarray(image.convert("RGB").resize((DEMO_WIDTH, height), Image.Resampling.LANCZOS))

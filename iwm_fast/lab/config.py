@@ -1,23 +1,6 @@
 """The YAML file of a lab: the runs, the evaluations of each run, and the claims that the results are compared with.
 
-like: other.yaml                      lab to inherit keys from; keys of this file replace them, `settings` are merged
-folder: runs/lab                      folder of the lab, with one folder for each cell and seed
-base: iwm_fast/configs/demo.yaml      run file that all cells are based on
-settings: {optim.epochs: 20}          settings that all cells change
-demo_data: true                       whether to write the demonstration shards first
-seeds: [0, 1, 2]
-workers: 2                            number of cells that run at a time; default: one per GPU, or one per core
-cells:
-  feature: {}                         settings that this cell changes
-  none: {model.predictor.conditioning: none}
-evaluations:
-  - {task: mrr, cells: [feature, none], settings: {bank_size: 64}}
-claims:
-  conditioning:
-    text: the claim, in one sentence
-    paper: the paper's numbers
-    compare:                          pairs [better, worse], each of the form CELL RESULT SUBJECT METRIC
-      - [feature mrr_default jitter mrr, none mrr_default jitter mrr]
+`iwm lab --help` explains the keys of its YAML file.
 """
 
 from dataclasses import dataclass

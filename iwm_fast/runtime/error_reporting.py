@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from iwm_fast.runtime.extras import find_missing_package
+
 _OUR_PACKAGE = "iwm_fast"
 
 # How gloo, NCCL and torch's store describe a process that has ended. Matches up to the end of the sentence or line.
@@ -30,7 +32,7 @@ def user_facing_errors() -> Iterator[None]:
 
     Errors that this package raises and those of the file system are meant for the user. An error that a library raises
     indicates a defect and keeps its traceback. With IWM_TRACEBACK=1 every error keeps its traceback. A rank that fails
-    because another rank is gone reports that in one line.
+    because another rank is gone reports that in one line. A package that is not installed is reported with its extra.
 
     Raises:
         SystemExit: with code 2, or 1 if another rank is gone.
@@ -47,9 +49,10 @@ def user_facing_errors() -> Iterator[None]:
             _print_peer_failure(failure)
             _await_termination()
             raise SystemExit(1) from None
-        if not _is_for_user(error):
+        missing_package = find_missing_package(error)
+        if missing_package is None and not _is_for_user(error):
             raise
-        _print_error(error)
+        _print_error(missing_package or error)
         raise SystemExit(2) from None
 
 

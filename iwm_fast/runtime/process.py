@@ -2,12 +2,18 @@
 
 import logging
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import Preemption
+
+# What a shell reports of other programs whose output is no longer read, as in `yes | head`.
+EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 def watch_signals() -> Preemption:
@@ -28,7 +34,7 @@ def run_and_exit(function: Callable[[], None]) -> NoReturn:
     """Call the main function of this process, report its errors, and end the process with the exit code."""
     code = 0
     try:
-        with user_facing_errors():
+        with user_facing_errors(), _quiet_on_closed_pipe():
             function()
     except SystemExit as stop:
         # As the interpreter does: no code means success, and a message instead of a number means failure.
@@ -44,6 +50,35 @@ def end_process(code: int = 0) -> NoReturn:
     as failed.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe without reader or a full disk, which `run_and_exit` has reported.
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
+
+
+@contextmanager
+def _quiet_on_closed_pipe() -> Iterator[None]:
+    """End without a message if standard output is a pipe that is no longer read, as in `iwm --help | head`."""
+    try:
+        yield
+        # Short output is written only now.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+    except SystemExit as stop:
+        # rich ends the process by itself, with code 1, when it cannot print.
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+    else:
+        return
+    raise SystemExit(EXIT_CLOSED_PIPE)
+
+
+def _is_stdout_closed() -> bool:
+    """Return whether standard output is a pipe without a reader; a broken pipe may also be a connection to a store."""
+    poll = select.poll()
+    # No event is requested, because errors are always reported.
+    poll.register(1, 0)
+    return bool(poll.poll(0))

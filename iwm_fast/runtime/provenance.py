@@ -4,14 +4,15 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "deepspeed", "timm", "numpy")
+_PACKAGES = ("iwm-fast", "torch", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "timm", "numpy")
 
 
 def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
@@ -20,10 +21,19 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **_installed_versions()},
         "machine": machine(device),
         "world_size": world_size,
     }
+
+
+def _installed_versions() -> dict[str, str]:
+    """Return the version of each package; those of other extras are left out."""
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def commit() -> str:

@@ -14,7 +14,7 @@ from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
-from iwm_fast.monitoring.metrics import MetricWriter
+from iwm_fast.monitoring.metric_writer import MetricWriter
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
 from iwm_fast.pipelines.batch import Batch

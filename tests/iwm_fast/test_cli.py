@@ -3,13 +3,16 @@
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 
 import pytest
 import yaml
 
+import iwm_fast
 from fixtures.launchers import tiny_yaml
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.cli import COMMANDS, main
+from iwm_fast.lab.config import _TOP as LAB_KEYS
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -52,6 +55,25 @@ def test_help_of_every_command_works_without_importing_torch():
     assert done.returncode == 0, done.stderr
     assert "optim.lr (float, 0.001)\n      Peak learning rate." in done.stdout
     assert "bank_size (int, 256)" in done.stdout
+
+
+def test_the_version_is_printed_by_the_command_and_the_module(capsys):
+    expected = f"iwm-fast {version('iwm-fast')}\n"
+    main(["--version"])
+    assert capsys.readouterr().out == expected
+    command = [sys.executable, "-m", "iwm_fast", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
+    assert iwm_fast.__version__ == version("iwm-fast")
+
+
+def test_help_of_demo_and_lab_explains_files_and_settings(capsys):
+    main(["demo", "--help"])
+    printed = capsys.readouterr().out
+    assert "runs/demo/summary.json" in printed and "resumes" in printed and "global_batch_size: 64" in printed
+    main(["lab", "--help"])
+    printed = capsys.readouterr().out
+    assert "lab.json" in printed and "lab_cpu.yaml" in printed
+    assert {key for key in LAB_KEYS if f"\n  {key}:" not in printed} == set()
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):

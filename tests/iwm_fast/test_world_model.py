@@ -44,6 +44,7 @@ def test_a_run_is_loaded_with_the_teachers_weights(tiny_shards, tmp_path):
 def test_the_package_imports_without_torch_and_names_missing_attributes():
     code = "import iwm_fast, sys; assert 'torch' not in sys.modules; iwm_fast.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"load", "WorldModel", "__version__"} <= set(dir(iwm_fast))
     with pytest.raises(AttributeError, match="module 'iwm_fast' has no attribute 'absent'"):
         iwm_fast.absent  # noqa: B018
 

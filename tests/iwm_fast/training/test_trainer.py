@@ -20,7 +20,8 @@ from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.run import RunConfig, accumulation_steps
-from iwm_fast.monitoring.metrics import MetricWriter, read_metrics
+from iwm_fast.monitoring.metric_writer import MetricWriter
+from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
