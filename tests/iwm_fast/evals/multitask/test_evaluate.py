@@ -231,7 +231,7 @@ def test_invalid_tasks_are_refused_before_training(rank_info, config, run_folder
     assert "no field 'size'" in message_of(ShardError, tasks="a: {label: json.size}")
     assert "not one of the classes" in message_of(ShardError, tasks="a: {label: json.right, classes: [red, green]}")
     assert "weight must be a number above 0" in message_of(ValueError, tasks="a: {label: cls, weight: -1}")
-    with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names labels"):
+    with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names the labels"):
         config(data=EvalData(label="json.right"))
     assert not (Path(run_folder) / "evaluations" / "multitask_invalid").exists()
 

@@ -201,7 +201,7 @@ def test_a_run_without_predictor_supports_the_other_variants(rank_info, tmp_path
     distributed.stop()
     folder = painted_run(tmp_path, num_train=16, num_val=4, depth=0)
     distributed.start("cpu")
-    with pytest.raises(ValueError, match=r"run must have a predictor, .* got 'model\.predictor\.depth=0'"):
+    with pytest.raises(ValueError, match=r"run must have a predictor, not the identity \(model\.predictor\.depth=0\)"):
         evaluate_segment(SegmentConfig(run=folder, **tuning()))
     result = evaluate_segment(SegmentConfig(run=folder, arms="encoder", **tuning(epochs=0.5)))
     assert [row.subject for row in result.rows] == ["encoder", "encoder"]
