@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fixtures.painted_shards import painted_run
-from fixtures.paths import CHILD_PATH, PROJECT
+from fixtures.paths import PROJECT, PYTHONPATH
 
 DOCS = PROJECT / "docs"
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -62,7 +62,7 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
 
 def execute(page: str, folder: Path) -> None:
     """Run a page's blocks in order in a folder; a yaml block is written to the file that its first line names."""
-    environment = os.environ | CHILD_PATH | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for language, text in blocks(page):
         if language == "yaml":
             name = FILE_NAME.match(text)
