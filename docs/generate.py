@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and docs/command_line.md from the dataclasses of the settings: `python docs/generate.py`."""
+"""Write docs/configuration.md and docs/command_line.md from the dataclasses of the settings."""
 
 from pathlib import Path
 from typing import Any
