@@ -52,7 +52,8 @@ def _check(arguments: list[str]) -> None:
     check_arguments = [argument for argument in arguments if argument not in run_arguments]
     config = _read(RUN_CONFIG, run_arguments)
     check_config = load("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
-    load("iwm_fast.commands.check_run:check_run")(config, check_config)
+    if not load("iwm_fast.commands.check_run:check_run")(config, check_config):
+        raise SystemExit(1)
 
 
 def _plan(arguments: list[str]) -> None:
@@ -117,8 +118,8 @@ COMMANDS = {
         "RUN.yaml [key=value ...]",
         "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", train, RUN_CONFIG),
     "check": Command(
-        "RUN.yaml [key=value ...] [ranks=N] [gpu=NAME | images_per_s=R]",
-        "estimate memory and time of a run and check that it can start",
+        "RUN.yaml [key=value ...] [ranks=N] [gpu=NAME] [gpu_memory_gb=G] [images_per_s=R]",
+        "check that a run can start and fits on its GPU, and estimate its memory and time",
         _check, "iwm_fast.config.commands:CheckConfig"),
     "warmup": Command(
         "RUN.yaml runtime.ops=fused [key=value ...]",

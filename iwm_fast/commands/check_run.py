@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_source
+from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.fingerprint import fingerprint
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
-from iwm_fast.monitoring.flops import PatchCounts, patch_counts, peak_of, training_flops
-from iwm_fast.monitoring.memory_estimate import STAGES, estimate_memory
+from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, patch_counts, peak_of, training_flops
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import choose_device
@@ -35,7 +36,8 @@ from iwm_fast.training.schedules import total_steps
 # A rule of thumb for the share of a GPU's peak that training reaches if the loader keeps up.
 _TYPICAL_UTILISATION = 0.4
 _MAX_CHANGES = 20
-_BYTES_PER_GIB = 2**30
+# Below this number of steps, a run is too short for warm-up and schedules to mean much. Chosen here.
+_MIN_STEPS = 100
 
 Value = TypeVar("Value")
 
@@ -48,6 +50,8 @@ class Report:
     """Rows of the printed table: the name of a check and its result."""
     problems: list[str] = field(default_factory=list)
     """Messages of the errors that would stop the run."""
+    warnings: list[str] = field(default_factory=list)
+    """Messages about settings that do not stop the run, but are probably a mistake."""
 
     def add(self, name: str, text: str) -> None:
         """Append a row to the printed table."""
@@ -64,26 +68,32 @@ class Report:
             return None
 
 
-def check_run(config: RunConfig, request: CheckConfig) -> None:
-    """Print what a run needs, and the memory it takes per GPU.
+def check_run(config: RunConfig, request: CheckConfig) -> bool:
+    """Print what a run needs, warnings, and last whether it fits on its GPU; return False if it does not fit.
 
     Raises:
-        ValueError: after the tables are printed, if the run cannot start; the message lists all reasons.
+        ValueError: after everything is printed, if the run cannot start; the message lists all reasons.
     """
-    report, memory = inspect_run(config, request)
+    report, verdict = inspect_run(config, request)
     console = Console()
     table = Table("check", "this run", title=f"{config.output.folder} on {_format_ranks(_num_ranks(request))}")
     for row in report.rows:
         table.add_row(*row)
     console.print(table)
-    if memory is not None:
-        console.print(memory)
+    if verdict is not None:
+        console.print(verdict.table())
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    # Soft wrapping leaves the verdict on one line, for scripts.
+    if verdict is not None:
+        console.print(verdict.sentence(), soft_wrap=True, highlight=False, markup=False)
     if report.problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"- {problem}" for problem in report.problems))
+    return verdict is None or verdict.fits is not False
 
 
-def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Table | None]:
-    """Return the report and the memory table, which is None if the masks or the batch size are refused."""
+def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, MemoryVerdict | None]:
+    """Return the report and the verdict on memory, which is None if the masks or the batch size are refused."""
     report, ranks = Report(), _num_ranks(request)
     shards = report.collect("training samples", lambda: open_training_shards(config.data))
     if shards is not None:
@@ -100,6 +110,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Table 
         plural = "es" if num_micro_batches > 1 else ""
         factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
         report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
+    _suggest_rates(report, config.optim)
     if shards is not None:
         _report_progress(report, config, shards)
     student = _report_networks(report, config)
@@ -116,7 +127,18 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Table 
             report.collect("time", lambda: report.add("time", _estimate_time(config, request, shards.num_samples)))
     if counts is None or batch is None:
         return report, None
-    return report, memory_table(config, counts, student, ranks, micro_batch_size=batch[0])
+    gpu = gpu_memory(config, request)
+    if gpu is not None:
+        report.add("GPU memory", f"{gpu.size / 1e9:.3g} GB ({gpu.source})")
+    verdict = MemoryVerdict(
+        config=config,
+        counts=counts,
+        num_parameters=(_num_parameters(student.encoder), _num_parameters(student.predictor)),
+        ranks=ranks,
+        micro_batch_size=batch[0],
+        gpu=gpu,
+    )
+    return report, verdict
 
 
 def _num_ranks(request: CheckConfig) -> int:
@@ -142,7 +164,35 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> Non
     per_epoch = shards.num_samples / config.optim.global_batch_size
     steps = total_steps(config.optim, shards.num_samples)
     report.add("steps", f"{per_epoch:,.1f} per epoch, {steps:,} in {config.optim.epochs:g} epochs")
+    if shards.num_samples < config.optim.global_batch_size:
+        report.warnings.append(
+            f"optim.global_batch_size = {config.optim.global_batch_size:,} exceeds the {shards.num_samples:,} training "
+            "samples, so an epoch is less than one step and a batch repeats images; set it to a fraction of the samples"
+        )
+    if steps < _MIN_STEPS:
+        report.warnings.append(
+            f"the run has only {steps:,} steps; set more optim.epochs or a smaller optim.global_batch_size"
+        )
     report.collect("run folder", lambda: _report_folder(report, config, shards))
+
+
+def _suggest_rates(report: Report, optim: OptimConfig) -> None:
+    """Add learning rates and teacher momentum for a batch that is not the recipe's, if all of them are the recipe's."""
+    recipe = OptimConfig()
+    factor = optim.global_batch_size / recipe.global_batch_size
+    rates = ("lr", "lr_start", "lr_end")
+    is_recipe = all(getattr(optim, name) == getattr(recipe, name) for name in (*rates, "teacher_momentum"))
+    if factor == 1 or not is_recipe:
+        return
+    scaled = " ".join(f"optim.{name}={factor * getattr(recipe, name):.3g}" for name in rates)
+    momentum = ",".join(f"{value**factor:.6g}" for value in recipe.teacher_momentum)
+    batches = f"{optim.global_batch_size:,} / {recipe.global_batch_size:,}"
+    report.add(
+        "suggested values",
+        f"{scaled}\n  the recipe's * {batches} (linear scaling, arXiv 1706.02677)\n"
+        f"optim.teacher_momentum=[{momentum}]\n  the recipe's ** ({batches}) (arXiv 2307.13813)\n"
+        "not verified for IWM",
+    )
 
 
 def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
@@ -180,14 +230,20 @@ def _report_networks(report: Report, config: RunConfig) -> Student:
     with torch.device("meta"):
         student = build_student(config, REFERENCE)
     for name, network in (("encoder", student.encoder), ("predictor", student.predictor)):
-        sizes = [parameter.numel() for parameter in network.parameters()]
-        report.add(f"{name} parameters", f"{sum(sizes) / 1e6:.2f} M in {len(sizes)} tensors")
+        num_tensors = len(list(network.parameters()))
+        report.add(f"{name} parameters", f"{_num_parameters(network) / 1e6:.2f} M in {num_tensors} tensors")
+    ratio = _num_parameters(student.predictor) / _num_parameters(student.encoder)
+    report.add("predictor / encoder", f"{ratio:.2f} of the parameters; summaries of the paper advise about 0.3")
     # A run that resumes loads the weights of its own checkpoint and never reads init_from.
     if config.init_from and checkpoints.newest(Path(config.output.folder)) is None:
         source = report.collect("init_from", lambda: read_source(config, student))
         if source is not None:
             report.add("init_from", "\n".join(source.remarks))
     return student
+
+
+def _num_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _report_work(report: Report, config: RunConfig, counts: PatchCounts) -> None:
@@ -203,7 +259,7 @@ def _estimate_time(config: RunConfig, request: CheckConfig, num_samples: int) ->
     """Return the duration of all epochs and the GPU-hours, as text.
 
     Raises:
-        ValueError: if the peak of the requested GPU is not known.
+        ValueError: if neither peak nor memory of the requested GPU are known.
     """
     ranks, images = _num_ranks(request), config.optim.epochs * num_samples
     if request.images_per_s is not None:
@@ -212,8 +268,10 @@ def _estimate_time(config: RunConfig, request: CheckConfig, num_samples: int) ->
     local_gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     name = request.gpu or (local_gpu if peak_of(local_gpu) else "H100")
     peak = peak_of(name, config.optim.precision)
+    if peak is None and request.gpu_memory_gb is None:
+        raise ValueError(f"gpu must be {KNOWN_GPUS}, got {name!r}; or set gpu_memory_gb and images_per_s")
     if peak is None:
-        raise ValueError(f"gpu must be A100, H100, H200, B200, L40S or RTX 4090, got {name!r}; or set images_per_s")
+        return f"not known, because the peak of {name} is not; set images_per_s"
     images_per_s = _TYPICAL_UTILISATION * peak / training_flops(config).total
     gpu_hours = images / images_per_s / 3600
     return (
@@ -225,45 +283,3 @@ def _estimate_time(config: RunConfig, request: CheckConfig, num_samples: int) ->
 
 def _format_hours(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 2 else f"{60 * hours:.2g} min"
-
-
-def memory_table(
-    config: RunConfig, counts: PatchCounts, student: Student, ranks: int, *, micro_batch_size: int
-) -> Table:
-    """Return a table of the estimated memory per GPU for all ZeRO stages, with and without activation checkpointing."""
-    encoder, predictor = (
-        sum(parameter.numel() for parameter in network.parameters()) for network in (student.encoder, student.predictor)
-    )
-    current_stage = _zero_stage(config)
-    table = Table("GiB per GPU, estimated", title=f"memory with {micro_batch_size} images per micro-batch")
-    for stage in STAGES:
-        table.add_column(f"ZeRO {stage}{' (this run)' if stage == current_stage else ''}", justify="right")
-    without_checkpointing, with_checkpointing = (
-        [
-            estimate_memory(
-                config, counts, num_parameters=(encoder, predictor), world_size=ranks,
-                micro_batch_size=micro_batch_size, stage=stage, checkpoints_activations=checkpoints_activations,
-            )
-            for stage in STAGES
-        ]
-        for checkpoints_activations in (False, True)
-    )  # fmt: skip
-    for name in ("weights", "gradients", "adam", "teacher", "bf16_copies", "activations", "workspace"):
-        cells = (f"{getattr(memory, name) / _BYTES_PER_GIB:.3g}" for memory in without_checkpointing)
-        table.add_row(name.replace("_", " "), *cells)
-    table.add_section()
-    is_on = config.runtime.activation_checkpointing
-    for name, memories, is_current in (
-        ("total", without_checkpointing, not is_on),
-        ("total with activation checkpointing", with_checkpointing, is_on),
-    ):
-        cells = (f"{memory.total / _BYTES_PER_GIB:.3g}" for memory in memories)
-        table.add_row(f"{name}{' (this run)' if is_current else ''}", *cells, style="bold" if is_current else None)
-    return table
-
-
-def _zero_stage(config: RunConfig) -> int:
-    """Return the ZeRO stage that the run trains with; the plain engine shards nothing, as stage 0."""
-    if config.runtime.engine == "plain":
-        return 0
-    return 1 if config.runtime.zero_stage is None else config.runtime.zero_stage

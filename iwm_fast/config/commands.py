@@ -16,13 +16,18 @@ class CheckConfig:
     images_per_s: float | None = None
     """Measured training speed over all ranks, in images per second. Unset: hours are estimated from the GPU's peak."""
     gpu: str = ""
-    """GPU that the run is meant for, such as H100; this machine need not have one. Unset: this machine's GPU, or an
-    H100 for the estimate of hours."""
+    """GPU that the run is meant for, such as H100 or "RTX 4090"; this machine need not have one. A100 means its version
+    with 40 GB, A100-80GB the other one. Unset: this machine's GPU, or an H100 for the estimate of hours."""
+    gpu_memory_gb: float | None = None
+    """Memory of the GPU that the run is meant for, in 10^9 bytes. Unset: that of gpu, or of this machine's GPU. With
+    neither, the estimated memory is not judged."""
 
     def __post_init__(self) -> None:
         check(self.ranks is None or self.ranks >= 1, "ranks", self.ranks, "be at least 1 or unset")
         speed = self.images_per_s
         check(speed is None or speed > 0, "images_per_s", speed, "be above 0 or unset")
+        memory = self.gpu_memory_gb
+        check(memory is None or memory > 0, "gpu_memory_gb", memory, "be above 0 or unset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Floating-point operations that training takes per image, and the peak throughput of GPUs.
+"""Floating-point operations that training takes per image, and the peak throughput and memory of GPUs.
 
 The count covers the matrix products of the model, with 2 operations per multiply-add. It includes neither padding, nor
 the recomputation of activation checkpointing, nor norms and activation functions. A forward pass over n tokens of width
@@ -106,26 +106,41 @@ def _block_flops(
     return depth * (tokens * (8 * dim * dim + 4 * dim * hidden_dim) + 4 * tokens * tokens * dim)
 
 
-class Peak(NamedTuple):
-    """Peak dense operations per second of one GPU, by the precision of matrix products."""
+class Gpu(NamedTuple):
+    """Peak dense operations per second of one GPU, by the precision of matrix products, and its memory."""
 
     bf16: float
     tf32: float
     fp32: float
+    memory_gb: int
+    """Memory in 10^9 bytes, the smaller one where a name stands for two versions."""
 
 
-# From NVIDIA's data sheets, without sparsity. For the RTX 4090, bf16 and tf32 are the values with float32 accumulation.
-# The first pattern that matches a device name counts.
-PEAKS = {
-    r"A100": Peak(312e12, 156e12, 19.5e12),
-    r"H100 PCIe": Peak(756e12, 378e12, 51e12),
-    r"H[12]00 NVL": Peak(835e12, 417e12, 60e12),
-    r"H[12]00": Peak(989e12, 494e12, 67e12),
-    r"B200": Peak(2250e12, 1125e12, 75e12),
-    r"L40S": Peak(362e12, 183e12, 91.6e12),
-    # The pattern excludes the slower 4090 D and the laptop GPU.
-    r"RTX 4090$": Peak(165e12, 82.6e12, 82.6e12),
+# From NVIDIA's data sheets, without sparsity. On GeForce cards, bf16 and tf32 are the values with float32 accumulation.
+# The first pattern that matches a device name counts. Cards with slower relatives (4090 D, laptop GPUs) end in "$".
+GPUS = {
+    r"A100.*80 ?GB": Gpu(312e12, 156e12, 19.5e12, 80),
+    r"A100": Gpu(312e12, 156e12, 19.5e12, 40),
+    r"GH200": Gpu(989e12, 494e12, 67e12, 96),
+    r"H100 PCIe": Gpu(756e12, 378e12, 51e12, 80),
+    r"H100 NVL": Gpu(835e12, 417e12, 60e12, 94),
+    r"H200 NVL": Gpu(835e12, 417e12, 60e12, 141),
+    r"H100": Gpu(989e12, 494e12, 67e12, 80),
+    r"H200": Gpu(989e12, 494e12, 67e12, 141),
+    r"B200": Gpu(2250e12, 1125e12, 75e12, 180),
+    r"L40S": Gpu(362e12, 183e12, 91.6e12, 48),
+    r"L40$": Gpu(181e12, 90.5e12, 90.5e12, 48),
+    r"L4$": Gpu(121e12, 60e12, 30.3e12, 24),
+    r"A10$": Gpu(125e12, 62.5e12, 31.2e12, 24),
+    r"A30$": Gpu(165e12, 82e12, 10.3e12, 24),
+    r"A40$": Gpu(149.7e12, 74.8e12, 37.4e12, 48),
+    r"RTX A6000$": Gpu(154.8e12, 77.4e12, 38.7e12, 48),
+    r"RTX 3090$": Gpu(71e12, 35.6e12, 35.6e12, 24),
+    r"RTX 4090$": Gpu(165e12, 82.6e12, 82.6e12, 24),
+    r"RTX 5090$": Gpu(209.5e12, 104.8e12, 104.8e12, 32),
 }
+KNOWN_GPUS = "A100, H100, H200, B200, A10, A30, A40, L4, L40, L40S, RTX A6000, RTX 3090, RTX 4090 or RTX 5090"
+"""Names that `peak_of` and `memory_gb_of` accept, for messages."""
 
 
 def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | None, str]:
@@ -142,10 +157,20 @@ def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | N
 
 def peak_of(name: str, precision: str = "bf16") -> float | None:
     """Return the peak dense operations per second of the GPU with this name, None if it is not known."""
-    peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name, re.IGNORECASE)), None)
-    if peak is None or " MIG " in name:
-        return None
-    if precision == "bf16":
-        return peak.bf16
+    gpu = _find_gpu(name)
+    if gpu is None or precision == "bf16":
+        return gpu and gpu.bf16
     # PyTorch uses TF32 for float32 products only if torch.set_float32_matmul_precision allows it.
-    return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.tf32
+    return gpu.fp32 if torch.get_float32_matmul_precision() == "highest" else gpu.tf32
+
+
+def memory_gb_of(name: str) -> int | None:
+    """Return the memory in 10^9 bytes that the data sheet of the GPU with this name gives, None if it is not known."""
+    gpu = _find_gpu(name)
+    return gpu and gpu.memory_gb
+
+
+def _find_gpu(name: str) -> Gpu | None:
+    if " MIG " in name:
+        return None
+    return next((gpu for pattern, gpu in GPUS.items() if re.search(pattern, name, re.IGNORECASE)), None)

@@ -7,24 +7,37 @@ With P trained parameters, of which E belong to the encoder, and R ranks, in byt
     Adam          8 P; stages 1 to 3: 8 P / R; stages 1 and 2 take 4 P / R more for a copy of the partition they update
     teacher       4 E, complete on every rank at every stage
     bf16 copies   2 P with optim.precision=bf16: autocast keeps them from forward to backward
-    activations   kept by each block for the backward pass, per token: width d, MLP width m, h heads, n in a sequence
-                      bf16  20 d + 4 m, and for the attention  fused 4 h, reference 6 d + (6 n + 24) h
-                      fp32  32 d + 8 m, and for the attention  fused 4 h, reference 12 d + (4 n + 24) h
+    activations   kept by each block for the backward pass, per token: width d, MLP width m, h heads, n tokens in a
+                  sequence of mean length and l in the longest one, to which the reference attention pads
+                      bf16  20 d + 4 m, and for the attention  fused 4 h, reference 6 d l / n + (6 l l / n + 24) h
+                      fp32  32 d + 8 m, and for the attention  fused 4 h, reference 12 d l / n + (4 l l / n + 24) h
                   with activation checkpointing only the block's input, 6 d (bf16) or 8 d (fp32)
-    workspace     one more block, of the encoder over all patches (the teacher's, or a recomputed one), and both views
-                  of two micro-batches
+    workspace     one more block, the largest (the teacher's over all patches, or a recomputed one), and both views of
+                  two micro-batches
+    overhead      the CUDA context, 0.5 GiB, and DALI's buffers, 3 GiB: upper values of what is common, not measured
+    margin        5 % of all this
 
 Activations are multiplied by the tokens of a micro-batch: context for the encoder, context + targets + action tokens
-for the predictor. Not included: the CUDA context (about 0.5 GiB), the buffers of DALI (1 to 3 GiB), NCCL and ZeRO, and
-fragmentation.
+for the predictor. The longest context and the longest targets of a micro-batch rarely belong to the same image, but on
+a GPU the predictor pads to their sum, because it does not wait for the true length.
+
+Tests find the activations within 5 % of the tensors that PyTorch saves, which is where the margin comes from. No run on
+a GPU has been compared yet. Not included: buffers of NCCL and ZeRO, and fragmentation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from jaxtyping import Int64
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.flops import PatchCounts
 
 STAGES = (0, 1, 2, 3)
+MARGIN = 0.05
+"""Share added to the estimate for its uncertainty."""
+_CUDA_CONTEXT, _DALI_BUFFERS = 0.5 * 2**30, 3.0 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +51,17 @@ class MemoryEstimate:
     bf16_copies: float
     activations: float
     workspace: float
+    overhead: float
+
+    @property
+    def margin(self) -> float:
+        """Allowance for the uncertainty of the estimate."""
+        return MARGIN * sum(getattr(self, item.name) for item in fields(self))
 
     @property
     def total(self) -> float:
-        """Sum over all purposes."""
-        networks = self.weights + self.gradients + self.adam + self.teacher + self.bf16_copies
-        return networks + self.activations + self.workspace
+        """Sum over all purposes, and the margin."""
+        return self.margin * (1 + 1 / MARGIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +73,9 @@ class _Stack:
     num_heads: int
     depth: int
     tokens: float
-    """Tokens per image."""
+    """Tokens per image, on average."""
+    longest: float
+    """Tokens to which the reference attention pads each image."""
 
 
 def estimate_memory(
@@ -88,10 +108,11 @@ def estimate_memory(
     activations = sum(
         stack.tokens * stack.depth * _block_bytes(config, stack, checkpoints_activations) for stack in stacks
     )
-    teacher_stack = _encoder_stack(config, float(config.grid**2))
+    # The teacher encodes all patches, so nothing is padded.
+    teacher_stack = _encoder_stack(config, np.array([config.grid**2]))
+    block = max(stack.tokens * _block_bytes(config, stack, False) for stack in (*stacks, teacher_stack) if stack.depth)
     # Two views of two micro-batches, three channels of four bytes.
     views = 2 * 2 * 3 * 4 * config.views.size**2
-    workspace = teacher_stack.tokens * _block_bytes(config, teacher_stack, False) + views
     return MemoryEstimate(
         weights=partition if stage == 3 else full,
         gradients=partition if stage >= 2 else full,
@@ -99,15 +120,35 @@ def estimate_memory(
         teacher=4.0 * encoder,
         bf16_copies=2.0 * trained if is_bf16 else 0.0,
         activations=micro_batch_size * activations,
-        workspace=micro_batch_size * workspace,
+        workspace=micro_batch_size * (block + views),
+        overhead=_CUDA_CONTEXT + (_DALI_BUFFERS if config.runtime.loader == "dali" else 0.0),
     )
 
 
-def _encoder_stack(config: RunConfig, tokens: float) -> _Stack:
+def largest_micro_batch(estimate: Callable[[int], MemoryEstimate], share: int, memory: float) -> int | None:
+    """Return the largest micro-batch size that fits and divides a rank's share of the global batch.
+
+    Args:
+        estimate: function from a micro-batch size to the memory it takes.
+        share: images per rank and optimiser step.
+        memory: bytes of the GPU.
+
+    Returns:
+        None if not even one image fits.
+    """
+    divisors = (size for size in range(share, 0, -1) if share % size == 0)
+    return next((size for size in divisors if estimate(size).total <= memory), None)
+
+
+def _encoder_stack(config: RunConfig, patches: Int64[np.ndarray, "draws"]) -> _Stack:
     encoder = config.model.encoder
-    hidden_dim = int(encoder.dim * encoder.mlp_ratio)
     return _Stack(
-        dim=encoder.dim, hidden_dim=hidden_dim, num_heads=encoder.num_heads, depth=encoder.depth, tokens=tokens
+        dim=encoder.dim,
+        hidden_dim=int(encoder.dim * encoder.mlp_ratio),
+        num_heads=encoder.num_heads,
+        depth=encoder.depth,
+        tokens=float(patches.mean()),
+        longest=float(patches.max()),
     )
 
 
@@ -120,8 +161,9 @@ def _stacks(config: RunConfig, counts: PatchCounts) -> tuple[_Stack, _Stack]:
         num_heads=predictor.num_heads,
         depth=predictor.depth,
         tokens=float((counts.context + counts.target).mean()) + num_action_tokens,
+        longest=float(counts.context.max() + counts.target.max()) + num_action_tokens,
     )
-    return _encoder_stack(config, float(counts.context.mean())), predictor_stack
+    return _encoder_stack(config, counts.context), predictor_stack
 
 
 def _block_bytes(config: RunConfig, stack: _Stack, checkpoints_activations: bool) -> float:
@@ -133,6 +175,7 @@ def _block_bytes(config: RunConfig, stack: _Stack, checkpoints_activations: bool
     if config.runtime.ops == "fused":
         return linear + 4 * stack.num_heads
     # The reference attention keeps queries, keys and values both packed and padded, the softmax weights of each token
-    # with every other, and the index of each row.
+    # with every other, padding included, and the index of each row.
     padded, softmax = (6, 6) if is_bf16 else (12, 4)
-    return linear + padded * stack.dim + (softmax * stack.tokens + 24) * stack.num_heads
+    padding = stack.longest / stack.tokens
+    return linear + padding * (padded * stack.dim + softmax * stack.longest * stack.num_heads) + 24 * stack.num_heads

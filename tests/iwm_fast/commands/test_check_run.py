@@ -1,6 +1,7 @@
 """`iwm check` reports what the run then does, and every reason why it cannot start."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
 from iwm_fast.commands.check_run import inspect_run
 from iwm_fast.config.commands import CheckConfig
-from iwm_fast.config.loading import save_config
-from iwm_fast.config.run import RunConfig
+from iwm_fast.config.loading import build, save_config
+from iwm_fast.config.run import ModelConfig, OptimConfig, PredictorConfig, RunConfig
 from iwm_fast.train import run
 
 ONE_RANK = CheckConfig(ranks=1)
@@ -124,12 +125,99 @@ def test_hours_follow_from_the_speed_or_from_the_requested_gpu(config):
     assert by_speed == "5.3 h at 0.01 images/s; 10.7 GPU-hours"
     by_gpu = rows(RunConfig(data=config.data), CheckConfig(ranks=2, gpu="L40S"))["time"]
     assert "at 40 % of the 362 TFLOP/s of L40S" in by_gpu
-    assert "gpu must be A100, H100, H200, B200, L40S or RTX 4090, got 'T4'" in problems(config, CheckConfig(gpu="T4"))
+    assert "gpu must be A100, H100, " in problems(config, CheckConfig(gpu="T4"))
+    assert "got 'T4'; or set gpu_memory_gb and images_per_s" in problems(config, CheckConfig(gpu="T4"))
+    by_memory = CheckConfig(gpu="T4", gpu_memory_gb=16.0)
+    assert problems(config, by_memory) == "" and "the peak of T4 is not" in rows(config, by_memory)["time"]
 
 
 def test_a_run_for_another_gpu_needs_no_gpu_on_this_machine(config):
     on_gpus = replace(config, runtime=replace(config.runtime, device="cuda"))
     assert problems(on_gpus, CheckConfig(gpu="H100")) == ""
+
+
+def verdict(config: RunConfig, request: CheckConfig):
+    report, verdict = inspect_run(config, request)
+    assert report.problems == []
+    return verdict
+
+
+@pytest.fixture
+def vit_b(config) -> RunConfig:
+    """ViT-B with the paper's predictor and a global batch of 2,048, on the tiny shards."""
+    return RunConfig(data=config.data, model=ModelConfig(predictor=PredictorConfig(depth=18)), output=config.output)
+
+
+def test_vit_b_at_2048_on_one_24_gb_gpu_exits_with_1(vit_b, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "run.yaml"
+    save_config(vit_b, path)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["check", str(path), "ranks=1", "gpu=RTX 4090"])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit_info.value.code == 1
+    assert re.fullmatch(r"does not fit: \d+ of 24 GB per GPU; runtime.micro_batch_size=64 fits", lines[-1])
+    assert all(len(line) <= 80 for line in lines)
+    # The command succeeds with the setting that it suggests.
+    main(["check", str(path), "ranks=1", "gpu=RTX 4090", "runtime.micro_batch_size=64"])
+    printed = capsys.readouterr().out
+    assert re.match(r"fits: [\d.]+ of 24 GB per GPU \(ZeRO 1, 64 images", printed.splitlines()[-1])
+    larger = replace(vit_b, runtime=replace(vit_b.runtime, micro_batch_size=128))
+    assert not verdict(larger, CheckConfig(ranks=1, gpu_memory_gb=24.0)).fits
+
+
+def test_vit_b_at_2048_fits_on_8_h100(vit_b):
+    result = verdict(vit_b, CheckConfig(ranks=8, gpu="H100"))
+    assert result.fits and result.micro_batch_size == 256
+    assert result.sentence().endswith("of 80 GB per GPU (ZeRO 1, 256 images per micro-batch)")
+
+
+def test_settings_that_fit_change_as_little_as_possible(vit_b):
+    plain = replace(vit_b, runtime=replace(vit_b.runtime, engine="plain"))
+    settings = {
+        memory: verdict(plain, CheckConfig(ranks=8, gpu_memory_gb=memory)).fitting_settings()
+        for memory in (24.0, 6.65, 6.0, 2.0)
+    }
+    assert settings == {
+        24.0: "runtime.micro_batch_size=64",
+        6.65: "runtime.micro_batch_size=2 runtime.activation_checkpointing=true",
+        6.0: "runtime.micro_batch_size=1 runtime.engine=deepspeed runtime.zero_stage=1",
+        2.0: None,
+    }
+    hopeless = verdict(plain, CheckConfig(ranks=8, gpu_memory_gb=2.0))
+    assert hopeless.sentence().endswith("and no ZeRO stage or micro-batch fits")
+
+
+def test_without_a_gpu_the_memory_is_not_judged(config):
+    result = verdict(config, ONE_RANK)
+    assert result.fits is None and result.sentence().startswith("memory is not judged: no known GPU; set gpu=")
+
+
+def test_a_batch_beyond_the_samples_and_a_short_run_are_warned_of(config):
+    report, _ = inspect_run(replace(config, optim=replace(config.optim, global_batch_size=64)), ONE_RANK)
+    assert "optim.global_batch_size = 64 exceeds the 48 training samples" in report.warnings[0]
+    assert "the run has only 3 steps" in report.warnings[1]
+    longer = replace(config, optim=replace(config.optim, epochs=34.0))
+    assert inspect_run(longer, ONE_RANK)[0].warnings == []
+
+
+def test_rates_are_suggested_for_batches_other_than_the_recipes(config):
+    def suggestion(**optim) -> str | None:
+        return rows(replace(config, optim=OptimConfig(**optim)), ONE_RANK).get("suggested values")
+
+    text = suggestion(global_batch_size=256)
+    assert "1706.02677" in text and "2307.13813" in text and "not verified for IWM" in text
+    overrides = [word for word in text.split() if word.startswith("optim.")]
+    optim = build(RunConfig, {}, overrides).optim
+    assert (optim.lr, optim.lr_start, optim.lr_end) == (1.25e-4, 2.5e-5, 1.25e-7)
+    assert optim.teacher_momentum == pytest.approx((0.996 ** (1 / 8), 1.0), abs=1e-6)
+    assert suggestion() is None
+    assert suggestion(global_batch_size=256, lr=5e-4) is None
+    assert suggestion(global_batch_size=256, teacher_momentum=(0.99, 1.0)) is None
+
+
+def test_the_ratio_of_predictor_to_encoder_is_reported(vit_b):
+    assert rows(vit_b)["predictor / encoder"].startswith("0.39 of the parameters")
 
 
 def test_the_command_exits_with_2_if_the_run_cannot_start(config, tmp_path, capsys):
@@ -143,7 +231,11 @@ def test_the_command_exits_with_2_if_the_run_cannot_start(config, tmp_path, caps
     printed = capsys.readouterr()
     assert exit_info.value.code == 2 and "training samples" in printed.out
     assert printed.err.startswith("error: this run cannot start:\n- optim.global_batch_size must be a multiple")
-    for argument, message in (("rank=3", "unknown setting 'rank'"), ("ranks=0", "ranks must be at least 1")):
+    for argument, message in (
+        ("rank=3", "unknown setting 'rank'"),
+        ("ranks=0", "ranks must be at least 1"),
+        ("gpu_memory_gb=0", "gpu_memory_gb must be above 0"),
+    ):
         with pytest.raises(SystemExit):
             main(["check", str(path), argument])
         assert message in capsys.readouterr().err

@@ -7,19 +7,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RunConfig
+from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import build_student
 from iwm_fast.monitoring.flops import (
+    KNOWN_GPUS,
     PatchCounts,
     encoder_flops,
+    memory_gb_of,
     patch_counts,
     peak_flops,
     peak_of,
     predictor_flops,
     training_flops,
 )
-from iwm_fast.monitoring.memory_estimate import estimate_memory
+from iwm_fast.monitoring.memory_estimate import estimate_memory, largest_micro_batch
+from iwm_fast.pipelines.batch import RaggedIndex
+from iwm_fast.pipelines.sampling.masks import draw_masks
 
 # All images have lists of equal length, because the reference attention pads to the longest.
 CONTEXT, TARGET = [[0, 1, 4, 5, 8, 9, 15]] * 3, [[2, 3, 6, 7]] * 3
@@ -101,6 +105,18 @@ def test_the_peak_is_known_for_listed_gpus_only():
     assert peak_flops(torch.device("cpu")) == (None, "CPU")
 
 
+def test_the_memory_of_listed_gpus_is_that_of_their_data_sheets():
+    names = {
+        "A100": 40, "NVIDIA A100-SXM4-80GB": 80, "A100-80GB": 80, "NVIDIA A100-SXM4-40GB": 40, "H100": 80,
+        "NVIDIA H100 NVL": 94, "NVIDIA H200": 141, "NVIDIA GH200 480GB": 96, "NVIDIA L4": 24, "L40S": 48,
+        "NVIDIA A10": 24, "NVIDIA A10G": None, "NVIDIA RTX A6000": 48, "rtx 4090": 24, "RTX 5090": 32,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "Tesla T4": None,
+    }  # fmt: skip
+    assert {name: memory_gb_of(name) for name in names} == names
+    for name in KNOWN_GPUS.replace(" or ", ", ").split(", "):
+        assert peak_of(name) and peak_of(name, "fp32") and memory_gb_of(name)
+
+
 def test_float32_products_count_as_tf32_if_torch_may_use_it():
     torch.set_float32_matmul_precision("high")
     try:
@@ -109,22 +125,28 @@ def test_float32_products_count_as_tf32_if_torch_may_use_it():
         torch.set_float32_matmul_precision("highest")
 
 
-def saved_bytes(student: torch.nn.Module, batch) -> int:
+def saved_bytes(networks: torch.nn.Module, forward) -> int:
     """Return the bytes that a forward pass saves for its backward pass, without the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    # Addresses do not identify storages: on the meta device all of them are 0.
+    weights = {parameter.untyped_storage()._cdata for parameter in networks.parameters()}
     saved = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = student(batch)
+        output = forward()
     total = sum(storage.nbytes() for storage in saved.values())
     del output
     return total
+
+
+def num_parameters(student: torch.nn.Module) -> tuple[int, ...]:
+    networks = (student.encoder, student.predictor)
+    return tuple(sum(parameter.numel() for parameter in network.parameters()) for network in networks)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -134,14 +156,44 @@ def test_the_estimate_of_activations_is_near_the_measured_bytes(tiny_config, mak
     predictor = dataclasses.replace(config.model.predictor, dim=32, depth=6)
     config = dataclasses.replace(config, model=ModelConfig(encoder=encoder, predictor=predictor))
     images, student = 32, build_student(config, REFERENCE)
-    networks = (student.encoder, student.predictor)
-    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     estimate = estimate_memory(
-        config, COUNTS, num_parameters=tuple(sizes), world_size=1, micro_batch_size=images, stage=0,
+        config, COUNTS, num_parameters=num_parameters(student), world_size=1, micro_batch_size=images, stage=0,
         checkpoints_activations=False,
     )  # fmt: skip
-    measured = saved_bytes(student, make_batch(CONTEXT[:1] * images, TARGET[:1] * images))
+    batch = make_batch(CONTEXT[:1] * images, TARGET[:1] * images)
+    measured = saved_bytes(student, lambda: student(batch))
     assert measured == pytest.approx(estimate.activations + estimate.bf16_copies, rel=0.05)
+
+
+def ragged_on_meta(mask: np.ndarray) -> RaggedIndex:
+    lengths = mask.sum(axis=1)
+    rows = torch.empty(mask.sum(), dtype=torch.int64, device="meta")
+    offsets = torch.empty(len(mask) + 1, dtype=torch.int32, device="meta")
+    return RaggedIndex(patch=rows, row=rows, offsets=offsets, longest=int(lengths.max()), total=int(lengths.sum()))
+
+
+def test_the_padding_of_the_reference_attention_is_estimated():
+    # ViT-B on the meta device, where sequences are padded as on a GPU; a CPU would read the true lengths.
+    config, images = RunConfig(optim=OptimConfig(precision="fp32")), 64
+    masks = draw_masks(config.mask, config.grid, config.seed, 0, np.arange(images))
+    counts = PatchCounts(context=masks.context.sum(axis=1), target=masks.target.sum(axis=1))
+    context, target = ragged_on_meta(masks.context), ragged_on_meta(masks.target)
+    assert context.longest + target.longest > 1.2 * config.grid**2
+    with torch.device("meta"):
+        student = build_student(config, REFERENCE)
+        patches, action = torch.empty(len(context.row), 768), torch.empty(images, len(config.views.entries))
+
+    def forward() -> torch.Tensor:
+        # Without the last norm, which asks for autocast: the meta device has none.
+        tokens, _ = student.encoder.blocks(patches, context.offsets, context.longest)
+        return student.predictor(tokens, action, context, target)
+
+    measured = saved_bytes(student, forward)
+    estimate = estimate_memory(
+        config, counts, num_parameters=num_parameters(student), world_size=1, micro_batch_size=images, stage=0,
+        checkpoints_activations=False,
+    )  # fmt: skip
+    assert measured == pytest.approx(estimate.activations, rel=0.05)
 
 
 def test_each_zero_stage_shards_its_share_of_the_memory():
@@ -157,3 +209,15 @@ def test_each_zero_stage_shards_its_share_of_the_memory():
     assert [estimate(stage, 4).adam for stage in range(4)] == [800, 300, 300, 200]
     assert {estimate(stage, 4).teacher for stage in range(4)} == {320}
     assert estimate(3, 1).weights == estimate(0, 1).weights
+
+
+def test_the_largest_micro_batch_fits_and_divides_the_share():
+    def estimate(size: int):
+        return estimate_memory(
+            RunConfig(), COUNTS, num_parameters=(80, 20), world_size=1, micro_batch_size=size, stage=0,
+            checkpoints_activations=False,
+        )  # fmt: skip
+
+    assert largest_micro_batch(estimate, 12, estimate(5).total) == 4
+    assert largest_micro_batch(estimate, 12, estimate(12).total) == 12
+    assert largest_micro_batch(estimate, 12, estimate(1).total - 1) is None
