@@ -16,7 +16,7 @@ from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
 from iwm_fast.evals.results import Result, mean_row, save_result
 from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.pipelines.annotations.labels import Labels, read_labels
+from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -77,8 +77,12 @@ def label_sets(
     Classes are those named, or else what the training set holds, and have the same numbers in both.
 
     Raises:
-        ShardError: if a sample has no label, or a validation sample one that no training sample has.
+        ShardError: if a sample has no label, or a validation sample one that no training sample has, or the class
+            numbers have other names in the folder of the validation shards than in that of the training shards.
     """
+    # Other labels are compared by their values, and only .cls numbers may mean other classes in another folder.
+    if label == "cls":
+        require_same_class_names(train, val)
     known = read_labels(train, label, classes=classes)
     asked = read_labels(val, label, classes=known.classes)
     return LabelledSets(
