@@ -92,8 +92,9 @@ def _shards_demo(arguments: list[str]) -> None:
 def _shards_pack(arguments: list[str]) -> None:
     source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
     config = load("iwm_fast.config.loading:build")(load(COMMANDS["shards pack"].settings), {}, arguments[2:])
-    for path in load("iwm_fast.pipelines.storage.shard_writer:pack_folder")(Path(source), Path(folder), config):
-        print(path)
+    packed_sets = load("iwm_fast.pipelines.storage.shard_writer:pack_folder")(Path(source), Path(folder), config)
+    print(*(path for packed in packed_sets for path in packed.shards), sep="\n")
+    print(*packed_sets, sep="; ")
 
 
 def _shards_check(arguments: list[str]) -> None:
@@ -156,7 +157,7 @@ COMMANDS = {
         "FOLDER", "write the demo's shards from photographs bundled with its dependencies", _shards_demo),
     "shards pack": Command(
         "IMAGE_FOLDER FOLDER [key=value ...]",
-        "write shards from an image folder, with or without one subfolder per class",
+        "write shards from an image folder, with or without one subfolder per class, or from its folders train and val",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
     "shards check": Command(
         "SHARDS", "decode every sample once, report, and exclude unreadable samples from the index", _shards_check),

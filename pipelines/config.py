@@ -215,8 +215,11 @@ class PackConfig:
     """Number of images in each tar file."""
     classes: str = ""
     """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
+    val_share: float = 0.0
+    """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
 
     def __post_init__(self) -> None:
+        check(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
         check(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
 

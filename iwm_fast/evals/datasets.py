@@ -16,7 +16,7 @@ from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
 from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
 from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.pipelines.annotations.labels import Labels, read_labels
+from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -78,8 +78,12 @@ def label_sets(
     Both sets number the classes alike. `classes` names them; None takes those of the training set.
 
     Raises:
-        ShardError: if a sample has no label, or a validation sample has one that no training sample has.
+        ShardError: if a sample has no label, a validation sample has one that no training sample has, or the folders of
+            both sets name the class numbers differently.
     """
+    # Other labels are compared by value. Only the numbers of .cls may mean other classes in another folder.
+    if label == "cls":
+        require_same_class_names(train, val)
     train_labels = read_labels(train, label, classes=classes)
     val_labels = read_labels(val, label, classes=train_labels.classes)
     return LabelledSets(

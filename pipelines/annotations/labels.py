@@ -5,6 +5,8 @@ that several label fields can share one stream of batches.
 """
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _LOCAL_GAP = 128 * 1024
 # Each thread holds at most this much.
 _MAX_READ = 8 * 1024 * 1024
 _MAX_LISTED_CLASSES = 20
+log = logging.getLogger(__name__)
 _TYPE_NAMES = {str: "string", int: "integer", bool: "boolean"}
 
 
@@ -101,6 +104,45 @@ def read_labels(shards: ShardSet, field: str, *, classes: Sequence[str] | None =
         raise ShardError(f"{field} is {value}, which is not one of the classes {listed}", **address, remedy=remedy)
     number = np.array([numbers[value.text] for value in values], np.int64)[codes]
     return Labels(field=field, number=number, classes=names)
+
+
+def require_same_class_names(train: ShardSet, val: ShardSet) -> None:
+    """Check that the class numbers of two sets mean the same classes, as far as their folders name them.
+
+    `iwm shards pack` writes the names of the classes, in the order of their numbers, to `classes.json` in the folder of
+    the shards. Folders without this file are not compared, nor are numbers that only one of the files names.
+
+    Raises:
+        ShardError: naming the first number that has two names.
+    """
+    folders = dict.fromkeys(os.path.dirname(shard.path) for shards in (train, val) for shard in shards.shards)
+    first: list[tuple[str, str]] = []
+    for path in (os.path.join(folder, "classes.json") for folder in folders):
+        names = _read_class_names(path)
+        for number, (name, (first_name, first_path)) in enumerate(zip(names, first, strict=False)):
+            if name != first_name:
+                problem = f"class {number} is {first_name!r} in {first_path}, but {name!r} in {path}"
+                together = "pack both sets together with `iwm shards pack IMAGES FOLDER val_share=0.1`"
+                again = f"pack the images of {os.path.dirname(path) or '.'} again with classes={first_path}"
+                raise ShardError(problem, remedy=f"{together}, or {again}")
+        first += [(name, path) for name in names[len(first) :]]
+
+
+def _read_class_names(path: str) -> list[str]:
+    """Return the names in a `classes.json`, none if there is no such file or it has another form."""
+    try:
+        with ShardFile(path) as file:
+            names = json.loads(file.read_at(0, file.size_bytes))
+    except FileNotFoundError:
+        return []
+    # A store may refuse access to a missing object.
+    except (PermissionError, ValueError) as error:
+        log.warning("the class names in %s are not compared: %s", path, error)
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        log.warning("the class names in %s are not compared: it is not a JSON list of names", path)
+        return []
+    return names
 
 
 def _first_invalid(

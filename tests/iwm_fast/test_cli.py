@@ -164,6 +164,24 @@ def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
     assert "expected 2 arguments" in refused(capsys, "shards", "pack", str(tmp_path / "images"))
 
 
+def test_sets_packed_together_are_evaluated_and_mixed_classes_refused(capsys, run_yaml, tmp_path):
+    images, shards = tmp_path / "images", tmp_path / "shards"
+    for name in ("cats", "cups"):
+        (images / name).mkdir(parents=True)
+        for number in range(10):
+            (images / name / f"{number}.jpg").write_bytes(encode(photograph("chelsea.png")[number:50, :50]))
+    main(["shards", "pack", str(images), str(shards), "val_share=0.2"])
+    expected = f"{shards}/train: images 16, classes 2, shards 1; {shards}/val: images 4, classes 2, shards 1"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+    main(["train", run_yaml(train=f"{shards}/train", val=f"{shards}/val")])
+    main(["evaluate", "knn", f"run={tmp_path / 'run'}"])
+    (images / "cats").rename(images / "dogs")
+    main(["shards", "pack", str(images), str(tmp_path / "dogs")])
+    capsys.readouterr()
+    message = refused(capsys, "evaluate", "knn", f"run={tmp_path / 'run'}", f"data.val={tmp_path / 'dogs'}")
+    assert f"class 0 is 'cats' in {shards}/train/classes.json, but 'cups' in {tmp_path / 'dogs'}" in message
+
+
 FRAMES = """
 import sys, traceback
 from iwm_fast.training import pretraining

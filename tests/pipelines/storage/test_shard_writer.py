@@ -32,8 +32,9 @@ def source(tmp_path) -> Path:
 
 
 def test_packed_images_keep_their_bytes_class_and_name(source, tmp_path):
-    paths = pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
-    assert [path.name for path in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    (packed_set,) = pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10))
+    assert str(packed_set) == f"{tmp_path / 'out'}: images 22, classes 2, shards 3"
+    assert [path.name for path in packed_set.shards] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "cat"]
     packed = samples_of(f"{tmp_path}/out/shard-{{000000..000002}}.tar")
     for sample in packed:
@@ -67,8 +68,9 @@ def test_packing_twice_gives_the_same_bytes(source, tmp_path):
 
 
 def test_packing_works_under_any_folder_name(source, tmp_path):
-    paths = pack_folder(source, tmp_path / "100% of {a,b}: x", PackConfig(samples_per_shard=30))
-    assert len(paths) == 1 and open_shards(str(paths[0])).num_samples == 22
+    (packed,) = pack_folder(source, tmp_path / "100% of {a,b}: x", PackConfig(samples_per_shard=30))
+    (path,) = packed.shards
+    assert open_shards(str(path)).num_samples == 22
 
 
 def test_nothing_is_overwritten(source, tmp_path):
@@ -105,10 +107,10 @@ def test_sources_that_are_not_image_folders_are_refused(tmp_path):
 def test_a_folder_of_images_without_classes_becomes_shards_without_labels(tmp_path):
     for number in range(5):
         image_file(tmp_path / "images" / f"{number}.jpg", number)
-    paths = pack_folder(tmp_path / "images", tmp_path / "out")
+    (packed,) = pack_folder(tmp_path / "images", tmp_path / "out")
     shards = open_shards(str(tmp_path / "out"))
     assert shards.num_samples == 5 and shards.labels(np.arange(5)).tolist() == [-1] * 5
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [path.name for path in paths]
+    assert list((tmp_path / "out").iterdir()) == list(packed.shards) and packed.num_classes == 0
 
 
 def test_validation_shards_use_the_class_numbers_of_training(source, tmp_path):
@@ -121,3 +123,107 @@ def test_validation_shards_use_the_class_numbers_of_training(source, tmp_path):
     image_file(tmp_path / "val" / "dog" / "1.jpg", 1)
     with pytest.raises(ValueError, match=r"must be listed in classes=.*, which lists 2 classes, got \['dog'\]"):
         pack_folder(tmp_path / "val", tmp_path / "other", classes)
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the source files of the samples in a folder of shards."""
+    return {json.loads(sample["json"])["file"] for sample in samples_of(f"{folder}/shard-000000.tar")}
+
+
+def class_counts(folder: Path) -> list[int]:
+    shards = open_shards(str(folder))
+    return np.bincount(shards.labels(np.arange(shards.num_samples))).tolist()
+
+
+def test_a_validation_share_is_drawn_from_each_class(source, tmp_path):
+    image_file(source / "bee" / "single.png", 1)
+    for number in range(2):
+        image_file(source / "dog" / f"{number}.png", number)
+    share = PackConfig(val_share=0.3)
+    train, val = pack_folder(source, tmp_path / "out", share)
+    assert class_counts(train.folder) == [8, 1, 8, 1] and class_counts(val.folder) == [3, 0, 3, 1]
+    assert not files_of(train.folder) & files_of(val.folder)
+    assert len(files_of(train.folder) | files_of(val.folder)) == 25
+    names = ["ant", "bee", "cat", "dog"]
+    assert [json.loads((packed.folder / "classes.json").read_text()) for packed in (train, val)] == [names, names]
+    assert str(val) == f"{tmp_path / 'out' / 'val'}: images 7, classes 3, shards 1"
+    pack_folder(source, tmp_path / "again", share)
+    assert digests(tmp_path / "again" / "val") == digests(val.folder)
+    pack_folder(source, tmp_path / "other", share, seed=1)
+    assert files_of(tmp_path / "other" / "val") != files_of(val.folder)
+
+
+def test_one_image_of_each_class_stays_in_train_at_any_share(source, tmp_path):
+    pack_folder(source, tmp_path / "out", PackConfig(val_share=0.99))
+    assert class_counts(tmp_path / "out" / "train") == [1, 1]
+
+
+def test_images_without_classes_can_be_divided(tmp_path):
+    for number in range(10):
+        image_file(tmp_path / "images" / f"{number}.jpg", number)
+    train, val = pack_folder(tmp_path / "images", tmp_path / "out", PackConfig(val_share=0.2))
+    assert (train.num_images, val.num_images) == (8, 2)
+    assert sorted(path.name for path in (tmp_path / "out" / "val").iterdir()) == ["shard-000000.tar"]
+
+
+def test_train_and_val_folders_get_the_class_numbers_of_train(source, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    source.rename(both / "train")
+    image_file(both / "val" / "cat" / "1.jpg", 1)
+    train, val = pack_folder(both, tmp_path / "out")
+    assert class_counts(train.folder) == [11, 11] and class_counts(val.folder) == [0, 1]
+    for packed in (train, val):
+        assert json.loads((packed.folder / "classes.json").read_text()) == ["ant", "cat"]
+    pack_folder(both / "train", tmp_path / "alone")
+    assert open_shards(str(train.folder)).content_digest == open_shards(str(tmp_path / "alone")).content_digest
+    with pytest.raises(ValueError, match=r"val_share must be unset for .*both/val, got 0\.1"):
+        pack_folder(both, tmp_path / "other", PackConfig(val_share=0.1))
+    (both / "train" / "emu").mkdir()
+    for name in ("dog", "emu"):
+        image_file(both / "val" / name / "1.jpg", 1)
+    with pytest.raises(ValueError, match=r"no images of 2 classes of .*val: \['dog', 'emu'\]; add training images"):
+        pack_folder(both, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_train_and_val_folders_that_do_not_match_are_refused(source, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    source.rename(both / "train")
+    image_file(both / "val" / "1.jpg", 1)
+    with pytest.raises(ValueError, match=r"both/train has class folders, but .*both/val has none; sort"):
+        pack_folder(both, tmp_path / "out")
+    (both / "test").mkdir()
+    with pytest.raises(ValueError, match=r"holds the folders train and val, but also test; move"):
+        pack_folder(both, tmp_path / "out")
+
+
+def test_train_and_val_folders_without_classes_are_packed(tmp_path):
+    for name in ("train/1.jpg", "train/2.jpg", "val/3.jpg"):
+        image_file(tmp_path / "both" / name, 1)
+    train, val = pack_folder(tmp_path / "both", tmp_path / "out")
+    assert (train.num_images, val.num_images, val.num_classes) == (2, 1, 0)
+
+
+def test_both_sets_are_written_or_none(source, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    source.rename(both / "train")
+    image_file(both / "val" / "cat" / "1.jpg", 1).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1\.jpg is empty"):
+        pack_folder(both, tmp_path / "out" / "deep")
+    assert list((tmp_path / "out").iterdir()) == []
+    image_file(both / "val" / "cat" / "1.jpg", 1)
+    pack_folder(both, tmp_path / "out" / "deep")
+    with pytest.raises(FileExistsError, match="holds 2 shards"):
+        pack_folder(both, tmp_path / "out" / "deep")
+
+
+def test_a_validation_share_that_leaves_a_set_empty_is_refused(tmp_path):
+    image_file(tmp_path / "images" / "cat" / "1.jpg", 1)
+    with pytest.raises(ValueError, match=r"which has no class with two images, got 0\.5"):
+        pack_folder(tmp_path / "images", tmp_path / "out", PackConfig(val_share=0.5))
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="val_share must be at least 0 and below 1"):
+            PackConfig(val_share=share)
