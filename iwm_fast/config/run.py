@@ -85,6 +85,21 @@ class ObjectiveConfig:
             check(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
 
+def resolve_warmup(group: str, config: Any, *, recipe_warmup: float, recipe_epochs: float) -> None:
+    """Set an unset `warmup_epochs` to the same share of `epochs` as in the recipe, in place, and check the setting.
+
+    The configuration then holds a number, which is what config.yaml and the fingerprint of a run record.
+
+    Raises:
+        ValueError: if the warm-up is as long as the run or longer.
+    """
+    if config.warmup_epochs is None:
+        # The class is frozen, which is meant for its users.
+        object.__setattr__(config, "warmup_epochs", config.epochs * recipe_warmup / recipe_epochs)
+    value, accepted = config.warmup_epochs, f"lie in [0, epochs = {config.epochs:g})"
+    check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, accepted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimisation: AdamW and its schedules, measured in epochs of data.train."""
@@ -99,8 +114,9 @@ class OptimConfig:
     """Learning rate at the first step, from which the warm-up rises."""
     lr_end: float = 1e-6
     """Learning rate at the end of the cosine; with schedule_stretch > 1 the run ends before it is reached."""
-    warmup_epochs: float = 40.0
-    """Epochs in which the learning rate rises linearly from lr_start to lr."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises linearly from lr_start to lr. Unset: the recipe's share of epochs, 40 of
+    300."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """Weight decay at the start and at the end of its cosine schedule. Biases and norms are not decayed."""
     teacher_momentum: tuple[float, float] = (0.996, 1.0)
@@ -118,12 +134,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
-        check(
-            0 <= self.warmup_epochs < self.epochs,
-            "optim.warmup_epochs",
-            self.warmup_epochs,
-            f"lie in [0, epochs = {self.epochs:g})",
-        )
+        resolve_warmup("optim", self, recipe_warmup=40, recipe_epochs=300)
         for name in ("lr", "lr_start", "lr_end"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
         check(self.lr > 0, "optim.lr", self.lr, "be above 0")

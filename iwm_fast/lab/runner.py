@@ -26,7 +26,7 @@ from threading import Event, Lock
 import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import load_config, to_tree
+from iwm_fast.config.loading import load_config, saved_tree, to_tree
 from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import TASKS, read_settings
 from iwm_fast.lab.claims import judge, values_of
@@ -95,7 +95,7 @@ def is_done(step: Step) -> bool:
         if read_status(folder).get("state") != "finished":
             return False
         _, base, *overrides = step.arguments
-        wanted, there = (to_tree(one) for one in (load_config(base, overrides), load_config(folder / "config.yaml")))
+        wanted, there = (saved_tree(one) for one in (load_config(base, overrides), load_config(folder / "config.yaml")))
         # how it was computed may differ
         return all(wanted[name] == there[name] for name in wanted if name not in ("runtime", "output", "resume"))
     newest = checkpoints.newest(folder)

@@ -95,6 +95,8 @@ def check_split(config: MultitaskConfig, num_tasks: int, world_size: int) -> Non
 def share_of_one(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
     """Return the settings under which a task alone has as many steps, and as many images of its in each."""
     tune, micro = config.tune, config.runtime.micro_batch_size
+    # An unset warm-up has become a number when the settings were built.
+    assert tune.warmup_epochs is not None
     smaller = replace(
         tune,
         global_batch_size=tune.global_batch_size // num_tasks,
