@@ -38,7 +38,9 @@ def train(arguments: Sequence[str], preemption: Preemption | None = None) -> Non
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     with same_error_on_all_ranks():
         if not arguments:
-            raise ValueError("no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings")
+            raise ValueError(
+                "no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings"
+            )
         config = load_config(arguments[0], arguments[1:])
     try:
         run(config, preemption or Preemption())

@@ -21,6 +21,7 @@ from iwm_fast.commands.show_batch import show
 from iwm_fast.config.evaluation import ImagineConfig, KnnConfig, MrrConfig
 from iwm_fast.config.fingerprint import digest, fingerprint
 from iwm_fast.config.loading import load_config
+from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
@@ -30,7 +31,7 @@ from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.runtime.provenance import commit
 from iwm_fast.training.loaders import open_training_shards
 
-CONFIG = "demo"
+CONFIG = CONFIGS / "demo.yaml"
 BANK_SIZE = 64
 _NUM_EVALUATIONS = 5
 
@@ -71,7 +72,7 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
     # At its default level, the launcher prints a dozen lines about its processes.
     launcher += ["--log_level", "warning"]
-    command = [*launcher, "--module", "iwm_fast.train", CONFIG, *overrides, "resume=auto"]
+    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "resume=auto"]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:

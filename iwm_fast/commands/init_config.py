@@ -65,8 +65,8 @@ def _starter(name: str, path: Path) -> str:
         f"# {path.stem}: {_first_comment(find_config(name))}",
         f"#   iwm check {path}",
         f"#   iwm train {path}",
-        f"# Every setting that this file does not contain has its value in {name}. To change one of those below, remove",
-        "# the # in front of it; null means unset. `iwm train --help` explains all settings.",
+        f"# Settings that this file does not contain have their values in {name}. To change one of those below,",
+        "# remove the # in front of it; null means unset. `iwm train --help` explains all settings.",
         f"base: {name}",
     ]
     group = ""

@@ -51,7 +51,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "tune.epochs", self.epochs, "be above 0")
-        resolve_warmup("tune", self, recipe_warmup=5, recipe_epochs=100)
+        resolve_warmup("tune", self, recipe=(5, 100))
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
             check(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
         for name in ("layer_decay", "end_to_end_layer_decay"):

@@ -85,17 +85,22 @@ class ObjectiveConfig:
             check(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
 
-def resolve_warmup(group: str, config: Any, *, recipe_warmup: float, recipe_epochs: float) -> None:
+def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
     """Set an unset `warmup_epochs` to the same share of `epochs` as in the recipe, in place, and check the setting.
 
     The configuration then holds a number, which is what config.yaml and the fingerprint of a run record.
+
+    Args:
+        group: group of the settings, for messages.
+        config: settings with `epochs` and `warmup_epochs`.
+        recipe: epochs of the warm-up and all epochs of the recipe.
 
     Raises:
         ValueError: if the warm-up is as long as the run or longer.
     """
     if config.warmup_epochs is None:
         # The class is frozen, which is meant for its users.
-        object.__setattr__(config, "warmup_epochs", config.epochs * recipe_warmup / recipe_epochs)
+        object.__setattr__(config, "warmup_epochs", config.epochs * recipe[0] / recipe[1])
     value, accepted = config.warmup_epochs, f"lie in [0, epochs = {config.epochs:g})"
     check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, accepted)
 
@@ -134,7 +139,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
-        resolve_warmup("optim", self, recipe_warmup=40, recipe_epochs=300)
+        resolve_warmup("optim", self, recipe=(40, 300))
         for name in ("lr", "lr_start", "lr_end"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
         check(self.lr > 0, "optim.lr", self.lr, "be above 0")
@@ -249,8 +254,8 @@ class OutputConfig:
     """Checkpoints at multiples of this number of steps are never deleted; a multiple of checkpoint_every. Unset: only
     the most recent ones are kept."""
     evaluate_every: int | None = None
-    """Optimiser steps between small evaluations on data.val (MRR and k-NN), written to metrics.jsonl; a multiple of
-    log_every. The last step always evaluates. Unset: no evaluations."""
+    """Optimiser steps between small evaluations on data.val (MRR and k-NN), logged and written to metrics.jsonl; a
+    multiple of log_every. The last step always evaluates. Unset: no evaluations."""
     action_log: bool = False
     """Whether to log the crop, transformations and action of every sample as Parquet in actions/, about 100 bytes per
     sample. `iwm replay` needs it."""

@@ -109,11 +109,11 @@ def _summary(values: dict[str, float], loss: float) -> str:
 
 def _log_evaluation(step: int, values: dict[str, float]) -> None:
     """Log the results of an evaluation as one line, if the log row has any."""
-    results = [
-        f"{label} {values[name]:.3f} (untrained {values[f'{name}_untrained']:.3f}, chance {values[f'{name}_chance']:.3f})"
-        for label, name in (("MRR", "eval/mrr"), ("k-NN", "eval/knn"))
-        if name in values
-    ]
+    results = []
+    for label, name in (("MRR", "eval/mrr"), ("k-NN", "eval/knn")):
+        if name in values:
+            controls = f"untrained {values[f'{name}_untrained']:.3f}, chance {values[f'{name}_chance']:.3f}"
+            results.append(f"{label} {values[name]:.3f} ({controls})")
     if results:
         log.info("step %d: evaluation in %.0f s: %s", step, values["eval/time_s"], ", ".join(results))
 

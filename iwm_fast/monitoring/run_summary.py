@@ -29,13 +29,17 @@ def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Pat
         f"  checkpoint  {checkpoint}",
         f"  report      iwm report run={folder}",
     ]
-    if rows:
-        lines += _describe_time(config, rows)
+    # Rows of earlier versions lack the times of the phases.
+    timed = [row for row in rows if row.get("time/other_s") is not None]
+    if timed:
+        lines += _describe_time(config, timed)
     evaluations = [f"iwm evaluate mrr run={folder}{shards}", f"iwm imagine run={folder}{shards}"]
     # The identity predictor applies no transformation, so only its encoder can be measured.
     if config.model.predictor.depth == 0:
         evaluations = [f"iwm evaluate knn run={folder}{shards}"]
-    return "\n".join([*lines, "next", *(f"  {command}" for command in (*evaluations, f"iwm export run={folder} to=DIR"))])
+    return "\n".join(
+        [*lines, "next", *(f"  {command}" for command in (*evaluations, f"iwm export run={folder} to=DIR"))]
+    )
 
 
 def time_shares(rows: list[dict[str, Any]]) -> dict[str, float]:

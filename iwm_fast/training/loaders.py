@@ -32,7 +32,7 @@ def open_named_shards(setting: str, spec: str) -> ShardSet:
         return open_shards(spec)
     except FileNotFoundError as error:
         is_same = absolute_shards(spec) == spec
-        base = "" if is_same else f"; relative paths start from the working directory, {Path.cwd()}"
+        base = "" if is_same else f"; relative paths start from {Path.cwd()}"
         error.add_note(f"if the shards have moved, set {setting} to their current location{base}")
         raise
 
