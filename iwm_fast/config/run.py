@@ -98,11 +98,11 @@ def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
     Raises:
         ValueError: if the warm-up is as long as the run or longer.
     """
-    if config.warmup_epochs is None:
-        # The class is frozen, which is meant for its users.
-        object.__setattr__(config, "warmup_epochs", config.epochs * recipe[0] / recipe[1])
-    value, accepted = config.warmup_epochs, f"lie in [0, epochs = {config.epochs:g})"
-    check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, accepted)
+    given = config.warmup_epochs
+    value = config.epochs * recipe[0] / recipe[1] if given is None else given
+    # The class is frozen, which is meant for its users.
+    object.__setattr__(config, "warmup_epochs", value)
+    check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, f"lie in [0, epochs = {config.epochs:g})")
 
 
 @dataclass(frozen=True, kw_only=True)

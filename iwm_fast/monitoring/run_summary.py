@@ -1,6 +1,7 @@
 """What a finished run tells on the console: where its files are, what limited its speed, and what to do next."""
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Pat
     folder = shlex.quote(config.output.folder)
     shards = "" if config.data.val else " data.val=SHARDS"
     lines = [
-        f"finished: {rows[-1]['step']:,} steps" if rows else "finished",
+        f"finished at step {rows[-1]['step']:,}" if rows else "finished",
         f"  run folder  {config.output.folder}",
         f"  checkpoint  {checkpoint}",
         f"  report      iwm report run={folder}",
     ]
     # Rows of earlier versions lack the times of the phases.
     timed = [row for row in rows if row.get("time/other_s") is not None]
-    if timed:
+    # The first row has no share in the times, because filling caches slows down its steps.
+    if len(timed) > 1:
         lines += _describe_time(config, timed)
     evaluations = [f"iwm evaluate mrr run={folder}{shards}", f"iwm imagine run={folder}{shards}"]
     # The identity predictor applies no transformation, so only its encoder can be measured.
@@ -43,12 +45,9 @@ def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Pat
 
 
 def time_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of the run's time that each phase of a step took, and `other` for work between steps.
-
-    The first row is left out if there are others, because filling caches slows down its steps.
-    """
-    steps = [row["step"] - earlier for row, earlier in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
-    counted = list(zip(rows, steps, strict=True))[1:] or [(rows[0], steps[0])]
+    """Return the share of the time after the first row that each phase of a step took, and `other` between steps."""
+    # Rows hold means per step, and may cover different numbers of steps.
+    counted = [(row, row["step"] - earlier["step"]) for earlier, row in pairwise(rows)]
     total_s = sum(row["speed/step_s"] * count for row, count in counted)
     return {
         phase: sum(row[f"time/{phase}_s"] * count for row, count in counted) / total_s for phase in (*PARTS, "other")
