@@ -41,7 +41,7 @@ def _read(settings: str, arguments: list[str]) -> Any:
     if settings != RUN_CONFIG:
         return read_settings(load(settings), arguments)
     if not arguments:
-        raise ValueError("no run named; give the path of its YAML file, then settings as key=value")
+        raise ValueError("no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings")
     return load("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
@@ -102,6 +102,16 @@ def _shards_check(arguments: list[str]) -> None:
     load("iwm_fast.commands.check_shards:check_shards")(spec)
 
 
+def _configs(arguments: list[str]) -> None:
+    _exactly(arguments)
+    print(load("iwm_fast.commands.init_config:list_configs")())
+
+
+def _init(arguments: list[str]) -> None:
+    name, path = _exactly(arguments, "a name that `iwm configs` lists", "the YAML file to write")
+    print(load("iwm_fast.commands.init_config:write_starter")(name, Path(path)))
+
+
 def _demo(arguments: list[str]) -> None:
     require_packages(EXTRAS)
     load("iwm_fast.commands.demo:demo")(arguments)
@@ -153,6 +163,10 @@ COMMANDS = {
     "replay": Command(
         "run=DIR step=S [key=value ...]", "render the views of a logged step again, exactly as in training",
         "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),
+    "configs": Command("", "list the packaged configurations, whose names can be used instead of RUN.yaml", _configs),
+    "init": Command(
+        "NAME FILE.yaml", "write a YAML file based on a packaged configuration, with the settings to change first",
+        _init),
     "shards demo": Command(
         "FOLDER", "write the demo's shards from photographs bundled with its dependencies", _shards_demo),
     "shards pack": Command(

@@ -47,15 +47,29 @@ def train(arguments: Sequence[str], preemption: Preemption | None = None) -> Non
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     with same_error_on_all_ranks():
         if not arguments:
-            raise ValueError("no run named; give the path of its YAML file, then settings as key=value")
+            raise ValueError(
+                "no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings"
+            )
         config = load_config(arguments[0], arguments[1:])
     try:
         run(config, preemption or Preemption())
+        # After the run, so that no rank waits for it.
+        if os.environ.get("RANK", "0") == "0":
+            print(_describe_end(config))
     except PreemptedError as stopped:
         # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; resume with resume=auto", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED) from None
+
+
+def _describe_end(config: RunConfig) -> str:
+    from iwm_fast.checkpoints import checkpoint as checkpoints  # noqa: PLC0415
+    from iwm_fast.monitoring.metrics import read_metrics  # noqa: PLC0415
+    from iwm_fast.monitoring.run_summary import summarize_run  # noqa: PLC0415
+
+    folder = Path(config.output.folder)
+    return summarize_run(config, read_metrics(folder), checkpoints.newest(folder))
 
 
 def run(config: RunConfig, preemption: Preemption | None = None) -> Any:

@@ -14,6 +14,7 @@ a run that used rank 0's generator could not continue in the same way with anoth
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -245,7 +246,7 @@ def differing_settings(
         saved: the checkpoint's fingerprint.
         current: this run's fingerprint.
         may_restart: whether settings that only define the stream of samples may differ.
-        may_extend: whether the number of epochs may differ.
+        may_extend: whether the number of epochs may differ, and a warm-up that is the same share of it.
 
     Returns:
         Sorted names of the settings that differ, all of which are allowed to.
@@ -254,7 +255,7 @@ def differing_settings(
         CheckpointError: if a setting differs that must not, listing all that differ.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    remedies = {_remedy(name) for name in names}
+    remedies = {_remedy(name, saved, current) for name in names}
     if remedies <= {remedy for remedy, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
         return names
     rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
@@ -266,10 +267,14 @@ def differing_settings(
     )
 
 
-def _remedy(name: str) -> str:
+def _remedy(name: str, saved: dict[str, Any], current: dict[str, Any]) -> str:
     """Return the option that allows a setting to differ, as a sentence; empty if there is none."""
     if defines_sample_stream(name):
         return _RESTART
+    if name == "optim.warmup_epochs":
+        # A warm-up that was left unset is a share of the epochs, and is stretched like the other schedules.
+        shares = [tree.get(name, 0) / tree.get("optim.epochs", 1) for tree in (saved, current)]
+        return _EXTEND if math.isclose(*shares) else ""
     return _EXTEND if name == "optim.epochs" else ""
 
 

@@ -21,6 +21,7 @@ from iwm_fast.commands.show_batch import show
 from iwm_fast.config.evaluation import ImagineConfig, KnnConfig, MrrConfig
 from iwm_fast.config.fingerprint import digest, fingerprint
 from iwm_fast.config.loading import load_config
+from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
@@ -30,15 +31,16 @@ from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.runtime.provenance import commit
 from iwm_fast.training.loaders import open_training_shards
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = CONFIGS / "demo.yaml"
 BANK_SIZE = 64
+_NUM_EVALUATIONS = 5
 
 
 def demo(overrides: Sequence[str]) -> None:
     """Write shards, train under the DeepSpeed launcher, evaluate, draw pictures and print one table.
 
     Results stay in the run folder, and another call with the same settings prints them at once. `overrides` are
-    settings as key=value, which replace those of `configs/demo.yaml`.
+    settings as key=value, which replace those of the configuration `demo`.
     """
     console = Console()
     config = load_config(CONFIG, overrides)
@@ -48,6 +50,7 @@ def demo(overrides: Sequence[str]) -> None:
     summary = read_summary(folder, identity)
     if summary is None:
         train_with_deepspeed(overrides)
+        _announce(1, "pictures of training samples")
         show(config)
         summary = summarize_run(config, identity)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -67,6 +70,8 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
         port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
+    # At its default level, the launcher prints a dozen lines about its processes.
+    launcher += ["--log_level", "warning"]
     command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "resume=auto"]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
@@ -84,13 +89,17 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
     run, start = config.output.folder, time.perf_counter()
     # One bank has the jitter strengths that the run was trained with. The default strengths are weaker, so that the
     # images of that bank are more alike and retrieval is harder.
+    _announce(2, "MRR with the jitter of training")
     result = evaluate_mrr(MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="run"))
+    _announce(3, "MRR with weaker jitter")
     weak_result = evaluate_mrr(
         MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="default", families=("jitter",))
     )
     mrr, weak_mrr = result.row("jitter", "mrr"), weak_result.row("jitter", "mrr")
+    _announce(4, "k-NN accuracy of the encoder")
     knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
-    picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK_SIZE))
+    _announce(5, "pictures of predictions")
+    picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK_SIZE, bank="run"))
     return {
         "mrr": mrr.value,
         "mrr_interval": [mrr.low, mrr.high],
@@ -110,6 +119,10 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         "commit": commit(),
         "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
     }
+
+
+def _announce(number: int, what: str) -> None:
+    print(f"evaluation {number} of {_NUM_EVALUATIONS}: {what} ...", flush=True)
 
 
 def training_speed(run: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import iter_settings, load_run_config, to_tree
+from iwm_fast.config.loading import load_run_config, to_tree
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
@@ -151,7 +151,7 @@ def _result_card(result: Result) -> str:
 def _changed_settings(config: RunConfig) -> str:
     """Return a table of the settings that differ from the defaults."""
     flat = dict(_flatten(to_tree(config)))
-    defaults = {name: value for name, _, value, _ in iter_settings(RunConfig)}
+    defaults = dict(_flatten(to_tree(RunConfig())))
     rows = [
         (name, json.dumps(value))
         for name, value in flat.items()

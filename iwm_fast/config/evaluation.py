@@ -182,7 +182,7 @@ class ImagineConfig(EvalConfig):
     """Number of validation images, one per column."""
     bank_size: int = 64
     """Jittered versions of an image that the prediction is looked up in."""
-    bank: Literal["default", "strong", "run"] = "run"
+    bank: Literal["default", "strong", "run"] = "default"
     """Jitter strengths (brightness, contrast, saturation, hue) that banks are drawn with. default: 0.4, 0.4, 0.2, 0.1;
     strong: 0.8, 0.8, 0.8, 0.2; run: the strengths the run was trained with."""
     steps: int = 7

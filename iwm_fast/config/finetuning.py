@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.config.evaluation import EvalData
-from iwm_fast.config.run import RuntimeConfig
+from iwm_fast.config.run import RuntimeConfig, resolve_warmup
 from iwm_fast.pipelines.config import RandAugmentConfig, check
 
 ARMS = ("encoder", "predictor", "random_predictor", "attentive", "end_to_end")
@@ -21,8 +21,9 @@ class TuneConfig:
     """Images per optimiser step over all ranks and micro-batches."""
     epochs: float = 100.0
     """Passes over the training samples."""
-    warmup_epochs: float = 5.0
-    """Epochs in which the learning rate rises linearly from 0 to its peak."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises linearly from 0 to its peak. Unset: the paper's share of epochs, 5 of
+    100."""
     lr: float = 1e-3
     """Peak learning rate of weights that start from scratch: heads and a random predictor."""
     pretrained_lr_factor: float = 0.1
@@ -49,8 +50,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "tune.epochs", self.epochs, "be above 0")
-        accepted = f"lie in [0, epochs = {self.epochs:g})"
-        check(0 <= self.warmup_epochs < self.epochs, "tune.warmup_epochs", self.warmup_epochs, accepted)
+        resolve_warmup("tune", self, recipe=(5, 100))
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
             check(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
         for name in ("layer_decay", "end_to_end_layer_decay"):

@@ -19,7 +19,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from iwm_fast.config.named_configs import find_config, read_settings
 from iwm_fast.config.run import RunConfig
+from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.config import check
 
 Config = TypeVar("Config")
@@ -28,18 +30,15 @@ Config = TypeVar("Config")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file and apply dotted `key=value` overrides; all other settings keep their defaults.
 
+    Args:
+        path: path of the file, or name of a packaged one, such as `vit_s16`.
+        overrides: texts of the form `group.key=value`.
+
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or its `base` does not exist.
         ValueError: for an unknown key (naming the closest valid one) or a value of the wrong type or out of range.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration file {str(path)!r}; give the path of a YAML file")
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
-    return build(RunConfig, tree, overrides)
+    return build(RunConfig, read_settings(find_config(path)), overrides)
 
 
 def load_run_config(run: Path) -> RunConfig:
@@ -67,17 +66,23 @@ def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[
     Raises:
         ValueError: for an unknown key, or a value of the wrong type or out of range.
     """
+    _check_groups(config_class, tree)
     for override in overrides:
         _apply_override(config_class, tree, override)
-    _check_groups(config_class, tree)
     # A YAML list of shards becomes one string, because the setting has one type on the command line too.
     data = tree.get("data")
     for name in ("train", "val"):
         if isinstance(data, dict) and isinstance(data.get(name), list):
             data[name] = "::".join(data[name])
     try:
+        # OmegaConf reads the defaults of a group from an instance, which has derived its unset settings from the
+        # defaults of others. They must be derived from the values of this tree instead.
+        unset = OmegaConf.create()
+        for name, item, _ in _leaf_fields(config_class):
+            if item.default is None:
+                OmegaConf.update(unset, name, None)
         # Paths may contain "${", which OmegaConf would read as an interpolation.
-        merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(_escape(tree)))
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), unset, OmegaConf.create(_escape(tree)))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ValueError(_unknown_key_message(config_class, str(error.full_key))) from error
@@ -89,11 +94,16 @@ def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[
 
 
 def _check_groups(config_class: Any, tree: dict[str, Any], prefix: str = "") -> None:
+    """Check that every group holds settings. Groups whose settings are all commented out are removed, in place."""
     for group in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(group.type) and group.name in tree:
-            name, value = f"{prefix}{group.name}", tree[group.name]
-            check(isinstance(value, dict), name, value, "hold settings as `key: value`")
-            _check_groups(group.type, value, f"{name}.")
+        if not dataclasses.is_dataclass(group.type) or group.name not in tree:
+            continue
+        name, value = f"{prefix}{group.name}", tree[group.name]
+        if value is None:
+            del tree[group.name]
+            continue
+        check(isinstance(value, dict), name, value, "hold settings as `key: value`")
+        _check_groups(group.type, value, f"{name}.")
 
 
 def _escape(node: Any) -> Any:
@@ -186,6 +196,14 @@ def to_tree(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def saved_tree(config: RunConfig) -> dict[str, Any]:
+    """Return every setting as `save_config` writes it: shard paths are absolute, to hold from any working directory."""
+    tree = to_tree(config)
+    for name in ("train", "val"):
+        tree["data"][name] = absolute_shards(tree["data"][name])
+    return tree
+
+
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write every setting, including defaults, as a YAML file that `load_config` reads."""
-    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
+    """Write every setting, including defaults, as a YAML file that `load_config` reads; shard paths become absolute."""
+    path.write_text(yaml.safe_dump(saved_tree(config), sort_keys=False), encoding="utf-8")

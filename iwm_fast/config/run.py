@@ -85,6 +85,26 @@ class ObjectiveConfig:
             check(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
 
+def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
+    """Set an unset `warmup_epochs` to the same share of `epochs` as in the recipe, in place, and check the setting.
+
+    The configuration then holds a number, which is what config.yaml and the fingerprint of a run record.
+
+    Args:
+        group: group of the settings, for messages.
+        config: settings with `epochs` and `warmup_epochs`.
+        recipe: epochs of the warm-up and all epochs of the recipe.
+
+    Raises:
+        ValueError: if the warm-up is as long as the run or longer.
+    """
+    given = config.warmup_epochs
+    value = config.epochs * recipe[0] / recipe[1] if given is None else given
+    # The class is frozen, which is meant for its users.
+    object.__setattr__(config, "warmup_epochs", value)
+    check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, f"lie in [0, epochs = {config.epochs:g})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimisation: AdamW and its schedules, measured in epochs of data.train."""
@@ -99,8 +119,9 @@ class OptimConfig:
     """Learning rate at the first step, from which the warm-up rises."""
     lr_end: float = 1e-6
     """Learning rate at the end of the cosine; with schedule_stretch > 1 the run ends before it is reached."""
-    warmup_epochs: float = 40.0
-    """Epochs in which the learning rate rises linearly from lr_start to lr."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises linearly from lr_start to lr. Unset: the recipe's share of epochs, 40 of
+    300."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """Weight decay at the start and at the end of its cosine schedule. Biases and norms are not decayed."""
     teacher_momentum: tuple[float, float] = (0.996, 1.0)
@@ -118,12 +139,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
         check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
-        check(
-            0 <= self.warmup_epochs < self.epochs,
-            "optim.warmup_epochs",
-            self.warmup_epochs,
-            f"lie in [0, epochs = {self.epochs:g})",
-        )
+        resolve_warmup("optim", self, recipe=(40, 300))
         for name in ("lr", "lr_start", "lr_end"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
         check(self.lr > 0, "optim.lr", self.lr, "be above 0")
@@ -238,8 +254,8 @@ class OutputConfig:
     """Checkpoints at multiples of this number of steps are never deleted; a multiple of checkpoint_every. Unset: only
     the most recent ones are kept."""
     evaluate_every: int | None = None
-    """Optimiser steps between small evaluations on data.val (MRR and k-NN), written to metrics.jsonl; a multiple of
-    log_every. The last step always evaluates. Unset: no evaluations."""
+    """Optimiser steps between small evaluations on data.val (MRR and k-NN), logged and written to metrics.jsonl; a
+    multiple of log_every. The last step always evaluates. Unset: no evaluations."""
     action_log: bool = False
     """Whether to log the crop, transformations and action of every sample as Parquet in actions/, about 100 bytes per
     sample. `iwm replay` needs it."""

@@ -18,12 +18,12 @@ from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
 from iwm_fast.monitoring.evaluation_progress import follow
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
-from iwm_fast.training.loaders import evaluation_loader, open_training_shards
+from iwm_fast.training.loaders import evaluation_loader, open_named_shards, open_training_shards
 from iwm_fast.world_model import WorldModel
 
 
@@ -161,12 +161,12 @@ def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
     spec = data.val or model.config.data.val
     if not spec:
         raise ValueError("data.val must name validation shards, because the run has none")
-    return open_shards(spec)
+    return open_named_shards("data.val", spec)
 
 
 def training_shards(model: WorldModel, data: EvalData) -> ShardSet:
     """Open `data.train` or, if it is unset, the training samples of the run."""
-    return open_shards(data.train) if data.train else open_training_shards(model.config.data)
+    return open_named_shards("data.train", data.train) if data.train else open_training_shards(model.config.data)
 
 
 def spread(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:

@@ -19,9 +19,10 @@ from iwm_fast.evals.datasets import LabelledSets, label_sets, spread
 from iwm_fast.evals.probing.knn import knn_accuracy
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
 from iwm_fast.pipelines.config import check
-from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.training.loaders import open_named_shards
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class OnlineEvaluation:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
         check(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
-        self._val = open_shards(val)
+        self._val = open_named_shards("data.val", val)
         self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if self._has_predictor:

@@ -26,7 +26,7 @@ from threading import Event, Lock
 import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import load_config, to_tree
+from iwm_fast.config.loading import load_config, saved_tree, to_tree
 from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import TASKS, read_settings
 from iwm_fast.lab.claims import judge, values_of
@@ -97,7 +97,7 @@ def is_done(command: LabCommand) -> bool:
             return False
         _, base, *overrides = command.arguments
         configs = load_config(base, overrides), load_config(folder / "config.yaml")
-        requested, saved = (to_tree(config) for config in configs)
+        requested, saved = (saved_tree(config) for config in configs)
         # Settings in `runtime` and `output` do not affect the result.
         return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
     newest = checkpoints.newest(folder)

@@ -48,6 +48,7 @@ class PlainDisplay:
         remaining_s = math.ceil((self._total_steps - step) * values["speed/step_s"])
         remaining = divmod(remaining_s, 60)
         log.info("step %d/%d  %s  left %d:%02d", step, self._total_steps, _summary(values, loss), *remaining)
+        _log_evaluation(step, values)
         _log_warnings(step, values)
 
     def close(self) -> None:
@@ -86,6 +87,7 @@ class LiveDisplay:
 
     def show(self, step: int, values: dict[str, float], *, loss: float) -> None:
         self._progress.update(self._task, description=_summary(values, loss))
+        _log_evaluation(step, values)
         _log_warnings(step, values)
 
     def close(self) -> None:
@@ -103,6 +105,17 @@ def _summary(values: dict[str, float], loss: float) -> str:
     return (
         f"loss {loss:.4f}  {values['speed/images_per_s']:.0f} images/s  waiting {100 * values['data/wait_share']:.1f} %"
     )
+
+
+def _log_evaluation(step: int, values: dict[str, float]) -> None:
+    """Log the results of an evaluation as one line, if the log row has any."""
+    results = []
+    for label, name in (("MRR", "eval/mrr"), ("k-NN", "eval/knn")):
+        if name in values:
+            controls = f"untrained {values[f'{name}_untrained']:.3f}, chance {values[f'{name}_chance']:.3f}"
+            results.append(f"{label} {values[name]:.3f} ({controls})")
+    if results:
+        log.info("step %d: evaluation in %.0f s: %s", step, values["eval/time_s"], ", ".join(results))
 
 
 def _log_warnings(step: int, values: dict[str, float]) -> None:

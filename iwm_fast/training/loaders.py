@@ -1,11 +1,13 @@
 """Builds loaders from a run's settings: the pretraining stream, the finetuning stream, and evaluation passes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
+from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.action_log.schema import LogMetadata
 from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, check
 from iwm_fast.pipelines.loader import Loader, build_loader
@@ -25,6 +27,17 @@ EVALUATION_BATCH = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
+def open_named_shards(setting: str, spec: str) -> ShardSet:
+    """Open the shards that a setting names; if some are missing, the error names the setting as the remedy."""
+    try:
+        return open_shards(spec)
+    except FileNotFoundError as error:
+        is_same = absolute_shards(spec) == spec
+        base = "" if is_same else f"; relative paths start from {Path.cwd()}"
+        error.add_note(f"if the shards have moved, set {setting} to their current location{base}")
+        raise
+
+
 def open_training_shards(data: DataConfig) -> ShardSet:
     """Open data.train, truncated to the first data.max_samples samples if that is set.
 
@@ -36,7 +49,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
         raise ValueError(
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
-    shards = open_shards(data.train)
+    shards = open_named_shards("data.train", data.train)
     if data.max_samples is None:
         return shards
     check(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
@@ -102,7 +115,8 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
         seed=config.seed,
         grid=config.grid,
         global_batch_size=config.optim.global_batch_size,
-        shards=config.data.train,
+        # Absolute as in config.yaml, so that `iwm replay` finds them from any working directory.
+        shards=absolute_shards(config.data.train),
         max_samples=config.data.max_samples,
         shards_digest=shards.content_digest,
     )

@@ -73,5 +73,7 @@ def _cosine(first: float, last: float, progress: float) -> float:
 
 def build_schedules(config: OptimConfig, num_samples: int, start: StreamStart = BEGINNING) -> Schedules:
     """Build the schedules of a run on `num_samples` training samples, whose stream of samples begins at `start`."""
+    # An unset warm-up has become a number when the settings were built.
+    assert config.warmup_epochs is not None
     warmup = round(_num_batches(config.warmup_epochs, num_samples, config))
     return Schedules(total_steps=total_steps(config, num_samples, start), warmup_steps=warmup, config=config)

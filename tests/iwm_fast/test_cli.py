@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
@@ -119,6 +120,7 @@ def test_all_commands_work_on_one_run(capsys, run_yaml, tmp_path, tiny_shards):
     main(["export", f"run={tmp_path / 'run'}", f"to={tmp_path / 'export'}"])
     main(["imagine", f"run={tmp_path / 'export'}", f"data.val={tiny_shards.pattern}", "num_images=2", "bank_size=8"])
     printed = capsys.readouterr().out
+    assert f"  iwm evaluate mrr run={tmp_path / 'run'}\n" in printed
     assert "0.3397" in printed and "untrained predictor" in printed and "untrained encoder" in printed
     for name in ("show.png", "imagine.png", "evaluations/mrr_default.json", "evaluations/knn.json"):
         assert (tmp_path / "run" / name).stat().st_size > 100
@@ -127,6 +129,34 @@ def test_all_commands_work_on_one_run(capsys, run_yaml, tmp_path, tiny_shards):
     assert "to must name a folder to write, got ''" in refused(capsys, "export", f"run={tmp_path / 'run'}")
     assert "already holds a run" in refused(capsys, "train", path)
     assert "other settings" in refused(capsys, "train", path, "resume=auto", "model.encoder.dim=32")
+
+
+def test_a_run_holds_from_any_working_directory(capsys, run_yaml, tmp_path, tiny_shards, monkeypatch):
+    shards = Path(tiny_shards.pattern)
+    monkeypatch.chdir(shards.parent)
+    main(["train", run_yaml(train=shards.name, val=f"./{shards.name}")])
+    monkeypatch.chdir(tmp_path)
+    main(["evaluate", "mrr", "run=run", "num_images=2", "bank_size=4"])
+    main(["evaluate", "knn", "run=run"])
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace(str(shards.parent), "moved"))
+    capsys.readouterr()
+    message = refused(capsys, "evaluate", "mrr", "run=run")
+    assert f"set data.val to their current location; relative paths start from {tmp_path}" in message
+    assert "set data.train to their current location" in refused(
+        capsys, "evaluate", "knn", "run=run", f"data.val={tiny_shards.pattern}"
+    )
+
+
+def test_configurations_are_listed_and_started_by_name(capsys, tmp_path, tiny_shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["configs"])
+    assert "  vit_s16       ViT-S/16" in capsys.readouterr().out
+    main(["init", "vit_s16", "mine.yaml"])
+    assert capsys.readouterr().out == "mine.yaml\n"
+    assert "is not overwritten" in refused(capsys, "init", "vit_s16", "mine.yaml")
+    assert "did you mean 'vit_s16'?" in refused(capsys, "train", "vit_s61")
+    assert "data.train must name the training shards" in refused(capsys, "show", "mine.yaml", "data.train=")
 
 
 def test_a_label_is_required_only_where_it_is_used(capsys, run_yaml, tmp_path):
@@ -161,6 +191,7 @@ def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
     main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
     assert "shard-000000.tar" in capsys.readouterr().out
     main(["train", run_yaml(train=str(tmp_path / "shards"))])
+    assert "finished at step 1\n" in capsys.readouterr().out
     assert "expected 2 arguments" in refused(capsys, "shards", "pack", str(tmp_path / "images"))
 
 

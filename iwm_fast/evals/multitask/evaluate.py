@@ -95,6 +95,8 @@ def check_batch_split(config: MultitaskConfig, num_tasks: int, world_size: int) 
 def single_task_settings(config: MultitaskConfig, num_tasks: int) -> MultitaskConfig:
     """Return the settings that train one of the tasks alone, with the same steps and the same images of it per step."""
     tune, micro_batch_size = config.tune, config.runtime.micro_batch_size
+    # An unset warm-up has become a number when the settings were built.
+    assert tune.warmup_epochs is not None
     tune = replace(
         tune,
         global_batch_size=tune.global_batch_size // num_tasks,

@@ -220,6 +220,17 @@ def test_the_number_of_epochs_may_differ_if_a_run_is_extended():
         checkpoint.differing_settings(saved, saved | {"optim.lr": 1}, may_restart=True, may_extend=True)
 
 
+def test_an_extended_run_may_stretch_its_warmup_with_its_epochs_only():
+    saved = FINGERPRINT | {"optim.epochs": 4.0, "optim.warmup_epochs": 4 * 40 / 300}
+    longer = saved | {"optim.epochs": 6.0, "optim.warmup_epochs": 6 * 40 / 300}
+    both = ["optim.epochs", "optim.warmup_epochs"]
+    assert checkpoint.differing_settings(saved, longer, may_extend=True) == both
+    with pytest.raises(CheckpointError, match="resume=extend continues"):
+        checkpoint.differing_settings(saved, longer)
+    with pytest.raises(CheckpointError, match=r"optim.warmup_epochs: .* -> 1.0\nset them back"):
+        checkpoint.differing_settings(saved, longer | {"optim.warmup_epochs": 1.0}, may_extend=True)
+
+
 def test_another_format_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text()) | {"format": 99}

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 import iwm_fast
+from iwm_fast.config.finetuning import FinetuneConfig, TuneConfig
 from iwm_fast.config.fingerprint import digest, fingerprint
 from iwm_fast.config.loading import build, iter_settings, load_config, save_config
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
 NAMED_RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("lab_*.yaml")))
@@ -27,9 +28,52 @@ def test_overrides_take_precedence_over_yaml_and_yaml_over_defaults(run_yaml):
 
 
 def test_a_saved_configuration_is_read_back_unchanged(run_yaml, tmp_path):
-    config = load_config(run_yaml, ["data.val=odd ${name}{a,b}.tar", "seed=7"])
+    config = load_config(run_yaml, ["data.train=/a.tar::s3://b/{0..1}.tar", "data.val=/odd ${name}{a,b}.tar", "seed=7"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_shard_paths_of_a_saved_configuration_are_absolute(run_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(run_yaml, ["data.val=val"])
+    save_config(config, tmp_path / "saved.yaml")
+    saved = load_config(tmp_path / "saved.yaml").data
+    assert (saved.train, saved.val) == (f"{tmp_path}/a.tar::{tmp_path}/b-{{000..001}}.tar", f"{tmp_path}/val")
+    assert fingerprint(load_config(tmp_path / "saved.yaml"), "x") == fingerprint(config, "x")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warmup_epochs"),
+    [
+        ([], 40.0),
+        (["optim.epochs=4"], 4 * 40 / 300),
+        (["optim.epochs=4", "optim.warmup_epochs=null"], 4 * 40 / 300),
+        (["optim.epochs=4", "optim.warmup_epochs=0"], 0.0),
+        (["optim.epochs=600", "optim.warmup_epochs=40"], 40.0),
+    ],
+)
+def test_an_unset_warmup_is_the_recipes_share_of_the_epochs(run_yaml, tmp_path, overrides, warmup_epochs):
+    config = load_config(run_yaml, overrides)
+    assert config.optim.warmup_epochs == warmup_epochs
+    assert config.optim == OptimConfig(epochs=config.optim.epochs, warmup_epochs=warmup_epochs, lr=2e-3)
+    assert fingerprint(config, "x")["optim.warmup_epochs"] == warmup_epochs
+    save_config(config, tmp_path / "saved.yaml")
+    assert f"  warmup_epochs: {warmup_epochs}\n" in (tmp_path / "saved.yaml").read_text()
+
+
+def test_the_warmup_of_finetuning_scales_with_its_epochs():
+    assert build(FinetuneConfig, {}).tune.warmup_epochs == TuneConfig().warmup_epochs == 5.0
+    assert (
+        build(FinetuneConfig, {}, ["tune.epochs=2"]).tune.warmup_epochs == TuneConfig(epochs=2.0).warmup_epochs == 0.1
+    )
+    with pytest.raises(ValueError, match=r"tune.warmup_epochs must lie in \[0, epochs = 2\), got 5"):
+        build(FinetuneConfig, {}, ["tune.epochs=2", "tune.warmup_epochs=5"])
+
+
+def test_a_group_whose_settings_are_commented_out_keeps_its_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim:\n  # lr: 1\nmodel:\n  encoder:\n")
+    config = load_config(tmp_path / "run.yaml", ["model.predictor.depth=3", "optim.epochs=4"])
+    assert (config.optim.lr, config.optim.epochs, config.model.encoder.dim) == (1e-3, 4.0, 768)
 
 
 @pytest.mark.parametrize("text", ["{a,b}/x.tar", "123", "null", "[x]", "a=b", "${HOME}/x"])
@@ -135,5 +179,5 @@ def test_build_refuses_a_group_given_as_a_value():
 def test_a_named_run_is_valid_and_its_header_has_the_command(path):
     load_config(path)
     header = path.read_text().splitlines()[:12]
-    assert any(f"iwm_fast/configs/{path.name}" in line for line in header)
+    assert any(f"iwm_fast.train {path.stem}" in line for line in header)
     assert any("machine" in line.lower() for line in header)

@@ -131,6 +131,7 @@ def test_two_ranks_train_although_one_sample_in_a_hundred_is_bad(run_yaml, tmp_p
     done = start(deepspeed(), run_yaml, f"output.folder={tmp_path / 'run'}", "output.log_every=1", *settings)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
+    assert printed.count("finished at step ") == 1, "only rank 0 tells how the run ended"
     bad = ("0.tar:0-60", "1.tar:1-17", "1.tar:1-60")
     assert all(printed.count(f"cannot decode {tmp_path}/{name}") == 1 for name in bad), printed
     assert sum(row["data/replaced_samples"] for row in read_metrics(tmp_path / "run")) == 3
@@ -168,4 +169,5 @@ def test_the_demo_runs_in_one_command_and_does_not_train_twice(tmp_path):
     } <= summary.keys()
     second = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "--module" in first.stdout and "--module" not in second.stdout
+    assert "[INFO]" not in first.stdout + first.stderr and "evaluation 5 of 5: " in first.stdout
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]

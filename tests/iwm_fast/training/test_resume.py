@@ -230,7 +230,7 @@ def test_an_extended_run_can_restart_its_epoch_with_other_data(finished, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
     longer = replace(in_folder(finished, folder), seed=3, optim=replace(finished.optim, epochs=6.0))
-    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true goes on .*, and resume=extend goes on"):
+    with pytest.raises(CheckpointError, match=r"data.restart_epoch=true continues .*, and resume=extend continues"):
         run(replace(longer, resume="extend"))
     assert run(restarted(replace(longer, resume="extend"))).step == 18
     start, samples = stream(longer)

@@ -1,0 +1,89 @@
+"""What a finished run tells on the console: where its files are, what limited its speed, and what to do next."""
+
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwm_fast.config.run import RunConfig
+from iwm_fast.monitoring.step_timer import PARTS
+
+# Above these shares of the time, waiting for data or work between steps is worth a change of settings.
+_WAIT_LIMIT, _OTHER_LIMIT = 0.05, 0.1
+
+
+def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Path | None) -> str:
+    """Return a few lines about a finished run.
+
+    Args:
+        config: settings of the run.
+        rows: log rows of the run, as `read_metrics` returns them.
+        checkpoint: folder of the newest checkpoint.
+    """
+    folder = shlex.quote(config.output.folder)
+    shards = "" if config.data.val else " data.val=SHARDS"
+    lines = [
+        f"finished at step {rows[-1]['step']:,}" if rows else "finished",
+        f"  run folder  {config.output.folder}",
+        f"  checkpoint  {checkpoint}",
+        f"  report      iwm report run={folder}",
+    ]
+    # Rows of earlier versions lack the times of the phases.
+    timed = [row for row in rows if row.get("time/other_s") is not None]
+    # The first row has no share in the times, because filling caches slows down its steps.
+    if len(timed) > 1:
+        lines += _describe_time(config, timed)
+    evaluations = [f"iwm evaluate mrr run={folder}{shards}", f"iwm imagine run={folder}{shards}"]
+    # The identity predictor applies no transformation, so only its encoder can be measured.
+    if config.model.predictor.depth == 0:
+        evaluations = [f"iwm evaluate knn run={folder}{shards}"]
+    return "\n".join(
+        [*lines, "next", *(f"  {command}" for command in (*evaluations, f"iwm export run={folder} to=DIR"))]
+    )
+
+
+def time_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of the time after the first row that each phase of a step took, and `other` between steps."""
+    # Rows hold means per step, and may cover different numbers of steps.
+    counted = [(row, row["step"] - earlier["step"]) for earlier, row in pairwise(rows)]
+    total_s = sum(row["speed/step_s"] * count for row, count in counted)
+    return {
+        phase: sum(row[f"time/{phase}_s"] * count for row, count in counted) / total_s for phase in (*PARTS, "other")
+    }
+
+
+def _describe_time(config: RunConfig, rows: list[dict[str, Any]]) -> list[str]:
+    shares = time_shares(rows)
+    computing = {
+        "forward": shares["forward"] + shares["teacher"],
+        "backward": shares["backward"],
+        "optimiser": shares["optimizer"] + shares["teacher_update"],
+    }
+    parts = {"waiting for data": shares["wait"], **computing, "between steps": shares["other"]}
+    text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts.items())
+    return [f"  time        {text}", f"  limit       {_describe_limit(config, shares)}"]
+
+
+def _describe_limit(config: RunConfig, shares: dict[str, float]) -> str:
+    """Return what limited the speed of the run, and the setting to change."""
+    runtime, output = config.runtime, config.output
+    if shares["wait"] >= max(_WAIT_LIMIT, shares["other"]):
+        if runtime.loader == "torch":
+            return "loading data: set runtime.loader=dali"
+        return (
+            f"loading data: raise runtime.loader_threads (now {runtime.loader_threads}) if cores are idle, "
+            f"runtime.reader_threads (now {runtime.reader_threads}) if storage is slow"
+        )
+    if shares["other"] >= _OTHER_LIMIT:
+        evaluations = f" or output.evaluate_every (now {output.evaluate_every})" if output.evaluate_every else ""
+        return (
+            f"log rows, checkpoints and evaluations between steps: raise output.checkpoint_every "
+            f"(now {output.checkpoint_every}){evaluations}"
+        )
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return "computation on the CPU, as it should be"
+    remedy = "set runtime.ops=fused" if runtime.ops == "reference" else "set runtime.compile=true"
+    is_tuned = runtime.ops == "fused" and (runtime.compile or runtime.zero_stage == 3)
+    return "computation on the GPU, as it should be" + ("" if is_tuned else f"; to speed it up, {remedy}")
