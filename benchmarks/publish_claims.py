@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.evaluate import TASKS
-from iwm_fast.lab.claims import Outcome, judge, tuned_for, values_of
+from iwm_fast.evaluate import EVALUATIONS
+from iwm_fast.lab.claims import ClaimVerdict, judge, num_tuned_of, values_by_seed
 from iwm_fast.lab.config import LabConfig, parse_claim, read_lab
-from iwm_fast.lab.report import difference, means
+from iwm_fast.lab.report import format_difference, format_means
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("lab", type=Path, nargs="?", help="YAML file of a completed lab")
     path = parser.parse_args(arguments).lab
     if path is not None:
-        lab = read_lab(path, set(TASKS))
+        lab = read_lab(path, set(EVALUATIONS))
         tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
@@ -57,9 +57,11 @@ def collect_values(lab: LabConfig) -> dict[str, Any]:
     numbers = {str(number): number for claim in lab.claims for pair in claim.compare for number in pair}
     rows = results["rows"]
     # JSON turns keys into strings; so do these lines, so that a tree equals the one that is read back.
-    values = {name: {str(seed): value for seed, value in values_of(num, rows).items()} for name, num in numbers.items()}
+    values = {
+        name: {str(seed): value for seed, value in values_by_seed(num, rows).items()} for name, num in numbers.items()
+    }
     measured = {name: by_seed for name, by_seed in values.items() if by_seed}
-    tuned = {name: tuned_for(numbers[name], rows) for name in measured}
+    tuned = {name: num_tuned_of(numbers[name], rows) for name in measured}
     claims = {
         claim.name: {
             "text": claim.text,
@@ -73,7 +75,7 @@ def collect_values(lab: LabConfig) -> dict[str, Any]:
     return provenance | {"claims": claims, "tuned": tuned, "values": measured}
 
 
-def judge_outcomes(tree: dict[str, Any]) -> list[Outcome]:
+def judge_outcomes(tree: dict[str, Any]) -> list[ClaimVerdict]:
     """Judge the claims of a tree that `collect_values` returned."""
     claims = [parse_claim(name, row) for name, row in tree["claims"].items()]
     values = tree["values"]
@@ -114,12 +116,12 @@ def render_section(tree: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{run}; {provenance}. Student's interval, seeds paired.", ""])
 
 
-def _line(outcome: Outcome, tuned: dict[str, int]) -> str:
+def _line(outcome: ClaimVerdict, tuned: dict[str, int]) -> str:
     claim = outcome.claim
     cells = (
         claim.text,
-        "; ".join(means(comparison, claim, tuned) for comparison in outcome.comparisons),
-        "; ".join(difference(comparison) for comparison in outcome.comparisons),
+        "; ".join(format_means(comparison, claim, tuned) for comparison in outcome.comparisons),
+        "; ".join(format_difference(comparison) for comparison in outcome.comparisons),
         claim.paper,
         _VERDICTS.get(outcome.verdict, outcome.verdict),
     )

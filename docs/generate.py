@@ -6,7 +6,7 @@ from typing import Any
 from iwm_fast.cli import COMMANDS, RUN_CONFIG
 from iwm_fast.config.loading import iter_settings
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evaluate import load
+from iwm_fast.evaluate import import_object
 
 DOCS = Path(__file__).parent
 GENERATED = "*Generated from the code by `python docs/generate.py`.*"
@@ -35,7 +35,7 @@ def command_line() -> str:
         if command.settings == RUN_CONFIG:
             parts.append("Settings: see [Configuration](configuration.md).")
         elif command.settings:
-            parts.append(_table([_row(*setting) for setting in iter_settings(load(command.settings))]))
+            parts.append(_table([_row(*setting) for setting in iter_settings(import_object(command.settings))]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import iwm_fast
-from iwm_fast.evaluate import TASKS, evaluate, load, read_settings, refuse_checkpoint_folder, watch_signals_if_training
+from iwm_fast.evaluate import (
+    EVALUATIONS,
+    evaluate,
+    import_object,
+    read_settings,
+    refuse_checkpoint_folder,
+    watch_signals_if_training,
+)
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS, require_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
@@ -39,29 +46,29 @@ class Command:
 def _read(settings: str, arguments: list[str]) -> Any:
     """Return the settings of a run from its YAML file and overrides, all other settings from overrides alone."""
     if settings != RUN_CONFIG:
-        return read_settings(load(settings), arguments)
+        return read_settings(import_object(settings), arguments)
     if not arguments:
         raise ValueError("no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings")
-    return load("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
+    return import_object("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
 def _check(arguments: list[str]) -> None:
-    check_class = load(COMMANDS["check"].settings)
+    check_class = import_object(COMMANDS["check"].settings)
     names = {setting.name for setting in fields(check_class)}
     run_arguments = [argument for argument in arguments if argument.partition("=")[0] not in names]
     check_arguments = [argument for argument in arguments if argument not in run_arguments]
     config = _read(RUN_CONFIG, run_arguments)
-    check_config = load("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
-    if not load("iwm_fast.commands.check_run:check_run")(config, check_config):
+    check_config = import_object("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
+    if not import_object("iwm_fast.commands.check_run:check_run")(config, check_config):
         raise SystemExit(1)
 
 
 def _plan(arguments: list[str]) -> None:
-    config = read_settings(TASKS["plan"].settings, arguments)
+    config = read_settings(EVALUATIONS["plan"].settings, arguments)
     # Without images of the user, planning is an evaluation like the others.
     if not config.source:
         return evaluate(["plan", *arguments])
-    print(load("iwm_fast.evals.planning.evaluate:plan_images")(config))
+    print(import_object("iwm_fast.evals.planning.evaluate:plan_images")(config))
 
 
 def _lab(arguments: list[str]) -> None:
@@ -76,45 +83,49 @@ def _lab(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    config = load("iwm_fast.config.loading:build")(load(COMMANDS["report"].settings), {}, arguments)
+    config = import_object("iwm_fast.config.loading:build")(import_object(COMMANDS["report"].settings), {}, arguments)
     if config.lab:
-        print(load("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
+        print(import_object("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
     else:
         refuse_checkpoint_folder(config.run)
-        print(load("iwm_fast.commands.report_run:write_run_report")(Path(config.run)))
+        print(import_object("iwm_fast.commands.report_run:write_run_report")(Path(config.run)))
 
 
 def _shards_demo(arguments: list[str]) -> None:
     (folder,) = _exactly(arguments, "a folder to write to")
-    print(load("iwm_fast.pipelines.demo_data:write_demo_shards")(Path(folder)))
+    print(import_object("iwm_fast.pipelines.demo_data:write_demo_shards")(Path(folder)))
 
 
 def _shards_pack(arguments: list[str]) -> None:
     source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
-    config = load("iwm_fast.config.loading:build")(load(COMMANDS["shards pack"].settings), {}, arguments[2:])
-    packed_sets = load("iwm_fast.pipelines.storage.shard_writer:pack_folder")(Path(source), Path(folder), config)
+    config = import_object("iwm_fast.config.loading:build")(
+        import_object(COMMANDS["shards pack"].settings), {}, arguments[2:]
+    )
+    packed_sets = import_object("iwm_fast.pipelines.storage.shard_writer:pack_folder")(
+        Path(source), Path(folder), config
+    )
     print(*(path for packed in packed_sets for path in packed.shards), sep="\n")
     print(*packed_sets, sep="; ")
 
 
 def _shards_check(arguments: list[str]) -> None:
     (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
-    load("iwm_fast.commands.check_shards:check_shards")(spec)
+    import_object("iwm_fast.commands.check_shards:check_shards")(spec)
 
 
 def _configs(arguments: list[str]) -> None:
     _exactly(arguments)
-    print(load("iwm_fast.commands.init_config:list_configs")())
+    print(import_object("iwm_fast.commands.init_config:list_configs")())
 
 
 def _init(arguments: list[str]) -> None:
     name, path = _exactly(arguments, "a name that `iwm configs` lists", "the YAML file to write")
-    print(load("iwm_fast.commands.init_config:write_starter")(name, Path(path)))
+    print(import_object("iwm_fast.commands.init_config:write_starter")(name, Path(path)))
 
 
 def _demo(arguments: list[str]) -> None:
     require_packages(EXTRAS)
-    load("iwm_fast.commands.demo:demo")(arguments)
+    import_object("iwm_fast.commands.demo:demo")(arguments)
 
 
 def _exactly(arguments: list[str], *names: str) -> list[str]:
@@ -126,21 +137,21 @@ def _exactly(arguments: list[str], *names: str) -> list[str]:
 _EVALUATION_USAGE = "run=DIR [key=value ...]"
 COMMANDS = {
     "train": Command(
-        "RUN.yaml [key=value ...]",
+        "RUN [key=value ...]",
         "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", train, RUN_CONFIG),
     "check": Command(
-        "RUN.yaml [key=value ...] [ranks=N] [gpu=NAME] [gpu_memory_gb=G] [images_per_s=R]",
+        "RUN [key=value ...] [ranks=N] [gpu=NAME] [gpu_memory_gb=G] [images_per_s=R]",
         "check that a run can start and fits on its GPU, and estimate its memory and time",
         _check, "iwm_fast.config.commands:CheckConfig"),
     "warmup": Command(
-        "RUN.yaml runtime.ops=fused [key=value ...]",
+        "RUN runtime.ops=fused [key=value ...]",
         "compile the kernels that a run needs, once per machine, before its ranks start",
-        "iwm_fast.commands.compile_kernels:warm_up", RUN_CONFIG),
+        "iwm_fast.commands.compile_kernels:compile_kernels", RUN_CONFIG),
     "show": Command(
-        "RUN.yaml [key=value ...]", "draw the views, masks and actions of a few samples, as the model sees them",
-        "iwm_fast.commands.show_batch:show", RUN_CONFIG),
+        "RUN [key=value ...]", "draw the views, masks and actions of a few samples, as the model sees them",
+        "iwm_fast.commands.show_batch:show_batch", RUN_CONFIG),
     **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
-       for name, evaluation in TASKS.items() if name != "plan"},
+       for name, evaluation in EVALUATIONS.items() if name != "plan"},
     "embed": Command(
         "run=DIR [data.val=SHARDS | images=FOLDER] to=FILE [key=value ...]",
         "write the features of images to a Parquet or NumPy file, one row per image",
@@ -153,7 +164,8 @@ COMMANDS = {
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",
         "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
     "plan": Command(
-        "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", TASKS["plan"].summary, _plan, TASKS["plan"].config),
+        "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", EVALUATIONS["plan"].summary,
+        _plan, EVALUATIONS["plan"].config),
     "report": Command(
         "run=DIR | lab=DIR", "write one HTML page about a run or a lab: curves, tables, pictures, settings",
         _report, "iwm_fast.config.commands:ReportConfig"),
@@ -162,7 +174,7 @@ COMMANDS = {
         explanation="iwm_fast.commands.help_texts:lab_help"),
     "replay": Command(
         "run=DIR step=S [key=value ...]", "render the views of a logged step again, exactly as in training",
-        "iwm_fast.commands.replay_step:replay", "iwm_fast.config.commands:ReplayConfig"),
+        "iwm_fast.commands.replay_step:replay_step", "iwm_fast.config.commands:ReplayConfig"),
     "configs": Command("", "list the packaged configurations, whose names can be used instead of RUN.yaml", _configs),
     "init": Command(
         "NAME FILE.yaml", "write a YAML file based on a packaged configuration, with the settings to change first",
@@ -212,7 +224,7 @@ def _run(command: Command, arguments: list[str]) -> None:
         return
     # Settings are read first, so that mistakes in them are reported before the slow imports.
     config = _read(command.settings, arguments)
-    result = load(command.target)(config)
+    result = import_object(command.target)(config)
     print(*result, sep="\n") if isinstance(result, tuple | list) else print(result)
 
 
@@ -240,9 +252,9 @@ def _help(name: str) -> None:
     command = COMMANDS[name]
     print(f"iwm {name} {command.usage}\n\n{command.summary}")
     if command.explanation:
-        print("\n" + load(command.explanation)())
+        print("\n" + import_object(command.explanation)())
     if command.settings:
-        print("\n" + load("iwm_fast.config.loading:format_settings")(load(command.settings)))
+        print("\n" + import_object("iwm_fast.config.loading:format_settings")(import_object(command.settings)))
 
 
 if __name__ == "__main__":

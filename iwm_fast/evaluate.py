@@ -35,10 +35,10 @@ class Evaluation:
     @property
     def settings(self) -> Any:
         """Dataclass of the settings, imported."""
-        return load(self.config)
+        return import_object(self.config)
 
 
-def load(name: str) -> Any:
+def import_object(name: str) -> Any:
     """Import and return an object from its address "module:name"."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
@@ -50,7 +50,7 @@ _PIPE_WIDTH = 160
 _EVALS = "iwm_fast.evals"
 _QUICK = "iwm_fast.config.evaluation"
 _TRAINING = "iwm_fast.config.finetuning"
-TASKS = {
+EVALUATIONS = {
     "mrr": Evaluation("mean reciprocal rank of the world model, compared with chance and an untrained predictor",
                       f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
     "knn": Evaluation("k nearest neighbours on frozen features, compared with an untrained encoder",
@@ -79,7 +79,7 @@ def main() -> None:
 
 def watch_signals_if_training(arguments: Sequence[str]) -> Preemption:
     """Install signal handlers if the arguments name an evaluation that saves a checkpoint before it stops."""
-    is_training = any(TASKS[word].trains for word in arguments if word in TASKS)
+    is_training = any(EVALUATIONS[word].trains for word in arguments if word in EVALUATIONS)
     return watch_signals() if is_training else Preemption()
 
 
@@ -126,9 +126,9 @@ def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> 
     log_to_console()
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     with same_error_on_all_ranks():
-        if not arguments or arguments[0] not in TASKS:
-            raise ValueError(f"the first argument must be one of {', '.join(TASKS)}, got {arguments[:1]}")
-        config = read_settings(TASKS[arguments[0]].settings, arguments[1:])
+        if not arguments or arguments[0] not in EVALUATIONS:
+            raise ValueError(f"the first argument must be one of {', '.join(EVALUATIONS)}, got {arguments[:1]}")
+        config = read_settings(EVALUATIONS[arguments[0]].settings, arguments[1:])
     try:
         _run(arguments[0], config, preemption or Preemption())
     except PreemptedError as stopped:
@@ -146,11 +146,11 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
     # Imported here, because they take seconds in which signals must be handled already.
     from rich.console import Console  # noqa: PLC0415
 
-    from iwm_fast.evals.results import table  # noqa: PLC0415
+    from iwm_fast.evals.results import result_table  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
 
-    evaluation = TASKS[name]
-    run = load(evaluation.target)
+    evaluation = EVALUATIONS[name]
+    run = import_object(evaluation.target)
     timeout = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
     rank_info = distributed.start(config.device if runtime is None else runtime.device, **timeout)
     try:
@@ -158,7 +158,7 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
     finally:
         distributed.stop()
     if rank_info.rank == 0:
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table(result))
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(result_table(result))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _describe_end(config: RunConfig) -> str:
     from iwm_fast.monitoring.run_summary import summarize_run  # noqa: PLC0415
 
     folder = Path(config.output.folder)
-    return summarize_run(config, read_metrics(folder), checkpoints.newest(folder))
+    return summarize_run(config, read_metrics(folder), checkpoints.find_newest_folder(folder))
 
 
 def run(config: RunConfig, preemption: Preemption | None = None) -> Any:

@@ -27,7 +27,7 @@ from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
 from iwm_fast.pipelines.sampling.masks import all_patches
-from iwm_fast.pipelines.transforms.action import action_of
+from iwm_fast.pipelines.transforms.action import action_from_change
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import identity_draws
@@ -101,7 +101,7 @@ class WorldModel:
                 raise ValueError(
                     f"action must name entries of this run's actions, which are {', '.join(entries)}, got {name!r}"
                 )
-        return torch.from_numpy(action_of(change, self.config.views)).to(self.device)
+        return torch.from_numpy(action_from_change(change, self.config.views)).to(self.device)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Float[Tensor, "B N D"]:
@@ -241,13 +241,13 @@ def _trained(
     device: str | torch.device,
 ) -> WorldModel:
     # The trained weights replace those of an untrained model of the same sizes.
-    model = untrained(config, device)
+    model = build_untrained(config, device)
     model.encoder.load_state_dict(encoder_state)
     model.predictor.load_state_dict(predictor_state)
     return replace(model, step=step)
 
 
-def untrained(config: RunConfig, device: str | torch.device = "cpu") -> WorldModel:
+def build_untrained(config: RunConfig, device: str | torch.device = "cpu") -> WorldModel:
     """Return a model with the initial weights of the run's settings and seed, the control of evaluations."""
     # The reference operations run on every device, whatever the run was trained with.
     student = build_student(config, REFERENCE).requires_grad_(False).eval().to(device)

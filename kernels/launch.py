@@ -2,7 +2,7 @@
 
 Without a GPU, kernels run in Triton's interpreter (set `TRITON_INTERPRET=1` before `kernels` is first imported). It
 takes CPU tensors and is exact in float64, float32 and float16. Its bfloat16 arithmetic is silently wrong, so
-`interpretable` converts bfloat16 inputs to float32.
+`upcast_for_interpreter` converts bfloat16 inputs to float32.
 """
 
 import functools
@@ -51,10 +51,10 @@ class Launch(NamedTuple):
             return
         # Triton starts a kernel on the current device, even if its tensors are on another one.
         with torch.cuda.device(device):
-            self.kernel[self.grid](**self.arguments, **compilable(self.constants), **self.options)
+            self.kernel[self.grid](**self.arguments, **as_constexpr(self.constants), **self.options)
 
 
-def compilable(constants: dict[str, Any]) -> dict[str, Any]:
+def as_constexpr(constants: dict[str, Any]) -> dict[str, Any]:
     """Return the constants as Triton 3.6 accepts them: every entry of a (nested) tuple wrapped in `tl.constexpr`."""
     # Cached, because a launch is built in every call and wrapping takes longer than starting the kernel.
     return _wrap_constants(tuple(constants.items()))
@@ -98,7 +98,7 @@ def cache_folder() -> str:
     return str(knobs.cache.dir)
 
 
-def interpretable(tensor: Tensor) -> Tensor:
+def upcast_for_interpreter(tensor: Tensor) -> Tensor:
     """Return the tensor; in the interpreter, return a bfloat16 tensor as float32, so that torch rounds the results."""
     return tensor.float() if IS_INTERPRETING and tensor.dtype == torch.bfloat16 else tensor
 

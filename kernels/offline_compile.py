@@ -17,9 +17,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from iwm_fast.kernels.launch import Launch, compilable
+from iwm_fast.kernels.launch import Launch, as_constexpr
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Largest shared memory of a program in bytes, by architecture; source: CUDA C++ Programming Guide."""
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """PTX name of the fastest tensor-core instruction of each architecture."""
@@ -72,7 +72,7 @@ def _ast_source(launch: Launch) -> ASTSource:
     """Return what Triton's own launcher would compile for these arguments."""
     arguments = {name: value for name, value in launch.arguments.items() if value is not None}
     absent = {name: None for name, value in launch.arguments.items() if value is None}
-    constants = compilable(launch.constants) | absent
+    constants = as_constexpr(launch.constants) | absent
     names = launch.kernel.arg_names
     signature = {name: _signature_type(arguments[name]) if name in arguments else "constexpr" for name in names}
     # PyTorch's allocator aligns tensors to 256 bytes, so pointers are declared divisible by 16. A view that is not

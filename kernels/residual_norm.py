@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, interpretable
+from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, upcast_for_interpreter
 
 
 def residual_norm_reference(
@@ -253,8 +253,8 @@ def _residual_norm(
     _check_inputs(inputs)
     outputs = _empty_outputs(x, residual, normed_dtype)
     # In the interpreter kernels write float32 in place of bfloat16; the results are rounded below.
-    kernel_outputs = [*map(interpretable, outputs)]
-    _forward_launch([*map(interpretable, inputs)], kernel_outputs, eps).run()
+    kernel_outputs = [*map(upcast_for_interpreter, outputs)]
+    _forward_launch([*map(upcast_for_interpreter, inputs)], kernel_outputs, eps).run()
     total, normed, stats = map(Tensor.type_as, kernel_outputs, outputs)
     return total, normed, stats
 
@@ -273,9 +273,12 @@ def _residual_norm_backward(
     `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
     """
     gradients = _empty_gradients(saved[0], x_dtype, residual_dtype)
-    kernel_gradients = [*map(interpretable, gradients)]
+    kernel_gradients = [*map(upcast_for_interpreter, gradients)]
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a transposition strided.
-    inputs = [None if tensor is None else interpretable(tensor.contiguous()) for tensor in (d_total, d_normed, *saved)]
+    inputs = [
+        None if tensor is None else upcast_for_interpreter(tensor.contiguous())
+        for tensor in (d_total, d_normed, *saved)
+    ]
     launch, partial = _backward_launch(inputs, saved[1], kernel_gradients)
     launch.run()
     return [partial[0].sum(0), partial[1].sum(0), *map(Tensor.type_as, kernel_gradients, gradients)]

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import UnidentifiedImageError
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EvaluationPlan, Request
 from iwm_fast.pipelines.storage.reader import Reader
@@ -44,7 +44,7 @@ class BadSampleReplacer:
         Raises:
             ValueError: if the limit is negative.
         """
-        check(max_bad_samples >= 0, "runtime.max_bad_samples", max_bad_samples, "be at least 0")
+        require(max_bad_samples >= 0, "runtime.max_bad_samples", max_bad_samples, "be at least 0")
         self._plan = plan
         self._shards = shards
         self._reader = reader
@@ -139,7 +139,7 @@ class BadSampleReplacer:
 
     def _error(self, sample: int, what: str, alternative: str) -> ShardError:
         remedy = f"run `iwm shards check` to find all such samples and leave them out, {alternative}"
-        return ShardError(what, **self._shards.where(sample), remedy=remedy)
+        return ShardError(what, **self._shards.shard_and_key(sample), remedy=remedy)
 
 
 def looks_complete(content: EncodedImage) -> bool:

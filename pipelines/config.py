@@ -20,7 +20,7 @@ FLIP_ENTRY = "flip"
 ACTION_ENTRIES = (*PHOTOMETRIC_ENTRIES, *CROP_ENTRIES, FLIP_ENTRY)
 
 
-def check(condition: bool, name: str, value: object, accepted: str) -> None:
+def require(condition: bool, name: str, value: object, accepted: str) -> None:
     """Check a setting and report an invalid one in the form "NAME must ACCEPTED, got VALUE".
 
     Raises:
@@ -30,16 +30,16 @@ def check(condition: bool, name: str, value: object, accepted: str) -> None:
         raise ValueError(f"{name} must {accepted}, got {value!r}")
 
 
-def check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
+def require_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
     """Check that a setting is a pair (a, b) with low <= a <= b <= high.
 
     Raises:
         ValueError: if it is not.
     """
-    check(low <= value[0] <= value[1] <= high, name, value, f"satisfy {low:g} <= low <= high <= {high:g}")
+    require(low <= value[0] <= value[1] <= high, name, value, f"satisfy {low:g} <= low <= high <= {high:g}")
 
 
-def check_label_field(name: str, value: object) -> None:
+def require_label_field(name: str, value: object) -> None:
     """Check that a setting names labels: `cls`, or `json.NAME` for a field of the .json members.
 
     Raises:
@@ -47,7 +47,7 @@ def check_label_field(name: str, value: object) -> None:
     """
     # all() refuses empty names, as in "json..a".
     is_field = isinstance(value, str) and (value == "cls" or (value.startswith("json.") and all(value.split("."))))
-    check(is_field, name, value, "be cls or json.NAME")
+    require(is_field, name, value, "be cls or json.NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class DataConfig:
     """Resume a run even if seed, global batch size, shards, views or masks have changed; its current epoch restarts."""
 
     def __post_init__(self) -> None:
-        check(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
+        require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
         limit = self.max_samples
-        check(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
+        require(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +111,20 @@ class ViewConfig:
     crop_height; with views.source_flip_probability also flip."""
 
     def __post_init__(self) -> None:
-        check(self.size >= 8, "views.size", self.size, "be at least 8 pixels")
-        check_range("views.crop_scale", self.crop_scale, 1e-3, 1.0)
-        check_range("views.crop_aspect", self.crop_aspect, 0.1, 10.0)
+        require(self.size >= 8, "views.size", self.size, "be at least 8 pixels")
+        require_range("views.crop_scale", self.crop_scale, 1e-3, 1.0)
+        require_range("views.crop_aspect", self.crop_aspect, 0.1, 10.0)
         if self.source_crop is not None:
-            check_range("views.source_crop", self.source_crop, 1e-3, 1.0)
+            require_range("views.source_crop", self.source_crop, 1e-3, 1.0)
         for name in ("flip", "source_flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
-            check(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
+            require(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
         # A hue rotation by more than half a circle equals a smaller one in the opposite direction.
         for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             value = getattr(self, name)
-            check(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
+            require(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
         # The largest blur kernel reaches 3 sigma to each side, and reflection at the border needs that many pixels.
-        check_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
+        require_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
         self._check_entries()
 
     def _check_entries(self) -> None:
@@ -132,13 +132,13 @@ class ViewConfig:
         if entries is None:
             return
         unknown = [name for name in entries if name not in ACTION_ENTRIES]
-        check(not unknown, "views.action_entries", unknown, f"name entries of {ACTION_ENTRIES}")
+        require(not unknown, "views.action_entries", unknown, f"name entries of {ACTION_ENTRIES}")
         is_distinct = len(set(entries)) == len(entries) > 0
-        check(is_distinct, "views.action_entries", entries, "be non-empty and name no entry twice")
+        require(is_distinct, "views.action_entries", entries, "be non-empty and name no entry twice")
         # An entry that never varies would be an input without any effect.
         constant = [name for name in entries if name not in self._all_entries]
         remedy = "be left out while views.source_crop is unset (crop_*) or views.source_flip_probability is 0 (flip)"
-        check(not constant, "entries of views.action_entries", constant, remedy)
+        require(not constant, "entries of views.action_entries", constant, remedy)
 
     @property
     def _all_entries(self) -> tuple[str, ...]:
@@ -166,8 +166,8 @@ class RandAugmentConfig:
     """Strength of all operations, from 0 to 30."""
 
     def __post_init__(self) -> None:
-        check(1 <= self.num_operations <= 14, "num_operations", self.num_operations, "be between 1 and 14")
-        check(0 <= self.magnitude <= 30, "magnitude", self.magnitude, "be between 0 and 30")
+        require(1 <= self.num_operations <= 14, "num_operations", self.num_operations, "be between 1 and 14")
+        require(0 <= self.magnitude <= 30, "magnitude", self.magnitude, "be between 0 and 30")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +184,13 @@ class MaskConfig:
     """If set, the context is limited to a rectangle with this share of the grid (I-JEPA uses [0.85, 1.0])."""
 
     def __post_init__(self) -> None:
-        check(self.num_target_blocks >= 1, "mask.num_target_blocks", self.num_target_blocks, "be at least 1")
+        require(self.num_target_blocks >= 1, "mask.num_target_blocks", self.num_target_blocks, "be at least 1")
         # A block that covers the complete grid would leave no patch for the context.
         low, high = self.block_scale
-        check(0 < low <= high < 1, "mask.block_scale", self.block_scale, "satisfy 0 < low <= high < 1")
-        check_range("mask.block_aspect", self.block_aspect, 0.1, 10.0)
+        require(0 < low <= high < 1, "mask.block_scale", self.block_scale, "satisfy 0 < low <= high < 1")
+        require_range("mask.block_aspect", self.block_aspect, 0.1, 10.0)
         if self.context_scale is not None:
-            check_range("mask.context_scale", self.context_scale, 0.01, 1.0)
+            require_range("mask.context_scale", self.context_scale, 0.01, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +219,8 @@ class PackConfig:
     """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
-        check(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
+        require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
+        require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
 
 PACK_DEFAULTS = PackConfig()

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, check
+from iwm_fast.pipelines.config import LoaderConfig, require
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
@@ -38,10 +38,10 @@ def build_loader(
     is_on_gpu = config.loader == "dali" and device.type == "cuda"
     for name in ("hw_decoder_load", "decoder_preallocate"):
         value = getattr(config, name)
-        check(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
+        require(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     # The loaders are imported here so that the torch loader works where DALI is not installed.
     if config.loader == "torch":
-        check(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or RandAugment be left out")
+        require(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or RandAugment be left out")
         from iwm_fast.pipelines.torch_loader import TorchLoader
 
         return TorchLoader(plan, shards, config, device, first=first)

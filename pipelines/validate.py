@@ -48,7 +48,7 @@ class ShardReport:
     """Key of the first sample without a .json member, empty if all samples have one."""
     num_masks: int = 0
     """Number of samples with a valid segmentation map."""
-    no_masks: list[BadSample] = field(default_factory=list)
+    invalid_masks: list[BadSample] = field(default_factory=list)
     """Samples whose PNG next to the image holds no class indices. Their images are drawn nevertheless."""
     bad: list[BadSample] = field(default_factory=list)
     """Samples left out of the stored index, so that they are never drawn."""
@@ -56,7 +56,7 @@ class ShardReport:
     """Reason why no sample of the shard can be used, empty if the shard can be used."""
 
 
-def validate(paths: Sequence[str], num_processes: int | None = None) -> Iterator[ShardReport]:
+def validate_shards(paths: Sequence[str], num_processes: int | None = None) -> Iterator[ShardReport]:
     """Yield the report of each shard in the order of `paths`, and store an index without the bad samples.
 
     Args:
@@ -139,7 +139,7 @@ def _check_mask(mask: bytes, image_size: tuple[int, int], key: str, report: Shar
         indices = decode_mask(mask)
     except NoMaskError as error:
         # The PNG may be another picture instead of a mask, which does not make the image bad.
-        report.no_masks.append(BadSample(key=key, reason=str(error)))
+        report.invalid_masks.append(BadSample(key=key, reason=str(error)))
         return ""
     except Exception as error:
         return f"segmentation map cannot be decoded: {error or type(error).__name__}"

@@ -126,9 +126,9 @@ def functions_of(module) -> list:
 def test_all_settings_have_explanations():
     from iwm_fast.cli import COMMANDS
     from iwm_fast.config.loading import iter_settings
-    from iwm_fast.evaluate import load
+    from iwm_fast.evaluate import import_object
 
-    kinds = {load(command.settings) for command in COMMANDS.values() if command.settings}
+    kinds = {import_object(command.settings) for command in COMMANDS.values() if command.settings}
     assert len(kinds) >= 8
     for kind in kinds:
         for name, _, _, text in iter_settings(kind):

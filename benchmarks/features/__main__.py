@@ -25,18 +25,18 @@ from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import interleaved_rounds
 from iwm_fast import world_model
 from iwm_fast.config.run import EncoderConfig, ModelConfig, RunConfig, RuntimeConfig
-from iwm_fast.evals.datasets import Labelled, batches
-from iwm_fast.evals.probing.extraction import Kind
+from iwm_fast.evals.datasets import LabelledSamples, evaluation_batches
+from iwm_fast.evals.probing.extraction import FeatureKind
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.config import DataConfig, ViewConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime.distributed import single_process
-from iwm_fast.training.loaders import EVALUATION_BATCH
+from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE
 from iwm_fast.world_model import WorldModel
 
 PACKAGES = ("nvidia-dali-cuda130", "numpy")
-KINDS: dict[str, Kind] = {POOLED: "pooled", TOKENS: "tokens"}
+KINDS: dict[str, FeatureKind] = {POOLED: "pooled", TOKENS: "tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Workload:
     """The encoder and the images of the benchmark."""
 
     model: WorldModel
-    dataset: Labelled
+    dataset: LabelledSamples
     shape: Shape
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if session.device == "cpu":
         # As in an evaluation, so that the threads of DALI and PyTorch do not compete for the same cores.
         torch.set_num_threads(1)
-    kinds: dict[str, Kind] = {name: kind for name, kind in KINDS.items() if options.only in (None, name)}
+    kinds: dict[str, FeatureKind] = {name: kind for name, kind in KINDS.items() if options.only in (None, name)}
     workload = build_workload(options.data, session.device, options.quick)
     return cli.run_and_report(
         session, lambda: measure(session, workload, kinds), lambda records: report.sections(records, level="##")
@@ -79,18 +79,20 @@ def build_workload(folder: Path, device: str, quick: bool) -> Workload:
     )
     shards = open_shards(pattern)
     return Workload(
-        model=world_model.untrained(config, device),
-        dataset=Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)),
-        shape={"encoder": name, "view": size, "images": shards.num_samples, "B": EVALUATION_BATCH,
+        model=world_model.build_untrained(config, device),
+        dataset=LabelledSamples(
+            shards=shards, labels=read_labels(shards, "cls"), samples=np.arange(shards.num_samples)
+        ),
+        shape={"encoder": name, "view": size, "images": shards.num_samples, "B": EVALUATION_BATCH_SIZE,
                "photographs": f"{photographs.width}x{photographs.height}", "threads": torch.get_num_threads()},
     )  # fmt: skip
 
 
-def measure(session: Session, workload: Workload, kinds: dict[str, Kind]) -> None:
+def measure(session: Session, workload: Workload, kinds: dict[str, FeatureKind]) -> None:
     """Check the extractions, then time them and the forward pass over all images in interleaved rounds."""
     dataset = workload.dataset
     # The loader reuses its buffers, so the views are copied.
-    views = [batch.source_view.clone() for batch in batches(workload.model, dataset.shards, dataset.samples)]
+    views = [batch.source_view.clone() for batch in evaluation_batches(workload.model, dataset.shards, dataset.samples)]
     functions: dict[str, Callable[[], np.ndarray]] = {FORWARD: lambda: encode(workload.model, views, "pooled")}
     for name, kind in kinds.items():
         check(workload, views, name, kind)
@@ -109,22 +111,22 @@ def measure(session: Session, workload: Workload, kinds: dict[str, Kind]) -> Non
         interleave.record(session, Case(FEATURES, workload.shape, "float32"), name, result, **figures)
 
 
-def encode(model: WorldModel, views: list[torch.Tensor], kind: Kind) -> np.ndarray:
+def encode(model: WorldModel, views: list[torch.Tensor], kind: FeatureKind) -> np.ndarray:
     """Return the features of batches that are in memory."""
     encoded = [model.encode(view) for view in views]
     return torch.cat([tokens.mean(dim=1) if kind == "pooled" else tokens.half() for tokens in encoded]).cpu().numpy()
 
 
-def extract(workload: Workload, kind: Kind) -> np.ndarray:
+def extract(workload: Workload, kind: FeatureKind) -> np.ndarray:
     """Extract the features of all images as an evaluation does, with an empty cache."""
     with TemporaryDirectory() as folder:
         cache = FeatureCache(folder, [workload.model], single_process(workload.model.device.type))
         return np.array(cache.rows(workload.model, workload.dataset, kind))
 
 
-def check(workload: Workload, views: list[torch.Tensor], name: str, kind: Kind) -> None:
+def check(workload: Workload, views: list[torch.Tensor], name: str, kind: FeatureKind) -> None:
     """Raise WrongResultError unless the extracted features of the first two batches equal those of the forward pass."""
-    samples = workload.dataset.samples[: 2 * EVALUATION_BATCH]
+    samples = workload.dataset.samples[: 2 * EVALUATION_BATCH_SIZE]
     first_batches = replace(workload, dataset=replace(workload.dataset, samples=samples))
     if not np.array_equal(extract(first_batches, kind), encode(workload.model, views[:2], kind)):
         raise WrongResultError(f"{name}: the features differ from the encoder's outputs for the same images")

@@ -42,7 +42,7 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit or provenance.commit(),
+        "commit": commit or provenance.current_commit(),
         # The original arguments include -m, which sys.argv does not. The interpreter's folder is left out.
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),

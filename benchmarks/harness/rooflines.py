@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.records import PASSES
 from iwm_fast.kernels.launch import Launch
-from iwm_fast.kernels.offline_compile import SHARED_LIMIT
+from iwm_fast.kernels.offline_compile import MAX_SHARED_BYTES
 
 H200_BYTES_PER_S = 4.3e12
 """Bandwidth of a device-to-device copy measured on an H200, counting bytes read and written."""
@@ -111,5 +111,5 @@ def programs_per_multiprocessor(registers: int, shared_bytes: int, num_warps: in
     """
     by_registers = _REGISTERS_PER_QUARTER // (32 * _round_up(max(registers, 1), 8))
     by_warps = 4 * min(by_registers, _WARPS_PER_QUARTER) // num_warps
-    by_shared = (SHARED_LIMIT[arch] + 1024) // (shared_bytes + 1024)
+    by_shared = (MAX_SHARED_BYTES[arch] + 1024) // (shared_bytes + 1024)
     return min(by_warps, by_shared, _MAX_PROGRAMS)

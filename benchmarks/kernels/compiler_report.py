@@ -19,7 +19,7 @@ from benchmarks.kernels.recompilation import NEW_LENGTHS
 from benchmarks.kernels.residual_norm import ROWS, WIDTHS
 from iwm_fast.kernels import residual_norm
 from iwm_fast.kernels.attention import op as ragged_attention
-from iwm_fast.kernels.attention.packed import Packed
+from iwm_fast.kernels.attention.packed import PackedQKV
 from iwm_fast.kernels.launch import IS_INTERPRETING, Launch
 from iwm_fast.kernels.offline_compile import compile_for, source_digest
 from iwm_fast.kernels.predictor_input import op as predictor_input
@@ -91,7 +91,7 @@ def record_kernel_count(session: Session, arch: int, head_dim: int) -> None:
 def dense_launches(arch: int, length: int, head_dim: int) -> dict[str, list[Launch]]:
     """Return attention's launches by pass for sequences of one length, on meta tensors."""
     qkv = torch.empty(length, 3, 1, head_dim, dtype=torch.bfloat16, device="meta")
-    packed, out, lse = Packed(qkv, None, length), qkv[:, 0], torch.empty(1, length, device="meta")
+    packed, out, lse = PackedQKV(qkv, None, length), qkv[:, 0], torch.empty(1, length, device="meta")
     return {
         FORWARD: ragged_attention.forward_launches(arch, packed, out, lse),
         BACKWARD: ragged_attention.backward_launches(arch, packed, out=out, lse=lse, d_out=out, d_qkv=qkv),

@@ -11,7 +11,7 @@ from benchmarks.harness.rooflines import conditioning_costs
 from benchmarks.harness.session import Case, Session
 from iwm_fast.kernels.ops import Ops
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex, packed_layout
-from iwm_fast.kernels.predictor_input.op import Mixer
+from iwm_fast.kernels.predictor_input.op import FeatureMixer
 from iwm_fast.pipelines.config import ViewConfig
 
 WIDTH = 384
@@ -88,7 +88,7 @@ def make_function(
     def assemble(context: Tensor, mask_token: Tensor, *parameters: Tensor) -> Tensor:
         # A single parameter holds the action tokens. Otherwise they are weights and biases of the mixer.
         is_sequence = len(parameters) == 1
-        tokens, mixer = (parameters[0], None) if is_sequence else (None, Mixer(action, *parameters))
+        tokens, mixer = (parameters[0], None) if is_sequence else (None, FeatureMixer(action, *parameters))
         with torch.autocast(device, torch.bfloat16, enabled=not exact):
             return ops.predictor_input(context, mask_token, positions, *rows, action_tokens=tokens, mixer=mixer)
 

@@ -19,16 +19,23 @@ from benchmarks.harness.records import BACKWARD, FORWARD, Record
 from benchmarks.harness.session import ROUNDING_ERROR, Case, Session, relative_error
 from benchmarks.kernels.attention_baselines import random_inputs
 from iwm_fast.kernels.attention import flash, short
-from iwm_fast.kernels.attention.flash import Cut, Tiles
+from iwm_fast.kernels.attention.flash import FlashConfig, TileConfig
 from iwm_fast.kernels.attention.op import backward_launches, forward_launches
-from iwm_fast.kernels.attention.packed import Packed
-from iwm_fast.kernels.attention.short import Group
-from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, compilable, interpretable, power_of_two_tiles
+from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.attention.short import ShortConfig
+from iwm_fast.kernels.launch import (
+    IS_INTERPRETING,
+    Launch,
+    architecture,
+    as_constexpr,
+    power_of_two_tiles,
+    upcast_for_interpreter,
+)
 
 SHORT_LENGTHS = (196, 256, 212)
 TILED_LENGTHS = (400, 320)
 HEAD_DIMS = (64, 32)
-TILES = [Tiles(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+TILES = [TileConfig(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
 """Candidates for long sequences."""
 SHIPPED = "shipped"
 _TILED_KERNELS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
@@ -37,7 +44,7 @@ _TILED_KERNELS = {"forward": FORWARD, "d_query": BACKWARD, "d_key": BACKWARD}
 class Buffers(NamedTuple):
     """The tensors of one problem."""
 
-    packed: Packed
+    packed: PackedQKV
     out: Tensor
     lse: Tensor
     d_out: Tensor
@@ -69,7 +76,7 @@ def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str,
         candidates = {name_group(group): short_launch(group, pass_, buffers) for group in candidate_groups(length)}
         shipped = shipped_launches(pass_, buffers)
     else:
-        cut = flash.cut_for(architecture(buffers.out.device), buffers.packed)
+        cut = flash.choose_config(architecture(buffers.out.device), buffers.packed)
         d_query = tiled_launch(cut.d_query, "d_query", buffers)
         # The d_key kernel reads the row sums ("delta") that the d_query kernel writes.
         d_query.run()
@@ -79,7 +86,7 @@ def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str,
     time_launches(session, case, pass_, candidates, shipped, buffers=buffers)
 
 
-def candidate_groups(length: int) -> list[Group]:
+def candidate_groups(length: int) -> list[ShortConfig]:
     """Return groups for one length: all combinations of key splits, queries per tile, warps and stages."""
     splits = dict.fromkeys(
         (
@@ -91,16 +98,16 @@ def candidate_groups(length: int) -> list[Group]:
             (64,) * triton.cdiv(length, 64),
         )
     )
-    return [Group((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
+    return [ShortConfig((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
 
 
-def name_group(group: Group) -> str:
+def name_group(group: ShortConfig) -> str:
     """Return the name of a group in the tables."""
     split = "+".join(map(str, group.key_splits[-1]))
     return f"{split} q{group.num_queries} w{group.num_warps} s{group.num_stages}"
 
 
-def name_tiles(tiles: Tiles) -> str:
+def name_tiles(tiles: TileConfig) -> str:
     """Return the name of tiles in the tables."""
     return f"{tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages}"
 
@@ -108,9 +115,9 @@ def name_tiles(tiles: Tiles) -> str:
 def prepare_buffers(images: int, length: int, heads: tuple[int, int], device: str) -> Buffers:
     """Return random inputs, with the outputs of the shipped forward launches."""
     qkv, d_out = random_inputs(images * length, *heads, device)
-    qkv, d_out = interpretable(qkv.detach()), interpretable(d_out)
+    qkv, d_out = upcast_for_interpreter(qkv.detach()), upcast_for_interpreter(d_out)
     out, lse = torch.empty_like(d_out), torch.empty(heads[0], images * length, device=device)
-    buffers = Buffers(Packed(qkv, None, length), out, lse, d_out, torch.empty_like(qkv))
+    buffers = Buffers(PackedQKV(qkv, None, length), out, lse, d_out, torch.empty_like(qkv))
     for launch in shipped_launches(FORWARD, buffers):
         launch.run()
     return buffers
@@ -124,16 +131,16 @@ def shipped_launches(pass_: str, buffers: Buffers) -> list[Launch]:
     return backward_launches(arch, buffers.packed, **buffers.backward)
 
 
-def short_launch(group: Group, pass_: str, buffers: Buffers) -> Launch:
+def short_launch(group: ShortConfig, pass_: str, buffers: Buffers) -> Launch:
     """Return the launch of a pass for sequences that fit into a group."""
     if pass_ == FORWARD:
         return short.forward_launches((group,), buffers.packed, buffers.out, buffers.lse)[0]
     return short.backward_launches((group,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
 
 
-def tiled_launch(tiles: Tiles, kernel: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
+def tiled_launch(tiles: TileConfig, kernel: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
     """Return the launch of a tiled kernel, with arguments that it shares with other launches."""
-    cut = Cut(tiles, tiles, tiles)
+    cut = FlashConfig(tiles, tiles, tiles)
     if kernel == "forward":
         launch = flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
     else:
@@ -187,7 +194,9 @@ def compile_all(launches: Sequence[Launch]) -> None:
 
 def compile_launch(launch: Launch) -> Any:
     """Return the compiled kernel of a launch without running it."""
-    return launch.kernel.warmup(**launch.arguments, **compilable(launch.constants), **launch.options, grid=launch.grid)
+    return launch.kernel.warmup(
+        **launch.arguments, **as_constexpr(launch.constants), **launch.options, grid=launch.grid
+    )
 
 
 def spills(launch: Launch) -> bool:

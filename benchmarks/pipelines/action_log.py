@@ -34,7 +34,7 @@ def run(session: Session, workload: Workload, num_rows: int = NUM_ROWS) -> None:
         begin, cpu_begin = time.perf_counter(), time.process_time()
         for batch in batches:
             log.add(batch)
-        log.close_part()
+        log.publish()
         wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
         log.close()
         size = sum(path.stat().st_size for path in Path(folder).glob("*.parquet"))

@@ -15,10 +15,10 @@ from iwm_fast.pipelines.transforms.dali_graph import (
     GraphSettings,
     crop_window_nodes,
     decode_window,
-    fed,
     gray_mean_nodes,
+    input_nodes,
     recolor_nodes,
-    to_square,
+    resize_to_square,
 )
 from iwm_fast.pipelines.transforms.parameters import Draws, blur_radius, color_matrix, gray_gain
 
@@ -67,9 +67,9 @@ def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:
     The inputs are encoded images and, for "crop", crop parameters.
     """
     inputs = {"encoded": (types.UINT8, 1)} | ({} if stage == "decode" else {"crop": (types.FLOAT, 1)})
-    graph = Pipeline(**settings.of_pipeline)
+    graph = Pipeline(**settings.pipeline_arguments)
     with graph:
-        data = fed(inputs, feed)
+        data = input_nodes(inputs, feed)
         if stage == "decode":
             device = "cpu" if settings.device_id is None else "mixed"
             graph.set_outputs(fn.decoders.image(data["encoded"], device=device))
@@ -81,7 +81,7 @@ def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:
 
 def _crop_nodes(data: dict[str, Any], settings: GraphSettings) -> Any:
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    return to_square(decode_window(data["encoded"], window, settings), settings.views.size)
+    return resize_to_square(decode_window(data["encoded"], window, settings), settings.views.size)
 
 
 def run_forever(graph: Pipeline) -> Generator[Any]:
@@ -104,10 +104,10 @@ def neutral_parameters(draws: Draws) -> tuple[np.ndarray, ...]:
 
 def neutral_graph(settings: GraphSettings, feed: Feed) -> Pipeline:
     """Build our graph so that all operations are executed for all samples."""
-    graph = Pipeline(**settings.of_pipeline)
+    graph = Pipeline(**settings.pipeline_arguments)
     is_gpu = settings.device_id is not None
     with graph:
-        data = fed(_NEUTRAL, feed)
+        data = input_nodes(_NEUTRAL, feed)
         crop = fn.flip(_crop_nodes(data, settings), horizontal=data["flip"])
         gray = gray_mean_nodes(crop, is_gpu=is_gpu)
         gains = [data["target_gain"], data["source_gain"]]

@@ -15,7 +15,7 @@ from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import Failure, first_line, interleaved_rounds, percentiles
 from benchmarks.train_step.engines import EngineConfigs, Training, allocated_bytes
 from benchmarks.train_step.workload import StepWorkload
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.monitoring.throughput import build_throughput_meter
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime.distributed import RankInfo
@@ -53,7 +53,7 @@ def run_round(
     step_s = (time.perf_counter() - begin) / steps
     peak = torch.cuda.max_memory_allocated(rank_info.device) - initial_bytes if is_on_gpu else 0
     times_s = [report.timer.seconds() for report in reports]
-    return StepRound(step_s, {part: statistics.fmean(times[part] for times in times_s) for part in PARTS}, peak)
+    return StepRound(step_s, {part: statistics.fmean(times[part] for times in times_s) for part in PHASES}, peak)
 
 
 class Comparison(NamedTuple):
@@ -138,7 +138,7 @@ def record(
 def part_figures(rounds: Sequence[StepRound]) -> dict[str, float]:
     """Return medians over rounds: milliseconds of each part, and the shares of the step that have goals."""
     figures = {}
-    for part in PARTS:
+    for part in PHASES:
         figures[f"{part}_ms"] = round(1e3 * statistics.median(step_round.parts[part] for step_round in rounds), 3)
     for part in ("wait", "teacher_update"):
         share = statistics.median(step_round.parts[part] / step_round.step_s for step_round in rounds)

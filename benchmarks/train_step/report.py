@@ -6,7 +6,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.goals import Goal, Metric, goal_table
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import Column, figure, record_table, shape, time
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 
 STEP, LOADING = "training step", "training step with its loader"
 
@@ -64,7 +64,7 @@ def _provider(record: Record) -> str:
 def parts(timed: Sequence[Record]) -> str:
     """Return a table of the milliseconds of each part of a step, and the shares of the step that have goals."""
     columns: dict[str, Column] = {"ranks": shape("ranks"), "provider": _provider}
-    columns |= {part.replace("_", " "): figure(f"{part}_ms", ".2f") for part in PARTS}
+    columns |= {part.replace("_", " "): figure(f"{part}_ms", ".2f") for part in PHASES}
     columns["wait, %"] = figure("wait_percent", ".2f")
     columns["teacher update, %"] = figure("teacher_update_percent", ".2f")
     return record_table(timed, columns)

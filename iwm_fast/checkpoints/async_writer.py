@@ -12,7 +12,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.engines.portable_state import copy_to_cpu
-from iwm_fast.pipelines.storage.atomic import remove, remove_leftovers
+from iwm_fast.pipelines.storage.atomic import remove_folder, remove_unfinished
 from iwm_fast.runtime.distributed import RankInfo, any_rank
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class CheckpointWriter:
             CheckpointError: on every rank, if an earlier checkpoint could not be written.
         """
         self.wait()
-        folder = checkpoints.folder_of(self._run_folder, step)
+        folder = checkpoints.checkpoint_folder(self._run_folder, step)
         if self._rank_info.rank == 0:
             checkpoint = Checkpoint(
                 folder=folder,
@@ -91,7 +91,7 @@ class CheckpointWriter:
         self.close()
         # Without this vote, rank 0 would raise alone and the other ranks would wait for it in the next step.
         if any_rank([self.has_failed], self._rank_info.device)[0]:
-            folder = checkpoints.folder_of(self._run_folder, self.last_step)
+            folder = checkpoints.checkpoint_folder(self._run_folder, self.last_step)
             raise CheckpointError(
                 f"rank 0 could not write {folder}: {self._failure or 'see its message'}; earlier checkpoints are "
                 "complete: free space there, or lower output.keep_last, and continue with resume=auto"
@@ -111,11 +111,13 @@ class CheckpointWriter:
         try:
             # A killed process leaves its unfinished folder. The lock on the run folder ensures that no other process is
             # still writing it.
-            remove_leftovers(checkpoint.folder.parent)
+            remove_unfinished(checkpoint.folder.parent)
             checkpoints.write(checkpoint, self._config)
             # Only after the new checkpoint is on the disk, so that at every moment a complete one exists.
-            for folder in checkpoints_to_delete(checkpoints.step_folders(self._run_folder), self._config.output):
-                remove(folder)
+            for folder in checkpoints_to_delete(
+                checkpoints.list_checkpoint_folders(self._run_folder), self._config.output
+            ):
+                remove_folder(folder)
         # An exception would end with the thread; wait() raises it on every rank instead.
         except Exception as error:
             self._failure = error
@@ -127,4 +129,4 @@ def checkpoints_to_delete(folders: list[Path], config: OutputConfig) -> list[Pat
     """Return which checkpoint folders of a run, in order of step, `output.keep_last` and `keep_every` do not keep."""
     keep_every = config.keep_every
     old = folders[: -config.keep_last]
-    return [folder for folder in old if keep_every is None or checkpoints.step_of(folder) % keep_every]
+    return [folder for folder in old if keep_every is None or checkpoints.parse_step(folder) % keep_every]

@@ -30,7 +30,7 @@ from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
-from iwm_fast.pipelines.storage.atomic import publish, save_json
+from iwm_fast.pipelines.storage.atomic import write_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,10 @@ def write(checkpoint: Checkpoint, config: RunConfig) -> None:
     state = {"format": FORMAT} | {name: getattr(checkpoint, name) for name in _STATE_ENTRIES}
     writers = {
         MODEL: lambda path: _save_tensors(tensors, path),
-        STATE: lambda path: save_json(state, path),
+        STATE: lambda path: write_json(state, path),
         CONFIG: lambda path: save_config(config, path),
     }
-    publish(checkpoint.folder, writers)
+    write_folder(checkpoint.folder, writers)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -120,26 +120,26 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def folder_of(run_folder: Path, step: int) -> Path:
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
     """Return the folder of a run's checkpoint of a step, whether it exists or not."""
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def parse_step(folder: Path) -> int:
     """Return the step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 
-def step_folders(run_folder: Path) -> list[Path]:
+def list_checkpoint_folders(run_folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints in order of step, without checking that they are undamaged."""
     paths = (run_folder / "checkpoints").glob("step-*")
     # The pattern excludes folders that were set aside, such as step-00001000.refused.
-    return sorted((path for path in paths if _FOLDER_NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in paths if _FOLDER_NAME.fullmatch(path.name)), key=parse_step)
 
 
-def newest(run_folder: Path) -> Path | None:
+def find_newest_folder(run_folder: Path) -> Path | None:
     """Return the folder of a run's newest checkpoint, None if it has none, without checking that it is undamaged."""
-    folders = step_folders(run_folder)
+    folders = list_checkpoint_folders(run_folder)
     return folders[-1] if folders else None
 
 
@@ -153,7 +153,7 @@ def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, Checkpo
         CheckpointError: if there are checkpoints but all are damaged, naming all.
     """
     refused: dict[Path, CheckpointError] = {}
-    for folder in reversed(step_folders(run_folder)):
+    for folder in reversed(list_checkpoint_folders(run_folder)):
         try:
             return read(folder), refused
         except CheckpointError as error:
@@ -200,12 +200,12 @@ def read_chosen(folder: Path, checkpoint: int | str | Path | None = None) -> Che
 
 def _find(run_folder: Path, checkpoint: str) -> Path:
     """Return the folder of a run's checkpoint that is given by its step, its path or its name."""
-    folders = step_folders(run_folder)
+    folders = list_checkpoint_folders(run_folder)
     for folder in folders:
         is_same_path = Path(checkpoint).resolve() == folder.resolve()
-        if is_same_path or checkpoint in (str(step_of(folder)), folder.name):
+        if is_same_path or checkpoint in (str(parse_step(folder)), folder.name):
             return folder
-    steps = ", ".join(str(step_of(folder)) for folder in folders) or "none yet"
+    steps = ", ".join(str(parse_step(folder)) for folder in folders) or "none yet"
     raise FileNotFoundError(
         f"checkpoint must be a step of which {str(run_folder)!r} has a checkpoint ({steps}), or the folder of one, "
         f"got {checkpoint!r}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from iwm_fast.pipelines.storage.atomic import verify
+from iwm_fast.pipelines.storage.atomic import verify_manifest
 
 
 class CheckpointError(Exception):
@@ -16,6 +16,6 @@ def require_undamaged(folder: Path, names: tuple[str, ...]) -> None:
         CheckpointError: naming the first file that is missing or differs.
     """
     try:
-        verify(folder, names)
+        verify_manifest(folder, names)
     except OSError as error:
         raise CheckpointError(f"{error}: it is damaged; the run's other checkpoints may be complete") from error

@@ -29,12 +29,12 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.model_card import model_card
 from iwm_fast.config.commands import ExportConfig
-from iwm_fast.config.loading import build, load_config, to_tree
+from iwm_fast.config.loading import build, config_to_dict, load_config
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.storage.atomic import publish, save_json
-from iwm_fast.pipelines.transforms.action import action_difference
+from iwm_fast.pipelines.storage.atomic import write_folder, write_json
+from iwm_fast.pipelines.transforms.action import change_from_action
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
 FORMAT = 2
@@ -93,19 +93,19 @@ def export(config: ExportConfig) -> Path:
         ENCODER: lambda path: save_file(saved.teacher_state, path, metadata={"format": "pt"}),
         TRAINED_ENCODER: lambda path: save_file(trained, path, metadata={"format": "pt"}),
         PREDICTOR: lambda path: save_file(saved.weights("predictor."), path, metadata={"format": "pt"}),
-        TIMM_CONFIG: lambda path: save_json(timm_config(run_config.model.encoder, run_config.views.size), path),
-        DESCRIPTION: lambda path: save_json(description, path),
+        TIMM_CONFIG: lambda path: write_json(timm_config(run_config.model.encoder, run_config.views.size), path),
+        DESCRIPTION: lambda path: write_json(description, path),
         CARD: lambda path: path.write_text(card, encoding="utf-8"),
     }
     if description["predictor"] is None:
         del writers[PREDICTOR]
-    publish(Path(config.to), writers)
+    write_folder(Path(config.to), writers)
     return Path(config.to)
 
 
 def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
     """Return the content of an export's iwm.json."""
-    tree = to_tree(config)
+    tree = config_to_dict(config)
     weights = {"encoder": saved.weights("encoder."), "predictor": saved.weights("predictor.")}
     return {
         "format": FORMAT,
@@ -161,7 +161,7 @@ def timm_config(config: EncoderConfig, image_size: int) -> dict[str, Any]:
 def describe_action_entries(views: ViewConfig) -> list[dict[str, Any]]:
     """Return the name of each entry of the action vector, in order, and the meaning of a value of 1."""
     ones = np.ones((1, len(views.entries)), np.float32)
-    differences = action_difference(ones, views)
+    differences = change_from_action(ones, views)
     return [{"name": name, "one_means": _describe_one(name, float(scale[0]))} for name, scale in differences.items()]
 
 

@@ -51,7 +51,9 @@ class PretrainedWeights:
 
 def is_fresh_start(config: RunConfig) -> bool:
     """Return whether rank 0 finds no checkpoint to resume from. Collective: every rank must call it."""
-    return distributed.broadcast_from_rank_zero(lambda: checkpoints.newest(Path(config.output.folder)) is None)
+    return distributed.broadcast_from_rank_zero(
+        lambda: checkpoints.find_newest_folder(Path(config.output.folder)) is None
+    )
 
 
 def initialize_from(config: RunConfig, student: Student) -> None:
@@ -67,7 +69,7 @@ def initialize_from(config: RunConfig, student: Student) -> None:
     """
     if not config.init_from or not is_fresh_start(config):
         return
-    source = read_source(config, student)
+    source = read_pretrained_weights(config, student)
     # The encoder keeps its own positions, which follow from its grid.
     student.encoder.load_state_dict(source.encoder | {_POSITIONS: student.encoder.pos_embed})
     if source.predictor:
@@ -76,7 +78,7 @@ def initialize_from(config: RunConfig, student: Student) -> None:
         log.info("init_from: %s", remark)
 
 
-def read_source(config: RunConfig, student: Student) -> PretrainedWeights:
+def read_pretrained_weights(config: RunConfig, student: Student) -> PretrainedWeights:
     """Read the weights that `init_from` names and check that they fit a student, which may be on the meta device.
 
     Raises:
@@ -128,7 +130,7 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedW
         source_config, encoder, predictor = exported.config, exported.encoder_state, exported.predictor_state
         step = exported.step
     else:
-        if not checkpoints.is_checkpoint(path) and not checkpoints.step_folders(path):
+        if not checkpoints.is_checkpoint(path) and not checkpoints.list_checkpoint_folders(path):
             raise FileNotFoundError(
                 f"init_from = {str(path)!r} holds neither an export nor a run with a checkpoint; name one that does"
             )

@@ -17,7 +17,7 @@ from torch import nn
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.checkpoints.pretrained import read_source
+from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.fingerprint import fingerprint
@@ -25,12 +25,12 @@ from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
-from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, patch_counts, peak_of, training_flops
+from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, patch_counts, training_flops
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.training.loaders import open_training_shards
-from iwm_fast.training.resume import stream_start
+from iwm_fast.training.resume import find_stream_start
 from iwm_fast.training.schedules import total_steps
 
 # A rule of thumb for the share of a GPU's peak that training reaches if the loader keeps up.
@@ -218,7 +218,7 @@ def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
     if saved is None:
         report.add("run folder", "holds no checkpoint; training starts at step 0")
         return
-    start = stream_start(saved, config, current, shards.num_samples)
+    start = find_stream_start(saved, config, current, shards.num_samples)
     last = total_steps(config.optim, shards.num_samples, start)
     remaining = f"{last - saved.step:,} steps, to step {last:,}" if saved.step < last else "none, the run is finished"
     report.add("remaining", remaining)
@@ -235,8 +235,8 @@ def _report_networks(report: Report, config: RunConfig) -> Student:
     ratio = _num_parameters(student.predictor) / _num_parameters(student.encoder)
     report.add("predictor / encoder", f"{ratio:.2f} of the parameters; summaries of the paper advise about 0.3")
     # A run that resumes loads the weights of its own checkpoint and never reads init_from.
-    if config.init_from and checkpoints.newest(Path(config.output.folder)) is None:
-        source = report.collect("init_from", lambda: read_source(config, student))
+    if config.init_from and checkpoints.find_newest_folder(Path(config.output.folder)) is None:
+        source = report.collect("init_from", lambda: read_pretrained_weights(config, student))
         if source is not None:
             report.add("init_from", "\n".join(source.remarks))
     return student
@@ -266,8 +266,8 @@ def _estimate_time(config: RunConfig, request: CheckConfig, num_samples: int) ->
         hours = images / request.images_per_s / 3600
         return f"{_format_hours(hours)} at {request.images_per_s:g} images/s; {hours * ranks:,.3g} GPU-hours"
     local_gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    name = request.gpu or (local_gpu if peak_of(local_gpu) else "H100")
-    peak = peak_of(name, config.optim.precision)
+    name = request.gpu or (local_gpu if gpu_peak_flops(local_gpu) else "H100")
+    peak = gpu_peak_flops(name, config.optim.precision)
     if peak is None and request.gpu_memory_gb is None:
         raise ValueError(f"gpu must be {KNOWN_GPUS}, got {name!r}; or set gpu_memory_gb and images_per_s")
     if peak is None:

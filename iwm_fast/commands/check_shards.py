@@ -8,7 +8,7 @@ from rich.progress import track
 from rich.table import Table
 
 from iwm_fast.pipelines.storage.shard_set import find_shards
-from iwm_fast.pipelines.validate import ShardReport, validate
+from iwm_fast.pipelines.validate import ShardReport, validate_shards
 
 # A broken download can damage thousands of samples. After this many lines of one kind, only their number is printed.
 _MAX_LINES = 20
@@ -24,8 +24,10 @@ def check_shards(spec: str, num_processes: int | None = None) -> None:
     """
     console = Console()
     paths = find_shards(spec)
-    # `validate` yields a report as soon as its shard is done, so the progress bar advances shard by shard.
-    reports = list(track(validate(paths, num_processes), "checking", total=len(paths), console=console, transient=True))
+    # `validate_shards` yields a report as soon as its shard is done, so the progress bar advances shard by shard.
+    reports = list(
+        track(validate_shards(paths, num_processes), "checking", total=len(paths), console=console, transient=True)
+    )
     console.print(_summary_table(reports))
     bad = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
     refusals = [report.refusal for report in reports if report.refusal]
@@ -58,8 +60,8 @@ def _warnings(reports: list[ShardReport]) -> list[str]:
                 text = f"has no .json, unlike other samples; it is the first of {missing} in this shard"
                 warnings.append(f"{report.path}:{report.first_without_json} {text}")
     for report in reports:
-        if report.no_masks:
-            first, count = report.no_masks[0], len(report.no_masks)
+        if report.invalid_masks:
+            first, count = report.invalid_masks[0], len(report.invalid_masks)
             text = f"has a PNG that is no segmentation map; it is the first of {count} in this shard"
             warnings.append(f"{report.path}:{first.key} {text}: {first.reason}")
     return warnings

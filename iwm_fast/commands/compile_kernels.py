@@ -8,7 +8,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.launch import cache_folder
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.runtime import distributed
@@ -18,7 +18,7 @@ from iwm_fast.training.teacher import Teacher
 NUM_IMAGES = 2
 
 
-def warm_up(config: RunConfig) -> str:
+def compile_kernels(config: RunConfig) -> str:
     """Run one forward and backward pass of the run's networks on random images and return a message for the user.
 
     All patches are both context and target. No batch of the run has longer sequences, so training compiles nothing
@@ -28,11 +28,13 @@ def warm_up(config: RunConfig) -> str:
         ValueError: if `runtime.ops` is not fused, as such a run compiles no kernels.
         RuntimeError: if there is no GPU and the kernels are not interpreted.
     """
-    check(config.runtime.ops == "fused", "runtime.ops", config.runtime.ops, "be fused, as only fused ops are compiled")
+    require(
+        config.runtime.ops == "fused", "runtime.ops", config.runtime.ops, "be fused, as only fused ops are compiled"
+    )
     device = distributed.choose_device(config.runtime.device)
     start = time.perf_counter()
     student = build_student(config, choose_ops(config, device)).to(device)
-    batch = noise(config, device)
+    batch = random_batch(config, device)
     prediction = student(batch)
     # Any scalar that depends on all outputs compiles the backward kernels.
     prediction.predicted_tokens.square().sum().backward()
@@ -43,7 +45,7 @@ def warm_up(config: RunConfig) -> str:
     return f"kernels of this run are in {cache_folder()}; this took {time.perf_counter() - start:.1f} s"
 
 
-def noise(config: RunConfig, device: torch.device) -> Batch:
+def random_batch(config: RunConfig, device: torch.device) -> Batch:
     """Return a batch of random images and actions in the shapes of the run; all patches are both context and target."""
     size = config.views.size
     patches = all_patches(NUM_IMAGES, config.grid**2).to(device)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.commands.show_batch import show
+from iwm_fast.commands.show_batch import show_batch
 from iwm_fast.config.evaluation import ImagineConfig, KnnConfig, MrrConfig
-from iwm_fast.config.fingerprint import digest, fingerprint
+from iwm_fast.config.fingerprint import fingerprint, fingerprint_digest
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
@@ -28,7 +28,7 @@ from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.demo_data import write_demo_shards
-from iwm_fast.runtime.provenance import commit
+from iwm_fast.runtime.provenance import current_commit
 from iwm_fast.training.loaders import open_training_shards
 
 CONFIG = CONFIGS / "demo.yaml"
@@ -46,12 +46,12 @@ def demo(overrides: Sequence[str]) -> None:
     config = load_config(CONFIG, overrides)
     folder = Path(config.output.folder)
     write_demo_shards(Path(config.data.train).parent)
-    identity = digest(fingerprint(config, open_training_shards(config.data).content_digest))
+    identity = fingerprint_digest(fingerprint(config, open_training_shards(config.data).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:
         train_with_deepspeed(overrides)
         _announce(1, "pictures of training samples")
-        show(config)
+        show_batch(config)
         summary = summarize_run(config, identity)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print(summary_table(summary, folder))
@@ -116,7 +116,7 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         "picture": str(picture),
         "step": result.step,
         "settings": identity,
-        "commit": commit(),
+        "commit": current_commit(),
         "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
     }
 
@@ -145,7 +145,7 @@ def training_speed(run: str) -> dict[str, float]:
 
 def read_summary(folder: Path, identity: str) -> dict[str, Any] | None:
     """Return the summary of an earlier demo, or None if it belongs to other settings or an older checkpoint."""
-    path, newest = folder / "summary.json", checkpoints.newest(folder)
+    path, newest = folder / "summary.json", checkpoints.find_newest_folder(folder)
     if not path.is_file() or newest is None:
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from torch import Tensor, cat
 
 from iwm_fast import world_model
 from iwm_fast.config.commands import EmbedConfig
-from iwm_fast.monitoring.evaluation_progress import follow
+from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.runtime.distributed import single_process
@@ -115,9 +115,9 @@ def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
     """Yield the rows of image files, named by their paths in the folder."""
     source = Path(config.images)
     paths, root = ([source], source.parent) if source.is_file() else (_image_files(source), source)
-    batches = [paths[first : first + _BATCH_SIZE] for first in range(0, len(paths), _BATCH_SIZE)]
+    evaluation_batches = [paths[first : first + _BATCH_SIZE] for first in range(0, len(paths), _BATCH_SIZE)]
     with ThreadPoolExecutor(thread_name_prefix="images") as pool:
-        for batch in follow(batches, len(batches), "batches encoded"):
+        for batch in track_progress(evaluation_batches, len(evaluation_batches), "batches encoded"):
             views = list(pool.map(lambda path: _read(model, path), batch))
             names = [
                 path.relative_to(root).as_posix() for path, view in zip(batch, views, strict=True) if view is not None
@@ -149,13 +149,13 @@ def _read(model: WorldModel, path: Path) -> Float[Tensor, "1 3 H W"] | None:
 def _shard_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
     """Yield the rows of the samples of shards, named by their keys."""
     # Imported here, because image files need none of the packages that shards need.
-    from iwm_fast.evals.datasets import batches, validation_shards  # noqa: PLC0415
-    from iwm_fast.training.loaders import EVALUATION_BATCH  # noqa: PLC0415
+    from iwm_fast.evals.datasets import evaluation_batches, validation_shards  # noqa: PLC0415
+    from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE  # noqa: PLC0415
 
     shards = validation_shards(model, config.data)
     labels = _labels(shards, config.data.label)
-    loaded = batches(model, shards, np.arange(shards.num_samples), leaves_out_bad_samples=True)
-    for batch in follow(loaded, math.ceil(shards.num_samples / EVALUATION_BATCH), "batches encoded"):
+    loaded = evaluation_batches(model, shards, np.arange(shards.num_samples), leaves_out_bad_samples=True)
+    for batch in track_progress(loaded, math.ceil(shards.num_samples / EVALUATION_BATCH_SIZE), "batches encoded"):
         # Another sample replaces one that cannot be decoded.
         is_good = batch.sample == batch.scheduled_sample
         samples = batch.sample[is_good].tolist()
@@ -198,13 +198,13 @@ def _write_parquet(path: Path, rows: _CountedRows, shape: tuple[int, ...], metad
 
 def _write_npz(path: Path, rows: _CountedRows, shape: tuple[int, ...], metadata: dict[str, Any]) -> None:
     """Write arrays by name: the columns, and feature as (images, dim) or (images, patches, dim)."""
-    batches = list(rows)
-    columns: dict[str, Any] = {name: [] for name in batches[0].columns}
-    for batch in batches:
+    evaluation_batches = list(rows)
+    columns: dict[str, Any] = {name: [] for name in evaluation_batches[0].columns}
+    for batch in evaluation_batches:
         for name, values in batch.columns.items():
             # NumPy could store None only as a pickle.
             columns[name] += [-1 if value is None else value for value in values]
-    feature = np.concatenate([batch.feature for batch in batches]).reshape(-1, *shape)
+    feature = np.concatenate([batch.feature for batch in evaluation_batches]).reshape(-1, *shape)
     arrays: dict[str, Any] = metadata | columns | {"feature": feature}
     # Given a path, NumPy would append .npz to the name of the temporary file.
     with path.open("wb") as file:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from iwm_fast.config.loading import iter_settings, load_config, to_tree
+from iwm_fast.config.loading import config_to_dict, iter_settings, load_config
 from iwm_fast.config.named_configs import find_config, named_configs
 from iwm_fast.config.run import RunConfig
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 # The settings that users change first, in the order of the file.
 _SETTINGS = (
@@ -39,10 +39,10 @@ def write_starter(name: str, path: Path) -> Path:
         FileExistsError: if the file exists.
         ValueError: if the file does not end with .yaml.
     """
-    check(path.suffix == ".yaml", "the file to write", str(path), "end with .yaml")
+    require(path.suffix == ".yaml", "the file to write", str(path), "end with .yaml")
     # Raises with the list of names if there is no such configuration.
     find_config(name)
-    check(name in named_configs(), "the base", name, "be a name that `iwm configs` lists; copy a file instead")
+    require(name in named_configs(), "the base", name, "be a name that `iwm configs` lists; copy a file instead")
     text = _starter(name, path)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ def write_starter(name: str, path: Path) -> Path:
 
 def _starter(name: str, path: Path) -> str:
     config = load_config(name)
-    values = to_tree(config)
+    values = config_to_dict(config)
     values["output"]["folder"] = f"runs/{path.stem}"
     values["data"] |= {
         "train": config.data.train or "shards/train-{000000..000099}.tar",

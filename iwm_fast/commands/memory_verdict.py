@@ -8,7 +8,7 @@ from rich.table import Table
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.flops import PatchCounts, memory_gb_of
-from iwm_fast.monitoring.memory_estimate import STAGES, MemoryEstimate, estimate_memory, largest_micro_batch
+from iwm_fast.monitoring.memory_estimate import ZERO_STAGES, MemoryEstimate, estimate_memory, largest_micro_batch
 
 _BYTES_PER_GB = 1e9
 _PURPOSES = ("weights", "gradients", "adam", "teacher", "bf16_copies", "activations", "workspace", "overhead", "margin")
@@ -103,7 +103,7 @@ class MemoryVerdict:
         runtime = self.config.runtime
         # Smaller micro-batches cost least, then recomputation; higher stages cost communication and gain least.
         # RuntimeConfig refuses torch.compile at stage 3.
-        stages = [stage for stage in STAGES if stage >= self.stage and not (stage == 3 and runtime.compile)]
+        stages = [stage for stage in ZERO_STAGES if stage >= self.stage and not (stage == 3 and runtime.compile)]
         for stage in stages:
             for checkpoints_activations in sorted({runtime.activation_checkpointing, True}):
                 size = self.largest_micro_batch(stage, checkpoints_activations)
@@ -134,17 +134,17 @@ class MemoryVerdict:
         """Return the estimates of all stages, and the largest micro-batches that fit."""
         title = f"memory with micro-batches of {self.micro_batch_size:,} images (this run's)"
         table = Table("GB per GPU, estimated", title=title, caption=_CAPTION)
-        for stage in STAGES:
+        for stage in ZERO_STAGES:
             mark = "\nthis run" if stage == self.stage else ""
             table.add_column(f"ZeRO {stage}{mark}", justify="right")
-        estimates = [self.estimate(stage, False) for stage in STAGES]
+        estimates = [self.estimate(stage, False) for stage in ZERO_STAGES]
         for name in _PURPOSES:
             table.add_row(name.replace("_", " "), *(_format_gb(getattr(estimate, name)) for estimate in estimates))
         for checkpoints_activations in (False, True):
             table.add_section()
             is_current = checkpoints_activations == self.config.runtime.activation_checkpointing
             name = "total with activation checkpointing" if checkpoints_activations else "total"
-            totals = [self.estimate(stage, checkpoints_activations).total for stage in STAGES]
+            totals = [self.estimate(stage, checkpoints_activations).total for stage in ZERO_STAGES]
             table.add_row(
                 f"{name}{' (this run)' if is_current else ''}",
                 *(_format_gb(total) for total in totals),
@@ -156,7 +156,7 @@ class MemoryVerdict:
             table.add_row(
                 f"fits in {size / _BYTES_PER_GB:.3g} GB", *("yes" if total <= size else "no" for total in totals)
             )
-            sizes = (self.largest_micro_batch(stage, checkpoints_activations) for stage in STAGES)
+            sizes = (self.largest_micro_batch(stage, checkpoints_activations) for stage in ZERO_STAGES)
             table.add_row(
                 "largest runtime.micro_batch_size", *("none" if size is None else f"{size:,}" for size in sizes)
             )

@@ -17,12 +17,12 @@ from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, 
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
 from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_metadata, to_valid_unicode
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig, LoaderConfig, check
+from iwm_fast.pipelines.config import DataConfig, LoaderConfig, require
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.rendering.image_grid import Panel, save_sheet
+from iwm_fast.rendering.image_grid import Panel, save_image_grid
 from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.training.loaders import open_training_shards
 
@@ -30,7 +30,7 @@ from iwm_fast.training.loaders import open_training_shards
 _NUM_IMAGES = 8
 
 
-def replay(config: ReplayConfig) -> Path:
+def replay_step(config: ReplayConfig) -> Path:
     """Render the views of a step again, write them as a picture or as tensors, and return the path of the file.
 
     Raises:
@@ -46,7 +46,7 @@ def replay(config: ReplayConfig) -> Path:
     rows = read_step(folder, config.step or 0)
     # Settings come from the log and not from the run's config.yaml, which a later restart may have changed.
     metadata = read_metadata(rows.schema)
-    check(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
+    require(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
     rows = rows.slice(config.first_slot, config.num_images or (_NUM_IMAGES if config.format == "png" else None))
     shards = open_training_shards(DataConfig(train=config.shards or metadata.shards, max_samples=metadata.max_samples))
     require_same_samples(rows, metadata, shards)
@@ -87,7 +87,7 @@ def require_same_samples(rows: pa.Table, metadata: LogMetadata, shards: ShardSet
                 f"slot {slot} had sample {sample} ({key!r} of {path}), "
                 f"but there are only {shards.num_samples} samples now; {remedy}"
             )
-        current = shards.where(sample)
+        current = shards.shard_and_key(sample)
         current_key, current_path = to_valid_unicode(current["key"]), to_valid_unicode(current["shard"])
         # Folders are not compared, as the shards may have been moved.
         if (current_key, PurePath(current_path).name) != (key, PurePath(path).name):
@@ -134,7 +134,7 @@ def _require_equal_to_log(batch: Batch, rows: pa.Table) -> None:
 
 def _save_picture(path: Path, batches: Iterable[Batch], metadata: LogMetadata, title: str) -> None:
     columns = [column for batch in batches for column in _columns(batch, metadata)]
-    save_sheet(path, ("source view", "target view"), list(zip(*columns, strict=True)), title)
+    save_image_grid(path, ("source view", "target view"), list(zip(*columns, strict=True)), title)
 
 
 def _columns(batch: Batch, metadata: LogMetadata) -> Iterator[tuple[Panel, Panel]]:

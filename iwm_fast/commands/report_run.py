@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import load_run_config, to_tree
+from iwm_fast.config.loading import config_to_dict, load_run_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.rendering.charts import draw_line_chart, draw_waterfall_chart
-from iwm_fast.rendering.html import card, embedded_png, escape, folded, page, section, table, tiles
+from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.run_status import read_status
 
 # One line chart each: title, label of the y axis, and the metrics it shows, as legend label -> name in metrics.jsonl.
@@ -48,7 +48,7 @@ def write_run_report(run: Path) -> Path:
     """
     config = load_run_config(run)
     rows, results = read_metrics(run), [read_result(path) for path in sorted(run.glob("evaluations/*.json"))]
-    parts = [f"<h1>{escape(run.name)}</h1>", _run_summary(run), tiles(_headline_numbers(rows, results))]
+    parts = [f"<h1>{escape(run.name)}</h1>", _run_summary(run), metric_tiles(_headline_numbers(rows, results))]
     if rows:
         charts = '<div class="grid">' + "".join(_line_charts(rows)) + "</div>"
         parts += [section("Training curves", charts), _step_breakdown(rows)]
@@ -58,7 +58,7 @@ def write_run_report(run: Path) -> Path:
     if pictures:
         cards = (card(title, embedded_png(run / name, title)) for name, title in pictures.items())
         parts.append(section("Pictures", *cards))
-    all_settings = folded("all settings", yaml.safe_dump(to_tree(config)))
+    all_settings = collapsible("all settings", yaml.safe_dump(config_to_dict(config)))
     parts.append(section("Settings that differ from the defaults", _changed_settings(config), all_settings))
     path = run / "report.html"
     path.write_text(page(f"iwm-fast: {run.name}", parts), encoding="utf-8")
@@ -70,7 +70,7 @@ def _run_summary(run: Path) -> str:
     # The file has one line per start of the run. The last line describes the latest start.
     lines = (run / "started.jsonl").read_text(encoding="utf-8").splitlines() if (run / "started.jsonl").exists() else []
     started = json.loads(lines[-1]) if lines else {}
-    newest, status = checkpoints.newest(run), read_status(run)
+    newest, status = checkpoints.find_newest_folder(run), read_status(run)
     facts = {
         "machine": started.get("machine"),
         "ranks": started.get("world_size"),
@@ -124,7 +124,7 @@ def _line_charts(rows: list[dict[str, Any]]) -> list[str]:
 def _step_breakdown(rows: list[dict[str, Any]]) -> str:
     """Return the mean duration of each phase of a step, without the first log row, whose steps fill caches."""
     rows = rows[1:] or rows
-    names = [*PARTS, "other"]
+    names = [*PHASES, "other"]
     means_ms = {name.replace("_", " "): 1000 * sum(row[f"time/{name}_s"] for row in rows) / len(rows) for name in names}
     note = '<p class="soft small">Means over all ranks. A step takes as long as its slowest rank.</p>'
     return section("Time per step", card("Duration of each phase", draw_waterfall_chart(means_ms, unit="ms"), note))
@@ -150,8 +150,8 @@ def _result_card(result: Result) -> str:
 
 def _changed_settings(config: RunConfig) -> str:
     """Return a table of the settings that differ from the defaults."""
-    flat = dict(_flatten(to_tree(config)))
-    defaults = dict(_flatten(to_tree(RunConfig())))
+    flat = dict(_flatten(config_to_dict(config)))
+    defaults = dict(_flatten(config_to_dict(RunConfig())))
     rows = [
         (name, json.dumps(value))
         for name, value in flat.items()

@@ -11,15 +11,15 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.rendering.image_grid import Panel, save_sheet, shade
+from iwm_fast.rendering.image_grid import Panel, save_image_grid, shade
 from iwm_fast.runtime.distributed import RankInfo, choose_device
 from iwm_fast.training.loaders import open_training_shards, training_loader
 
 _MAX_IMAGES = 8
 
 
-def show(config: RunConfig) -> Path:
-    """Write `show.png` into the run folder and return its path.
+def show_batch(config: RunConfig) -> Path:
+    """Write `show_batch.png` into the run folder and return its path.
 
     The picture shows the first images of training, a column each: views, visible patches and patches to predict.
     """
@@ -34,7 +34,7 @@ def show(config: RunConfig) -> Path:
     labels = ("source view", "visible patches", "target view", "patches to predict")
     title = f"First training samples of {config.data.train}, seed {config.seed}"
     columns = _columns(batch, config)
-    save_sheet(path, labels, list(zip(*columns, strict=True)), title)
+    save_image_grid(path, labels, list(zip(*columns, strict=True)), title)
     return path
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.config.evaluation import EvalData
-from iwm_fast.pipelines.config import Backend, check
+from iwm_fast.config.evaluation import EvalDataConfig
+from iwm_fast.pipelines.config import Backend, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class CheckConfig:
     neither, the estimated memory is not judged."""
 
     def __post_init__(self) -> None:
-        check(self.ranks is None or self.ranks >= 1, "ranks", self.ranks, "be at least 1 or unset")
+        require(self.ranks is None or self.ranks >= 1, "ranks", self.ranks, "be at least 1 or unset")
         speed = self.images_per_s
-        check(speed is None or speed > 0, "images_per_s", speed, "be above 0 or unset")
+        require(speed is None or speed > 0, "images_per_s", speed, "be above 0 or unset")
         memory = self.gpu_memory_gb
-        check(memory is None or memory > 0, "gpu_memory_gb", memory, "be above 0 or unset")
+        require(memory is None or memory > 0, "gpu_memory_gb", memory, "be above 0 or unset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ExportConfig:
     """Folder to write. It must not exist yet."""
 
     def __post_init__(self) -> None:
-        check(bool(self.to), "to", self.to, "name a folder to write")
+        require(bool(self.to), "to", self.to, "name a folder to write")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class EmbedConfig:
     """Folder of the run, or of an export."""
     checkpoint: str = ""
     """Checkpoint to use: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
-    data: EvalData = field(default_factory=EvalData)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
     """Shards to embed, as data.val, and the label to write beside the features, as data.label."""
     images: str = ""
     """Image file, or folder of images with its subfolders, to embed instead of shards."""
@@ -66,9 +66,9 @@ class EmbedConfig:
     """Device to compute on. auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check(self.to.endswith((".parquet", ".npz")), "to", self.to, "name a file to write, .parquet or .npz")
-        check(not self.data.train, "data.train", self.data.train, "be unset; name the shards to embed in data.val")
-        check(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),
+        require(self.to.endswith((".parquet", ".npz")), "to", self.to, "name a file to write, .parquet or .npz")
+        require(not self.data.train, "data.train", self.data.train, "be unset; name the shards to embed in data.val")
+        require(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),
               "not both be set")  # fmt: skip
 
 
@@ -82,7 +82,9 @@ class ReportConfig:
     """Folder of a lab. Set either this or run."""
 
     def __post_init__(self) -> None:
-        check(bool(self.run) != bool(self.lab), "run and lab", (self.run, self.lab), "name one folder, in one of them")
+        require(
+            bool(self.run) != bool(self.lab), "run and lab", (self.run, self.lab), "name one folder, in one of them"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,8 @@ class ReplayConfig:
     """Device to render on. Unset: the run's runtime.device."""
 
     def __post_init__(self) -> None:
-        check(self.step is None or self.step >= 0, "step", self.step, "be at least 0")
-        check(self.first_slot >= 0, "first_slot", self.first_slot, "be at least 0")
-        check(self.num_images is None or self.num_images >= 1, "num_images", self.num_images, "be at least 1 or unset")
+        require(self.step is None or self.step >= 0, "step", self.step, "be at least 0")
+        require(self.first_slot >= 0, "first_slot", self.first_slot, "be at least 0")
+        require(
+            self.num_images is None or self.num_images >= 1, "num_images", self.num_images, "be at least 1 or unset"
+        )

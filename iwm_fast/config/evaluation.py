@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.pipelines.config import check, check_label_field
+from iwm_fast.pipelines.config import require, require_label_field
 
 Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalData:
+class EvalDataConfig:
     """Shards and labels to evaluate on."""
 
     train: str = ""
@@ -21,11 +21,11 @@ class EvalData:
     nested field)."""
 
     def __post_init__(self) -> None:
-        check_label_field("data.label", self.label)
+        require_label_field("data.label", self.label)
 
 
-def _check_no_label(data: EvalData) -> None:
-    check(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
+def _check_no_label(data: EvalDataConfig) -> None:
+    require(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EvalConfig:
     checkpoint: str = ""
     """Checkpoint to evaluate: a step, such as 1500, or the path of a checkpoint's folder. The names of the results then
     end with the step. Unset: the newest."""
-    data: EvalData = field(default_factory=EvalData)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one."""
     seed: int = 0
@@ -62,9 +62,9 @@ class MrrConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
-        check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
-        check(
+        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
+        require(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        require(
             len(set(self.families)) == len(self.families) > 0,
             "families",
             self.families,
@@ -84,9 +84,9 @@ class KnnConfig(EvalConfig):
     """Largest number of training images; if there are more, an evenly spaced subset is used."""
 
     def __post_init__(self) -> None:
-        check(self.num_neighbors >= 1, "num_neighbors", self.num_neighbors, "be at least 1")
-        check(self.temperature > 0, "temperature", self.temperature, "be above 0")
-        check(self.max_train_samples >= 1, "max_train_samples", self.max_train_samples, "be at least 1")
+        require(self.num_neighbors >= 1, "num_neighbors", self.num_neighbors, "be at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "be above 0")
+        require(self.max_train_samples >= 1, "max_train_samples", self.max_train_samples, "be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +109,13 @@ class ProbeConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         limit = self.max_train_samples
-        check(limit is None or limit >= 2, "max_train_samples", limit, "be at least 2 or unset")
-        check(0 < self.holdout < 1, "holdout", self.holdout, "lie between 0 and 1")
-        check(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
-        check(bool(self.lrs) and min(self.lrs) > 0, "lrs", self.lrs, "name learning rates above 0")
+        require(limit is None or limit >= 2, "max_train_samples", limit, "be at least 2 or unset")
+        require(0 < self.holdout < 1, "holdout", self.holdout, "lie between 0 and 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        require(bool(self.lrs) and min(self.lrs) > 0, "lrs", self.lrs, "name learning rates above 0")
         is_fine = bool(self.weight_decays) and min(self.weight_decays) >= 0
-        check(is_fine, "weight_decays", self.weight_decays, "name weight decays of at least 0")
+        require(is_fine, "weight_decays", self.weight_decays, "name weight decays of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class AttentiveConfig(ProbeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.max_cache_gb > 0, "max_cache_gb", self.max_cache_gb, "be above 0")
+        require(self.max_cache_gb > 0, "max_cache_gb", self.max_cache_gb, "be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +165,13 @@ class PlanConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
-        check(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
+        require(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
               "both name image files, or both be unset")  # fmt: skip
         for name in ("num_images", "rounds"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
-        check(self.num_train_images >= 2, "num_train_images", self.num_train_images, "be at least 2")
-        check(self.population >= 4, "population", self.population, "be at least 4")
-        check(0 < self.elite_share < 1, "elite_share", self.elite_share, "lie between 0 and 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        require(self.num_train_images >= 2, "num_train_images", self.num_train_images, "be at least 2")
+        require(self.population >= 4, "population", self.population, "be at least 4")
+        require(0 < self.elite_share < 1, "elite_share", self.elite_share, "lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class ImagineConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         _check_no_label(self.data)
-        check(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        check(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
-        check(self.steps >= 2, "steps", self.steps, "be at least 2")
-        check(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
+        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
+        require(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        require(self.steps >= 2, "steps", self.steps, "be at least 2")
+        require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.evaluation import EvalDataConfig
 from iwm_fast.config.run import RuntimeConfig, resolve_warmup
-from iwm_fast.pipelines.config import RandAugmentConfig, check
+from iwm_fast.pipelines.config import RandAugmentConfig, require
 
 ARMS = ("encoder", "predictor", "random_predictor", "attentive", "end_to_end")
 """Variants of finetuning. encoder: the encoder and a linear head are trained; predictor: the pretrained predictor and
@@ -48,17 +48,17 @@ class TuneConfig:
     """Precision of forward and backward passes. Weights are always float32."""
 
     def __post_init__(self) -> None:
-        check(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
-        check(self.epochs > 0, "tune.epochs", self.epochs, "be above 0")
+        require(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
+        require(self.epochs > 0, "tune.epochs", self.epochs, "be above 0")
         resolve_warmup("tune", self, recipe=(5, 100))
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
-            check(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
+            require(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
         for name in ("layer_decay", "end_to_end_layer_decay"):
-            check(0 < getattr(self, name) <= 1, f"tune.{name}", getattr(self, name), "lie in (0, 1]")
-        check(self.weight_decay >= 0, "tune.weight_decay", self.weight_decay, "be at least 0")
-        check(0 <= self.drop_path < 1, "tune.drop_path", self.drop_path, "lie in [0, 1)")
-        check(self.clip_norm is None or self.clip_norm > 0, "tune.clip_norm", self.clip_norm, "be above 0 or unset")
-        check(all(0 <= beta < 1 for beta in self.betas), "tune.betas", self.betas, "lie in [0, 1)")
+            require(0 < getattr(self, name) <= 1, f"tune.{name}", getattr(self, name), "lie in (0, 1]")
+        require(self.weight_decay >= 0, "tune.weight_decay", self.weight_decay, "be at least 0")
+        require(0 <= self.drop_path < 1, "tune.drop_path", self.drop_path, "lie in [0, 1)")
+        require(self.clip_norm is None or self.clip_norm > 0, "tune.clip_norm", self.clip_norm, "be above 0 or unset")
+        require(all(0 <= beta < 1 for beta in self.betas), "tune.betas", self.betas, "lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        check(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "satisfy 0 < low <= high <= 1")
-        check(0 <= self.flip <= 1, "augment.flip", self.flip, "lie between 0 and 1")
-        check(self.mixup >= 0, "augment.mixup", self.mixup, "be at least 0")
-        check(self.cutmix >= 0, "augment.cutmix", self.cutmix, "be at least 0")
-        check(0 <= self.erasing <= 1, "augment.erasing", self.erasing, "lie between 0 and 1")
-        check(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "lie in [0, 1)")
+        require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "satisfy 0 < low <= high <= 1")
+        require(0 <= self.flip <= 1, "augment.flip", self.flip, "lie between 0 and 1")
+        require(self.mixup >= 0, "augment.mixup", self.mixup, "be at least 0")
+        require(self.cutmix >= 0, "augment.cutmix", self.cutmix, "be at least 0")
+        require(0 <= self.erasing <= 1, "augment.erasing", self.erasing, "lie between 0 and 1")
+        require(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,14 @@ class DenseAugmentConfig(AugmentConfig):
         super().__post_init__()
         for name in ("rand_augment", "mixup", "cutmix", "erasing", "label_smoothing"):
             value = getattr(self, name)
-            check(not value, f"augment.{name}", value,
+            require(not value, f"augment.{name}", value,
                   "be off where each pixel has a label; crop_scale and flip may be set")  # fmt: skip
-        check(self.operations == RandAugmentConfig(), "augment.operations", self.operations,
+        require(self.operations == RandAugmentConfig(), "augment.operations", self.operations,
               "be left unset: RandAugment is off here")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneTask:
+class TuneTaskConfig:
     """Settings shared by the evaluations that train networks."""
 
     run: str = ""
@@ -131,7 +131,7 @@ class TuneTask:
     checkpoint: str = ""
     """Checkpoint to start from: a step, such as 1500, or the path of a checkpoint's folder. The names of results and
     trained networks then end with the step. Unset: the newest."""
-    data: EvalData = field(default_factory=EvalData)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -148,13 +148,13 @@ class TuneTask:
 
     def __post_init__(self) -> None:
         is_plain = all(letter.isalnum() or letter in "._-" for letter in self.name)
-        check(is_plain, "name", self.name, "consist of letters, digits, dots, dashes and underscores")
+        require(is_plain, "name", self.name, "consist of letters, digits, dots, dashes and underscores")
         for name in ("log_every", "checkpoint_every"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TuneTask):
+class FinetuneConfig(TuneTaskConfig):
     """Is the predictor worth keeping? Classification learned by up to five variants of the network, called arms."""
 
     arms: str = "all"
@@ -175,14 +175,16 @@ class FinetuneConfig(TuneTask):
         super().__post_init__()
         arms = self.chosen_arms
         unknown = [arm for arm in arms if arm not in ARMS]
-        check(not unknown and len(set(arms)) == len(arms), "arms", self.arms,
+        require(not unknown and len(set(arms)) == len(arms), "arms", self.arms,
               f"be all, or name some of {', '.join(ARMS)} once each, joined by commas")  # fmt: skip
         if self.timm:
-            check(not self.checkpoint, "checkpoint", self.checkpoint, "be unset if timm is set")
-            check(not self.run and bool(self.to), "to", self.to, "name a folder if timm is set, and run must be unset")
-            check(self.arms in ("all", "encoder"), "arms", self.arms, "be encoder or unset if timm is set")
+            require(not self.checkpoint, "checkpoint", self.checkpoint, "be unset if timm is set")
+            require(
+                not self.run and bool(self.to), "to", self.to, "name a folder if timm is set, and run must be unset"
+            )
+            require(self.arms in ("all", "encoder"), "arms", self.arms, "be encoder or unset if timm is set")
         else:
-            check(not (self.weights or self.to), "timm", self.timm, "name a model if weights or to is set")
+            require(not (self.weights or self.to), "timm", self.timm, "name a model if weights or to is set")
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:
@@ -193,7 +195,7 @@ class FinetuneConfig(TuneTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultitaskConfig(TuneTask):
+class MultitaskConfig(TuneTaskConfig):
     """One predictor for several tasks, each with a learned token, compared with one predictor per task.
 
     Each batch is split evenly between the T tasks, so a task sees tune.global_batch_size / T images per step. A
@@ -208,13 +210,13 @@ class MultitaskConfig(TuneTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
+        require(
             self.data.label == "cls", "data.label", self.data.label, "be left unset: the file of tasks names the labels"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(TuneTask):
+class SegmentConfig(TuneTaskConfig):
     """Segmentation by a linear classifier of patch tokens from encoder or predictor; labels are PNGs in the shards."""
 
     augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
@@ -234,12 +236,12 @@ class SegmentConfig(TuneTask):
         super().__post_init__()
         accepted = ("head", "untrained_head", "predictor", "random_predictor", "encoder")
         arms = self.arms.split(",")
-        check(set(arms) <= set(accepted) and len(set(arms)) == len(arms), "arms", self.arms,
+        require(set(arms) <= set(accepted) and len(set(arms)) == len(arms), "arms", self.arms,
               f"name some of {', '.join(accepted)} once each, joined by commas")  # fmt: skip
-        check(
+        require(
             self.data.label == "cls", "data.label", self.data.label, "be left unset: the labels are segmentation maps"
         )
-        check(0 <= self.ignore_index <= 255, "ignore_index", self.ignore_index, "be between 0 and 255")
+        require(0 <= self.ignore_index <= 255, "ignore_index", self.ignore_index, "be between 0 and 255")
         classes = self.num_classes
-        check(classes is None or 1 <= classes <= 256, "num_classes", classes, "be between 1 and 256, or unset")
-        check(self.num_shown >= 1, "num_shown", self.num_shown, "be at least 1")
+        require(classes is None or 1 <= classes <= 256, "num_classes", classes, "be between 1 and 256, or unset")
+        require(self.num_shown >= 1, "num_shown", self.num_shown, "be at least 1")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from iwm_fast.config.loading import to_tree
+from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig
 
 FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "optim")
@@ -18,7 +18,7 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
 
     Shards count by content, not by path, so that data can move; `shards_digest` is `ShardSet.content_digest`.
     """
-    flat = dict(_flatten({name: value for name, value in to_tree(config).items() if name in FINGERPRINT_GROUPS}))
+    flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
     # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
@@ -34,7 +34,7 @@ def defines_sample_stream(name: str) -> bool:
     return name.startswith(_STREAM_PREFIXES)
 
 
-def digest(flat: dict[str, Any]) -> str:
+def fingerprint_digest(flat: dict[str, Any]) -> str:
     """Return a hash of a fingerprint, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from iwm_fast.config.named_configs import find_config, read_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.shard_paths import absolute_shards
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 Config = TypeVar("Config")
 
@@ -102,7 +102,7 @@ def _check_groups(config_class: Any, tree: dict[str, Any], prefix: str = "") -> 
         if value is None:
             del tree[group.name]
             continue
-        check(isinstance(value, dict), name, value, "hold settings as `key: value`")
+        require(isinstance(value, dict), name, value, "hold settings as `key: value`")
         _check_groups(group.type, value, f"{name}.")
 
 
@@ -117,7 +117,7 @@ def _escape(node: Any) -> Any:
 def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> None:
     """Write the value of a `group.key=value` text into the tree, in place."""
     name, equals, text = override.partition("=")
-    check(bool(equals) and bool(name), "override", override, "have the form group.key=value")
+    require(bool(equals) and bool(name), "override", override, "have the form group.key=value")
     types = {setting: _type_name(field) for setting, field, _ in _leaf_fields(config_class)}
     # runtime.deepspeed is a free-form dict, whose keys DeepSpeed checks.
     if name not in types and not name.startswith("runtime.deepspeed."):
@@ -127,7 +127,7 @@ def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> 
     *groups, leaf = name.split(".")
     for group in groups:
         tree = tree.setdefault(group, {})
-        check(isinstance(tree, dict), group, tree, "be a group of settings")
+        require(isinstance(tree, dict), group, tree, "be a group of settings")
     tree[leaf] = value
 
 
@@ -191,14 +191,14 @@ def _declared_field_docs(config_class: Any) -> dict[str, str]:
     return docs
 
 
-def to_tree(config: Any) -> dict[str, Any]:
+def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as nested dicts and lists that YAML and JSON can represent."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def saved_tree(config: RunConfig) -> dict[str, Any]:
     """Return every setting as `save_config` writes it: shard paths are absolute, to hold from any working directory."""
-    tree = to_tree(config)
+    tree = config_to_dict(config)
     for name in ("train", "val"):
         tree["data"][name] = absolute_shards(tree["data"][name])
     return tree

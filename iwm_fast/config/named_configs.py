@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -58,11 +58,11 @@ def read_settings(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, An
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
+    require(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
     if "base" not in tree:
         return tree
     base = tree.pop("base")
-    check(isinstance(base, str) and bool(base), f"base of {path}", base, "be the name or path of a configuration")
+    require(isinstance(base, str) and bool(base), f"base of {path}", base, "be the name or path of a configuration")
     try:
         base_path = find_config(base, path.parent)
     except FileNotFoundError as error:

@@ -7,7 +7,7 @@ form the fingerprint; `runtime` and `output` must not. Importing this file must 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from iwm_fast.pipelines.config import Backend, DataConfig, LoaderConfig, MaskConfig, ViewConfig, check, check_range
+from iwm_fast.pipelines.config import Backend, DataConfig, LoaderConfig, MaskConfig, ViewConfig, require, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check_transformer("model.encoder", self.dim, self.depth, self.num_heads)
-        check(self.depth >= 1, "model.encoder.depth", self.depth, "be at least 1")
-        check(self.patch_size >= 1, "model.encoder.patch_size", self.patch_size, "be at least 1")
+        require(self.depth >= 1, "model.encoder.depth", self.depth, "be at least 1")
+        require(self.patch_size >= 1, "model.encoder.patch_size", self.patch_size, "be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         _check_transformer("model.predictor", self.dim, self.depth, self.num_heads)
-        check(self.depth >= 0, "model.predictor.depth", self.depth, "be at least 0")
+        require(self.depth >= 0, "model.predictor.depth", self.depth, "be at least 0")
 
 
 def _check_transformer(name: str, dim: int, depth: int, num_heads: int) -> None:
-    check(num_heads >= 1 and dim % num_heads == 0, f"{name}.num_heads", num_heads, f"divide {name}.dim = {dim}")
-    check(dim >= 4 and dim % 4 == 0, f"{name}.dim", dim, "be a multiple of 4 (2-D sin-cos positions)")
+    require(num_heads >= 1 and dim % num_heads == 0, f"{name}.num_heads", num_heads, f"divide {name}.dim = {dim}")
+    require(dim >= 4 and dim % 4 == 0, f"{name}.dim", dim, "be a multiple of 4 (2-D sin-cos positions)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("variance_weight", "covariance_weight"):
             value = getattr(self, name)
-            check(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
+            require(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
 
 def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
@@ -102,7 +102,7 @@ def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
     value = config.epochs * recipe[0] / recipe[1] if given is None else given
     # The class is frozen, which is meant for its users.
     object.__setattr__(config, "warmup_epochs", value)
-    check(0 <= value < config.epochs, f"{group}.warmup_epochs", value, f"lie in [0, epochs = {config.epochs:g})")
+    require(0 <= value < config.epochs, f"{group}.warmup_epochs", value, f"lie in [0, epochs = {config.epochs:g})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +137,17 @@ class OptimConfig:
     """Precision of forward and backward passes. Weights, teacher and optimiser state are always float32."""
 
     def __post_init__(self) -> None:
-        check(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
-        check(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
+        require(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
+        require(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
         resolve_warmup("optim", self, recipe=(40, 300))
         for name in ("lr", "lr_start", "lr_end"):
-            check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
-        check(self.lr > 0, "optim.lr", self.lr, "be above 0")
-        check(min(self.weight_decay) >= 0, "optim.weight_decay", self.weight_decay, "be at least 0")
-        check_range("optim.teacher_momentum", self.teacher_momentum, 0.0, 1.0)
-        check(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "be at least 1")
-        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "lie in [0, 1)")
-        check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "be above 0 or unset")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
+        require(self.lr > 0, "optim.lr", self.lr, "be above 0")
+        require(min(self.weight_decay) >= 0, "optim.weight_decay", self.weight_decay, "be at least 0")
+        require_range("optim.teacher_momentum", self.teacher_momentum, 0.0, 1.0)
+        require(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "be at least 1")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "lie in [0, 1)")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "be above 0 or unset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,22 +205,22 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         has_no_effect = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
-        check(not has_no_effect, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
+        require(not has_no_effect, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
               "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
-        check(not (self.compile and self.zero_stage == 3), "runtime.compile", True,
+        require(not (self.compile and self.zero_stage == 3), "runtime.compile", True,
               "be false with runtime.zero_stage=3, which gathers and frees weights inside compiled blocks")  # fmt: skip
         for name in ("reader_threads", "loader_threads", "prefetch", "max_skipped_steps"):
-            check(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
+            require(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
         for name in ("read_ahead", "max_bad_samples"):
-            check(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
-        check(self.rank_timeout_s > 0, "runtime.rank_timeout_s", self.rank_timeout_s, "be above 0")
+            require(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
+        require(self.rank_timeout_s > 0, "runtime.rank_timeout_s", self.rank_timeout_s, "be above 0")
         load = self.hw_decoder_load
-        check(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
+        require(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
         sides = self.decoder_preallocate
-        check(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
+        require(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
         size = self.micro_batch_size
-        check(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
-        check(parse_step_range(self.profile) is not None, "runtime.profile", self.profile,
+        require(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
+        require(parse_step_range(self.profile) is not None, "runtime.profile", self.profile,
               "be FIRST:LAST with 0 <= FIRST < LAST, such as 10:20, or empty")  # fmt: skip
 
 
@@ -261,17 +261,17 @@ class OutputConfig:
     sample. `iwm replay` needs it."""
 
     def __post_init__(self) -> None:
-        check(bool(self.folder), "output.folder", self.folder, "name a folder")
+        require(bool(self.folder), "output.folder", self.folder, "name a folder")
         for name in ("log_every", "checkpoint_every", "keep_last"):
-            check(getattr(self, name) >= 1, f"output.{name}", getattr(self, name), "be at least 1")
+            require(getattr(self, name) >= 1, f"output.{name}", getattr(self, name), "be at least 1")
         for name in ("keep_every", "evaluate_every"):
             value = getattr(self, name)
-            check(value is None or value >= 1, f"output.{name}", value, "be at least 1 or unset")
+            require(value is None or value >= 1, f"output.{name}", value, "be at least 1 or unset")
         interval = self.evaluate_every
-        check(interval is None or interval % self.log_every == 0, "output.evaluate_every", interval,
+        require(interval is None or interval % self.log_every == 0, "output.evaluate_every", interval,
               f"be a multiple of output.log_every = {self.log_every} or unset")  # fmt: skip
         interval = self.keep_every
-        check(interval is None or interval % self.checkpoint_every == 0, "output.keep_every", interval,
+        require(interval is None or interval % self.checkpoint_every == 0, "output.keep_every", interval,
               f"be a multiple of output.checkpoint_every = {self.checkpoint_every} or unset")  # fmt: skip
 
 
@@ -297,9 +297,9 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        check(0 <= self.seed < 2**63, "seed", self.seed, "lie in [0, 2^63)")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "lie in [0, 2^63)")
         patch = self.model.encoder.patch_size
-        check(
+        require(
             self.views.size % patch == 0,
             "views.size",
             self.views.size,
@@ -334,8 +334,8 @@ def split_batch(group: str, global_batch_size: int, micro_batch_size: int | None
         ValueError: if the global batch is not divisible by ranks and micro-batch size.
     """
     name = f"{group}.global_batch_size"
-    check(global_batch_size % world_size == 0, name, global_batch_size, f"be a multiple of the {world_size} ranks")
+    require(global_batch_size % world_size == 0, name, global_batch_size, f"be a multiple of the {world_size} ranks")
     micro = micro_batch_size or global_batch_size // world_size
     equation = f"satisfy micro_batch_size * {world_size} ranks * accumulation = {name} = {global_batch_size}"
-    check(global_batch_size % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
+    require(global_batch_size % (micro * world_size) == 0, "runtime.micro_batch_size", micro, equation)
     return micro, global_batch_size // (micro * world_size)

@@ -17,10 +17,12 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     zero changes what a token means instead of making the function smoother. (I-JEPA decays its mask token, but only
     because its code stores it with three axes.) Positions are fixed and are not parameters.
     """
-    return scaled_optimizer(module, config, lambda _: 1.0)
+    return build_scaled_optimizer(module, config, lambda _: 1.0)
 
 
-def scaled_optimizer(module: nn.Module, config: OptimConfig, lr_scale: Callable[[str], float]) -> torch.optim.AdamW:
+def build_scaled_optimizer(
+    module: nn.Module, config: OptimConfig, lr_scale: Callable[[str], float]
+) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters with a learning rate that depends on the parameter's name.
 
     There is a group "decay" for matrices and a group "no_decay" for all other parameters, for each learning rate.
@@ -38,10 +40,10 @@ def scaled_optimizer(module: nn.Module, config: OptimConfig, lr_scale: Callable[
             new_group = {"params": [], "name": "no_decay" if is_offset else "decay", "lr_scale": scale}
             groups.setdefault((is_offset, scale), new_group)["params"].append(parameter)
     # Decaying groups come first. The sort is stable, so groups of one kind keep the order of the module.
-    return adamw([groups[key] for key in sorted(groups, key=lambda key: key[0])], config)
+    return build_adamw([groups[key] for key in sorted(groups, key=lambda key: key[0])], config)
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """Build AdamW over parameter groups.
 
     Args:

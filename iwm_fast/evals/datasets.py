@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalData, KnnConfig, ProbeConfig
+from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, ProbeConfig
 from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
-from iwm_fast.monitoring.evaluation_progress import follow
+from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -28,7 +28,7 @@ from iwm_fast.world_model import WorldModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class LabelledSamples:
     """A selection of the samples of a shard set, with the labels of the complete set."""
 
     shards: ShardSet
@@ -45,8 +45,8 @@ class Labelled:
 class LabelledSets(NamedTuple):
     """Training and validation samples with the same classes."""
 
-    train: Labelled
-    val: Labelled
+    train: LabelledSamples
+    val: LabelledSamples
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -87,8 +87,8 @@ def label_sets(
     train_labels = read_labels(train, label, classes=classes)
     val_labels = read_labels(val, label, classes=train_labels.classes)
     return LabelledSets(
-        train=Labelled(shards=train, labels=train_labels, samples=spread(train.num_samples, max_train)),
-        val=Labelled(shards=val, labels=val_labels, samples=spread(val.num_samples, max_val)),
+        train=LabelledSamples(shards=train, labels=train_labels, samples=evenly_spaced(train.num_samples, max_train)),
+        val=LabelledSamples(shards=val, labels=val_labels, samples=evenly_spaced(val.num_samples, max_val)),
     )
 
 
@@ -140,19 +140,19 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
     with same_error_on_all_ranks():
         model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
-    control = world_model.untrained(replace(model.config, seed=config.seed), model.device)
+    control = world_model.build_untrained(replace(model.config, seed=config.seed), model.device)
     # Labels in .json members require a read of all shards, so only rank 0 reads them.
     sets = broadcast_from_rank_zero(lambda: label_sets(*shards, config.data.label, max_train=config.max_train_samples))
     return Comparison(models=(model, control), sets=sets)
 
 
-def result_name(task: str, data: EvalData) -> str:
+def result_name(task: str, data: EvalDataConfig) -> str:
     """Return the name of a task's result, which contains the label unless that is the default."""
     # Quoted, because names of fields may contain characters that file names may not.
     return task if data.label == "cls" else f"{task}_{quote(data.label, safe='')}"
 
 
-def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
+def validation_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     """Open `data.val` or, if it is unset, the validation shards of the run.
 
     Raises:
@@ -164,18 +164,18 @@ def validation_shards(model: WorldModel, data: EvalData) -> ShardSet:
     return open_named_shards("data.val", spec)
 
 
-def training_shards(model: WorldModel, data: EvalData) -> ShardSet:
+def training_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     """Open `data.train` or, if it is unset, the training samples of the run."""
     return open_named_shards("data.train", data.train) if data.train else open_training_shards(model.config.data)
 
 
-def spread(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:
+def evenly_spaced(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:
     """Return at most `count` sample numbers, evenly spaced to represent all shards and classes; None: all."""
     count = num_samples if count is None else min(count, num_samples)
     return np.arange(count, dtype=np.int64) * num_samples // count
 
 
-def batches(
+def evaluation_batches(
     model: WorldModel,
     shards: ShardSet,
     samples: Int64[np.ndarray, "samples"],
@@ -203,7 +203,7 @@ def clean_images(
     model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]
 ) -> Iterator[tuple[UInt8[Tensor, "H W 3"], int]]:
     """Yield the pixels and the sample number of each sample once, in order, without any photometric change."""
-    for batch in batches(model, shards, samples):
+    for batch in evaluation_batches(model, shards, samples):
         yield from zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True)
 
 
@@ -222,7 +222,7 @@ def compute_sharded(
     share = local_share(samples, rank_info)
     local = drop_padding(share)
     values = torch.zeros(len(local), *shape, device=rank_info.device)
-    for index, value in enumerate(follow(compute(local), len(local), description, rank_info)):
+    for index, value in enumerate(track_progress(compute(local), len(local), description, rank_info)):
         values[index] = value
     return gather_in_order(share, values, rank_info)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evals.datasets import LabelledSets, label_sets, spread
+from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets
 from iwm_fast.evals.probing.knn import knn_accuracy
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
@@ -60,7 +60,7 @@ class OnlineEvaluation:
     def _open_and_measure(self) -> dict[str, float]:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
-        check(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
+        require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
         self._val = open_named_shards("data.val", val)
         self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
@@ -92,7 +92,7 @@ class OnlineEvaluation:
     def _new_model(self, teacher: dict[str, Tensor] | None = None) -> WorldModel:
         # torch's layers initialise themselves with the global generator, which training must find unchanged.
         with torch.random.fork_rng(devices=[]):
-            model = world_model.untrained(self._config, self._rank_info.device)
+            model = world_model.build_untrained(self._config, self._rank_info.device)
         if teacher is not None:
             model.encoder.load_state_dict(teacher)
         return model
@@ -100,7 +100,7 @@ class OnlineEvaluation:
     def _measure(self, model: WorldModel) -> dict[str, float]:
         metrics = {}
         if self._has_predictor:
-            samples = spread(self._val.num_samples, _MRR.num_images)
+            samples = evenly_spaced(self._val.num_samples, _MRR.num_images)
             rank = np.stack(list(rank_images([model], self._val, samples, _MRR)))
             metrics["eval/mrr"] = mean_reciprocal_rank(rank)
         if self._labelled:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from rich.table import Table
 
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.runtime.provenance import commit
+from iwm_fast.runtime.provenance import current_commit
 
 NUM_RESAMPLES = 2000
 """Bootstrap resamples of a 95 % interval."""
@@ -100,11 +100,11 @@ def save_result(run: str | Path, result: Result) -> Path:
     """Write a result into a run's folder, replacing an earlier one of that name, and return its JSON file."""
     path = Path(run) / "evaluations" / f"{result.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tree = asdict(result) | {"commit": commit()}
+    tree = asdict(result) | {"commit": current_commit()}
     replace_file(path, lambda draft: draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8"))
     shared = {"task": result.task, "name": result.name, "step": result.step, "seed": result.seed}
-    table = pa.Table.from_pylist([shared | asdict(row) for row in result.rows], schema=_SCHEMA)
-    replace_file(path.with_suffix(".parquet"), lambda draft: parquet.write_table(table, draft))
+    result_table = pa.Table.from_pylist([shared | asdict(row) for row in result.rows], schema=_SCHEMA)
+    replace_file(path.with_suffix(".parquet"), lambda draft: parquet.write_table(result_table, draft))
     return path
 
 
@@ -132,7 +132,7 @@ def read_result(path: Path) -> Result:
     return Result(**tree | {"rows": tuple(Row(**row) for row in tree["rows"])})
 
 
-def table(result: Result) -> Table:
+def result_table(result: Result) -> Table:
     """Return a result as a table for the terminal, without the columns that are empty in all rows."""
     columns = {
         "": lambda row: row.subject,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from iwm_fast.lab.config import Claim, Number
+from iwm_fast.lab.config import Claim, ResultSelector
 
 Verdict = Literal["holds", "fails", "undecided", "not measured"]
 
@@ -32,8 +32,8 @@ class Interval:
 class Comparison:
     """Two results, the first of which should be larger."""
 
-    better: Number
-    worse: Number
+    better: ResultSelector
+    worse: ResultSelector
     values: tuple[tuple[float, ...], tuple[float, ...]]
     """Values of both results, for the seeds that have both."""
     difference: Interval | None
@@ -41,7 +41,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class ClaimVerdict:
     """A claim, its comparisons and the verdict on it."""
 
     claim: Claim
@@ -64,21 +64,21 @@ def student_interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
-def values_of(selector: Number, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def values_by_seed(selector: ResultSelector, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Return the selected value for each seed, from a lab's rows (cell, seed, result, subject, metric, value, ...)."""
     return {row["seed"]: row["value"] for row in rows if _matches(row, selector)}
 
 
-def tuned_for(selector: Number, rows: Sequence[Mapping[str, Any]]) -> int:
+def num_tuned_of(selector: ResultSelector, rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of parameters that were trained for a result; 0 if it was not measured."""
     return max((row["num_tuned"] for row in rows if _matches(row, selector)), default=0)
 
 
-def _matches(row: Mapping[str, Any], selector: Number) -> bool:
+def _matches(row: Mapping[str, Any], selector: ResultSelector) -> bool:
     return all(row[key] == value for key, value in asdict(selector).items())
 
 
-def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome:
+def judge(claim: Claim, values: Callable[[ResultSelector], dict[int, float]]) -> ClaimVerdict:
     """Judge a claim by its comparisons; `values` returns a result's value for each seed that has it."""
     comparisons = tuple(_compare(better, worse, values) for better, worse in claim.compare)
     intervals = [comparison.difference for comparison in comparisons]
@@ -89,10 +89,12 @@ def judge(claim: Claim, values: Callable[[Number], dict[int, float]]) -> Outcome
         verdict = "holds"
     else:
         verdict = "fails" if any(interval.high < -claim.margin for interval in measured) else "undecided"
-    return Outcome(claim=claim, comparisons=comparisons, verdict=verdict)
+    return ClaimVerdict(claim=claim, comparisons=comparisons, verdict=verdict)
 
 
-def _compare(better: Number, worse: Number, values: Callable[[Number], dict[int, float]]) -> Comparison:
+def _compare(
+    better: ResultSelector, worse: ResultSelector, values: Callable[[ResultSelector], dict[int, float]]
+) -> Comparison:
     better_values, worse_values = values(better), values(worse)
     seeds = sorted(better_values.keys() & worse_values.keys())
     differences = [better_values[seed] - worse_values[seed] for seed in seeds]

@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 _LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
 _REQUIRED_CLAIM_KEYS, _OPTIONAL_CLAIM_KEYS = {"text", "paper", "compare"}, {"margin"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Number:
+class ResultSelector:
     """Selects one result of a cell; its values are those of all seeds."""
 
     cell: str
@@ -36,7 +36,7 @@ class Claim:
     name: str
     text: str
     paper: str
-    compare: tuple[tuple[Number, Number], ...]
+    compare: tuple[tuple[ResultSelector, ResultSelector], ...]
     margin: float = 0.0
     """Amount by which the first result may be smaller than the second."""
 
@@ -77,17 +77,17 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
     """
     tree = _read_tree(path)
     for key in ("folder", "base", "cells"):
-        check(key in tree, str(path), sorted(tree), f"have the key {key}")
+        require(key in tree, str(path), sorted(tree), f"have the key {key}")
     cells = {str(name): _to_overrides(settings or {}, f"cells.{name}") for name, settings in tree["cells"].items()}
     seeds = tuple(tree.get("seeds", (0, 1, 2)))
-    check(len(seeds) >= 1 and len(set(seeds)) == len(seeds), "seeds", seeds, "list at least one seed and none twice")
+    require(len(seeds) >= 1 and len(set(seeds)) == len(seeds), "seeds", seeds, "list at least one seed and none twice")
     if not Path(tree["base"]).is_file():
         raise FileNotFoundError(f"base of {path}: the run file {tree['base']!r} does not exist")
     evaluations = tuple(_parse_evaluation(entry, cells, tasks) for entry in tree.get("evaluations", []))
     claims = tuple(parse_claim(name, entry) for name, entry in (tree.get("claims") or {}).items())
     for claim in claims:
         unknown = sorted({selector.cell for pair in claim.compare for selector in pair} - cells.keys())
-        check(not unknown, f"cells of claims.{claim.name}", unknown, f"be among {', '.join(cells)}")
+        require(not unknown, f"cells of claims.{claim.name}", unknown, f"be among {', '.join(cells)}")
     return LabConfig(
         folder=Path(tree["folder"]),
         base=Path(tree["base"]),
@@ -108,9 +108,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    check(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
+    require(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
     unknown = sorted(set(tree) - _LAB_KEYS)
-    check(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_LAB_KEYS))}")
+    require(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_LAB_KEYS))}")
     if "like" not in tree:
         return tree
     parent = _read_tree(Path(tree["like"]))
@@ -118,7 +118,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def _to_overrides(settings: Any, address: str) -> tuple[str, ...]:
-    check(isinstance(settings, dict), address, settings, "hold `group.key: value` lines")
+    require(isinstance(settings, dict), address, settings, "hold `group.key: value` lines")
     return tuple(f"{name}={_to_yaml(value)}" for name, value in settings.items())
 
 
@@ -131,10 +131,10 @@ def _to_yaml(value: Any) -> str:
 
 def _parse_evaluation(entry: Any, cells: dict[str, Any], tasks: set[str]) -> Evaluation:
     is_known = isinstance(entry, dict) and entry.get("task") in tasks
-    check(is_known, "task of evaluations", entry, f"be one of {sorted(tasks)}")
+    require(is_known, "task of evaluations", entry, f"be one of {sorted(tasks)}")
     selected = tuple(entry.get("cells", cells))
     unknown = [name for name in selected if name not in cells]
-    check(not unknown, f"cells of evaluation {entry['task']}", unknown, f"be among {', '.join(cells)}")
+    require(not unknown, f"cells of evaluation {entry['task']}", unknown, f"be among {', '.join(cells)}")
     return Evaluation(task=entry["task"], cells=selected, settings=_to_overrides(entry.get("settings", {}), "settings"))
 
 
@@ -146,18 +146,18 @@ def parse_claim(name: str, entry: Any) -> Claim:
     """
     keys = set(entry) if isinstance(entry, dict) else set()
     has_keys = _REQUIRED_CLAIM_KEYS <= keys <= _REQUIRED_CLAIM_KEYS | _OPTIONAL_CLAIM_KEYS
-    check(has_keys, f"claims.{name}", entry, f"have {', '.join(sorted(_REQUIRED_CLAIM_KEYS))} and optionally margin")
+    require(has_keys, f"claims.{name}", entry, f"have {', '.join(sorted(_REQUIRED_CLAIM_KEYS))} and optionally margin")
     margin = entry.get("margin", 0.0)
-    check(isinstance(margin, int | float) and margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
+    require(isinstance(margin, int | float) and margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
     pairs = tuple(tuple(_parse_selector(text, name) for text in pair) for pair in entry["compare"])
     is_paired = all(len(pair) == 2 for pair in pairs)
-    check(is_paired, f"claims.{name}.compare", entry["compare"], "hold pairs [better, worse]")
+    require(is_paired, f"claims.{name}.compare", entry["compare"], "hold pairs [better, worse]")
     return Claim(name=name, text=entry["text"], paper=entry["paper"], compare=pairs, margin=float(margin))  # type: ignore[arg-type]
 
 
-def _parse_selector(text: str, claim: str) -> Number:
+def _parse_selector(text: str, claim: str) -> ResultSelector:
     words = str(text).split()
-    check(len(words) >= 4, f"claims.{claim}.compare", text, "be of the form CELL RESULT SUBJECT METRIC")
+    require(len(words) >= 4, f"claims.{claim}.compare", text, "be of the form CELL RESULT SUBJECT METRIC")
     # Only subjects contain spaces, such as "mean alone".
     cell, result, *subject, metric = words
-    return Number(cell=cell, result=result, subject=" ".join(subject), metric=metric)
+    return ResultSelector(cell=cell, result=result, subject=" ".join(subject), metric=metric)

@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.lab.claims import Comparison, Outcome, tuned_for
-from iwm_fast.lab.config import Claim, LabConfig, Number
-from iwm_fast.rendering.charts import DotPlot, Dots, dot_plot, save_dot_plots
-from iwm_fast.rendering.html import card, escape, folded, page, section, table, tiles
-from iwm_fast.runtime.provenance import commit
+from iwm_fast.lab.claims import ClaimVerdict, Comparison, num_tuned_of
+from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
+from iwm_fast.rendering.charts import DotPlot, DotSeries, draw_dot_plot, save_dot_plots
+from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
+from iwm_fast.runtime.provenance import current_commit
 
 _NumTuned = dict[str, int]
 """Number of trained parameters by result."""
 
 
-def write_lab_report(lab: LabConfig, judged: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Path:
+def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Sequence[dict[str, Any]]) -> Path:
     """Write LAB/report.html and, if a claim was measured, LAB/claims.png, and return the path of the page."""
     path = lab.folder / "report.html"
     counts = {verdict: sum(claim.verdict == verdict for claim in judged) for verdict in ("holds", "undecided", "fails")}
     measured_cells = {(row["cell"], row["seed"]) for row in rows}
     selectors = (selector for outcome in judged for pair in outcome.claim.compare for selector in pair)
-    num_tuned = {str(selector): tuned_for(selector, rows) for selector in selectors}
+    num_tuned = {str(selector): num_tuned_of(selector, rows) for selector in selectors}
     parts = [
         f"<h1>{escape(lab.folder.name)}</h1>",
-        f'<p class="soft">commit {escape(commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
+        f'<p class="soft">commit {escape(current_commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
         f"{', '.join(map(str, lab.seeds))}</p>",
-        tiles({**{f"claims: {verdict}": str(count) for verdict, count in counts.items()},
+        metric_tiles({**{f"claims: {verdict}": str(count) for verdict, count in counts.items()},
                "runs measured": f"{len(measured_cells)} of {len(lab.cells) * len(lab.seeds)}"}),
         section("Claims", _rule(), *(_claim_card(outcome, num_tuned) for outcome in judged)),
         section("All numbers", _number_table(lab, rows)),
         section("Cells", table(["cell", "settings"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
-                folded("settings of all cells", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
+                collapsible("settings of all cells", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
     ]  # fmt: skip
     path.write_text(page(f"iwm-fast: {lab.folder.name}", parts), encoding="utf-8")
     measured = [outcome for outcome in judged if outcome.verdict != "not measured"]
@@ -54,9 +54,12 @@ def _rule() -> str:
     )
 
 
-def _claim_card(outcome: Outcome, num_tuned: _NumTuned) -> str:
+def _claim_card(outcome: ClaimVerdict, num_tuned: _NumTuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [(means(pair, claim, num_tuned), difference(pair), len(pair.values[0])) for pair in outcome.comparisons]
+    rows = [
+        (format_means(pair, claim, num_tuned), format_difference(pair), len(pair.values[0]))
+        for pair in outcome.comparisons
+    ]
     is_measured = any(pair.difference for pair in outcome.comparisons)
     return card(
         claim.text,
@@ -64,12 +67,12 @@ def _claim_card(outcome: Outcome, num_tuned: _NumTuned) -> str:
         f'<p class="small soft">The bound is {-claim.margin:g} instead of zero.</p>' if claim.margin else "",
         f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
         f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
-        dot_plot(_dots(outcome, num_tuned), unit=_unit(outcome)) if is_measured else "",
+        draw_dot_plot(_dots(outcome, num_tuned), unit=_unit(outcome)) if is_measured else "",
         table(["means over seeds", "difference, 95 % interval", "seeds"], rows),
     )
 
 
-def means(comparison: Comparison, claim: Claim, num_tuned: _NumTuned) -> str:
+def format_means(comparison: Comparison, claim: Claim, num_tuned: _NumTuned) -> str:
     """Format the names and the means of both results of a comparison."""
     sides = []
     for selector, values in zip((comparison.better, comparison.worse), comparison.values, strict=True):
@@ -78,7 +81,7 @@ def means(comparison: Comparison, claim: Claim, num_tuned: _NumTuned) -> str:
     return ", ".join(sides)
 
 
-def difference(comparison: Comparison) -> str:
+def format_difference(comparison: Comparison) -> str:
     """Format the mean difference of a comparison and its interval; empty if no seed has both results."""
     interval = comparison.difference
     if interval is None:
@@ -87,7 +90,7 @@ def difference(comparison: Comparison) -> str:
     return f"{interval.mean:+.3f} ({ends})"
 
 
-def _label(selector: Number, claim: Claim, num_tuned: _NumTuned, separator: str) -> str:
+def _label(selector: ResultSelector, claim: Claim, num_tuned: _NumTuned, separator: str) -> str:
     """Return the fields that distinguish a result from the claim's other ones, and how many parameters it trained."""
     selectors = {selector for pair in claim.compare for selector in pair}
     fields: list[str] = []
@@ -100,20 +103,20 @@ def _label(selector: Number, claim: Claim, num_tuned: _NumTuned, separator: str)
     return f"{label}{separator}{count:,} tuned" if count else label
 
 
-def _unit(outcome: Outcome) -> str:
+def _unit(outcome: ClaimVerdict) -> str:
     selectors = [selector for pair in outcome.claim.compare for selector in pair]
     # Dictionaries instead of sets keep the order of the comparisons.
     metrics, results = ({getattr(item, field): None for item in selectors} for field in ("metric", "result"))
     return ", ".join(metrics) + (f" ({selectors[0].result})" if len(results) == 1 else "")
 
 
-def _dots(outcome: Outcome, num_tuned: _NumTuned) -> list[Dots]:
+def _dots(outcome: ClaimVerdict, num_tuned: _NumTuned) -> list[DotSeries]:
     """Return a line of dots for each result of a claim, in the order of the comparisons and without repetitions."""
     dots: dict[str, Sequence[float]] = {}
     for comparison in outcome.comparisons:
         for selector, values in zip((comparison.better, comparison.worse), comparison.values, strict=True):
             dots.setdefault(_label(selector, outcome.claim, num_tuned, "\n"), values)
-    return [Dots(label=label, values=values) for label, values in dots.items()]
+    return [DotSeries(label=label, values=values) for label, values in dots.items()]
 
 
 def _number_table(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:

@@ -26,14 +26,14 @@ from threading import Event, Lock
 import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.loading import load_config, saved_tree, to_tree
+from iwm_fast.config.loading import config_to_dict, load_config, saved_tree
 from iwm_fast.evals.results import Result, read_result
-from iwm_fast.evaluate import TASKS, read_settings
-from iwm_fast.lab.claims import judge, values_of
+from iwm_fast.evaluate import EVALUATIONS, read_settings
+from iwm_fast.lab.claims import judge, values_by_seed
 from iwm_fast.lab.config import LabConfig, read_lab
 from iwm_fast.lab.report import write_lab_report
 from iwm_fast.pipelines.demo_data import write_demo_shards
-from iwm_fast.pipelines.storage.atomic import replace_file, save_json
+from iwm_fast.pipelines.storage.atomic import replace_file, write_json
 from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger(__name__)
@@ -100,10 +100,10 @@ def is_done(command: LabCommand) -> bool:
         requested, saved = (saved_tree(config) for config in configs)
         # Settings in `runtime` and `output` do not affect the result.
         return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
-    newest = checkpoints.newest(folder)
-    requested = to_tree(read_settings(TASKS[command.name].settings, list(command.arguments[2:])))
+    newest = checkpoints.find_newest_folder(folder)
+    requested = config_to_dict(read_settings(EVALUATIONS[command.name].settings, list(command.arguments[2:])))
     return newest is not None and any(
-        json.loads(json.dumps(result.settings)) == requested and result.step == checkpoints.step_of(newest)
+        json.loads(json.dumps(result.settings)) == requested and result.step == checkpoints.parse_step(newest)
         for result in read_results(folder)
         if result.task == command.name
     )
@@ -219,7 +219,7 @@ def run_lab(path: Path) -> Path:
         RuntimeError: if a command failed, after the commands of all other cells.
         LabStoppedError: if the lab was asked to stop; calling this again resumes.
     """
-    lab = read_lab(path, set(TASKS))
+    lab = read_lab(path, set(EVALUATIONS))
     lab.folder.mkdir(parents=True, exist_ok=True)
     (lab.folder / LAB).write_bytes(path.read_bytes())
     if lab.has_demo_data:
@@ -242,10 +242,10 @@ def write_results(lab: LabConfig) -> Path:
         for result in read_results(cell.folder)
         for row in result.rows
     ]
-    judged = [judge(claim, lambda selector: values_of(selector, rows)) for claim in lab.claims]
+    judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in lab.claims]
     verdicts = {outcome.claim.name: outcome.verdict for outcome in judged}
     tree = {**_provenance(lab), "verdicts": verdicts, "rows": rows}
-    replace_file(lab.folder / "lab.json", lambda draft: save_json(tree, draft))
+    replace_file(lab.folder / "lab.json", lambda draft: write_json(tree, draft))
     return write_lab_report(lab, judged, rows)
 
 
@@ -262,4 +262,4 @@ def report_lab(folder: Path) -> Path:
     Raises:
         FileNotFoundError: if the folder holds no lab.
     """
-    return write_results(read_lab(folder / LAB, set(TASKS)))
+    return write_results(read_lab(folder / LAB, set(EVALUATIONS)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from iwm_fast.config.run import PredictorConfig
 from iwm_fast.kernels.ops import Ops
 from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
-from iwm_fast.kernels.predictor_input.op import Mixer
+from iwm_fast.kernels.predictor_input.op import FeatureMixer
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
 from iwm_fast.pipelines.batch import RaggedIndex
 
@@ -39,9 +39,9 @@ class FeatureConditioning(nn.Module):
         for layer, gain in zip(linear, (2.0, 2.0, 1.0), strict=True):
             nn.init.trunc_normal_(layer.weight, std=(gain / layer.in_features) ** 0.5, generator=generator)
 
-    def forward(self, action: Float[Tensor, "B A"]) -> Mixer:
+    def forward(self, action: Float[Tensor, "B A"]) -> FeatureMixer:
         """Return action and layer parameters, which `ops.predictor_input` applies while it packs the tokens."""
-        return Mixer(action, *self.layers.parameters())
+        return FeatureMixer(action, *self.layers.parameters())
 
 
 class SequenceConditioning(nn.Module):

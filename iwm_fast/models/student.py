@@ -14,7 +14,7 @@ from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 
 class Prediction(NamedTuple):
@@ -76,7 +76,7 @@ def choose_ops(config: RunConfig, device: torch.device) -> Ops:
         accepted = f"divide the width into heads of {' or '.join(map(str, HEAD_DIMS))} with runtime.ops=fused"
         is_built = network.depth > 0
         is_supported = network.dim // network.num_heads in HEAD_DIMS
-        check(not is_built or is_supported, f"model.{name}.num_heads", network.num_heads,
+        require(not is_built or is_supported, f"model.{name}.num_heads", network.num_heads,
               f"{accepted} (model.{name}.dim is {network.dim})")  # fmt: skip
     return FUSED
 

@@ -12,7 +12,9 @@ from iwm_fast.runtime.distributed import RankInfo
 Item = TypeVar("Item")
 
 
-def follow(items: Iterable[Item], total: int, description: str, rank_info: RankInfo | None = None) -> Iterator[Item]:
+def track_progress(
+    items: Iterable[Item], total: int, description: str, rank_info: RankInfo | None = None
+) -> Iterator[Item]:
     """Yield the items while showing a progress bar, if this is rank 0 and standard error is a terminal.
 
     Args:

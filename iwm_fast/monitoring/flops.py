@@ -140,7 +140,7 @@ GPUS = {
     r"RTX 5090$": Gpu(209.5e12, 104.8e12, 104.8e12, 32),
 }
 KNOWN_GPUS = "A100, H100, H200, B200, A10, A30, A40, L4, L40, L40S, RTX A6000, RTX 3090, RTX 4090 or RTX 5090"
-"""Names that `peak_of` and `memory_gb_of` accept, for messages."""
+"""Names that `gpu_peak_flops` and `memory_gb_of` accept, for messages."""
 
 
 def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | None, str]:
@@ -152,10 +152,10 @@ def peak_flops(device: torch.device, precision: str = "bf16") -> tuple[float | N
     if device.type != "cuda":
         return None, "CPU"
     name = torch.cuda.get_device_name(device)
-    return peak_of(name, precision), name
+    return gpu_peak_flops(name, precision), name
 
 
-def peak_of(name: str, precision: str = "bf16") -> float | None:
+def gpu_peak_flops(name: str, precision: str = "bf16") -> float | None:
     """Return the peak dense operations per second of the GPU with this name, None if it is not known."""
     gpu = _find_gpu(name)
     if gpu is None or precision == "bf16":

@@ -34,7 +34,7 @@ from jaxtyping import Int64
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.flops import PatchCounts
 
-STAGES = (0, 1, 2, 3)
+ZERO_STAGES = (0, 1, 2, 3)
 MARGIN = 0.05
 """Share added to the estimate for its uncertainty."""
 _CUDA_CONTEXT, _DALI_BUFFERS = 0.5 * 2**30, 3.0 * 2**30

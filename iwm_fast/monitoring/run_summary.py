@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from iwm_fast.config.run import RunConfig
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 
 # Above these shares of the time, waiting for data or work between steps is worth a change of settings.
 _WAIT_LIMIT, _OTHER_LIMIT = 0.05, 0.1
@@ -50,7 +50,7 @@ def time_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
     counted = [(row, row["step"] - earlier["step"]) for earlier, row in pairwise(rows)]
     total_s = sum(row["speed/step_s"] * count for row, count in counted)
     return {
-        phase: sum(row[f"time/{phase}_s"] * count for row, count in counted) / total_s for phase in (*PARTS, "other")
+        phase: sum(row[f"time/{phase}_s"] * count for row, count in counted) / total_s for phase in (*PHASES, "other")
     }
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch.profiler import record_function
 
-PARTS: tuple[str, ...] = ("wait", "forward", "teacher", "backward", "optimizer", "teacher_update")
+PHASES: tuple[str, ...] = ("wait", "forward", "teacher", "backward", "optimizer", "teacher_update")
 """wait: for a batch from the loader; forward: of the student; teacher: its forward pass; backward: loss and gradients,
 with their exchange between ranks; optimizer: clipping and update; teacher_update: the EMA."""
 LOCAL_PHASES: tuple[str, ...] = ("wait", "forward", "teacher")
@@ -58,7 +58,7 @@ class StepTimer:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each of PARTS. Waits until a GPU has finished the step."""
-        seconds = dict.fromkeys(PARTS, 0.0)
+        seconds = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in pairwise(self._marks):
             seconds[phase] += _seconds_between(begin, end)
         return seconds

@@ -51,7 +51,7 @@ def _style(colours: Palette) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dots:
+class DotSeries:
     """A labelled line of a dot plot."""
 
     label: str
@@ -115,14 +115,14 @@ def draw_waterfall_chart(parts: Mapping[str, float], *, unit: str) -> str:
         return _to_svg(figure)
 
 
-def dot_plot(rows: Sequence[Dots], *, unit: str) -> str:
+def draw_dot_plot(rows: Sequence[DotSeries], *, unit: str) -> str:
     """Draw rows of dots, one per seed, with a vertical line at the mean of each row; return an SVG element."""
     with _canvas(4.6, 0.7 + 0.36 * len(rows)) as (figure, axis):
         _draw_dots(axis, rows, unit, _PLACEHOLDERS)
         return _to_svg(figure)
 
 
-def _draw_dots(axis: Axes, rows: Sequence[Dots], unit: str, colours: Palette) -> None:
+def _draw_dots(axis: Axes, rows: Sequence[DotSeries], unit: str, colours: Palette) -> None:
     for y, row in enumerate(rows):
         if row.values:
             mean = sum(row.values) / len(row.values)
@@ -144,7 +144,7 @@ class DotPlot:
     """Text between title and plot, in a soft colour."""
     unit: str
     """Label of the x axis."""
-    rows: Sequence[Dots]
+    rows: Sequence[DotSeries]
 
 
 def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:

@@ -61,7 +61,7 @@ def card(title: str, *parts: str) -> str:
     return f'<div class="card"><h3>{escape(title)}</h3>\n' + "\n".join(parts) + "</div>"
 
 
-def tiles(values: dict[str, str]) -> str:
+def metric_tiles(values: dict[str, str]) -> str:
     """Return the most important numbers of a page in large letters; `values` maps captions to numbers as text."""
     boxes = "".join(
         f'<div class="card tile"><b>{escape(value)}</b><span class="soft small">{escape(name)}</span></div>'
@@ -94,6 +94,6 @@ def embedded_png(path: Path, description: str) -> str:
     return f'<div class="scroll"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></div>'
 
 
-def folded(title: str, text: str) -> str:
+def collapsible(title: str, text: str) -> str:
     """Return preformatted text that is hidden until its title is clicked."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

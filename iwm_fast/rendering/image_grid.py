@@ -26,12 +26,12 @@ class Panel:
 
     pixels: UInt8[np.ndarray, "H W 3"]
     caption: str = ""
-    is_right: bool = False
+    is_correct: bool = False
     """Whether the image is a correct answer, which is marked by a green frame and a green caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class ImageGrid:
     """A grid of panels with labelled rows; the panels of a column belong to the same example."""
 
     labels: tuple[str, ...]
@@ -43,12 +43,12 @@ class Section:
     """Measurements on these panels, by name, with their units."""
 
 
-def save_sheet(path: Path, labels: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
+def save_image_grid(path: Path, labels: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
     """Write one grid of panels, whose rows have the same length, as a PNG file; its folder is created."""
-    save_sections(path, [Section(labels=tuple(labels), rows=tuple(map(tuple, rows)))], title)
+    save_image_grids(path, [ImageGrid(labels=tuple(labels), rows=tuple(map(tuple, rows)))], title)
 
 
-def save_sections(path: Path, sections: Sequence[Section], title: str, panel_inches: float = 1.9) -> None:
+def save_image_grids(path: Path, sections: Sequence[ImageGrid], title: str, panel_inches: float = 1.9) -> None:
     """Write sections, one below the other, as a PNG file; its folder is created.
 
     Sections may differ in rows and columns, but all panels have sides of `panel_inches`. Enlarged pixels stay sharp.
@@ -70,16 +70,16 @@ def save_sections(path: Path, sections: Sequence[Section], title: str, panel_inc
     figure.savefig(path, dpi=110, format="png")
 
 
-def _section_height(section: Section, panel_inches: float, width: float) -> float:
+def _section_height(section: ImageGrid, panel_inches: float, width: float) -> float:
     rows_height = sum(panel_inches + _caption_height(row, panel_inches) for row in section.rows)
     return rows_height + _heading_height(section, width) + _SECTION_GAP
 
 
-def _heading_height(section: Section, width: float) -> float:
+def _heading_height(section: ImageGrid, width: float) -> float:
     return _TITLE_LINE_HEIGHT * bool(section.title) + _LINE_HEIGHT * len(_number_lines(section, width))
 
 
-def _number_lines(section: Section, width: float) -> list[str]:
+def _number_lines(section: ImageGrid, width: float) -> list[str]:
     return _wrap(" · ".join(f"{name} {value}" for name, value in section.numbers.items()), width - 2 * _MARGIN)
 
 
@@ -87,7 +87,7 @@ def _caption_height(row: Sequence[Panel], panel_inches: float) -> float:
     return _LINE_HEIGHT * max(len(_wrap(panel.caption, panel_inches)) for panel in row) + _GAP
 
 
-def _draw_section(figure: Figure, section: Section, top: float, panel_inches: float) -> None:
+def _draw_section(figure: Figure, section: ImageGrid, top: float, panel_inches: float) -> None:
     width = figure.get_figwidth()
     top += _SECTION_GAP / 2
     if section.title:
@@ -100,7 +100,7 @@ def _draw_section(figure: Figure, section: Section, top: float, panel_inches: fl
         for column, panel in enumerate(row):
             left = _MARGIN + _LABEL_WIDTH + column * (panel_inches + _GAP)
             _draw_panel(_add_axes(figure, left, top, panel_inches), panel)
-            colour = _GREEN if panel.is_right else _SOFT
+            colour = _GREEN if panel.is_correct else _SOFT
             _write(figure, left, top + panel_inches + 0.04, _wrap(panel.caption, panel_inches), color=colour)
         top += panel_inches + _caption_height(row, panel_inches)
 
@@ -110,7 +110,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set(color=_GREEN if panel.is_right else "#c9d0d6", linewidth=2.5 if panel.is_right else 0.6)
+        spine.set(color=_GREEN if panel.is_correct else "#c9d0d6", linewidth=2.5 if panel.is_correct else 0.6)
 
 
 def _add_axes(figure: Figure, left: float, top: float, side: float) -> Axes:

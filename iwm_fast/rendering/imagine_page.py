@@ -11,7 +11,7 @@ from PIL import Image
 
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.html import escape, page
-from iwm_fast.rendering.image_grid import Panel, Section
+from iwm_fast.rendering.image_grid import ImageGrid, Panel
 
 # Images up to this many pixels high are embedded as PNG and enlarged with sharp pixels. Larger photographs are embedded
 # as JPEG, because PNG would make them about ten times as large.
@@ -47,7 +47,7 @@ the tokens of the changed image. The version of the image whose tokens are neare
 frame marks a correct retrieval. The images are spaced evenly over the validation set, not selected.</p>"""
 
 
-def write_page(path: Path, sections: Sequence[Section], title: str, run: str) -> None:
+def write_imagine_page(path: Path, sections: Sequence[ImageGrid], title: str, run: str) -> None:
     """Write the page of a run as one HTML file with embedded images; `title` is the sentence below its heading."""
     head = [f"<h1>What the world model of {escape(run)} imagines</h1>", f'<p class="soft">{escape(title)}.</p>']
     body = [*head, _INTRODUCTION, *map(_section, sections)]
@@ -55,7 +55,7 @@ def write_page(path: Path, sections: Sequence[Section], title: str, run: str) ->
     replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def _section(section: Section) -> str:
+def _section(section: ImageGrid) -> str:
     # The grid has an element per column, because panels of an example must stay together on narrow screens.
     examples = "\n".join(_example(panels, section.labels) for panels in zip(*section.rows, strict=True))
     numbers = "".join(
@@ -81,7 +81,7 @@ def _figure(panel: Panel, label: str) -> str:
     image_class = ' class="small"' if len(panel.pixels) <= _MAX_PNG_HEIGHT else ""
     image = f'<img{image_class} src="{_data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
     caption = f'<span class="role">{escape(label)}</span><span class="caption">{escape(panel.caption)}</span>'
-    figure_class = ' class="right"' if panel.is_right else ""
+    figure_class = ' class="right"' if panel.is_correct else ""
     return f"<figure{figure_class}>{image}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -25,7 +25,7 @@ EXIT_PREEMPTED = 75
 # SIGTERM is what launchers and schedulers send, SIGUSR1 what SLURM's --signal is usually set to, SIGINT is Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Launchers kill their processes 30 s after SIGTERM, and the status must be written before that.
-GRACE_S = 25.0
+GRACE_PERIOD_S = 25.0
 _POLL_INTERVAL_S = 1.0
 
 
@@ -88,7 +88,7 @@ class Preemption:
     def _request_stop(self, reason: str) -> None:
         if not self.reason:
             self._requested_at = time.monotonic()
-            self._deadline = self._requested_at + GRACE_S + self._longest_step_s
+            self._deadline = self._requested_at + GRACE_PERIOD_S + self._longest_step_s
             # Set last: the main thread reads the other two only once there is a reason.
             self.reason = reason
             log.warning("%s: stopping after this step", reason)

@@ -20,9 +20,9 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": current_commit(),
         "versions": {"python": platform.python_version(), **_installed_versions()},
-        "machine": machine(device),
+        "machine": describe_machine(device),
         "world_size": world_size,
     }
 
@@ -36,7 +36,7 @@ def _installed_versions() -> dict[str, str]:
     return versions
 
 
-def commit() -> str:
+def current_commit() -> str:
     """Return the project's commit, with `+changes` if files differ from it; "unknown" outside a checkout."""
     project = Path(__file__).parents[2]
     # Git would otherwise describe any repository around an installed package.
@@ -48,7 +48,7 @@ def commit() -> str:
     return completed.stdout.strip() or "unknown"
 
 
-def machine(device: torch.device) -> str:
+def describe_machine(device: torch.device) -> str:
     """Return the name of the GPU or processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

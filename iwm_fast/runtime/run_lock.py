@@ -45,7 +45,7 @@ def lock_folder(folder: Path, *, wait: bool) -> IO[str]:
     return file
 
 
-class FolderLock:
+class RunLock:
     """An exclusive lock on a run folder, held until it is closed or the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
 from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.action_log.schema import LogMetadata
-from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, check
+from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, require
 from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import (
     BEGINNING,
@@ -23,7 +23,7 @@ from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import RankInfo
 
-EVALUATION_BATCH = 64
+EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
@@ -52,7 +52,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
     shards = open_named_shards("data.train", data.train)
     if data.max_samples is None:
         return shards
-    check(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
+    require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
           f"be at most the {shards.num_samples} samples of data.train, or unset")  # fmt: skip
     return shards.truncated(data.max_samples)
 
@@ -140,7 +140,7 @@ def evaluation_loader(
         views=config.views,
         grid=config.grid,
         samples=samples,
-        micro_batch_size=EVALUATION_BATCH,
+        micro_batch_size=EVALUATION_BATCH_SIZE,
         leaves_out_bad_samples=leaves_out_bad_samples,
     )
     runtime = config.runtime

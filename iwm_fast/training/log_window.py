@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from iwm_fast.monitoring.collapse import collapse_monitors
-from iwm_fast.monitoring.step_timer import LOCAL_PHASES, PARTS, StepTimer
+from iwm_fast.monitoring.step_timer import LOCAL_PHASES, PHASES, StepTimer
 from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.training.schedules import Schedules
@@ -28,7 +28,7 @@ class PhaseTimes:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._num_steps = 0
 
     def add(self, timer: StepTimer) -> None:
@@ -141,7 +141,7 @@ def time_metrics(ranks: dict[str, Float64[Tensor, "ranks"]], step_s: float) -> d
         ranks: seconds of each phase, for each rank.
         step_s: duration of a step, including what happens between steps.
     """
-    means = {phase: float(ranks[phase].mean()) for phase in PARTS}
+    means = {phase: float(ranks[phase].mean()) for phase in PHASES}
     local = torch.stack([ranks[phase] for phase in LOCAL_PHASES]).sum(0)
     return {
         **{f"time/{phase}_s": mean for phase, mean in means.items()},

@@ -21,7 +21,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.components import TrainingComponents
 from iwm_fast.training.loaders import log_metadata, training_loader
-from iwm_fast.training.resume import stream_start
+from iwm_fast.training.resume import find_stream_start
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.train_state import TrainState
@@ -48,7 +48,7 @@ class PretrainTask:
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
         state = TrainState.from_checkpoint(saved)
-        state.start = stream_start(saved, self.config, self.fingerprint, self.shards.num_samples)
+        state.start = find_stream_start(saved, self.config, self.fingerprint, self.shards.num_samples)
         return state
 
     def load_weights(self, saved: Checkpoint) -> None:
@@ -103,7 +103,7 @@ class PretrainTask:
             return
         failure: Exception | None = None
         try:
-            self._action_log.close_part()
+            self._action_log.publish()
         # Any exception: the other ranks must learn of it, or they would wait for this one.
         except Exception as error:
             failure = error

@@ -50,7 +50,7 @@ def _path_and_id(resume_point: tuple[Checkpoint | None, str] | None) -> tuple[Pa
 
 def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
     folder = Path(config.output.folder)
-    is_used = bool(checkpoints.step_folders(folder)) or (folder / "metrics.jsonl").exists()
+    is_used = bool(checkpoints.list_checkpoint_folders(folder)) or (folder / "metrics.jsonl").exists()
     if is_used and config.resume == "never":
         raise ValueError(
             f"output.folder = {config.output.folder!r} already holds a run; "
@@ -81,7 +81,9 @@ def last_run_id(folder: Path) -> str | None:
     return None
 
 
-def stream_start(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> StreamStart:
+def find_stream_start(
+    saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int
+) -> StreamStart:
     """Return where the stream of samples begins.
 
     This is the beginning that the checkpoint names, unless settings that determine the stream have changed; then it is

@@ -57,7 +57,7 @@ class StepReport:
         return [key for keys in suspects for key in keys]
 
 
-class StepRecord:
+class StepRecorder:
     """What one optimiser step has done so far: its micro-batches and what they took."""
 
     def __init__(self, device: torch.device) -> None:
@@ -125,7 +125,7 @@ def train_step(
     position in the schedules. Collective: every rank must call it.
     """
     engine.set_hyperparameters(lr=schedules.lr(applied_steps), weight_decay=schedules.weight_decay(applied_steps))
-    record = StepRecord(next(teacher.encoder.parameters()).device)
+    record = StepRecorder(next(teacher.encoder.parameters()).device)
     for _ in range(accumulation):
         batch = record.next_batch(batches)
         prediction = engine.forward(batch)

@@ -22,7 +22,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import PeerFailedError, peer_failure_message
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.provenance import describe_run
-from iwm_fast.runtime.run_lock import FolderLock
+from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.training.log_window import LogWindow
 from iwm_fast.training.nonfinite_guard import NonfiniteGuard
@@ -90,7 +90,7 @@ class Trainer:
             ValueError: if another process is training in the folder, or it holds a run and `resume` is never.
         """
         # Two runs in one folder would overwrite each other's metrics and checkpoints.
-        lock = distributed.rank_zero_only(lambda: FolderLock(self._folder))
+        lock = distributed.rank_zero_only(lambda: RunLock(self._folder))
         try:
             saved, schedules = self._load_state()
             if self._state.step >= schedules.total_steps and saved is not None:

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.attention.packed import LOG2_E, Packed, load_rows, sequence_span, store_rows
+from iwm_fast.kernels.attention.packed import LOG2_E, PackedQKV, load_rows, sequence_span, store_rows
 from iwm_fast.kernels.launch import Launch
 
 
-class Tiles(NamedTuple):
+class TileConfig(NamedTuple):
     """Tile sizes and compiler options of one kernel."""
 
     block_m: int
@@ -31,22 +31,22 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-class Cut(NamedTuple):
+class FlashConfig(NamedTuple):
     """Tile sizes of the three kernels."""
 
-    forward: Tiles
-    d_query: Tiles
-    d_key: Tiles
+    forward: TileConfig
+    d_query: TileConfig
+    d_key: TileConfig
 
 
 # Tiles that compile without spills, by architecture; 0 stands for all others. `python -m benchmarks.kernels` prints
 # registers and shared memory of each.
 _HALF_PRECISION_CONFIGS = {
-    90: Cut(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    0: Cut(Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
+    90: FlashConfig(TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2)),
+    0: FlashConfig(TileConfig(128, 64, 8, 3), TileConfig(64, 32, 4, 2), TileConfig(64, 32, 4, 2)),
 }
 # A float32 product is computed as three tf32 products, whose operands leave few registers for larger tiles.
-_FLOAT32_CONFIG = Cut(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
+_FLOAT32_CONFIG = FlashConfig(TileConfig(16, 32, 4, 1), TileConfig(16, 32, 4, 1), TileConfig(16, 32, 4, 1))
 
 
 @triton.jit
@@ -195,20 +195,20 @@ def _d_key_kernel(
     store_rows(d_query_ptr + 2 * width, d_value, tile_start, length, 3 * width)
 
 
-def cut_for(architecture: int, packed: Packed) -> Cut:
+def choose_config(architecture: int, packed: PackedQKV) -> FlashConfig:
     """Return the tile sizes for an architecture and the dtype of `packed`."""
     if packed.fits_half_precision_tiles:
         return _HALF_PRECISION_CONFIGS.get(architecture, _HALF_PRECISION_CONFIGS[0])
     return _FLOAT32_CONFIG
 
 
-def forward_launch(config: Cut, packed: Packed, limit: int, *, out: Tensor, lse: Tensor) -> Launch:
+def forward_launch(config: FlashConfig, packed: PackedQKV, limit: int, *, out: Tensor, lse: Tensor) -> Launch:
     """Return the launch that fills `out` and `lse` for all sequences longer than `limit`."""
     return _launch(_forward_kernel, config.forward, packed, limit, {"out_ptr": out, "lse_ptr": lse})
 
 
 def backward_launches(
-    config: Cut, packed: Packed, limit: int, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
+    config: FlashConfig, packed: PackedQKV, limit: int, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
 ) -> list[Launch]:
     """Return the launches that fill `d_qkv` for all sequences longer than `limit`, in the order they must run in."""
     tensors = {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse, "delta_ptr": torch.empty_like(lse)}
@@ -218,7 +218,7 @@ def backward_launches(
     ]
 
 
-def _launch(kernel, tiles: Tiles, packed: Packed, limit: int, tensors: dict[str, Tensor]) -> Launch:
+def _launch(kernel, tiles: TileConfig, packed: PackedQKV, limit: int, tensors: dict[str, Tensor]) -> Launch:
     num_tiles = triton.cdiv(packed.longest, tiles.block_m)
     constants = {
         # The lower limit, exclusive. In the kernels of `short`, upper limits follow it in the same tuple.

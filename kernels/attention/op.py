@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from iwm_fast.kernels.attention import flash, short
-from iwm_fast.kernels.attention.packed import Packed
-from iwm_fast.kernels.attention.short import Group
-from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, interpretable
+from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.attention.short import ShortConfig
+from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, upcast_for_interpreter
 
 HEAD_DIMS = (32, 64)
 """Head sizes that the fused operation supports."""
@@ -136,18 +136,20 @@ def ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> Tenso
     return _ragged_attention(qkv, offsets, longest)[0]
 
 
-def forward_launches(architecture: int, packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
+def forward_launches(architecture: int, packed: PackedQKV, out: Tensor, lse: Tensor) -> list[Launch]:
     """Return the launches that fill `out` (sum N, H, d) and `lse` (H, sum N), one per range of lengths."""
     configs = _short_configs(short.FORWARD_CONFIGS, architecture, packed)
     launches = short.forward_launches(configs, packed, out, lse)
     limit = short.max_length(configs)
     if packed.longest > limit:
-        launches.append(flash.forward_launch(flash.cut_for(architecture, packed), packed, limit, out=out, lse=lse))
+        launches.append(
+            flash.forward_launch(flash.choose_config(architecture, packed), packed, limit, out=out, lse=lse)
+        )
     return launches
 
 
 def backward_launches(
-    architecture: int, packed: Packed, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
+    architecture: int, packed: PackedQKV, *, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor
 ) -> list[Launch]:
     """Return the launches that fill `d_qkv` (sum N, 3, H, d), in the order they must run in."""
     configs = _short_configs(short.BACKWARD_CONFIGS, architecture, packed)
@@ -155,13 +157,13 @@ def backward_launches(
     limit = short.max_length(configs)
     if packed.longest > limit:
         tensors = {"out": out, "lse": lse, "d_out": d_out, "d_qkv": d_qkv}
-        launches += flash.backward_launches(flash.cut_for(architecture, packed), packed, limit, **tensors)
+        launches += flash.backward_launches(flash.choose_config(architecture, packed), packed, limit, **tensors)
     return launches
 
 
 def _short_configs(
-    table: dict[int, dict[int, tuple[Group, ...]]], architecture: int, packed: Packed
-) -> tuple[Group, ...]:
+    table: dict[int, dict[int, tuple[ShortConfig, ...]]], architecture: int, packed: PackedQKV
+) -> tuple[ShortConfig, ...]:
     """Return the configurations of `short` for these sequences; none in float32, whose tiles do not fit on a GPU."""
     return table.get(architecture, table[0])[packed.qkv.shape[3]] if packed.fits_half_precision_tiles else ()
 
@@ -174,7 +176,7 @@ def shipped_launches(architecture: int) -> dict[str, Launch]:
         for longest in (1024,) if is_ragged else (128, 208, 224, 256, 1024):
             qkv = torch.empty(longest, 3, 1, head_dim, dtype=dtype, device="meta")
             offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
-            packed, out, lse = Packed(qkv, offsets, longest), qkv[:, 0], _new_lse(qkv)
+            packed, out, lse = PackedQKV(qkv, offsets, longest), qkv[:, 0], _new_lse(qkv)
             both_passes = forward_launches(architecture, packed, out, lse)
             both_passes += backward_launches(architecture, packed, out=out, lse=lse, d_out=out, d_qkv=qkv)
             variant = f"d={head_dim} {str(dtype).removeprefix('torch.')} {'ragged' if is_ragged else 'dense'}"
@@ -209,12 +211,12 @@ def _check_fused(qkv: Tensor, offsets: Tensor | None, longest: int) -> None:
 def _ragged_attention(qkv: Tensor, offsets: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
     _check_fused(qkv, offsets, longest)
     device_architecture = architecture(qkv.device)
-    kernel_qkv = interpretable(qkv)
+    kernel_qkv = upcast_for_interpreter(qkv)
     out = kernel_qkv.new_empty(kernel_qkv.shape[0], *kernel_qkv.shape[2:])
     lse = _new_lse(kernel_qkv)
     # If all sequences are empty, there is nothing to compute.
     if longest > 0:
-        for launch in forward_launches(device_architecture, Packed(kernel_qkv, offsets, longest), out, lse):
+        for launch in forward_launches(device_architecture, PackedQKV(kernel_qkv, offsets, longest), out, lse):
             launch.run()
     return out.to(qkv.dtype), lse
 
@@ -235,11 +237,11 @@ def _ragged_attention_backward(
     d_out: Tensor, qkv: Tensor, offsets: Tensor | None, longest: int, out: Tensor, lse: Tensor
 ) -> Tensor:
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a permutation transposed.
-    tensors = {"d_out": interpretable(d_out.contiguous()), "out": interpretable(out), "lse": lse}
-    kernel_qkv = interpretable(qkv)
+    tensors = {"d_out": upcast_for_interpreter(d_out.contiguous()), "out": upcast_for_interpreter(out), "lse": lse}
+    kernel_qkv = upcast_for_interpreter(qkv)
     d_qkv = torch.empty_like(kernel_qkv)
     if longest > 0:
-        packed = Packed(kernel_qkv, offsets, longest)
+        packed = PackedQKV(kernel_qkv, offsets, longest)
         for launch in backward_launches(architecture(qkv.device), packed, **tensors, d_qkv=d_qkv):
             launch.run()
     return d_qkv.to(qkv.dtype)

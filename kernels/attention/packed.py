@@ -12,7 +12,7 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-class Packed(NamedTuple):
+class PackedQKV(NamedTuple):
     """Queries, keys and values of all sequences, stored one sequence after the other."""
 
     qkv: Tensor

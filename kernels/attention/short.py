@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.attention.packed import LOG2_E, Packed, load_rows, sequence_span, store_rows
+from iwm_fast.kernels.attention.packed import LOG2_E, PackedQKV, load_rows, sequence_span, store_rows
 from iwm_fast.kernels.launch import Launch
 
 
-class Group(NamedTuple):
+class ShortConfig(NamedTuple):
     """Configuration of one launch, which computes a range of sequence lengths."""
 
     key_splits: tuple[tuple[int, ...], ...]
@@ -54,22 +54,22 @@ _UP_TO_256 = ((128, 64, 32), (128, 64, 64))
 # left to `flash`.
 FORWARD_CONFIGS = {
     90: {
-        32: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208, 64, 4, 1), Group(_UP_TO_256, 64, 4, 1)),
-        64: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256, 64, 4, 1)),
+        32: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208, 64, 4, 1), ShortConfig(_UP_TO_256, 64, 4, 1)),
+        64: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256, 64, 4, 1)),
     },
     0: {
-        32: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
-        64: (Group(_UP_TO_128, 64, 4, 1), Group(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
+        32: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
+        64: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
     },
 }
 BACKWARD_CONFIGS = {
     90: {
-        32: (Group(_UP_TO_128, 32, 8, 1), Group(((128, 64), (256,)), 32, 8, 2)),
-        64: (Group(_UP_TO_128, 64, 8, 2), Group(((128, 64),), 32, 8, 2), Group(((256,),), 32, 8, 3)),
+        32: (ShortConfig(_UP_TO_128, 32, 8, 1), ShortConfig(((128, 64), (256,)), 32, 8, 2)),
+        64: (ShortConfig(_UP_TO_128, 64, 8, 2), ShortConfig(((128, 64),), 32, 8, 2), ShortConfig(((256,),), 32, 8, 3)),
     },
     0: {
-        32: (Group(_UP_TO_128, 32, 8, 1),),
-        64: (Group(_UP_TO_128, 32, 8, 2),),
+        32: (ShortConfig(_UP_TO_128, 32, 8, 1),),
+        64: (ShortConfig(_UP_TO_128, 32, 8, 2),),
     },
 }
 
@@ -244,24 +244,26 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def max_length(configs: tuple[Group, ...]) -> int:
+def max_length(configs: tuple[ShortConfig, ...]) -> int:
     """Return the length of the longest sequence that the launches hold; 0 if there are no configurations."""
     return configs[-1].max_length if configs else 0
 
 
-def forward_launches(configs: tuple[Group, ...], packed: Packed, out: Tensor, lse: Tensor) -> list[Launch]:
+def forward_launches(configs: tuple[ShortConfig, ...], packed: PackedQKV, out: Tensor, lse: Tensor) -> list[Launch]:
     """Return the launches that fill `out` and `lse` for every sequence up to `max_length(configs)`."""
     return _launches(_forward_kernel, configs, packed, {"out_ptr": out, "lse_ptr": lse})
 
 
 def backward_launches(
-    configs: tuple[Group, ...], packed: Packed, d_out: Tensor, d_qkv: Tensor, lse: Tensor
+    configs: tuple[ShortConfig, ...], packed: PackedQKV, d_out: Tensor, d_qkv: Tensor, lse: Tensor
 ) -> list[Launch]:
     """Return the launches that fill `d_qkv` for every sequence up to `max_length(configs)`."""
     return _launches(_backward_kernel, configs, packed, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse})
 
 
-def _launches(kernel: Any, configs: tuple[Group, ...], packed: Packed, tensors: dict[str, Tensor]) -> list[Launch]:
+def _launches(
+    kernel: Any, configs: tuple[ShortConfig, ...], packed: PackedQKV, tensors: dict[str, Tensor]
+) -> list[Launch]:
     """Return one launch per configuration whose lengths can occur in `packed`."""
     launches = []
     is_ragged = packed.offsets is not None

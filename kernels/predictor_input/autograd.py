@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels.launch import architecture, interpretable
+from iwm_fast.kernels.launch import architecture, upcast_for_interpreter
 from iwm_fast.kernels.predictor_input.conditioning_mlp import FirstLayer, first_launch, second_launch, third_launch
 from iwm_fast.kernels.predictor_input.gather_scatter import gather_launch, group_sum_launch, scatter_launch
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
@@ -187,7 +187,7 @@ def _num_packed(layout: PackedLayout) -> int:
 
 def _empty_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised rows as wide as those of `like`; in the interpreter float32 instead of bfloat16."""
-    return interpretable(like.new_empty(num_rows, like.shape[1], dtype=dtype))
+    return upcast_for_interpreter(like.new_empty(num_rows, like.shape[1], dtype=dtype))
 
 
 def _gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, interpretable
+from iwm_fast.kernels.launch import Launch, upcast_for_interpreter
 
 
 class FirstLayer(NamedTuple):
@@ -141,7 +141,7 @@ def second_launch(out: Tensor, first: FirstLayer, weight: Tensor, bias: Tensor) 
 
 def third_launch(packed: Tensor, packed_row: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Launch:
     """Return the launch that computes packed[packed_row] (T, P) = hidden weight^T + bias, with packed (L, P)."""
-    pointers = {"hidden_ptr": interpretable(hidden), "packed_row_ptr": packed_row}
+    pointers = {"hidden_ptr": upcast_for_interpreter(hidden), "packed_row_ptr": packed_row}
     return _layer_launch(packed, weight, bias, num_rows=len(hidden), num_patches=1, **pointers)
 
 
@@ -151,7 +151,7 @@ def _layer_launch(
     width = len(bias)
     config = _tile_config(weight.dtype, width)
     absent = dict.fromkeys(("hidden_ptr", "position_term_ptr", "action_term_ptr", "patch_row_ptr", "packed_row_ptr"))
-    arguments = absent | pointers | {"out_ptr": out, "weight_ptr": interpretable(weight), "bias_ptr": bias}
+    arguments = absent | pointers | {"out_ptr": out, "weight_ptr": upcast_for_interpreter(weight), "bias_ptr": bias}
     constants = {
         "N": num_patches,
         "P": width,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, interpretable
+from iwm_fast.kernels.launch import Launch, upcast_for_interpreter
 
 # Rows of a tile. With 128 columns of float32, each of 128 threads loads 16 bytes four times.
 _BLOCK_M = 16
@@ -101,8 +101,8 @@ def scatter_launch(
     arguments = {
         "packed_ptr": packed,
         "packed_row_ptr": packed_row,
-        "values_ptr": None if values is None else interpretable(values),
-        "table_ptr": None if table is None else interpretable(table),
+        "values_ptr": None if values is None else upcast_for_interpreter(values),
+        "table_ptr": None if table is None else upcast_for_interpreter(table),
         "patch_row_ptr": patch_row,
         "num_rows": len(packed_row),
     }
@@ -113,7 +113,7 @@ def scatter_launch(
 def gather_launch(out: Tensor, packed: Tensor, packed_row: Tensor) -> Launch:
     """Return the launch that computes out (M, P) = packed[packed_row], in the dtype of `out`."""
     num_rows = len(packed_row)
-    tensors = {"out_ptr": out, "packed_ptr": interpretable(packed), "packed_row_ptr": packed_row}
+    tensors = {"out_ptr": out, "packed_ptr": upcast_for_interpreter(packed), "packed_row_ptr": packed_row}
     return _launch(_gather_kernel, {**tensors, "num_rows": num_rows}, num_rows, P=out.shape[1])
 
 
@@ -128,7 +128,7 @@ def group_sum_launch(out: Tensor, values: Tensor, members: Tensor) -> Launch:
     group_stride, member_stride = members.stride()
     arguments = {
         "out_ptr": out,
-        "values_ptr": interpretable(values),
+        "values_ptr": upcast_for_interpreter(values),
         "member_ptr": members,
         "num_members": members.shape[1],
         "group_stride": group_stride,

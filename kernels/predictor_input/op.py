@@ -42,7 +42,7 @@ from iwm_fast.kernels.predictor_input.gather_scatter import gather_launch, group
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 
 
-class Mixer(NamedTuple):
+class FeatureMixer(NamedTuple):
     """Actions, and weights of the three-layer MLP that mixes an image's action into each of its mask tokens.
 
     Shapes: action (B, A), w1 (P, P + A), w2 and w3 (P, P), biases (P,). Source: IWM section 3, feature conditioning.
@@ -65,7 +65,7 @@ def predictor_input_reference(
     layout: PackedLayout,
     *,
     action_tokens: Tensor | None = None,
-    mixer: Mixer | None = None,
+    mixer: FeatureMixer | None = None,
 ) -> Tensor:
     """Assemble the packed input of the predictor in plain PyTorch.
 
@@ -105,7 +105,7 @@ def predictor_input(
     layout: PackedLayout,
     *,
     action_tokens: Tensor | None = None,
-    mixer: Mixer | None = None,
+    mixer: FeatureMixer | None = None,
 ) -> Tensor:
     """Assemble the packed input of the predictor by Triton kernels that write every row once.
 
@@ -193,7 +193,7 @@ def _check_shapes(
     layout: PackedLayout,
     *,
     action_tokens: Tensor | None,
-    mixer: Mixer | None,
+    mixer: FeatureMixer | None,
 ) -> None:
     if action_tokens is not None and mixer is not None:
         raise ValueError("action_tokens and mixer exclude each other, got both; pass at most one of them")
@@ -222,7 +222,7 @@ def _check_shapes(
 
 
 def _check_inputs(
-    context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: Mixer | None
+    context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: FeatureMixer | None
 ) -> None:
     if context.shape[1] % 16 != 0:
         raise ValueError(f"the width P of context must be a multiple of 16, got {context.shape[1]}")

@@ -1,6 +1,6 @@
 """The action log: every sample that training received, with all its random parameters, written in the background.
 
-`ActionLog.add` only keeps references. A thread converts them to rows and writes these. `close_part` publishes the rows
+`ActionLog.add` only keeps references. A thread converts them to rows and writes these. `publish` publishes the rows
 and must be called before a checkpoint is published, so that the log covers all steps of the checkpoint. Rows that are
 not published when the process dies are lost, but the run that resumes from the checkpoint writes them again.
 """
@@ -89,7 +89,7 @@ class ActionLog:
             self._submit_pending(ends_file=False)
         return batch
 
-    def close_part(self) -> None:
+    def publish(self) -> None:
         """Write and publish all rows that were added, and return once they are on disk.
 
         Raises:
@@ -132,7 +132,7 @@ class ActionLog:
         try:
             with _remedy_note(self._folder):
                 self._write_group(batches, ends_file)
-        # Errors of any kind are kept: `add` and `close_part` raise them on the training thread.
+        # Errors of any kind are kept: `add` and `publish` raise them on the training thread.
         except Exception as error:
             self.failure = error
             if self._file is not None:

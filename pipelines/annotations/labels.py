@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from iwm_fast.pipelines.config import check_label_field
+from iwm_fast.pipelines.config import require_label_field
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard import Shard, require_unchanged
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -83,7 +83,7 @@ def read_labels(shards: ShardSet, field: str, *, classes: Sequence[str] | None =
         ValueError: if `field` has none of these forms, or `classes` contains a name twice.
         ShardError: if a sample lacks the field, or its value cannot name a class or is not in `classes`.
     """
-    check_label_field("field", field)
+    require_label_field("field", field)
     values, codes = _cls_values(shards) if field == "cls" else _json_values(shards, field, num_threads)
     # Classes are named by text, so that "1" and 1 could not be told apart.
     is_mixed = [value.type_name != values[0].type_name for value in values]
@@ -150,7 +150,7 @@ def _first_invalid(
 ) -> tuple[_Value, dict[str, str]]:
     """Return the value of the first sample with an invalid one, with the sample's shard and key."""
     sample = int(np.flatnonzero(np.array(is_invalid)[codes])[0])
-    return values[int(codes[sample])], shards.where(sample)
+    return values[int(codes[sample])], shards.shard_and_key(sample)
 
 
 def _cls_values(shards: ShardSet) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:

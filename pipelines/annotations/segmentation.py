@@ -31,8 +31,8 @@ def read_mask(shards: ShardSet, files: FileCache, sample: int) -> UInt8[np.ndarr
             size, or if the shard has changed since it was indexed.
         OSError: if the shard cannot be read.
     """
-    shard, position = shards.shard_of(sample)
-    address = shards.where(sample)
+    shard, position = shards.locate_one(sample)
+    address = shards.shard_and_key(sample)
     if not shard.mask_offset[position]:
         raise ShardError("has no segmentation map", **address, remedy=_REMEDY)
     image_begin, mask_begin = int(shard.image_offset[position]), int(shard.mask_offset[position])

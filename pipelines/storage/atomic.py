@@ -44,7 +44,7 @@ def force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def write_folder(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """Create a folder with a manifest and one file per entry of `writers`: file name -> function that writes it.
 
     Raises:
@@ -62,7 +62,7 @@ def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
         for name, write_file in writers.items():
             write_file(draft / name)
             force_to_disk(draft / name)
-        save_json({name: _describe(draft / name) for name in writers}, draft / MANIFEST)
+        write_json({name: _describe(draft / name) for name in writers}, draft / MANIFEST)
         for name in writers:
             # safetensors creates files that only their owner may read; the manifest's mode follows the umask.
             (draft / name).chmod((draft / MANIFEST).stat().st_mode)
@@ -81,7 +81,7 @@ def publish(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
         force_to_disk(folder.parent.parent)
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a published folder; it is renamed first, so that readers never see a part of it."""
     shutil.rmtree(folder.rename(folder.parent / f"{_TEMPORARY}removing-{folder.name}"))
 
@@ -96,13 +96,13 @@ def set_aside(folder: Path) -> Path:
     return new_path
 
 
-def remove_leftovers(parent: Path) -> None:
+def remove_unfinished(parent: Path) -> None:
     """Remove the unfinished folders of killed processes; no other process may be writing to `parent`."""
     for leftover in parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover)
 
 
-def verify(folder: Path, names: tuple[str, ...]) -> None:
+def verify_manifest(folder: Path, names: tuple[str, ...]) -> None:
     """Compare files of a published folder with its manifest.
 
     Raises:
@@ -123,7 +123,7 @@ def verify(folder: Path, names: tuple[str, ...]) -> None:
         raise OSError(difference)
 
 
-def save_json(value: dict[str, Any], path: Path) -> None:
+def write_json(value: dict[str, Any], path: Path) -> None:
     """Write a file of indented JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 

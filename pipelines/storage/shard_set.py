@@ -67,24 +67,24 @@ class ShardSet:
         shard = np.searchsorted(self.shard_bounds, samples, side="right").astype(np.int64) - 1
         return shard, samples - self.shard_bounds[shard]
 
-    def shard_of(self, sample: int) -> tuple[Shard, int]:
+    def locate_one(self, sample: int) -> tuple[Shard, int]:
         """Return the shard of a sample and the sample's position within it."""
         (number,), (position,) = self.locate(np.array([sample], np.int64))
         return self.shards[int(number)], int(position)
 
     def key(self, sample: int) -> str:
         """Return the key of a sample, which is unique within its shard."""
-        shard, position = self.shard_of(sample)
+        shard, position = self.locate_one(sample)
         return shard.keys[position]
 
-    def where(self, sample: int) -> dict[str, str]:
+    def shard_and_key(self, sample: int) -> dict[str, str]:
         """Return shard path and key of a sample as keyword arguments of `ShardError`."""
-        shard, position = self.shard_of(sample)
+        shard, position = self.locate_one(sample)
         return {"shard": shard.path, "key": shard.keys[position]}
 
     def address(self, sample: int) -> str:
         """Return "SHARD:KEY" of a sample, for messages and logs."""
-        shard, position = self.shard_of(sample)
+        shard, position = self.locate_one(sample)
         return f"{shard.path}:{shard.keys[position]}"
 
     def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
@@ -101,7 +101,7 @@ class ShardSet:
         if len(missing):
             problem = f"has no label, which {consumer} needs ({len(missing)} of {self.num_samples} samples lack one)"
             remedy = "add a .cls member with the class number to each sample"
-            raise ShardError(problem, **self.where(int(missing[0])), remedy=remedy)
+            raise ShardError(problem, **self.shard_and_key(int(missing[0])), remedy=remedy)
 
     @cached_property
     def content_digest(self) -> str:

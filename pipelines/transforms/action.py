@@ -47,7 +47,7 @@ def action_vector(
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def action_difference(action: Float32[np.ndarray, "B A"], config: ViewConfig) -> dict[str, np.ndarray]:
+def change_from_action(action: Float32[np.ndarray, "B A"], config: ViewConfig) -> dict[str, np.ndarray]:
     """Return the entries of actions by name, in natural units: factors, turns, fractions and flags.
 
     This inverts the scaling of `action_vector`.
@@ -55,7 +55,7 @@ def action_difference(action: Float32[np.ndarray, "B A"], config: ViewConfig) ->
     return {name: action[:, column] * _entry_scale(config, name) for column, name in enumerate(config.entries)}
 
 
-def action_of(change: dict[str, float], config: ViewConfig) -> Float32[np.ndarray, "1 A"]:
+def action_from_change(change: dict[str, float], config: ViewConfig) -> Float32[np.ndarray, "1 A"]:
     """Return the action of a change in natural units; entries that it does not name are 0."""
     row = [change.get(name, 0.0) / _entry_scale(config, name) for name in config.entries]
     return np.array([row], np.float32)
@@ -63,7 +63,7 @@ def action_of(change: dict[str, float], config: ViewConfig) -> Float32[np.ndarra
 
 def describe_action(action: Float32[np.ndarray, "A"], config: ViewConfig) -> str:
     """Return an English description of the change that an action asks for, for figures and logs."""
-    change = {name: float(value) for name, (value,) in action_difference(action[None], config).items()}
+    change = {name: float(value) for name, (value,) in change_from_action(action[None], config).items()}
     # Changes below 0.005 would be displayed as 0.00.
     phrases = [_describe_jitter(name, change[name]) for name in JITTER if abs(change.get(name, 0)) > 5e-3]
     # The flags say what was done to the source, so the change to the target is the opposite.

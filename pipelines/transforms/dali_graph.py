@@ -66,7 +66,7 @@ class GraphSettings:
     "crops" for uint8 pixels before the photometric transformations."""
 
     @property
-    def of_pipeline(self) -> dict[str, Any]:
+    def pipeline_arguments(self) -> dict[str, Any]:
         """Keyword arguments of DALI's `Pipeline`."""
         return {
             "batch_size": self.max_batch_size,
@@ -102,7 +102,7 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
     Its outputs are the source view, the target view, the window of the target view and the window of the source view.
     """
     build = _two_crops if settings.output == "crops" else _two_views
-    graph = build(next_inputs, settings, **settings.of_pipeline)
+    graph = build(next_inputs, settings, **settings.pipeline_arguments)
     graph.build()
     return graph
 
@@ -110,7 +110,7 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
 @pipeline_def
 @no_type_check  # `pipeline_def` adds the arguments of `Pipeline` to the signature.
 def _two_crops(next_inputs, settings):
-    return crop_nodes(fed(crop_inputs(settings), next_inputs), settings)
+    return crop_nodes(input_nodes(crop_inputs(settings), next_inputs), settings)
 
 
 @pipeline_def(enable_conditionals=True)
@@ -119,7 +119,7 @@ def _two_crops(next_inputs, settings):
 @no_type_check
 def _two_views(next_inputs, settings):
     is_gpu, has_geometry = settings.device_id is not None, settings.views.has_source_geometry
-    data = fed(crop_inputs(settings) | _PHOTOMETRY, next_inputs)
+    data = input_nodes(crop_inputs(settings) | _PHOTOMETRY, next_inputs)
     source_view, target_view, window, inner = crop_nodes(data, settings)
     # Contrast scales about the mean of what the view shows, so views of the same region share one mean.
     target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
@@ -153,19 +153,19 @@ def crop_nodes(data, settings):
     size = settings.views.size
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
     pixels = decode_window(data["encoded"], window, settings)
-    target = fn.flip(to_square(pixels, size), horizontal=data["flip"])
+    target = fn.flip(resize_to_square(pixels, size), horizontal=data["flip"])
     if not settings.views.has_source_geometry:
         return target, target, window, window
     inner = source_window_nodes(data["source_crop"], window)
     # The source crop lies inside the shared crop, which is decoded already.
     corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
     pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
-    source = fn.flip(to_square(pixels, size), horizontal=data["source_flip"])
+    source = fn.flip(resize_to_square(pixels, size), horizontal=data["source_flip"])
     return source, target, window, inner
 
 
 @do_not_convert
-def fed(inputs, next_inputs):
+def input_nodes(inputs, next_inputs):
     """Return nodes for the arrays that `next_inputs` returns, by name; `inputs` has their types and dimensions."""
     dtypes, dimensions = zip(*inputs.values(), strict=True)
     nodes = fn.external_source(
@@ -214,7 +214,7 @@ def decode_window(encoded, window, settings):
     return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device, **options)
 
 
-def to_square(pixels, size):
+def resize_to_square(pixels, size):
     """Resize images to a square, with antialiasing."""
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 

@@ -22,9 +22,9 @@ from iwm_fast.pipelines.transforms.dali_graph import (
     GraphSettings,
     crop_window_nodes,
     decode_window,
-    fed,
+    input_nodes,
     normalize_nodes,
-    to_square,
+    resize_to_square,
 )
 from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, Draws
 
@@ -56,7 +56,7 @@ def build_augment_graph(
     # DALI's suite calls operators by their deprecated names. The warnings cannot be filtered by module, so they are
     # recorded, and all others are issued again.
     with warnings.catch_warnings(record=True) as caught:
-        graph = _augmented_view(next_inputs, settings, augment, **settings.of_pipeline)
+        graph = _augmented_view(next_inputs, settings, augment, **settings.pipeline_arguments)
     for warning in caught:
         if warning.category is not DeprecationWarning:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -67,10 +67,10 @@ def build_augment_graph(
 @pipeline_def(enable_conditionals=True)
 @no_type_check  # DALI compiles the function's source code again, which a wrapper would hide.
 def _augmented_view(next_inputs, settings, augment):
-    data = fed(_INPUTS, next_inputs)
+    data = input_nodes(_INPUTS, next_inputs)
     window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
     pixels = decode_window(data["encoded"], window, settings)
-    view = fn.flip(to_square(pixels, settings.views.size), horizontal=data["flip"])
+    view = fn.flip(resize_to_square(pixels, settings.views.size), horizontal=data["flip"])
     suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _MAX_SHIFT))
     assert len(suite) == NUM_OPERATIONS, f"this version of DALI has {len(suite)} RandAugment operations"
     for number in range(augment.num_operations):

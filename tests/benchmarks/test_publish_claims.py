@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import publish_claims
-from iwm_fast.lab.config import Claim, LabConfig, Number
+from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
 
-BETTER, WORSE = Number(cell="a", result="mrr", subject="jitter", metric="mrr"), Number(
+BETTER, WORSE = ResultSelector(cell="a", result="mrr", subject="jitter", metric="mrr"), ResultSelector(
     cell="b", result="mrr", subject="jitter", metric="mrr"
 )  # fmt: skip
 CLAIM = Claim(name="c", text="It uses the action.", paper="0.8 against 0", compare=((BETTER, WORSE),))

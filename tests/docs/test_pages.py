@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fixtures.painted_shards import painted_run
+from fixtures.painted_shards import pretrain_on_painted_shards
 from fixtures.paths import PROJECT, PYTHONPATH
 
 DOCS = PROJECT / "docs"
@@ -91,7 +91,7 @@ def test_the_code_of_quickstart_data_and_python_api_runs(tmp_path):
 def test_the_code_of_evaluation_runs(tmp_path):
     save_images(tmp_path / "images", count=2)
     (tmp_path / "runs").mkdir()
-    painted_run(tmp_path / "painted")
+    pretrain_on_painted_shards(tmp_path / "painted")
     (tmp_path / "painted" / "run").rename(tmp_path / "runs" / "first")
     execute("evaluation.md", tmp_path)
 

@@ -14,7 +14,7 @@ from iwm_fast import cli
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
-from iwm_fast.checkpoints.pretrained import read_source
+from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import ImagineConfig, KnnConfig, MrrConfig
 from iwm_fast.config.finetuning import FinetuneConfig
@@ -50,7 +50,7 @@ def test_the_path_of_a_checkpoint_is_loaded_itself(trained, tmp_path):
     copy = shutil.copytree(trained / "checkpoints" / "step-00000010", tmp_path / "backup")
     assert iwm_fast.load(copy).step == iwm_fast.load(trained / "checkpoints" / "step-00000010").step == 10
     config = replace(iwm_fast.load(copy).config, init_from=str(copy))
-    source = read_source(config, build_student(config, REFERENCE))
+    source = read_pretrained_weights(config, build_student(config, REFERENCE))
     assert source.remarks[0].endswith("step 10")
 
 

@@ -13,7 +13,7 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
 from iwm_fast.config.loading import iter_settings
 from iwm_fast.evals.results import read_result
-from iwm_fast.evaluate import TASKS
+from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.train import run
 
 
@@ -29,7 +29,7 @@ def data(tiny_shards) -> list[str]:
 
 
 def test_every_evaluation_has_documented_settings():
-    for name, evaluation in TASKS.items():
+    for name, evaluation in EVALUATIONS.items():
         texts = {setting: text for setting, _, _, text in iter_settings(evaluation.settings)}
         assert {"run", "data.val", "seed"} <= texts.keys() and all(texts.values()), name
 

@@ -14,12 +14,12 @@ import iwm_fast
 from fixtures.tar_files import encode, photograph, samples_of, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.evals.datasets import batches
+from iwm_fast.evals.datasets import evaluation_batches
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.storage.shard_set import open_shards
-from iwm_fast.pipelines.transforms.action import action_difference, action_vector
+from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
 from iwm_fast.pipelines.transforms.parameters import draw_photometry, identity_photometry
 from iwm_fast.train import run
 
@@ -27,7 +27,7 @@ from iwm_fast.train import run
 @pytest.fixture
 def model(tiny_config):
     config = tiny_config()
-    return world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    return world_model.build_untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
 
 
 def test_a_run_is_loaded_with_the_teachers_weights(tiny_shards, tmp_path):
@@ -35,7 +35,7 @@ def test_a_run_is_loaded_with_the_teachers_weights(tiny_shards, tmp_path):
     assert iwm_fast.load is world_model.load and iwm_fast.WorldModel is world_model.WorldModel
     loaded = iwm_fast.load(str(tmp_path / "run"))
     assert loaded.step == 12 and loaded.device == torch.device("cpu")
-    untrained = world_model.untrained(loaded.config)
+    untrained = world_model.build_untrained(loaded.config)
     for trained, new in ((loaded.encoder, untrained.encoder), (loaded.predictor, untrained.predictor)):
         assert not torch.equal(next(trained.parameters()), next(new.parameters()))
         assert not any(parameter.requires_grad for parameter in trained.parameters()) and not trained.training
@@ -65,7 +65,7 @@ def test_a_loaded_image_equals_the_one_in_evaluations(model, tmp_path):
     encoded = encode(photograph("coffee.png")[:50, :90])
     (tmp_path / "0.jpg").write_bytes(encoded)
     write_tar(tmp_path / "a.tar", [("0.jpg", encoded)])
-    (batch,) = batches(model, open_shards(str(tmp_path / "a.tar")), np.arange(1))
+    (batch,) = evaluation_batches(model, open_shards(str(tmp_path / "a.tar")), np.arange(1))
     opened = model.load_image(tmp_path / "0.jpg")
     assert opened.shape == (1, 3, 16, 16) and torch.equal(opened, batch.source_view)
     assert samples_of(str(tmp_path / "a.tar"))[0]["jpg"] == encoded
@@ -83,11 +83,11 @@ def test_a_missing_file_or_one_that_is_not_an_image_is_refused(model, tmp_path):
 
 def test_an_action_by_name_equals_the_action_in_training(tiny_config):
     views = replace(tiny_config().views, brightness=0.8, hue=0.2)
-    model = world_model.untrained(replace(tiny_config(), views=views))
+    model = world_model.build_untrained(replace(tiny_config(), views=views))
     numbers = (uniforms(0, name, 0, np.arange(1), 9) for name in ("source", "target"))
     source, target = (draw_photometry(views, values, is_source=values is not None) for values in numbers)
     expected = action_vector(source, target, views)
-    change = {name: float(value[0]) for name, value in action_difference(expected, views).items()}
+    change = {name: float(value[0]) for name, value in change_from_action(expected, views).items()}
     torch.testing.assert_close(model.action(**change), torch.from_numpy(expected))
     assert model.action(brightness=0.4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
     assert model.action(grayscale=1.0)[0].tolist() == [0, 0, 0, 0, 0, 1, 0]
@@ -97,7 +97,7 @@ def test_an_action_by_name_equals_the_action_in_training(tiny_config):
 
 def test_an_unknown_action_entry_is_refused_and_the_valid_ones_are_named(tiny_config):
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0), action_entries=("hue", "blur"))
-    model = world_model.untrained(replace(tiny_config(), views=views))
+    model = world_model.build_untrained(replace(tiny_config(), views=views))
     assert model.action(hue=0.1).shape == (1, 2)
     with pytest.raises(
         ValueError, match=r"action must name entries of this run's actions, which are hue, blur, got 'brightness'"
@@ -126,7 +126,7 @@ def test_targets_are_tokens_normalised_without_parameters(model):
 
 
 def test_the_identity_predictor_is_refused_as_a_world_model(tiny_config):
-    model = world_model.untrained(tiny_config(predictor_depth=0))
+    model = world_model.build_untrained(tiny_config(predictor_depth=0))
     for call in (model.require_predictor, lambda: model.predict(torch.randn(1, 3, 16, 16), torch.zeros(1, 7))):
         with pytest.raises(ValueError, match=r"run must have a predictor, not the identity .* knn, linear, attentive"):
             call()

@@ -10,7 +10,7 @@ import triton
 
 from benchmarks.harness import records, results
 from fixtures.paths import PROJECT, WORKERS
-from iwm_fast.kernels.offline_compile import SHARED_LIMIT, CompilationReport
+from iwm_fast.kernels.offline_compile import MAX_SHARED_BYTES, CompilationReport
 
 COMMITTED_TRITON = records.read(results.OFFLINE)[0].machine["triton"]
 
@@ -34,7 +34,7 @@ def test_launches_compile_without_spills_to_tensor_core_instructions(architectur
     assert len(launches) > 80
     for figures in launches:
         assert figures["spill_bytes"] == 0, figures
-        assert figures["shared_bytes"] <= SHARED_LIMIT[architecture], figures
+        assert figures["shared_bytes"] <= MAX_SHARED_BYTES[architecture], figures
         if has_matrix_product(figures["name"]):
             # Float32 is three tf32 products in tiles that are too small for the fast instructions.
             assert figures["matrix_products" if "float32" in figures["name"] else "fast_products"] > 0, figures

@@ -12,7 +12,7 @@ from fixtures.tar_files import write_tar
 from iwm_fast.cli import main
 from iwm_fast.pipelines.storage.shard import index_shard
 from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
-from iwm_fast.pipelines.validate import validate
+from iwm_fast.pipelines.validate import validate_shards
 
 LONG_AGO_NS = 1_700_000_000 * 10**9
 
@@ -59,7 +59,7 @@ def mixed(tmp_path) -> str:
 
 
 def test_all_bad_images_are_reported_and_all_good_ones_counted(mixed):
-    (report,) = validate([mixed])
+    (report,) = validate_shards([mixed])
     assert {bad.key for bad in report.bad} == set(BAD)
     reasons = {bad.key: bad.reason for bad in report.bad}
     assert "is GIF; accepted formats are JPEG" in reasons["movie"] and "truncated" in reasons["cut"]
@@ -71,7 +71,7 @@ def test_all_bad_images_are_reported_and_all_good_ones_counted(mixed):
 
 
 def test_bad_samples_are_not_drawn_until_the_shard_changes(mixed, tmp_path, caplog):
-    list(validate([mixed]))
+    list(validate_shards([mixed]))
     with caplog.at_level(logging.WARNING):
         shards = open_shards(mixed)
     assert shards.shards[0].keys == tuple(GOOD)
@@ -84,14 +84,14 @@ def test_bad_samples_are_not_drawn_until_the_shard_changes(mixed, tmp_path, capl
 
 
 def test_a_second_check_gives_the_same_report(mixed):
-    first, second = (list(validate([mixed])) for _ in range(2))
+    first, second = (list(validate_shards([mixed])) for _ in range(2))
     assert first == second
 
 
 def test_the_bad_samples_of_a_shard_written_just_now_are_left_out(tmp_path):
     path = shard_at(tmp_path / "new.tar", GOOD | BAD)
     os.utime(path)
-    list(validate([path]))
+    list(validate_shards([path]))
     assert set(open_shards(path).shards[0].keys) == set(GOOD)
 
 
@@ -109,7 +109,7 @@ def test_bad_samples_that_cannot_be_left_out_are_an_error(mixed, tmp_path, monke
 
 def test_several_processes_give_the_same_reports_as_one(mixed, tmp_path):
     shard_at(tmp_path / "more.tar", GOOD, labelled=False)
-    serial, parallel = (list(validate(find_shards(str(tmp_path)), number)) for number in (1, 2))
+    serial, parallel = (list(validate_shards(find_shards(str(tmp_path)), number)) for number in (1, 2))
     assert serial == parallel
     assert [report.num_unlabelled for report in serial] == [0, len(GOOD)]
 
@@ -117,7 +117,9 @@ def test_several_processes_give_the_same_reports_as_one(mixed, tmp_path):
 def test_unusable_shards_are_named_and_the_others_still_checked(mixed, tmp_path, capsys):
     shard_at(tmp_path / "all_bad.tar", BAD)
     (tmp_path / "truncated.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:3000])
-    refused = {report.path: report.refusal for report in validate(find_shards(str(tmp_path)), 1) if report.refusal}
+    refused = {
+        report.path: report.refusal for report in validate_shards(find_shards(str(tmp_path)), 1) if report.refusal
+    }
     assert {os.path.basename(path) for path in refused} == {"all_bad.tar", "truncated.tar"}
     with pytest.raises(SystemExit) as exit_info:
         main(["shards", "check", str(tmp_path)])
@@ -161,14 +163,14 @@ def described(tmp_path) -> str:
 
 
 def test_broken_masks_are_bad_samples_but_other_pictures_are_not(described):
-    first, second = validate(find_shards(described), 1)
+    first, second = validate_shards(find_shards(described), 1)
     assert (first.num_json, first.num_masks, second.num_json, second.num_masks) == (2, 2, 0, 0)
     assert (first.first_without_json, second.first_without_json) == ("beside", "b")
     reasons = {bad.key: bad.reason for bad in first.bad}
     assert set(reasons) == {"cut", "empty", "large"}
     assert all("segmentation map cannot be decoded" in reasons[key] for key in ("cut", "empty"))
     assert reasons["large"] == "segmentation map is 8 x 12, its image (turned upright) is 12 x 8"
-    assert [(sample.key, "RGB of 8 bits" in sample.reason) for sample in first.no_masks] == [("photo", True)]
+    assert [(sample.key, "RGB of 8 bits" in sample.reason) for sample in first.invalid_masks] == [("photo", True)]
     assert open_shards(described).shards[0].keys == ("both", "beside", "none", "photo")
     assert len(first.sizes) == sum(first.formats.values()) == 4
 

@@ -16,8 +16,8 @@ from triton.runtime.jit import MockTensor
 
 from benchmarks.harness import records, results
 from iwm_fast.kernels.attention import op
-from iwm_fast.kernels.attention.packed import Packed
-from iwm_fast.kernels.launch import Launch, compilable
+from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.launch import Launch, as_constexpr
 from iwm_fast.kernels.offline_compile import CompilationReport, compile_for, source_digest
 from iwm_fast.kernels.ops import shipped_launches
 
@@ -66,7 +66,7 @@ def specialize(launch: Launch) -> None:
         name: MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
         for name, value in launch.arguments.items()
     }
-    launch.kernel.warmup(**arguments, **compilable(launch.constants), grid=launch.grid, **launch.options)
+    launch.kernel.warmup(**arguments, **as_constexpr(launch.constants), grid=launch.grid, **launch.options)
 
 
 def binaries() -> None:
@@ -75,7 +75,7 @@ def binaries() -> None:
     binaries_by_kernel, settings = Counter(), set()
     for longest, num_sequences, num_heads in [(130, 1, 1), (131, 16, 12), (160, 17, 6), (192, 3, 16)]:
         qkv = torch.empty(longest * num_sequences, 3, num_heads, 32, dtype=torch.bfloat16, device="meta")
-        packed = Packed(qkv, torch.empty(num_sequences + 1, dtype=torch.int32, device="meta"), longest)
+        packed = PackedQKV(qkv, torch.empty(num_sequences + 1, dtype=torch.int32, device="meta"), longest)
         out, lse = qkv[:, 0], torch.empty(num_heads, len(qkv), device="meta")
         for launch in op.forward_launches(90, packed, out, lse):
             specialize(launch)

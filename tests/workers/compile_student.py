@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from iwm_fast.commands.compile_kernels import noise
+from iwm_fast.commands.compile_kernels import random_batch
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RunConfig
 from iwm_fast.kernels.ops import FUSED
 from iwm_fast.models.student import build_student
@@ -19,7 +19,7 @@ def max_difference(conditioning: str) -> float:
     predictor = PredictorConfig(dim=32, depth=1, num_heads=1, conditioning=conditioning)
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0))
     config = RunConfig(views=views, model=ModelConfig(encoder=encoder, predictor=predictor))
-    batch, student = noise(config, DEVICE), build_student(config, FUSED).to(DEVICE)
+    batch, student = random_batch(config, DEVICE), build_student(config, FUSED).to(DEVICE)
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     results = []
     for model in (compiled, student):

@@ -66,8 +66,8 @@ def finish(config):
 
 
 def step_on_disk(folder):
-    newest = checkpoints.newest(folder)
-    return checkpoints.step_of(newest) if newest else 0
+    newest = checkpoints.find_newest_folder(folder)
+    return checkpoints.parse_step(newest) if newest else 0
 
 
 def unfinished_folders(folder):

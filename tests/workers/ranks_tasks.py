@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 
-from fixtures.painted_shards import tuning
+from fixtures.painted_shards import finetune_settings
 from iwm_fast.config.finetuning import AugmentConfig, MultitaskConfig, SegmentConfig
 from iwm_fast.evals.multitask.evaluate import evaluate_multitask
 from iwm_fast.evals.segmentation.evaluate import evaluate_segment
@@ -15,7 +15,7 @@ def main(rank_info, run, tasks, name, *settings):
     changes = {
         key: int(value) if value.isdigit() else value for key, value in (setting.split("=") for setting in settings)
     }
-    shared = {"run": run, "name": name, **tuning(epochs=1.0, **changes)}
+    shared = {"run": run, "name": name, **finetune_settings(epochs=1.0, **changes)}
     plain = AugmentConfig(rand_augment=False, mixup=0.0, cutmix=0.0, erasing=0.0)
     evaluations = (
         (evaluate_multitask, MultitaskConfig(tasks=tasks, augment=plain, **shared)),

@@ -28,5 +28,5 @@ if __name__ == "__main__":
         faulthandler.register(signal.SIGUSR2, file=stacks.open("w"), all_threads=False)
     if "IWM_TEST_DISK_S" in os.environ:
         os.fsync = slow_fsync
-    preemption.GRACE_S = float(os.environ.get("IWM_TEST_GRACE_S", preemption.GRACE_S))
+    preemption.GRACE_PERIOD_S = float(os.environ.get("IWM_TEST_GRACE_S", preemption.GRACE_PERIOD_S))
     main()

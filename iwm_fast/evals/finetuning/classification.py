@@ -34,7 +34,7 @@ from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, buil
 from iwm_fast.evals.results import Result, accuracy_gain, mean_row, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -88,7 +88,7 @@ def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemptio
     model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
     needs_predictor = any(name in PREDICTOR_VARIANTS for name in config.chosen_arms)
     is_identity = model.config.model.predictor.depth == 0
-    check(not (is_identity and needs_predictor), "arms", config.arms,
+    require(not (is_identity and needs_predictor), "arms", config.arms,
           "be encoder, attentive or both for a run with the identity predictor")  # fmt: skip
     context = open_context(result_name("finetune", config.data), config, model, rank_info, preemption)
     return FinetuneSource(
@@ -106,7 +106,7 @@ def build_classification_variant(name: str, model: WorldModel, context: Finetune
 
 def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
     for name in ("train", "val"):
-        check(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
+        require(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
     vit = build_vit(config)
     context = FinetuneContext(
         settings=config,
@@ -128,7 +128,7 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
 def _read_label_sets(config: FinetuneConfig, context: FinetuneContext) -> LabelledSets:
     sets = label_sets(context.train, context.val, config.data.label)
     accepted = f"name a label with at least two classes in the training shards, which have only {sets.classes}"
-    check(len(sets.classes) >= 2, "data.label", config.data.label, accepted)
+    require(len(sets.classes) >= 2, "data.label", config.data.label, accepted)
     return sets
 
 

@@ -9,15 +9,15 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.evals.finetuning.run import split_global_batch
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 
 
 class BatchAugmentation:
     """Erases, mixes and smooths according to the settings in `augment`."""
 
-    def __init__(self, settings: TuneTask, num_classes: int, world_size: int) -> None:
+    def __init__(self, settings: TuneTaskConfig, num_classes: int, world_size: int) -> None:
         """Read the settings.
 
         Raises:
@@ -31,7 +31,7 @@ class BatchAugmentation:
         if augment.mixup > 0 or augment.cutmix > 0:
             micro_batch_size, _ = split_global_batch(settings, world_size)
             # timm mixes the first image with the last, the second with the last but one, and so on.
-            check(micro_batch_size % 2 == 0, "runtime.micro_batch_size (by default tune.global_batch_size / ranks)",
+            require(micro_batch_size % 2 == 0, "runtime.micro_batch_size (by default tune.global_batch_size / ranks)",
                   micro_batch_size, "be even if augment.mixup or augment.cutmix is above 0")  # fmt: skip
             self._mixup = Mixup(
                 mixup_alpha=augment.mixup,

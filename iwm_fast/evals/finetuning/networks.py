@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.runtime.distributed import RankInfo
@@ -18,7 +18,7 @@ Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 """Maps normalised images to the tokens of all their patches."""
 
 
-def build_networks(model: WorldModel, settings: TuneTask, rank_info: RankInfo, variant: str = "") -> Student:
+def build_networks(model: WorldModel, settings: TuneTaskConfig, rank_info: RankInfo, variant: str = "") -> Student:
     """Build copies of the run's encoder and predictor on the CPU, with the kernels that `settings.runtime` selects.
 
     The variant "random_predictor" has a new predictor and "untrained_head" a new encoder, by the seed of the settings.
@@ -33,7 +33,7 @@ def build_networks(model: WorldModel, settings: TuneTask, rank_info: RankInfo, v
     return student
 
 
-def _build_student(model: WorldModel, settings: TuneTask, rank_info: RankInfo, seed: int) -> Student:
+def _build_student(model: WorldModel, settings: TuneTaskConfig, rank_info: RankInfo, seed: int) -> Student:
     config = replace(model.config, runtime=settings.runtime, seed=seed)
     return build_student(config, choose_ops(config, rank_info.device))
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, split_batch
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
@@ -36,7 +36,7 @@ from iwm_fast.world_model import WorldModel
 class FinetuneContext:
     """Settings, data and process that all networks of one evaluation are trained and measured with."""
 
-    settings: TuneTask
+    settings: TuneTaskConfig
     """Settings of the evaluation."""
     model_config: RunConfig
     """Settings of the run; networks, views and loader are configured by them."""
@@ -69,7 +69,7 @@ class FinetuneContext:
 
 
 def open_context(
-    name: str, settings: TuneTask, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
+    name: str, settings: TuneTaskConfig, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
 ) -> FinetuneContext:
     """Open the shards for an evaluation of a run; `name` is the name of the evaluation.
 
@@ -135,7 +135,7 @@ def task_folder(run: str | Path, task: str, name: str = "") -> Path:
     return Path(run) / "evaluations" / (f"{task}_{name}" if name else task)
 
 
-def build_run_config(settings: TuneTask, model_config: RunConfig, folder: Path) -> RunConfig:
+def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: Path) -> RunConfig:
     """Return a run configuration with the networks of `model_config` and the training of `settings`."""
     tune, augment = settings.tune, settings.augment
     return replace(
@@ -166,7 +166,7 @@ def build_run_config(settings: TuneTask, model_config: RunConfig, folder: Path) 
     )
 
 
-def split_global_batch(settings: TuneTask, world_size: int) -> tuple[int, int]:
+def split_global_batch(settings: TuneTaskConfig, world_size: int) -> tuple[int, int]:
     """Return the micro-batch size (images per rank and forward) and the number of micro-batches per optimiser step.
 
     Raises:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.config.fingerprint import fingerprint
-from iwm_fast.config.loading import to_tree
+from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
@@ -30,7 +30,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import finetune_loader
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.seeding import seeded_rng
-from iwm_fast.training.step import StepRecord, StepReport
+from iwm_fast.training.step import StepRecorder, StepReport
 from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class FinetuneTask:
     remedy = "lower tune.lr or look at these samples"
 
     def __init__(
-        self, job: Job, settings: TuneTask, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo
+        self, job: Job, settings: TuneTaskConfig, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo
     ) -> None:
         self.config: RunConfig = config
         self.rank_info: RankInfo = rank_info
@@ -154,7 +154,7 @@ class FinetuneTask:
         assert self._engine is not None
         engine, device, applied = self._engine, self.rank_info.device, state.applied_steps
         engine.set_hyperparameters(lr=schedules.lr(applied), weight_decay=schedules.weight_decay(applied))
-        record = StepRecord(device)
+        record = StepRecorder(device)
         for micro_batch in range(self._accumulation):
             batch = record.next_batch(batches)
             counters = state.step, micro_batch, self.rank_info.rank
@@ -191,10 +191,10 @@ class FinetuneTask:
         self._job.module.eval()
 
 
-def job_fingerprint(job: Job, settings: TuneTask, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+def job_fingerprint(job: Job, settings: TuneTaskConfig, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """Return all values that decide a job's result, by dotted name; shards are identified by content, not by path."""
     run = fingerprint(config, shards.content_digest)
     of_run = {name: value for name, value in run.items() if name.startswith(_RUN_SETTINGS)}
-    groups = {name: to_tree(getattr(settings, name)) for name in ("tune", "augment")}
+    groups = {name: config_to_dict(getattr(settings, name)) for name in ("tune", "augment")}
     of_job = {f"{group}.{name}": value for group, tree in groups.items() for name, value in tree.items()}
     return of_run | of_job | {"data.label": settings.data.label} | job.origin

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from iwm_fast.config.finetuning import FinetuneConfig, TuneConfig
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RunConfig
-from iwm_fast.engines.optimizer import adamw
+from iwm_fast.engines.optimizer import build_adamw
 from iwm_fast.evals.finetuning.layer_decay import timm_layer_scales
 from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.variants import Variant, VariantInputs
 from iwm_fast.models.heads import LinearHead
-from iwm_fast.pipelines.config import ViewConfig, check
+from iwm_fast.pipelines.config import ViewConfig, require
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
 
@@ -53,15 +53,15 @@ def build_vit(config: FinetuneConfig) -> VisionTransformer:
         ValueError: if timm has no such ViT, the weights do not fit it, or a setting has no effect on it.
         FileNotFoundError: if the file of weights does not exist.
     """
-    check(timm.is_model(config.timm), "timm", config.timm, "name a model in timm, such as vit_base_patch16_224")
-    check(config.runtime.ops == "reference", "runtime.ops", config.runtime.ops, "be reference for a timm model")
-    check(not config.runtime.compile, "runtime.compile", True, "be false for a timm model")
+    require(timm.is_model(config.timm), "timm", config.timm, "name a model in timm, such as vit_base_patch16_224")
+    require(config.runtime.ops == "reference", "runtime.ops", config.runtime.ops, "be reference for a timm model")
+    require(not config.runtime.compile, "runtime.compile", True, "be false for a timm model")
     options = {"img_size": config.image_size, "global_pool": "avg", "fc_norm": False}
     accepted = "name a plain ViT in timm (vit_*)"
-    check(config.timm.startswith("vit"), "timm", config.timm, accepted)
+    require(config.timm.startswith("vit"), "timm", config.timm, accepted)
     with seeded_init(config.seed):
         vit: Any = timm.create_model(config.timm, num_classes=0, drop_path_rate=config.tune.drop_path, **options)
-    check(isinstance(vit, VisionTransformer), "timm", config.timm, accepted)
+    require(isinstance(vit, VisionTransformer), "timm", config.timm, accepted)
     if config.weights:
         _load_weights(vit, config)
     vit.set_grad_checkpointing(config.runtime.activation_checkpointing)
@@ -91,7 +91,7 @@ def vit_run_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     patch_size, num_heads = vit.patch_embed.patch_size[0], vit.blocks[0].attn.num_heads
     encoder = EncoderConfig(dim=vit.embed_dim, depth=len(vit.blocks), num_heads=num_heads, patch_size=patch_size)
     accepted = f"be a multiple of the patch size {patch_size}"
-    check(config.image_size % patch_size == 0, "image_size", config.image_size, accepted)
+    require(config.image_size % patch_size == 0, "image_size", config.image_size, accepted)
     return RunConfig(
         views=ViewConfig(size=config.image_size, blur_sigma=(0.1, 1.0)),
         model=ModelConfig(encoder=encoder, predictor=PredictorConfig(depth=0)),
@@ -102,7 +102,7 @@ def build_timm_variant(vit: VisionTransformer, context: FinetuneContext, num_cla
     """Build the variant "encoder" of a ViT from timm."""
     with seeded_init(context.settings.seed):
         module = TimmNetwork(vit, num_classes).to(context.rank_info.device)
-    optimizer = adamw(_parameter_groups(module, context.settings.tune), context.run_config.optim)
+    optimizer = build_adamw(_parameter_groups(module, context.settings.tune), context.run_config.optim)
     return Variant(name="encoder", module=module, encode=None, optimizer=optimizer)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iwm_fast.config.finetuning import TuneConfig
 from iwm_fast.config.run import ModelConfig
-from iwm_fast.engines.optimizer import scaled_optimizer
+from iwm_fast.engines.optimizer import build_scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
 from iwm_fast.evals.finetuning.layer_decay import head_layer_index, layer_index
 from iwm_fast.evals.finetuning.networks import Encode, freeze_encoder, seeded_init
@@ -146,7 +146,7 @@ def build_variant(name: str, student: Student, context: FinetuneContext, make_he
         name=name,
         module=module,
         encode=None if trains_encoder else freeze_encoder(student.encoder, context.rank_info),
-        optimizer=scaled_optimizer(module, context.run_config.optim, scales),
+        optimizer=build_scaled_optimizer(module, context.run_config.optim, scales),
     )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import MultitaskConfig
-from iwm_fast.config.loading import to_tree
-from iwm_fast.engines.optimizer import scaled_optimizer
+from iwm_fast.config.loading import config_to_dict
+from iwm_fast.engines.optimizer import build_scaled_optimizer
 from iwm_fast.evals.datasets import label_sets
 from iwm_fast.evals.finetuning.networks import Encode, build_networks, freeze_encoder, seeded_init
 from iwm_fast.evals.finetuning.run import (
@@ -39,7 +39,7 @@ from iwm_fast.evals.results import Result, save_result
 from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import Predictor
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.preemption import Preemption
@@ -83,12 +83,12 @@ def check_batch_split(config: MultitaskConfig, num_tasks: int, world_size: int) 
         ValueError: if the batch sizes do not allow it.
     """
     total = config.tune.global_batch_size
-    check(total % num_tasks == 0, "tune.global_batch_size", total, f"be a multiple of the {num_tasks} tasks")
+    require(total % num_tasks == 0, "tune.global_batch_size", total, f"be a multiple of the {num_tasks} tasks")
     micro_batch_size, _ = split_global_batch(config, world_size)
     name = "runtime.micro_batch_size (by default tune.global_batch_size / ranks)"
-    check(micro_batch_size % num_tasks == 0, name, micro_batch_size, f"be a multiple of the {num_tasks} tasks")
+    require(micro_batch_size % num_tasks == 0, name, micro_batch_size, f"be a multiple of the {num_tasks} tasks")
     is_mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
-    check(not is_mixed or micro_batch_size % (2 * num_tasks) == 0, name, micro_batch_size,
+    require(not is_mixed or micro_batch_size % (2 * num_tasks) == 0, name, micro_batch_size,
           f"be a multiple of twice the {num_tasks} tasks if augment.mixup or augment.cutmix is above 0")  # fmt: skip
 
 
@@ -132,11 +132,11 @@ def _train_predictor(
         module=module,
         prepare=TaskBatcher(labels, single_task_settings(settings, len(tasks)), encode, context.rank_info),
         loss=lambda logits, inputs: weighted_loss(logits, inputs.labels, weights),
-        optimizer=scaled_optimizer(
+        optimizer=build_scaled_optimizer(
             module, context.run_config.optim, lambda parameter: factor if parameter.startswith("predictor.") else 1.0
         ),
         origin=describe_origin(model.step, model.encoder, model.predictor)
-        | {"tasks": [to_tree(task.spec) for task in tasks]},
+        | {"tasks": [config_to_dict(task.spec) for task in tasks]},
     )
     stats = train_job(job, context)
     predicted = predict(partial(_predict_classes, module, encode=encode), context).numpy()

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from iwm_fast.config.finetuning import TuneTask
+from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.evals.finetuning.mixup import BatchAugmentation
 from iwm_fast.evals.finetuning.networks import Encode
 from iwm_fast.models.heads import AttentiveHead
@@ -77,7 +77,7 @@ class TaskBatcher:
     The task follows from the slot in the global batch, so it does not depend on the number of ranks.
     """
 
-    def __init__(self, labels: list[Labels], settings: TuneTask, encode: Encode, rank_info: RankInfo) -> None:
+    def __init__(self, labels: list[Labels], settings: TuneTaskConfig, encode: Encode, rank_info: RankInfo) -> None:
         """Build the augmentation of each task; the batch sizes in `settings` are those of a single task."""
         self._labels: list[Labels] = labels
         self._encode: Encode = encode

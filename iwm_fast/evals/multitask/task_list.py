@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from iwm_fast.pipelines.config import check, check_label_field
+from iwm_fast.pipelines.config import require, require_label_field
 
 # Name of the result row that averages over all tasks; no task may have it.
 MEAN = "mean"
@@ -41,7 +41,7 @@ def read_task_list(path: str) -> tuple[TaskSpec, ...]:
         FileNotFoundError: if the file does not exist.
         ValueError: if it contains no task, repeats a name or a label, or has an unknown key or an invalid value.
     """
-    check(bool(path), "tasks", path, "name a YAML file with lines like `photograph: {label: cls}`")
+    require(bool(path), "tasks", path, "name a YAML file with lines like `photograph: {label: cls}`")
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"tasks = {path!r} does not exist; name a YAML file with lines like `photograph: {{label: cls}}`"
@@ -52,7 +52,7 @@ def read_task_list(path: str) -> tuple[TaskSpec, ...]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     is_mapping = isinstance(tree, dict) and bool(tree)
-    check(is_mapping, path, tree, "name at least one task, in lines like `photograph: {label: cls}`")
+    require(is_mapping, path, tree, "name at least one task, in lines like `photograph: {label: cls}`")
     assert root is not None
     # safe_load silently keeps the last of several equal keys, so the keys are read from the node tree.
     _check_unique(path, "task", [key.value for key, _ in root.value])
@@ -63,26 +63,26 @@ def read_task_list(path: str) -> tuple[TaskSpec, ...]:
 
 def _check_unique(path: str, kind: str, values: list[str]) -> None:
     repeated = sorted({value for value in values if values.count(value) > 1})
-    check(not repeated, path, repeated, f"name each {kind} only once")
+    require(not repeated, path, repeated, f"name each {kind} only once")
 
 
 def _parse_task(path: str, name: Any, entry: Any) -> TaskSpec:
     is_word = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and name != MEAN
-    check(bool(is_word), path, name, f"name tasks by letters, digits, dashes and underscores, and not {MEAN!r}")
+    require(bool(is_word), path, name, f"name tasks by letters, digits, dashes and underscores, and not {MEAN!r}")
     address = f"{path}: {name}"
-    check(isinstance(entry, dict), address, entry, "hold `label: cls` or `label: json.FIELD`")
+    require(isinstance(entry, dict), address, entry, "hold `label: cls` or `label: json.FIELD`")
     keys = [item.name for item in fields(TaskSpec) if item.name != "name"]
     unknown = [key for key in entry if key not in keys]
-    check(not unknown, address, unknown, f"have no keys other than {', '.join(keys)}")
+    require(not unknown, address, unknown, f"have no keys other than {', '.join(keys)}")
     label, weight, classes = entry.get("label", ""), entry.get("weight", 1.0), entry.get("classes")
-    check_label_field(f"{address}.label", label)
+    require_label_field(f"{address}.label", label)
     # In Python, booleans are integers.
     is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
-    check(is_weight, f"{address}.weight", weight, "be a number above 0")
+    require(is_weight, f"{address}.weight", weight, "be a number above 0")
     is_list = classes is None or (
         isinstance(classes, list) and len({_class_name(value) for value in classes}) == len(classes) > 0
     )
-    check(is_list, f"{address}.classes", classes, "list the name of each class once")
+    require(is_list, f"{address}.classes", classes, "list the name of each class once")
     names = None if classes is None else tuple(_class_name(value) for value in classes)
     return TaskSpec(name=name, label=label, weight=float(weight), classes=names)
 

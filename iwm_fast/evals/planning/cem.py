@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
 from iwm_fast.evals.retrieval.bank import max_sequences_per_forward
-from iwm_fast.pipelines.config import ViewConfig, check
+from iwm_fast.pipelines.config import ViewConfig, require
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.world_model import WorldModel
@@ -65,7 +65,7 @@ def training_prior(views: ViewConfig) -> Prior:
         ValueError: if the run's actions have no photometric entry that training varies.
     """
     searched = searched_entries(views)
-    check(bool(searched), "run", views.entries,
+    require(bool(searched), "run", views.entries,
           "have actions with an entry to search for: brightness, contrast, saturation, hue, blur, grayscale or "
           "solarize, and be trained with it")  # fmt: skip
     is_flag = np.array([name in FLAGS for name in views.entries])

@@ -18,16 +18,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
-from iwm_fast.evals.datasets import compute_sharded, spread, training_shards, validation_shards
+from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, training_shards, validation_shards
 from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
 from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
 from iwm_fast.evals.planning.ridge import ridge
 from iwm_fast.evals.results import Result, Row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.action import action_difference, describe_action
+from iwm_fast.pipelines.transforms.action import change_from_action, describe_action
 from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -81,10 +81,10 @@ def measure(
 
     # The results of an image are joined into a vector, because ranks exchange one tensor per image.
     sizes = [num_entries, num_entries, num_entries, 3, 1, num_features]
-    samples = spread(val.num_samples, config.num_images)
+    samples = evenly_spaced(val.num_samples, config.num_images)
     rows = compute_sharded(samples, search_pairs, (sum(sizes),), f"{kind} sources searched", rank_info)
     *columns, queries = rows.split(sizes, dim=1)
-    samples = spread(train.num_samples, config.num_train_images)
+    samples = evenly_spaced(train.num_samples, config.num_train_images)
     shape = (num_entries + num_features,)
     rows = compute_sharded(samples, encode_pairs, shape, "training images encoded", rank_info)
     actions, features = rows.split([num_entries, num_features], dim=1)
@@ -135,13 +135,13 @@ def plan_images(config: PlanConfig) -> PlannedChange:
         CheckpointError: if the run's checkpoints are damaged.
         ValueError: if a file is not an image, or the run has no predictor or no entry to search for.
     """
-    check(bool(config.source), "source and target", (config.source, config.target), "both name image files")
+    require(bool(config.source), "source and target", (config.source, config.target), "both name image files")
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
     distance = distance_to(model, model.load_image(config.source), model.load_image(config.target))
     result = search(distance, prior, config, sample=0)
     (distance_before,) = distance(np.zeros((1, len(result.action)), np.float32))
-    change = action_difference(result.action[None], views)
+    change = change_from_action(result.action[None], views)
     return PlannedChange(
         change={name: float(change[name][0]) for name in searched_entries(views)},
         description=describe_action(result.action, views),

@@ -10,7 +10,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.planning.cem import FLAGS
 from iwm_fast.evals.planning.image_pairs import SourceKind
 from iwm_fast.evals.results import Row, mean_row
-from iwm_fast.pipelines.transforms.action import action_difference
+from iwm_fast.pipelines.transforms.action import change_from_action
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def _search_row(errors: PlanningErrors, name: str, metric: str, config: RunConfi
 def _error(
     errors: PlanningErrors, estimate: Float[np.ndarray, "images A"], name: str, config: RunConfig
 ) -> Float[np.ndarray, "images"]:
-    true, estimated = (action_difference(action, config.views)[name] for action in (errors.true, estimate))
+    true, estimated = (change_from_action(action, config.views)[name] for action in (errors.true, estimate))
     if name in FLAGS:
         return ((estimated > 0.5) != (true > 0.5)).astype(np.float64)
     return np.abs(estimated - true).astype(np.float64)
@@ -80,7 +80,7 @@ def _error_of_guess(errors: PlanningErrors, name: str, config: RunConfig) -> Flo
     if name in FLAGS:
         return np.full(len(errors), 0.5)
     # The mean of |u - x| for u uniform in [-s, s] and |x| <= s is (s^2 + x^2) / 2s.
-    true, strength = action_difference(errors.true, config.views)[name].astype(np.float64), getattr(config.views, name)
+    true, strength = change_from_action(errors.true, config.views)[name].astype(np.float64), getattr(config.views, name)
     return (strength**2 + true**2) / (2 * strength)
 
 

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from iwm_fast.evals.datasets import Labelled, batches
+from iwm_fast.evals.datasets import LabelledSamples, evaluation_batches
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo, all_gather
-from iwm_fast.training.loaders import EVALUATION_BATCH
+from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE
 from iwm_fast.world_model import WorldModel
 
 Item = TypeVar("Item")
 
-Kind = Literal["pooled", "tokens"]
+FeatureKind = Literal["pooled", "tokens"]
 """Features of an image: the mean over its patches, (D,), or all its tokens, (N, D)."""
 # Tokens are stored in half precision, because they take N times as much space as pooled features.
 DTYPES = {"pooled": np.dtype(np.float32), "tokens": np.dtype(np.float16)}
@@ -32,7 +32,7 @@ class Features:
 
 
 def encode_batches(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: Kind
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: FeatureKind
 ) -> Iterator[Float[Tensor, "B *rest"]]:
     """Yield the features of the samples in batches, in order, on the CPU.
 
@@ -41,14 +41,18 @@ def encode_batches(
     Raises:
         ShardError: if an image cannot be decoded, with shard and key.
     """
-    copies = (_start_copy(model.encode(batch.source_view), kind) for batch in batches(model, shards, samples))
+    copies = (
+        _start_copy(model.encode(batch.source_view), kind) for batch in evaluation_batches(model, shards, samples)
+    )
     for features, copied in prefetch_one(copies):
         if copied is not None:
             copied.synchronize()
         yield features
 
 
-def _start_copy(tokens: Float[Tensor, "B N D"], kind: Kind) -> tuple[Float[Tensor, "B *rest"], torch.cuda.Event | None]:
+def _start_copy(
+    tokens: Float[Tensor, "B N D"], kind: FeatureKind
+) -> tuple[Float[Tensor, "B *rest"], torch.cuda.Event | None]:
     """Start copying features to the CPU, and return the copy and, for tokens on a GPU, the event of its completion."""
     features = tokens.mean(dim=1) if kind == "pooled" else tokens.half()
     if not features.is_cuda:
@@ -68,21 +72,21 @@ def prefetch_one(items: Iterable[Item]) -> Iterator[Item]:
     yield from previous
 
 
-def feature_shape(model: WorldModel, kind: Kind) -> tuple[int, ...]:
+def feature_shape(model: WorldModel, kind: FeatureKind) -> tuple[int, ...]:
     """Return the shape of one image's features."""
     dim = model.config.model.encoder.dim
     return (dim,) if kind == "pooled" else (model.config.grid**2, dim)
 
 
 def encode_on_all_ranks(
-    model: WorldModel, labelled: Labelled, kind: Kind, rank_info: RankInfo
+    model: WorldModel, labelled: LabelledSamples, kind: FeatureKind, rank_info: RankInfo
 ) -> Iterator[Float[Tensor, "B *rest"]]:
     """Yield the features of all samples in order on every rank. Collective: every rank must consume all batches.
 
     Raises:
         ShardError: if an image cannot be decoded, with shard and key.
     """
-    size, world_size, samples = EVALUATION_BATCH, rank_info.world_size, labelled.samples
+    size, world_size, samples = EVALUATION_BATCH_SIZE, rank_info.world_size, labelled.samples
     # The last bits of features may depend on the other images of a batch, so batches are the same for any number of
     # ranks, and ranks take turns.
     all_batches = [samples[first : first + size] for first in range(0, len(samples), size)]
@@ -102,7 +106,7 @@ def encode_on_all_ranks(
         yield gathered[: len(samples) - first * size]
 
 
-def extract_features(model: WorldModel, labelled: Labelled) -> Features:
+def extract_features(model: WorldModel, labelled: LabelledSamples) -> Features:
     """Return pooled features and class numbers of the samples in memory, computed by this rank alone."""
     features = list(encode_batches(model, labelled.shards, labelled.samples, "pooled"))
     return Features(features=torch.cat(features), label=torch.from_numpy(labelled.number))

@@ -24,15 +24,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from iwm_fast.evals.datasets import Labelled, tensors_digest
-from iwm_fast.evals.probing.extraction import DTYPES, Kind, encode_on_all_ranks, feature_shape
-from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.pipelines.config import check
-from iwm_fast.pipelines.storage.atomic import publish, remove, remove_leftovers, save_json, verify
+from iwm_fast.evals.datasets import LabelledSamples, tensors_digest
+from iwm_fast.evals.probing.extraction import DTYPES, FeatureKind, encode_on_all_ranks, feature_shape
+from iwm_fast.monitoring.evaluation_progress import track_progress
+from iwm_fast.pipelines.config import require
+from iwm_fast.pipelines.storage.atomic import (
+    remove_folder,
+    remove_unfinished,
+    verify_manifest,
+    write_folder,
+    write_json,
+)
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.run_lock import lock_folder
-from iwm_fast.training.loaders import EVALUATION_BATCH
+from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -48,8 +54,8 @@ class FeatureSpec:
 
     model: WorldModel
     weights_digest: str
-    labelled: Labelled
-    kind: Kind
+    labelled: LabelledSamples
+    kind: FeatureKind
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -96,7 +102,7 @@ class FeatureCache:
         with self._lock():
             distributed.rank_zero_only(self._remove_stale)
 
-    def spec(self, model: WorldModel, labelled: Labelled, kind: Kind) -> FeatureSpec:
+    def spec(self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind) -> FeatureSpec:
         """Return the specification of features; the model must be one of those that the cache was opened for."""
         return FeatureSpec(model=model, weights_digest=self._digests[id(model)], labelled=labelled, kind=kind)
 
@@ -108,7 +114,7 @@ class FeatureCache:
         """
         size_gb = {self._folder / spec.digest: spec.size_gb for spec in specs}
         total = sum(size_gb.values())
-        check(total <= max_gb, "max_cache_gb", max_gb,
+        require(total <= max_gb, "max_cache_gb", max_gb,
               f"be at least {total:.4g}, the size of the features of all images in {self._folder}; raise it or lower "
               "max_train_samples")  # fmt: skip
         missing = sum(size for folder, size in size_gb.items() if not folder.exists())
@@ -119,7 +125,9 @@ class FeatureCache:
                 "space or lower max_train_samples"
             )
 
-    def rows(self, model: WorldModel, labelled: Labelled, kind: Kind) -> Shaped[np.ndarray, "images *rest"]:
+    def rows(
+        self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind
+    ) -> Shaped[np.ndarray, "images *rest"]:
         """Return the features of labelled samples, which are extracted first if they are not in the cache.
 
         On rank 0 they are mapped from the file, read-only; on the other ranks the array is empty. Collective: every
@@ -140,13 +148,13 @@ class FeatureCache:
         return np.empty((0, *spec.shape[1:]), DTYPES[kind]) if features is None else features
 
     def _remove_stale(self) -> None:
-        remove_leftovers(self._folder)
+        remove_unfinished(self._folder)
         current = set(self._digests.values())
         stale = [
             path.parent for path in self._folder.glob(f"*/{KEY_FILE}") if _read_weights_digest(path) not in current
         ]
         for folder in stale:
-            remove(folder)
+            remove_folder(folder)
         if stale:
             log.info("removed %d sets of features of other checkpoints from %s", len(stale), self._folder)
 
@@ -160,21 +168,21 @@ def verify_or_remove(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        verify(folder, (FEATURES_FILE, KEY_FILE))
+        verify_manifest(folder, (FEATURES_FILE, KEY_FILE))
     except OSError as error:
         log.warning("features in %s are damaged (%s) and are extracted again", folder, error)
-        remove(folder)
+        remove_folder(folder)
         return False
     return True
 
 
 def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
     """Encode the images on all ranks and publish their features from rank 0. Collective: every rank must call it."""
-    batch_size = EVALUATION_BATCH * rank_info.world_size
+    batch_size = EVALUATION_BATCH_SIZE * rank_info.world_size
     num_batches = -(-len(spec.labelled.samples) // batch_size)
     description = f"batches of {batch_size} images encoded, step {spec.model.step}"
     features = encode_on_all_ranks(spec.model, spec.labelled, spec.kind, rank_info)
-    batches = follow(features, num_batches, description, rank_info)
+    batches = track_progress(features, num_batches, description, rank_info)
 
     def write_array(path: Path) -> None:
         # Written as a stream: on a full disk, writing to a mapped file would kill the process by SIGBUS instead of
@@ -191,7 +199,7 @@ def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None
         for _ in batches:
             pass
         return
-    publish(folder, {FEATURES_FILE: write_array, KEY_FILE: lambda path: save_json(spec.key, path)})
+    write_folder(folder, {FEATURES_FILE: write_array, KEY_FILE: lambda path: write_json(spec.key, path)})
     log.info(
         "encoded %d images at step %d; their features take %.3g GB in %s, which may be deleted",
         len(spec.labelled.samples), spec.model.step, spec.size_gb, folder.parent,

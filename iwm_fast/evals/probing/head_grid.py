@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from iwm_fast.config.evaluation import ProbeConfig
 from iwm_fast.evals.probing.feature_batches import FeatureDataset
-from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.pipelines.config import check
+from iwm_fast.monitoring.evaluation_progress import track_progress
+from iwm_fast.pipelines.config import require
 
 GridPoint = tuple[float, float]
 """Peak learning rate and weight decay."""
@@ -60,7 +60,7 @@ def train_grid(grid: HeadGrid, dataset: FeatureDataset, points: tuple[GridPoint,
     optimizer = torch.optim.AdamW(groups)
     num_steps = config.epochs * -(-len(dataset) // config.batch_size)
     batches = dataset.shuffled_batches(config.batch_size, config.epochs, config.seed)
-    for step, (features, label) in enumerate(follow(batches, num_steps, "steps of the probe")):
+    for step, (features, label) in enumerate(track_progress(batches, num_steps, "steps of the probe")):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 + math.cos(math.pi * step / num_steps)) / 2
         optimizer.zero_grad()
@@ -112,5 +112,5 @@ def best_candidate(candidates: tuple[Candidate, ...]) -> int:
         if candidate.accuracy is not None and candidate.loss is not None
     }
     accepted = "let at least one head converge, but all heads diverged; use smaller learning rates"
-    check(bool(merits), "lrs", tuple(candidate.lr for candidate in candidates), accepted)
+    require(bool(merits), "lrs", tuple(candidate.lr for candidate in candidates), accepted)
     return max(merits, key=merits.__getitem__)

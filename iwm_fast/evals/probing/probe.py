@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from iwm_fast.config.evaluation import ProbeConfig
-from iwm_fast.evals.datasets import Comparison, Labelled, open_comparison
+from iwm_fast.evals.datasets import Comparison, LabelledSamples, open_comparison
 from iwm_fast.evals.probing import head_grid
-from iwm_fast.evals.probing.extraction import Kind
+from iwm_fast.evals.probing.extraction import FeatureKind
 from iwm_fast.evals.probing.feature_batches import FeatureDataset
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.evals.probing.head_grid import Candidate, HeadGrid
 from iwm_fast.evals.results import Result
-from iwm_fast.pipelines.config import check
+from iwm_fast.pipelines.config import require
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class ProbeResult:
 def evaluate_probe(
     task: str,
     config: ProbeConfig,
-    kind: Kind,
+    kind: FeatureKind,
     build_grid: BuildGrid,
     *,
     max_cache_gb: float | None = None,
@@ -77,7 +77,7 @@ def evaluate_probe(
     return broadcast_from_rank_zero(lambda: _probe_models(task, config, comparison, features, build_grid))
 
 
-def check_holdout(train: Labelled, config: ProbeConfig) -> None:
+def check_holdout(train: LabelledSamples, config: ProbeConfig) -> None:
     """Check that there are images to train on and to hold out, and warn if they are too few for the classes.
 
     Raises:
@@ -86,7 +86,7 @@ def check_holdout(train: Labelled, config: ProbeConfig) -> None:
     num_images = len(train.samples)
     fit, held_out = split_holdout(num_images, config.holdout, config.seed)
     accepted = f"leave images to train on and to hold out, of {num_images}; raise max_train_samples or change it"
-    check(min(len(fit), len(held_out)) > 0, "holdout", config.holdout, accepted)
+    require(min(len(fit), len(held_out)) > 0, "holdout", config.holdout, accepted)
     num_classes = len(train.labels.classes)
     num_missing = num_classes - len(np.unique(train.number[fit]))
     if num_missing:

@@ -62,7 +62,7 @@ def open_world_model(run: str, device: torch.device, checkpoint: str = "") -> Wo
 
 def with_untrained_predictor(model: WorldModel, seed: int) -> WorldModel:
     """Return the control: the same trained encoder with a randomly initialised predictor."""
-    untrained = world_model.untrained(replace(model.config, seed=seed), model.device)
+    untrained = world_model.build_untrained(replace(model.config, seed=seed), model.device)
     return replace(model, predictor=untrained.predictor)
 
 

@@ -24,7 +24,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.evals.datasets import clean_images, compute_sharded, spread, validation_shards
+from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, validation_shards
 from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
@@ -68,7 +68,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     with same_error_on_all_ranks():
         model = open_world_model(config.run, rank_info.device, config.checkpoint)
         shards = validation_shards(model, config.data)
-    samples = spread(shards.num_samples, config.num_images)
+    samples = evenly_spaced(shards.num_samples, config.num_images)
     models = [model, with_untrained_predictor(model, config.seed)]
     shape = len(models), len(config.families), config.bank_size
 

@@ -23,7 +23,7 @@ from iwm_fast.evals.retrieval.mrr import chance_mrr
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
-from iwm_fast.rendering.image_grid import Panel, Section
+from iwm_fast.rendering.image_grid import ImageGrid, Panel
 from iwm_fast.world_model import WorldModel
 
 FLAGS: tuple[Family, ...] = ("grayscale", "blur", "solarize")
@@ -87,16 +87,16 @@ def _make_case(
     images, nearest = candidates.cpu().numpy(), int(distance.argmin())
     panels = (Panel(pixels=source.cpu().numpy()), Panel(pixels=images[0], caption=change))
     caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
-    retrieved = Panel(pixels=images[nearest], caption=caption, is_right=nearest == 0)
+    retrieved = Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0)
     return RetrievalCase(panels=(*panels, retrieved), rank=rank, num_candidates=len(images))
 
 
-def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[Section]:
+def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[ImageGrid]:
     """Return the cases as columns of one or more sections; the first section has the title and the numbers of all."""
     sections = []
     for first in range(0, len(cases), _MAX_COLUMNS):
         rows = tuple(zip(*(case.panels for case in cases[first : first + _MAX_COLUMNS]), strict=True))
-        sections.append(Section(title=title, labels=("source", "asked for", "retrieved"), rows=rows))
+        sections.append(ImageGrid(title=title, labels=("source", "asked for", "retrieved"), rows=rows))
         title = ""
     retrieved = [case.panels[-1] for case in cases]
     numbers = _summarize([case.rank for case in cases], cases[0].num_candidates, retrieved)
@@ -104,13 +104,13 @@ def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[Section]:
 
 
 def _summarize(rank: Sequence[float], num_candidates: int, retrieved: Sequence[Panel]) -> dict[str, str]:
-    num_correct = sum(panel.is_right for panel in retrieved)
+    num_correct = sum(panel.is_correct for panel in retrieved)
     chance = f"{chance_mrr(num_candidates):.3f} by chance among {num_candidates} versions"
     reciprocal = (1 / np.array(rank)).mean()
     return {"correct": f"{num_correct} of {len(retrieved)}", "mean reciprocal rank": f"{reciprocal:.3f}, {chance}"}
 
 
-def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> Section:
+def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> ImageGrid:
     """Predict `num_values` values of a jitter entry over its range, the other entries being neutral.
 
     The candidates are the renderings of these values and the bank of the image.
@@ -127,14 +127,14 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     for index, candidate in enumerate(nearest):
         requested.append(Panel(pixels=images[index], caption=_format_value(entry, float(values[index]))))
         # Pixels are compared because clipping and rounding can make two values render the same image.
-        is_right = bool((images[candidate] == images[index]).all())
+        is_correct = bool((images[candidate] == images[index]).all())
         value = _format_value(entry, float(candidate_values[candidate]))
         origin = " of a bank image" if candidate >= num_values else ""
-        caption = "correct" if is_right else f"{value}{origin}; correct answer at rank {rank[index]:g}"
-        retrieved.append(Panel(pixels=images[candidate], caption=caption, is_right=is_right))
+        caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank[index]:g}"
+        retrieved.append(Panel(pixels=images[candidate], caption=caption, is_correct=is_correct))
     error = np.abs(candidate_values[nearest] - values).mean()
     error_of_no_change = np.abs(getattr(identity_photometry(1), entry) - values).mean()
-    return Section(
+    return ImageGrid(
         title=f"{entry.capitalize()} of the first image, from the minimum to the maximum",
         labels=("asked for", "retrieved"),
         rows=(tuple(requested), tuple(retrieved)),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
-from iwm_fast.evals.datasets import clean_images, spread, validation_shards
+from iwm_fast.evals.datasets import clean_images, evenly_spaced, validation_shards
 from iwm_fast.evals.results import name_with_step
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.sweeps import (
@@ -22,9 +22,9 @@ from iwm_fast.evals.retrieval.sweeps import (
     swept_entries,
     trained_flags,
 )
-from iwm_fast.monitoring.evaluation_progress import follow
-from iwm_fast.rendering.image_grid import Section, require_writable, save_sections
-from iwm_fast.rendering.imagine_page import write_page
+from iwm_fast.monitoring.evaluation_progress import track_progress
+from iwm_fast.rendering.image_grid import ImageGrid, require_writable, save_image_grids
+from iwm_fast.rendering.imagine_page import write_imagine_page
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
@@ -48,21 +48,21 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
         f"Step {model.step}, seed {config.seed}; {config.bank_size} jittered versions of each image "
         f"({config.bank} strengths) to choose from"
     )
-    save_sections(path, sheet, title)
+    save_image_grids(path, sheet, title)
     written = [path]
     if sweeps:
         written.append(path.with_name(f"{path.stem}_sweeps.png"))
-        save_sections(written[-1], sweeps, title, panel_inches=1.35)
+        save_image_grids(written[-1], sweeps, title, panel_inches=1.35)
     written.append(path.with_suffix(".html"))
-    write_page(written[-1], [*sheet, *sweeps], title, Path(config.run).resolve().name)
+    write_imagine_page(written[-1], [*sheet, *sweeps], title, Path(config.run).resolve().name)
     return tuple(written)
 
 
-def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Section], list[Section]]:
+def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[ImageGrid], list[ImageGrid]]:
     """Return the sections of the sheet and those of the sweeps."""
     views = model.config.views
     first_cases: list[RetrievalCase] = []
-    sweeps: list[Section] = []
+    sweeps: list[ImageGrid] = []
     clean_cases: defaultdict[str, list[RetrievalCase]] = defaultdict(list)
     # One image at a time, because the target tokens of a bank are large.
     for image in _banked_images(model, config):
@@ -79,7 +79,7 @@ def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Secti
 
 def _banked_images(model: WorldModel, config: ImagineConfig) -> Iterator[BankedImage]:
     shards = validation_shards(model, config.data)
-    samples = spread(shards.num_samples, config.num_images)
-    for pixels, sample in follow(clean_images(model, shards, samples), len(samples), "images queried"):
+    samples = evenly_spaced(shards.num_samples, config.num_images)
+    for pixels, sample in track_progress(clean_images(model, shards, samples), len(samples), "images queried"):
         bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
         yield BankedImage(pixels=pixels, bank=bank, target=encode_bank(model, bank))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
-from iwm_fast.evals.datasets import spread
+from iwm_fast.evals.datasets import evenly_spaced
 from iwm_fast.evals.finetuning.networks import build_networks
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
@@ -121,7 +121,7 @@ def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray
     A class counts if it covers more than a twentieth of the image. Collective: every rank must call it.
     """
     context, num_shown = segmentation.context, segmentation.config.num_shown
-    candidates = spread(context.val.num_samples, _CANDIDATES * num_shown)
+    candidates = evenly_spaced(context.val.num_samples, _CANDIDATES * num_shown)
     with segmentation.read_masks(context.val) as masks:
 
         def class_sizes(batch: Batch) -> Int64[Tensor, "B K"]:

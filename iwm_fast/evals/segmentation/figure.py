@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from iwm_fast.evals.segmentation.mean_iou import pixel_accuracy
-from iwm_fast.rendering.image_grid import Panel, save_sheet
+from iwm_fast.rendering.image_grid import Panel, save_image_grid
 
 # Steps of the golden ratio around the colour circle keep the hues of any number of classes far apart.
 _HUE_STEP = 0.618
@@ -46,7 +46,7 @@ def save_figure(
         labels.append(f"{name.replace('_', ' ')}, mean IoU {variant.mean_iou:.2f}")
         pairs = zip(colourise(variant.classes), variant.counts, strict=True)
         rows.append([Panel(pixels=pixels, caption=_accuracy_caption(counts)) for pixels, counts in pairs])
-    save_sheet(path, labels, rows, title)
+    save_image_grid(path, labels, rows, title)
 
 
 def _accuracy_caption(counts: Int64[np.ndarray, "3 K"]) -> str:

@@ -37,7 +37,7 @@ def count_classes(train: ShardSet, val: ShardSet, *, ignore_index: int, num_thre
             problem = f"segmentation map contains class {value}, which no training map contains"
             classes = np.flatnonzero(in_train).tolist()
             remedy = f"training maps contain {classes}; remove the sample, or set ignore_index={value}"
-            raise ShardError(problem, **val.where(int(sample)), remedy=remedy)
+            raise ShardError(problem, **val.shard_and_key(int(sample)), remedy=remedy)
         return int(np.flatnonzero(in_train)[-1]) + 1
 
     for shards in (train, val):
@@ -86,7 +86,7 @@ class MaskReader:
         if classes.size and classes.max() >= self._num_classes:
             problem = f"segmentation map contains class {classes.max()}, but num_classes is {self._num_classes}"
             remedy = "increase num_classes, or set ignore_index to this value"
-            raise ShardError(problem, **self._shards.where(sample), remedy=remedy)
+            raise ShardError(problem, **self._shards.shard_and_key(sample), remedy=remedy)
         return mask
 
     def close(self) -> None:

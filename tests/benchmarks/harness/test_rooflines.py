@@ -7,9 +7,9 @@ from benchmarks.harness import rooflines
 from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
 from benchmarks.kernels import compiler_report
 from iwm_fast.kernels.attention import short
-from iwm_fast.kernels.attention.flash import Cut, Tiles, forward_launch
-from iwm_fast.kernels.attention.packed import Packed
-from iwm_fast.kernels.attention.short import Group
+from iwm_fast.kernels.attention.flash import FlashConfig, TileConfig, forward_launch
+from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.attention.short import ShortConfig
 
 
 def milliseconds(num_bytes):
@@ -70,12 +70,12 @@ def test_square_tiles_compute_scores_beyond_the_length(length, tile, waste):
 
 
 def meta_packed(length):
-    return Packed(torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta"), None, length)
+    return PackedQKV(torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta"), None, length)
 
 
 def test_waste_of_a_short_launch_follows_from_its_bucket_and_queries():
     packed = meta_packed(196)
-    group = Group(((128, 64), (128, 64, 16)), 64, 4, 1)
+    group = ShortConfig(((128, 64), (128, 64, 16)), 64, 4, 1)
     (launch,) = short.forward_launches((group,), packed, packed.qkv, packed.qkv)
     # The launch computes 208 keys times 256 queries.
     assert rooflines.launch_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
@@ -88,8 +88,8 @@ def test_waste_of_a_short_launch_follows_from_its_bucket_and_queries():
 
 def test_tiled_launches_skip_short_sequences():
     packed = meta_packed(400)
-    tiles = Tiles(128, 64, 8, 2)
-    launch = forward_launch(Cut(tiles, tiles, tiles), packed, 256, out=packed.qkv, lse=packed.qkv)
+    tiles = TileConfig(128, 64, 8, 2)
+    launch = forward_launch(FlashConfig(tiles, tiles, tiles), packed, 256, out=packed.qkv, lse=packed.qkv)
     assert rooflines.scores_computed(launch, 256) == 0
     assert rooflines.scores_computed(launch, 400) == 512 * 448
 

@@ -27,8 +27,8 @@ from benchmarks.kernels import (
 )
 from fixtures.kernel_cases import DEVICE, draw, offsets_of
 from iwm_fast.config.run import PredictorConfig
-from iwm_fast.kernels.attention.flash import Tiles
-from iwm_fast.kernels.attention.short import Group
+from iwm_fast.kernels.attention.flash import TileConfig
+from iwm_fast.kernels.attention.short import ShortConfig
 from iwm_fast.kernels.launch import IS_INTERPRETING
 from iwm_fast.kernels.ops import REFERENCE
 
@@ -118,7 +118,7 @@ def test_varlen_attn_accepts_the_arguments_that_are_passed():
 @pytest.mark.parametrize("pass_", [FORWARD, BACKWARD])
 def test_a_sweep_times_candidates_and_drops_wrong_ones(session, pass_):
     buffers = tile_sweep.prepare_buffers(1, 20, (1, 32), DEVICE)
-    launches = {"128": tile_sweep.short_launch(Group(((128,),), 32, 4, 1), pass_, buffers)}
+    launches = {"128": tile_sweep.short_launch(ShortConfig(((128,),), 32, 4, 1), pass_, buffers)}
     # A launch for longer sequences does not write any output here.
     wrong = launches["128"]._replace(constants=launches["128"].constants | {"LIMITS": (64, 128)})
     shipped = tile_sweep.shipped_launches(pass_, buffers)
@@ -137,7 +137,7 @@ def test_candidate_groups_cover_the_length():
             # All tiles except the last one are full.
             assert sum(split[:-1]) < length <= sum(split)
     assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.TILES}) == len(tile_sweep.TILES)
-    assert tile_sweep.name_tiles(Tiles(64, 32, 4, 2)) == "64x32 w4 s2"
+    assert tile_sweep.name_tiles(TileConfig(64, 32, 4, 2)) == "64x32 w4 s2"
 
 
 @without_gpu

@@ -37,7 +37,7 @@ from benchmarks.train_step.report import (
 from benchmarks.train_step.two_ranks import compare_on_ranks
 from benchmarks.train_step.workload import build_workload
 from iwm_fast.config.run import ModelConfig
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.runtime import distributed
 
 
@@ -64,7 +64,7 @@ def session() -> Session:
 
 
 def step_round(step_s: float, **parts: float) -> StepRound:
-    return StepRound(step_s, dict.fromkeys(PARTS, 0.0) | parts)
+    return StepRound(step_s, dict.fromkeys(PHASES, 0.0) | parts)
 
 
 def test_all_engines_are_timed_and_compared_with_the_bare_loop(session, workload, rank_info):
@@ -75,7 +75,7 @@ def test_all_engines_are_timed_and_compared_with_the_bare_loop(session, workload
     for record in recorded.values():
         assert record.failure is None and record.what == STEP and record.repeats == 2 and record.shape["ranks"] == 1
         figures = record.figures
-        assert record.median_ms == pytest.approx(sum(figures[f"{part}_ms"] for part in PARTS), rel=0.2)
+        assert record.median_ms == pytest.approx(sum(figures[f"{part}_ms"] for part in PHASES), rel=0.2)
         assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, rel=1e-3)
         assert 0 < figures["teacher_update_percent"] < 50 and figures["wait_ms"] < figures["forward_ms"]
     text = step_tables.sections(session.records)

@@ -70,7 +70,7 @@ def test_the_newest_and_multiples_of_keep_every_are_kept(tmp_path):
     for step in range(1, 9):
         begin(writer, step)
     writer.wait()
-    assert [checkpoints.step_of(folder) for folder in checkpoints.step_folders(tmp_path)] == [3, 6, 7, 8]
+    assert [checkpoints.parse_step(folder) for folder in checkpoints.list_checkpoint_folders(tmp_path)] == [3, 6, 7, 8]
     assert len(names(tmp_path)) == 4
 
 
@@ -78,9 +78,9 @@ def test_the_newest_and_multiples_of_keep_every_are_kept(tmp_path):
     ("keep_last", "keep_every", "deleted"), [(1, None, [1, 2, 3]), (3, None, [1]), (9, None, []), (1, 2, [1, 3])]
 )
 def test_checkpoints_that_are_neither_new_nor_multiples_are_deleted(tmp_path, keep_last, keep_every, deleted):
-    folders = [checkpoints.folder_of(tmp_path, step) for step in (1, 2, 3, 4)]
+    folders = [checkpoints.checkpoint_folder(tmp_path, step) for step in (1, 2, 3, 4)]
     config = OutputConfig(checkpoint_every=1, keep_last=keep_last, keep_every=keep_every)
-    assert [checkpoints.step_of(folder) for folder in checkpoints_to_delete(folders, config)] == deleted
+    assert [checkpoints.parse_step(folder) for folder in checkpoints_to_delete(folders, config)] == deleted
 
 
 def test_a_failure_is_logged_at_once_and_raised_by_every_later_call(tmp_path, caplog):
@@ -101,7 +101,7 @@ def test_a_failure_is_logged_at_once_and_raised_by_every_later_call(tmp_path, ca
     writer.close()
     # Nothing was overwritten, and nothing was written after the failure.
     assert names(tmp_path) == ["step-00000001"]
-    assert len(checkpoints.read(checkpoints.newest(tmp_path)).engine_state["weight/a"]) == 4
+    assert len(checkpoints.read(checkpoints.find_newest_folder(tmp_path)).engine_state["weight/a"]) == 4
 
 
 # Writing beyond the first 100,000 bytes of a file fails, as on a full disk.
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_remain(tmp_path):
     assert "free space there" in completed.stderr and "resume=auto" in completed.stderr
     # The unfinished checkpoint is removed at once, which frees its space.
     assert names(tmp_path) == ["step-00000001"]
-    assert checkpoints.read(checkpoints.newest(tmp_path)).step == 1
+    assert checkpoints.read(checkpoints.find_newest_folder(tmp_path)).step == 1
 
 
 @pytest.fixture(scope="module")
@@ -162,4 +162,4 @@ def test_leftovers_of_killed_processes_do_not_accumulate(killed):
     writer = build_writer(folder, keep_last=2)
     begin(writer, newest + 1)
     writer.wait()
-    assert names(folder) == [checkpoints.folder_of(folder, step).name for step in (newest, newest + 1)]
+    assert names(folder) == [checkpoints.checkpoint_folder(folder, step).name for step in (newest, newest + 1)]

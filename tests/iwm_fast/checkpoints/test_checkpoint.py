@@ -15,7 +15,7 @@ from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
-from iwm_fast.pipelines.storage.atomic import remove_leftovers, set_aside
+from iwm_fast.pipelines.storage.atomic import remove_unfinished, set_aside
 from iwm_fast.runtime.distributed import RankInfo
 
 RANK_INFO = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -45,7 +45,7 @@ def write(folder, step, scale=1.0, **changes):
         "counters": {},
         "versions": checkpoint.package_versions(),
     }
-    saved = Checkpoint(folder=checkpoint.folder_of(folder, step), **values | changes)
+    saved = Checkpoint(folder=checkpoint.checkpoint_folder(folder, step), **values | changes)
     checkpoint.write(saved, RunConfig())
     return saved.folder
 
@@ -71,7 +71,7 @@ def test_weights_of_a_network_are_selected_by_prefix(tmp_path):
 
 
 def test_a_run_without_checkpoints_has_no_newest_one(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.find_newest_folder(tmp_path) is None
 
 
 def test_checkpoints_are_in_order_of_step_and_other_folders_do_not_count(tmp_path):
@@ -79,8 +79,8 @@ def test_checkpoints_are_in_order_of_step_and_other_folders_do_not_count(tmp_pat
     folders = {step: write(tmp_path, step) for step in steps}
     for name in (".unfinished-step-200000000", "step-200000000.refused", "step-2", "stepping"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert checkpoint.step_folders(tmp_path) == [folders[step] for step in sorted(steps)]
-    assert checkpoint.newest(tmp_path) == folders[123_456_789]
+    assert checkpoint.list_checkpoint_folders(tmp_path) == [folders[step] for step in sorted(steps)]
+    assert checkpoint.find_newest_folder(tmp_path) == folders[123_456_789]
 
 
 @pytest.mark.parametrize("files_before_death", [0, 1])
@@ -89,7 +89,7 @@ def test_a_process_killed_while_writing_leaves_no_visible_checkpoint(tmp_path, f
     code = f"""
 import os, signal
 from pathlib import Path
-from iwm_fast.pipelines.storage.atomic import publish
+from iwm_fast.pipelines.storage.atomic import write_folder
 
 def complete(path):
     path.write_bytes(b"complete")
@@ -99,13 +99,13 @@ def die(path):
     os.kill(os.getpid(), signal.SIGKILL)
 
 writers = {{"model.safetensors": [die, complete][{files_before_death}], "state.json": die}}
-publish(Path({str(tmp_path)!r}) / "checkpoints" / "step-00000002", writers)
+write_folder(Path({str(tmp_path)!r}) / "checkpoints" / "step-00000002", writers)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -signal.SIGKILL
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "the unfinished folder must exist"
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
+    assert checkpoint.find_newest_folder(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
     # The next process removes it.
-    remove_leftovers(tmp_path / "checkpoints")
+    remove_unfinished(tmp_path / "checkpoints")
     write(tmp_path, 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
@@ -154,7 +154,7 @@ def test_a_folder_set_aside_frees_its_name_and_overwrites_nothing(tmp_path):
         folder = write(tmp_path, 1, applied_steps=number)
         aside = set_aside(folder)
         assert not folder.exists() and aside.name == folder.name + ending
-        assert checkpoint.step_folders(tmp_path) == []
+        assert checkpoint.list_checkpoint_folders(tmp_path) == []
         assert checkpoint.read(aside).applied_steps == number
 
 

@@ -76,7 +76,7 @@ def test_the_model_card_begins_with_metadata_for_the_hub(exported):
 
 
 def test_an_export_has_teacher_and_trained_encoder_which_differ(trained, exported):
-    saved = checkpoints.read(checkpoints.newest(trained))
+    saved = checkpoints.read(checkpoints.find_newest_folder(trained))
     teacher, encoder = (load_file(exported / f"{name}.safetensors") for name in ("model", "trained_encoder"))
     assert teacher.keys() == encoder.keys() == saved.teacher_state.keys()
     assert all(torch.equal(teacher[name], saved.teacher_state[name]) for name in teacher)

@@ -61,7 +61,7 @@ def next_run(tiny_shards, tmp_path, trained) -> RunConfig:
 
 def test_a_run_starts_with_teacher_and_predictor_of_another_run(next_run, trained, caplog):
     caplog.set_level(logging.INFO, "iwm_fast")
-    saved, student = checkpoints.read(checkpoints.newest(trained)), initialized_student(next_run)
+    saved, student = checkpoints.read(checkpoints.find_newest_folder(trained)), initialized_student(next_run)
     for name, value in student.encoder.state_dict().items():
         assert torch.equal(value, saved.teacher_state[name]), name
     for name, value in student.predictor.named_parameters():
@@ -139,7 +139,7 @@ def test_a_run_that_resumes_is_not_initialized_again(next_run, rank_info):
 
 
 def write_checkpoint(config: RunConfig, engine_state, teacher_state) -> None:
-    folder = checkpoints.folder_of(Path(config.output.folder), 1)
+    folder = checkpoints.checkpoint_folder(Path(config.output.folder), 1)
     saved = checkpoints.Checkpoint(
         folder=folder, engine_state=engine_state, teacher_state=teacher_state, step=1, applied_steps=1, run_id="x",
         fingerprint={}, world_size=1, counters={}, versions={},

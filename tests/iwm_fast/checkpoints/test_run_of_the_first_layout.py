@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import iwm_fast
 from fixtures.paths import TESTS
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.commands.replay_step import replay
+from iwm_fast.commands.replay_step import replay_step
 from iwm_fast.config.commands import ReplayConfig
-from iwm_fast.config.evaluation import EvalData, MrrConfig
+from iwm_fast.config.evaluation import EvalDataConfig, MrrConfig
 from iwm_fast.config.loading import load_config
 from iwm_fast.evals.results import read_result
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
@@ -43,7 +43,7 @@ def test_training_resumes_and_ends_with_the_same_weights(old_files):
     config = load_config(old_files / "run" / "config.yaml")
     data = replace(config.data, train=str(old_files / "tiny.tar"), val="")
     run(replace(config, resume="auto", data=data, output=replace(config.output, folder=str(old_files / "run"))))
-    newest = checkpoints.newest(old_files / "run")
+    newest = checkpoints.find_newest_folder(old_files / "run")
     assert newest is not None and newest.name == "step-00000004"
     expected = load_file(TESTS / "fixtures/run_e678dd7/run/checkpoints/step-00000004/model.safetensors")
     # The machine that wrote the files may have summed in another order.
@@ -54,7 +54,7 @@ def test_training_resumes_and_ends_with_the_same_weights(old_files):
 
 def test_an_evaluation_has_the_same_result(old_files):
     old = read_result(old_files / "run" / "evaluations" / "mrr_default.json")
-    data = EvalData(train=str(old_files / "tiny.tar"), val=str(old_files / "tiny.tar"))
+    data = EvalDataConfig(train=str(old_files / "tiny.tar"), val=str(old_files / "tiny.tar"))
     new = evaluate_mrr(MrrConfig(run=str(old_files / "run"), num_images=4, bank_size=8, data=data))
     for before, after in zip(old.rows, new.rows, strict=True):
         assert (after.subject, after.metric) == (before.subject, before.metric)
@@ -62,7 +62,7 @@ def test_an_evaluation_has_the_same_result(old_files):
 
 
 def test_a_logged_step_is_rendered_bit_equal(old_files):
-    replay(
+    replay_step(
         ReplayConfig(
             run=str(old_files / "run"),
             step=1,

@@ -11,17 +11,17 @@ from pyarrow import parquet
 
 import iwm_fast
 from fixtures.tar_files import encode, photograph
-from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from iwm_fast import cli
 from iwm_fast.checkpoints.export import export
 from iwm_fast.commands.embed import embed
 from iwm_fast.config.commands import EmbedConfig, ExportConfig
-from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.evaluation import EvalDataConfig
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return tinted_run(tmp_path_factory.mktemp("tinted"))
+    return pretrain_on_tinted_shards(tmp_path_factory.mktemp("tinted"))
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def test_features_without_pooling_are_those_of_all_patches(trained, images, tmp_
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_shards_have_keys_and_labels_and_bad_images_are_left_out(trained, tmp_path, loader, caplog):
-    shard, folder = write_tinted(tmp_path / "more.tar", 70, 0, bad=66), trained
+    shard, folder = write_tinted_shard(tmp_path / "more.tar", 70, 0, bad=66), trained
     if loader == "dali":
         # An export names no loader, and the default is DALI.
         folder = export(ExportConfig(run=str(trained), to=str(tmp_path / "export")))
     for label, expected in (("cls", 0), ("json.look.tint", "red")):
         to = tmp_path / f"{label}.parquet"
-        result = embed(EmbedConfig(run=str(folder), data=EvalData(val=shard, label=label), to=str(to)))
+        result = embed(EmbedConfig(run=str(folder), data=EvalDataConfig(val=shard, label=label), to=str(to)))
         table = parquet.read_table(to)
         assert (result.num_images, result.num_left_out) == (69, 1)
         assert table["key"].to_pylist() == [f"{number:03}" for number in range(70) if number != 66]

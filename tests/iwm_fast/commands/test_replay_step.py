@@ -18,7 +18,7 @@ from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import STEPS, tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.cli import main
-from iwm_fast.commands.replay_step import render_again, replay
+from iwm_fast.commands.replay_step import render_again, replay_step
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.loading import iter_settings, save_config
 from iwm_fast.config.run import RunConfig
@@ -89,7 +89,7 @@ def test_rendered_views_equal_those_of_training_bit_for_bit(damaged_shards, tmp_
     last = batches[-1].step
     for step in (0, last // 2, last):
         trained = [batch for batch in batches if batch.step == step]
-        path = replay(ReplayConfig(run=config.output.folder, step=step, format="tensors"))
+        path = replay_step(ReplayConfig(run=config.output.folder, step=step, format="tensors"))
         assert path == tmp_path / "run" / f"replay-step-{step:08}.safetensors"
         tensors = load_file(path)
         for name in ("source_view", "target_view"):
@@ -119,7 +119,7 @@ def test_a_replayed_batch_equals_the_batch_of_training(damaged_shards, tmp_path)
 def test_steps_before_a_restarted_epoch_are_rendered_with_old_settings(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     batches = captured_run(replace(config, output=replace(config.output, checkpoint_every=8)))
-    shutil.rmtree(checkpoints.newest(tmp_path / "run"))
+    shutil.rmtree(checkpoints.find_newest_folder(tmp_path / "run"))
     changed = replace(
         config,
         seed=5,
@@ -129,7 +129,7 @@ def test_steps_before_a_restarted_epoch_are_rendered_with_old_settings(tiny_shar
     )
     after = captured_run(changed)
     for step, trained in ((7, batches[7]), (8, after[0])):
-        tensors = load_file(replay(ReplayConfig(run=config.output.folder, step=step, format="tensors")))
+        tensors = load_file(replay_step(ReplayConfig(run=config.output.folder, step=step, format="tensors")))
         assert torch.equal(tensors["source_view"], denormalize_view(trained.source_view))
         assert torch.equal(tensors["action"], trained.action)
 
@@ -175,19 +175,19 @@ def test_moved_shards_are_accepted_and_changed_shards_are_refused(damaged_shards
     damaged_shards.folder.rename(moved)
     request = ReplayConfig(run=str(tmp_path / "run"), step=2, format="tensors")
     with pytest.raises(FileNotFoundError, match=r"0\.tar"):
-        replay(request)
-    replay(replace(request, shards=str(moved)))
+        replay_step(request)
+    replay_step(replace(request, shards=str(moved)))
     sample = int(column(read_step(tmp_path / "run" / "actions", 2), "sample")[0])
     with pytest.raises(ActionLogError, match=r"slot \d+ had sample \d+ .*, but there are only 12 samples now; set"):
-        replay(replace(request, shards=str(moved / "0.tar")))
+        replay_step(replace(request, shards=str(moved / "0.tar")))
     with pytest.raises(ActionLogError, match=rf"sample {sample} in slot 0 was '{sample:02}' of .*, now '") as caught:
-        replay(replace(request, shards=f"{moved / '1.tar'}::{moved / '0.tar'}"))
+        replay_step(replace(request, shards=f"{moved / '1.tar'}::{moved / '0.tar'}"))
     assert "shards=..." in str(caught.value)
     # The keys stay the same, but the images of a shard are replaced by another one.
     image = encode(photograph("coffee.png")[:90, :70])
     write_tar(moved / "1.tar", [(f"{number:02}.jpg", image) for number in range(12, 24)])
     with pytest.raises(ActionLogError, match=r"have changed since the step was trained \(sizes"):
-        replay(replace(request, shards=str(moved)))
+        replay_step(replace(request, shards=str(moved)))
 
 
 def test_a_replaced_image_of_the_same_size_in_bytes_is_refused(tiny_shards, tmp_path):
@@ -199,13 +199,13 @@ def test_a_replaced_image_of_the_same_size_in_bytes_is_refused(tiny_shards, tmp_
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     run(replace(config, data=DataConfig(train=str(tmp_path / "then"))))
     with pytest.raises(ActionLogError, match=r"crop_window of step 0, slot 0, sample '\d\d' is .*, but the log has"):
-        replay(ReplayConfig(run=str(tmp_path / "run"), step=0, shards=str(tmp_path / "now")))
+        replay_step(ReplayConfig(run=str(tmp_path / "run"), step=0, shards=str(tmp_path / "now")))
 
 
 def test_a_run_without_a_log_writes_none_and_drops_superseded_rows(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     run(config)
-    shutil.rmtree(checkpoints.newest(tmp_path / "run"))
+    shutil.rmtree(checkpoints.find_newest_folder(tmp_path / "run"))
     run(replace(config, output=replace(config.output, action_log=False)))
     files = list_log_files(tmp_path / "run" / "actions")
     assert [(file.first_step, file.end_step) for file in files] == [(0, 5), (5, 10)]
@@ -216,7 +216,7 @@ def test_a_run_without_a_log_writes_none_and_drops_superseded_rows(tiny_shards, 
 # Trains until step 7, after the checkpoint of step 5. Then it kills itself or simulates a full disk.
 STRUCK = """
 import os, resource, signal, sys, time
-from iwm_fast.checkpoints.checkpoint import newest
+from iwm_fast.checkpoints.checkpoint import find_newest_folder
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.config.loading import load_config
@@ -231,7 +231,7 @@ with user_facing_errors():
     def strike(batch):
         if next(steps_left, None) is None:
             # The checkpoint is written by a thread while training continues.
-            while newest(trainer.folder) is None:
+            while find_newest_folder(trainer.folder) is None:
                 time.sleep(0.01)
             if sys.argv[2] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_without_a_gap_in_its_log(tiny_
     killed = struck(config, tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     actions = tmp_path / "killed" / "actions"
-    assert checkpoints.newest(tmp_path / "killed").name == "step-00000005"
+    assert checkpoints.find_newest_folder(tmp_path / "killed").name == "step-00000005"
     assert [file.path.name for file in list_log_files(actions)] == ["step-00000000-00000005-rank-000.parquet"]
     # A file that another rank had not finished.
     (actions / ".unfinished-rank-001.parquet").write_bytes(b"PAR1")
@@ -279,7 +279,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_it_can_resume(tiny_shards, 
     assert "output.action_log=false" in result.stderr and "resume=auto" in result.stderr
     # There are no unfinished files, and no checkpoint is newer than the log.
     assert sorted(path.name for path in actions.iterdir()) == ["step-00000000-00000005-rank-000.parquet"]
-    assert checkpoints.newest(tmp_path / "full").name == "step-00000005"
+    assert checkpoints.find_newest_folder(tmp_path / "full").name == "step-00000005"
     assert len(read_rows(actions, 0, 5)) == 5 * 16
     assert run(config).step == STEPS
     assert len(read_rows(actions, 0, STEPS)) == STEPS * 16

@@ -12,8 +12,15 @@ import pytest
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.evals.results import Result, Row, save_result
-from iwm_fast.rendering.charts import DotPlot, Dots, dot_plot, draw_line_chart, draw_waterfall_chart, save_dot_plots
-from iwm_fast.rendering.html import page, table, tiles
+from iwm_fast.rendering.charts import (
+    DotPlot,
+    DotSeries,
+    draw_dot_plot,
+    draw_line_chart,
+    draw_waterfall_chart,
+    save_dot_plots,
+)
+from iwm_fast.rendering.html import metric_tiles, page, table
 from iwm_fast.train import run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -96,14 +103,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_text_is_escaped_and_numbers_are_aligned_to_the_right():
     text = table(["name", "value"], [("<b>", "0.5"), ("x & y", "-1")])
     assert "&lt;b&gt;" in text and "x &amp; y" in text and text.count('class="number"') == 3
-    assert "<b>1</b>" in tiles({"steps": "1"}) and PageParser(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
+    assert "<b>1</b>" in metric_tiles({"steps": "1"}) and PageParser(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
 
 
 def test_charts_are_complete_svg_elements_and_reproducible():
     for draw in (
         lambda: draw_line_chart({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
         lambda: draw_waterfall_chart({"forward": 2.0, "wait": 0.0}, unit="ms"),
-        lambda: dot_plot([Dots(label="a", values=[0.1, 0.2]), Dots(label="none", values=[])], unit="MRR"),
+        lambda: draw_dot_plot(
+            [DotSeries(label="a", values=[0.1, 0.2]), DotSeries(label="none", values=[])], unit="MRR"
+        ),
     ):
         chart = draw()
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>") and chart == draw()
@@ -111,7 +120,7 @@ def test_charts_are_complete_svg_elements_and_reproducible():
 
 
 def test_dot_plots_are_saved_as_one_png_file(tmp_path):
-    rows = [Dots(label="a", values=[0.1, 0.2, 0.3]), Dots(label="b", values=[0.5])]
+    rows = [DotSeries(label="a", values=[0.1, 0.2, 0.3]), DotSeries(label="b", values=[0.5])]
     plots = [DotPlot(title=title, note="the paper: 0.8", unit="MRR", rows=rows) for title in ("one", "two", "three")]
     save_dot_plots(tmp_path / "deep" / "claims.png", plots)
     assert (tmp_path / "deep" / "claims.png").read_bytes().startswith(b"\x89PNG")

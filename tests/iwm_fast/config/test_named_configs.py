@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from iwm_fast.commands.init_config import list_configs, write_starter
-from iwm_fast.config.loading import load_config, to_tree
+from iwm_fast.config.loading import config_to_dict, load_config
 from iwm_fast.config.named_configs import CONFIGS, find_config, named_configs, read_settings
 
 
@@ -52,7 +52,7 @@ def test_a_file_overrides_the_settings_of_its_base_and_keeps_the_rest(folder):
     assert (config.optim.lr, config.optim.epochs, config.seed) == (3e-3, 4.0, 5)
     assert config.runtime.deepspeed == {"a": {"b": 1, "c": 2}}
     assert (config.model, config.views, config.output) == (grandparent.model, grandparent.views, grandparent.output)
-    assert "base" not in to_tree(config)
+    assert "base" not in config_to_dict(config)
 
 
 def test_a_file_may_have_the_name_of_its_packaged_base(folder):
@@ -96,10 +96,10 @@ def test_a_started_file_equals_its_base_with_and_without_comment_signs(folder):
     assert "  # Passes over the training samples; may be a fraction." in lines
     enabled = [line.replace("# ", "", 1) if line.startswith(tuple(settings)) else line for line in lines]
     path.write_text("\n".join(enabled))
-    changed = to_tree(load_config(path))
+    changed = config_to_dict(load_config(path))
     assert changed.pop("data")["train"] == "shards/train-{000000..000099}.tar"
     assert changed["output"].pop("folder") == "runs/mine"
-    expected = to_tree(load_config("vit_s16"))
+    expected = config_to_dict(load_config("vit_s16"))
     del expected["data"], expected["output"]["folder"]
     assert changed == expected
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fixtures.launchers import CHILD
+from fixtures.launchers import CHILD_ENVIRONMENT
 from fixtures.paths import WORKERS
 
 pytestmark = pytest.mark.multi_rank
@@ -27,7 +27,7 @@ def run_ranks(folder, stage, world_size):
     for rank in range(world_size):
         rank_variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
         rank_variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | CHILD | {name: str(value) for name, value in rank_variables.items()}
+        environment = os.environ | CHILD_ENVIRONMENT | {name: str(value) for name, value in rank_variables.items()}
         with (folder / f"{stage}-{rank}.log").open("w") as log:
             command = [sys.executable, str(WORKER), str(folder), stage]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from iwm_fast.config.run import OptimConfig
-from iwm_fast.engines.optimizer import build_optimizer, scaled_optimizer, set_hyperparameters
+from iwm_fast.engines.optimizer import build_optimizer, build_scaled_optimizer, set_hyperparameters
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import build_student
 
@@ -66,7 +66,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_offsets(student):
 
 
 def test_groups_scale_the_learning_rate_and_decay_by_name(student):
-    optimizer = scaled_optimizer(student, OptimConfig(), lambda name: 0.5 if name.startswith("encoder.") else 1.0)
+    optimizer = build_scaled_optimizer(student, OptimConfig(), lambda name: 0.5 if name.startswith("encoder.") else 1.0)
     set_hyperparameters(optimizer, 0.1, 0.25)
     rates = {
         (group["name"], group["lr_scale"]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups

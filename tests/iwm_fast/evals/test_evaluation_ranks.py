@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from fixtures.launchers import CHILD, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.config.evaluation import MrrConfig, PlanConfig
@@ -33,7 +33,7 @@ def run_on_two_ranks(folder: Path) -> list[str]:
     for rank in "01":
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(WORKER), str(folder), json.dumps(MRR), json.dumps(PLAN)]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | launch, **pipes))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD_ENVIRONMENT | launch, **pipes))
     printed = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     return [out for out, _ in printed]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.launchers import CHILD, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
-from iwm_fast.config.evaluation import EvalData, KnnConfig, MrrConfig
+from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.evals.probing.knn import evaluate_knn
@@ -59,7 +59,7 @@ def test_a_run_logs_the_metrics_that_the_commands_measure(tiny_shards, tmp_path)
     val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1, 2])
     run(online_run(tiny_shards, tmp_path / "run", val))
     first, second, last = read_metrics(tmp_path / "run")
-    data = EvalData(val=val)
+    data = EvalDataConfig(val=val)
     mrr = evaluate_mrr(
         MrrConfig(run=str(tmp_path / "run"), num_images=64, bank_size=64, bank="run", families=("jitter",), data=data)
     ).row("jitter", "mrr")
@@ -156,7 +156,7 @@ def test_two_ranks_agree_and_end_together_when_the_images_are_gone(tiny_shards, 
     for rank in "01":
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(WORKER), str(tmp_path), tiny_shards.pattern, val]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | launch, **pipes))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD_ENVIRONMENT | launch, **pipes))
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     (first, error), (second, other_error) = printed

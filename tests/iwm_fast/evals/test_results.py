@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from pyarrow import parquet
 from rich.console import Console
 
-from fixtures.launchers import CHILD, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
 from iwm_fast.evals import results
 from iwm_fast.evals.results import Result, Row, bootstrap, read_result, save_result
@@ -77,7 +77,7 @@ def test_values_and_rows_are_looked_up_by_subject_and_metric():
 
 def lines_of(result: Result) -> list[str]:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(results.table(result))
+    console.print(results.result_table(result))
     return console.export_text().splitlines()
 
 
@@ -136,7 +136,7 @@ def test_three_ranks_gather_their_shares_in_the_order_of_samples():
     for rank in "012":
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks.append(
-            subprocess.Popen([sys.executable, str(WORKER)], env=os.environ | launch | CHILD,
+            subprocess.Popen([sys.executable, str(WORKER)], env=os.environ | launch | CHILD_ENVIRONMENT,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )  # fmt: skip
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]

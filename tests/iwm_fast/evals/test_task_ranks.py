@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fixtures.launchers import CHILD, free_port
-from fixtures.painted_shards import painted_run
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
+from fixtures.painted_shards import pretrain_on_painted_shards
 from fixtures.paths import PYTHONPATH, WORKERS
 
 WORKER = WORKERS / "ranks_tasks.py"
@@ -21,7 +21,7 @@ def start_rank(rank: int, world_size: int, port: str, arguments: list[str]) -> s
     }  # fmt: skip
     command = [sys.executable, str(WORKER), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | CHILD | environment, **pipes)
+    return subprocess.Popen(command, env=os.environ | CHILD_ENVIRONMENT | environment, **pipes)
 
 
 def measure_rows(world_size: int, *arguments: str) -> list[str]:
@@ -42,7 +42,7 @@ def parse_values(lines: list[str]) -> list[float]:
 @pytest.mark.multi_rank
 @pytest.mark.slow
 def test_two_ranks_give_the_results_of_one(tmp_path):
-    folder = painted_run(tmp_path)
+    folder = pretrain_on_painted_shards(tmp_path)
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("left: {label: cls}\nred: {label: json.red}\n")
     alone = measure_rows(1, folder, str(tasks), "alone")

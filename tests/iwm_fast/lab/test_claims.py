@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwm_fast.lab.claims import judge, student_interval, tuned_for, values_of
-from iwm_fast.lab.config import Claim, Number
+from iwm_fast.lab.claims import judge, num_tuned_of, student_interval, values_by_seed
+from iwm_fast.lab.config import Claim, ResultSelector
 
 
 def select(cell):
-    return Number(cell=cell, result="mrr_default", subject="jitter", metric="mrr")
+    return ResultSelector(cell=cell, result="mrr_default", subject="jitter", metric="mrr")
 
 
 def claim(*pairs, margin=0.0):
@@ -84,7 +84,7 @@ def test_values_are_selected_from_the_rows_of_a_lab_by_seed():
         for cell, tuned, extra in (("a", 7, 0.0), ("b", 0, 1.0)) for metric in ("mrr", "recall_at_1")
         for seed, result, value in measured if (cell, metric) != ("b", "recall_at_1")
     ]  # fmt: skip
-    assert values_of(select("a"), rows) == {0: 0.2, 1: 0.9}
-    assert values_of(replace(select("b"), result="mrr_strong"), rows) == {0: 1.4}
-    assert values_of(replace(select("b"), metric="recall_at_1"), rows) == {}
-    assert [tuned_for(select(cell), rows) for cell in "abc"] == [7, 0, 0]
+    assert values_by_seed(select("a"), rows) == {0: 0.2, 1: 0.9}
+    assert values_by_seed(replace(select("b"), result="mrr_strong"), rows) == {0: 1.4}
+    assert values_by_seed(replace(select("b"), metric="recall_at_1"), rows) == {}
+    assert [num_tuned_of(select(cell), rows) for cell in "abc"] == [7, 0, 0]

@@ -7,8 +7,8 @@ import yaml
 
 import iwm_fast
 from iwm_fast.config.loading import load_config
-from iwm_fast.evaluate import TASKS, read_settings
-from iwm_fast.lab.config import Number, read_lab
+from iwm_fast.evaluate import EVALUATIONS, read_settings
+from iwm_fast.lab.config import ResultSelector, read_lab
 from iwm_fast.lab.runner import iter_commands, list_cells
 
 
@@ -35,7 +35,7 @@ def write(tmp_path):
 
 
 def read(path):
-    return read_lab(path, set(TASKS))
+    return read_lab(path, set(EVALUATIONS))
 
 
 def test_a_lab_is_read(write):
@@ -47,7 +47,7 @@ def test_a_lab_is_read(write):
         ("knn", ("a", "b"), ()),
     ]
     (claim,) = lab.claims
-    assert claim.compare[0][1] == Number(cell="b", result="m", subject="x y", metric="accuracy")
+    assert claim.compare[0][1] == ResultSelector(cell="b", result="m", subject="x y", metric="accuracy")
     assert not lab.has_demo_data and lab.workers is None
 
 
@@ -101,7 +101,7 @@ def test_all_commands_of_the_shipped_labs_have_valid_settings(name, monkeypatch)
         train, *evaluations = iter_commands(lab, cell)
         config = load_config(train.arguments[1], train.arguments[2:])
         for command in evaluations:
-            read_settings(TASKS[command.name].settings, list(command.arguments[2:]))
+            read_settings(EVALUATIONS[command.name].settings, list(command.arguments[2:]))
             measured.add((cell.name, command.name))
         has_predictor = config.model.predictor.depth > 0
         assert has_predictor or not {"mrr", "finetune"} & {command.name for command in evaluations}

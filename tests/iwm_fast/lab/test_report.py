@@ -1,6 +1,6 @@
 """The report page of a lab shows comparisons and verdicts, and draws no chart for a claim that was not measured."""
 
-from iwm_fast.lab.claims import judge, values_of
+from iwm_fast.lab.claims import judge, values_by_seed
 from iwm_fast.lab.config import LabConfig, parse_claim
 from iwm_fast.lab.report import write_lab_report
 
@@ -37,7 +37,7 @@ def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
         folder=tmp_path, base=base, settings=(), has_demo_data=False, seeds=(0, 1), workers=None,
         cells=dict.fromkeys("ab", ()), evaluations=(), claims=tuple(claims),
     )  # fmt: skip
-    judged = [judge(claim, lambda selector: values_of(selector, rows)) for claim in claims]
+    judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in claims]
     page = write_lab_report(lab, judged, rows).read_text(encoding="utf-8")
     worth, capacity, listens = (page.split(f"<h3>Text of {name}.</h3>")[1].split("</table>")[0] for name in CLAIMS)
     # Labels contain only the fields that distinguish the results of a claim.

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from iwm_fast.evaluate import TASKS
+from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.lab.config import read_lab
 from iwm_fast.lab.runner import is_done, iter_commands, list_cells, report_lab, run_lab
 from iwm_fast.monitoring.metrics import read_metrics
@@ -55,7 +55,7 @@ def count_commands(folder):
 
 
 def test_cells_are_ordered_by_seed_and_commands_have_their_settings(write):
-    lab = read_lab(write(seeds=[0, 1], settings={"optim.epochs": 2}), set(TASKS))
+    lab = read_lab(write(seeds=[0, 1], settings={"optim.epochs": 2}), set(EVALUATIONS))
     cells = list_cells(lab)
     assert [cell.folder.name for cell in cells] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
     train, evaluate = iter_commands(lab, cells[3])

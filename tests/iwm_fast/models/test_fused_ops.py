@@ -14,7 +14,7 @@ from fixtures.kernel_cases import DEVICE, error, values_and_gradients
 from fixtures.paths import WORKERS
 from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.cli import main
-from iwm_fast.commands.compile_kernels import noise, warm_up
+from iwm_fast.commands.compile_kernels import compile_kernels, random_batch
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RuntimeConfig
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 from iwm_fast.models.layers import Attention
@@ -63,7 +63,7 @@ def outputs_and_gradients(config, ops, batch):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_predictions_targets_and_every_gradient_are_the_references(config, conditioning):
     config = with_fused(config, conditioning)
-    batch = noise(config, TORCH_DEVICE)
+    batch = random_batch(config, TORCH_DEVICE)
     actual, expected = (outputs_and_gradients(config, ops, batch) for ops in (FUSED, REFERENCE))
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert {name: value for name, value in errors.items() if not value < 1e-4} == {}
@@ -73,7 +73,7 @@ def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config):
     # A fixed seed, because rounding alone can switch on a hidden unit of the mixer that happens to be almost zero.
     torch.manual_seed(0)
     config = with_fused(config)
-    batch = noise(config, TORCH_DEVICE)
+    batch = random_batch(config, TORCH_DEVICE)
     exact = outputs_and_gradients(config, REFERENCE, batch)
     half = replace(config, optim=replace(config.optim, precision="bf16"))
     fused, reference = (outputs_and_gradients(half, ops, batch) for ops in (FUSED, REFERENCE))
@@ -143,9 +143,9 @@ def test_heads_without_a_kernel_are_refused_with_accepted_sizes(config):
 
 
 def test_warmup_reports_the_folder_of_the_kernels(config, capsys, tmp_path):
-    assert "kernels of this run are in" in warm_up(with_fused(config))
+    assert "kernels of this run are in" in compile_kernels(with_fused(config))
     with pytest.raises(ValueError, match=r"runtime.ops must be fused"):
-        warm_up(config)
+        compile_kernels(config)
     (tmp_path / "run.yaml").write_text("model: {encoder: {patch_size: 16}}\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["warmup", str(tmp_path / "run.yaml")])

@@ -14,10 +14,10 @@ from iwm_fast.monitoring.flops import (
     KNOWN_GPUS,
     PatchCounts,
     encoder_flops,
+    gpu_peak_flops,
     memory_gb_of,
     patch_counts,
     peak_flops,
-    peak_of,
     predictor_flops,
     training_flops,
 )
@@ -100,8 +100,8 @@ def test_the_peak_is_known_for_listed_gpus_only():
         "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
         "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "Tesla T4": None,
     }  # fmt: skip
-    assert {name: peak_of(name) for name in names} == names
-    assert peak_of("NVIDIA H100 80GB HBM3", "fp32") == 67e12
+    assert {name: gpu_peak_flops(name) for name in names} == names
+    assert gpu_peak_flops("NVIDIA H100 80GB HBM3", "fp32") == 67e12
     assert peak_flops(torch.device("cpu")) == (None, "CPU")
 
 
@@ -114,13 +114,13 @@ def test_the_memory_of_listed_gpus_is_that_of_their_data_sheets():
     }  # fmt: skip
     assert {name: memory_gb_of(name) for name in names} == names
     for name in KNOWN_GPUS.replace(" or ", ", ").split(", "):
-        assert peak_of(name) and peak_of(name, "fp32") and memory_gb_of(name)
+        assert gpu_peak_flops(name) and gpu_peak_flops(name, "fp32") and memory_gb_of(name)
 
 
 def test_float32_products_count_as_tf32_if_torch_may_use_it():
     torch.set_float32_matmul_precision("high")
     try:
-        assert peak_of("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
+        assert gpu_peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
     finally:
         torch.set_float32_matmul_precision("highest")
 

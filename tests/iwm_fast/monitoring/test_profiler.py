@@ -8,7 +8,7 @@ import torch
 
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.monitoring.profiler import StepProfiler
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.train import run
 
@@ -33,7 +33,7 @@ def test_a_run_writes_a_trace_of_the_selected_steps(tiny_shards, tmp_path, caplo
     folder = tmp_path / "run" / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["steps-2-4.json", "steps-2-4.txt"]
     # Phases have the names of the log rows.
-    assert {phase: calls(folder / "steps-2-4.json", phase) for phase in PARTS} == dict.fromkeys(PARTS, 2)
+    assert {phase: calls(folder / "steps-2-4.json", phase) for phase in PHASES} == dict.fromkeys(PHASES, 2)
     assert "aten::" in (folder / "steps-2-4.txt").read_text()
     assert f"profile of steps 2:4: {folder / 'steps-2-4.json'}" in caplog.text
 

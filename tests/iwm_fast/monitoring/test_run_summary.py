@@ -8,12 +8,12 @@ import torch
 
 from iwm_fast.config.run import ModelConfig, OutputConfig, PredictorConfig, RunConfig, RuntimeConfig
 from iwm_fast.monitoring.run_summary import summarize_run, time_shares
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.pipelines.config import DataConfig
 
 
 def row(step: int, *, step_s: float = 1.0, **times_s: float) -> dict[str, float]:
-    phases = dict.fromkeys((*PARTS, "other"), 0.0) | times_s
+    phases = dict.fromkeys((*PHASES, "other"), 0.0) | times_s
     return {"step": step, "speed/step_s": step_s, **{f"time/{name}_s": value for name, value in phases.items()}}
 
 
@@ -46,7 +46,7 @@ def test_the_summary_names_files_times_and_next_commands():
 
 def test_shares_weigh_rows_by_their_steps_and_skip_the_first_row():
     shares = time_shares([row(5, wait=1.0), row(8, step_s=2.0, forward=1.0, other=1.0), row(10, backward=1.0)])
-    assert shares == dict.fromkeys(PARTS, 0.0) | {"forward": 3 / 8, "other": 3 / 8, "backward": 2 / 8}
+    assert shares == dict.fromkeys(PHASES, 0.0) | {"forward": 3 / 8, "other": 3 / 8, "backward": 2 / 8}
 
 
 def test_the_limit_names_the_setting_to_change(monkeypatch):

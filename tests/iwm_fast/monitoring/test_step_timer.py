@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from iwm_fast.monitoring.step_timer import PARTS, StepTimer
+from iwm_fast.monitoring.step_timer import PHASES, StepTimer
 from iwm_fast.training.log_window import PhaseTimes, time_metrics
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def time_phases(*phases: tuple[str, float]) -> StepTimer:
 
 def test_a_phase_lasts_until_the_next_and_may_occur_again():
     seconds = time_phases(("wait", 0.02), ("forward", 0.01), ("wait", 0.03), ("backward", 0.0)).seconds()
-    assert list(seconds) == list(PARTS)
+    assert list(seconds) == list(PHASES)
     assert 0.05 <= seconds["wait"] < 0.15 and 0.01 <= seconds["forward"] < 0.1 and seconds["teacher"] == 0
 
 
@@ -46,7 +46,7 @@ class LateTimer(StepTimer):
 
     def seconds(self) -> dict[str, float]:
         self.is_read = True
-        return dict.fromkeys(PARTS, 1.0)
+        return dict.fromkeys(PHASES, 1.0)
 
 
 def test_a_gpus_step_is_read_one_step_late_and_counted_once():
@@ -68,7 +68,7 @@ def test_the_only_step_of_the_first_window_is_read_at_once():
 
 def test_the_slowest_rank_is_the_one_the_others_wait_for():
     # Rank 1 decodes slowly, and ranks 0 and 2 wait for it in the backward pass.
-    ranks = {phase: torch.zeros(3, dtype=torch.float64) for phase in PARTS}
+    ranks = {phase: torch.zeros(3, dtype=torch.float64) for phase in PHASES}
     ranks |= {
         "wait": torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64),
         "forward": torch.tensor([0.2, 0.1, 0.2], dtype=torch.float64),
@@ -77,7 +77,7 @@ def test_the_slowest_rank_is_the_one_the_others_wait_for():
     values = time_metrics(ranks, step_s=1.0)
     assert (values["time/slowest_rank"], values["time/slowest_rank_s"]) == (1.0, pytest.approx(0.4))
     assert values["time/wait_s"] == pytest.approx(0.1) and values["time/other_s"] == pytest.approx(0.2)
-    assert sum(values[f"time/{phase}_s"] for phase in (*PARTS, "other")) == pytest.approx(1.0)
+    assert sum(values[f"time/{phase}_s"] for phase in (*PHASES, "other")) == pytest.approx(1.0)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.monitoring.flops import training_flops
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.monitoring.step_timer import PARTS
+from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.monitoring.throughput import ThroughputMeter, build_throughput_meter, used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
@@ -50,7 +50,7 @@ def test_a_log_row_has_the_time_of_each_phase(tiny_shards, tmp_path, caplog):
     config = tiny_run(tiny_shards, tmp_path / "run")
     run(config)
     for row in read_metrics(tmp_path / "run"):
-        phases = {phase: row[f"time/{phase}_s"] for phase in PARTS}
+        phases = {phase: row[f"time/{phase}_s"] for phase in PHASES}
         assert all(seconds > 0 for seconds in phases.values()), phases
         assert sum(phases.values()) + row["time/other_s"] == pytest.approx(row["speed/step_s"])
         assert row["time/slowest_rank"] == 0

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from fixtures.launchers import (
-    PATIENCE_S,
-    WATCHED,
+    TIMEOUT_S,
+    WATCHED_TRAIN,
     LaunchedRun,
     checkpoints_in,
     deepspeed,
     has_handler,
     launch_process,
     one_process,
-    starting,
+    run_starter,
     tiny_yaml,
     torchrun,
 )
@@ -42,7 +42,7 @@ def run_yaml(tmp_path_factory, tiny_shards) -> Path:
 
 @pytest.fixture
 def start(run_yaml, tmp_path):
-    with starting(run_yaml, tmp_path / "run") as begin:
+    with run_starter(run_yaml, tmp_path / "run") as begin:
         yield begin
 
 
@@ -169,7 +169,7 @@ import sys, threading
 from pathlib import Path
 from iwm_fast.runtime import preemption
 from iwm_fast.runtime.run_status import write_status
-preemption.GRACE_S = 1.0
+preemption.GRACE_PERIOD_S = 1.0
 stop = preemption.Preemption()
 stop.install_handlers(watch_parent=False)
 stop.record_step_duration(0.5)
@@ -184,7 +184,7 @@ def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
     assert hanging.stdout and hanging.stdout.readline() == "listening\n"
     start_s = time.monotonic()
     hanging.send_signal(signal.SIGTERM)
-    assert hanging.wait(timeout=PATIENCE_S) == EXIT_PREEMPTED
+    assert hanging.wait(timeout=TIMEOUT_S) == EXIT_PREEMPTED
     # The grace period plus the longest step.
     assert time.monotonic() - start_s >= 1.5
     hanging.stdout.close()
@@ -194,7 +194,7 @@ def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
 @pytest.mark.launcher
 def test_the_final_checkpoint_may_take_longer_than_the_grace_period(start):
     # Forcing the checkpoint's six files and folders to disk takes longer than the grace period.
-    run = start(one_process(WATCHED), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
+    run = start(one_process(WATCHED_TRAIN), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
     run.wait_for(lambda: bool(list(run.folder.glob("checkpoints/.unfinished-step-*"))))
@@ -207,7 +207,7 @@ def test_the_final_checkpoint_may_take_longer_than_the_grace_period(start):
 @pytest.mark.launcher
 @pytest.mark.slow
 def test_a_run_killed_during_its_final_checkpoint_counts_as_preempted(start):
-    run = start(torchrun(target=WATCHED), "output.checkpoint_every=20", IWM_TEST_DISK_S="1")
+    run = start(torchrun(target=WATCHED_TRAIN), "output.checkpoint_every=20", IWM_TEST_DISK_S="1")
     run.wait_for(lambda: bool(checkpoints_in(run.folder)))
     ranks = run.ranks()
     os.kill(ranks[1], signal.SIGTERM)
@@ -239,7 +239,7 @@ def test_a_run_that_cannot_stop_writes_its_status_before_it_is_killed(start):
 def test_an_earlier_failure_does_not_hide_that_this_start_was_stopped(start, tmp_path):
     write_status(tmp_path / "run", "failed", step=4, reason="disk full")
     # The grace period ends while torch is imported, as in a start that hangs.
-    run = start(one_process(WATCHED), IWM_TEST_GRACE_S="1")
+    run = start(one_process(WATCHED_TRAIN), IWM_TEST_GRACE_S="1")
     run.wait_for(lambda: has_handler(run.process.pid, signal.SIGUSR1))
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == EXIT_PREEMPTED

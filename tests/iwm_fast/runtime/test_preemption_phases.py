@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from fixtures.launchers import (
-    PATIENCE_S,
-    WATCHED,
+    TIMEOUT_S,
+    WATCHED_TRAIN,
     LaunchedRun,
     deepspeed,
     has_handler,
     one_process,
-    starting,
+    run_starter,
     tiny_yaml,
     torchrun,
 )
@@ -106,13 +106,13 @@ def start(tiny_shards, tmp_path):
         output={"log_every": 1, "checkpoint_every": 100000},
     )
     (tmp_path / "stacks").mkdir()
-    with starting(settings, tmp_path / "run") as begin:
+    with run_starter(settings, tmp_path / "run") as begin:
         yield begin
 
 
 def stack_of(process: int, path: Path) -> str:
     """Return the stack of the main thread of a watched process."""
-    old_size, deadline = path.stat().st_size, time.monotonic() + PATIENCE_S
+    old_size, deadline = path.stat().st_size, time.monotonic() + TIMEOUT_S
     # tgkill signals the main thread; kill would signal any thread of the process.
     ctypes.CDLL(None).tgkill(process, process, signal.SIGUSR2)
     while not (text := path.read_text()[old_size:]).endswith("in <module>\n"):
@@ -151,7 +151,7 @@ def assert_resumes(run: LaunchedRun, resumed: LaunchedRun, step: int) -> None:
     resumed.wait_for(lambda: read_status(run.folder)["state"] == "running")
     resumed.wait_for(lambda: any(row["step"] >= step + 2 for row in read_metrics(run.folder)))
     assert read_status(run.folder)["state"] == "running"
-    assert f"resuming from {checkpoints.folder_of(run.folder, step)}" in run.log.read_text() or not step
+    assert f"resuming from {checkpoints.checkpoint_folder(run.folder, step)}" in run.log.read_text() or not step
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_run_stops_cleanly_in_any_phase_whichever_process_is_signalled(start, 
     launcher, receiver, number, phase = case
     settings = [setting.format(large=large) for setting in SETTINGS[phase]]
     environment = {"IWM_TEST_STACKS": str(tmp_path / "stacks"), **SLOW_DISK.get(phase, {})}
-    run = start(LAUNCHERS[launcher](target=WATCHED), *settings, **environment)
+    run = start(LAUNCHERS[launcher](target=WATCHED_TRAIN), *settings, **environment)
     os.kill(wait_for_phase(run, phase, receiver), number)
     reason = "the launcher ended" if case[:3] in KILLED else number.name
     if case[:3] in NOT_PASSED_ON:

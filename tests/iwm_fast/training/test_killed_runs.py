@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixtures.launchers import starting, tiny_yaml, torchrun
+from fixtures.launchers import run_starter, tiny_yaml, torchrun
 from fixtures.paths import WORKERS
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.monitoring.metrics import read_metrics
@@ -35,7 +35,7 @@ def settings(path: Path, shards, epochs: int) -> Path:
 
 def assert_equal_ends(killed: Path, straight: Path, steps: int) -> None:
     """Compare weights, optimiser state, teacher, counters, losses and the action logs of two runs."""
-    ends = [checkpoints.read(checkpoints.newest(folder)) for folder in (killed, straight)]
+    ends = [checkpoints.read(checkpoints.find_newest_folder(folder)) for folder in (killed, straight)]
     for attribute in ("engine_state", "teacher_state"):
         first, second = (getattr(end, attribute) for end in ends)
         assert first.keys() == second.keys()
@@ -83,8 +83,8 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tiny_shar
 
 
 def newest_step(folder: Path) -> int:
-    newest = checkpoints.newest(folder)
-    return checkpoints.step_of(newest) if newest else 0
+    newest = checkpoints.find_newest_folder(folder)
+    return checkpoints.parse_step(newest) if newest else 0
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_two_ranks_killed_while_saving_end_bit_equal_to_uninterrupted_ones(tiny_
     epochs = 10
     run_yaml = settings(tmp_path / "run.yaml", tiny_shards, epochs)
     moments, killed = random.Random(0), tmp_path / "killed"
-    with starting(run_yaml, killed) as start:
+    with run_starter(run_yaml, killed) as start:
         for goal in (3, 9):
             run = start(torchrun(), "resume=auto")
             run.wait_for(lambda goal=goal: newest_step(killed) >= goal)
@@ -102,6 +102,6 @@ def test_two_ranks_killed_while_saving_end_bit_equal_to_uninterrupted_ones(tiny_
             saved, refused = checkpoints.read_newest(killed)
             assert not refused and goal <= saved.step < epochs * STEPS_PER_EPOCH
         assert start(torchrun(), "resume=auto").end() == 0
-    with starting(run_yaml, tmp_path / "straight") as start:
+    with run_starter(run_yaml, tmp_path / "straight") as start:
         assert start(torchrun()).end() == 0
     assert_equal_ends(killed, tmp_path / "straight", epochs * STEPS_PER_EPOCH)

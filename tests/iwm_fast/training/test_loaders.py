@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fixtures.tiny_pretraining import tiny_run
-from iwm_fast.commands.replay_step import replay
+from iwm_fast.commands.replay_step import replay_step
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.evaluation import KnnConfig
 from iwm_fast.config.fingerprint import fingerprint
@@ -30,7 +30,7 @@ def test_max_samples_limits_training_evaluation_and_replay(tiny_shards, tmp_path
     seen = read_rows(tmp_path / "run" / "actions", 0, 3).column("sample").to_pylist()
     assert sorted(seen) == sorted([*range(24), *range(24)])
     assert evaluate_knn(KnnConfig(run=str(tmp_path / "run"))).details["num_train"] == 24
-    assert replay(ReplayConfig(run=str(tmp_path / "run"), step=2)).is_file()
+    assert replay_step(ReplayConfig(run=str(tmp_path / "run"), step=2)).is_file()
 
 
 def test_one_batch_can_be_overfitted(tiny_shards, tmp_path):

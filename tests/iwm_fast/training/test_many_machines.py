@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixtures.launchers import CHILD, TOOLS, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, TOOLS, free_port
 from fixtures.paths import PROJECT
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
@@ -121,7 +121,7 @@ def slurm(tmp_path) -> dict[str, str]:
     # The example derives its port from the number of the job.
     number = next(number for number in range(os.getpid() % 10_000, 20_000) if is_free_port(10_000 + number))
     job = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NTASKS": "2"}
-    return os.environ | CHILD | job | {"PATH": f"{substitutes}:{TOOLS}:{os.environ['PATH']}"}
+    return os.environ | CHILD_ENVIRONMENT | job | {"PATH": f"{substitutes}:{TOOLS}:{os.environ['PATH']}"}
 
 
 # What the example relies on: srun starts one process per task with its number in the environment, and forwards SIGUSR1.
@@ -161,7 +161,7 @@ def test_the_slurm_example_saves_and_requeues_before_the_time_limit(tiny_shards,
     end([job])
     printed = (tmp_path / "log").read_text()
     assert (tmp_path / "scontrol").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n", printed
-    assert checkpoints.newest(tmp_path / "run") is not None, printed
+    assert checkpoints.find_newest_folder(tmp_path / "run") is not None, printed
 
 
 def test_the_examples_are_written_correctly():

@@ -35,8 +35,8 @@ def half_trained(shards: TinyShards, folder: Path) -> RunConfig:
     config = tiny_run(shards, folder)
     config = replace(config, output=replace(config.output, checkpoint_every=HALF), resume="auto")
     run(config)
-    shutil.rmtree(checkpoints.newest(folder))
-    assert checkpoints.newest(folder).name == f"step-{HALF:08}"
+    shutil.rmtree(checkpoints.find_newest_folder(folder))
+    assert checkpoints.find_newest_folder(folder).name == f"step-{HALF:08}"
     return config
 
 
@@ -58,7 +58,7 @@ CHANGES = {
 
 def stream(config: RunConfig) -> tuple[StreamStart, torch.Tensor]:
     """Return where the stream of the newest checkpoint begins, and the samples from there up to the checkpoint."""
-    saved = checkpoints.read(checkpoints.newest(Path(config.output.folder)))
+    saved = checkpoints.read(checkpoints.find_newest_folder(Path(config.output.folder)))
     start = StreamStart(**saved.counters["stream"])
     rank_info = distributed.start("cpu")
     loader = training_loader(config, open_shards(config.data.train), rank_info, start.step, start)
@@ -103,10 +103,10 @@ def test_after_a_restarted_epoch_the_run_resumes_like_any_other(half, tmp_path):
     for flag in (False, True):
         folder = tmp_path / f"stopped-{flag}"
         shutil.copytree(tmp_path / "straight", folder)
-        shutil.rmtree(checkpoints.newest(folder))
+        shutil.rmtree(checkpoints.find_newest_folder(folder))
         again = replace(config, data=replace(config.data, restart_epoch=flag))
         run(replace(again, output=replace(again.output, folder=str(folder))))
-        state = checkpoints.read(checkpoints.newest(folder))
+        state = checkpoints.read(checkpoints.find_newest_folder(folder))
         assert state.step == states[-1].step == 14 and state.counters["stream"] == states[-1].counters["stream"]
         for name, value in states[-1].engine_state.items():
             assert torch.equal(value, state.engine_state[name]), name
@@ -133,7 +133,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoints.read(checkpoints.newest(folder))
+    saved = checkpoints.read(checkpoints.find_newest_folder(folder))
     return saved.engine_state | {f"teacher/{name}": value for name, value in saved.teacher_state.items()}
 
 
@@ -159,8 +159,8 @@ def finished(half, tmp_path_factory):
 def test_a_damaged_checkpoint_is_renamed_and_its_steps_are_repeated(finished, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    flip_a_bit(checkpoints.newest(folder) / "model.safetensors")
-    damaged = (checkpoints.newest(folder) / "model.safetensors").read_bytes()
+    flip_a_bit(checkpoints.find_newest_folder(folder) / "model.safetensors")
+    damaged = (checkpoints.find_newest_folder(folder) / "model.safetensors").read_bytes()
     assert run(in_folder(finished, folder)).step == 12
     (warning,) = [record.getMessage() for record in caplog.records if "resuming from step" in record.getMessage()]
     assert "step-00000012/model.safetensors is {'size_bytes'" in warning
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_renamed_and_its_steps_are_repeated(finished, tm
 def test_without_a_complete_checkpoint_the_run_ends_and_moves_nothing(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    for damaged in checkpoints.step_folders(folder):
+    for damaged in checkpoints.list_checkpoint_folders(folder):
         flip_a_bit(damaged / "state.json")
     before = sorted((folder / "checkpoints").rglob("*"))
     with pytest.raises(CheckpointError, match=r"(?s)none of .*step-00000012/state.*step-00000008/state.*from a backup"):
@@ -187,20 +187,20 @@ def test_without_a_complete_checkpoint_the_run_ends_and_moves_nothing(finished, 
 def test_a_refused_run_moves_no_damaged_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    flip_a_bit(checkpoints.newest(folder) / "state.json")
+    flip_a_bit(checkpoints.find_newest_folder(folder) / "state.json")
     with pytest.raises(CheckpointError, match="seed: 0 -> 5"):
         run(replace(in_folder(finished, folder), seed=5))
-    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [8, 12]
+    assert [checkpoints.parse_step(path) for path in checkpoints.list_checkpoint_folders(folder)] == [8, 12]
 
 
 def test_instead_of_a_damaged_checkpoint_the_previous_one_is_loaded(finished, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    flip_a_bit(checkpoints.newest(folder) / "model.safetensors")
+    flip_a_bit(checkpoints.find_newest_folder(folder) / "model.safetensors")
     assert world_model.load(folder).step == 8
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "step-00000012/model.safetensors is" in warning and "loading step 8 instead" in warning
-    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [8, 12], (
+    assert [checkpoints.parse_step(path) for path in checkpoints.list_checkpoint_folders(folder)] == [8, 12], (
         "loading moves no checkpoint"
     )
 
@@ -247,21 +247,21 @@ def test_a_run_keeps_its_id_when_resumed_and_runs_have_different_ids(half, tiny_
     # A line that a crash cut short.
     with (folder / "started.jsonl").open("a") as file:
         file.write('{"step": 5, "run_')
-    for newer in checkpoints.step_folders(folder)[1:]:
+    for newer in checkpoints.list_checkpoint_folders(folder)[1:]:
         shutil.rmtree(newer)
     run_ids.append(run(config).run_id)
     assert len(set(run_ids)) == 1 and len(run_ids[0]) == 12
     assert [json.loads(line)["run_id"] for line in (folder / "started.jsonl").read_text().splitlines()[:2]] == run_ids[
         :2
     ]
-    assert checkpoints.read(checkpoints.newest(folder)).run_id == run_ids[0]
-    assert checkpoints.read(checkpoints.newest(Path(half.output.folder))).run_id != run_ids[0]
+    assert checkpoints.read(checkpoints.find_newest_folder(folder)).run_id == run_ids[0]
+    assert checkpoints.read(checkpoints.find_newest_folder(Path(half.output.folder))).run_id != run_ids[0]
 
 
 def test_training_draws_nothing_from_torchs_global_generator(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    shutil.rmtree(checkpoints.newest(folder))
+    shutil.rmtree(checkpoints.find_newest_folder(folder))
     torch.manual_seed(17)
     run(in_folder(finished, folder))
     assert_bit_equal(state_of(folder), state_of(Path(finished.output.folder)))
@@ -270,7 +270,7 @@ def test_training_draws_nothing_from_torchs_global_generator(finished, tmp_path)
 def test_tensorboard_drops_steps_after_the_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.output.folder, folder)
-    shutil.rmtree(checkpoints.newest(folder))
+    shutil.rmtree(checkpoints.find_newest_folder(folder))
     run(in_folder(finished, folder))
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/prediction")] == [4, 8, 12]
@@ -283,7 +283,7 @@ def test_a_run_stopped_before_its_first_step_saves_nothing(half, tmp_path):
     preemption.reason = "SIGTERM"
     with pytest.raises(PreemptedError):
         run(in_folder(half, folder), preemption)
-    assert [checkpoints.step_of(path) for path in checkpoints.step_folders(folder)] == [HALF]
+    assert [checkpoints.parse_step(path) for path in checkpoints.list_checkpoint_folders(folder)] == [HALF]
 
 
 def test_steps_before_a_restarted_epoch_count_as_they_are():

@@ -40,7 +40,7 @@ def rank_info():
 
 
 def final_state(config: RunConfig) -> dict[str, torch.Tensor]:
-    saved = checkpoints.read(checkpoints.newest(Path(config.output.folder)))
+    saved = checkpoints.read(checkpoints.find_newest_folder(Path(config.output.folder)))
     return saved.engine_state | {f"teacher/{name}": value for name, value in saved.teacher_state.items()}
 
 
@@ -93,7 +93,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(tiny_shards
     stopped = replace(stopped, resume="auto")
     # The newest checkpoint is that of step 5, in the middle of the second epoch.
     crash_after(stopped, step=7)
-    assert checkpoints.newest(tmp_path / "stopped").name == "step-00000005"
+    assert checkpoints.find_newest_folder(tmp_path / "stopped").name == "step-00000005"
     assert run(stopped).step == STEPS
     assert_bit_equal(final_state(stopped), final_state(straight))
     rows = [read_metrics(Path(config.output.folder)) for config in (straight, stopped)]
@@ -173,7 +173,7 @@ def test_the_teacher_is_loaded_and_has_moved_less_than_the_encoder(tiny_shards, 
     loaded = world_model.load(tmp_path / "run")
     name = "blocks.0.mlp.fc1.weight"
     assert torch.equal(loaded.encoder.state_dict()[name], state[f"teacher/{name}"])
-    untrained = world_model.untrained(config).encoder.state_dict()[name]
+    untrained = world_model.build_untrained(config).encoder.state_dict()[name]
     moved = (state[f"weight/encoder.{name}"] - untrained).norm()
     assert 0 < (state[f"teacher/{name}"] - untrained).norm() < 0.2 * moved
 

@@ -11,7 +11,7 @@ from fixtures.kernel_cases import DEVICE, DTYPES, LAYOUTS, TOLERANCE, draw, erro
 from fixtures.kernel_cases import values_and_gradients as differentiate
 from iwm_fast.kernels.attention import op as module
 from iwm_fast.kernels.attention.op import ragged_attention, ragged_attention_reference
-from iwm_fast.kernels.attention.packed import Packed
+from iwm_fast.kernels.attention.packed import PackedQKV
 from iwm_fast.kernels.launch import IS_INTERPRETING
 
 pytestmark = pytest.mark.fused
@@ -91,7 +91,7 @@ def test_configurations_for_other_gpus_match_the_reference(head_dim):
     qkv, offsets = qkv_of(lengths, head_dim, torch.float16, heads=1), offsets_of(lengths)
     out, lse = torch.empty_like(qkv[:, 0]), torch.empty(1, sum(lengths), device=DEVICE)
     d_out, d_qkv = draw(*out.shape, dtype=torch.float16, seed=1), torch.empty_like(qkv)
-    packed = Packed(qkv, offsets, max(lengths))
+    packed = PackedQKV(qkv, offsets, max(lengths))
     for launch in module.forward_launches(0, packed, out, lse):
         launch.run()
     for launch in module.backward_launches(0, packed, out=out, lse=lse, d_out=d_out, d_qkv=d_qkv):
@@ -228,7 +228,7 @@ def test_exactly_one_launch_computes_each_length(architecture):
         for longest in (1, 64, 129, 208, 209, 224, 225, 256, 257, 600):
             qkv = torch.empty(longest, 3, 1, head_dim, dtype=torch.bfloat16, device="meta")
             offsets = torch.empty(2, dtype=torch.int32, device="meta") if is_ragged else None
-            packed = Packed(qkv, offsets, longest)
+            packed = PackedQKV(qkv, offsets, longest)
             launches = module.forward_launches(architecture, packed, qkv[:, 0], qkv[:, 0, :, 0])
             # The kernels for long sequences have no upper limit.
             spans = [(*launch.constants["LIMITS"], 10**9) for launch in launches]

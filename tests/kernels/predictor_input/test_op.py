@@ -16,7 +16,7 @@ from fixtures.kernel_cases import (
 )
 from iwm_fast.kernels.predictor_input.autograd import copied_input, mixed_input
 from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
-from iwm_fast.kernels.predictor_input.op import Mixer, predictor_input, predictor_input_reference
+from iwm_fast.kernels.predictor_input.op import FeatureMixer, predictor_input, predictor_input_reference
 
 pytestmark = pytest.mark.fused
 
@@ -44,7 +44,7 @@ class Example:
         # Weights of this size keep the scale of their inputs, and a power of two keeps the numbers exact.
         scale = [2.0**-3 if len(shape) == 2 and shape[0] == width else 1.0 for shape in shapes]
         self.inputs = [draw(*shape, dtype=dtype, seed=10 + i) * scale[i] for i, shape in enumerate(shapes)]
-        conditions = ["action_tokens"] if conditioning == "sequence" else Mixer._fields
+        conditions = ["action_tokens"] if conditioning == "sequence" else FeatureMixer._fields
         self.names = ["packed", "context", "mask_token", *conditions][: 1 + len(shapes)]
 
     def __call__(self, function, *inputs):
@@ -53,7 +53,7 @@ class Example:
         if self.conditioning == "sequence":
             named["action_tokens"] = conditions[0]
         if self.conditioning == "feature":
-            named["mixer"] = Mixer(*conditions)
+            named["mixer"] = FeatureMixer(*conditions)
         positions = self.positions.double() if context.dtype == torch.float64 else self.positions
         return function(context, mask_token, positions, self.patches, self.layout, **named)
 

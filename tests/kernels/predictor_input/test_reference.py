@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
-from iwm_fast.kernels.predictor_input.op import Mixer, predictor_input_reference
+from iwm_fast.kernels.predictor_input.op import FeatureMixer, predictor_input_reference
 
 WIDTH, NUM_PATCHES, NUM_ACTIONS = 3, 9, 2
 
@@ -26,7 +26,7 @@ def patches_and_layout(contexts, targets, num_action_tokens):
 
 def mixer_of(num_images):
     sizes = [(num_images, NUM_ACTIONS), (WIDTH, WIDTH + NUM_ACTIONS), (WIDTH,), *2 * [(WIDTH, WIDTH), (WIDTH,)]]
-    return Mixer(*(draw(*size, seed=10 + i) for i, size in enumerate(sizes)))
+    return FeatureMixer(*(draw(*size, seed=10 + i) for i, size in enumerate(sizes)))
 
 
 LENGTHS = [
@@ -83,7 +83,7 @@ def test_gradient_matches_finite_differences(conditioning):
     inputs = [tensor.requires_grad_() for tensor in (draw(2, WIDTH), draw(WIDTH, seed=1), *conditions)]
 
     def assemble(context, mask_token, *conditions):
-        named = {"action_tokens": conditions[0]} if conditioning == "sequence" else {"mixer": Mixer(*conditions)}
+        named = {"action_tokens": conditions[0]} if conditioning == "sequence" else {"mixer": FeatureMixer(*conditions)}
         return predictor_input_reference(context, mask_token, draw(9, WIDTH, seed=2), patches, layout, **named)
 
     assert torch.autograd.gradcheck(assemble, inputs)

@@ -88,7 +88,7 @@ def write(folder: Path, shards: ShardSet, steps: range, *, world_size: int = 1, 
         log = open_log(folder, shards, rank, **settings)
         add(log, take(shards, steps, rank=rank, world_size=world_size))
         with closing(log):
-            log.close_part()
+            log.publish()
 
 
 def names(folder: Path) -> list[str]:
@@ -100,7 +100,7 @@ def test_rows_contain_the_values_of_the_batches(tmp_path, shards, backend):
     batches = take(shards, range(2, 5), backend=backend)
     log = open_log(tmp_path / "actions", shards, rank=3)
     add(log, batches)
-    log.close_part()
+    log.publish()
     log.close()
     rows = read_rows(tmp_path / "actions", 2, 5)
     assert read_metadata(rows.schema) == metadata(shards)
@@ -157,7 +157,7 @@ def test_rows_are_written_in_the_background_until_the_disk_hangs(tmp_path, shard
         training.join(20)
     assert len(added) == len(batches) * 4
     with pytest.raises(OSError) as caught:  # a pipe cannot be synced to disk
-        log.close_part()
+        log.publish()
     assert "output.action_log=false" in caught.value.__notes__[0]
     log.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("action-log")]
@@ -167,9 +167,9 @@ def test_a_file_is_visible_only_when_it_is_complete(tmp_path, shards):
     log = open_log(tmp_path, shards, group_rows=4)
     add(log, take(shards, range(2)))
     assert names(tmp_path) == []
-    log.close_part()
+    log.publish()
     assert names(tmp_path) == ["step-00000000-00000002-rank-000.parquet"]
-    log.close_part()
+    log.publish()
     log.close()
     assert len(os.listdir(tmp_path)) == 1, "without rows there is no file"
 
@@ -258,7 +258,7 @@ def test_a_write_error_is_raised_and_published_files_remain(tmp_path, shards, is
     folder = tmp_path / "actions"
     batches, log = take(shards, range(3)), open_log(folder, shards, group_rows=4)
     add(log, batches[:4])
-    log.close_part()
+    log.publish()
     if is_open:
         log.add(batches[4])
         wait_until((folder / ".unfinished-rank-000.parquet").exists)
@@ -268,7 +268,7 @@ def test_a_write_error_is_raised_and_published_files_remain(tmp_path, shards, is
         wait_until(lambda: log.failure is not None)
         with pytest.raises(FileNotFoundError):
             log.add(batches[6])
-    for call in (log.close_part, lambda: log.add(batches[8])):
+    for call in (log.publish, lambda: log.add(batches[8])):
         with pytest.raises(FileNotFoundError) as caught:
             call()
         (note,) = caught.value.__notes__

@@ -62,8 +62,8 @@ def test_epochs_differ_and_seeds_differ(seed):
 @given(sizes, seeds, windows)
 def test_samples_of_a_window_come_from_at_most_as_many_shards_as_it_has(shard_sizes, seed, window):
     count = sum(shard_sizes)
-    shard_of = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
-    visited = shard_of[SampleOrder(shard_sizes, seed, window).samples_at(np.arange(count))]
+    locate_one = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
+    visited = locate_one[SampleOrder(shard_sizes, seed, window).samples_at(np.arange(count))]
     # A shard is in use from its first to its last sample. A window ends where no shard is in use.
     begin = 0
     while begin < count:

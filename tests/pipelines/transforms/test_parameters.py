@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fixtures.tar_files import photograph
 from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.action import action_difference, action_vector, describe_action
+from iwm_fast.pipelines.transforms.action import action_vector, change_from_action, describe_action
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_geometry, source_window
 from iwm_fast.pipelines.transforms.parameters import JITTER, LUMA, color_matrix, draw, gray_gain, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
@@ -24,7 +24,7 @@ def test_neutral_parameters_give_the_exact_identity_matrix():
 @settings(max_examples=50)
 def test_the_action_contains_the_drawn_differences_and_flags(step: int):
     drawn = draw(CONFIG, 0, step, np.arange(16))
-    difference = action_difference(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
+    difference = change_from_action(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
     for name in JITTER:
         expected = getattr(drawn.target, name) - getattr(drawn.source, name)
         np.testing.assert_allclose(difference[name], expected, atol=1e-6)
@@ -141,7 +141,7 @@ def test_geometry_locates_the_source_view_in_the_target_view():
     window = crop_window(drawn.crop, np.tile([400, 400], (16, 1)))
     inner = source_window(drawn.source_crop, window)
     action = action_vector(drawn.target, drawn.target, ZOOM, source_geometry(drawn, window, inner))
-    change = action_difference(action, ZOOM)
+    change = change_from_action(action, ZOOM)
     size = 256
     for number in range(16):
         target = resized_crop(image, window[number], size)

@@ -12,15 +12,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fixtures.painted_shards import painted_run
-from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.painted_shards import pretrain_on_painted_shards
+from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from fixtures.tiny_finetuning import plain_augment, weights_of
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
-from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.evaluation import EvalDataConfig
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig, TuneConfig
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.finetuning.classification import (
@@ -46,7 +46,7 @@ FOLDER = "finetune_json.look.tint"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Pretrain a run on tinted images, with two of three tints in the validation set, and return its folder."""
-    return tinted_run(tmp_path_factory.mktemp("tinted"))
+    return pretrain_on_tinted_shards(tmp_path_factory.mktemp("tinted"))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def settings(run, *, runtime=None, tune=None, **changes) -> FinetuneConfig:
     defaults = {"epochs": 4.0, "warmup_epochs": 0.5, "global_batch_size": 8, "lr": 5e-3, "encoder_lr": 5e-3,
                 "precision": "fp32", "drop_path": 0.1}  # fmt: skip
     runtime_defaults = {"device": "cpu", "engine": "plain", "loader": "torch"}
-    others = {"run": run, "data": EvalData(label=LABEL), "log_every": 6, "augment": plain_augment()}
+    others = {"run": run, "data": EvalDataConfig(label=LABEL), "log_every": 6, "augment": plain_augment()}
     return FinetuneConfig(
         tune=TuneConfig(**defaults | (tune or {})),
         runtime=RuntimeConfig(**runtime_defaults | (runtime or {})),
@@ -124,13 +124,13 @@ def test_variants_with_a_frozen_encoder_do_not_change_it(rank_info, run, name):
     torch.testing.assert_close(before, model.encode(batch.source_view))
     train_job(job, context)
     assert torch.equal(job.prepare(batch).tokens, before) and not before.requires_grad
-    saved = checkpoints.read(checkpoints.newest(context.folder / name))
+    saved = checkpoints.read(checkpoints.find_newest_folder(context.folder / name))
     assert not [entry for entry in saved.engine_state if "encoder" in entry]
 
 
 def test_variants_start_from_the_teacher_and_the_predictor_or_a_new_one(rank_info, run):
     modules = {name: make_variant(name, run, rank_info)[0].module for name in ARMS}
-    saved = checkpoints.read(checkpoints.newest(Path(run)))
+    saved = checkpoints.read(checkpoints.find_newest_folder(Path(run)))
     trained = saved.weights("predictor.")
     for name in ("encoder", "end_to_end"):
         for key, weight in modules[name].encoder.state_dict().items():
@@ -238,7 +238,7 @@ def test_other_settings_need_another_name_and_keep_both_results(rank_info, run):
 def test_a_variant_is_refused_after_the_run_was_trained_further(rank_info, run):
     few = settings(run, tune={"epochs": 1.0}, arms="attentive")
     evaluate_finetune(few)
-    newest = checkpoints.newest(Path(run))
+    newest = checkpoints.find_newest_folder(Path(run))
     state = json.loads((newest / "state.json").read_text())
     saved = checkpoints.read(newest)
     later = replace(saved, folder=newest.with_name(f"step-{saved.step + 5:08}"), step=saved.step + 5)
@@ -278,22 +278,22 @@ def test_interrupted_variants_give_the_same_result_as_uninterrupted_ones(rank_in
     assert [row.value for row in resumed.rows] == [row.value for row in uninterrupted.rows]
     for variant in config.chosen_arms:
         folders = (Path(run) / "evaluations" / name / variant for name in (FOLDER, f"{FOLDER}_uninterrupted"))
-        first, second = (checkpoints.read(checkpoints.newest(folder)).engine_state for folder in folders)
+        first, second = (checkpoints.read(checkpoints.find_newest_folder(folder)).engine_state for folder in folders)
         assert all(torch.equal(first[name], second[name]) for name in second), variant
 
 
 @pytest.fixture
 def without_predictor(tmp_path) -> str:
-    return painted_run(tmp_path, depth=0)
+    return pretrain_on_painted_shards(tmp_path, depth=0)
 
 
 def test_variants_with_a_predictor_are_refused_for_the_identity_predictor(without_predictor, rank_info):
     run = without_predictor
     for arms in ("all", "predictor,attentive"):
         with pytest.raises(ValueError, match=r"arms must be encoder, attentive or both .*identity predictor, got"):
-            evaluate_finetune(settings(run, arms=arms, data=EvalData()))
+            evaluate_finetune(settings(run, arms=arms, data=EvalDataConfig()))
     assert not (Path(run) / "evaluations").exists()
-    others = settings(run, arms="encoder,attentive", data=EvalData(), tune={"epochs": 0.5, "warmup_epochs": 0.0})
+    others = settings(run, arms="encoder,attentive", data=EvalDataConfig(), tune={"epochs": 0.5, "warmup_epochs": 0.0})
     assert [row.subject for row in evaluate_finetune(others).rows] == ["encoder", "attentive"]
 
 
@@ -303,7 +303,7 @@ def test_an_export_is_finetuned_if_its_shards_are_named(rank_info, run, tmp_path
     with pytest.raises(ValueError, match=r"data\.train must name"):
         evaluate_finetune(few)
     data = world_model.load(run).config.data
-    named = EvalData(train=data.train, val=data.val, label=LABEL)
+    named = EvalDataConfig(train=data.train, val=data.val, label=LABEL)
     with pytest.raises(ValueError, match=r"data\.val must name"):
         evaluate_finetune(replace(few, data=replace(named, val="")))
     result = evaluate_finetune(replace(few, data=named))
@@ -318,9 +318,9 @@ def test_odd_micro_batches_are_refused_if_images_are_mixed(rank_info, run):
 
 
 def test_a_label_with_a_single_class_is_refused(rank_info, run, tmp_path):
-    shards = write_tinted(tmp_path / "alike.tar", 2, 0)
+    shards = write_tinted_shard(tmp_path / "alike.tar", 2, 0)
     with pytest.raises(ValueError, match=r"data\.label must name a label with at least two classes"):
-        evaluate_finetune(settings(run, data=EvalData(train=shards, val=shards, label="cls")))
+        evaluate_finetune(settings(run, data=EvalDataConfig(train=shards, val=shards, label="cls")))
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_a_variant_trains_with_randaugment_and_dali(rank_info, run):
 def timm_settings(run, tmp_path, **changes):
     data = world_model.load(run).config.data
     timm_only = {"run": "", "timm": "vit_tiny_patch16_224", "to": str(tmp_path / "timm"), "image_size": 32,
-                 "data": EvalData(train=data.train, val=data.val, label=LABEL)}  # fmt: skip
+                 "data": EvalDataConfig(train=data.train, val=data.val, label=LABEL)}  # fmt: skip
     return settings(**timm_only | {"tune": {"epochs": 1.0, "encoder_lr": 1e-3}} | changes)
 
 
@@ -353,7 +353,9 @@ def test_a_timm_vit_is_finetuned_from_a_weights_file(rank_info, run, tmp_path):
     trained = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     assert row.subject == "encoder" and row.num_tuned == num_parameters(trained) + 3 * 192 + 3
     assert results[1].rows[0].value == row.value
-    saved = checkpoints.read(checkpoints.newest(tmp_path / "timm/evaluations" / f"{FOLDER}_pth" / "encoder"))
+    saved = checkpoints.read(
+        checkpoints.find_newest_folder(tmp_path / "timm/evaluations" / f"{FOLDER}_pth" / "encoder")
+    )
     drift = saved.weights("trained.vit.")["norm.bias"] - 0.5
     assert 0 < drift.abs().max() < 0.1
     assert (tmp_path / "timm/evaluations" / f"{results[0].name}.json").is_file()
@@ -368,7 +370,7 @@ def test_invalid_timm_settings_are_refused(rank_info, run, tmp_path):
         r"image_size must be a multiple of the patch size 16": {"image_size": 40},
         r"no\.pth cannot be read as weights of a ViT": {"weights": str(tmp_path / "no.pth")},
         r"(?s)part.* does not fit vit_tiny.*Missing": {"weights": str(tmp_path / "part.safetensors")},
-        r"data\.val must name shards if timm is set": {"data": EvalData(train="x")},
+        r"data\.val must name shards if timm is set": {"data": EvalDataConfig(train="x")},
         r"runtime\.compile must be false": {"runtime": {"compile": True}},
     }
     for message, changes in invalid.items():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixtures.launchers import CHILD, PATIENCE_S, deepspeed, torchrun
-from fixtures.tinted_shards import tinted_run
+from fixtures.launchers import CHILD_ENVIRONMENT, TIMEOUT_S, deepspeed, torchrun
+from fixtures.tinted_shards import pretrain_on_tinted_shards
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
@@ -27,7 +27,7 @@ ALONE = (sys.executable, "-m", TARGET)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return tinted_run(tmp_path_factory.mktemp("tinted"))
+    return pretrain_on_tinted_shards(tmp_path_factory.mktemp("tinted"))
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def arguments(run, *more):
 def start(launcher, run, *more, log):
     with log.open("a") as file:
         command = [*launcher, *arguments(run, *more)]
-        environment = os.environ | CHILD
+        environment = os.environ | CHILD_ENVIRONMENT
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def run_to_end(launcher, run, *more, log, code=0):
     process = start(launcher, run, *more, log=log)
     try:
-        assert process.wait(PATIENCE_S) == code, log.read_text()
+        assert process.wait(TIMEOUT_S) == code, log.read_text()
     finally:
         process.kill()
 
@@ -68,7 +68,7 @@ def losses(run, variant, name=FOLDER):
 
 
 def state(run, variant, name=FOLDER):
-    return checkpoints.read(checkpoints.newest(run / "evaluations" / name / variant)).engine_state
+    return checkpoints.read(checkpoints.find_newest_folder(run / "evaluations" / name / variant)).engine_state
 
 
 @pytest.mark.multi_rank
@@ -96,7 +96,7 @@ def test_two_ranks_give_the_same_result_as_one(run, tmp_path, engine, stage):
 
 
 def wait_for(process, condition, log):
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
@@ -112,7 +112,7 @@ def test_a_stopped_process_resumes_bit_equal_with_all_augmentation(run, tmp_path
     folder = run / "evaluations" / FOLDER / "end_to_end"
     wait_for(process, lambda: len(read_metrics(folder)) >= 5, log)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_S) == EXIT_PREEMPTED, log.read_text()
+    assert process.wait(TIMEOUT_S) == EXIT_PREEMPTED, log.read_text()
     status = read_status(folder)
     assert status["state"] == "preempted" and 5 <= status["step"] < 72, status
     assert "the same command" in log.read_text()
@@ -133,7 +133,7 @@ def test_two_ranks_under_deepspeed_resume_bit_equal(run, tmp_path):
     wait_for(process, lambda: len(read_metrics(folder)) >= 5, log)
     # The process id is rank 0's; all ranks stop, whichever rank gets the signal.
     os.kill(read_status(folder)["pid"], signal.SIGUSR1)
-    assert process.wait(PATIENCE_S) == EXIT_PREEMPTED, log.read_text()
+    assert process.wait(TIMEOUT_S) == EXIT_PREEMPTED, log.read_text()
     assert read_status(folder)["state"] == "preempted"
     run_to_end(deepspeed(target=TARGET), run, *options, log=log)
     first, second = state(run, "end_to_end"), state(run, "end_to_end", f"{FOLDER}_uninterrupted")
@@ -144,5 +144,5 @@ def test_two_ranks_under_deepspeed_resume_bit_equal(run, tmp_path):
 def test_invalid_settings_are_reported_once_by_all_ranks_together(run, tmp_path):
     log = tmp_path / "ranks.log"
     process = start(torchrun(target=TARGET), run, "tune.global_batch_size=9", log=log)
-    assert process.wait(PATIENCE_S) != 0
+    assert process.wait(TIMEOUT_S) != 0
     assert log.read_text().count("tune.global_batch_size must be a multiple of the 2 ranks, got 9") == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.launchers import CHILD, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import PYTHONPATH, WORKERS
 from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_context, toy_job, train_toy, weights_of
 from fixtures.tiny_pretraining import tiny_run
@@ -23,7 +23,7 @@ from iwm_fast.evals.finetuning.task import AutocastModule, to_float32
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
-from iwm_fast.runtime.run_lock import FolderLock
+from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status
 from iwm_fast.training.seeding import seeded_rng
 
@@ -85,7 +85,7 @@ def test_a_stopped_job_writes_a_checkpoint_and_its_status(rank_info, tiny_shards
     watch = StopAt(5)
     with pytest.raises(PreemptedError):
         train_toy(rank_info, tiny_shards, tmp_path, watch=watch, preemption=watch.preemption)
-    saved = [path.name for path in checkpoints.step_folders(tmp_path / "toy")]
+    saved = [path.name for path in checkpoints.list_checkpoint_folders(tmp_path / "toy")]
     assert saved == ["step-00000004", "step-00000006"]
     status = read_status(tmp_path / "toy")
     assert status["state"] == "preempted" and status["reason"] == "SIGTERM" and status["step"] == 6
@@ -105,7 +105,7 @@ def test_the_status_names_the_failure_of_any_rank(tiny_shards, tmp_path):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, str(WORKERS / "ranks_finetune.py"), tiny_shards.pattern, str(tmp_path)]
-        ranks.append(subprocess.Popen(command, env=os.environ | CHILD | environment))
+        ranks.append(subprocess.Popen(command, env=os.environ | CHILD_ENVIRONMENT | environment))
     assert [rank.wait(timeout=120) for rank in ranks] == [1, 2]
     status = read_status(tmp_path / "toy")
     assert status["state"] == "failed" and "rank 1 cannot continue" in status["reason"], status
@@ -197,7 +197,7 @@ def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
 
 def test_training_resumes_from_the_checkpoint_before_a_damaged_one(rank_info, tiny_shards, tmp_path):
     undamaged, _ = train_toy(rank_info, tiny_shards, tmp_path)
-    newest = checkpoints.newest(tmp_path / "toy")
+    newest = checkpoints.find_newest_folder(tmp_path / "toy")
     (newest / checkpoints.MODEL).write_bytes(b"nothing")
     resumed, _ = train_toy(rank_info, tiny_shards, tmp_path)
     assert_same(weights_of(resumed), weights_of(undamaged))
@@ -217,7 +217,7 @@ def test_a_step_with_a_bad_batch_is_skipped(rank_info, tiny_shards, tmp_path, ca
     assert all(weight.isfinite().all() for weight in weights_of(module).values())
     assert stats.steps == STEPS and len(steps) == STEPS
     assert read_metrics(tmp_path / "toy")[0]["optim/skipped_steps"] == 1
-    assert checkpoints.read(checkpoints.newest(tmp_path / "toy")).applied_steps == STEPS - 1
+    assert checkpoints.read(checkpoints.find_newest_folder(tmp_path / "toy")).applied_steps == STEPS - 1
 
 
 def test_too_many_bad_batches_end_training_with_a_checkpoint(rank_info, tiny_shards, tmp_path):
@@ -227,12 +227,12 @@ def test_too_many_bad_batches_end_training_with_a_checkpoint(rank_info, tiny_sha
             rank_info, tiny_shards, tmp_path, task,
             watch=lambda batch: batch.source_view.fill_(math.nan) if batch.step else None,
         )  # fmt: skip
-    assert checkpoints.newest(tmp_path / "toy").name == "step-00000003"
+    assert checkpoints.find_newest_folder(tmp_path / "toy").name == "step-00000003"
     assert read_status(tmp_path / "toy")["state"] == "failed"
 
 
 def test_a_folder_in_use_is_refused(rank_info, tiny_shards, tmp_path):
-    lock = FolderLock(tmp_path / "toy")
+    lock = RunLock(tmp_path / "toy")
     with pytest.raises(ValueError, match="in use by another run"):
         train_toy(rank_info, tiny_shards, tmp_path)
     lock.close()

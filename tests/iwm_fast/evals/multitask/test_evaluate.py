@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.painted_shards import painted_run, tuning
+from fixtures.painted_shards import finetune_settings, pretrain_on_painted_shards
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.evaluation import EvalDataConfig
 from iwm_fast.config.finetuning import AugmentConfig, MultitaskConfig
-from iwm_fast.engines.optimizer import scaled_optimizer
+from iwm_fast.engines.optimizer import build_scaled_optimizer
 from iwm_fast.evals.finetuning.run import build_run_config
 from iwm_fast.evals.multitask.evaluate import check_batch_split, evaluate_multitask, single_task_settings
 from iwm_fast.evals.multitask.network import TaskBatcher, TaskInputs, TaskPredictor, weighted_loss
@@ -31,7 +31,7 @@ TASKS = "left: {label: cls}\nright: {label: json.right}\n"
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return painted_run(tmp_path_factory.mktemp("multitask"))
+    return pretrain_on_painted_shards(tmp_path_factory.mktemp("multitask"))
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def config(run_folder, tmp_path):
     def build(name="", tasks=TASKS, augment=PLAIN, single=True, data=None, **changes):
         path = tmp_path / "tasks.yaml"
         path.write_text(tasks)
-        others = {"data": data or EvalData(), "single": single, "name": name, "augment": augment}
-        return MultitaskConfig(run=run_folder, tasks=str(path), **others, **tuning(**changes))
+        others = {"data": data or EvalDataConfig(), "single": single, "name": name, "augment": augment}
+        return MultitaskConfig(run=run_folder, tasks=str(path), **others, **finetune_settings(**changes))
 
     return build
 
@@ -57,7 +57,7 @@ def config(run_folder, tmp_path):
 def network(tiny_config):
     """A predictor on 4 x 4 patches for three tasks of 2, 3 and 4 classes."""
     torch.manual_seed(0)
-    model = world_model.untrained(tiny_config())
+    model = world_model.build_untrained(tiny_config())
     return TaskPredictor(model.predictor.requires_grad_(True), [2, 3, 4])
 
 
@@ -87,7 +87,7 @@ def test_the_task_token_changes_the_prediction(network):
 
 
 def test_tokens_have_no_weight_decay_and_the_learning_rate_of_heads(network, tiny_config):
-    optimizer = scaled_optimizer(
+    optimizer = build_scaled_optimizer(
         network, tiny_config().optim, lambda name: 0.1 if name.startswith("predictor.") else 1.0
     )
     token_groups = [group for group in optimizer.param_groups if any(p is network.tokens[0] for p in group["params"])]
@@ -179,7 +179,7 @@ def test_a_list_of_one_task_is_the_same_as_that_task_alone(rank_info, config):
     multitask, alone = result.row("left", "accuracy"), result.row("left alone", "accuracy")
     assert (multitask.value, multitask.num_tuned) == (alone.value, alone.num_tuned)
     folder = Path(settings.run) / "evaluations" / "multitask_one"
-    newest = [checkpoints.newest(folder / name) for name in ("multitask", "alone_left")]
+    newest = [checkpoints.find_newest_folder(folder / name) for name in ("multitask", "alone_left")]
     weights = [checkpoints.read(path).weights("") for path in newest]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -232,12 +232,12 @@ def test_invalid_tasks_are_refused_before_training(rank_info, config, run_folder
     assert "not one of the classes" in message_of(ShardError, tasks="a: {label: json.right, classes: [red, green]}")
     assert "weight must be a number above 0" in message_of(ValueError, tasks="a: {label: cls, weight: -1}")
     with pytest.raises(ValueError, match=r"data\.label must be left unset: the file of tasks names the labels"):
-        config(data=EvalData(label="json.right"))
+        config(data=EvalDataConfig(label="json.right"))
     assert not (Path(run_folder) / "evaluations" / "multitask_invalid").exists()
 
 
 def test_a_run_without_a_predictor_is_refused(config, tmp_path):
-    folder = painted_run(tmp_path / "identity", num_train=16, num_val=4, depth=0)
+    folder = pretrain_on_painted_shards(tmp_path / "identity", num_train=16, num_val=4, depth=0)
     distributed.start("cpu")
     try:
         with pytest.raises(ValueError, match="run must have a predictor"):

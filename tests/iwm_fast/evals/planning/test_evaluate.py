@@ -12,8 +12,8 @@ from fixtures.exact_predictor import Pair, exact, ignore_action
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalData, PlanConfig
-from iwm_fast.evals.datasets import batches, spread
+from iwm_fast.config.evaluation import EvalDataConfig, PlanConfig
+from iwm_fast.evals.datasets import evaluation_batches, evenly_spaced
 from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.evaluate import PlannedChange, evaluate_plan, measure, plan_images
 from iwm_fast.evals.planning.image_pairs import draw_change, draw_pairs
@@ -22,7 +22,7 @@ from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.storage.shard_set import open_shards
-from iwm_fast.pipelines.transforms.action import action_difference, action_vector
+from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, draw_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
@@ -33,7 +33,7 @@ from iwm_fast.train import run
 @pytest.fixture
 def model(tiny_config):
     config = tiny_config()
-    return world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    return world_model.build_untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ def test_the_search_starts_with_mean_and_spread_of_training_actions():
 def pairs_of(model, shards, samples, kind, config):
     """Return the validation pairs in the form that the exact predictor takes."""
     pairs = list(draw_pairs(model, shards, samples, kind=kind, split="val", seed=config.seed))
-    (batch,) = batches(model, shards, samples)
-    flags = [action_difference(pair.action[None], model.config.views) for pair in pairs]
+    (batch,) = evaluation_batches(model, shards, samples)
+    flags = [change_from_action(pair.action[None], model.config.views) for pair in pairs]
     return [
         Pair(
             source=denormalize_view(pair.source)[0],
@@ -139,7 +139,7 @@ def pairs_of(model, shards, samples, kind, config):
 @pytest.mark.parametrize("kind", ["clean", "destroyed"])
 def test_an_exact_predictor_recovers_the_changes_of_real_images(model, tiny_shards, kind):
     shards, config = open_shards(tiny_shards.pattern), small(population=128, rounds=8)
-    samples = spread(shards.num_samples, 3)
+    samples = evenly_spaced(shards.num_samples, 3)
     exact_model = exact(model, *pairs_of(model, shards, samples, kind, config))
     errors = measure(exact_model, shards, shards, kind, config, rank_info=single_process("cpu"))
     brightness, *_ = parameter_rows(errors, JITTER, model.config, 0)
@@ -292,4 +292,4 @@ def test_files_that_are_missing_or_not_images_are_refused_by_name(folder, files,
 def test_a_run_with_the_identity_predictor_is_refused_immediately(tiny_shards, tmp_path):
     run(tiny_run(tiny_shards, tmp_path / "run", loader="torch", depth=0))
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
-        evaluate_plan(small(str(tmp_path / "run"), data=EvalData(val="/absent.tar")))
+        evaluate_plan(small(str(tmp_path / "run"), data=EvalDataConfig(val="/absent.tar")))

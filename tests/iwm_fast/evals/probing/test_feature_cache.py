@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.launchers import CHILD, free_port
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
 from fixtures.tar_files import digests
-from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalData
-from iwm_fast.evals.datasets import Labelled, result_name, spread
+from iwm_fast.config.evaluation import EvalDataConfig
+from iwm_fast.evals.datasets import LabelledSamples, evenly_spaced, result_name
 from iwm_fast.evals.probing.extraction import encode_batches, extract_features
 from iwm_fast.evals.probing.feature_cache import FEATURES_FILE, FeatureCache
 from iwm_fast.pipelines.annotations.labels import read_labels
@@ -38,13 +38,13 @@ ALONE = single_process("cpu")
 
 @pytest.fixture
 def model(tiny_shards, tmp_path):
-    return world_model.untrained(tiny_run(tiny_shards, tmp_path / "run", loader="torch"))
+    return world_model.build_untrained(tiny_run(tiny_shards, tmp_path / "run", loader="torch"))
 
 
 @pytest.fixture
-def images(tmp_path) -> Labelled:
+def images(tmp_path) -> LabelledSamples:
     """Return 70 labelled images, which are a full batch and a smaller one."""
-    return labelled(write_tinted(tmp_path / "images.tar", 70, 0))
+    return labelled(write_tinted_shard(tmp_path / "images.tar", 70, 0))
 
 
 @pytest.fixture
@@ -53,13 +53,15 @@ def run_folder(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def labelled(spec: str, count: int = 70) -> Labelled:
+def labelled(spec: str, count: int = 70) -> LabelledSamples:
     shards = open_shards(spec)
-    return Labelled(shards=shards, labels=read_labels(shards, "cls"), samples=spread(shards.num_samples, count))
+    return LabelledSamples(
+        shards=shards, labels=read_labels(shards, "cls"), samples=evenly_spaced(shards.num_samples, count)
+    )
 
 
 def other_weights(model):
-    return world_model.untrained(replace(model.config, seed=model.config.seed + 1))
+    return world_model.build_untrained(replace(model.config, seed=model.config.seed + 1))
 
 
 def sets(run_folder: Path) -> list[Path]:
@@ -68,13 +70,13 @@ def sets(run_folder: Path) -> list[Path]:
 
 
 def test_selected_samples_are_evenly_spaced_over_the_set():
-    assert spread(10, 5).tolist() == [0, 2, 4, 6, 8] and spread(3, 10).tolist() == [0, 1, 2]
-    assert np.diff(spread(1000, 64)).max() <= 16
+    assert evenly_spaced(10, 5).tolist() == [0, 2, 4, 6, 8] and evenly_spaced(3, 10).tolist() == [0, 1, 2]
+    assert np.diff(evenly_spaced(1000, 64)).max() <= 16
 
 
 def test_the_name_of_a_result_contains_the_label():
-    assert result_name("knn", EvalData()) == "knn"
-    assert result_name("linear", EvalData(label="json.a b.c/d")) == "linear_json.a%20b.c%2Fd"
+    assert result_name("knn", EvalDataConfig()) == "knn"
+    assert result_name("linear", EvalDataConfig(label="json.a b.c/d")) == "linear_json.a%20b.c%2Fd"
 
 
 def test_features_are_the_outputs_of_the_encoder_in_order_of_samples(model, images, run_folder):
@@ -107,8 +109,8 @@ def test_the_digest_depends_on_everything_that_determines_features(model, images
     more_heads = replace(model, config=replace(model.config, model=replace(model.config.model, encoder=heads)))
     with_dali = replace(model, config=replace(model.config, runtime=replace(model.config.runtime, loader="dali")))
     few = replace(images, samples=images.samples[:9])
-    elsewhere = labelled(write_tinted(tmp_path / "others.tar", 70, 100))
-    copied = labelled(write_tinted(tmp_path / "copy.tar", 70, 0))
+    elsewhere = labelled(write_tinted_shard(tmp_path / "others.tar", 70, 100))
+    copied = labelled(write_tinted_shard(tmp_path / "copy.tar", 70, 0))
     first = cache.spec(model, images, "pooled")
     assert cache.spec(model, copied, "pooled").digest == first.digest
     different = [cache.spec(*arguments) for arguments in (
@@ -158,7 +160,7 @@ def test_damaged_features_are_extracted_again_with_one_warning(model, images, ru
 
 
 def test_a_bad_image_is_named_and_no_features_are_written(model, run_folder, tmp_path):
-    images = labelled(write_tinted(tmp_path / "bad.tar", 70, 0, bad=66))
+    images = labelled(write_tinted_shard(tmp_path / "bad.tar", 70, 0, bad=66))
     with pytest.raises(ShardError, match=r"bad\.tar: sample '066': cannot decode the image.*iwm shards check"):
         FeatureCache(run_folder, [model], ALONE).rows(model, images, "tokens")
     assert [path.name for path in (run_folder / "features").iterdir()] == [".lock"]
@@ -208,7 +210,7 @@ def test_too_little_disk_space_is_refused_with_the_size_needed(model, images, ru
 
 def environment(rank: int, port: str) -> dict[str, str]:
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    return os.environ | variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | CHILD
+    return os.environ | variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | CHILD_ENVIRONMENT
 
 
 def start_ranks(*arguments: str) -> list[subprocess.Popen]:
@@ -219,7 +221,7 @@ def start_ranks(*arguments: str) -> list[subprocess.Popen]:
 
 @pytest.mark.multi_rank
 def test_two_ranks_write_the_same_features_and_results_as_one(tmp_path):
-    run_folder = tinted_run(tmp_path, num_train=150, num_val=66)
+    run_folder = pretrain_on_tinted_shards(tmp_path, num_train=150, num_val=66)
     twin = shutil.copytree(run_folder, tmp_path / "twin")
     # Three batches of training images: in the second round one rank has none.
     ranks = start_ranks(str(run_folder))
@@ -228,7 +230,7 @@ def test_two_ranks_write_the_same_features_and_results_as_one(tmp_path):
     assert printed[0][0] == printed[1][0] != ""
     alone = subprocess.run(
         [sys.executable, str(WORKER), str(twin)], capture_output=True, text=True, check=True,
-        env=os.environ | CHILD,
+        env=os.environ | CHILD_ENVIRONMENT,
     )  # fmt: skip
     assert alone.stdout == printed[0][0]
     files = [{path.name: digests(path) for path in sets(folder)} for folder in (run_folder, twin)]
@@ -237,7 +239,7 @@ def test_two_ranks_write_the_same_features_and_results_as_one(tmp_path):
 
 @pytest.mark.multi_rank
 def test_features_of_killed_ranks_are_not_used_and_are_removed(tmp_path):
-    run_folder = tinted_run(tmp_path, num_train=150, num_val=66)
+    run_folder = pretrain_on_tinted_shards(tmp_path, num_train=150, num_val=66)
     for _ in range(2):
         ranks = start_ranks(str(run_folder), "kill")
         for rank in ranks:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalData, KnnConfig
+from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig
 from iwm_fast.evals.datasets import open_comparison
 from iwm_fast.evals.probing.extraction import Features
 from iwm_fast.evals.probing.knn import evaluate_knn, knn_accuracy, knn_correct, vote
@@ -20,7 +20,7 @@ from iwm_fast.runtime.distributed import single_process
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return tinted_run(tmp_path_factory.mktemp("tinted"), num_val=48)
+    return pretrain_on_tinted_shards(tmp_path_factory.mktemp("tinted"), num_val=48)
 
 
 def clusters(count: int, seed: int = 0, distance: float = 3.0) -> Features:
@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_the_product_of_queries_and_images():
 
 def test_knn_compares_the_chosen_label(run_folder):
     rows = {
-        label: evaluate_knn(KnnConfig(run=str(run_folder), data=EvalData(label=label))).row("encoder", "accuracy")
+        label: evaluate_knn(KnnConfig(run=str(run_folder), data=EvalDataConfig(label=label))).row("encoder", "accuracy")
         for label in ("cls", "json.look.tint", "json.look.hue_bin")
     }
     tint, hue_bin, cls = (rows[name] for name in ("json.look.tint", "json.look.hue_bin", "cls"))
@@ -87,7 +87,7 @@ def test_knn_compares_the_chosen_label(run_folder):
 
 
 def test_the_result_is_saved_in_the_run_folder_with_its_settings(run_folder):
-    config = KnnConfig(run=str(run_folder), data=EvalData(label="json.look.tint"), max_train_samples=24)
+    config = KnnConfig(run=str(run_folder), data=EvalDataConfig(label="json.look.tint"), max_train_samples=24)
     result = evaluate_knn(config)
     saved = read_result(run_folder / "evaluations" / "knn_json.look.tint.json")
     assert saved.rows == result.rows and saved.step == 3 and saved.settings["max_train_samples"] == 24
@@ -97,31 +97,33 @@ def test_the_result_is_saved_in_the_run_folder_with_its_settings(run_folder):
 
 
 def test_a_class_that_training_lacks_is_refused_before_extraction(run_folder, tmp_path):
-    config = KnnConfig(run=str(run_folder), data=EvalData(label="json.name"))
+    config = KnnConfig(run=str(run_folder), data=EvalDataConfig(label="json.name"))
     before = set(run_folder.glob("features/*"))
     with pytest.raises(ShardError, match=r"val\.tar: sample '098': json\.name is integer 98, .* classes 0, 1, 2"):
         evaluate_knn(config)
     with pytest.raises(ShardError, match=r"train\.tar: sample '000': its \.json has no field 'animal'.*existing"):
-        evaluate_knn(KnnConfig(run=str(run_folder), data=EvalData(label="json.animal")))
+        evaluate_knn(KnnConfig(run=str(run_folder), data=EvalDataConfig(label="json.animal")))
     assert set(run_folder.glob("features/*")) == before
 
 
 def test_a_bad_validation_image_is_named(run_folder, tmp_path):
-    val = write_tinted(tmp_path / "cut.tar", 6, 0, bad=2)
+    val = write_tinted_shard(tmp_path / "cut.tar", 6, 0, bad=2)
     with pytest.raises(ShardError, match=r"cut\.tar: sample '002': cannot decode the image"):
-        evaluate_knn(KnnConfig(run=str(run_folder), data=EvalData(val=val)))
+        evaluate_knn(KnnConfig(run=str(run_folder), data=EvalDataConfig(val=val)))
 
 
 def test_value_and_control_are_those_of_the_run_and_untrained_networks(run_folder, tiny_shards):
     names = ("tiny-000000.tar", "tiny-{000001..000002}.tar")
-    data = EvalData(**{of: str(tiny_shards.folder / name) for of, name in zip(("train", "val"), names, strict=True)})
+    data = EvalDataConfig(
+        **{of: str(tiny_shards.folder / name) for of, name in zip(("train", "val"), names, strict=True)}
+    )
     controls = set()
     for seed in (0, 2):
         config = KnnConfig(run=str(run_folder), seed=seed, data=data)
         row = evaluate_knn(config).row("encoder", "accuracy")
         comparison = open_comparison(config, single_process("cpu"))
         model = comparison.models[0]
-        models = [model, world_model.untrained(replace(model.config, seed=seed))]
+        models = [model, world_model.build_untrained(replace(model.config, seed=seed))]
         assert [row.value, row.control] == [knn_accuracy(network, comparison.sets, config) for network in models]
         controls.add(row.control)
     assert len(controls) > 1

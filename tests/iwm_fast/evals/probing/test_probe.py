@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import iwm_fast
-from fixtures.tinted_shards import tinted_run, write_tinted
+from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
-from iwm_fast.config.evaluation import AttentiveConfig, EvalData, LinearConfig, ProbeConfig
+from iwm_fast.config.evaluation import AttentiveConfig, EvalDataConfig, LinearConfig, ProbeConfig
 from iwm_fast.evals.probing.attentive import AttentiveGrid, evaluate_attentive
 from iwm_fast.evals.probing.feature_batches import FeatureDataset, shuffle_windows
 from iwm_fast.evals.probing.head_grid import Candidate, best_candidate, grid_points, score_heads, train_grid
@@ -26,7 +26,7 @@ from iwm_fast.models.heads import AttentiveHead
 from iwm_fast.pipelines.errors import ShardError
 
 SETTINGS = ProbeConfig(epochs=20, batch_size=32, lrs=(0.1, 0.01), weight_decays=(0.0, 0.1))
-TINT = EvalData(label="json.look.tint")
+TINT = EvalDataConfig(label="json.look.tint")
 
 
 def dataset(features: np.ndarray, label: np.ndarray, **settings) -> FeatureDataset:
@@ -243,7 +243,7 @@ def test_correctness_and_loss_of_each_head_follow_the_formula():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return tinted_run(tmp_path_factory.mktemp("tinted"))
+    return pretrain_on_tinted_shards(tmp_path_factory.mktemp("tinted"))
 
 
 TASKS = {
@@ -255,7 +255,7 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_an_evaluation_predicts_visible_labels_beside_control_and_chance(run_folder, task):
     evaluate, config = TASKS[task]
-    tint, cls = (evaluate(replace(config, run=str(run_folder), data=data)) for data in (TINT, EvalData()))
+    tint, cls = (evaluate(replace(config, run=str(run_folder), data=data)) for data in (TINT, EvalDataConfig()))
     row, guess = (result.row("encoder", "accuracy") for result in (tint, cls))
     assert row.value == 1.0 and row.chance == pytest.approx(1 / 3) and row.control_name == "untrained encoder"
     assert guess.value < 0.9 and guess.chance == 0.5 and guess.low < guess.value < guess.high
@@ -299,7 +299,7 @@ def test_an_export_gives_the_result_of_its_run(run_folder, tmp_path):
     config = replace(TASKS["linear"][1], run=str(run_folder))
     with pytest.raises(ValueError, match=r"data\.train must name the training shards"):
         evaluate_linear(replace(config, run=str(folder)))
-    data = EvalData(train=str(run_folder.parent / "train.tar"), val=str(run_folder.parent / "val.tar"))
+    data = EvalDataConfig(train=str(run_folder.parent / "train.tar"), val=str(run_folder.parent / "val.tar"))
     exported = evaluate_linear(replace(config, run=str(folder), data=data)).row("encoder", "accuracy")
     original = evaluate_linear(config).row("encoder", "accuracy")
     assert (exported.value, exported.num_tuned) == (original.value, original.num_tuned)
@@ -311,11 +311,13 @@ def test_an_export_gives_the_result_of_its_run(run_folder, tmp_path):
 def test_unusable_data_is_refused_with_address_and_remedy(run_folder, tmp_path, task):
     evaluate, config = TASKS[task]
     config = replace(config, run=str(run_folder))
-    train = write_tinted(tmp_path / "cut.tar", 6, 0, bad=2)
+    train = write_tinted_shard(tmp_path / "cut.tar", 6, 0, bad=2)
     wrong = {
-        r"train\.tar: sample '000': its \.json has no field 'animal'": {"data": EvalData(label="json.animal")},
-        r"val\.tar: sample '098': json\.name is integer 98, which is not one": {"data": EvalData(label="json.name")},
-        r"cut\.tar: sample '002': cannot decode the image": {"data": EvalData(train=train)},
+        r"train\.tar: sample '000': its \.json has no field 'animal'": {"data": EvalDataConfig(label="json.animal")},
+        r"val\.tar: sample '098': json\.name is integer 98, which is not one": {
+            "data": EvalDataConfig(label="json.name")
+        },
+        r"cut\.tar: sample '002': cannot decode the image": {"data": EvalDataConfig(train=train)},
     }
     for message, change in wrong.items():
         with pytest.raises(ShardError, match=message):

@@ -22,7 +22,7 @@ from iwm_fast.evals.retrieval.bank import (
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
 from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.action import action_difference
+from iwm_fast.pipelines.transforms.action import change_from_action
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
@@ -30,7 +30,7 @@ from iwm_fast.pipelines.transforms.torch_renderer import render
 
 @pytest.fixture
 def model(tiny_config):
-    return world_model.untrained(tiny_config())
+    return world_model.build_untrained(tiny_config())
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_jitter_query_has_the_clean_image_and_the_changes_from_it(model, pixel
     bank = bank_of(model, pixels)
     query = make_query(pixels, bank, "jitter", model)
     assert torch.equal(query.source, pixels)
-    change = action_difference(query.action.numpy(), model.config.views)
+    change = change_from_action(query.action.numpy(), model.config.views)
     for name in JITTER:
         neutral = getattr(identity_photometry(1), name)[0]
         np.testing.assert_allclose(neutral + change[name], getattr(bank.photometry, name), atol=1e-6)

@@ -14,7 +14,7 @@ from fixtures.exact_predictor import FLAGS, Pair, exact, ignore_action
 from fixtures.tar_files import photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalData, ImagineConfig, MrrConfig, PlanConfig
+from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig, MrrConfig, PlanConfig
 from iwm_fast.evals.results import read_result
 from iwm_fast.evals.retrieval.bank import CandidateBank, draw_bank, make_query
 from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr, rank_images, ranks_in_bank
@@ -27,7 +27,7 @@ FAMILIES = ("jitter", *FLAGS)
 
 @pytest.fixture
 def model(tiny_config):
-    return world_model.untrained(tiny_config())
+    return world_model.build_untrained(tiny_config())
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_an_exact_predictor_ranks_first_and_one_without_action_at_chance(model, 
 
 def test_without_conditioning_mrr_is_chance_to_three_digits(tiny_config, tiny_shards):
     config = tiny_config(conditioning="none")
-    model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    model = world_model.build_untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
     shards, settings = open_shards(tiny_shards.pattern), small("x", bank_size=16)
     for rank in rank_images([model], shards, np.arange(6), settings):
         assert rank.shape == (1, 4, 16)
@@ -134,7 +134,7 @@ def test_the_order_of_the_bank_does_not_matter(model, pixels):
 
 def test_the_bank_of_an_image_is_freed_after_ranking(tiny_config, tiny_shards):
     config = tiny_config()
-    model = world_model.untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    model = world_model.build_untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
     num_alive = []
     for _ in rank_images([model], open_shards(tiny_shards.pattern), np.arange(3), small("x", families=("jitter",))):
         gc.collect()
@@ -156,12 +156,12 @@ def test_unsupported_families_are_measured_with_a_warning(tiny_shards, tmp_path,
 def test_a_run_with_the_identity_predictor_is_refused_immediately(tiny_shards, tmp_path):
     folder = trained(tiny_shards, tmp_path / "run", depth=0)
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity"):
-        evaluate_mrr(small(folder, data=EvalData(val="/absent.tar")))
+        evaluate_mrr(small(folder, data=EvalDataConfig(val="/absent.tar")))
 
 
 def test_a_label_is_refused_where_it_has_no_effect_or_a_wrong_form():
     for config in (MrrConfig, ImagineConfig, PlanConfig):
         with pytest.raises(ValueError, match=r"data\.label must be left unset"):
-            config(run="x", data=EvalData(label="json.hue_bin"))
+            config(run="x", data=EvalDataConfig(label="json.hue_bin"))
     with pytest.raises(ValueError, match=r"data\.label must be cls or json\.NAME, got 'hue_bin'"):
-        EvalData(label="hue_bin")
+        EvalDataConfig(label="hue_bin")

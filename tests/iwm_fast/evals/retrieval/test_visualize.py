@@ -27,14 +27,14 @@ from iwm_fast.evals.retrieval.sweeps import (
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.parameters import JITTER
-from iwm_fast.rendering.image_grid import Panel, Section, save_sections
-from iwm_fast.rendering.imagine_page import write_page
+from iwm_fast.rendering.image_grid import ImageGrid, Panel, save_image_grids
+from iwm_fast.rendering.imagine_page import write_imagine_page
 from iwm_fast.train import run
 
 
 @pytest.fixture
 def model(tiny_config):
-    return world_model.untrained(tiny_config())
+    return world_model.build_untrained(tiny_config())
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_only_entries_that_training_varies_are_swept_or_undone():
 def test_an_exact_predictor_retrieves_each_value_of_a_sweep(model, image, entry):
     section = sweep(entry, image, 5, exact(model, Pair(source=image.pixels, clean=image.pixels)), "default")
     requested, retrieved = section.rows
-    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and all(panel.is_right for panel in retrieved)
+    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and all(panel.is_correct for panel in retrieved)
     assert all(np.array_equal(*(panel.pixels for panel in column)) for column in zip(requested, retrieved, strict=True))
     assert np.array_equal(requested[2].pixels, image.pixels.numpy()) and requested[2].caption == "unchanged"
     assert section.numbers["correct"] == "5 of 5" and section.numbers["mean reciprocal rank"].startswith("1.000, ")
@@ -125,8 +125,8 @@ def test_an_exact_predictor_retrieves_each_value_of_a_sweep(model, image, entry)
 def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
     requested, retrieved = sweep("brightness", image, 5, ignore_action(model), "default").rows
     assert [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved)] == [5, 1]
-    assert sum(panel.is_right for panel in retrieved) <= 1
-    wrong = next(panel for panel in retrieved if not panel.is_right)
+    assert sum(panel.is_correct for panel in retrieved) <= 1
+    wrong = next(panel for panel in retrieved if not panel.is_correct)
     assert re.fullmatch(r"(unchanged|× \d\.\d\d)( of a bank image)?; correct answer at rank \d+", wrong.caption)
 
 
@@ -136,14 +136,14 @@ def test_an_exact_predictor_retrieves_the_clean_image(model, image, flag):
     case = retrieve_clean(flag, image, exact(model, Pair(source=source, clean=image.pixels, flags=(flag,))))
     shown, correct, retrieved = case.panels
     assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(correct.pixels, image.pixels.numpy())
-    assert retrieved.is_right and retrieved.caption == "correct" and case.rank == 1 and case.num_candidates == 13
+    assert retrieved.is_correct and retrieved.caption == "correct" and case.rank == 1 and case.num_candidates == 13
     case = retrieve_clean(flag, image, ignore_action(model))
-    assert case.panels[2].is_right == (case.rank == 1) == (case.panels[2].caption == "correct")
+    assert case.panels[2].is_correct == (case.rank == 1) == (case.panels[2].caption == "correct")
 
 
 def test_the_sheet_shows_the_first_candidate_of_the_bank(model, image):
     case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
-    assert np.array_equal(case.panels[1].pixels, image.bank.pixels[0].numpy()) and case.panels[2].is_right
+    assert np.array_equal(case.panels[1].pixels, image.bank.pixels[0].numpy()) and case.panels[2].is_correct
     assert re.search(r"brightness [+-]0\.\d\d", case.panels[1].caption)
 
 
@@ -156,7 +156,7 @@ def test_many_images_are_split_into_sections_with_common_numbers(model, image):
 
 def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
     panel = Panel(pixels=np.zeros((128, 128, 3), np.uint8), caption="<b>")
-    write_page(tmp_path / "page.html", [Section(labels=("a",), rows=((panel,),))], "title", "a&b")
+    write_imagine_page(tmp_path / "page.html", [ImageGrid(labels=("a",), rows=((panel,),))], "title", "a&b")
     text = (tmp_path / "page.html").read_text()
     assert "data:image/jpeg;base64," in text and "&lt;b&gt;" in text and "a&amp;b" in text
 
@@ -164,7 +164,7 @@ def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
 def test_panels_keep_their_pixels_in_their_row_and_column(tmp_path):
     colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
     rows = tuple(tuple(Panel(pixels=np.tile(colour, (4, 4, 1))) for colour in row) for row in colours)
-    save_sections(tmp_path / "sheet.png", [Section(labels=("one", "two"), rows=rows)], "title")
+    save_image_grids(tmp_path / "sheet.png", [ImageGrid(labels=("one", "two"), rows=rows)], "title")
     with Image.open(tmp_path / "sheet.png") as opened:
         drawn = np.array(opened.convert("RGB"))
     centres = [[np.argwhere((drawn == colour).all(axis=2)).mean(axis=0) for colour in row] for row in colours]

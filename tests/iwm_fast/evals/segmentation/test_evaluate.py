@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fixtures.painted_shards import COLOURS, painted, painted_run, tuning
+from fixtures.painted_shards import COLOURS, finetune_settings, pretrain_on_painted_shards, write_painted_shard
 from fixtures.tar_files import encode, write_tar
-from iwm_fast.config.evaluation import EvalData
+from iwm_fast.config.evaluation import EvalDataConfig
 from iwm_fast.config.finetuning import DenseAugmentConfig, SegmentConfig
 from iwm_fast.evals.finetuning.networks import build_networks
 from iwm_fast.evals.finetuning.run import train_job
@@ -36,7 +36,7 @@ ARMS = "head,untrained_head,predictor,random_predictor,encoder"
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return painted_run(tmp_path_factory.mktemp("segment"))
+    return pretrain_on_painted_shards(tmp_path_factory.mktemp("segment"))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_colours_distinguish_classes_and_ignored_pixels_are_black():
 
 
 def test_variants_learn_the_maps_and_are_reported_with_their_controls(rank_info, run_folder):
-    config = SegmentConfig(run=run_folder, **tuning(epochs=8.0), num_shown=3)
+    config = SegmentConfig(run=run_folder, **finetune_settings(epochs=8.0), num_shown=3)
     result = evaluate_segment(config)
     assert [(row.subject, row.metric) for row in result.rows] == [
         (name, metric) for metric in ("mean_iou", "pixel_accuracy") for name in ARMS.split(",")
@@ -120,8 +120,8 @@ def test_the_figure_shows_images_with_several_classes(rank_info, run_folder, tmp
         mask[0, 0] = 2 if number == 5 else 0
         content += [(f"{number}.jpg", encode(COLOURS[mask])), (f"{number}.seg.png", encode(mask, "PNG"))]
     write_tar(tmp_path / "val.tar", content)
-    data = EvalData(val=str(tmp_path / "val.tar"))
-    config = SegmentConfig(run=run_folder, data=data, num_shown=3, **tuning())
+    data = EvalDataConfig(val=str(tmp_path / "val.tar"))
+    config = SegmentConfig(run=run_folder, data=data, num_shown=3, **finetune_settings())
     segmentation = open_segmentation(config, rank_info)
     assert choose_figure_samples(segmentation).tolist() == [0, 3, 8]
 
@@ -129,13 +129,15 @@ def test_the_figure_shows_images_with_several_classes(rank_info, run_folder, tmp
 def test_micro_batches_do_not_change_the_result(rank_info, run_folder):
     values = []
     for name, settings in (("full", {}), ("split", {"micro_batch_size": 2})):
-        config = SegmentConfig(run=run_folder, name=name, arms="head", **tuning(epochs=1.0, **settings))
+        config = SegmentConfig(run=run_folder, name=name, arms="head", **finetune_settings(epochs=1.0, **settings))
         values.append(evaluate_segment(config).value("head", "mean_iou"))
     assert values[0] == pytest.approx(values[1], abs=2e-3)
 
 
 def test_training_changes_all_networks_of_a_variant_and_no_frozen_ones(rank_info, run_folder):
-    segmentation = open_segmentation(SegmentConfig(run=run_folder, name="moves", **tuning(epochs=0.5)), rank_info)
+    segmentation = open_segmentation(
+        SegmentConfig(run=run_folder, name="moves", **finetune_settings(epochs=0.5)), rank_info
+    )
     for name, networks in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
         student = build_networks(segmentation.model, segmentation.config, rank_info, name)
         make_head = partial(PatchHead, num_classes=segmentation.num_classes)
@@ -173,16 +175,19 @@ def test_invalid_settings_are_refused_with_the_accepted_values():
         ({"ignore_index": 256}, "ignore_index must be between 0 and 255"),
         ({"num_classes": 0}, "num_classes must be between 1 and 256, or unset"),
         ({"num_shown": 0}, "num_shown must be at least 1"),
-        ({"data": EvalData(label="json.right")}, "data.label must be left unset: the labels are segmentation maps"),
+        (
+            {"data": EvalDataConfig(label="json.right")},
+            "data.label must be left unset: the labels are segmentation maps",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             SegmentConfig(run="x", **settings)
 
 
 def test_shards_without_maps_are_refused_before_training(rank_info, run_folder, tmp_path):
-    bare = painted(tmp_path / "bare.tar", 6, seed=3, has_masks=False)
+    bare = write_painted_shard(tmp_path / "bare.tar", 6, seed=3, has_masks=False)
     for data in ({"train": bare}, {"val": bare}):
-        config = SegmentConfig(run=run_folder, data=EvalData(**data), name="bare", **tuning())
+        config = SegmentConfig(run=run_folder, data=EvalDataConfig(**data), name="bare", **finetune_settings())
         with pytest.raises(ShardError, match=r"no segmentation map \(6 of 6 samples .*\); add it as \.seg\.png"):
             evaluate_segment(config)
         # Also if the number of classes is set, so that the maps need not be read to count them.
@@ -192,17 +197,17 @@ def test_shards_without_maps_are_refused_before_training(rank_info, run_folder, 
 
 
 def test_a_class_beyond_num_classes_is_reported_in_training(rank_info, run_folder):
-    config = SegmentConfig(run=run_folder, name="few", arms="head", num_classes=3, **tuning())
+    config = SegmentConfig(run=run_folder, name="few", arms="head", num_classes=3, **finetune_settings())
     with pytest.raises(ShardError, match="contains class 3, but num_classes is 3"):
         evaluate_segment(config)
 
 
 def test_a_run_without_predictor_supports_the_other_variants(rank_info, tmp_path):
     distributed.stop()
-    folder = painted_run(tmp_path, num_train=16, num_val=4, depth=0)
+    folder = pretrain_on_painted_shards(tmp_path, num_train=16, num_val=4, depth=0)
     distributed.start("cpu")
     with pytest.raises(ValueError, match=r"run must have a predictor, not the identity \(model\.predictor\.depth=0\)"):
-        evaluate_segment(SegmentConfig(run=folder, **tuning()))
-    result = evaluate_segment(SegmentConfig(run=folder, arms="encoder", **tuning(epochs=0.5)))
+        evaluate_segment(SegmentConfig(run=folder, **finetune_settings()))
+    result = evaluate_segment(SegmentConfig(run=folder, arms="encoder", **finetune_settings(epochs=0.5)))
     assert [row.subject for row in result.rows] == ["encoder", "encoder"]
     assert json.loads((Path(folder) / "evaluations" / "segment.json").read_text())["task"] == "segment"

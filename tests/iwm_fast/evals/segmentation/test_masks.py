@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.painted_shards import COLOURS, IGNORED, painted
+from fixtures.painted_shards import COLOURS, IGNORED, write_painted_shard
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.evals.segmentation.masks import MaskReader, count_classes
@@ -22,7 +22,7 @@ RANK_INFO = RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cp
 
 @pytest.fixture
 def shards(tmp_path):
-    return open_shards(painted(tmp_path / "s.tar", 24, seed=0))
+    return open_shards(write_painted_shard(tmp_path / "s.tar", 24, seed=0))
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def test_an_undefined_class_is_reported_with_its_sample(shards, config):
 
 
 def test_classes_are_counted_in_the_training_maps(tmp_path, shards):
-    few = open_shards(painted(tmp_path / "few.tar", 6, seed=1, classes=3))
+    few = open_shards(write_painted_shard(tmp_path / "few.tar", 6, seed=1, classes=3))
     assert count_classes(shards, few, ignore_index=IGNORED, num_threads=2) == 4
     assert count_classes(few, few, ignore_index=IGNORED, num_threads=2) == 3
 
 
 def test_a_class_that_occurs_only_in_validation_is_reported(tmp_path, shards):
-    few = open_shards(painted(tmp_path / "few.tar", 6, seed=1, classes=3))
+    few = open_shards(write_painted_shard(tmp_path / "few.tar", 6, seed=1, classes=3))
     with pytest.raises(ShardError, match=r"contains class 3, which no training map contains; .* \[0, 1, 2\]"):
         count_classes(few, shards, ignore_index=IGNORED, num_threads=2)
     # With ignore_index=3, class 3 is ignored, but 255 becomes a class.
@@ -99,7 +99,7 @@ def _without_ignored(tmp_path):
 
 
 def test_missing_maps_and_maps_without_classes_are_refused(tmp_path, shards):
-    bare = open_shards(painted(tmp_path / "bare.tar", 3, seed=1, has_masks=False))
+    bare = open_shards(write_painted_shard(tmp_path / "bare.tar", 3, seed=1, has_masks=False))
     for pair in ((bare, shards), (shards, bare)):
         with pytest.raises(ShardError, match=r"has no segmentation map \(3 of 3 samples"):
             count_classes(*pair, ignore_index=IGNORED, num_threads=2)
