@@ -15,14 +15,15 @@ head alone, on the frozen encoder; end_to_end: encoder, predictor and head."""
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Optimisation of finetuning: AdamW, linear warm-up, cosine decay to 0. Defaults: the paper's for ImageNet."""
+    """Optimisation of finetuning: AdamW, linear warm-up, cosine decay to 0. The defaults are for ImageNet; the
+    paper's are known for the epochs and the ratio of learning rates only."""
 
     global_batch_size: int = 1024
     """Images per optimiser step over all ranks and micro-batches."""
     epochs: float = 100.0
     """Passes over the training samples."""
     warmup_epochs: float | None = None
-    """Epochs in which the learning rate rises linearly from 0 to its peak. Unset: the paper's share of epochs, 5 of
+    """Epochs in which the learning rate rises linearly from 0 to its peak. Unset: the same share of epochs as 5 of
     100."""
     lr: float = 1e-3
     """Peak learning rate of weights that start from scratch: heads and a random predictor."""

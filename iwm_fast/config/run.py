@@ -41,7 +41,7 @@ class PredictorConfig:
     """Number of transformer blocks. 0 is the identity predictor, which trains the encoder to be invariant; deeper
     predictors can model the transformations instead."""
     num_heads: int = 12
-    """Number of attention heads; must divide dim. The paper uses heads of width 32."""
+    """Number of attention heads; must divide dim. Heads of width 32 are ours; the paper's are not known."""
     mlp_ratio: float = 4.0
     """Hidden width of a block's MLP, as a multiple of dim."""
     conditioning: Literal["feature", "sequence", "none"] = "feature"

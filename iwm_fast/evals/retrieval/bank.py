@@ -25,7 +25,7 @@ from iwm_fast.world_model import WorldModel
 _MAX_ATTENTION_SCORES = 2**26
 
 STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
-"""The paper's strong jitter. Its weak jitter is the default of `ViewConfig`."""
+"""Strong jitter. The strengths are ours, because those of the paper are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

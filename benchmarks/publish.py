@@ -1,10 +1,12 @@
-"""Publish the results of a lab: `python -m benchmarks.publish_claims iwm_fast/configs/lab_cpu.yaml`.
+"""Publish results in the documentation: `python -m benchmarks.publish [LAB.yaml | DEMO_FOLDER]`.
 
-    docs/lab_cpu.json    the numbers that the claims compare, by seed, with command, machine and commit
-    docs/lab_cpu.png     the lab's figure
-    README.md            the table of claims, between the markers of this lab
+    docs/lab_cpu.json    the numbers that the claims of a lab compare, by seed, with command, machine and commit
+    docs/lab_cpu.png     the figure of that lab
+    docs/demo.json       the summary of the demo's run
+    docs/demo.png        what that run imagines
 
-Without an argument, only the tables are rendered again from docs/.
+README.md and docs/reproduction.md hold the tables, each between the markers of its JSON file. Without an argument, only
+the tables are rendered again from docs/.
 """
 
 import argparse
@@ -20,31 +22,60 @@ from iwm_fast.lab.config import LabConfig, parse_claim, read_lab
 from iwm_fast.lab.report import format_difference, format_means
 
 PROJECT = Path(__file__).parent.parent
-README = PROJECT / "README.md"
 DOCS = PROJECT / "docs"
+PAGES = (PROJECT / "README.md", DOCS / "reproduction.md")
 FIGURE = "claims.png"
 _VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Publish the lab of the command line, if any, and update the README."""
+    """Publish the lab or the demo of the command line, if any, and update the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lab", type=Path, nargs="?", help="YAML file of a completed lab")
-    path = parser.parse_args(arguments).lab
-    if path is not None:
+    parser.add_argument(
+        "results", type=Path, nargs="?", help="YAML file of a completed lab, or folder of the demo's run"
+    )
+    path = parser.parse_args(arguments).results
+    if path is not None and path.is_dir():
+        shutil.copyfile(path / "summary.json", DOCS / "demo.json")
+        shutil.copyfile(path / "imagine.png", DOCS / "demo.png")
+    elif path is not None:
         lab = read_lab(path, set(EVALUATIONS))
         tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
-    README.write_text(update_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written to {README}")
+    for page in PAGES:
+        page.write_text(update_sections(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def update_sections(text: str) -> str:
-    """Return the README with the tables of all labs in docs/."""
-    for path in sorted(DOCS.glob("lab_*.json")):
-        text = update_section(text, path.stem, json.loads(path.read_text(encoding="utf-8")))
+    """Return a page with its tables rendered from the JSON files in docs/."""
+    for path in sorted(DOCS.glob("*.json")):
+        if markers(path.stem)[0] in text:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            render = render_demo if path.stem == "demo" else render_claims
+            text = update_section(text, path.stem, render(tree))
     return text
+
+
+def render_demo(summary: dict[str, Any]) -> str:
+    """Return the table of the demo's results, each beside its controls."""
+    low, high = summary["mrr_interval"]
+    jitter = "/".join(f"{value:g}" for value in summary["mrr_bank"]["jitter"].values())
+    chance = f"chance {summary['mrr_chance']:.3f}, untrained predictor"
+    rows = [
+        (f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter} as trained",
+         f"**{summary['mrr']:.3f}** (95 %: {low:.3f} to {high:.3f})", f"{chance} {summary['mrr_untrained']:.3f}"),
+        ("MRR, weaker jitter 0.4/0.4/0.2/0.1",
+         f"**{summary['mrr_default_bank']:.3f}**", f"{chance} {summary['mrr_default_bank_untrained']:.3f}"),
+        ("k-NN accuracy, 17 photographs, disjoint regions", f"**{summary['knn']:.3f}**",
+         f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"),
+        ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s",
+         f"{summary['training_s']:.0f} s, {100 * summary['wait_share']:.1f} % of them waiting for data"),
+        ("evaluation and pictures", f"{summary['evaluation_s']:.0f} s", ""),
+    ]  # fmt: skip
+    lines = ["| seed 0 | world model | control |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    provenance = f"{summary['machine']}, 2 cores, commit {summary['commit']}. The interval is over images."
+    return "\n".join([*lines, "", provenance, ""])
 
 
 def collect_values(lab: LabConfig) -> dict[str, Any]:
@@ -85,25 +116,25 @@ def judge_outcomes(tree: dict[str, Any]) -> list[ClaimVerdict]:
     ]
 
 
-def markers(lab: str) -> tuple[str, str]:
-    """Return the lines of the README that enclose the table of a lab."""
-    return f"<!-- {lab}: written by python -m benchmarks.publish_claims -->", f"<!-- end of {lab} -->"
+def markers(name: str) -> tuple[str, str]:
+    """Return the lines of a page that enclose the table of a JSON file."""
+    return f"<!-- {name}: written by python -m benchmarks.publish -->", f"<!-- end of {name} -->"
 
 
-def update_section(text: str, lab: str, tree: dict[str, Any]) -> str:
-    """Return the README with the table of claims of a lab replaced.
+def update_section(text: str, name: str, section: str) -> str:
+    """Return the page with the table of a JSON file replaced.
 
     Raises:
-        ValueError: if the README does not contain both markers exactly once.
+        ValueError: if the page does not contain both markers exactly once.
     """
-    begin, end = markers(lab)
+    begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README must contain the lines {begin!r} and {end!r} exactly once")
+        raise ValueError(f"the page must contain the lines {begin!r} and {end!r} exactly once")
     before, rest = text.split(begin)
-    return f"{before}{begin}\n{render_section(tree)}{end}{rest.split(end)[1]}"
+    return f"{before}{begin}\n{section}{end}{rest.split(end)[1]}"
 
 
-def render_section(tree: dict[str, Any]) -> str:
+def render_claims(tree: dict[str, Any]) -> str:
     """Return the table of claims, followed by command, seeds, machine and commit."""
     lines = [
         "| claim | here, mean over seeds | difference, 95 % interval | the paper | |",

@@ -1,4 +1,4 @@
-"""The table of claims in the README follows from the published numbers and the rules of a lab."""
+"""The tables of the README and of the documentation follow from the published numbers and the rules of a lab."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import publish_claims
+from benchmarks import publish
 from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
 
 BETTER, WORSE = ResultSelector(cell="a", result="mrr", subject="jitter", metric="mrr"), ResultSelector(
@@ -31,41 +31,43 @@ def lab(tmp_path):
     )  # fmt: skip
 
 
-def test_the_readme_shows_the_published_numbers():
-    text = publish_claims.README.read_text(encoding="utf-8")
-    assert text == publish_claims.update_sections(text), "run python -m benchmarks.publish_claims"
-    published = {path.stem for path in publish_claims.DOCS.glob("lab_*.json")}
-    assert published == set(re.findall("<!-- end of (.*) -->", text)) != set()
-    for lab in published:
-        assert f"(docs/{lab}.png)" in text and (publish_claims.DOCS / f"{lab}.png").stat().st_size < 300_000
+def test_the_pages_show_the_published_numbers():
+    shown = set()
+    for page in publish.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text == publish.update_sections(text), "run python -m benchmarks.publish"
+        shown |= set(re.findall("<!-- end of (.*) -->", text))
+    published = {path.stem for path in publish.DOCS.glob("*.json")}
+    assert shown == published
+    assert all((publish.DOCS / f"{name}.png").stat().st_size < 300_000 for name in published)
 
 
 def test_only_compared_numbers_are_published_and_judged(lab):
-    tree = json.loads(json.dumps({"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}))
+    tree = json.loads(json.dumps({"command": "iwm lab x.yaml", **publish.collect_values(lab)}))
     assert set(tree["values"]) == {"a mrr jitter mrr", "b mrr jitter mrr"}
-    (outcome,) = publish_claims.judge_outcomes(tree)
+    (outcome,) = publish.judge_outcomes(tree)
     assert outcome.claim == CLAIM and outcome.verdict == "holds"
     assert outcome.comparisons[0].values == ((0.5, 0.51, 0.52), (0.2, 0.2 + 0.01, 0.22))
 
 
 def test_a_row_has_means_difference_paper_and_verdict(lab):
-    tree = {"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}
-    section = publish_claims.render_section(tree)
+    tree = {"command": "iwm lab x.yaml", **publish.collect_values(lab)}
+    section = publish.render_claims(tree)
     cells = "It uses the action. | a, 1,234 tuned 0.510, b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0"
     assert f"| {cells} | **holds** |" in section
     assert "`iwm lab x.yaml`, seeds 0, 1, 2; M; commit 1a2b." in section
     reversed_lab = replace(lab, claims=(replace(CLAIM, compare=((WORSE, BETTER),)),))
-    assert "**fails**" in publish_claims.render_section(tree | publish_claims.collect_values(reversed_lab))
+    assert "**fails**" in publish.render_claims(tree | publish.collect_values(reversed_lab))
     del tree["values"]["b mrr jitter mrr"]
-    assert "| not measured |" in publish_claims.render_section(tree)
+    assert "| not measured |" in publish.render_claims(tree)
 
 
 def test_only_the_text_between_the_markers_changes(lab):
-    tree = {"command": "iwm lab x.yaml", **publish_claims.collect_values(lab)}
-    (begin, end), (next_begin, _) = publish_claims.markers("lab"), publish_claims.markers("lab_2")
+    tree = {"command": "iwm lab x.yaml", **publish.collect_values(lab)}
+    (begin, end), (next_begin, _) = publish.markers("lab"), publish.markers("lab_2")
     text = f"before\n{begin}\nstale\n{end}\nafter\n{next_begin}\n"
-    updated = publish_claims.update_section(text, "lab", tree)
+    updated = publish.update_section(text, "lab", publish.render_claims(tree))
     assert updated.startswith("before\n") and updated.endswith(f"{end}\nafter\n{next_begin}\n")
-    assert "stale" not in updated and publish_claims.update_section(updated, "lab", tree) == updated
-    with pytest.raises(ValueError, match="README must contain the lines"):
-        publish_claims.update_section("no markers", "lab", tree)
+    assert "stale" not in updated and publish.update_section(updated, "lab", publish.render_claims(tree)) == updated
+    with pytest.raises(ValueError, match="the page must contain the lines"):
+        publish.update_section("no markers", "lab", "")
