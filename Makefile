@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all clean-demo
+.PHONY: install demo test test-all clean-demo
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/iwm demo

@@ -16,7 +16,8 @@ head alone, on the frozen encoder; end_to_end: encoder, predictor and head."""
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Optimisation of finetuning: AdamW, linear warm-up, cosine decay to 0. The defaults are for ImageNet; the
-    paper's are known for the epochs and the ratio of learning rates only."""
+    paper's are known for the epochs and the ratio of learning rates only.
+    """
 
     global_batch_size: int = 1024
     """Images per optimiser step over all ranks and micro-batches."""
