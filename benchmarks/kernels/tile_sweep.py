@@ -1,6 +1,6 @@
 """Tune the static tables of attention: time candidates beside the shipped launches.
 
-A candidate is a launch that the operation's host functions build from a different Group or from different Tiles. All
+A candidate is a launch that the operation's host functions build from another `ShortConfig` or `TileConfig`. All
 candidates are compiled first, on all cores. One that spills, does not fit or computes a wrong result is not timed.
 """
 
@@ -73,21 +73,21 @@ def sweep(session: Session, length: int, head_dim: int, kernel: str, pass_: str,
         return
     buffers = prepare_buffers(images, length, (12, head_dim), session.device)
     if kernel == "whole":
-        candidates = {name_group(group): short_launch(group, pass_, buffers) for group in candidate_groups(length)}
+        candidates = {name_config(config): short_launch(config, pass_, buffers) for config in candidate_configs(length)}
         shipped = shipped_launches(pass_, buffers)
     else:
-        cut = flash.choose_config(architecture(buffers.out.device), buffers.packed)
-        d_query = tiled_launch(cut.d_query, "d_query", buffers)
+        config = flash.choose_config(architecture(buffers.out.device), buffers.packed)
+        d_query = tiled_launch(config.d_query, "d_query", buffers)
         # The d_key kernel reads the row sums ("delta") that the d_query kernel writes.
         d_query.run()
         shared = {} if kernel == "forward" else {"delta_ptr": d_query.arguments["delta_ptr"]}
         candidates = {name_tiles(tiles): tiled_launch(tiles, kernel, buffers, shared) for tiles in TILES}
-        shipped = [tiled_launch(getattr(cut, kernel), kernel, buffers, shared)]
+        shipped = [tiled_launch(getattr(config, kernel), kernel, buffers, shared)]
     time_launches(session, case, pass_, candidates, shipped, buffers=buffers)
 
 
-def candidate_groups(length: int) -> list[ShortConfig]:
-    """Return groups for one length: all combinations of key splits, queries per tile, warps and stages."""
+def candidate_configs(length: int) -> list[ShortConfig]:
+    """Return configs for one length: all combinations of key splits, queries per tile, warps and stages."""
     splits = dict.fromkeys(
         (
             power_of_two_tiles(length, 16),
@@ -101,10 +101,10 @@ def candidate_groups(length: int) -> list[ShortConfig]:
     return [ShortConfig((split,), *rest) for split, *rest in itertools.product(splits, (32, 64), (4, 8), (1, 2, 3))]
 
 
-def name_group(group: ShortConfig) -> str:
-    """Return the name of a group in the tables."""
-    split = "+".join(map(str, group.key_splits[-1]))
-    return f"{split} q{group.num_queries} w{group.num_warps} s{group.num_stages}"
+def name_config(config: ShortConfig) -> str:
+    """Return the name of a config in the tables."""
+    split = "+".join(map(str, config.key_splits[-1]))
+    return f"{split} q{config.num_queries} w{config.num_warps} s{config.num_stages}"
 
 
 def name_tiles(tiles: TileConfig) -> str:
@@ -131,20 +131,20 @@ def shipped_launches(pass_: str, buffers: Buffers) -> list[Launch]:
     return backward_launches(arch, buffers.packed, **buffers.backward)
 
 
-def short_launch(group: ShortConfig, pass_: str, buffers: Buffers) -> Launch:
-    """Return the launch of a pass for sequences that fit into a group."""
+def short_launch(config: ShortConfig, pass_: str, buffers: Buffers) -> Launch:
+    """Return the launch of a pass for sequences that fit into a config."""
     if pass_ == FORWARD:
-        return short.forward_launches((group,), buffers.packed, buffers.out, buffers.lse)[0]
-    return short.backward_launches((group,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
+        return short.forward_launches((config,), buffers.packed, buffers.out, buffers.lse)[0]
+    return short.backward_launches((config,), buffers.packed, buffers.d_out, buffers.d_qkv, buffers.lse)[0]
 
 
 def tiled_launch(tiles: TileConfig, kernel: str, buffers: Buffers, shared: dict[str, Any] | None = None) -> Launch:
     """Return the launch of a tiled kernel, with arguments that it shares with other launches."""
-    cut = FlashConfig(tiles, tiles, tiles)
+    config = FlashConfig(tiles, tiles, tiles)
     if kernel == "forward":
-        launch = flash.forward_launch(cut, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
+        launch = flash.forward_launch(config, buffers.packed, 0, out=buffers.out, lse=buffers.lse)
     else:
-        launch = flash.backward_launches(cut, buffers.packed, 0, **buffers.backward)[kernel == "d_key"]
+        launch = flash.backward_launches(config, buffers.packed, 0, **buffers.backward)[kernel == "d_key"]
     return launch._replace(arguments=launch.arguments | (shared or {}))
 
 
@@ -211,13 +211,13 @@ def spills(launch: Launch) -> bool:
 
 def table(records: Sequence[Record]) -> str:
     """Return a table of the three fastest candidates beside the shipped launches."""
-    groups: dict[Any, dict[str, float]] = {}
+    by_problem: dict[Any, dict[str, float]] = {}
     for record in records:
-        times_ms = groups.setdefault((tables.describe(record.shape), record.pass_), {})
+        times_ms = by_problem.setdefault((tables.describe(record.shape), record.pass_), {})
         if record.median_ms is not None:
             times_ms[record.provider] = record.median_ms
     rows = []
-    for (shape, pass_), times_ms in groups.items():
+    for (shape, pass_), times_ms in by_problem.items():
         fastest = sorted((ms, name) for name, ms in times_ms.items() if name != SHIPPED)[:3]
         cells = [f"{ms:.3f}: {name}" for ms, name in fastest]
         rows.append([shape, pass_, f"{times_ms.get(SHIPPED, float('nan')):.3f}", *cells, *[""] * (3 - len(cells))])

@@ -130,10 +130,10 @@ def test_a_sweep_times_candidates_and_drops_wrong_ones(session, pass_):
     assert tile_sweep.table(session.records).count("\n") == 2
 
 
-def test_candidate_groups_cover_the_length():
+def test_candidate_configs_cover_the_length():
     for length in (*tile_sweep.SHORT_LENGTHS, 197):
-        for group in tile_sweep.candidate_groups(length):
-            (split,) = group.key_splits
+        for config in tile_sweep.candidate_configs(length):
+            (split,) = config.key_splits
             # All tiles except the last one are full.
             assert sum(split[:-1]) < length <= sum(split)
     assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.TILES}) == len(tile_sweep.TILES)
