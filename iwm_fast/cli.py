@@ -119,8 +119,8 @@ def _configs(arguments: list[str]) -> None:
 
 
 def _init(arguments: list[str]) -> None:
-    name, path = _exactly(arguments, "a name that `iwm configs` lists", "the YAML file to write")
-    print(import_object("iwm_fast.commands.init_config:write_starter")(name, Path(path)))
+    name, path = _exactly(arguments[:2], "a name that `iwm configs` lists", "the YAML file to write")
+    print(import_object("iwm_fast.commands.init_config:write_starter")(name, Path(path), arguments[2:]))
 
 
 def _demo(arguments: list[str]) -> None:
@@ -177,7 +177,8 @@ COMMANDS = {
         "iwm_fast.commands.replay_step:replay_step", "iwm_fast.config.commands:ReplayConfig"),
     "configs": Command("", "list the packaged configurations, whose names can be used instead of RUN.yaml", _configs),
     "init": Command(
-        "NAME FILE.yaml", "write a YAML file based on a packaged configuration, with the settings to change first",
+        "NAME FILE.yaml [key=value ...]",
+        "write a YAML file based on a packaged configuration, with the settings to change first",
         _init),
     "shards demo": Command(
         "FOLDER", "write the demo's shards from photographs bundled with its dependencies", _shards_demo),

@@ -1,6 +1,7 @@
 """`iwm configs` and `iwm init`: list the packaged configurations, and start a file of one's own from one of them."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,19 +32,24 @@ def _first_comment(path: Path) -> str:
     return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
-def write_starter(name: str, path: Path) -> Path:
+def write_starter(name: str, path: Path, overrides: Sequence[str] = ()) -> Path:
     """Write a YAML file based on a packaged configuration, with the settings that users change first as comments.
+
+    Settings that `overrides` change, texts of the form `group.key=value`, are written without the comment sign.
 
     Raises:
         FileNotFoundError: if there is no such configuration, or no folder for the file.
         FileExistsError: if the file exists.
-        ValueError: if the file does not end with .yaml.
+        ValueError: if the file does not end with .yaml, or an override names a setting that the file does not show.
     """
     require(path.suffix == ".yaml", "the file to write", str(path), "end with .yaml")
     # Raises with the list of names if there is no such configuration.
     find_config(name)
     require(name in named_configs(), "the base", name, "be a name that `iwm configs` lists; copy a file instead")
-    text = _starter(name, path)
+    changed = {override.partition("=")[0] for override in overrides}
+    unknown = sorted(changed - set(_SETTINGS))
+    require(not unknown, "settings of iwm init", unknown, f"be among {', '.join(_SETTINGS)}; add others to the file")
+    text = _starter(name, path, overrides, changed)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -52,10 +58,11 @@ def write_starter(name: str, path: Path) -> Path:
     return path
 
 
-def _starter(name: str, path: Path) -> str:
-    config = load_config(name)
+def _starter(name: str, path: Path, overrides: Sequence[str], changed: set[str]) -> str:
+    config = load_config(name, overrides)
     values = config_to_dict(config)
-    values["output"]["folder"] = f"runs/{path.stem}"
+    if "output.folder" not in changed:
+        values["output"]["folder"] = f"runs/{path.stem}"
     values["data"] |= {
         "train": config.data.train or "shards/train-{000000..000099}.tar",
         "val": config.data.val or "shards/val",
@@ -78,5 +85,5 @@ def _starter(name: str, path: Path) -> str:
         text = " ".join(docs[setting].split())
         lines += textwrap.wrap(text, _LINE_LENGTH, initial_indent="  # ", subsequent_indent="  # ")
         value = yaml.safe_dump({leaf: values[group][leaf]}, width=1000).strip()
-        lines += [f"  # {value}"]
+        lines += [f"  {value}" if setting in changed else f"  # {value}"]
     return "\n".join(lines) + "\n"

@@ -130,3 +130,14 @@ def test_a_packaged_base_gives_all_settings_of_the_recipe(name):
         "weight_decay",
         "teacher_momentum",
     } <= optim.keys()
+
+
+def test_a_starter_contains_the_settings_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_starter("vit_s16", Path("mine.yaml"), ["data.train=shards/train", "output.folder=runs/first"])
+    config = load_config(path)
+    assert config.data.train.endswith("shards/train") and config.output.folder == "runs/first"
+    assert config.optim.global_batch_size == 2048
+    with pytest.raises(ValueError, match=r"settings of iwm init must be among data\.train, .*got \['seed'\]"):
+        write_starter("vit_s16", Path("other.yaml"), ["seed=1"])
+    assert not Path("other.yaml").exists()
