@@ -1,9 +1,7 @@
 """Shard patterns that mean the same from any working directory; cheap to import."""
 
-import os
+import re
 from pathlib import Path
-
-from braceexpand import braceexpand
 
 
 def absolute_shards(spec: str) -> str:
@@ -19,10 +17,9 @@ def _absolute(pattern: str) -> str:
     # In the name of the working directory, these characters would become part of the pattern.
     if not pattern or set("{}*?") & set(folder) or "::" in folder:
         return pattern
-    try:
-        # Braces may hide where a name begins, as in {/a,/b}/train.tar.
-        is_relative = not any(os.path.isabs(name) or "://" in name or name[:1] == "~" for name in braceexpand(pattern))
-    except ValueError:
-        # A malformed pattern is reported where the shards are opened.
-        return pattern
+    # Alternatives in braces may hide where a name begins, as in {/a,/b}/train.tar. Patterns that begin with nested
+    # braces are left alone.
+    braces = re.match(r"\{([^{}]*)\}", pattern)
+    starts = braces[1].split(",") if braces else [pattern]
+    is_relative = "://" not in pattern and not any(start[:1] in ("/", "~", "{") for start in starts)
     return str(Path(folder, pattern)) if is_relative else pattern

@@ -11,7 +11,7 @@ import yaml
 
 from iwm_fast.pipelines.config import require
 
-_LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
+LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
 _REQUIRED_CLAIM_KEYS, _OPTIONAL_CLAIM_KEYS = {"text", "paper", "compare"}, {"margin"}
 
 
@@ -109,8 +109,8 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     require(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
-    unknown = sorted(set(tree) - _LAB_KEYS)
-    require(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(_LAB_KEYS))}")
+    unknown = sorted(set(tree) - LAB_KEYS)
+    require(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(LAB_KEYS))}")
     if "like" not in tree:
         return tree
     parent = _read_tree(Path(tree["like"]))

@@ -13,7 +13,7 @@ import iwm_fast
 from fixtures.launchers import tiny_yaml
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.cli import COMMANDS, main
-from iwm_fast.lab.config import _TOP as LAB_KEYS
+from iwm_fast.lab.config import LAB_KEYS
 
 
 def refused(capsys, *arguments: str) -> str:
