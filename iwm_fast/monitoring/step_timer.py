@@ -26,7 +26,7 @@ class StepTimer:
         self._range: record_function | None = None
 
     def begin(self, phase: str) -> None:
-        """End the current phase and begin one of PARTS."""
+        """End the current phase and begin one of PHASES."""
         self._mark(phase)
         # Label the phase in a profile. Without a profiler, a label would only cost microseconds. PyTorch has no public
         # name for this query.
@@ -57,7 +57,7 @@ class StepTimer:
         return self._is_on_gpu
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each of PARTS. Waits until a GPU has finished the step."""
+        """Return the seconds of each of PHASES. Waits until a GPU has finished the step."""
         seconds = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in pairwise(self._marks):
             seconds[phase] += _seconds_between(begin, end)

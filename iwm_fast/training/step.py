@@ -58,7 +58,7 @@ class StepReport:
 
 
 class StepRecorder:
-    """What one optimiser step has done so far: its micro-batches and what they took."""
+    """Collects, micro-batch by micro-batch, what the `StepReport` of an optimiser step contains."""
 
     def __init__(self, device: torch.device) -> None:
         self.timer = StepTimer(device)
@@ -67,23 +67,27 @@ class StepRecorder:
         self._num_replaced = 0
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Wait for the next micro-batch; its forward pass begins."""
+        """Wait for the next micro-batch and return it; the timer's forward phase has begun."""
         self.timer.begin("wait")
         batch = next(batches)
+        # First of all, because from here on the loader's threads compete for the cores, which is not waiting for data.
+        self.timer.begin("forward")
         self._keys.append(batch.key)
         self._num_replaced += int((batch.sample != batch.scheduled_sample).sum())
-        self.timer.begin("forward")
         return batch
 
     def backward(self, engine: Engine, loss: Float[Tensor, ""]) -> None:
-        """Add the gradients of the micro-batch's loss."""
+        """Add the gradients of a micro-batch's loss to those of the step."""
         engine.backward(loss)
         self._losses.append(loss.detach())
 
     def report(
         self, outcome: StepOutcome, prediction: Prediction | None = None, target_tokens: Tensor | None = None
     ) -> StepReport:
-        """End the step and return its report, with what was predicted of the last micro-batch, and of what."""
+        """End the step and return its report.
+
+        `prediction` and `target_tokens` are those of the last micro-batch, if the step predicts a teacher's tokens.
+        """
         self.timer.stop()
         return StepReport(
             losses=torch.stack(self._losses),
