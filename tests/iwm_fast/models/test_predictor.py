@@ -78,15 +78,18 @@ def test_without_conditioning_the_action_does_not_reach_the_prediction(student, 
     assert torch.autograd.grad(loss, batch.action, allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_packed_images_equal_one_image_at_a_time(student, make_batch, ragged, conditioning):
-    module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
-    alone = []
+def single_batches(batch, make_batch, ragged):
+    """Yield the three images of a batch as batches of one image."""
     for i in range(3):
         fields = {"source_view": batch.source_view[i : i + 1], "action": batch.action[i : i + 1]}
         fields |= {"context": ragged(CONTEXT[i : i + 1]), "target": ragged(TARGET[i : i + 1])}
-        single = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
-        alone.append(module(single).predicted_tokens)
+        yield replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_packed_images_equal_one_image_at_a_time(student, make_batch, ragged, conditioning):
+    module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
+    alone = [module(single).predicted_tokens for single in single_batches(batch, make_batch, ragged)]
     torch.testing.assert_close(module(batch).predicted_tokens, torch.cat(alone))
 
 
@@ -176,12 +179,8 @@ def test_extra_tokens_reach_their_own_images_and_have_no_output(student, make_ba
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_with_extra_tokens_packed_images_equal_one_at_a_time(student, make_batch, ragged, conditioning):
     module, batch = student(conditioning=conditioning), make_batch(CONTEXT, TARGET)
-    alone = []
-    for i in range(3):
-        fields = {"source_view": batch.source_view[i : i + 1], "action": batch.action[i : i + 1]}
-        fields |= {"context": ragged(CONTEXT[i : i + 1]), "target": ragged(TARGET[i : i + 1])}
-        single = replace(make_batch(CONTEXT[:1], TARGET[:1]), **fields)
-        alone.append(predict(module, single, extra_tokens=EXTRA[i : i + 1].flip(1)))
+    singles = single_batches(batch, make_batch, ragged)
+    alone = [predict(module, single, extra_tokens=EXTRA[i : i + 1].flip(1)) for i, single in enumerate(singles)]
     torch.testing.assert_close(predict(module, batch, extra_tokens=EXTRA), torch.cat(alone))
 
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from fixtures.exact_predictor import FLAGS
-from fixtures.tar_files import photograph
-from iwm_fast import world_model
 from iwm_fast.evals.retrieval.bank import (
     Query,
     bank_views,
@@ -26,16 +24,6 @@ from iwm_fast.pipelines.transforms.action import change_from_action
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
-
-
-@pytest.fixture
-def model(tiny_config):
-    return world_model.build_untrained(tiny_config())
-
-
-@pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
-    return torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
 
 
 def bank_of(model, pixels, *, size=8, sample=0, seed=0):

@@ -11,7 +11,6 @@ import torch
 from pyarrow import parquet
 
 from fixtures.exact_predictor import FLAGS, Pair, exact, ignore_action
-from fixtures.tar_files import photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig, MrrConfig, PlanConfig
@@ -23,16 +22,6 @@ from iwm_fast.pipelines.transforms.parameters import Photometry
 from iwm_fast.train import run
 
 FAMILIES = ("jitter", *FLAGS)
-
-
-@pytest.fixture
-def model(tiny_config):
-    return world_model.build_untrained(tiny_config())
-
-
-@pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
-    return torch.from_numpy(photograph("coffee.png")[100:116, 100:116].copy())
 
 
 def trained(shards, folder, *, depth=1, **views):
