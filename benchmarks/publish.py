@@ -69,9 +69,10 @@ def render_demo(summary: dict[str, Any]) -> str:
          f"**{summary['mrr_default_bank']:.3f}**", f"{chance} {summary['mrr_default_bank_untrained']:.3f}"),
         ("k-NN accuracy, 17 photographs, disjoint regions", f"**{summary['knn']:.3f}**",
          f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"),
-        ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s",
-         f"{summary['training_s']:.0f} s, {100 * summary['wait_share']:.1f} % of them waiting for data"),
-        ("evaluation and pictures", f"{summary['evaluation_s']:.0f} s", ""),
+        ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s", ""),
+        ("share of that time spent waiting for data", f"{100 * summary['wait_share']:.1f} %", ""),
+        ("minutes of training; of evaluation and pictures",
+         f"{summary['training_s'] / 60:.1f}; {summary['evaluation_s'] / 60:.1f}", ""),
     ]  # fmt: skip
     lines = ["| seed 0 | world model | control |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
     provenance = f"{summary['machine']}, 2 cores, commit {summary['commit']}. The interval is over images."
