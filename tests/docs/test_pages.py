@@ -60,10 +60,12 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
         yield match[1], match[2]
 
 
-def execute(page: str, folder: Path) -> None:
+def execute(page: str, folder: Path, *, languages: tuple[str, ...] = ("bash", "python", "yaml")) -> None:
     """Run a page's blocks in order in a folder; a yaml block is written to the file that its first line names."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for language, text in blocks(page):
+        if language not in languages:
+            continue
         if language == "yaml":
             name = FILE_NAME.match(text)
             assert name is not None, f"the first line of a yaml block names its file: {text}"
@@ -80,6 +82,8 @@ def test_the_code_of_quickstart_data_and_python_api_runs(tmp_path):
     save_images(tmp_path / "images")
     execute("quickstart.md", tmp_path)
     execute("python_api.md", tmp_path)
+    (tmp_path / "runs" / "demo").symlink_to("first")
+    execute("../README.md", tmp_path, languages=("python",))
     packed = tmp_path / "data"
     packed.mkdir()
     (packed / "images").symlink_to(tmp_path / "images")
