@@ -32,14 +32,14 @@ def find_resume_point(config: RunConfig, require_same: Callable[[Checkpoint], An
         ValueError: if the folder holds a run and `resume` is never.
         CheckpointError: if there are checkpoints but none is complete, or if `require_same` raises it.
     """
-    on_rank_zero: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
+    resume_point: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
         lambda: _find_on_this_rank(config, require_same)
     )
     # Only the path is broadcast. The other ranks read the gigabytes of a checkpoint from disk.
-    folder, run_id = distributed.broadcast_from_rank_zero(lambda: _path_and_id(on_rank_zero))
+    folder, run_id = distributed.broadcast_from_rank_zero(lambda: _path_and_id(resume_point))
     if folder is None:
         return None, run_id
-    saved = on_rank_zero[0] if on_rank_zero else None
+    saved = resume_point[0] if resume_point else None
     return saved or checkpoints.read(folder), run_id
 
 
