@@ -57,8 +57,8 @@ def is_in(phase: str, run: LaunchedRun, rank_zero: int) -> bool:
     return {
         "wait for data": is_in_step and is_waiting,
         "step": is_in_step and not is_waiting,
-        # Only evaluations during training; that of the untrained networks at the start runs other code.
-        "evaluation": "in _measure_copy\n" in stack,
+        # Only evaluations during training, not that of the untrained networks at the start.
+        "evaluation": "in _measure\n" in stack and "in _open_and_measure\n" not in stack,
     }[phase]
 
 
