@@ -51,7 +51,7 @@ _TIMM_SIZES = {
     (1024, 16, 24): ("large", (14, 16, 32)),
     (1280, 16, 32): ("huge", (14,)),
 }
-# The architecture that stands for sizes without a name in timm: its arguments are all overridden.
+# Architecture for sizes without a name in timm. All of its arguments are overridden.
 _TIMM_ANY_SIZE = "vit_base_patch16_224"
 # Arguments with which timm's features are the mean over patches after the final norm.
 _TIMM_HEADLESS = {"class_token": False, "global_pool": "avg", "fc_norm": False}

@@ -113,7 +113,7 @@ class Gpu(NamedTuple):
     tf32: float
     fp32: float
     memory_gb: int
-    """Memory in 10^9 bytes, the smaller one where a name stands for two versions."""
+    """Memory in 10^9 bytes, the smaller one if a name has two versions."""
 
 
 # From NVIDIA's data sheets, without sparsity. On GeForce cards, bf16 and tf32 are the values with float32 accumulation.

@@ -2,7 +2,7 @@
 
 Credentials and the location of the store come only from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
 AWS_ENDPOINT_URL, AWS_CA_BUNDLE; GOOGLE_APPLICATION_CREDENTIALS), because addresses end up in logs and saved settings.
-Addresses are literal: %20 does not stand for a space, and # and * are ordinary characters.
+Addresses are literal: %20 is not decoded to a space, and # and * are ordinary characters.
 """
 
 import logging

@@ -96,7 +96,7 @@ def percentile_interval(draws: Float64[np.ndarray, "draws"]) -> tuple[float, flo
 
 def _mean_iou(sums: Float[np.ndarray, "*draws 3 K"] | Int64[np.ndarray, "*draws 3 K"]) -> np.ndarray:
     correct, predicted, true = np.moveaxis(sums, -2, 0)
-    # Classes without true pixels do not enter the mean, so that any value may stand for their IoU.
+    # Classes without true pixels do not enter the mean, so that the value of their IoU does not matter.
     occurs = true > 0
     iou = np.where(occurs, correct / np.maximum(predicted + true - correct, 1), 0.0)
     num_classes = occurs.sum(axis=-1)
