@@ -102,7 +102,7 @@ def interleaved_rounds(names: Iterable[Name], rounds: int, has_time: Callable[[i
 
 
 def percentiles(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Return median, 20th and 80th percentile under the field names of a record; a single time is used for all three."""
+    """Return median, 20th and 80th percentile under the field names of a record; for a single time, that time."""
     tenths = statistics.quantiles(times_ms, n=10, method="inclusive") if len(times_ms) > 1 else [*times_ms] * 9
     return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7], "repeats": len(times_ms)}
 
