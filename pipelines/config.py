@@ -19,6 +19,9 @@ CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
 FLIP_ENTRY = "flip"
 ACTION_ENTRIES = (*PHOTOMETRIC_ENTRIES, *CROP_ENTRIES, FLIP_ENTRY)
 
+# Characters of a refused value in its message.
+_MAX_SHOWN = 200
+
 
 def require(condition: bool, name: str, value: object, accepted: str) -> None:
     """Check a setting and report an invalid one in the form "NAME must ACCEPTED, got VALUE".
@@ -27,7 +30,9 @@ def require(condition: bool, name: str, value: object, accepted: str) -> None:
         ValueError: if `condition` is false.
     """
     if not condition:
-        raise ValueError(f"{name} must {accepted}, got {value!r}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+        raise ValueError(f"{name} must {accepted}, got {shown}")
 
 
 def require_range(name: str, value: tuple[float, float], low: float, high: float) -> None:

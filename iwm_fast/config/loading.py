@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from iwm_fast.config.named_configs import find_config, read_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.shard_paths import absolute_shards
+from iwm_fast.config.strict_yaml import parse_yaml
+from iwm_fast.config.values import convert, named_place
 from iwm_fast.pipelines.config import require
 
 Config = TypeVar("Config")
@@ -66,74 +66,73 @@ def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[
     Raises:
         ValueError: for an unknown key, or a value of the wrong type or out of range.
     """
-    _check_groups(config_class, tree)
     for override in overrides:
         _apply_override(config_class, tree, override)
-    # A YAML list of shards becomes one string, because the setting has one type on the command line too.
-    data = tree.get("data")
-    for name in ("train", "val"):
-        if isinstance(data, dict) and isinstance(data.get(name), list):
-            data[name] = "::".join(data[name])
-    try:
-        # OmegaConf reads the defaults of a group from an instance, which has derived its unset settings from the
-        # defaults of others. They must be derived from the values of this tree instead.
-        unset = OmegaConf.create()
-        for name, item, _ in _leaf_fields(config_class):
-            if item.default is None:
-                OmegaConf.update(unset, name, None)
-        # Paths may contain "${", which OmegaConf would read as an interpolation.
-        merged = OmegaConf.merge(OmegaConf.structured(config_class), unset, OmegaConf.create(_escape(tree)))
-        config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise ValueError(_unknown_key_message(config_class, str(error.full_key))) from error
-    except OmegaConfBaseException as error:
-        prefix = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ValueError(prefix + str(error).splitlines()[0]) from error
-    assert isinstance(config, config_class)
-    return config
+    return _build_group(config_class, tree, "", config_class)
 
 
-def _check_groups(config_class: Any, tree: dict[str, Any], prefix: str = "") -> None:
-    """Check that every group holds settings. Groups whose settings are all commented out are removed, in place."""
-    for group in dataclasses.fields(config_class):
-        if not dataclasses.is_dataclass(group.type) or group.name not in tree:
-            continue
-        name, value = f"{prefix}{group.name}", tree[group.name]
-        if value is None:
-            del tree[group.name]
-            continue
-        require(isinstance(value, dict), name, value, "hold settings as `key: value`")
-        _check_groups(group.type, value, f"{name}.")
+def _build_group(kind: Any, tree: Any, prefix: str, config_class: type) -> Any:
+    """Build the dataclass of one group; `prefix` is its dotted name with a dot at the end, `config_class` the root."""
+    require(isinstance(tree, dict), prefix.rstrip(".") or "the settings", tree, "hold settings as `key: value`")
+    settings = {setting.name: setting for setting in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        with named_place(name):
+            if name not in settings:
+                raise ValueError(_unknown_key_message(config_class, f"{prefix}{name}"))
+        group = settings[name].type
+        if not dataclasses.is_dataclass(group):
+            values[name] = convert(f"{prefix}{name}", group, _join_shards(f"{prefix}{name}", value))
+        # In YAML, a group whose settings are all commented out is null.
+        elif value is not None:
+            values[name] = _build_group(group, value, f"{prefix}{name}.", config_class)
+    return kind(**values)
 
 
-def _escape(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {name: _escape(child) for name, child in node.items()}
-    if isinstance(node, list):
-        return [_escape(child) for child in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
+def _join_shards(name: str, value: Any) -> Any:
+    """Return a YAML list of shards as one string, because the setting has one type on the command line, too."""
+    is_list = name in ("data.train", "data.val") and isinstance(value, list)
+    return "::".join(convert(name, tuple[str, ...], value)) if is_list else value
 
 
 def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> None:
     """Write the value of a `group.key=value` text into the tree, in place."""
     name, equals, text = override.partition("=")
+    if override.startswith("-"):
+        raise ValueError(f"unknown option {override!r}; settings are given as group.key=value, without dashes")
+    if not equals and name.endswith((".yaml", ".yml")):
+        raise ValueError(f"one YAML file can be given, got {name!r} as well; name it as the base of the first one")
     require(bool(equals) and bool(name), "override", override, "have the form group.key=value")
-    types = {setting: _type_name(field) for setting, field, _ in _leaf_fields(config_class)}
-    # runtime.deepspeed is a free-form dict, whose keys DeepSpeed checks.
-    if name not in types and not name.startswith("runtime.deepspeed."):
+    kinds = {setting: field.type for setting, field, _ in _leaf_fields(config_class)}
+    # runtime.deepspeed is a dict, whose keys RuntimeConfig checks.
+    if name not in kinds and not name.startswith("runtime.deepspeed."):
         raise ValueError(_unknown_key_message(config_class, name))
-    # The text of a string setting is used verbatim: a path such as {a,b}.tar is also valid YAML for something else.
-    value = text if types.get(name) == "str" else yaml.safe_load(text)
     *groups, leaf = name.split(".")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-        require(isinstance(tree, dict), group, tree, "be a group of settings")
-    tree[leaf] = value
+    for number, group in enumerate(groups):
+        tree[group] = {} if tree.get(group) is None else tree[group]
+        tree = tree[group]
+        require(isinstance(tree, dict), ".".join(groups[: number + 1]), tree, "hold settings as `key: value`")
+    # The text of a string setting is used verbatim: a path such as {a,b}.tar is also valid YAML for something else.
+    tree[leaf] = text if kinds.get(name) is str else _parse_override(name, text)
+
+
+def _parse_override(name: str, text: str) -> Any:
+    require(bool(text.strip()), name, text, "have a value after the equals sign; null means unset")
+    return parse_yaml(text, f"the value of {name}")
 
 
 def _unknown_key_message(config_class: type, name: str) -> str:
     settings = [setting for setting, _, _ in _leaf_fields(config_class)]
-    matches = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+    members = [setting for setting in settings if setting.startswith(f"{name}.")]
+    if members:
+        return f"{name!r} is a group of settings; set them one by one, such as {members[0]}=VALUE"
+    if name in settings:
+        return (
+            f"{name!r} must be written as nested groups in YAML, {name.replace('.', ': {')}: ...{'}' * name.count('.')}"
+        )
+    # A setting without its group, or else a misspelling.
+    matches = [setting for setting in settings if setting.endswith(f".{name}")]
+    matches = matches or difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
     names = ", ".join(item.name for item in dataclasses.fields(config_class))
     hint = f"did you mean {matches[0]!r}?" if matches else f"the top-level names are {names}"
     return f"unknown setting {name!r}; {hint}"

@@ -4,8 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from iwm_fast.config.strict_yaml import read_yaml, resolve
 from iwm_fast.pipelines.config import require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,15 +53,14 @@ def read_settings(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, An
     files = (*dependents, path.resolve())
     if path.resolve() in dependents:
         raise ValueError(f"base must not lead back to the same file, got {' -> '.join(map(str, files))}; remove one")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    require(isinstance(tree, dict), str(path), type(tree).__name__, "hold `group:` and `key: value` lines")
+    tree = read_yaml(path) or {}
+    require(isinstance(tree, dict), str(path), resolve(tree), "hold `group:` and `key: value` lines")
     if "base" not in tree:
         return tree
     base = tree.pop("base")
-    require(isinstance(base, str) and bool(base), f"base of {path}", base, "be the name or path of a configuration")
+    require(
+        isinstance(base, str) and bool(base), f"base of {path}", resolve(base), "be the name or path of a configuration"
+    )
     try:
         base_path = find_config(base, path.parent)
     except FileNotFoundError as error:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from iwm_fast.config.strict_yaml import read_yaml, resolve
+from iwm_fast.config.values import convert
 from iwm_fast.pipelines.config import require
 
 LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
@@ -78,48 +80,60 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
     tree = _read_tree(path)
     for key in ("folder", "base", "cells"):
         require(key in tree, str(path), sorted(tree), f"have the key {key}")
-    cells = {str(name): _to_overrides(settings or {}, f"cells.{name}") for name, settings in tree["cells"].items()}
-    seeds = tuple(tree.get("seeds", (0, 1, 2)))
+    cells = {name: _to_overrides(settings, f"cells.{name}") for name, settings in _mapping(tree, "cells").items()}
+    require(len(cells) >= 1, "cells", cells, "hold at least one cell")
+    seeds = convert("seeds", tuple[int, ...], tree.get("seeds", [0, 1, 2]))
     require(len(seeds) >= 1 and len(set(seeds)) == len(seeds), "seeds", seeds, "list at least one seed and none twice")
-    if not Path(tree["base"]).is_file():
-        raise FileNotFoundError(f"base of {path}: the run file {tree['base']!r} does not exist")
-    evaluations = tuple(_parse_evaluation(entry, cells, tasks) for entry in tree.get("evaluations", []))
-    claims = tuple(parse_claim(name, entry) for name, entry in (tree.get("claims") or {}).items())
+    workers = convert("workers", int | None, tree.get("workers"))
+    require(workers is None or workers >= 1, "workers", workers, "be at least 1 or unset")
+    base = Path(convert("base", str, tree["base"]))
+    if not base.is_file():
+        raise FileNotFoundError(f"base of {path}: the run file {str(base)!r} does not exist")
+    entries = tree.get("evaluations") or []
+    require(isinstance(entries, list), "evaluations", entries, "hold a list")
+    evaluations = tuple(_parse_evaluation(entry, cells, tasks) for entry in entries)
+    claims = tuple(parse_claim(name, entry) for name, entry in _mapping(tree, "claims").items())
     for claim in claims:
         unknown = sorted({selector.cell for pair in claim.compare for selector in pair} - cells.keys())
         require(not unknown, f"cells of claims.{claim.name}", unknown, f"be among {', '.join(cells)}")
     return LabConfig(
-        folder=Path(tree["folder"]),
-        base=Path(tree["base"]),
-        settings=_to_overrides(tree.get("settings", {}), "settings"),
-        has_demo_data=bool(tree.get("demo_data", False)),
+        folder=Path(convert("folder", str, tree["folder"])),
+        base=base,
+        settings=_to_overrides(tree.get("settings"), "settings"),
+        has_demo_data=convert("demo_data", bool, tree.get("demo_data", False)),
         seeds=seeds,
-        workers=tree.get("workers"),
+        workers=workers,
         cells=cells,
         evaluations=evaluations,
         claims=claims,
     )
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"the lab file {str(path)!r} does not exist; name a YAML file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    require(isinstance(tree, dict), str(path), type(tree).__name__, "hold `key: value` lines")
+    files = (*dependents, path.resolve())
+    require(path.resolve() not in dependents, "like", " -> ".join(map(str, files)), "not lead back to the same file")
+    tree = resolve(read_yaml(path)) or {}
+    require(isinstance(tree, dict), str(path), tree, "hold `key: value` lines")
     unknown = sorted(set(tree) - LAB_KEYS)
     require(not unknown, f"keys of {path}", unknown, f"be among {', '.join(sorted(LAB_KEYS))}")
     if "like" not in tree:
         return tree
-    parent = _read_tree(Path(tree["like"]))
-    return parent | tree | {"settings": parent.get("settings", {}) | tree.get("settings", {})}
+    parent = _read_tree(Path(convert("like", str, tree["like"])), files)
+    return parent | tree | {"settings": _mapping(parent, "settings") | _mapping(tree, "settings")}
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the mapping of a key, which is empty if the key is missing or all its lines are commented out."""
+    value = tree.get(key) or {}
+    require(isinstance(value, dict), key, value, "hold `key: value` lines")
+    return value
 
 
 def _to_overrides(settings: Any, address: str) -> tuple[str, ...]:
-    require(isinstance(settings, dict), address, settings, "hold `group.key: value` lines")
-    return tuple(f"{name}={_to_yaml(value)}" for name, value in settings.items())
+    require(isinstance(settings, dict | None), address, settings, "hold `group.key: value` lines")
+    return tuple(f"{name}={_to_yaml(value)}" for name, value in (settings or {}).items())
 
 
 def _to_yaml(value: Any) -> str:
@@ -130,12 +144,12 @@ def _to_yaml(value: Any) -> str:
 
 
 def _parse_evaluation(entry: Any, cells: dict[str, Any], tasks: set[str]) -> Evaluation:
-    is_known = isinstance(entry, dict) and entry.get("task") in tasks
+    is_known = isinstance(entry, dict) and isinstance(entry.get("task"), str) and entry["task"] in tasks
     require(is_known, "task of evaluations", entry, f"be one of {sorted(tasks)}")
-    selected = tuple(entry.get("cells", cells))
+    selected = convert(f"cells of evaluation {entry['task']}", tuple[str, ...], entry.get("cells", [*cells]))
     unknown = [name for name in selected if name not in cells]
     require(not unknown, f"cells of evaluation {entry['task']}", unknown, f"be among {', '.join(cells)}")
-    return Evaluation(task=entry["task"], cells=selected, settings=_to_overrides(entry.get("settings", {}), "settings"))
+    return Evaluation(task=entry["task"], cells=selected, settings=_to_overrides(entry.get("settings"), "settings"))
 
 
 def parse_claim(name: str, entry: Any) -> Claim:
@@ -147,12 +161,13 @@ def parse_claim(name: str, entry: Any) -> Claim:
     keys = set(entry) if isinstance(entry, dict) else set()
     has_keys = _REQUIRED_CLAIM_KEYS <= keys <= _REQUIRED_CLAIM_KEYS | _OPTIONAL_CLAIM_KEYS
     require(has_keys, f"claims.{name}", entry, f"have {', '.join(sorted(_REQUIRED_CLAIM_KEYS))} and optionally margin")
-    margin = entry.get("margin", 0.0)
-    require(isinstance(margin, int | float) and margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
-    pairs = tuple(tuple(_parse_selector(text, name) for text in pair) for pair in entry["compare"])
-    is_paired = all(len(pair) == 2 for pair in pairs)
-    require(is_paired, f"claims.{name}.compare", entry["compare"], "hold pairs [better, worse]")
-    return Claim(name=name, text=entry["text"], paper=entry["paper"], compare=pairs, margin=float(margin))  # type: ignore[arg-type]
+    margin = convert(f"claims.{name}.margin", float, entry.get("margin", 0.0))
+    require(margin >= 0, f"claims.{name}.margin", margin, "be at least 0")
+    compare = entry["compare"]
+    is_paired = isinstance(compare, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in compare)
+    require(is_paired, f"claims.{name}.compare", compare, "hold pairs [better, worse]")
+    pairs = tuple(tuple(_parse_selector(text, name) for text in pair) for pair in compare)
+    return Claim(name=name, text=str(entry["text"]), paper=str(entry["paper"]), compare=pairs, margin=margin)  # type: ignore[arg-type]
 
 
 def _parse_selector(text: str, claim: str) -> ResultSelector:

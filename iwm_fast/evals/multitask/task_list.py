@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from iwm_fast.config.strict_yaml import read_yaml, resolve
+from iwm_fast.config.values import convert
 from iwm_fast.pipelines.config import require, require_label_field
 
 # Name of the result row that averages over all tasks; no task may have it.
@@ -46,28 +46,22 @@ def read_task_list(path: str) -> tuple[TaskSpec, ...]:
         raise FileNotFoundError(
             f"tasks = {path!r} does not exist; name a YAML file with lines like `photograph: {{label: cls}}`"
         )
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        tree, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    is_mapping = isinstance(tree, dict) and bool(tree)
-    require(is_mapping, path, tree, "name at least one task, in lines like `photograph: {label: cls}`")
-    assert root is not None
-    # safe_load silently keeps the last of several equal keys, so the keys are read from the node tree.
-    _check_unique(path, "task", [key.value for key, _ in root.value])
+    tree = resolve(read_yaml(Path(path)))
+    require(
+        isinstance(tree, dict) and bool(tree),
+        path,
+        tree,
+        "name at least one task, in lines like `photograph: {label: cls}`",
+    )
     tasks = tuple(_parse_task(path, name, entry) for name, entry in tree.items())
-    _check_unique(path, "label", [task.label for task in tasks])
+    labels = [task.label for task in tasks]
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    require(not repeated, path, repeated, "name each label only once")
     return tasks
 
 
-def _check_unique(path: str, kind: str, values: list[str]) -> None:
-    repeated = sorted({value for value in values if values.count(value) > 1})
-    require(not repeated, path, repeated, f"name each {kind} only once")
-
-
 def _parse_task(path: str, name: Any, entry: Any) -> TaskSpec:
-    is_word = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and name != MEAN
+    is_word = isinstance(name, str) and re.fullmatch(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9_-]*", name) and name != MEAN
     require(bool(is_word), path, name, f"name tasks by letters, digits, dashes and underscores, and not {MEAN!r}")
     address = f"{path}: {name}"
     require(isinstance(entry, dict), address, entry, "hold `label: cls` or `label: json.FIELD`")
@@ -76,15 +70,14 @@ def _parse_task(path: str, name: Any, entry: Any) -> TaskSpec:
     require(not unknown, address, unknown, f"have no keys other than {', '.join(keys)}")
     label, weight, classes = entry.get("label", ""), entry.get("weight", 1.0), entry.get("classes")
     require_label_field(f"{address}.label", label)
-    # In Python, booleans are integers.
-    is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
-    require(is_weight, f"{address}.weight", weight, "be a number above 0")
+    weight = convert(f"{address}.weight", float, weight)
+    require(weight > 0, f"{address}.weight", weight, "be a number above 0")
     is_list = classes is None or (
         isinstance(classes, list) and len({_class_name(value) for value in classes}) == len(classes) > 0
     )
     require(is_list, f"{address}.classes", classes, "list the name of each class once")
     names = None if classes is None else tuple(_class_name(value) for value in classes)
-    return TaskSpec(name=name, label=label, weight=float(weight), classes=names)
+    return TaskSpec(name=name, label=label, weight=weight, classes=names)
 
 
 def _class_name(value: Any) -> str:
