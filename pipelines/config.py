@@ -44,6 +44,15 @@ def require_range(name: str, value: tuple[float, float], low: float, high: float
     require(low <= value[0] <= value[1] <= high, name, value, f"satisfy {low:g} <= low <= high <= {high:g}")
 
 
+def require_seed(value: int) -> None:
+    """Check a seed, which random number generators take as an unsigned number of 63 bits.
+
+    Raises:
+        ValueError: if it is negative or too large.
+    """
+    require(0 <= value < 2**63, "seed", value, "lie in [0, 2^63)")
+
+
 def require_label_field(name: str, value: object) -> None:
     """Check that a setting names labels: `cls`, or `json.NAME` for a field of the .json members.
 
@@ -116,7 +125,7 @@ class ViewConfig:
     crop_height; with views.source_flip_probability also flip."""
 
     def __post_init__(self) -> None:
-        require(self.size >= 8, "views.size", self.size, "be at least 8 pixels")
+        require(8 <= self.size <= 8192, "views.size", self.size, "be between 8 and 8192 pixels")
         require_range("views.crop_scale", self.crop_scale, 1e-3, 1.0)
         require_range("views.crop_aspect", self.crop_aspect, 0.1, 10.0)
         if self.source_crop is not None:
@@ -171,8 +180,9 @@ class RandAugmentConfig:
     """Strength of all operations, from 0 to 30."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.num_operations <= 14, "num_operations", self.num_operations, "be between 1 and 14")
-        require(0 <= self.magnitude <= 30, "magnitude", self.magnitude, "be between 0 and 30")
+        for name, low, high in (("num_operations", 1, 14), ("magnitude", 0, 30)):
+            value = getattr(self, name)
+            require(low <= value <= high, f"augment.operations.{name}", value, f"be between {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +199,8 @@ class MaskConfig:
     """If set, the context is limited to a rectangle with this share of the grid (I-JEPA uses [0.85, 1.0])."""
 
     def __post_init__(self) -> None:
-        require(self.num_target_blocks >= 1, "mask.num_target_blocks", self.num_target_blocks, "be at least 1")
+        count = self.num_target_blocks
+        require(1 <= count <= 1000, "mask.num_target_blocks", count, "be between 1 and 1000")
         # A block that covers the complete grid would leave no patch for the context.
         low, high = self.block_scale
         require(0 < low <= high < 1, "mask.block_scale", self.block_scale, "satisfy 0 < low <= high < 1")

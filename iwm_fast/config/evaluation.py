@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.pipelines.config import require, require_label_field
+from iwm_fast.pipelines.config import require, require_label_field, require_seed
 
 Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
@@ -43,6 +43,9 @@ class EvalConfig:
     seed: int = 0
     """Seed of all random draws: banks, target changes, initial heads, the untrained control, bootstrap intervals."""
 
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MrrConfig(EvalConfig):
@@ -61,9 +64,10 @@ class MrrConfig(EvalConfig):
     it from the corrupted image, because training applies these to the source view only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        require(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         require(
             len(set(self.families)) == len(self.families) > 0,
             "families",
@@ -84,6 +88,7 @@ class KnnConfig(EvalConfig):
     """Largest number of training images; if there are more, an evenly spaced subset is used."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.num_neighbors >= 1, "num_neighbors", self.num_neighbors, "be at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "be above 0")
         require(self.max_train_samples >= 1, "max_train_samples", self.max_train_samples, "be at least 1")
@@ -108,6 +113,7 @@ class ProbeConfig(EvalConfig):
     """Weight decays to search over, combined with every learning rate."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limit = self.max_train_samples
         require(limit is None or limit >= 2, "max_train_samples", limit, "be at least 2 or unset")
         require(0 < self.holdout < 1, "holdout", self.holdout, "lie between 0 and 1")
@@ -164,13 +170,14 @@ class PlanConfig(EvalConfig):
     """Share of best candidates per round, which the next round's distribution is fitted to, between 0 and 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_no_label(self.data)
         require(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
               "both name image files, or both be unset")  # fmt: skip
         for name in ("num_images", "rounds"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
         require(self.num_train_images >= 2, "num_train_images", self.num_train_images, "be at least 2")
-        require(self.population >= 4, "population", self.population, "be at least 4")
+        require(4 <= self.population <= 10**6, "population", self.population, "be between 4 and 1000000")
         require(0 < self.elite_share < 1, "elite_share", self.elite_share, "lie between 0 and 1")
 
 
@@ -192,8 +199,10 @@ class ImagineConfig(EvalConfig):
     the run folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        require(self.bank_size >= 2, "bank_size", self.bank_size, "be at least 2")
+        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
+        require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
         require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")

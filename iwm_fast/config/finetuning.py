@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.config.evaluation import EvalDataConfig
-from iwm_fast.config.run import RuntimeConfig, resolve_warmup
-from iwm_fast.pipelines.config import RandAugmentConfig, require
+from iwm_fast.config.run import RuntimeConfig, check_length, resolve_warmup
+from iwm_fast.pipelines.config import RandAugmentConfig, require, require_seed
 
 ARMS = ("encoder", "predictor", "random_predictor", "attentive", "end_to_end")
 """Variants of finetuning. encoder: the encoder and a linear head are trained; predictor: the pretrained predictor and
@@ -50,8 +50,7 @@ class TuneConfig:
     """Precision of forward and backward passes. Weights are always float32."""
 
     def __post_init__(self) -> None:
-        require(self.global_batch_size >= 1, "tune.global_batch_size", self.global_batch_size, "be at least 1")
-        require(self.epochs > 0, "tune.epochs", self.epochs, "be above 0")
+        check_length("tune", self.global_batch_size, self.epochs)
         resolve_warmup("tune", self, recipe=(5, 100))
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
             require(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
@@ -149,6 +148,7 @@ class TuneTaskConfig:
     """Seed of initial weights, sample order, augmentation and bootstrap intervals."""
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         is_plain = all(letter.isalnum() or letter in "._-" for letter in self.name)
         require(is_plain, "name", self.name, "consist of letters, digits, dots, dashes and underscores")
         for name in ("log_every", "checkpoint_every"):
@@ -175,6 +175,7 @@ class FinetuneConfig(TuneTaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(8 <= self.image_size <= 8192, "image_size", self.image_size, "be between 8 and 8192 pixels")
         arms = self.chosen_arms
         unknown = [arm for arm in arms if arm not in ARMS]
         require(not unknown and len(set(arms)) == len(arms), "arms", self.arms,

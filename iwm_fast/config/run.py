@@ -7,7 +7,21 @@ form the fingerprint; `runtime` and `output` must not. Importing this file must 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from iwm_fast.pipelines.config import Backend, DataConfig, LoaderConfig, MaskConfig, ViewConfig, require, require_range
+from iwm_fast.config.deepspeed_settings import check_deepspeed_settings
+from iwm_fast.config.strict_yaml import parse_int
+from iwm_fast.pipelines.config import (
+    Backend,
+    DataConfig,
+    LoaderConfig,
+    MaskConfig,
+    ViewConfig,
+    require,
+    require_range,
+    require_seed,
+)
+
+MAX_BATCH = 1_000_000
+_YEAR_S = 31_536_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +40,7 @@ class EncoderConfig:
     """Hidden width of a block's MLP, as a multiple of dim."""
 
     def __post_init__(self) -> None:
-        _check_transformer("model.encoder", self.dim, self.depth, self.num_heads)
-        require(self.depth >= 1, "model.encoder.depth", self.depth, "be at least 1")
+        _check_transformer("model.encoder", self, min_depth=1)
         require(self.patch_size >= 1, "model.encoder.patch_size", self.patch_size, "be at least 1")
 
 
@@ -49,13 +62,17 @@ class PredictorConfig:
     none: not at all, as a control."""
 
     def __post_init__(self) -> None:
-        _check_transformer("model.predictor", self.dim, self.depth, self.num_heads)
-        require(self.depth >= 0, "model.predictor.depth", self.depth, "be at least 0")
+        _check_transformer("model.predictor", self, min_depth=0)
 
 
-def _check_transformer(name: str, dim: int, depth: int, num_heads: int) -> None:
-    require(num_heads >= 1 and dim % num_heads == 0, f"{name}.num_heads", num_heads, f"divide {name}.dim = {dim}")
-    require(dim >= 4 and dim % 4 == 0, f"{name}.dim", dim, "be a multiple of 4 (2-D sin-cos positions)")
+def _check_transformer(name: str, sizes: EncoderConfig | PredictorConfig, *, min_depth: int) -> None:
+    dim, heads = sizes.dim, sizes.num_heads
+    require(4 <= dim <= 65536 and dim % 4 == 0, f"{name}.dim", dim,
+            "be a multiple of 4 (2-D sin-cos positions) up to 65536")  # fmt: skip
+    require(heads >= 1 and dim % heads == 0, f"{name}.num_heads", heads, f"divide {name}.dim = {dim}")
+    require(min_depth <= sizes.depth <= 1000, f"{name}.depth", sizes.depth, f"be between {min_depth} and 1000")
+    require(1 / dim <= sizes.mlp_ratio <= 100, f"{name}.mlp_ratio", sizes.mlp_ratio,
+            f"be between 1 / {name}.dim and 100")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +100,14 @@ class ObjectiveConfig:
         for name in ("variance_weight", "covariance_weight"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
+
+
+def check_length(group: str, global_batch_size: int, epochs: float) -> None:
+    """Check the settings that decide how many steps a training has; `group` is their group, for messages."""
+    require(1 <= global_batch_size <= MAX_BATCH, f"{group}.global_batch_size", global_batch_size,
+            f"be between 1 and {MAX_BATCH}")  # fmt: skip
+    # The position in the stream of samples is a 64-bit number.
+    require(0 < epochs <= 1e6, f"{group}.epochs", epochs, "be above 0 and at most 1000000")
 
 
 def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
@@ -137,15 +162,15 @@ class OptimConfig:
     """Precision of forward and backward passes. Weights, teacher and optimiser state are always float32."""
 
     def __post_init__(self) -> None:
-        require(self.global_batch_size >= 1, "optim.global_batch_size", self.global_batch_size, "be at least 1")
-        require(self.epochs > 0, "optim.epochs", self.epochs, "be above 0")
+        check_length("optim", self.global_batch_size, self.epochs)
         resolve_warmup("optim", self, recipe=(40, 300))
         for name in ("lr", "lr_start", "lr_end"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "be at least 0")
         require(self.lr > 0, "optim.lr", self.lr, "be above 0")
         require(min(self.weight_decay) >= 0, "optim.weight_decay", self.weight_decay, "be at least 0")
         require_range("optim.teacher_momentum", self.teacher_momentum, 0.0, 1.0)
-        require(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "be at least 1")
+        stretch = self.schedule_stretch
+        require(1 <= stretch <= 1000, "optim.schedule_stretch", stretch, "be between 1 and 1000")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "lie in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "be above 0 or unset")
 
@@ -201,23 +226,30 @@ class RuntimeConfig:
     """Number of undecodable samples that a rank may replace by others of the same batch before the run ends; a value
     below 1 is a share of all samples."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Additional DeepSpeed settings, merged into the generated configuration. A conflict with it is an error."""
+    """Additional DeepSpeed settings of memory, speed and logs, such as {zero_optimization: {overlap_comm: true}}. All
+    others are refused, because they follow from settings of the run or would change what is learned."""
 
     def __post_init__(self) -> None:
+        # The class is frozen, which is meant for its users.
+        object.__setattr__(self, "deepspeed", check_deepspeed_settings(self.deepspeed))
         has_no_effect = self.engine == "plain" and (self.zero_stage is not None or bool(self.deepspeed))
         require(not has_no_effect, "runtime.zero_stage and runtime.deepspeed", (self.zero_stage, self.deepspeed),
               "be unset with runtime.engine=plain, where they have no effect")  # fmt: skip
         require(not (self.compile and self.zero_stage == 3), "runtime.compile", True,
               "be false with runtime.zero_stage=3, which gathers and frees weights inside compiled blocks")  # fmt: skip
-        for name in ("reader_threads", "loader_threads", "prefetch", "max_skipped_steps"):
-            require(getattr(self, name) >= 1, f"runtime.{name}", getattr(self, name), "be at least 1")
-        for name in ("read_ahead", "max_bad_samples"):
-            require(getattr(self, name) >= 0, f"runtime.{name}", getattr(self, name), "be at least 0")
-        require(self.rank_timeout_s > 0, "runtime.rank_timeout_s", self.rank_timeout_s, "be above 0")
+        for name, low in (("reader_threads", 1), ("loader_threads", 1), ("prefetch", 1), ("read_ahead", 0)):
+            value = getattr(self, name)
+            require(value >= low, f"runtime.{name}", value, f"be at least {low}")
+            require(value <= 1024, f"runtime.{name}", value, "be at most 1024")
+        require(self.max_skipped_steps >= 1, "runtime.max_skipped_steps", self.max_skipped_steps, "be at least 1")
+        require(self.max_bad_samples >= 0, "runtime.max_bad_samples", self.max_bad_samples, "be at least 0")
+        timeout = self.rank_timeout_s
+        require(0 < timeout <= _YEAR_S, "runtime.rank_timeout_s", timeout, f"be above 0 and at most {_YEAR_S} (a year)")
         load = self.hw_decoder_load
         require(load is None or 0 <= load <= 1, "runtime.hw_decoder_load", load, "be between 0 and 1 or unset")
         sides = self.decoder_preallocate
-        require(sides is None or min(sides) >= 1, "runtime.decoder_preallocate", sides, "be at least 1 pixel or unset")
+        require(sides is None or (min(sides) >= 1 and max(sides) <= 65535), "runtime.decoder_preallocate", sides,
+                "be between 1 and 65535 pixels, or unset")  # fmt: skip
         size = self.micro_batch_size
         require(size is None or size >= 1, "runtime.micro_batch_size", size, "be at least 1 or unset")
         require(parse_step_range(self.profile) is not None, "runtime.profile", self.profile,
@@ -231,11 +263,11 @@ def loader_config(runtime: RuntimeConfig) -> LoaderConfig:
 
 def parse_step_range(text: str) -> range | None:
     """Parse FIRST:LAST into a range of steps; an empty text gives an empty range, a malformed one None."""
-    first, colon, last = text.partition(":")
+    first, _, last = text.partition(":")
     if not text:
         return range(0)
-    is_range = bool(colon) and first.isdigit() and last.isdigit() and int(first) < int(last)
-    return range(int(first), int(last)) if is_range else None
+    start, stop = parse_int(first), parse_int(last)
+    return range(start, stop) if start is not None and stop is not None and 0 <= start < stop else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +329,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "lie in [0, 2^63)")
+        require_seed(self.seed)
         patch = self.model.encoder.patch_size
         require(
             self.views.size % patch == 0,

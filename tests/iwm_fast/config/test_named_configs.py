@@ -43,14 +43,14 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest(folder, name, hint
 
 def test_a_file_overrides_the_settings_of_its_base_and_keeps_the_rest(folder):
     (folder / "parent.yaml").write_text(
-        "base: vit_s16\noptim: {lr: 2.0e-3, epochs: 4}\nruntime: {deepspeed: {a: {b: 1}}}\n"
+        "base: vit_s16\noptim: {lr: 2.0e-3, epochs: 4}\nruntime: {deepspeed: {comms_logger: {debug: true}}}\n"
     )
     (folder / "sub").mkdir()
-    child = "base: ../parent.yaml\noptim: {lr: 3.0e-3}\nruntime: {deepspeed: {a: {c: 2}}}\nviews:\n"
+    child = "base: ../parent.yaml\noptim: {lr: 3.0e-3}\nruntime: {deepspeed: {comms_logger: {enabled: true}}}\nviews:\n"
     (folder / "sub" / "child.yaml").write_text(child)
     config, grandparent = load_config("sub/child.yaml", ["seed=5"]), load_config("vit_s16")
     assert (config.optim.lr, config.optim.epochs, config.seed) == (3e-3, 4.0, 5)
-    assert config.runtime.deepspeed == {"a": {"b": 1, "c": 2}}
+    assert config.runtime.deepspeed == {"comms_logger": {"debug": True, "enabled": True}}
     assert (config.model, config.views, config.output) == (grandparent.model, grandparent.views, grandparent.output)
     assert "base" not in config_to_dict(config)
 
