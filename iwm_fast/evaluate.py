@@ -16,7 +16,7 @@ from typing import Any
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
-from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
+from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,14 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     """
     # Imported here, because it takes a third of a second, which `iwm --help` need not wait for.
     from iwm_fast.config.loading import build  # noqa: PLC0415
+    from iwm_fast.config.writable import require_writable  # noqa: PLC0415
 
     config = build(config_class, {}, arguments)
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
     refuse_checkpoint_folder(config.run)
+    if getattr(config, "to", ""):
+        require_writable("to", config.to)
     return config
 
 
@@ -118,13 +121,11 @@ def refuse_checkpoint_folder(run: str) -> None:
 def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> None:
     """Evaluate a run with the arguments of the command line, NAME run=DIR key=value ..., and print the result.
 
-    Launchers may add --local_rank, which is ignored.
-
     Raises:
         SystemExit: with code 75 if an evaluation that trains was asked to stop and has saved a checkpoint.
     """
     log_to_console()
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    arguments = without_local_rank(arguments)
     with same_error_on_all_ranks():
         if not arguments or arguments[0] not in EVALUATIONS:
             raise ValueError(f"the first argument must be one of {', '.join(EVALUATIONS)}, got {arguments[:1]}")
@@ -146,13 +147,17 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
     # Imported here, because they take seconds in which signals must be handled already.
     from rich.console import Console  # noqa: PLC0415
 
+    from iwm_fast.config.fingerprint import flat_settings  # noqa: PLC0415
     from iwm_fast.evals.results import result_table  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
 
     evaluation = EVALUATIONS[name]
     run = import_object(evaluation.target)
-    timeout = {} if runtime is None else {"timeout_s": runtime.rank_timeout_s}
-    rank_info = distributed.start(config.device if runtime is None else runtime.device, **timeout)
+    shared = {"evaluation": name, **flat_settings(config)}
+    if runtime is None:
+        rank_info = distributed.start(config.device, settings=shared)
+    else:
+        rank_info = distributed.start(runtime.device, runtime.rank_timeout_s, shared)
     try:
         result = run(config, rank_info, preemption) if evaluation.trains else run(config, rank_info)
     finally:

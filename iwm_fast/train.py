@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iwm_fast.config.fingerprint import flat_settings
 from iwm_fast.config.loading import format_settings, load_config
-from iwm_fast.config.run import RunConfig
+from iwm_fast.config.run import RunConfig, describe_large_batch
+from iwm_fast.config.writable import require_writable
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
-from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
+from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
 from iwm_fast.runtime.run_status import read_status, write_status
 
 if TYPE_CHECKING:
@@ -38,13 +40,11 @@ def main() -> None:
 def train(arguments: Sequence[str], preemption: Preemption | None = None) -> None:
     """Train a run with the arguments of the command line: RUN.yaml key=value ...
 
-    Launchers may add --local_rank, which is ignored.
-
     Raises:
         SystemExit: with code 75 if the run was asked to stop and has saved a checkpoint.
     """
     log_to_console()
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    arguments = without_local_rank(arguments)
     with same_error_on_all_ranks():
         if not arguments:
             raise ValueError(
@@ -81,6 +81,8 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         MissingPackageError: if a package that the settings need is not installed.
         PreemptedError: on every rank, if one of them was asked to stop.
     """
+    with same_error_on_all_ranks():
+        require_writable("output.folder", config.output.folder)
     require_training_packages(config.runtime.loader, config.runtime.engine)
     preemption = preemption or Preemption()
     folder = Path(config.output.folder)
@@ -99,10 +101,13 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     from iwm_fast.training.pretraining import PretrainTask  # noqa: PLC0415
     from iwm_fast.training.trainer import Trainer  # noqa: PLC0415
 
-    rank_info = distributed.start(config.runtime.device, config.runtime.rank_timeout_s)
+    rank_info = distributed.start(config.runtime.device, config.runtime.rank_timeout_s, flat_settings(config))
     try:
         with same_error_on_all_ranks():
             components = build_components(config, rank_info)
+        warning = describe_large_batch("optim", config.optim.global_batch_size, components.shards.num_samples)
+        if warning and rank_info.rank == 0:
+            log.warning("%s", warning)
         online = OnlineEvaluation(config, components.shards, rank_info)
         evaluators = [online] if config.output.evaluate_every else []
         return Trainer(PretrainTask(components), preemption=preemption, evaluators=evaluators).run()
@@ -163,7 +168,7 @@ def _overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _pack_images(config: RunConfig) -> str:
     """Return the training shards of a run; a folder of images is packed into shards next to the run's folder."""
-    source, folder = Path(config.data.train), Path(config.output.folder)
+    source, folder = Path(config.data.train), Path(config.output.folder).absolute()
     if not source.is_dir() or any(source.glob("*.tar")):
         return config.data.train
     from iwm_fast.pipelines.storage.shard_writer import pack_folder  # noqa: PLC0415

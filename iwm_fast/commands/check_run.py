@@ -21,7 +21,8 @@ from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.fingerprint import fingerprint
-from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps, describe_large_batch
+from iwm_fast.config.writable import require_writable
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
@@ -164,11 +165,9 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> Non
     per_epoch = shards.num_samples / config.optim.global_batch_size
     steps = total_steps(config.optim, shards.num_samples)
     report.add("steps", f"{per_epoch:,.1f} per epoch, {steps:,} in {config.optim.epochs:g} epochs")
-    if shards.num_samples < config.optim.global_batch_size:
-        report.warnings.append(
-            f"optim.global_batch_size = {config.optim.global_batch_size:,} exceeds the {shards.num_samples:,} training "
-            "samples, so an epoch is less than one step and a batch repeats images; set it to a fraction of the samples"
-        )
+    warning = describe_large_batch("optim", config.optim.global_batch_size, shards.num_samples)
+    if warning:
+        report.warnings.append(warning)
     if steps < _MIN_STEPS:
         report.warnings.append(
             f"the run has only {steps:,} steps; set more optim.epochs or a smaller optim.global_batch_size"
@@ -197,6 +196,7 @@ def _suggest_rates(report: Report, optim: OptimConfig) -> None:
 
 def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
     """Add what the run folder holds and how many steps remain; raise the errors that training would raise."""
+    require_writable("output.folder", config.output.folder)
     folder = Path(config.output.folder)
     saved, damaged = checkpoints.read_newest(folder)
     is_used = saved is not None or (folder / "metrics.jsonl").exists()

@@ -12,6 +12,8 @@ FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "op
 # Names and prefixes of the entries that determine which samples are drawn, and not the networks.
 _STREAM_PREFIXES = ("seed", "data.", "views.", "mask.", "optim.global_batch_size")
 
+_LOCAL_PATHS = ("data.train", "data.val", "init_from")
+
 
 def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     """Return the settings that determine a run's result, as a flat dict from dotted names to values.
@@ -24,6 +26,16 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
     flat["init_from"] = config.init_from or None
     return flat
+
+
+def flat_settings(config: Any) -> dict[str, Any]:
+    """Return all settings of a configuration that must be the same on all ranks, by dotted name.
+
+    Paths of shards and initial weights may differ from machine to machine: only whether they are set is compared here,
+    and their contents once they are read.
+    """
+    flat = dict(_flatten(config_to_dict(config)))
+    return flat | {name: "set" if flat[name] else "unset" for name in _LOCAL_PATHS if name in flat}
 
 
 def defines_sample_stream(name: str) -> bool:

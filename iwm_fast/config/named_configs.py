@@ -24,10 +24,14 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
 
     Raises:
         FileNotFoundError: if there is neither; the message lists the packaged names.
+        ValueError: if it is an option or a setting.
     """
     path, configs, text = folder / name, named_configs(), str(name)
+    require("\0" not in text, "the configuration file", text, "be a path")
     if path.is_file():
         return path
+    is_path = not text.startswith("-") and "=" not in text
+    require(is_path, "the first argument", text, "be a YAML file or the name of a configuration; settings follow it")
     if text.removesuffix(".yaml") in configs:
         return configs[text.removesuffix(".yaml")]
     # The user may have meant a file without naming it completely, or the folder of a run.

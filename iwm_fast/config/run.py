@@ -344,6 +344,16 @@ class RunConfig:
         return self.views.size // self.model.encoder.patch_size
 
 
+def describe_large_batch(group: str, global_batch_size: int, num_samples: int) -> str:
+    """Return a warning if a batch has more images than there are training samples, else an empty text."""
+    if global_batch_size <= num_samples:
+        return ""
+    return (
+        f"{group}.global_batch_size = {global_batch_size:,} exceeds the {num_samples:,} training samples, so an epoch "
+        "is less than one step and a batch repeats images; set it to a fraction of the samples"
+    )
+
+
 def accumulation_steps(config: RunConfig, world_size: int) -> tuple[int, int]:
     """Return (micro-batch size per rank, micro-batches per optimiser step) of a run.
 

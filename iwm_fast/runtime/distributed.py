@@ -6,7 +6,7 @@ are. Without them there is one process, which still gets a process group because
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from iwm_fast.runtime.error_reporting import PeerFailedError
+from iwm_fast.runtime.rank_agreement import require_same_settings
 
 Value = TypeVar("Value")
 
@@ -43,13 +44,24 @@ class RankInfo:
     """Device of the networks and batches."""
 
 
-def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIMEOUT_S) -> RankInfo:
+def start(
+    device_setting: Literal["auto", "cpu", "cuda"],
+    timeout_s: float = TIMEOUT_S,
+    settings: Mapping[str, Any] | None = None,
+) -> RankInfo:
     """Join the process group that the environment describes, or create one for a single process.
 
     A rank that waits for the others longer than the timeout assumes that they hang and raises. On a CPU, torch is
     limited to one thread unless OMP_NUM_THREADS is set.
 
+    Args:
+        device_setting: runtime.device.
+        timeout_s: longest time that a rank waits for the others, in seconds.
+        settings: values by dotted name that must be the same on all ranks, as JSON can represent them.
+
     Raises:
+        ValueError, PeerFailedError: if ranks differ in settings, device type, packages or environment; the first one on
+            rank 0, naming the values, the other one on the other ranks.
         RuntimeError: if the environment is incomplete or contradictory, if a GPU is requested and there is none, or if
             a process group already exists.
     """
@@ -65,11 +77,14 @@ def start(device_setting: Literal["auto", "cpu", "cuda"], timeout_s: float = TIM
         # Launchers leave the variable unset. Each rank would then start a thread for every core, and the ranks would
         # compete for them: a step of 2 ranks on 2 cores takes 470 ms instead of 88 ms.
         torch.set_num_threads(1)
-    _init_process_group(rank, world_size, device, timedelta(seconds=timeout_s))
+    shared = {**(settings or {}), "the type of the device": device.type}
+    _init_process_group(rank, world_size, device, timedelta(seconds=timeout_s), shared)
     return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
-def _init_process_group(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(
+    rank: int, world_size: int, device: torch.device, timeout: timedelta, settings: Mapping[str, Any]
+) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
         # A store inside the process needs no free port, so many single processes can start at the same time.
@@ -78,9 +93,17 @@ def _init_process_group(rank: int, world_size: int, device: torch.device, timeou
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     log.info("rank %d of %d joins the process group at %s", rank, world_size, address)
+    # What init_process_group does by default. The ranks compare their settings through the store, because ranks with
+    # different timeouts or types of devices could not form the group.
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    require_same_settings(dist.PrefixStore("settings", store), rank, world_size, settings)
     # A barrier uses the bound GPU; without one, torch has to guess the device.
     bound_device = device if device.type == "cuda" else None
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound_device)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout,
+        device_id=bound_device,
+    )  # fmt: skip
 
 
 def set_collective_timeout(timeout_s: float) -> None:

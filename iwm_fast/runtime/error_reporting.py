@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from iwm_fast.runtime.extras import find_missing_package
 
@@ -15,7 +15,8 @@ _OUR_PACKAGE = "iwm_fast"
 
 # How gloo, NCCL and torch's store describe a process that has ended. Matches up to the end of the sentence or line.
 _PEER_FAILURE = re.compile(
-    r"(connection (was likely )?(closed|reset)|broken pipe|remote process exited|timed out waiting).*?(?=\. |$)",
+    r"(connection (was likely )?(closed|reset)|broken pipe|remote process exited|timed out waiting|wait timeout)"
+    r".*?(?=\. |$)",
     re.IGNORECASE | re.MULTILINE,
 )
 # Launchers look for failed processes once a second; two seconds leave them time for one look.
@@ -58,20 +59,19 @@ def user_facing_errors() -> Iterator[None]:
 
 @contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """Let rank 0 alone report errors in settings and files, which all ranks of a launch encounter alike.
+    """Let rank 0 report errors in settings and files, which all ranks of a launch usually encounter alike.
 
-    Use it only around code that reads the same settings and files on every rank. Other ranks stay silent, so an error
-    that occurs on one of them alone would be lost.
+    The other ranks give the launcher time to end them, because rank 0 has failed. If they are still there, the error
+    is theirs alone, for instance because a file is missing on their machine, and they raise it, too.
 
     Raises:
-        ValueError, FileNotFoundError: on rank 0, as they were raised.
-        PeerFailedError: on the other ranks, in place of these errors.
+        ValueError, OSError: as they were raised, after a while on ranks other than 0.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError):
         if os.environ.get("RANK", "0") != "0":
-            raise PeerFailedError("rank 0 encounters the same error and reports it") from error
+            _await_termination()
         raise
 
 
@@ -99,13 +99,15 @@ def _print_peer_failure(failure: str) -> None:
 
 
 def _await_termination() -> None:
-    """Give the launcher time to end this process.
+    """Give the launcher time to end this process, because another rank has failed, too, or first.
 
     The launcher reports the exit code of the first failed process that it sees and ends the others. If this rank ended
     at once, the launcher might report this rank instead of the one that failed.
     """
     # Our own handler for SIGTERM would ask for a clean stop, which this rank can no longer make.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Only the main thread of a program that uses the Python API may change it.
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_GRACE_S)
 
 

@@ -21,13 +21,13 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": current_commit(),
-        "versions": {"python": platform.python_version(), **_installed_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions()},
         "machine": describe_machine(device),
         "world_size": world_size,
     }
 
 
-def _installed_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the version of each package; those of other extras are left out."""
     versions = {}
     for name in _PACKAGES:

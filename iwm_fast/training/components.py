@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from iwm_fast.checkpoints.pretrained import initialize_from
 from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.run import RunConfig, accumulation_steps
@@ -15,7 +18,8 @@ from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.loaders import open_training_shards
+from iwm_fast.runtime.rank_agreement import require_same_on_all_ranks
+from iwm_fast.training.loaders import open_training_shards_on_all_ranks
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.teacher import Teacher
 
@@ -48,11 +52,12 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
     """
     # Called for its checks, so that an unusable batch size fails before shards are indexed.
     accumulation_steps(config, rank_info.world_size)
-    # Only rank 0 indexes the shards: many ranks would read the same headers from shared storage.
-    shards = distributed.broadcast_from_rank_zero(lambda: open_training_shards(config.data))
+    shards = open_training_shards_on_all_ranks(config.data, rank_info)
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
     initialize_from(config, student)
+    # init_from may lead to other weights on another machine. Engines would copy rank 0's, but not to the teacher.
+    require_same_on_all_ranks({"size of the initial weights (init_from, seed)": _describe_weights(student)})
     teacher = Teacher(student.encoder, compute_dtype(config))
     # Compiled in place, before the engine wraps the modules.
     if config.runtime.compile:
@@ -71,3 +76,10 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),
         folder=Path(config.output.folder),
     )
+
+
+def _describe_weights(module: nn.Module) -> str:
+    """Return the sums of all weights and of their squares, which differ for weights of another file."""
+    sums = [torch.stack([weight.double().sum(), weight.double().square().sum()]) for weight in module.parameters()]
+    # Rounded, because other GPUs add in another order.
+    return "{:.9g}, {:.9g}".format(*torch.stack(sums).sum(dim=0).tolist())

@@ -10,6 +10,7 @@ from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
 from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.action_log.schema import LogMetadata
 from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, require
+from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import (
     BEGINNING,
@@ -21,7 +22,9 @@ from iwm_fast.pipelines.sampling.batch_plan import (
 )
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.runtime.rank_agreement import report_first
 
 EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
@@ -55,6 +58,43 @@ def open_training_shards(data: DataConfig) -> ShardSet:
     require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
           f"be at most the {shards.num_samples} samples of data.train, or unset")  # fmt: skip
     return shards.truncated(data.max_samples)
+
+
+def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> ShardSet:
+    """Open data.train on each machine, with the same content everywhere. Collective: every rank must call it.
+
+    Rank 0 indexes the shards, and other ranks take its index: many ranks would read the same headers from shared
+    storage. A rank opens them itself if its paths differ, or if it is the first one on another machine, where the same
+    paths may lead to other files.
+
+    Raises:
+        ValueError, FileNotFoundError, ShardError: if a shard is missing or cannot be used, or differs from rank 0's.
+        PeerFailedError: on the other ranks.
+    """
+    first_spec, first = distributed.broadcast_from_rank_zero(lambda: (data.train, open_training_shards(data)))
+    shards, problem = first, ""
+    if rank_info.rank > 0 and (rank_info.local_rank == 0 or data.train != first_spec):
+        try:
+            shards = open_training_shards(data)
+            problem = _describe_difference(first, shards)
+        # The errors of unusable shards, which rank 0 reports.
+        except (ValueError, OSError, ShardError) as error:
+            problem = str(error)
+    rank = f"data.train = {data.train!r} on rank {rank_info.rank}"
+    report_first(distributed.gather_objects(problem and f"{rank}: {problem}; copy the shards of rank 0"))
+    return shards
+
+
+def _describe_difference(first: ShardSet, other: ShardSet) -> str:
+    """Return how the shards of another rank differ from rank 0's; empty if their content is the same."""
+    if first.content_digest == other.content_digest:
+        return ""
+    if len(first.shards) != len(other.shards):
+        return f"{len(other.shards)} shards, but {len(first.shards)} on rank 0"
+    for expected, actual in zip(first.shards, other.shards, strict=True):
+        if ShardSet(shards=(expected,)).content_digest != ShardSet(shards=(actual,)).content_digest:
+            return f"{actual.path} has other samples than {expected.path} on rank 0"
+    raise AssertionError("the digest of the set follows from those of its shards")
 
 
 def training_loader(

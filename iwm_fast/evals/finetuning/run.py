@@ -5,6 +5,7 @@ it is finished; `predict` evaluates it on the validation images.
 """
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.config.finetuning import TuneTaskConfig
-from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, split_batch
+from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, describe_large_batch, split_batch
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
 from iwm_fast.evals.results import Result, Row, name_with_step
@@ -25,11 +26,14 @@ from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.preemption import Preemption
+from iwm_fast.runtime.rank_agreement import require_same_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.training.loaders import evaluation_loader
 from iwm_fast.training.train_state import TrainStats
 from iwm_fast.training.trainer import Trainer
 from iwm_fast.world_model import WorldModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,11 @@ def train_job(job: Job, context: FinetuneContext) -> TrainStats:
     # Sizes that do not divide are refused here, before the engine and the loader are built.
     split_global_batch(settings, rank_info.world_size)
     config = build_run_config(settings, context.model_config, context.folder / job.name)
+    warning = describe_large_batch("tune", settings.tune.global_batch_size, context.train.num_samples)
+    if warning and rank_info.rank == 0:
+        log.warning("%s", warning)
     finetuning = FinetuneTask(job, settings, config, shards=context.train, rank_info=rank_info)
+    require_same_on_all_ranks({**finetuning.fingerprint, "data.val": context.val.content_digest})
     state = Trainer(finetuning, preemption=context.preemption).run()
     finetuning.release()
     num_tuned = sum(parameter.numel() for parameter in job.module.parameters() if parameter.requires_grad)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -23,9 +24,26 @@ def printed_error(capsys, monkeypatch, rank: int, is_shared: bool) -> str:
     return capsys.readouterr().err
 
 
-def test_an_error_common_to_all_ranks_is_reported_by_rank_zero_only(capsys, monkeypatch):
+def test_an_error_common_to_all_ranks_is_reported_by_rank_zero_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("rank 0 must not wait"))
     assert "error (rank 0): no configuration file" in printed_error(capsys, monkeypatch, 0, is_shared=True)
-    assert printed_error(capsys, monkeypatch, 1, is_shared=True) == ""
+
+
+def test_another_rank_reports_it_only_if_the_launcher_has_not_ended_it_by_then(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert "error (rank 1): no configuration file" in printed_error(capsys, monkeypatch, 1, is_shared=True)
+    assert waits == [2.0]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), FileNotFoundError("x"), PermissionError("x"), NotADirectoryError("x")]
+)
+def test_an_error_of_one_rank_alone_is_never_lost(monkeypatch, error):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("iwm_fast.runtime.error_reporting._GRACE_S", 0.0)
+    with pytest.raises(type(error)), same_error_on_all_ranks():
+        raise error
 
 
 def test_an_error_of_a_single_rank_is_reported_by_that_rank(capsys, monkeypatch):
