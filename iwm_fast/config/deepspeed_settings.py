@@ -73,8 +73,8 @@ def _refuse(name: str) -> None:
     # The last word is what people remember.
     by_leaf = [other for other in accepted if other.endswith(f".{name.rpartition('.')[2]}")]
     matches = by_leaf or difflib.get_close_matches(name, accepted, n=1, cutoff=0.7)
-    hint = f"did you mean runtime.deepspeed.{matches[0]}? " if matches else ""
+    hint = f" (did you mean runtime.deepspeed.{matches[0]}?)" if matches else ""
     raise ValueError(
-        f"runtime.deepspeed.{name} must be unset; {hint}Only settings of memory, speed and logs are accepted: "
+        f"runtime.deepspeed.{name} must be unset{hint}; only settings of memory, speed and logs are accepted: "
         f"{', '.join(accepted)}"
     )

@@ -5,6 +5,7 @@ tags, and limits on size and depth, because aliases let a short file stand for o
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +87,9 @@ def parse_int(text: str) -> int | None:
 
 
 def parse_float(text: str) -> float | None:
-    """Return the number that a text denotes in decimal or scientific notation, None for any other text."""
-    return float(text) if _FLOAT.fullmatch(text) else None
+    """Return the finite number that a text denotes in decimal or scientific notation, None for any other text."""
+    number = float(text) if _FLOAT.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
 
 
 def _decode(data: bytes, path: Path) -> str:
