@@ -98,8 +98,10 @@ def read_settings(config_class: Any, arguments: list[str]) -> Any:
     if not config.run and not getattr(config, "timm", ""):
         raise ValueError("run must name the folder of a training run, got ''; for example run=runs/demo")
     refuse_checkpoint_folder(config.run)
-    if getattr(config, "to", ""):
-        require_writable("to", config.to)
+    to = getattr(config, "to", "")
+    if to:
+        # The command that writes a file checks itself that it does not exist.
+        require_writable("to", str(Path(to).parent) if to.endswith((".parquet", ".npz")) else to)
     return config
 
 

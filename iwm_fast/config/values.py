@@ -76,19 +76,19 @@ def _accept(condition: bool) -> None:
 
 
 def _to_bool(value: Any) -> bool:
-    boolean = _BOOLEANS.get(value.lower()) if isinstance(value, str) else value
+    boolean: Any = _BOOLEANS.get(value.lower()) if isinstance(value, str) else value
     _accept(isinstance(boolean, bool))
     return boolean
 
 
 def _to_int(value: Any) -> int:
-    number = parse_int(value) if isinstance(value, str) else value
+    number: Any = parse_int(value) if isinstance(value, str) else value
     _accept(isinstance(number, int) and not isinstance(number, bool) and abs(number) <= _MAX_INT)
     return number
 
 
 def _to_float(value: Any) -> float:
-    number = parse_float(value) if isinstance(value, str) else value
+    number: Any = parse_float(value) if isinstance(value, str) else value
     # Written so that NaN is refused, too.
     _accept(isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= _MAX_FLOAT)
     return float(number)

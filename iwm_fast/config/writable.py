@@ -30,9 +30,7 @@ def require_writable(name: str, path: str) -> None:
         except OSError as error:
             require(False, name, path, f"be a path that can be written: {error.strerror}")
             raise
-        is_folder = stat.S_ISDIR(mode)
-        require(is_folder or ancestor != target, name, path, "name a folder, not a file")
-        require(is_folder, name, path, f"be a path that can be written: {ancestor} is a file")
+        require(stat.S_ISDIR(mode), name, path, f"be a path that can be written: {ancestor} is a file")
         is_open = os.access(ancestor, os.W_OK | os.X_OK)
         require(is_open, name, path, f"be a path that can be written: there is no permission to write to {ancestor}")
         return

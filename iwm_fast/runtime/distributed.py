@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Num
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.runtime.rank_agreement import require_same_settings
@@ -95,13 +96,13 @@ def _init_process_group(
     log.info("rank %d of %d joins the process group at %s", rank, world_size, address)
     # What init_process_group does by default. The ranks compare their settings through the store, because ranks with
     # different timeouts or types of devices could not form the group.
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    require_same_settings(dist.PrefixStore("settings", store), rank, world_size, settings)
+    require_same_settings(PrefixStore("settings", store), rank, world_size, settings)
     # A barrier uses the bound GPU; without one, torch has to guess the device.
     bound_device = device if device.type == "cuda" else None
     dist.init_process_group(
-        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout,
+        backend, store=PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout,
         device_id=bound_device,
     )  # fmt: skip
 

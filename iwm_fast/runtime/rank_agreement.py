@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.runtime.provenance import installed_versions
@@ -32,7 +33,7 @@ _REMEDY = "start all machines with the same command, files and packages"
 _FAREWELL = timedelta(seconds=10)
 
 
-def require_same_settings(store: dist.Store, rank: int, world_size: int, settings: Mapping[str, Any]) -> None:
+def require_same_settings(store: Store, rank: int, world_size: int, settings: Mapping[str, Any]) -> None:
     """Check that all ranks have the same settings, packages and environment. Collective: every rank must call it.
 
     It uses the store through which ranks find each other, because collectives need the same device on all ranks.
@@ -47,7 +48,7 @@ def require_same_settings(store: dist.Store, rank: int, world_size: int, setting
         ValueError: on rank 0, naming the differing settings, the first rank that has them, and both values.
         PeerFailedError: on the other ranks.
     """
-    local = _as_json(settings | _describe_environment())
+    local = _as_json({**settings, **_describe_environment()})
     if rank > 0:
         difference = _describe_differences(json.loads(store.get("settings")), json.loads(local), rank)
         store.set(f"difference {rank}", json.dumps(difference))
