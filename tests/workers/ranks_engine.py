@@ -1,4 +1,6 @@
-"""A rank of test_engine_ranks.py: `python ranks_engine.py FOLDER single|straight|resumed`, ranks from the environment.
+"""A rank of test_engine_ranks.py: `python ranks_engine.py FOLDER STAGE`, ranks from the environment.
+
+STAGE is single, straight, resumed or settings.
 
 It writes each state and outcome to a file in the folder; the tests compare the files.
 """
@@ -14,6 +16,7 @@ from torch import nn
 
 from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.config.deepspeed_settings import SIZES, SWITCHES
 from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.runtime import distributed
@@ -28,7 +31,7 @@ def main(folder, stage):
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     rank_info = distributed.start("cpu")
-    {"single": single, "straight": straight, "resumed": resumed}[stage](folder, rank_info)
+    {"single": single, "straight": straight, "resumed": resumed, "settings": settings}[stage](folder, rank_info)
     distributed.stop()
 
 
@@ -76,6 +79,28 @@ def resumed(folder, rank_info):
             save(engine, rank_info, folder / f"{source}-3-{target}-5")
 
 
+def settings(folder, rank_info):
+    """Write the largest change of a weight by each setting that runtime.deepspeed accepts, at stages 1 to 3."""
+    changes = {}
+    for name in ("zero1", "zero2", "zero3"):
+        expected = trained_weights(rank_info, name, {})
+        for setting in (*SIZES, *SWITCHES):
+            *groups, leaf = setting.split(".")
+            # Sizes below those of the tensors, and switches that differ from their defaults.
+            deepspeed = {leaf: 8 if setting in SIZES else leaf not in ("contiguous_gradients", "prof_all")}
+            for group in reversed(groups):
+                deepspeed = {group: deepspeed}
+            weights = trained_weights(rank_info, name, deepspeed)
+            changes[f"{name} {setting}"] = max(float((weights[key] - expected[key]).abs().max()) for key in expected)
+    (folder / f"changes-rank{rank_info.rank}.json").write_text(json.dumps(changes))
+
+
+def trained_weights(rank_info, name, deepspeed):
+    engine = make_engine(rank_info, name, deepspeed=deepspeed)
+    train(engine, rank_info, range(4))
+    return {key: weight.detach().clone() for key, weight in engine.named_parameters()}
+
+
 def use_collectives(folder, rank_info):
     """Ranks with different flags and numbers, and a disk to which rank 0 cannot write."""
     cpu = rank_info.device
@@ -103,7 +128,7 @@ def use_collectives(folder, rank_info):
     (folder / f"report-rank{rank_info.rank}.json").write_text(json.dumps(report))
 
 
-def make_engine(rank_info, name, micro_batch_size=2):
+def make_engine(rank_info, name, micro_batch_size=2, deepspeed=None):
     # Weights differ between ranks; all must start from those of rank 0.
     torch.manual_seed(rank_info.rank)
     module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
@@ -113,8 +138,10 @@ def make_engine(rank_info, name, micro_batch_size=2):
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
     engine, stage = ENGINES[name]
-    small = {"zero_optimization": {"reduce_bucket_size": 30}} if engine == "deepspeed" else {}
-    runtime = RuntimeConfig(engine=engine, zero_stage=stage, micro_batch_size=micro_batch_size, deepspeed=small)
+    small = {"zero_optimization": {"reduce_bucket_size": 30}} if engine == "deepspeed" and deepspeed is None else {}
+    runtime = RuntimeConfig(
+        engine=engine, zero_stage=stage, micro_batch_size=micro_batch_size, deepspeed=deepspeed or small
+    )
     config = RunConfig(optim=OptimConfig(global_batch_size=GLOBAL_BATCH_SIZE, clip_norm=0.1), runtime=runtime)
     return build_engine(config, module, optimizer, rank_info)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fixtures.launchers import CHILD_ENVIRONMENT
 from fixtures.paths import WORKERS
+from iwm_fast.config.deepspeed_settings import SIZES, SWITCHES
 
 pytestmark = pytest.mark.multi_rank
 
@@ -115,3 +116,12 @@ def test_a_checkpoint_that_rank_zero_cannot_write_fails_on_all_ranks(folder):
         assert "rank 0 could not write" in report["error"] and "step-00000001" in report["error"]
         assert report["error again"] == report["error"]
         assert report["has_failed"] == (rank == 0)
+
+
+@pytest.mark.slow
+def test_deepspeed_settings_that_are_accepted_do_not_change_what_is_learned(tmp_path):
+    run_ranks(tmp_path, "settings", world_size=2)
+    for rank in range(2):
+        changes = json.loads((tmp_path / f"changes-rank{rank}.json").read_text())
+        assert len(changes) == 3 * len((*SIZES, *SWITCHES))
+        assert {name: change for name, change in changes.items() if change > 1e-6} == {}
