@@ -23,6 +23,7 @@ from iwm_fast.config.fingerprint import fingerprint, fingerprint_digest
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
+from iwm_fast.config.writable import require_writable
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.evals.retrieval.visualize import imagine
@@ -44,6 +45,7 @@ def demo(overrides: Sequence[str]) -> None:
     """
     console = Console()
     config = load_config(CONFIG, overrides)
+    require_writable("output.folder", config.output.folder)
     folder = Path(config.output.folder)
     write_demo_shards(Path(config.data.train).parent)
     identity = fingerprint_digest(fingerprint(config, open_training_shards(config.data).content_digest))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 
 from iwm_fast.config.run import RunConfig
+from iwm_fast.config.writable import require_writable
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -23,6 +24,7 @@ def show_batch(config: RunConfig) -> Path:
 
     The picture shows the first images of training, a column each: views, visible patches and patches to predict.
     """
+    require_writable("output.folder", config.output.folder)
     device = choose_device(config.runtime.device)
     shards = open_training_shards(config.data)
     loader = training_loader(config, shards, RankInfo(rank=0, local_rank=0, world_size=1, device=device))

@@ -27,6 +27,7 @@ import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.config.loading import config_to_dict, load_config, saved_tree
+from iwm_fast.config.writable import require_writable
 from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.claims import judge, values_by_seed
@@ -216,10 +217,12 @@ def run_lab(path: Path) -> Path:
     """Run the commands of a lab that are not done, judge its claims, and return the path of the report page.
 
     Raises:
+        ValueError: if the file is invalid or its folder cannot be written.
         RuntimeError: if a command failed, after the commands of all other cells.
         LabStoppedError: if the lab was asked to stop; calling this again resumes.
     """
     lab = read_lab(path, set(EVALUATIONS))
+    require_writable("folder", str(lab.folder))
     lab.folder.mkdir(parents=True, exist_ok=True)
     (lab.folder / LAB).write_bytes(path.read_bytes())
     if lab.has_demo_data:

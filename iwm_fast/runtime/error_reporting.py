@@ -19,6 +19,7 @@ _PEER_FAILURE = re.compile(
     r".*?(?=\. |$)",
     re.IGNORECASE | re.MULTILINE,
 )
+_ERRNO = re.compile(r"^\[Errno \d+\] ")
 # Launchers look for failed processes once a second; two seconds leave them time for one look.
 _GRACE_S = 2.0
 
@@ -113,6 +114,7 @@ def _await_termination() -> None:
 
 def _print_error(error: Exception) -> None:
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"error{rank}: {error}", file=sys.stderr)
+    # Without the number of an error of the operating system, which says nothing to most users.
+    print(f"error{rank}: {_ERRNO.sub('', str(error))}", file=sys.stderr)
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)

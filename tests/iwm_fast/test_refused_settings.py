@@ -153,6 +153,17 @@ def test_folders_of_other_commands_are_checked_alike(capsys, folder):
         assert "to must be a path that can be written: file is a file" in refused(capsys, *command, "to=file/x.npz")
 
 
+def test_demo_and_show_write_nothing_if_the_folder_is_refused(capsys, folder):
+    make_obstacles(folder)
+    for command in (["demo"], ["show", "run.yaml"]):
+        assert "output.folder must be a path that can be written" in refused(capsys, *command, "output.folder=file/x")
+
+
+def test_errors_of_the_system_have_no_number(capsys, folder):
+    make_obstacles(folder)
+    assert refused(capsys, "init", "vit_s16", "file/mine.yaml") == "error: Not a directory: 'file/mine.yaml'\n"
+
+
 @pytest.mark.parametrize("path", [".", "new", "new/deep/er", "../new", "/tmp", "here"])
 def test_folders_that_exist_or_can_be_made_are_accepted(folder, path):
     (folder / "here").mkdir()

@@ -9,7 +9,7 @@ import iwm_fast
 from iwm_fast.config.loading import load_config
 from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.config import ResultSelector, read_lab
-from iwm_fast.lab.runner import iter_commands, list_cells
+from iwm_fast.lab.runner import iter_commands, list_cells, run_lab
 
 
 @pytest.fixture
@@ -57,6 +57,17 @@ def test_a_lab_is_read(write):
         ({"folders": "x"}, "keys of .*must be among base, cells, claims.*got .'folders'"),
         ({"cells": None}, "must have the key cells"),
         ({"seeds": [1, 1]}, "seeds must list at least one seed and none twice"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, got 3"),
+        ({"seeds": [0, 1.5]}, "seeds must be a list of whole numbers"),
+        ({"workers": 0}, "workers must be at least 1 or unset"),
+        ({"workers": "many"}, "workers must be a whole number, or null, got 'many'"),
+        ({"demo_data": "maybe"}, "demo_data must be true or false, got 'maybe'"),
+        ({"cells": ["a"]}, "cells must hold"),
+        ({"cells": {}}, "cells must hold at least one cell"),
+        ({"evaluations": {"task": "mrr"}}, "evaluations must hold a list"),
+        ({"claims": ["c"]}, "claims must hold"),
+        ({"claims": {"c": {"text": "t", "paper": "p", "compare": "a"}}}, "hold pairs"),
+        ({"folder": ["x"]}, "folder must be text"),
         ({"cells": {"a": ["x"]}}, "cells.a must hold"),
         ({"evaluations": [{"task": "mrrr"}]}, "task of evaluations must be one of"),
         ({"evaluations": [{"task": "mrr", "cells": ["z"]}]}, "cells of evaluation mrr must be among a, b"),
@@ -80,6 +91,21 @@ def test_missing_and_broken_files_are_reported(write, tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):
         read(tmp_path / "broken.yaml")
+
+
+def test_a_lab_that_is_like_itself_is_refused(write):
+    path = write()
+    path.write_text(f"like: {path}")
+    with pytest.raises(ValueError, match="like must not lead back to the same file"):
+        read(path)
+
+
+def test_a_lab_whose_folder_cannot_be_written_is_refused_before_anything_is_written(write, tmp_path):
+    path = write(folder=str(tmp_path / "lab.yaml" / "x"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="folder must be a path that can be written"):
+        run_lab(path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_lab_inherits_from_another_what_it_does_not_set(write, tmp_path):
