@@ -22,6 +22,8 @@ _PEER_FAILURE = re.compile(
 _ERRNO = re.compile(r"^\[Errno \d+\] ")
 # Launchers look for failed processes once a second; two seconds leave them time for one look.
 _GRACE_S = 2.0
+# For an error that rank 0 most probably has, too. Longer, because a second message would confuse.
+_SHARED_GRACE_S = 5.0
 
 
 class PeerFailedError(Exception):
@@ -49,7 +51,7 @@ def user_facing_errors() -> Iterator[None]:
         failure = peer_failure_message(error)
         if failure:
             _print_peer_failure(failure)
-            _await_termination()
+            _await_termination(_GRACE_S)
             raise SystemExit(1) from None
         missing_package = find_missing_package(error)
         if missing_package is None and not _is_for_user(error):
@@ -72,7 +74,7 @@ def same_error_on_all_ranks() -> Iterator[None]:
         yield
     except (ValueError, OSError):
         if os.environ.get("RANK", "0") != "0":
-            _await_termination()
+            _await_termination(_SHARED_GRACE_S)
         raise
 
 
@@ -99,7 +101,7 @@ def _print_peer_failure(failure: str) -> None:
     print(f"rank {os.environ['RANK']} ends: another rank is gone or hangs ({failure}); {hint}", file=sys.stderr)
 
 
-def _await_termination() -> None:
+def _await_termination(grace_s: float) -> None:
     """Give the launcher time to end this process, because another rank has failed, too, or first.
 
     The launcher reports the exit code of the first failed process that it sees and ends the others. If this rank ended
@@ -109,7 +111,7 @@ def _await_termination() -> None:
     # Only the main thread of a program that uses the Python API may change it.
     with suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(_GRACE_S)
+    time.sleep(grace_s)
 
 
 def _print_error(error: Exception) -> None:

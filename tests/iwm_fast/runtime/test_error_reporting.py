@@ -33,7 +33,7 @@ def test_another_rank_reports_it_only_if_the_launcher_has_not_ended_it_by_then(c
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     assert "error (rank 1): no configuration file" in printed_error(capsys, monkeypatch, 1, is_shared=True)
-    assert waits == [2.0]
+    assert waits == [5.0]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_another_rank_reports_it_only_if_the_launcher_has_not_ended_it_by_then(c
 )
 def test_an_error_of_one_rank_alone_is_never_lost(monkeypatch, error):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr("iwm_fast.runtime.error_reporting._GRACE_S", 0.0)
+    monkeypatch.setattr("iwm_fast.runtime.error_reporting._SHARED_GRACE_S", 0.0)
     with pytest.raises(type(error)), same_error_on_all_ranks():
         raise error
 
