@@ -55,6 +55,8 @@ class LogMetadata:
     """Digest of the samples, from `ShardSet.content_digest`."""
     max_samples: int | None = None
     """The value of data.max_samples: the run used only this many samples, the first ones; None means all."""
+    image: str = ""
+    """The value of data.image. Logs written before this setting existed lack it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
