@@ -17,6 +17,7 @@ from iwm_fast.evaluate import (
     refuse_checkpoint_folder,
     watch_signals_if_training,
 )
+from iwm_fast.pipelines.errors import printable
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS, require_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
@@ -104,7 +105,7 @@ def _shards_pack(arguments: list[str]) -> None:
     packed_sets = import_object("iwm_fast.pipelines.storage.shard_writer:pack_folder")(
         Path(source), Path(folder), config
     )
-    print(*(path for packed in packed_sets for path in packed.shards), sep="\n")
+    print(*(printable(str(path)) for packed in packed_sets for path in packed.shards), sep="\n")
     print(*packed_sets, sep="; ")
 
 

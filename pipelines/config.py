@@ -232,6 +232,8 @@ class PackConfig:
     """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
     val_share: float = 0.0
     """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
+    leave_out_bad: bool = False
+    """Whether to leave out files that cannot be packed, with a warning. false: nothing is packed if there are any."""
 
     def __post_init__(self) -> None:
         require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")

@@ -12,6 +12,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of one or several lines in printable characters."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def to_valid_unicode(text: str) -> str:
+    r"""Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes, such as \xff."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class ShardError(Exception):
     """A shard, or one of its samples, cannot be used; the message names both and the remedy."""
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from iwm_fast.pipelines.errors import printable_lines
 from iwm_fast.runtime.extras import find_missing_package
 
 _OUR_PACKAGE = "iwm_fast"
@@ -111,6 +112,6 @@ def _await_termination() -> None:
 
 def _print_error(error: Exception) -> None:
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"error{rank}: {error}", file=sys.stderr)
-    for note in getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+    for line in (f"error{rank}: {error}", *getattr(error, "__notes__", ())):
+        # Messages repeat names of files, which may hold anything.
+        print(printable_lines(line), file=sys.stderr)

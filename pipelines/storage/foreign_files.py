@@ -55,12 +55,17 @@ def recognise(start: bytes) -> ForeignFile | None:
     # A name in the first header may begin like a signature. All tar dialects in use have this mark.
     if start[257:262] == b"ustar":
         return None
-    text = start.lstrip(_LEADING).lower()
+    return _find(start, _BINARY) or recognise_text(start)
+
+
+def recognise_text(start: bytes) -> ForeignFile | None:
+    """Return what a file is that is a text in place of an archive, an image or weights, None if it is none of these."""
+    text = start[:NUM_BYTES].lstrip(_LEADING).lower()
     # JSON may have white space after the bracket.
-    text = b'{"' if text[:1] == b"{" and text[1:].lstrip()[:1] == b'"' else text
-    signatures = ((start, _BINARY), (text, _TEXT))
-    found = next(
-        (kind for content, table in signatures for magic, kind in table.items() if content.startswith(magic)), None
-    )
-    code = re.search(rb"<Code>(\w{1,40})</Code>", start)
+    found = _find(b'{"' if text[:1] == b"{" and text[1:].lstrip()[:1] == b'"' else text, _TEXT)
+    code = re.search(rb"<Code>(\w{1,40})</Code>", start[:NUM_BYTES])
     return found._replace(problem=f"{found.problem} ({code[1].decode()})") if found and code else found
+
+
+def _find(content: bytes, kinds: dict[bytes, ForeignFile]) -> ForeignFile | None:
+    return next((kind for start, kind in kinds.items() if content.startswith(start)), None)
