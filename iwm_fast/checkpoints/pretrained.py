@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.export import is_export, read_export
+from iwm_fast.checkpoints.reading import naming_file
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.models.layers import sincos_positions
@@ -137,7 +138,8 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedW
                 f"init_from = {str(path)!r} holds neither an export nor a run with a checkpoint; name one that does"
             )
         saved = checkpoints.read_chosen(path)
-        source_config = load_config(saved.folder / checkpoints.CONFIG)
+        with naming_file(saved.folder / checkpoints.CONFIG):
+            source_config = load_config(saved.folder / checkpoints.CONFIG)
         encoder, predictor, step = saved.teacher_state, saved.weights("predictor."), saved.step
     _require_same_encoder(source_config, config, path)
     # Positions follow from the grid. Without them, the weights also fit views of another size.

@@ -269,7 +269,7 @@ def cyclic() -> dict:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 UNREADABLE = {
-    "settings.pth": (argparse.Namespace(a=1), "it holds pickled objects other than tensors, such as argparse.Namespace"),
+    "settings.pth": (argparse.Namespace(a=1), "it holds pickled objects other than tensors, such as argparse"),
     "network.pth": (torch.nn.Linear(2, 2), r"other than tensors, such as torch\.nn\.modules\.linear\.Linear"),
     "path.tar": ({"model": Path("x")}, "other than tensors, such as pathlib"),
     "code.pth": (b"cbuiltins\neval\n(S'1'\ntR.", "other than tensors, such as eval"),
