@@ -190,6 +190,8 @@ def find_shards(spec: str) -> list[str]:
         problem = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
         raise FileNotFoundError(f"shard pattern {spec!r}: {problem}; correct the pattern or its range in braces")
     paths = [path for group in paths_by_name for path in group]
+    for path in paths:
+        _require_file(path)
     # Links to the same file count as the same shard.
     counts = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
     repeated = [path for path, count in counts.items() if count > 1]
@@ -198,6 +200,16 @@ def find_shards(spec: str) -> list[str]:
             f"shard pattern {spec!r} names {len(repeated)} shards twice, the first is {repeated[0]}; name each one once"
         )
     return paths
+
+
+def _require_file(path: str) -> None:
+    # A pipe would never end, and a link may lead to nothing, as to files of git-annex that are not here.
+    if "://" in path or os.path.isfile(path):
+        return
+    is_link = os.path.islink(path)
+    problem = f"is a link to {os.readlink(path)}, where no file is" if is_link else "is a folder or a special file"
+    remedy = "run `git annex get` in its repository" if is_link and ".git/annex" in os.readlink(path) else "remove it"
+    raise FileNotFoundError(printable(f"shard {path} {problem}; {remedy}, or correct the pattern"))
 
 
 def _expand(pattern: str) -> list[str]:

@@ -243,9 +243,8 @@ def test_there_are_few_calls_between_the_command_line_and_the_step(tiny_shards, 
 def messages() -> list[str]:
     """Return all strings of the packages that are not docstrings."""
     texts = []
-    for path in (
-        path for package in ("iwm_fast", "pipelines", "kernels") for path in (PROJECT / package).rglob("*.py")
-    ):
+    packages = [PROJECT / name for name in ("iwm_fast", "pipelines", "kernels")]
+    for path in (path for package in packages for path in package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)

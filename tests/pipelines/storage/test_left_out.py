@@ -258,3 +258,20 @@ def test_files_that_are_no_archive_are_recognised(start, size, tmp_path):
 @pytest.mark.parametrize("name", ["PAR1.jpg", "BZh.jpg", '{"a.jpg', "<html.jpg", "PK\x03\x04.jpg"])
 def test_the_name_of_a_first_member_is_not_taken_for_another_format(name, tmp_path):
     assert index_shard(shard_at(tmp_path / "s.tar", [(name, JPEG)])).keys == (name.removesuffix(".jpg"),)
+
+
+NO_FILES = {
+    "git-annex": (lambda path: path.symlink_to("../.git/annex/objects/1/s.tar"), "is a link to .*; run `git annex get`"),
+    "dangling link": (lambda path: path.symlink_to("nowhere.tar"), r"is a link to nowhere\.tar, where no file is; remove"),
+    "folder": (lambda path: path.mkdir(), "is a folder or a special file"),
+    "pipe": (os.mkfifo, "is a folder or a special file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_what_is_no_file_among_shards_is_named(name, tmp_path):
+    shard_at(tmp_path / "a.tar", [("a.jpg", JPEG)])
+    make, message = NO_FILES[name]
+    make(tmp_path / "b.tar")
+    with pytest.raises(FileNotFoundError, match=rf"shard .*b\.tar {message}"):
+        open_shards(str(tmp_path))
