@@ -261,8 +261,8 @@ def test_the_name_of_a_first_member_is_not_taken_for_another_format(name, tmp_pa
 
 
 NO_FILES = {
-    "git-annex": (lambda path: path.symlink_to("../.git/annex/objects/1/s.tar"), "is a link to .*; run `git annex get`"),
-    "dangling link": (lambda path: path.symlink_to("nowhere.tar"), r"is a link to nowhere\.tar, where no file is; remove"),
+    "git-annex": (lambda path: path.symlink_to("../.git/annex/objects/1"), "is a link to .*; run `git annex get`"),
+    "dangling link": (lambda path: path.symlink_to("nowhere.tar"), r"is a link to nowhere\.tar, where no file is"),
     "folder": (lambda path: path.mkdir(), "is a folder or a special file"),
     "pipe": (os.mkfifo, "is a folder or a special file"),
 }  # fmt: skip
