@@ -20,8 +20,8 @@ from iwm_fast.models.student import build_student
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 # What reading JSON, YAML, tensors and settings raises if their content is wrong.
 _WRONG_CONTENT = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SafetensorError),
-)
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SafetensorError
+)  # fmt: skip
 
 
 @contextmanager

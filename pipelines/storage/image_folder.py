@@ -14,9 +14,7 @@ from iwm_fast.pipelines.storage.foreign_files import recognise_text
 Group = TypeVar("Group")
 
 # Folders that systems and file servers add to those of their users. Names that begin with a dot are hidden, too.
-_SYSTEM_FOLDERS = (
-    *("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
-)
+_SYSTEM_FOLDERS = ("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information")
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -53,6 +51,8 @@ class ImageFolders(Generic[Group]):
         """Files and folders that cannot be used, in printable characters."""
         self.num_other: int = 0
         """Number of files that are not images by their extension."""
+        self.first_other: Path | None = None
+        """The first of them."""
         self.num_repeated: int = 0
         """Number of links to files and folders that are reached on another path as well."""
         self._first: dict[tuple[int, int], tuple[Group | None, Path]] = {}
@@ -101,6 +101,7 @@ class ImageFolders(Generic[Group]):
     def _add(self, group: Group, path: Path) -> None:
         if not is_image_name(path.name):
             self.num_other += 1
+            self.first_other = self.first_other or path
             return
         try:
             status = path.stat()

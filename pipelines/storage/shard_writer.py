@@ -157,7 +157,8 @@ def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> 
         problems += [printable(f"{path} {refusal}") for path, refusal in refusals.items() if refusal]
     _report_problems(problems, config)
     if found.num_other:
-        log.warning("%d files that are not images are left out", found.num_other)
+        first = printable(str(found.first_other))
+        log.warning("%d files without the extension of an image are left out, the first is %s", found.num_other, first)
     if found.num_repeated:
         log.warning("%d links to files or folders that are packed already are left out", found.num_repeated)
     _warn_of_odd_classes(folders, images)
@@ -251,13 +252,23 @@ def _class_names(source: Path, classes_path: str) -> list[str]:
         raise ValueError(f"{problem}; either all images must lie in class folders, {source}/CLASS/IMAGE, or none")
     if not classes_path:
         return names
-    classes = json.loads(Path(classes_path).read_text())
+    classes = _read_class_names(Path(classes_path))
     unlisted = [name for name in names if name not in classes]
     if unlisted:
         raise ValueError(
             f"class folders of {source} must be listed in classes={classes_path}, which lists {len(classes)} classes, "
             f"got {unlisted}"
         )
+    return classes
+
+
+def _read_class_names(path: Path) -> list[str]:
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it ({error})") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it")
     return classes
 
 

@@ -282,3 +282,18 @@ def test_two_packings_into_one_folder_do_not_disturb_each_other(source, tmp_path
 
     interrupt_after_two_samples(monkeypatch, pack_again)
     assert packed_files(source) == OWN and len(errors) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"cat": 0}', b"cat\ndog", b"\xff\xfe", b"[" * 100_000])
+def test_class_names_that_are_no_list_of_names_are_refused(content, source, tmp_path):
+    classes = write(tmp_path / "classes.json")
+    classes.write_bytes(content)
+    with pytest.raises(ValueError, match=r"classes=.*classes\.json must hold a JSON list of names"):
+        packed_files(source, classes=str(classes))
+
+
+def test_files_that_are_no_images_are_counted_and_the_first_is_named(source, caplog):
+    for name in ("cat/a.gif", "cat/b.heic", "dog/notes.txt", "dog/Thumbs.db"):
+        write(source / name)
+    assert packed_files(source) == OWN
+    assert "4 files without the extension of an image are left out, the first is " in caplog.text
