@@ -17,6 +17,7 @@ from iwm_fast.evaluate import (
     refuse_checkpoint_folder,
     watch_signals_if_training,
 )
+from iwm_fast.pipelines.errors import printable
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS, require_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
@@ -104,13 +105,15 @@ def _shards_pack(arguments: list[str]) -> None:
     packed_sets = import_object("iwm_fast.pipelines.storage.shard_writer:pack_folder")(
         Path(source), Path(folder), config
     )
-    print(*(path for packed in packed_sets for path in packed.shards), sep="\n")
+    print(*(printable(str(path)) for packed in packed_sets for path in packed.shards), sep="\n")
     print(*packed_sets, sep="; ")
 
 
 def _shards_check(arguments: list[str]) -> None:
-    (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
-    import_object("iwm_fast.commands.check_shards:check_shards")(spec)
+    (spec,) = _exactly(arguments[:1], "the shards: a path, pattern, folder or address")
+    settings = import_object(COMMANDS["shards check"].settings)
+    config = import_object("iwm_fast.config.loading:build")(settings, {}, arguments[1:])
+    import_object("iwm_fast.commands.check_shards:check_shards")(spec, config)
 
 
 def _configs(arguments: list[str]) -> None:
@@ -187,7 +190,8 @@ COMMANDS = {
         "write shards from an image folder, with or without one subfolder per class, or from its folders train and val",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
     "shards check": Command(
-        "SHARDS", "decode every sample once, report, and exclude unreadable samples from the index", _shards_check),
+        "SHARDS [image=left.jpg]", "decode every sample once, report, and exclude unreadable samples from the index",
+        _shards_check, "iwm_fast.config.commands:CheckShardsConfig"),
     "demo": Command(
         "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo,
         explanation="iwm_fast.commands.help_texts:demo_help"),

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import is_export, read_export
+from iwm_fast.checkpoints.reading import naming_file, require_networks_fit
 from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
@@ -215,7 +217,8 @@ def load(
     Raises:
         FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.
         ValueError: if another checkpoint of an export is chosen than the only one it has.
-        CheckpointError: if the chosen checkpoint is damaged, or all of them are, or the export is.
+        CheckpointError: if the chosen checkpoint is damaged, or all of them are, or the export is, or if settings do
+            not belong to the weights.
     """
     folder = Path(folder)
     if is_export(folder):
@@ -227,9 +230,16 @@ def load(
             )
         states = export.encoder_state, export.predictor_state
         return _trained(export.config, *states, step=export.step, device=device)
-    config = load_run_config(folder)
+    with naming_file(folder / checkpoints.CONFIG):
+        config = load_run_config(folder)
     saved = checkpoints.read_chosen(folder, checkpoint)
-    return _trained(config, saved.teacher_state, saved.weights("predictor."), step=saved.step, device=device)
+    states = saved.teacher_state, saved.weights("predictor.")
+    try:
+        require_networks_fit(config, *states, folder / checkpoints.CONFIG)
+    except CheckpointError as error:
+        error.add_note(f"restore it from {saved.folder / checkpoints.CONFIG}")
+        raise
+    return _trained(config, *states, step=saved.step, device=device)
 
 
 def _trained(

@@ -64,6 +64,17 @@ def require_label_field(name: str, value: object) -> None:
     require(is_field, name, value, "be cls or json.NAME")
 
 
+def require_image_extension(name: str, value: str) -> None:
+    """Check that a setting is empty or the extension of an image in a sample, such as `jpg` or `left.jpg`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    is_extension = "/" not in value and value.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and value[0] != "."
+    accepted = f"be unset or what follows the first dot of a name, such as left.jpg, ending in {IMAGE_EXTENSIONS}"
+    require(not value or is_extension, name, value, accepted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples are read, and how far apart they are shuffled."""
@@ -72,6 +83,9 @@ class DataConfig:
     """Training shards: a path, a brace pattern, a folder or an s3:// address; several as 'A::B' or a YAML list."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
+    image: str = ""
+    """Member of each sample that is its image, as the part of the file name after the first dot, such as left.jpg.
+    Unset: the member with a usual extension, such as .jpg or .png."""
     shuffle_window: int = 16
     """Number of shards whose samples are mixed. More shards mix better; fewer shards need fewer open files."""
     max_samples: int | None = None
@@ -80,6 +94,7 @@ class DataConfig:
     """Resume a run even if seed, global batch size, shards, views or masks have changed; its current epoch restarts."""
 
     def __post_init__(self) -> None:
+        require_image_extension("data.image", self.image)
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
         limit = self.max_samples
         require(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
@@ -233,6 +248,8 @@ class PackConfig:
     """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
     val_share: float = 0.0
     """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
+    leave_out_bad: bool = False
+    """Whether to leave out files that cannot be packed, with a warning. false: nothing is packed if there are any."""
 
     def __post_init__(self) -> None:
         require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")

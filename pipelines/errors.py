@@ -1,4 +1,25 @@
-"""The error that a shard which cannot be used raises."""
+"""The errors that shards raise, and names from outside made safe to print."""
+
+
+def printable(text: str) -> str:
+    r"""Return a name from a file system or an archive with everything that is not printable written as an escape.
+
+    Escape sequences would control the terminal, line feeds would forge lines of a log, and marks of writing direction
+    would reorder them. Bytes that are not UTF-8 appear as escapes such as \udcff.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of one or several lines in printable characters."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def to_valid_unicode(text: str) -> str:
+    r"""Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes, such as \xff."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class ShardError(Exception):
@@ -7,6 +28,10 @@ class ShardError(Exception):
     def __init__(self, problem: str, *, shard: str = "", key: str = "", remedy: str = "") -> None:
         address = f"{shard}: " if shard else ""
         address += f"sample {key!r}: " if key else ""
-        super().__init__(address + problem + (f"; {remedy}" if remedy else ""))
+        super().__init__(printable(address + problem + (f"; {remedy}" if remedy else "")))
         self.shard = shard
         self.key = key
+
+
+class EmptyShardError(ShardError):
+    """A shard holds no image that could be drawn; a set of shards leaves it out if others hold images."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from multiprocessing import get_context
 
 import numpy as np
@@ -17,9 +18,9 @@ from PIL import Image, UnidentifiedImageError
 
 from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, describe_sizes, upright_size
 from iwm_fast.pipelines.config import IMAGE_FORMATS
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
 from iwm_fast.pipelines.storage.index_cache import file_version, save_filtered_index
-from iwm_fast.pipelines.storage.shard import Shard, index_shard
+from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
 
@@ -52,15 +53,22 @@ class ShardReport:
     """Samples whose PNG next to the image holds no class indices. Their images are drawn nevertheless."""
     bad: list[BadSample] = field(default_factory=list)
     """Samples left out of the stored index, so that they are never drawn."""
+    unused: dict[str, Unused] = field(default_factory=dict)
+    """Members that no sample uses, by kind."""
     refusal: str = ""
     """Reason why no sample of the shard can be used, empty if the shard can be used."""
+    holds_no_image: bool = False
+    """Whether the reason is that there is no image, so that runs leave the shard out."""
 
 
-def validate_shards(paths: Sequence[str], num_processes: int | None = None) -> Iterator[ShardReport]:
+def validate_shards(
+    paths: Sequence[str], num_processes: int | None = None, *, image: str = ""
+) -> Iterator[ShardReport]:
     """Yield the report of each shard in the order of `paths`, and store an index without the bad samples.
 
     Args:
         paths: paths of the shards, from `find_shards`.
+        image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
         num_processes: number of shards checked at a time; unset: one per core.
 
     Raises:
@@ -68,14 +76,14 @@ def validate_shards(paths: Sequence[str], num_processes: int | None = None) -> I
     """
     num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
     if num_processes == 1:
-        yield from map(validate_shard, paths)
+        yield from map(validate_shard, paths, repeat(image))
         return
     # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(validate_shard, paths)
+        yield from pool.map(validate_shard, paths, repeat(image))
 
 
-def validate_shard(path: str) -> ShardReport:
+def validate_shard(path: str, image: str = "") -> ShardReport:
     """Decode all images and masks of a shard and store an index without the bad samples.
 
     Raises:
@@ -86,10 +94,11 @@ def validate_shard(path: str) -> ShardReport:
     version = file_version(path)
     try:
         # From the headers, because a stored index may already leave out samples.
-        shard = index_shard(path)
+        shard = index_shard(path, image)
     except ShardError as error:
-        report.refusal = str(error)
+        report.refusal, report.holds_no_image = str(error), isinstance(error, EmptyShardError)
         return report
+    report.unused = shard.unused
     bad_positions = []
     with ShardFile(path) as file:
         for position, key in enumerate(shard.keys):
@@ -102,9 +111,9 @@ def validate_shard(path: str) -> ShardReport:
     report.num_json = len(shard.keys) - len(without_json)
     report.first_without_json = shard.keys[int(without_json[0])] if len(without_json) else ""
     if len(bad_positions) == len(shard.keys):
-        report.refusal = f"{path}: none of its {len(bad_positions)} samples can be decoded; write the shard again"
-        return report
-    save_filtered_index(shard, version, bad_positions)
+        problem = f"none of its {len(bad_positions)} samples can be decoded, so that runs leave it out"
+        report.refusal = printable(f"{path}: {problem}; write the shard again")
+    save_filtered_index(shard, version, bad_positions, image)
     return report
 
 

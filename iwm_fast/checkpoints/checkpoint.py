@@ -12,7 +12,6 @@ slot), and networks draw no random numbers after their initialisation. Torch's g
 a run that used rank 0's generator could not continue in the same way with another number of ranks.
 """
 
-import json
 import logging
 import math
 import re
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
+from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors
 from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
@@ -220,21 +220,22 @@ def read(folder: Path) -> Checkpoint:
     """
     # The format comes first: another version of the project may have written other files.
     require_undamaged(folder, (STATE,))
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = read_json(folder / STATE)
     saved_format = state.pop("format", None)
     if saved_format != FORMAT:
         raise CheckpointError(
             f"{folder} has format {saved_format}, not {FORMAT}; use the iwm-fast version that wrote it"
         )
     require_undamaged(folder, (MODEL, CONFIG))
-    tensors = load_file(folder / MODEL)
+    tensors = read_tensors(folder / MODEL)
     teacher = {name: tensor for name, tensor in tensors.items() if name.startswith(TEACHER_PREFIX)}
-    return Checkpoint(
-        folder=folder,
-        engine_state={name: tensor for name, tensor in tensors.items() if name not in teacher},
-        teacher_state={name.removeprefix(TEACHER_PREFIX): tensor for name, tensor in teacher.items()},
-        **state,
-    )
+    with naming_file(folder / STATE):
+        return Checkpoint(
+            folder=folder,
+            engine_state={name: tensor for name, tensor in tensors.items() if name not in teacher},
+            teacher_state={name.removeprefix(TEACHER_PREFIX): tensor for name, tensor in teacher.items()},
+            **state,
+        )
 
 
 def differing_settings(

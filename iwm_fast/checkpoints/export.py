@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.model_card import model_card
+from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors, require_networks_fit
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, config_to_dict, load_config
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import ViewConfig, require
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
 from iwm_fast.pipelines.transforms.action import change_from_action
 from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
@@ -83,7 +84,10 @@ def export(config: ExportConfig) -> Path:
         FileExistsError: if the export folder exists.
     """
     saved = checkpoints.read_chosen(Path(config.run), config.checkpoint)
-    run_config = load_config(saved.folder / checkpoints.CONFIG)
+    config_path = saved.folder / checkpoints.CONFIG
+    with naming_file(config_path):
+        run_config = load_config(config_path)
+    require_networks_fit(run_config, saved.teacher_state, saved.weights("predictor."), config_path)
     description = describe(saved, run_config)
     # Positions are fixed and therefore not among the trained weights, but timm expects them.
     trained = saved.weights("encoder.") | {"pos_embed": saved.teacher_state["pos_embed"]}
@@ -192,32 +196,41 @@ def _last_metrics(run: Path, step: int) -> dict[str, Any]:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a folder has the files of an export, without reading them."""
-    return any(all((folder / name).is_file() for name in names) for names in _FILES.values())
+    """Return whether a folder is an export, without reading its files."""
+    # In format 1, the description has a name that other folders use as well.
+    return (folder / DESCRIPTION).exists() or all((folder / name).is_file() for name in _FILES[1])
 
 
 def read_export(folder: Path) -> ExportedModel:
     """Read an export folder and check its files against the manifest.
 
     Raises:
-        CheckpointError: if it is damaged or has another format.
+        CheckpointError: if it is damaged, has another format, or its settings do not belong to its weights.
     """
     # In format 1, config.json was the description. Now it is timm's.
-    description_file, encoder_file = _FILES[FORMAT if (folder / DESCRIPTION).is_file() else 1]
+    description_file, encoder_file = _FILES[FORMAT if (folder / DESCRIPTION).exists() else 1]
     try:
         require_undamaged(folder, (description_file, encoder_file))
-        description = json.loads((folder / description_file).read_text(encoding="utf-8"))
-        if description["format"] not in _FILES:
-            raise CheckpointError(f"{folder} has format {description['format']}, not 1 to {FORMAT}")
-        if description["predictor"] is not None:
-            require_undamaged(folder, (PREDICTOR,))
+        description = read_json(folder / description_file, ("format",))
+        if description["format"] not in tuple(_FILES):
+            raise CheckpointError(f"{folder} has format {description['format']!r}, not 1 to {FORMAT}")
+        return _read_networks(folder, folder / description_file, folder / encoder_file)
     # The note replaces the advice for checkpoints of a run, which does not help with an export.
     except CheckpointError as error:
         error.add_note("copy the export folder again, or export the run again with this version of iwm-fast")
         raise
+
+
+def _read_networks(folder: Path, description_path: Path, encoder_path: Path) -> ExportedModel:
+    description = read_json(description_path, ("predictor", "settings", "step"))
+    with naming_file(description_path):
+        require(isinstance(description["step"], int), "step", description["step"], "be an integer")
+        config = build(RunConfig, description["settings"])
+    encoder_state, predictor_state = read_tensors(encoder_path), {}
+    if description["predictor"] is not None:
+        require_undamaged(folder, (PREDICTOR,))
+        predictor_state = read_tensors(folder / PREDICTOR)
+    require_networks_fit(config, encoder_state, predictor_state, description_path)
     return ExportedModel(
-        config=build(RunConfig, description["settings"]),
-        step=description["step"],
-        encoder_state=load_file(folder / encoder_file),
-        predictor_state={} if description["predictor"] is None else load_file(folder / PREDICTOR),
+        config=config, step=description["step"], encoder_state=encoder_state, predictor_state=predictor_state
     )

@@ -7,22 +7,25 @@ silently: a block that is missing, unexpected or of another shape is an error th
 """
 
 import logging
+import re
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.export import is_export, read_export
+from iwm_fast.checkpoints.reading import naming_file
 from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.models.layers import sincos_positions
 from iwm_fast.models.student import Student
+from iwm_fast.pipelines.storage.foreign_files import NUM_BYTES, recognise_text
 from iwm_fast.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -135,7 +138,8 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedW
                 f"init_from = {str(path)!r} holds neither an export nor a run with a checkpoint; name one that does"
             )
         saved = checkpoints.read_chosen(path)
-        source_config = load_config(saved.folder / checkpoints.CONFIG)
+        with naming_file(saved.folder / checkpoints.CONFIG):
+            source_config = load_config(saved.folder / checkpoints.CONFIG)
         encoder, predictor, step = saved.teacher_state, saved.weights("predictor."), saved.step
     _require_same_encoder(source_config, config, path)
     # Positions follow from the grid. Without them, the weights also fit views of another size.
@@ -198,15 +202,14 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            # Unpickling could run any code that a downloaded file contains; weights_only reads tensors only.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"init_from: {path} cannot be read as weights ({reason}); only tensors are read, never pickled code: save "
-            "the model's state_dict() alone, or as .safetensors"
-        ) from error
-    content, entries = _descend_entries(content)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # Unpickling could run any code that a downloaded file contains; weights_only reads tensors only.
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        content, entries = _descend_entries(content)
+    # torch passes on whatever damaged bytes lead to: UnpicklingError, RuntimeError, KeyError, EOFError, ...
+    except Exception as error:
+        raise ValueError(f"init_from: {path} cannot be read as weights: {_describe_refusal(path, error)}") from error
     weights, prefixes = _strip_prefixes(content)
     if not weights:
         raise ValueError(f"init_from: {path} holds no weights by name; save the model's state_dict()")
@@ -215,6 +218,22 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
     float_weights = {name: value.float() for name, value in weights.items() if not name.startswith(_DROPPED)}
     address = ".".join([*entries, *prefixes])
     return float_weights, positions, f"the weights under {address!r}" if address else "the weights"
+
+
+def _describe_refusal(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read, and the remedy."""
+    with path.open("rb") as file:
+        foreign = recognise_text(file.read(NUM_BYTES))
+    if foreign:
+        return f"it {foreign.problem}; {foreign.remedy}"
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    # torch's own message advises to switch the protection off, which would run code from the file.
+    if isinstance(error, UnpicklingError):
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds pickled objects other than tensors{f', such as {name[1]}' if name else ''}"
+    return (
+        f"{reason}; only tensors are read, never pickled code: save the model's state_dict() alone, or as .safetensors"
+    )
 
 
 def _descend_entries(content: Any) -> tuple[dict[str, Tensor], list[str]]:

@@ -100,7 +100,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     if shards is not None:
         report.add("training samples", _describe_shards(shards))
     if config.data.val:
-        val = report.collect("validation samples", lambda: open_shards(config.data.val))
+        val = report.collect("validation samples", lambda: open_shards(config.data.val, config.data.image))
         if val is not None:
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:

@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from iwm_fast.config.commands import CHECK_DEFAULTS, CheckShardsConfig
+from iwm_fast.pipelines.errors import printable
+from iwm_fast.pipelines.storage.shard import describe_unused
 from iwm_fast.pipelines.storage.shard_set import find_shards
 from iwm_fast.pipelines.validate import ShardReport, validate_shards
 
@@ -14,7 +17,7 @@ from iwm_fast.pipelines.validate import ShardReport, validate_shards
 _MAX_LINES = 20
 
 
-def check_shards(spec: str, num_processes: int | None = None) -> None:
+def check_shards(spec: str, config: CheckShardsConfig = CHECK_DEFAULTS, num_processes: int | None = None) -> None:
     """Decode all images and masks, print a report, and save indexes without the samples that cannot be decoded.
 
     `spec` names the shards as `data.train` does. With `num_processes` of None, there is one process per core.
@@ -25,12 +28,14 @@ def check_shards(spec: str, num_processes: int | None = None) -> None:
     console = Console()
     paths = find_shards(spec)
     # `validate_shards` yields a report as soon as its shard is done, so the progress bar advances shard by shard.
-    reports = list(
-        track(validate_shards(paths, num_processes), "checking", total=len(paths), console=console, transient=True)
-    )
+    validated = validate_shards(paths, num_processes, image=config.image)
+    reports = list(track(validated, "checking", total=len(paths), console=console, transient=True))
     console.print(_summary_table(reports))
     bad = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
     refusals = [report.refusal for report in reports if report.refusal]
+    # Runs leave shards without an image out, unless there are no others.
+    if not all(report.holds_no_image for report in reports):
+        refusals = [report.refusal for report in reports if report.refusal and not report.holds_no_image]
     _print_lines(console, bad)
     if bad:
         console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
@@ -44,14 +49,16 @@ def _print_lines(console: Console, lines: list[str]) -> None:
     """Print at most `_MAX_LINES` lines and the number of the rest."""
     for line in lines[:_MAX_LINES]:
         # Paths and keys may contain brackets, which rich would read as markup. Soft wrapping keeps paths copyable.
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     if len(lines) > _MAX_LINES:
         console.print(f"... and {len(lines) - _MAX_LINES} more")
 
 
 def _warnings(reports: list[ShardReport]) -> list[str]:
-    """Return a line per shard with samples that pretraining can use but evaluations on labels or masks may refuse."""
-    warnings = []
+    """Return what runs leave out, and a line per shard with samples that evaluations on labels or masks may refuse."""
+    warnings = describe_unused((report.path, report.unused) for report in reports)
+    if not all(report.holds_no_image for report in reports):
+        warnings += [f"{report.refusal}; runs leave it out" for report in reports if report.holds_no_image]
     # Data without any .json member is complete. A member is missing only if other samples have one.
     if any(report.num_json for report in reports):
         for report in reports:

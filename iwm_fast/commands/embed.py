@@ -5,7 +5,6 @@ Image files need neither DALI nor shards. A `.npz` file does not need pyarrow ei
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +20,9 @@ from iwm_fast import world_model
 from iwm_fast.config.commands import EmbedConfig
 from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
+from iwm_fast.pipelines.errors import printable, to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
+from iwm_fast.pipelines.storage.image_folder import ImageFolders
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
@@ -119,9 +120,8 @@ def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
     with ThreadPoolExecutor(thread_name_prefix="images") as pool:
         for batch in track_progress(evaluation_batches, len(evaluation_batches), "batches encoded"):
             views = list(pool.map(lambda path: _read(model, path), batch))
-            names = [
-                path.relative_to(root).as_posix() for path, view in zip(batch, views, strict=True) if view is not None
-            ]
+            read = [path for path, view in zip(batch, views, strict=True) if view is not None]
+            names = [to_valid_unicode(path.relative_to(root).as_posix()) for path in read]
             good = [view for view in views if view is not None]
             feature = _feature(model, cat(good), config.pool) if good else np.empty((0, 0), np.float32)
             yield _Rows(columns={"path": names}, feature=feature, num_left_out=len(batch) - len(good))
@@ -130,19 +130,19 @@ def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"images={folder} must be an image file or a folder of images, which does not exist")
-    # Links are followed, because a subset of a data set is often a folder of links.
-    names = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(path for path in names if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    if not paths:
+    found = ImageFolders({folder: folder})
+    for problem in found.problems:
+        log.warning("%s; it is left out", problem)
+    if not found.images[folder]:
         raise FileNotFoundError(f"{folder} holds no images: accepted extensions are {', '.join(IMAGE_EXTENSIONS)}")
-    return paths
+    return found.images[folder]
 
 
 def _read(model: WorldModel, path: Path) -> Float[Tensor, "1 3 H W"] | None:
     try:
         return model.load_image(path)
     except (OSError, ValueError) as error:
-        log.warning("%s; it is left out", error)
+        log.warning("%s; it is left out", printable(str(error)))
         return None
 
 
@@ -159,7 +159,7 @@ def _shard_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
         # Another sample replaces one that cannot be decoded.
         is_good = batch.sample == batch.scheduled_sample
         samples = batch.sample[is_good].tolist()
-        columns = {"key": [shards.key(sample) for sample in samples]}
+        columns = {"key": [to_valid_unicode(shards.key(sample)) for sample in samples]}
         if labels is not None:
             columns["label"] = [labels[sample] for sample in samples]
         feature = _feature(model, batch.source_view, config.pool)[is_good.numpy()]

@@ -15,9 +15,10 @@ from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RuntimeConfig, loader_config
 from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, list_log_files, read_step
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
-from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_metadata, to_valid_unicode
+from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_metadata
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import DataConfig, LoaderConfig, require
+from iwm_fast.pipelines.errors import printable, to_valid_unicode
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import describe_action
@@ -48,7 +49,9 @@ def replay_step(config: ReplayConfig) -> Path:
     metadata = read_metadata(rows.schema)
     require(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
     rows = rows.slice(config.first_slot, config.num_images or (_NUM_IMAGES if config.format == "png" else None))
-    shards = open_training_shards(DataConfig(train=config.shards or metadata.shards, max_samples=metadata.max_samples))
+    shards = open_training_shards(
+        DataConfig(train=config.shards or metadata.shards, max_samples=metadata.max_samples, image=metadata.image)
+    )
     require_same_samples(rows, metadata, shards)
     device = choose_device(config.device or runtime.device)
     batches = render_again(rows, metadata, shards, _loader_config(config, runtime, device), device)
@@ -144,7 +147,7 @@ def _columns(batch: Batch, metadata: LogMetadata) -> Iterator[tuple[Panel, Panel
     for image, key in enumerate(batch.key):
         sample, scheduled = int(batch.sample[image]), int(batch.scheduled_sample[image])
         replacement = f", replaces sample {scheduled}" if scheduled != sample else ""
-        name = f"slot {int(batch.slot[image])}: {to_valid_unicode(key)}{replacement}"
+        name = f"slot {int(batch.slot[image])}: {printable(key)}{replacement}"
         action = f"action: {describe_action(actions[image], metadata.views)}"
         yield Panel(pixels=sources[image], caption=name), Panel(pixels=targets[image], caption=action)
 

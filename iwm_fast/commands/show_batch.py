@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.errors import printable
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.rendering.image_grid import Panel, save_image_grid, shade
@@ -53,7 +54,7 @@ def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
         action = describe_action(batch.action[image].cpu().numpy(), config.views)
         columns.append(
             [
-                Panel(pixels=sources[image], caption=batch.key[image]),
+                Panel(pixels=sources[image], caption=printable(batch.key[image])),
                 Panel(pixels=shade(sources[image], ~context), caption=f"{context.sum()} of {context.size} patches"),
                 Panel(pixels=targets[image], caption=f"action: {action}"),
                 Panel(pixels=shade(targets[image], ~target), caption=f"{target.sum()} of {target.size} patches"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.config.evaluation import EvalDataConfig
-from iwm_fast.pipelines.config import Backend, require
+from iwm_fast.pipelines.config import Backend, require, require_image_extension
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,20 @@ class CheckConfig:
         require(speed is None or speed > 0, "images_per_s", speed, "be above 0 or unset")
         memory = self.gpu_memory_gb
         require(memory is None or memory > 0, "gpu_memory_gb", memory, "be above 0 or unset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckShardsConfig:
+    """Settings of `iwm shards check`."""
+
+    image: str = ""
+    """Member of each sample that is its image, like data.image of the runs that will read the shards."""
+
+    def __post_init__(self) -> None:
+        require_image_extension("image", self.image)
+
+
+CHECK_DEFAULTS = CheckShardsConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.pipelines.config import require, require_label_field, require_seed
+from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
 
 Family = Literal["jitter", "grayscale", "blur", "solarize"]
 
@@ -16,11 +16,14 @@ class EvalDataConfig:
     """Shards that probes learn from, written like the run's data.train. Unset: the shards the run was trained on."""
     val: str = ""
     """Validation shards, on which the reported numbers are measured. Unset: the run's data.val."""
+    image: str = ""
+    """Member of each sample that is its image, such as left.jpg or jpg. Unset: the run's data.image."""
     label: str = "cls"
     """Label to predict: cls for the .cls members, or json.NAME for a field of the .json members (json.NAME.NAME for a
     nested field)."""
 
     def __post_init__(self) -> None:
+        require_image_extension("data.image", self.image)
         require_label_field("data.label", self.label)
 
 

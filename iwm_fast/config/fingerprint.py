@@ -23,8 +23,9 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
-    # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
+    # None equals a missing entry in comparisons, so checkpoints written before these settings existed can be resumed.
     flat["init_from"] = config.init_from or None
+    flat["data.image"] = config.data.image or None
     return flat
 
 

@@ -153,7 +153,7 @@ def result_name(task: str, data: EvalDataConfig) -> str:
 
 
 def validation_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
-    """Open `data.val` or, if it is unset, the validation shards of the run.
+    """Open `data.val` or, if it is unset, the validation shards of the run. Collective: every rank must call it.
 
     Raises:
         ValueError: if neither names shards.
@@ -161,12 +161,19 @@ def validation_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     spec = data.val or model.config.data.val
     if not spec:
         raise ValueError("data.val must name validation shards, because the run has none")
-    return open_named_shards("data.val", spec)
+    image = data.image or model.config.data.image
+    # On one rank, as in training: others would read the same headers and repeat the warnings.
+    return broadcast_from_rank_zero(lambda: open_named_shards("data.val", spec, image))
 
 
 def training_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
-    """Open `data.train` or, if it is unset, the training samples of the run."""
-    return open_named_shards("data.train", data.train) if data.train else open_training_shards(model.config.data)
+    """Open `data.train` or, if it is unset, the training samples of the run. Collective: every rank must call it."""
+    own = model.config.data
+    if data.train:
+        image = data.image or own.image
+        return broadcast_from_rank_zero(lambda: open_named_shards("data.train", data.train, image))
+    own = replace(own, image=data.image or own.image)
+    return broadcast_from_rank_zero(lambda: open_training_shards(own))
 
 
 def evenly_spaced(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:

@@ -61,7 +61,7 @@ class OnlineEvaluation:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
         require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
-        self._val = open_named_shards("data.val", val)
+        self._val = open_named_shards("data.val", val, self._config.data.image)
         self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if self._has_predictor:
@@ -126,7 +126,7 @@ def _label_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
         num_missing = int((shards.labels(np.arange(shards.num_samples)) < 0).sum())
         if num_missing:
             log.info(
-                "output.evaluate_every measures MRR without k-NN, because %d of %d samples of %s have no .cls",
+                "output.evaluate_every measures MRR without k-NN, because %d of %d samples of %s have no class number",
                 num_missing, shards.num_samples, name,
             )  # fmt: skip
             return None

@@ -5,6 +5,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from iwm_fast.pipelines.errors import printable_lines
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --card: #ffffff; --ink: #1c1c1a; --soft: #63625d; --line: #dddcd6;
   --series-1: #2a6fc9; --series-2: #d06a1f; --series-3: #16876a; --series-4: #9a4bb5; --good: #16794f; --bad: #b3341f;
@@ -47,8 +49,8 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def escape(text: object) -> str:
-    """Return text with the characters that HTML reserves, quotes included, replaced by entities."""
-    return html.escape(str(text))
+    """Return text in printable characters, with those that HTML reserves, quotes included, replaced by entities."""
+    return html.escape(printable_lines(str(text)))
 
 
 def section(title: str, *parts: str) -> str:

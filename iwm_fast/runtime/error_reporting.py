@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from iwm_fast.pipelines.errors import printable_lines
 from iwm_fast.runtime.extras import find_missing_package
 
 _OUR_PACKAGE = "iwm_fast"
@@ -117,6 +118,6 @@ def _await_termination(grace_s: float) -> None:
 def _print_error(error: Exception) -> None:
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     # Without the number of an error of the operating system, which says nothing to most users.
-    print(f"error{rank}: {_ERRNO.sub('', str(error))}", file=sys.stderr)
-    for note in getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+    for line in (f"error{rank}: {_ERRNO.sub('', str(error))}", *getattr(error, "__notes__", ())):
+        # Messages repeat names of files, which may hold anything.
+        print(printable_lines(line), file=sys.stderr)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from iwm_fast.pipelines.errors import printable_lines
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import Preemption
 
@@ -37,7 +38,16 @@ def log_to_console() -> None:
     """Print log messages to standard error: from INFO on rank 0, from WARNING with the rank's number on others."""
     rank = os.environ.get("RANK", "0")
     level, prefix = (logging.INFO, "") if rank == "0" else (logging.WARNING, f"[rank {rank}] ")
-    logging.basicConfig(level=level, format=f"{prefix}%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter(f"{prefix}%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Writes what is not printable as escapes, because messages repeat names of files, which may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 def run_and_exit(function: Callable[[], None]) -> NoReturn:

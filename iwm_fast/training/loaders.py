@@ -30,10 +30,13 @@ EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
-def open_named_shards(setting: str, spec: str) -> ShardSet:
-    """Open the shards that a setting names; if some are missing, the error names the setting as the remedy."""
+def open_named_shards(setting: str, spec: str, image: str) -> ShardSet:
+    """Open the shards that a setting names; if some are missing, the error names the setting as the remedy.
+
+    `image` is the value of data.image.
+    """
     try:
-        return open_shards(spec)
+        return open_shards(spec, image)
     except FileNotFoundError as error:
         is_same = absolute_shards(spec) == spec
         base = "" if is_same else f"; relative paths start from {Path.cwd()}"
@@ -52,7 +55,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
         raise ValueError(
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
-    shards = open_named_shards("data.train", data.train)
+    shards = open_named_shards("data.train", data.train, data.image)
     if data.max_samples is None:
         return shards
     require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
@@ -158,6 +161,7 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
         # Absolute as in config.yaml, so that `iwm replay` finds them from any working directory.
         shards=absolute_shards(config.data.train),
         max_samples=config.data.max_samples,
+        image=config.data.image,
         shards_digest=shards.content_digest,
     )
 

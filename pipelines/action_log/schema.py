@@ -24,6 +24,7 @@ from torch import Tensor
 
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.geometry import source_geometry
@@ -55,6 +56,8 @@ class LogMetadata:
     """Digest of the samples, from `ShardSet.content_digest`."""
     max_samples: int | None = None
     """The value of data.max_samples: the run used only this many samples, the first ones; None means all."""
+    image: str = ""
+    """The value of data.image. Logs written before this setting existed lack it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,11 +176,6 @@ def read_draws(rows: pa.Table) -> Draws:
     """Return the random parameters of these rows, bit for bit as they were drawn."""
     source, target = (Photometry(**{name: column(rows, f"{view}_{name}") for name in _PHOTOMETRY}) for view in _VIEWS)
     return Draws(**{name: column(rows, name) for name in _GEOMETRY}, source=source, target=target)
-
-
-def to_valid_unicode(text: str) -> str:
-    r"""Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes, such as \xff."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _flatten_draws(draws: Draws) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Indexes stored on disk: a shard's headers are read once, and again only after the shard has changed.
 
-An index lies next to its shard, as `train-000000.tar.index`. For remote shards, and where the shard's folder is not
+An index lies next to its shard, as `train-000000.tar.index`, or `train-000000.tar.left.jpg.index` for the images that
+`data.image=left.jpg` chooses. For remote shards, and where the shard's folder is not
 writable, it lies in a cache folder (IWM_CACHE, by default ~/.cache/iwm-fast). It is valid for the size and modification
 time that the shard had when its headers were read. A damaged index, or one of another format, is rebuilt.
 """
@@ -14,19 +15,20 @@ import zlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from iwm_fast.pipelines.errors import EmptyShardError, printable
 from iwm_fast.pipelines.storage.remote_file import file_info
-from iwm_fast.pipelines.storage.shard import Shard, index_shard
+from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 
 log = logging.getLogger(__name__)
 
 # To be increased when the meaning of the stored values changes.
-FORMAT = 2
+FORMAT = 3
 # File systems record times in steps, at most 2 s in common ones (FAT). A shard that changed more recently than that may
 # change again without a new modification time, so its index is not stored yet.
 MIN_AGE_NS = 2_000_000_000
@@ -40,33 +42,43 @@ class FileVersion(NamedTuple):
     changed_ns: int
 
 
-def load_or_index(path: str) -> Shard:
+def load_or_index(path: str, image: str = "") -> Shard:
     """Return a shard's stored index if it is still valid; otherwise index the shard and store the result.
 
+    Args:
+        path: the shard.
+        image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
+
     Raises:
+        EmptyShardError: if it holds no image, or the stored index leaves out all samples.
         ShardError: if the shard must be indexed and cannot be used.
     """
     # Taken before the headers are read: if the shard changes in between, the stored index is outdated, but never wrong.
     version = file_version(path)
-    index_paths = _index_paths(path)
+    index_paths = _index_paths(path, image)
     indexes = [_read_index(index_path, path, version) for index_path in index_paths]
     valid = [shard for shard in indexes if shard is not None]
     if valid:
         # There are two if a filtered index could not replace the older one. The filtered index leaves out more samples.
-        return max(valid, key=lambda shard: shard.num_left_out)
-    shard = index_shard(path)
+        shard = max(valid, key=lambda shard: shard.num_left_out)
+        if not shard.keys:
+            problem = f"none of its {shard.num_left_out} samples could be decoded by iwm shards check"
+            raise EmptyShardError(problem, shard=path, remedy="write the shard again")
+        return shard
+    shard = index_shard(path, image)
     if time.time_ns() - version.changed_ns >= MIN_AGE_NS:
         _write_index(shard, version, index_paths)
     return shard
 
 
-def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]) -> None:
+def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int], image: str = "") -> None:
     """Store an index without the samples at `positions`; it is valid until the shard changes.
 
     Args:
         shard: with all samples, as `index_shard` returns it.
         version: the shard's version before it was read.
-        positions: the samples to leave out; at least one sample must remain.
+        positions: the samples to leave out.
+        image: extension of the member that is the image, as the shard was indexed with.
 
     Raises:
         OSError: if no index can be stored, so that the samples to leave out would still be drawn.
@@ -76,7 +88,7 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
     keys = tuple(shard.keys[position] for position in remaining)
     # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
     time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
-    index_paths = _index_paths(shard.path)
+    index_paths = _index_paths(shard.path, image)
     _write_index(replace(shard, keys=keys, num_left_out=len(positions), **arrays), version, index_paths)
     # Read it back as a run will: the store may report no modification time, or the shard may have changed meanwhile.
     stored = [_read_index(index_path, shard.path, file_version(shard.path)) for index_path in index_paths]
@@ -99,12 +111,14 @@ def file_version(path: str) -> FileVersion:
     return FileVersion(status.st_size, status.st_mtime_ns)
 
 
-def _index_paths(path: str) -> list[Path]:
+def _index_paths(path: str, image: str) -> list[Path]:
     """Return the paths at which a shard's index may be stored, the preferred one first."""
+    # Each choice of images has its own index, because other samples may be left out of it.
+    ending = f".{image.lower()}.index" if image else ".index"
     name = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast") / "index"
-    beside = [] if "://" in path else [Path(f"{path}.index")]
-    return [*beside, folder / f"{name}.index"]
+    beside = [] if "://" in path else [Path(f"{path}{ending}")]
+    return [*beside, folder / f"{name}{ending}"]
 
 
 def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | None:
@@ -117,17 +131,21 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
             if about.get("format") != FORMAT or tuple(about["stamp"]) != version:
                 return None
             arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_INTEGER_FIELDS)}
-            checksum, num_left_out = about["checksum"], int(about["num_left_out"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        log.warning("%s is not a complete index (%s); it is rebuilt", index_path, error)
+            is_complete = about.pop("checksum") == _checksum(arrays, about)
+            num_left_out = int(about["num_left_out"])
+            unused = {kind: Unused(*entry) for kind, entry in about["unused"].items()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        log.warning("%s is not a complete index (%s); it is rebuilt", printable(str(index_path)), error)
         return None
-    if checksum != _checksum(arrays):
-        log.warning("%s is damaged; it is rebuilt", index_path)
+    if not is_complete:
+        log.warning("%s is damaged; it is rebuilt", printable(str(index_path)))
         return None
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
-    integers = {name: arrays[name] for name in _INTEGER_FIELDS}
-    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **integers)
+    return Shard(
+        path=path, size_bytes=version.size_bytes, keys=tuple(keys), num_left_out=num_left_out, unused=unused,
+        **{name: arrays[name] for name in _INTEGER_FIELDS},
+    )  # fmt: skip
 
 
 def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) -> None:
@@ -137,20 +155,17 @@ def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) ->
     arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _INTEGER_FIELDS}
     arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)
     arrays["key_size"] = np.array([len(key) for key in keys], np.int64)
-    about = {
-        "format": FORMAT,
-        "stamp": version,
-        "num_left_out": shard.num_left_out,
-        "checksum": _checksum(arrays),
-    }
-    content = save(arrays, {"about": json.dumps(about)})
+    about = {"format": FORMAT, "stamp": version, "num_left_out": shard.num_left_out, "unused": shard.unused}
+    content = save(arrays, {"about": json.dumps(about | {"checksum": _checksum(arrays, about)})})
     errors = []
     for index_path in index_paths:
         try:
             return _write_atomically(index_path, content)
         except OSError as error:
             errors.append(str(error))
-    log.warning("the index of %s cannot be stored and will be rebuilt next time: %s", shard.path, "; ".join(errors))
+    log.warning(
+        "the index of %s cannot be stored and will be rebuilt next time: %s", printable(shard.path), "; ".join(errors)
+    )
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -168,8 +183,8 @@ def _write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    checksum = 0
+def _checksum(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> int:
+    checksum = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     # Sorted, because writing and reading build the dictionary in different orders.
     for name in sorted(arrays):
         checksum = zlib.crc32(arrays[name].tobytes(), checksum)

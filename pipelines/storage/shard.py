@@ -1,14 +1,15 @@
 """The samples of a shard, read from its tar headers: their keys, labels and the byte ranges of their files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
 from iwm_fast.pipelines.storage.tar_reader import HeaderWindow, ShardFile, TarMember, tar_members
 
 # Top-level members such as __meta__ or __meta__/note.txt hold metadata, not samples (webdataset.tariterators).
@@ -17,6 +18,25 @@ _METADATA = re.compile(r"__[^/]*__($|/)")
 _IMAGE_ORDER = sorted(IMAGE_EXTENSIONS, key=lambda extension: extension == "png")
 # More digits than any int64 has, and few enough to be read together with the headers.
 _MAX_LABEL_BYTES = 32
+
+# What may be in a shard without being part of a sample, for one and for several.
+_UNUSED_KINDS = {
+    "extension": ("member has an extension that is not read", "members have an extension that is not read"),
+    "no image": ("key has no image", "keys have no image"),
+    "further image": ("image is a further one of its sample", "images are further ones of their samples"),
+    "link": ("link or special file is not followed", "links and special files are not followed"),
+    "no extension": ("file has no extension", "files have no extension"),
+    "hidden": ("hidden file is not read", "hidden files are not read"),
+    "label": (".cls member holds no class number", ".cls members hold no class number"),
+}
+
+
+class Unused(NamedTuple):
+    """Members of one kind that no sample uses."""
+
+    count: int
+    first: str
+    """Name of the first one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +52,7 @@ class Shard:
     image_size: Int64[np.ndarray, "samples"]
     """Size of each encoded image in bytes. A size of 0 is accepted here; decoding then reports a bad sample."""
     label: Int64[np.ndarray, "samples"]
-    """Class number of each sample from its `.cls` member, -1 if it has none."""
+    """Class number of each sample from its `.cls` member, -1 if it has none or the member holds something else."""
     json_offset: Int64[np.ndarray, "samples"]
     """Offset of each `.json` member in bytes, 0 if the sample has none."""
     json_size: Int64[np.ndarray, "samples"]
@@ -43,6 +63,8 @@ class Shard:
     """Size of each segmentation map in bytes, 0 if the sample has none."""
     num_left_out: int = 0
     """Number of samples that are not listed because `iwm shards check` could not decode them."""
+    unused: dict[str, Unused] = field(default_factory=dict)
+    """Members that no sample uses, by kind; `describe_unused` puts them into words."""
 
 
 @dataclass(kw_only=True)
@@ -54,22 +76,29 @@ class _Sample:
     label: int = -1
 
 
-def index_shard(path: str) -> Shard:
+def index_shard(path: str, image: str = "") -> Shard:
     """Index a shard by reading its headers and labels.
 
+    Args:
+        path: the shard.
+        image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
+
     Raises:
-        ShardError: if the archive is damaged, holds no image, repeats a key, or has a sample that cannot be used.
+        EmptyShardError: if the archive holds no image.
+        ShardError: if it is damaged, repeats a key, or has a sample that cannot be used.
     """
+    unused: dict[str, Unused] = {}
     with ShardFile(path) as file:
-        samples = list(_group_members(HeaderWindow(file)))
+        samples = list(_group_members(HeaderWindow(file), unused))
         size_bytes = file.size_bytes
-    images = [_image_member(sample) for sample in samples]
+    order = [image.lower()] if image else _IMAGE_ORDER
+    images = [next((sample.members[name] for name in order if name in sample.members), None) for sample in samples]
     # Keys without an image, such as a README, are not samples.
     pairs = [(sample, image) for sample, image in zip(samples, images, strict=True) if image is not None]
     if not pairs:
-        extensions = sorted({extension for sample in samples for extension in sample.members})
-        problem = f"holds no image: the extensions of its members are {extensions or 'none'}"
-        raise ShardError(problem, shard=path, remedy=f"accepted extensions are {', '.join(IMAGE_EXTENSIONS)}")
+        raise _empty_shard(path, samples, image)
+    for sample, chosen in zip(samples, images, strict=True):
+        _count_unused_members(sample, chosen, unused, is_image_chosen=bool(image))
     json_offset, json_size = _byte_ranges([sample.members.get("json") for sample, _ in pairs])
     mask_offset, mask_size = _byte_ranges([_mask_member(sample, image) for sample, image in pairs])
     return Shard(
@@ -83,12 +112,36 @@ def index_shard(path: str) -> Shard:
         json_size=json_size,
         mask_offset=mask_offset,
         mask_size=mask_size,
+        unused=unused,
     )
+
+
+def describe_unused(shards: Iterable[tuple[str, dict[str, Unused]]]) -> list[str]:
+    """Return one line for each kind of members that no sample uses, over all shards, given by path and `unused`."""
+    totals: dict[str, Unused] = {}
+    for path, unused in shards:
+        for kind, (count, first) in unused.items():
+            _count(totals, kind, f"{first} in {path}", count)
+    return [
+        printable(f"{total.count} {_UNUSED_KINDS[kind][total.count > 1]}, the first is {total.first}")
+        for kind, total in totals.items()
+    ]
+
+
+def read_cls_member(shard: Shard, key: str) -> bytes | None:
+    """Return the beginning of a sample's `.cls` member, None if it has none; for messages, as it reads all headers."""
+    with ShardFile(shard.path) as file:
+        window = HeaderWindow(file)
+        for member in tar_members(window):
+            if member.is_file and parse_member_name(member.name) == (key, "cls"):
+                return window.read_at(member.offset, min(member.size, _MAX_LABEL_BYTES + 1))
+    return None
 
 
 def limit_samples(shard: Shard, count: int) -> Shard:
     """Return a copy of the index that lists only the first `count` samples."""
-    per_sample = (entry.name for entry in fields(Shard) if entry.name not in ("path", "size_bytes", "num_left_out"))
+    of_the_shard = ("path", "size_bytes", "num_left_out", "unused")
+    per_sample = (entry.name for entry in fields(Shard) if entry.name not in of_the_shard)
     return replace(shard, **{name: getattr(shard, name)[:count] for name in per_sample})
 
 
@@ -117,13 +170,14 @@ def parse_member_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
-    """Yield the samples, each a run of consecutive members with the same key, with their labels."""
+def _group_members(window: HeaderWindow, unused: dict[str, Unused]) -> Iterator[_Sample]:
+    """Yield the samples, each a run of consecutive members with the same key, with their labels; count the rest."""
     seen: set[str] = set()
     current = _Sample(key="")
     for member in tar_members(window):
         parsed = parse_member_name(member.name)
-        if parsed is None:
+        if parsed is None or not member.is_file:
+            _count_other_member(member, unused)
             continue
         key, extension = parsed
         if key != current.key:
@@ -141,22 +195,63 @@ def _group_members(window: HeaderWindow) -> Iterator[_Sample]:
         if extension == "cls":
             # Read now, while the window over the headers still covers it: a label costs no extra read.
             content = window.read_at(member.offset, min(member.size, _MAX_LABEL_BYTES + 1))
-            current.label = _parse_label(content, window.path, key)
+            current.label = _parse_label(content)
+            if current.label < 0:
+                _count(unused, "label", f"{member.name} ({content!r})")
     if current.key:
         yield current
 
 
-def _parse_label(content: bytes, path: str, key: str) -> int:
+def _count(unused: dict[str, Unused], kind: str, first: str, count: int = 1) -> None:
+    earlier = unused.get(kind, Unused(0, first))
+    unused[kind] = Unused(earlier.count + count, earlier.first)
+
+
+def _count_other_member(member: TarMember, unused: dict[str, Unused]) -> None:
+    """Count a member that has no key, or no content of its own."""
+    base = member.name.rpartition("/")[2]
+    if not member.is_file:
+        _count(unused, "link", member.name)
+    elif not _METADATA.match(member.name):
+        _count(unused, "hidden" if base.startswith(".") else "no extension", member.name)
+
+
+def _count_unused_members(
+    sample: _Sample, image: TarMember | None, unused: dict[str, Unused], *, is_image_chosen: bool
+) -> None:
+    """Count the members of a key that look like an image or a label, but are not read."""
+    is_named = False
+    # Whoever chooses one of several images knows that the others are not read.
+    for extension, member in () if is_image_chosen else sample.members.items():
+        last = extension.rpartition(".")[2]
+        if extension == "seg.png" or last not in (*IMAGE_EXTENSIONS, "cls") or extension in ("cls", "png"):
+            continue
+        if last != extension:
+            _count(unused, "extension", member.name)
+            is_named = True
+        elif member is not image:
+            _count(unused, "further image", member.name)
+    if image is None and not is_named:
+        _count(unused, "no image", next(iter(sample.members.values())).name)
+
+
+def _empty_shard(path: str, samples: list[_Sample], image: str) -> EmptyShardError:
+    extensions = sorted({extension for sample in samples for extension in sample.members})
+    problem = f"holds no image: the extensions of its members are {extensions[:20] or 'none'}"
+    if image:
+        return EmptyShardError(problem, shard=path, remedy=f"data.image={image} reads only members of this extension")
+    remedy = f"accepted extensions are {', '.join(IMAGE_EXTENSIONS)}"
+    other = next((name for name in extensions if name.rpartition(".")[2] in IMAGE_EXTENSIONS), "")
+    remedy += f"; set data.image={other} to read these members" if other else ""
+    return EmptyShardError(problem, shard=path, remedy=remedy)
+
+
+def _parse_label(content: bytes) -> int:
+    """Return the class number that a `.cls` member holds, -1 for any other content."""
     digits = content.strip()
     # Longer content was not read completely. isdigit() of bytes accepts only ASCII digits, without a sign.
-    if len(content) > _MAX_LABEL_BYTES or not digits.isdigit() or int(digits) >= 2**63:
-        remedy = "write the class number as ASCII digits, or remove the member"
-        raise ShardError(f".cls must hold an integer >= 0, got {content!r}", shard=path, key=key, remedy=remedy)
-    return int(digits)
-
-
-def _image_member(sample: _Sample) -> TarMember | None:
-    return next((sample.members[extension] for extension in _IMAGE_ORDER if extension in sample.members), None)
+    is_number = len(content) <= _MAX_LABEL_BYTES and digits.isdigit() and int(digits) < 2**63
+    return int(digits) if is_number else -1
 
 
 def _mask_member(sample: _Sample, image: TarMember) -> TarMember | None:

@@ -8,16 +8,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from braceexpand import braceexpand
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
 from iwm_fast.pipelines.storage.index_cache import load_or_index
 from iwm_fast.pipelines.storage.remote_file import file_info, list_files
-from iwm_fast.pipelines.storage.shard import Shard, limit_samples
+from iwm_fast.pipelines.storage.shard import Shard, describe_unused, limit_samples, read_cls_member
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ class ShardSet:
         return {"shard": shard.path, "key": shard.keys[position]}
 
     def address(self, sample: int) -> str:
-        """Return "SHARD:KEY" of a sample, for messages and logs."""
+        """Return "SHARD:KEY" of a sample, for messages and logs, in printable characters."""
         shard, position = self.locate_one(sample)
-        return f"{shard.path}:{shard.keys[position]}"
+        return printable(f"{shard.path}:{shard.keys[position]}")
 
     def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
         """Return the class numbers of samples, -1 for a sample without one."""
@@ -95,13 +96,20 @@ class ShardSet:
         """Check that every sample has a label; the message names `consumer` as what needs them.
 
         Raises:
-            ShardError: naming the first sample without one.
+            ShardError: naming the first sample without one, and what its `.cls` member holds instead.
         """
         missing = np.flatnonzero(self._label < 0)
-        if len(missing):
-            problem = f"has no label, which {consumer} needs ({len(missing)} of {self.num_samples} samples lack one)"
-            remedy = "add a .cls member with the class number to each sample"
-            raise ShardError(problem, **self.shard_and_key(int(missing[0])), remedy=remedy)
+        if not len(missing):
+            return
+        shard, position = self.locate_one(int(missing[0]))
+        content = read_cls_member(shard, shard.keys[position])
+        extent = f"which {consumer} needs ({len(missing)} of {self.num_samples} samples lack one)"
+        if content is None:
+            problem, remedy = f"has no label, {extent}", "add a .cls member with the class number to each sample"
+        else:
+            problem = f"has no class number, {extent}: its .cls must hold an integer >= 0 in digits, got {content!r}"
+            remedy = "write class numbers, or write names into .json members and set data.label=json.NAME"
+        raise ShardError(problem, shard=shard.path, key=shard.keys[position], remedy=remedy)
 
     @cached_property
     def content_digest(self) -> str:
@@ -117,26 +125,47 @@ class ShardSet:
         return digest.hexdigest()
 
 
-def open_shards(spec: str, num_threads: int = 8) -> ShardSet:
-    """Find the shards that a pattern names, index them in threads and return them as one set.
+def open_shards(spec: str, image: str = "", num_threads: int = 8) -> ShardSet:
+    """Find the shards that a pattern names, index them in threads and return those with images as one set.
+
+    One warning for the complete set names shards without images, samples that are left out, and members that no sample
+    uses.
 
     Args:
         spec: a pattern as in `find_shards`.
+        image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
         num_threads: number of shards that are indexed at a time.
 
     Raises:
         ValueError: if the pattern is empty, malformed, or names a file twice.
         FileNotFoundError: if something it names does not exist or a folder holds no .tar file.
-        ShardError: if a shard cannot be used.
+        ShardError: if a shard cannot be used, or none of them holds an image.
     """
     paths = find_shards(spec)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
         # Threads, because indexing mostly waits for reads.
-        shards = tuple(pool.map(load_or_index, paths))
+        results = list(pool.map(_load_or_error, paths, repeat(image)))
+    empty = [result for result in results if isinstance(result, EmptyShardError)]
+    shards = tuple(result for result in results if isinstance(result, Shard))
+    if not shards:
+        raise empty[0]
+    lines = describe_unused((shard.path, shard.unused) for shard in shards)
     num_left_out = sum(shard.num_left_out for shard in shards)
     if num_left_out:
-        log.warning("%s: %d samples are left out because iwm shards check could not decode them", spec, num_left_out)
+        lines.insert(0, f"{num_left_out} samples are left out because iwm shards check could not decode them")
+    if empty:
+        lines.insert(0, f"{len(empty)} of {len(paths)} shards are left out because they hold no image: {empty[0]}")
+    if lines:
+        log.warning("%s: %s", printable(spec), "\n  ".join(["", *lines] if len(lines) > 1 else lines))
     return ShardSet(shards=shards)
+
+
+def _load_or_error(path: str, image: str) -> Shard | EmptyShardError:
+    """Return the index of a shard, or the error that it holds no image, which matters only if no other shard does."""
+    try:
+        return load_or_index(path, image)
+    except EmptyShardError as error:
+        return error
 
 
 def find_shards(spec: str) -> list[str]:
@@ -161,6 +190,8 @@ def find_shards(spec: str) -> list[str]:
         problem = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
         raise FileNotFoundError(f"shard pattern {spec!r}: {problem}; correct the pattern or its range in braces")
     paths = [path for group in paths_by_name for path in group]
+    for path in paths:
+        _require_file(path)
     # Links to the same file count as the same shard.
     counts = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
     repeated = [path for path, count in counts.items() if count > 1]
@@ -169,6 +200,16 @@ def find_shards(spec: str) -> list[str]:
             f"shard pattern {spec!r} names {len(repeated)} shards twice, the first is {repeated[0]}; name each one once"
         )
     return paths
+
+
+def _require_file(path: str) -> None:
+    # A pipe would never end, and a link may lead to nothing, as to files of git-annex that are not here.
+    if "://" in path or os.path.isfile(path):
+        return
+    is_link = os.path.islink(path)
+    problem = f"is a link to {os.readlink(path)}, where no file is" if is_link else "is a folder or a special file"
+    remedy = "run `git annex get` in its repository" if is_link and ".git/annex" in os.readlink(path) else "remove it"
+    raise FileNotFoundError(printable(f"shard {path} {problem}; {remedy}, or correct the pattern"))
 
 
 def _expand(pattern: str) -> list[str]:

@@ -4,16 +4,17 @@ The shards are written into a temporary folder that is renamed at the end, so th
 absent. The same images and seed give the same bytes every time.
 """
 
+import fcntl
 import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,12 @@ from webdataset.writer import ShardWriter
 
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS, PACK_DEFAULTS, PackConfig
 from iwm_fast.pipelines.counter_rng import random_bits
+from iwm_fast.pipelines.errors import printable, to_valid_unicode
+from iwm_fast.pipelines.storage.image_folder import ImageFolders, is_hidden, is_image_name, refuse_image
 
 log = logging.getLogger(__name__)
+
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,8 @@ class PackedSet:
     """Number of classes that have images in this set, 0 if the images have no labels."""
 
     def __str__(self) -> str:
-        return f"{self.folder}: images {self.num_images:,}, classes {self.num_classes:,}, shards {len(self.shards):,}"
+        counts = f"images {self.num_images:,}, classes {self.num_classes:,}, shards {len(self.shards):,}"
+        return f"{printable(str(self.folder))}: {counts}"
 
 
 class _Image(NamedTuple):
@@ -51,6 +57,9 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
     `classes.json`. Images in the folder itself get no label. `.json` members hold file name and class. Images are
     written in a fixed random order, because shuffling in training mixes only a few shards at a time.
 
+    Each real file is packed once, however many links lead to it. Hidden files and folders are left out. Files that
+    cannot be packed are listed before anything is written.
+
     With `config.val_share`, or if the source consists of the folders `train` and `val`, training and validation shards
     are written to the folders `train` and `val` of the destination. Both have the class numbers of training.
 
@@ -59,10 +68,12 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no images, or `config.classes` does not exist.
-        FileExistsError: if the destination is not empty.
-        ValueError: if only some of the images lie in class folders, an image file is empty, a class is not listed in
-            `config.classes` or has only validation images, or `config.val_share` does not fit the source.
+        FileExistsError: if the destination is not empty, or another process is packing into it.
+        ValueError: if files cannot be packed, only some of the images lie in class folders, a class is not listed in
+            `config.classes` or has only validation images, `config.val_share` does not fit the source, or the
+            destination lies in the source.
     """
+    _check_destination(source, destination)
     classes, sets = _find_images(source, config, seed)
     with publish_folder(destination) as staging:
         for name, images in sets.items():
@@ -82,13 +93,21 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
     ]
 
 
+def _check_destination(source: Path, destination: Path) -> None:
+    if destination.resolve().is_relative_to(source.resolve()):
+        problem = f"the folder to write to must lie outside of the image folder {source}, got {destination}"
+        raise ValueError(f"{problem}; otherwise it would be one of the classes next time")
+    if "::" in str(destination):
+        raise ValueError(f"the folder to write to must not contain '::', which separates shards, got {destination}")
+
+
 def _find_images(source: Path, config: PackConfig, seed: int) -> tuple[list[str], dict[str, list[_Image]]]:
     """Return the class names and the images of each set by the folder that it is written to, "" for the destination."""
     folders = _class_names(source, "")
     if {"train", "val"} <= set(folders):
         return _find_both_sets(source, folders, config)
     classes = _class_names(source, config.classes)
-    images = _labelled_images(source, classes)
+    (images,) = _labelled_images({source: classes}, config)
     if not config.val_share:
         return classes, {"": images}
     train, val = _split(images, config.val_share, seed)
@@ -112,24 +131,82 @@ def _find_both_sets(source: Path, folders: list[str], config: PackConfig) -> tup
         having, lacking = ("train", "val") if classes else ("val", "train")
         problem = f"{source / having} has class folders, but {source / lacking} has none"
         raise ValueError(f"{problem}; sort the images of both into class folders, or of neither")
-    train = _labelled_images(source / "train", classes)
+    train, val = _labelled_images({source / "train": classes, source / "val": classes}, config)
     trained = {classes[image.label] for image in train} if classes else set()
     unknown = [name for name in val_classes if name not in trained]
     if unknown:
         problem = f"{source / 'train'} has no images of {len(unknown)} classes of {source / 'val'}: {unknown}"
         raise ValueError(f"{problem}; add training images or remove these class folders")
-    return classes, {"train": train, "val": _labelled_images(source / "val", classes)}
+    return classes, {"train": train, "val": val}
 
 
-def _labelled_images(folder: Path, classes: list[str]) -> list[_Image]:
-    """Return the images of a folder sorted by class and path, all with the label 0 if there are no classes."""
+def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> list[list[_Image]]:
+    """Return the images of each folder sorted by class and path, all with the label 0 if it has no class names."""
     # A validation folder may lack some of the training classes.
-    present = [(label, name) for label, name in enumerate(classes or [""]) if (folder / name).is_dir()]
-    images = [_Image(label, path) for label, name in present for path in _images(folder / name)]
-    if not images:
-        accepted = ", ".join(IMAGE_EXTENSIONS)
-        raise FileNotFoundError(f"{folder} holds no images: accepted extensions are {accepted}")
-    return images
+    folders = {
+        (source, label): source / name
+        for source, classes in class_names.items()
+        for label, name in enumerate(classes or [""])
+        if os.path.lexists(source / name)
+    }
+    found = ImageFolders(folders)
+    images, problems = {}, list(found.problems)
+    for group, paths in found.images.items():
+        refusals = {path: _refusal(path) for path in paths}
+        images[group] = [path for path, refusal in refusals.items() if not refusal]
+        problems += [printable(f"{path} {refusal}") for path, refusal in refusals.items() if refusal]
+    _report_problems(problems, config)
+    if found.num_other:
+        first = printable(str(found.first_other))
+        log.warning("%d files without the extension of an image are left out, the first is %s", found.num_other, first)
+    if found.num_repeated:
+        log.warning("%d links to files or folders that are packed already are left out", found.num_repeated)
+    _warn_of_odd_classes(folders, images)
+    for source in class_names:
+        if not any(paths for (folder, _), paths in images.items() if folder == source):
+            accepted = ", ".join(IMAGE_EXTENSIONS)
+            raise FileNotFoundError(f"{source} holds no images: accepted extensions are {accepted}")
+    return [
+        [_Image(label, path) for (folder, label), paths in images.items() for path in paths if folder == source]
+        for source in class_names
+    ]
+
+
+def _refusal(path: Path) -> str:
+    try:
+        return refuse_image(path.read_bytes())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _report_problems(problems: list[str], config: PackConfig) -> None:
+    """Raise ValueError if some files cannot be packed, or log a warning if they are left out."""
+    if not problems:
+        return
+    more = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    listed = "\n  ".join(["", *problems[:_MAX_LISTED], *more])
+    if not config.leave_out_bad:
+        remedy = "remove or replace them, or set leave_out_bad=true to pack the others"
+        raise ValueError(f"{len(problems)} files or folders cannot be packed; {remedy}:{listed}")
+    log.warning("%d files or folders are left out:%s", len(problems), listed)
+
+
+def _warn_of_odd_classes(folders: dict[tuple[Path, int], Path], images: dict[tuple[Path, int], list[Path]]) -> None:
+    """Warn of class folders without images, and of those that hold only folders, which may be the classes."""
+    without = [folder for group, folder in folders.items() if not images[group]]
+    if without:
+        log.warning("%d folders hold no images, the first is %s", len(without), printable(str(without[0])))
+    # The source itself, whose images have no classes, may hold only folders.
+    nested = [
+        (folder, sorted({path.relative_to(folder).parts[0] for path in images[group]}))
+        for group, folder in folders.items()
+        if folder != group[0] and images[group] and all(path.parent != folder for path in images[group])
+    ]
+    if nested:
+        first, subfolders = nested[0]
+        listed = printable(f"{first} ({', '.join(subfolders[:5])})")
+        text = "%d class folders hold only folders, the first is %s; if these are the classes, pack %s on its own"
+        log.warning(text, len(nested), listed, printable(str(first)))
 
 
 def _split(images: list[_Image], val_share: float, seed: int) -> tuple[list[_Image], list[_Image]]:
@@ -150,27 +227,32 @@ def _samples(source: Path, images: list[_Image], classes: list[str], seed: int) 
     # Sorting random keys gives a permutation that depends only on the seed and the number of images.
     order = np.argsort(random_bits(seed, "pack order", np.arange(len(images))), kind="stable")
     for number, (label, path) in enumerate(images[index] for index in order):
-        content = path.read_bytes()
-        if not content:
-            raise ValueError(f"image file {path} is empty; replace or remove it")
         metadata = {"file": path.relative_to(source).as_posix()} | ({"class": classes[label]} if classes else {})
+        metadata = {name: to_valid_unicode(text) for name, text in metadata.items()}
         key = f"{number:08d}_{_sanitize(path.stem)}"
-        yield make_sample(key, label if classes else None, metadata, {path.suffix[1:].lower(): content})
+        yield make_sample(key, label if classes else None, metadata, {path.suffix[1:].lower(): path.read_bytes()})
 
 
 def _class_names(source: Path, classes_path: str) -> list[str]:
     """Return the classes in the order of their numbers, none if the images lie in the folder itself."""
     if not source.is_dir():
         raise FileNotFoundError(f"image folder {source} does not exist or is not a folder")
-    entries = sorted(entry for entry in source.iterdir() if not entry.name.startswith("."))
-    loose_images = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
-    names = [entry.name for entry in entries if entry.is_dir()]
+    entries = sorted(entry for entry in source.iterdir() if not is_hidden(entry.name))
+    loose_images = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
+    # A link to the source or a folder around it is no class. A link to nothing may be meant as one, and is reported.
+    parents = (source.resolve(), *source.resolve().parents)
+    names = [
+        entry.name
+        for entry in entries
+        if (entry.is_dir() and entry.resolve() not in parents)
+        or (not entry.exists() and entry.name not in loose_images)
+    ]
     if loose_images and (names or classes_path):
         problem = f"{len(loose_images)} images lie in {source} itself, the first is {loose_images[0]}"
         raise ValueError(f"{problem}; either all images must lie in class folders, {source}/CLASS/IMAGE, or none")
     if not classes_path:
         return names
-    classes = json.loads(Path(classes_path).read_text())
+    classes = _read_class_names(Path(classes_path))
     unlisted = [name for name in names if name not in classes]
     if unlisted:
         raise ValueError(
@@ -180,23 +262,14 @@ def _class_names(source: Path, classes_path: str) -> list[str]:
     return classes
 
 
-def _images(folder: Path) -> list[Path]:
-    """Return the images in a folder and its subfolders, following links, sorted by path."""
-    paths = []
-    # Links are followed, because a subset of a data set is often a folder of links.
-    for parent, _, names in os.walk(folder, followlinks=True):
-        visible = [name for name in names if not name.startswith(".")]
-        images = [Path(parent, name) for name in visible if _is_image(name)]
-        paths += images
-        if len(images) < len(visible):
-            log.warning("%s: %d files that are not images are left out", parent, len(visible) - len(images))
-    if not paths:
-        log.warning("folder %s holds no images", folder)
-    return sorted(paths)
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS
+def _read_class_names(path: Path) -> list[str]:
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it ({error})") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it")
+    return classes
 
 
 def _sanitize(stem: str) -> str:
@@ -233,9 +306,41 @@ def publish_folder(destination: Path) -> Iterator[Path]:
         problem = f"{destination} is not empty (it holds {num_shards} shards)"
         raise FileExistsError(f"{problem}; nothing is overwritten: remove it or choose another folder")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    # Next to the destination, because a rename cannot cross file systems.
-    with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
-        staging = Path(temporary, "shards")
+    # Next to the destination, because a rename cannot cross file systems. Hidden, so that no pattern finds its shards.
+    with _draft_folder(destination.with_name(f".{destination.name}.unfinished")) as draft:
+        staging = draft / "shards"
         staging.mkdir()
-        yield staging
-        staging.rename(destination)
+        try:
+            yield staging
+            staging.rename(destination)
+        except OSError as error:
+            error.add_note(f"nothing was written to {destination}; free space or choose another folder, and pack again")
+            raise
+
+
+@contextmanager
+def _draft_folder(path: Path) -> Iterator[Path]:
+    """Create an empty folder for this process alone, and remove it at the end.
+
+    Raises:
+        FileExistsError: if another process is using it.
+    """
+    path.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is writing to {path}; wait for it to end") from None
+        # Some network file systems cannot lock folders.
+        except OSError as error:
+            log.warning("%s cannot be locked (%s); do not pack into it twice at a time", path, error.strerror)
+        try:
+            # What a process that was killed has left.
+            for leftover in path.iterdir():
+                shutil.rmtree(leftover)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import EmptyShardError, ShardError
+from iwm_fast.pipelines.storage.foreign_files import NUM_BYTES, recognise
 from iwm_fast.pipelines.storage.remote_file import ChangedError, RemoteFile
 
 BLOCK = 512
@@ -17,11 +18,11 @@ LOCAL_STEP = 8 * 1024
 # A remote request takes about as long as the transfer of 1 MiB; one request per header would take hours for ImageNet.
 REMOTE_STEP = 1024 * 1024
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Type flags of regular files: POSIX, before POSIX, and contiguous files, which count as regular.
 _REGULAR = (b"0", b"\0", b"7")
 # Links, devices, folders and pipes consist of a header only. Their size field may still hold a number.
 _HEADER_ONLY = (b"1", b"2", b"3", b"4", b"5", b"6")
+_FOLDER = b"5"
 
 
 class ShardFile:
@@ -104,26 +105,30 @@ class HeaderWindow:
 
 
 class TarMember(NamedTuple):
-    """A regular file of an archive."""
+    """A file of an archive, or a link, device or pipe."""
 
     name: str
     offset: int
     """Offset of its content in the archive, in bytes."""
     size: int
     """Size of its content in bytes."""
+    is_file: bool
+    """Whether it is a regular file. Links, devices and pipes have no content of their own."""
 
 
 def tar_members(window: HeaderWindow) -> Iterator[TarMember]:
-    """Yield the regular files of an archive in order; links, folders and devices are skipped.
+    """Yield the members of an archive in order, without its folders.
 
     Raises:
-        ShardError: if the archive is compressed, damaged, cut off, unfinished, concatenated, or holds sparse files.
+        EmptyShardError: if the file has 0 bytes.
+        ShardError: if the archive is compressed, damaged, cut off, unfinished, concatenated, or holds sparse files, or
+            the file is no archive.
     """
     offset = 0
     # PAX records of a global header apply to all later members, those of an extended header to the next member only.
     global_records: dict[str, str] = {}
     next_records: dict[str, str] = {}
-    _refuse_compressed(window)
+    _refuse_foreign(window)
     while (header := _read_header(window, offset)) is not None:
         content_offset, type_flag = offset + BLOCK, header[156:157]
         size = _parse_number(window, header[124:136], "size")
@@ -148,21 +153,20 @@ def tar_members(window: HeaderWindow) -> Iterator[TarMember]:
                 end = content_offset + size
                 problem = f"is cut off: {name!r} ends at byte {end}, but the archive at byte {window.size_bytes}"
                 raise window.error(problem, "copy it again")
+            is_file = type_flag in _REGULAR
             # Before POSIX, a folder was a file whose name ends in a slash.
-            if type_flag in _REGULAR and not name.endswith("/"):
-                yield TarMember(name, content_offset, size)
+            if type_flag != _FOLDER and not (is_file and name.endswith("/")):
+                yield TarMember(name, content_offset, size, is_file)
         # Contents are padded to complete blocks.
         offset = content_offset + -(-size // BLOCK) * BLOCK
 
 
-def _refuse_compressed(window: HeaderWindow) -> None:
+def _refuse_foreign(window: HeaderWindow) -> None:
     if window.size_bytes == 0:
-        raise window.error("is an empty file", "copy it again")
-    start = window.read_at(0, min(8, window.size_bytes))
-    for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            remedy = "decompress it: images are read by their offset, and they hardly compress"
-            raise window.error(f"is compressed with {name}, but must be a plain tar archive", remedy)
+        raise EmptyShardError("is an empty file", shard=window.path, remedy="copy it again or remove it")
+    foreign = recognise(window.read_at(0, min(NUM_BYTES, window.size_bytes)))
+    if foreign is not None:
+        raise window.error(*foreign)
 
 
 def _read_header(window: HeaderWindow, offset: int) -> bytes | None:

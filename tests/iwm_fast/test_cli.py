@@ -1,5 +1,7 @@
 """What a user of the command line sees: help, results, and one message for each mistake."""
 
+import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ import yaml
 
 import iwm_fast
 from fixtures.launchers import tiny_yaml
+from fixtures.paths import PROJECT
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.cli import COMMANDS, main
 from iwm_fast.lab.config import LAB_KEYS
@@ -235,3 +238,26 @@ def test_there_are_few_calls_between_the_command_line_and_the_step(tiny_shards, 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     frames = [line.removeprefix("FRAME ") for line in done.stdout.splitlines() if line.startswith("FRAME ")]
     assert frames == ["main", "run_and_exit", "train", "run", "run", "step"], done.stdout + done.stderr
+
+
+def messages() -> list[str]:
+    """Return all strings of the packages that are not docstrings."""
+    texts = []
+    packages = [PROJECT / name for name in ("iwm_fast", "pipelines", "kernels")]
+    for path in (path for package in packages for path in package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+        texts += [node.value for node in nodes if isinstance(node.value, str)]
+    return texts
+
+
+def test_messages_name_commands_that_exist_and_no_modules():
+    texts = messages()
+    named = {name for text in texts for name in re.findall(r"`iwm ([a-z]+(?: (?:pack|check|demo)\b)?)", text)}
+    assert {"shards pack", "shards check"} <= named
+    commands = {*COMMANDS, *(name.split()[0] for name in COMMANDS), "configs"}
+    assert sorted(named - commands) == []
+    # Only the help of the modules that launchers start names them.
+    usage = [text for text in texts if "python -m" in text or "-m iwm_fast.pipelines" in text]
+    assert all(text.startswith("python -m iwm_fast.train RUN.yaml [key=value") for text in usage)

@@ -41,6 +41,7 @@ from iwm_fast.evals.retrieval.bank import (
     with_untrained_predictor,
 )
 from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.parameters import JITTER
@@ -78,7 +79,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     ranks = compute_sharded(samples, rank_share, shape, "images ranked", rank_info)
     rank, control_rank = ranks.cpu().numpy().swapaxes(0, 1)
     result = _make_result(rank, control_rank, model, config)
-    keys = [shards.key(int(sample)) for sample in samples]
+    keys = [to_valid_unicode(shards.key(int(sample))) for sample in samples]
     rank_zero_only(lambda: _save(result, keys, rank, control_rank))
     return result
 

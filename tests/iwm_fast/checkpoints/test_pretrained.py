@@ -1,6 +1,8 @@
 """Weights that a run starts with, from runs, exports and files of other projects."""
 
+import argparse
 import logging
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,6 +259,39 @@ def test_a_file_without_weights_is_refused_without_running_its_code(tmp_path, na
         (tmp_path / name).write_text("no weights")
     with pytest.raises(ValueError, match=r"init_from: .*(cannot be read as weights|holds no weights by name)"):
         initialized_student(replace(tiny_vit(), init_from=str(tmp_path / name)))
+
+
+def cyclic() -> dict:
+    content: dict = {}
+    content["model"] = content
+    return content
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+UNREADABLE = {
+    "settings.pth": (argparse.Namespace(a=1), "it holds pickled objects other than tensors, such as argparse"),
+    "network.pth": (torch.nn.Linear(2, 2), r"other than tensors, such as torch\.nn\.modules\.linear\.Linear"),
+    "path.tar": ({"model": Path("x")}, "other than tensors, such as pathlib"),
+    "code.pth": (b"cbuiltins\neval\n(S'1'\ntR.", "other than tensors, such as eval"),
+    "pickle.pt": (pickle.dumps({"a": 1}), "it holds pickled objects other than tensors; only"),
+    "cyclic.pth": (cyclic(), "recursion"),
+    "nothing.pth": (b"", "EOFError"),
+    "words.pth": (b"hello world", "cannot be read as weights"),
+    "pointer.safetensors": (LFS, "it is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    "pointer.pth": (LFS, "it is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    "page.safetensors": (b"<!DOCTYPE html><html>404", "it is an HTML page"),
+    "store.pth": (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", r"it is XML.*\(NoSuchKey\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_why_a_file_is_refused_is_said_without_advice_to_run_its_code(tmp_path, name):
+    content, message = UNREADABLE[name]
+    torch.save(content, tmp_path / name) if not isinstance(content, bytes) else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"init_from: .*{message}") as caught:
+        initialized_student(replace(tiny_vit(), init_from=str(tmp_path / name)))
+    text = str(caught.value)
+    assert not any(word in text for word in ("weights_only", "False", "add_safe_globals", "allowlist", "trust", "\n"))
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])

@@ -1,5 +1,6 @@
 """`iwm embed`: one row per image with its name, label and feature; bad images are left out."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,20 @@ def test_features_without_pooling_are_those_of_all_patches(trained, images, tmp_
         np.testing.assert_allclose(arrays["feature"], expected, atol=1e-6)
         assert arrays["path"].tolist() == ["a.jpg"] and arrays["num_patches"] == 16
     assert result.shape == (16, 32)
+
+
+def test_each_real_file_has_one_row_and_what_cannot_be_read_is_named(trained, images, tmp_path, caplog):
+    (images / "loop").symlink_to(".")
+    (images / "b" / "again.jpg").symlink_to("../a.jpg")
+    (images / "b" / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(images / "pipe.jpg")
+    for hidden in (".cache/a.jpg", "b/@eaDir/a.jpg"):
+        (images / hidden).parent.mkdir()
+        (images / hidden).write_bytes((images / "a.jpg").read_bytes())
+    os.rename(images / "c.JPG", images / os.fsdecode(b"\xff\x1b.JPG"))
+    embed(EmbedConfig(run=str(trained), images=str(images), to=str(tmp_path / "f.parquet")))
+    assert parquet.read_table(tmp_path / "f.parquet")["path"].to_pylist() == ["a.jpg", "b/d.png", "\\xff\x1b.JPG"]
+    assert "gone.jpg is a link that cannot be followed" in caplog.text and "pipe.jpg is a pipe" in caplog.text
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])

@@ -135,7 +135,7 @@ def test_without_labels_only_mrr_is_measured_with_one_log_line(rank_info, tiny_s
         evaluation.prepare()
         row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
-    assert caplog.text.count("without k-NN, because 2 of 3 samples of data.val have no .cls") == 1
+    assert caplog.text.count("without k-NN, because 2 of 3 samples of data.val have no class number") == 1
 
 
 def test_with_the_identity_predictor_only_knn_is_measured(rank_info, tiny_shards, tmp_path):

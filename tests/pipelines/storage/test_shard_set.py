@@ -70,12 +70,6 @@ def test_samples_without_an_image_are_not_counted(tmp_path):
 UNUSABLE = {
     "key occurs twice": ({"a.jpg": JPEG, "b.jpg": JPEG, "a.cls": b"1"}, "a", "occurs twice.*--sort=name"),
     "member occurs twice": ({"a.jpg": JPEG, "a.JPG": JPEG}, "a", "two members with extension 'jpg'"),
-    "label is a word": ({"a.jpg": JPEG, "a.cls": b"cat"}, "a", "integer >= 0, got b'cat'"),
-    "label is negative": ({"a.jpg": JPEG, "a.cls": b"-1"}, "a", "integer >= 0"),
-    "label is empty": ({"a.jpg": JPEG, "a.cls": b""}, "a", "integer >= 0"),
-    "label continues after many spaces": ({"a.jpg": JPEG, "a.cls": b"3" + b" " * 40 + b"x"}, "a", "integer >= 0"),
-    "label has more digits than are read": ({"a.jpg": JPEG, "a.cls": b"0" * 40 + b"5"}, "a", "integer >= 0"),
-    "label is too large": ({"a.jpg": JPEG, "a.cls": b"9" * 20}, "a", "integer >= 0"),
     "no image": ({"a.txt": b"x", "a.jp2": b"x"}, "", r"the extensions of its members are \['jp2', 'txt'\]"),
 }
 

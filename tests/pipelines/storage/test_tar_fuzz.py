@@ -189,23 +189,20 @@ def reference_samples(content: bytes) -> tuple[list[Sample], list[str]]:
         reasons += ["two members"] if extension.lower() in groups[-1][1] else []
         value = content[member.offset_data : member.offset_data + member.size]
         groups[-1][1][extension.lower()] = value
-        reasons += ["must hold an integer"] if extension.lower() == "cls" and class_number(value) is None else []
     result = []
     for key, members in groups:
         image = next((members[extension] for extension in IMAGES if extension in members), None)
         if image is not None:
             is_image_png = not set(IMAGES[:-1]) & set(members)
             mask = members.get("seg.png", None if is_image_png else members.get("png"))
-            label = class_number(members["cls"]) if "cls" in members else -1
-            result.append(
-                Sample(key=key, image=image, label=-2 if label is None else label, json=members.get("json"), mask=mask)
-            )
+            label = class_number(members.get("cls", b""))
+            result.append(Sample(key=key, image=image, label=label, json=members.get("json"), mask=mask))
     return result, reasons or ([] if result else ["holds no image"])
 
 
-def class_number(content: bytes) -> int | None:
+def class_number(content: bytes) -> int:
     is_number = content.strip().isdigit() and len(content) <= 32 and int(content) < 2**63
-    return int(content) if is_number else None
+    return int(content) if is_number else -1
 
 
 @pytest.fixture(scope="module")

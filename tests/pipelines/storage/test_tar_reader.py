@@ -180,7 +180,7 @@ DEFECTS = {
     "cut between members": "end-of-archive",
     "gzip": "compressed with gzip.*decompress",
     "garbage": "not a tar archive",
-    "text": "not a tar archive",
+    "text": "HTML page",
     "nothing": "empty file",
     "empty archive": "holds no image.*jpg, jpeg, png",
     "joined with cat": "continues after its end-of-archive",
