@@ -182,6 +182,27 @@ def test_bad_pixels_change_nothing(rank_info, kind, stage):
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
+@pytest.mark.parametrize("clip_norm", [0.1, None])
+# The norm is about 80 times the scale, and the largest float32 is 1.8e19 squared.
+@pytest.mark.parametrize(("scale", "is_applied"), [(1e16, True), (1e18, False), (3e37, False)])
+def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(
+    rank_info, kind, stage, clip_norm, scale, is_applied
+):
+    engine = make_engine(rank_info, kind, stage, clip_norm=clip_norm)
+    train(engine, range(1))
+    before = engine.state()
+    for seed in range(NUM_MICRO_BATCHES):
+        batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+        # All gradients are finite.
+        engine.backward(engine.forward(batch).tokens.sum() * scale)
+    outcome = engine.step()
+    assert outcome.applied == is_applied and math.isfinite(outcome.grad_norm) == is_applied
+    assert all(value.isfinite().all() for value in engine.state().values())
+    if not is_applied:
+        assert_same_state(engine.state(), before)
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage):
     engine = make_engine(rank_info, kind, stage)
     engine.set_hyperparameters(lr=0.5, weight_decay=0.25)
