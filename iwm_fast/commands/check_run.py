@@ -30,7 +30,7 @@ from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.training.loaders import open_training_shards
-from iwm_fast.training.resume import find_stream_start
+from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
 
 # A rule of thumb for the share of a GPU's peak that training reaches if the loader keeps up.
@@ -218,7 +218,7 @@ def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
     if saved is None:
         report.add("run folder", "holds no checkpoint; training starts at step 0")
         return
-    start = find_stream_start(saved, config, current, shards.num_samples)
+    start = resumed_state(saved, config, current, shards.num_samples).start
     last = total_steps(config.optim, shards.num_samples, start)
     remaining = f"{last - saved.step:,} steps, to step {last:,}" if saved.step < last else "none, the run is finished"
     report.add("remaining", remaining)

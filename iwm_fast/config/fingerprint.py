@@ -12,6 +12,18 @@ FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "op
 # Names and prefixes of the entries that determine which samples are drawn, and not the networks.
 _STREAM_PREFIXES = ("seed", "data.", "views.", "mask.", "optim.global_batch_size")
 
+ADJUSTABLE = (
+    "optim.lr",
+    "optim.lr_start",
+    "optim.lr_end",
+    "optim.warmup_epochs",
+    "optim.weight_decay",
+    "optim.teacher_momentum",
+    "optim.clip_norm",
+    "optim.epochs",
+)
+"""Entries that may change when a run is resumed with `resume=adjust`; they affect later steps only."""
+
 
 def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     """Return the settings that determine a run's result, as a flat dict from dotted names to values.

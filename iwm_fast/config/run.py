@@ -281,9 +281,11 @@ class RunConfig:
 
     seed: int = 0
     """Seed of initial weights, sample order, crops, actions and masks, in [0, 2^63)."""
-    resume: Literal["never", "auto", "extend"] = "never"
+    resume: Literal["never", "auto", "extend", "adjust"] = "never"
     """never: refuse an output.folder that already holds a run; auto: resume from its newest checkpoint, or start if it
-    has none; extend: like auto, but optim.epochs may differ, and the schedules are stretched to the new number."""
+    has none; extend: like auto, but optim.epochs may differ, and the schedules are stretched to the new number; adjust:
+    like auto, but optim.lr, lr_start, lr_end, warmup_epochs, weight_decay, teacher_momentum, clip_norm and epochs may
+    differ, and their new values hold from here on."""
     init_from: str = ""
     """Source of the initial weights: the folder of a run or of an export, or a file with a ViT in timm's naming, for
     example from timm or I-JEPA. A resumed run does not read it again. Empty: random weights."""

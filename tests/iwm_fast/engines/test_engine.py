@@ -182,6 +182,19 @@ def test_bad_pixels_change_nothing(rank_info, kind, stage):
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage, clip_norm=None)
+    train(engine, range(1))
+    before = engine.state()
+    for factor in (1.0, math.inf):
+        tokens = engine.forward(torch.ones(4, 5)).tokens
+        tokens.register_hook(lambda gradient, factor=factor: gradient * factor)
+        engine.backward(tokens.sum())
+    assert not engine.step().applied
+    assert_same_state(engine.state(), before)
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
 @pytest.mark.parametrize("clip_norm", [0.1, None])
 # The norm is about 80 times the scale, and the largest float32 is 1.8e19 squared.
 @pytest.mark.parametrize(("scale", "is_applied"), [(1e16, True), (1e18, False), (3e37, False)])
