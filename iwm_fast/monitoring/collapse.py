@@ -82,12 +82,12 @@ def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 def collapse_warnings(values: dict[str, float]) -> list[str]:
     """Return a sentence for each collapse monitor among `values` that is outside its accepted range; NaN is neither."""
-    remedy = "lower optim.lr or raise optim.teacher_momentum with resume=adjust"
+    remedy = "lower optim.lr or raise optim.teacher_momentum (resume=adjust)"
     meanings = {
         "target_std": f"target tokens hardly differ from each other, the encoder is collapsing: {remedy}",
         "cosine": f"images hardly differ, the encoder is collapsing, perhaps to tokens of the position only: {remedy}",
         "rank_me": f"images differ in hardly more than one direction, the encoder is collapsing: {remedy}",
-        "loss_over_mean": "the mean token would be a better prediction; normal at first, later lower optim.lr with resume=adjust",
+        "loss_over_mean": "the mean token would be a better prediction; normal at first, later lower optim.lr",
     }
     warnings = []
     for name, meaning in meanings.items():

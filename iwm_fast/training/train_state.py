@@ -6,7 +6,6 @@ from typing import Any
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.pipelines.sampling.batch_plan import BEGINNING, StreamStart
 
-
 _PLAIN_COUNTERS = ("time_s", "timed_steps", "timed_s", "skipped_in_a_row")
 
 

@@ -225,14 +225,14 @@ class Trainer:
             self._save(wait=is_last)
 
     def _save_last_good_state(self) -> str:
-        """Save the state before the skipped steps, which changed nothing, and return a sentence about it. Collective."""
+        """Save the state before the skipped steps, which changed nothing, and say so in a sentence. Collective."""
         resumed = self._resumed_from
         if resumed is None or self._state.applied_steps > resumed.applied_steps:
             self._save(wait=True)
             return f"the state before them is saved as step {self._state.step}"
         return (
-            f"no step has been finite since the checkpoint of step {resumed.step}, from which this start resumed: if it "
-            f"has diverged, move {resumed.folder} away to resume from an earlier one"
+            f"no step has been finite since the checkpoint of step {resumed.step}, from which this start resumed: "
+            f"if it has diverged, move {resumed.folder} away to resume from an earlier one"
         )
 
     def _evaluate(self) -> dict[str, float]:

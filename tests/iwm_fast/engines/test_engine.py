@@ -197,10 +197,8 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(rank_
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 @pytest.mark.parametrize("clip_norm", [0.1, None])
 # The norm is about 80 times the scale, and the largest float32 is 1.8e19 squared.
-@pytest.mark.parametrize(("scale", "is_applied"), [(1e16, True), (1e18, False), (3e37, False)])
-def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(
-    rank_info, kind, stage, clip_norm, scale, is_applied
-):
+@pytest.mark.parametrize("scale", [1e16, 1e18, 3e37])
+def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(rank_info, kind, stage, clip_norm, scale):
     engine = make_engine(rank_info, kind, stage, clip_norm=clip_norm)
     train(engine, range(1))
     before = engine.state()
@@ -208,7 +206,7 @@ def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(
         batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
         # All gradients are finite.
         engine.backward(engine.forward(batch).tokens.sum() * scale)
-    outcome = engine.step()
+    outcome, is_applied = engine.step(), scale < 1e17
     assert outcome.applied == is_applied and math.isfinite(outcome.grad_norm) == is_applied
     assert all(value.isfinite().all() for value in engine.state().values())
     if not is_applied:

@@ -140,11 +140,12 @@ def test_statistics_between_images_are_left_out_for_few_images(ragged):
 @pytest.mark.parametrize("rows", [slice(None), slice(5, 6)])
 @pytest.mark.parametrize("place", ["predicted", "target", "both"])
 def test_monitors_of_tokens_that_are_not_finite_are_nan_and_warn_of_nothing(ragged, value, rows, place):
-    tokens = {"predicted": draw(24), "target": draw(24, seed=1)}
-    for name in tokens:
-        if place in (name, "both"):
-            tokens[name][rows] = value
-    monitors = collapse_monitors(tokens["predicted"], tokens["target"], index_of(ragged))
+    predicted, target = draw(24), draw(24, seed=1)
+    if place != "target":
+        predicted[rows] = value
+    if place != "predicted":
+        target[rows] = value
+    monitors = collapse_monitors(predicted, target, index_of(ragged))
     assert not monitors["monitor/loss_over_mean"].isfinite()
     if place != "predicted":
         assert all(monitor.isnan() for monitor in monitors.values())
