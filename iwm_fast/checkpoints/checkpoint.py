@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
-from iwm_fast.config.fingerprint import ADJUSTABLE, defines_sample_stream
+from iwm_fast.config.fingerprint import ADJUSTABLE, IMAGES_PER_FORWARD, defines_sample_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
@@ -262,6 +262,8 @@ def differing_settings(
         CheckpointError: if a setting differs that must not, listing all that differ.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+    if IMAGES_PER_FORWARD not in saved:
+        names = [name for name in names if name != IMAGES_PER_FORWARD]
     remedies = {_remedy(name, saved, current) for name in names}
     may_extend = may_extend or may_adjust
     options = ((_RESTART, may_restart), (_EXTEND, may_extend), (_ADJUST, may_adjust))

@@ -20,7 +20,7 @@ from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.commands import CheckConfig
-from iwm_fast.config.fingerprint import fingerprint
+from iwm_fast.config.fingerprint import IMAGES_PER_FORWARD, fingerprint
 from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
 from iwm_fast.kernels.ops import REFERENCE
@@ -110,9 +110,14 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
         plural = "es" if num_micro_batches > 1 else ""
         factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
         report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
+        if IMAGES_PER_FORWARD in fingerprint(config, "", images_per_forward=ranks * micro_batch_size):
+            report.warnings.append(
+                f"{IMAGES_PER_FORWARD} = {ranks * micro_batch_size:,} is part of what is learned, because VICReg's "
+                "terms are statistics of these images; resuming needs the same product"
+            )
     _suggest_rates(report, config.optim)
     if shards is not None:
-        _report_progress(report, config, shards)
+        _report_progress(report, config, shards, batch and batch[0] * ranks)
     student = _report_networks(report, config)
     # A run that is meant for another GPU may find no device and no kernels on this machine.
     if not request.gpu:
@@ -159,7 +164,7 @@ def _describe_shards(shards: ShardSet) -> str:
     return f"{shards.num_samples:,} in {len(shards.shards):,} shards, {100 * labelled:.1f} % with a label"
 
 
-def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> None:
+def _report_progress(report: Report, config: RunConfig, shards: ShardSet, images_per_forward: int | None) -> None:
     """Add the number of steps and the step at which the run starts."""
     per_epoch = shards.num_samples / config.optim.global_batch_size
     steps = total_steps(config.optim, shards.num_samples)
@@ -173,7 +178,7 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> Non
         report.warnings.append(
             f"the run has only {steps:,} steps; set more optim.epochs or a smaller optim.global_batch_size"
         )
-    report.collect("run folder", lambda: _report_folder(report, config, shards))
+    report.collect("run folder", lambda: _report_folder(report, config, shards, images_per_forward))
 
 
 def _suggest_rates(report: Report, optim: OptimConfig) -> None:
@@ -195,14 +200,14 @@ def _suggest_rates(report: Report, optim: OptimConfig) -> None:
     )
 
 
-def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
+def _report_folder(report: Report, config: RunConfig, shards: ShardSet, images_per_forward: int | None) -> None:
     """Add what the run folder holds and how many steps remain; raise the errors that training would raise."""
     folder = Path(config.output.folder)
     saved, damaged = checkpoints.read_newest(folder)
     is_used = saved is not None or (folder / "metrics.jsonl").exists()
     for path in damaged:
         report.add("damaged checkpoint", f"{path.name}; an older checkpoint is used instead")
-    current = fingerprint(config, shards.content_digest)
+    current = fingerprint(config, shards.content_digest, images_per_forward=images_per_forward)
     # These rows come before the errors, so that a user whose run is refused still sees all settings that differ.
     if saved is not None:
         report.add("run folder", f"holds a run at step {saved.step:,}")

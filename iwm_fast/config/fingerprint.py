@@ -25,16 +25,25 @@ ADJUSTABLE = (
 """Entries that may change when a run is resumed with `resume=adjust`; they affect later steps only."""
 
 
-def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
+IMAGES_PER_FORWARD = "ranks * runtime.micro_batch_size"
+"""Entry that only runs with VICReg's terms have; checkpoints of versions before 0.3 lack it."""
+
+
+def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: int | None = None) -> dict[str, Any]:
     """Return the settings that determine a run's result, as a flat dict from dotted names to values.
 
-    Shards count by content, not by path, so that data can move; `shards_digest` is `ShardSet.content_digest`.
+    Args:
+        config: settings of the run.
+        shards_digest: `ShardSet.content_digest`: shards count by content, not by path, so that data can move.
+        images_per_forward: images of all ranks in one forward pass, over which VICReg's terms are computed.
     """
     flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
     # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
     flat["init_from"] = config.init_from or None
+    if images_per_forward and any(config.objective.vicreg_weights(is_identity=config.model.predictor.depth == 0)):
+        flat[IMAGES_PER_FORWARD] = images_per_forward
     return flat
 
 

@@ -84,6 +84,16 @@ class ObjectiveConfig:
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
+    def vicreg_weights(self, *, is_identity: bool) -> tuple[float, float]:
+        """Return the weights of the variance and covariance terms, whose defaults depend on the predictor."""
+        # With the identity predictor, the EMA teacher alone does not prevent the encoder from collapsing.
+        defaults = (1.0, 0.04) if is_identity else (0.0, 0.0)
+        settings = (self.variance_weight, self.covariance_weight)
+        variance, covariance = (
+            default if value is None else value for value, default in zip(settings, defaults, strict=True)
+        )
+        return variance, covariance
+
 
 def resolve_warmup(group: str, config: Any, *, recipe: tuple[int, int]) -> None:
     """Set an unset `warmup_epochs` to the same share of `epochs` as in the recipe, in place, and check the setting.
@@ -152,7 +162,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How the run is computed. None of these settings changes what is learned, beyond rounding."""
+    """How the run is computed. None of these settings changes what is learned, beyond rounding, but for
+    micro_batch_size with VICReg's terms."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one and logs its choice."""
@@ -182,7 +193,9 @@ class RuntimeConfig:
     folder. Empty: no profile."""
     micro_batch_size: int | None = None
     """Images per rank and forward pass; must divide the rank's share of the global batch, and gradients are accumulated
-    over the rest. Unset: the complete share, without accumulation."""
+    over the rest. Unset: the complete share, without accumulation. VICReg's terms, which the identity predictor needs,
+    are statistics of the images per forward pass of all ranks: with them, micro_batch_size times the number of ranks is
+    part of what is learned and must stay the same when a run is resumed."""
     reader_threads: int = 4
     """Threads per rank that read encoded images. Only for runtime.loader=dali."""
     loader_threads: int = 2

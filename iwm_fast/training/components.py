@@ -46,8 +46,9 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
     Raises:
         ValueError, FileNotFoundError, ShardError: if the settings or the shards cannot be used.
     """
-    # Called for its checks, so that an unusable batch size fails before shards are indexed.
-    accumulation_steps(config, rank_info.world_size)
+    # First, so that an unusable batch size fails before shards are indexed.
+    micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
+    images_per_forward = micro_batch_size * rank_info.world_size
     # Only rank 0 indexes the shards: many ranks would read the same headers from shared storage.
     shards = distributed.broadcast_from_rank_zero(lambda: open_training_shards(config.data))
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
@@ -65,7 +66,7 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
         config=config,
         rank_info=rank_info,
         shards=shards,
-        fingerprint=fingerprint(config, shards.content_digest),
+        fingerprint=fingerprint(config, shards.content_digest, images_per_forward=images_per_forward),
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),
