@@ -163,7 +163,8 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How the run is computed. None of these settings changes what is learned, beyond rounding, but for
-    micro_batch_size with VICReg's terms."""
+    micro_batch_size with VICReg's terms.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one and logs its choice."""

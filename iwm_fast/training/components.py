@@ -12,6 +12,7 @@ from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
+from iwm_fast.monitoring.out_of_memory import memory_errors_explained
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
@@ -45,7 +46,13 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
 
     Raises:
         ValueError, FileNotFoundError, ShardError: if the settings or the shards cannot be used.
+        TrainingMemoryError: if the networks do not fit into memory.
     """
+    with memory_errors_explained(config, rank_info, lambda: "the construction of the networks"):
+        return _build_components(config, rank_info)
+
+
+def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponents:
     # First, so that an unusable batch size fails before shards are indexed.
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     images_per_forward = micro_batch_size * rank_info.world_size

@@ -17,6 +17,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
 from iwm_fast.monitoring.metric_writer import MetricWriter
+from iwm_fast.monitoring.out_of_memory import TrainingMemoryError, memory_errors_explained
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
 from iwm_fast.pipelines.batch import Batch
@@ -75,6 +76,8 @@ class Trainer:
         self._folder = Path(task.config.output.folder)
         self._is_main: bool = task.rank_info.rank == 0
         self._state = TrainState()
+        # For messages about exhausted memory.
+        self._doing = "the start"
         self._is_running = False
         self._is_stopping = False
         # Closed in reverse order of opening when the run ends, also after an error.
@@ -90,30 +93,13 @@ class Trainer:
             FloatingPointError: if too many consecutive steps were not finite.
             CheckpointError: on every rank, if a checkpoint cannot be written, or was written with other settings.
             ValueError: if another process is training in the folder, or it holds a run and `resume` is never.
+            TrainingMemoryError: on one rank, if memory is exhausted.
         """
         # Two runs in one folder would overwrite each other's metrics and checkpoints.
         lock = distributed.rank_zero_only(lambda: RunLock(self._folder))
         try:
-            saved, schedules = self._load_state()
-            if self._state.step >= schedules.total_steps and saved is not None:
-                log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
-                # The caller may want to evaluate the trained networks.
-                self._task.load_weights(saved)
-                return self._state
-            batches = self._open(saved, schedules)
-            first_step = self._state.step
-            while self._state.step < schedules.total_steps:
-                began = time.perf_counter()
-                self._stop_if_requested()
-                self._profiler.before_step(self._state.step)
-                report = self._task.step(batches, schedules, self._state)
-                step_s = time.perf_counter() - began
-                is_first = self._state.step == first_step
-                self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
-                self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
-                # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
-                self._preemption.record_step_duration(time.perf_counter() - began)
-            self._set_status("finished")
+            with memory_errors_explained(self._task.config, self._task.rank_info, lambda: self._doing):
+                self._train()
         except Exception as error:
             self._record_failure(error)
             raise
@@ -122,6 +108,30 @@ class Trainer:
             if lock is not None:
                 lock.close()
         return self._state
+
+    def _train(self) -> None:
+        """Run all steps that remain."""
+        saved, schedules = self._load_state()
+        if self._state.step >= schedules.total_steps and saved is not None:
+            log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
+            # The caller may want to evaluate the trained networks.
+            self._task.load_weights(saved)
+            return
+        batches = self._open(saved, schedules)
+        first_step = self._state.step
+        while self._state.step < schedules.total_steps:
+            began = time.perf_counter()
+            self._doing = f"step {self._state.step + 1}"
+            self._stop_if_requested()
+            self._profiler.before_step(self._state.step)
+            report = self._task.step(batches, schedules, self._state)
+            step_s = time.perf_counter() - began
+            is_first = self._state.step == first_step
+            self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
+            self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
+            # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
+            self._preemption.record_step_duration(time.perf_counter() - began)
+        self._set_status("finished")
 
     def _load_state(self) -> tuple[Checkpoint | None, Schedules]:
         """Set the training state to that of the newest checkpoint; return the checkpoint and the schedules."""
@@ -236,6 +246,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, float]:
+        self._doing = f"the evaluation after step {self._state.step}"
         metrics: dict[str, float] = {}
         for evaluator in self._evaluators:
             metrics |= evaluator(self._task.teacher_state(), self._engine.named_parameters("predictor."))
@@ -248,6 +259,7 @@ class Trainer:
             FloatingPointError: if the weights have diverged; older checkpoints stay as they are.
         """
         if self._saver.last_step != self._state.step:
+            self._doing = f"the checkpoint of step {self._state.step}"
             # The copy of the previous state must be written and freed before the next one is made.
             self._saver.wait()
             self._require_sound_weights()
@@ -282,7 +294,8 @@ class Trainer:
 
     def _record_failure(self, error: Exception) -> None:
         """Write into the run folder why the run ends. Any rank may be the one that failed."""
-        if not self._is_running or isinstance(error, PreemptedError | PeerFailedError):
+        is_of_this_run = self._is_running or isinstance(error, TrainingMemoryError)
+        if not is_of_this_run or isinstance(error, PreemptedError | PeerFailedError):
             return
         peer_failure = peer_failure_message(error)
         # The rank that failed may have written the actual reason already.

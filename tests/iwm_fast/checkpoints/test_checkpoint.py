@@ -12,8 +12,16 @@ from torch import nn
 from iwm_fast.checkpoints import checkpoint
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.loading import load_config
-from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
+from iwm_fast.config.run import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PredictorConfig,
+    RunConfig,
+    RuntimeConfig,
+)
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.pipelines.storage.atomic import remove_unfinished, set_aside
 from iwm_fast.runtime.distributed import RankInfo
@@ -231,6 +239,33 @@ def test_an_extended_run_may_stretch_its_warmup_with_its_epochs_only():
         checkpoint.differing_settings(saved, longer)
     with pytest.raises(CheckpointError, match=r"optim.warmup_epochs: .* -> 1.0\nresume=adjust continues"):
         checkpoint.differing_settings(saved, longer | {"optim.warmup_epochs": 1.0}, may_extend=True)
+
+
+@pytest.mark.parametrize(
+    ("depth", "objective", "is_counted"),
+    [
+        (0, {}, True),
+        (0, {"covariance_weight": 0.0}, True),
+        (0, {"variance_weight": 0.0, "covariance_weight": 0.0}, False),
+        (12, {}, False),
+        (12, {"variance_weight": 0.5}, True),
+        (12, {"covariance_weight": 0.01}, True),
+    ],
+)
+def test_images_per_forward_count_with_vicreg_terms_only(depth, objective, is_counted):
+    model = ModelConfig(predictor=PredictorConfig(depth=depth))
+    config = RunConfig(model=model, objective=ObjectiveConfig(**objective))
+    saved, same, other = (fingerprint(config, "x", images_per_forward=images) for images in (16, 16, 8))
+    assert checkpoint.differing_settings(saved, same) == []
+    if not is_counted:
+        assert saved == other == fingerprint(config, "x")
+        return
+    message = r"  ranks \* runtime.micro_batch_size: 16 -> 8\nset them back"
+    for allowed in ({}, {"may_adjust": True}, {"may_restart": True, "may_extend": True}):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.differing_settings(saved, other, **allowed)
+    # Earlier versions did not record them.
+    assert checkpoint.differing_settings(fingerprint(config, "x"), other) == []
 
 
 def test_another_format_is_refused(tmp_path):

@@ -200,6 +200,16 @@ def test_the_identity_predictor_trains_with_its_own_terms(rank_info, tiny_shards
     assert loss[-1] < loss[0]
 
 
+def test_the_identity_predictor_resumes_with_the_same_images_per_forward_only(tiny_shards, tmp_path):
+    config = replace(tiny_run(tiny_shards, tmp_path / "run", depth=0, micro_batch_size=8), resume="auto")
+    crash_after(config, step=7)
+    for size in (4, 16):
+        other = replace(config, runtime=replace(config.runtime, micro_batch_size=size))
+        with pytest.raises(CheckpointError, match=rf"ranks \* runtime.micro_batch_size: 8 -> {size}\nset them back"):
+            run(other)
+    assert run(config).step == STEPS
+
+
 def test_training_lowers_the_loss(rank_info, tiny_shards, tmp_path):
     loss, _ = losses(rank_info, tiny_run(tiny_shards, tmp_path), steps=12)
     assert loss[-1] < 0.8 * loss[0]
