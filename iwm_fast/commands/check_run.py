@@ -104,17 +104,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:
         report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
-    batch = report.collect("batch", lambda: accumulation_steps(config, ranks))
-    if batch is not None:
-        micro_batch_size, num_micro_batches = batch
-        plural = "es" if num_micro_batches > 1 else ""
-        factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
-        report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
-        if IMAGES_PER_FORWARD in fingerprint(config, "", images_per_forward=ranks * micro_batch_size):
-            report.warnings.append(
-                f"{IMAGES_PER_FORWARD} = {ranks * micro_batch_size:,} is part of what is learned, because VICReg's "
-                "terms are statistics of these images; resuming needs the same product"
-            )
+    batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
     if shards is not None:
         _report_progress(report, config, shards, batch and batch[0] * ranks)
@@ -144,6 +134,24 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
         gpu=gpu,
     )
     return report, verdict
+
+
+def _report_batch(report: Report, config: RunConfig, ranks: int) -> tuple[int, int] | None:
+    """Add the batch equation; return micro-batch size and micro-batches per step, None if they are refused."""
+    batch = report.collect("batch", lambda: accumulation_steps(config, ranks))
+    if batch is None:
+        return None
+    micro_batch_size, num_micro_batches = batch
+    plural = "es" if num_micro_batches > 1 else ""
+    factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
+    report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
+    images_per_forward = ranks * micro_batch_size
+    if IMAGES_PER_FORWARD in fingerprint(config, "", images_per_forward=images_per_forward):
+        report.warnings.append(
+            f"{IMAGES_PER_FORWARD} = {images_per_forward:,} is part of what is learned, because VICReg's terms are "
+            "statistics of these images; resuming needs the same product"
+        )
+    return batch
 
 
 def _num_ranks(request: CheckConfig) -> int:

@@ -26,7 +26,7 @@ ADJUSTABLE = (
 
 
 IMAGES_PER_FORWARD = "ranks * runtime.micro_batch_size"
-"""Entry that only runs with VICReg's terms have; checkpoints of versions before 0.3 lack it."""
+"""Entry that only runs with VICReg's terms have; checkpoints of earlier versions lack it."""
 
 
 def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: int | None = None) -> dict[str, Any]:

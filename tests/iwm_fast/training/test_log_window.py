@@ -107,7 +107,7 @@ def test_another_log_interval_keeps_the_steps_since_the_last_row(damaged_shards,
 
 
 def test_a_checkpoint_without_these_sums_is_resumed(damaged_shards, tmp_path):
-    """Versions before 0.3 wrote no sums."""
+    """Earlier versions wrote no sums."""
     config = settings(damaged_shards, tmp_path / "run")
     train(config)
     saved = checkpoints.read(checkpoints.checkpoint_folder(tmp_path / "run", 5))
