@@ -96,6 +96,7 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     preemption.on_timeout = record_stop
     # Imported here, because they take seconds in which signals must be handled already.
     from iwm_fast.evals.online import OnlineEvaluation  # noqa: PLC0415
+    from iwm_fast.monitoring.out_of_memory import TrainingMemoryError  # noqa: PLC0415
     from iwm_fast.runtime import distributed  # noqa: PLC0415
     from iwm_fast.training.components import build_components  # noqa: PLC0415
     from iwm_fast.training.pretraining import PretrainTask  # noqa: PLC0415
@@ -116,6 +117,11 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         # request to stop, not a failure of the run.
         if peer_failure_message(error) and preemption.launcher_exited():
             record_stop()
+        # The trainer has recorded it unless the networks did not fit. A run that is in the folder already may be that
+        # of another process, or finished.
+        is_recorded = read_status(folder) != earlier or earlier.get("state") in ("running", "finished")
+        if isinstance(error, TrainingMemoryError) and not is_recorded:
+            write_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
         raise
     finally:
         distributed.stop()

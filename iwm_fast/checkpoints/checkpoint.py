@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors
-from iwm_fast.config.fingerprint import defines_sample_stream
+from iwm_fast.config.fingerprint import ADJUSTABLE, IMAGES_PER_FORWARD, defines_sample_stream
 from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
@@ -79,6 +79,7 @@ _FOLDER_NAME = re.compile(r"step-\d{8,}")
 
 _RESTART = "data.restart_epoch=true continues with these weights and restarts the current epoch"
 _EXTEND = "resume=extend continues with schedules for the new number of epochs"
+_ADJUST = "resume=adjust continues with the new values from here on"
 
 
 def write(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -239,7 +240,12 @@ def read(folder: Path) -> Checkpoint:
 
 
 def differing_settings(
-    saved: dict[str, Any], current: dict[str, Any], *, may_restart: bool = False, may_extend: bool = False
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    *,
+    may_restart: bool = False,
+    may_extend: bool = False,
+    may_adjust: bool = False,
 ) -> list[str]:
     """Compare two fingerprints.
 
@@ -248,6 +254,7 @@ def differing_settings(
         current: this run's fingerprint.
         may_restart: whether settings that only define the stream of samples may differ.
         may_extend: whether the number of epochs may differ, and a warm-up that is the same share of it.
+        may_adjust: whether the settings in `ADJUSTABLE` may differ.
 
     Returns:
         Sorted names of the settings that differ, all of which are allowed to.
@@ -256,10 +263,17 @@ def differing_settings(
         CheckpointError: if a setting differs that must not, listing all that differ.
     """
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+    if IMAGES_PER_FORWARD not in saved:
+        names = [name for name in names if name != IMAGES_PER_FORWARD]
     remedies = {_remedy(name, saved, current) for name in names}
-    if remedies <= {remedy for remedy, is_allowed in ((_RESTART, may_restart), (_EXTEND, may_extend)) if is_allowed}:
+    may_extend = may_extend or may_adjust
+    options = ((_RESTART, may_restart), (_EXTEND, may_extend), (_ADJUST, may_adjust))
+    if remedies <= {remedy for remedy, is_allowed in options if is_allowed}:
         return names
     rows = "\n".join(f"  {name}: {saved.get(name)} -> {current.get(name)}" for name in names)
+    # What can be extended can also be adjusted.
+    if _ADJUST in remedies:
+        remedies.discard(_EXTEND)
     # An empty remedy means that no option allows one of the differences, so there is nothing to suggest.
     hint = "" if "" in remedies else ", and ".join(sorted(remedies)) + "; otherwise "
     raise CheckpointError(
@@ -272,11 +286,11 @@ def _remedy(name: str, saved: dict[str, Any], current: dict[str, Any]) -> str:
     """Return the option that allows a setting to differ, as a sentence; empty if there is none."""
     if defines_sample_stream(name):
         return _RESTART
-    if name == "optim.warmup_epochs":
-        # A warm-up that was left unset is a share of the epochs, and is stretched like the other schedules.
-        shares = [tree.get(name, 0) / tree.get("optim.epochs", 1) for tree in (saved, current)]
-        return _EXTEND if math.isclose(*shares) else ""
-    return _EXTEND if name == "optim.epochs" else ""
+    # A warm-up that was left unset is a share of the epochs, and is stretched like the other schedules.
+    shares = [tree.get("optim.warmup_epochs", 0) / tree.get("optim.epochs", 1) for tree in (saved, current)]
+    if name == "optim.epochs" or (name == "optim.warmup_epochs" and math.isclose(*shares)):
+        return _EXTEND
+    return _ADJUST if name in ADJUSTABLE else ""
 
 
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:

@@ -20,7 +20,7 @@ from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.commands import CheckConfig
-from iwm_fast.config.fingerprint import fingerprint
+from iwm_fast.config.fingerprint import IMAGES_PER_FORWARD, fingerprint
 from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps, describe_large_batch
 from iwm_fast.config.writable import require_writable
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
@@ -31,7 +31,7 @@ from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime.distributed import choose_device
 from iwm_fast.training.loaders import open_training_shards
-from iwm_fast.training.resume import find_stream_start
+from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
 
 # A rule of thumb for the share of a GPU's peak that training reaches if the loader keeps up.
@@ -105,15 +105,10 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:
         report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
-    batch = report.collect("batch", lambda: accumulation_steps(config, ranks))
-    if batch is not None:
-        micro_batch_size, num_micro_batches = batch
-        plural = "es" if num_micro_batches > 1 else ""
-        factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
-        report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
+    batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
     if shards is not None:
-        _report_progress(report, config, shards)
+        _report_progress(report, config, shards, batch and batch[0] * ranks)
     student = _report_networks(report, config)
     # A run that is meant for another GPU may find no device and no kernels on this machine.
     if not request.gpu:
@@ -142,6 +137,24 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     return report, verdict
 
 
+def _report_batch(report: Report, config: RunConfig, ranks: int) -> tuple[int, int] | None:
+    """Add the batch equation; return micro-batch size and micro-batches per step, None if they are refused."""
+    batch = report.collect("batch", lambda: accumulation_steps(config, ranks))
+    if batch is None:
+        return None
+    micro_batch_size, num_micro_batches = batch
+    plural = "es" if num_micro_batches > 1 else ""
+    factors = f"{_format_ranks(ranks)} x {micro_batch_size} images x {num_micro_batches} micro-batch{plural}"
+    report.add("global batch", f"{config.optim.global_batch_size:,} = {factors}")
+    images_per_forward = ranks * micro_batch_size
+    if IMAGES_PER_FORWARD in fingerprint(config, "", images_per_forward=images_per_forward):
+        report.warnings.append(
+            f"{IMAGES_PER_FORWARD} = {images_per_forward:,} is part of what is learned, because VICReg's terms are "
+            "statistics of these images; resuming needs the same product"
+        )
+    return batch
+
+
 def _num_ranks(request: CheckConfig) -> int:
     if request.ranks is not None:
         return request.ranks
@@ -160,7 +173,7 @@ def _describe_shards(shards: ShardSet) -> str:
     return f"{shards.num_samples:,} in {len(shards.shards):,} shards, {100 * labelled:.1f} % with a label"
 
 
-def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> None:
+def _report_progress(report: Report, config: RunConfig, shards: ShardSet, images_per_forward: int | None) -> None:
     """Add the number of steps and the step at which the run starts."""
     per_epoch = shards.num_samples / config.optim.global_batch_size
     steps = total_steps(config.optim, shards.num_samples)
@@ -172,7 +185,7 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet) -> Non
         report.warnings.append(
             f"the run has only {steps:,} steps; set more optim.epochs or a smaller optim.global_batch_size"
         )
-    report.collect("run folder", lambda: _report_folder(report, config, shards))
+    report.collect("run folder", lambda: _report_folder(report, config, shards, images_per_forward))
 
 
 def _suggest_rates(report: Report, optim: OptimConfig) -> None:
@@ -194,7 +207,7 @@ def _suggest_rates(report: Report, optim: OptimConfig) -> None:
     )
 
 
-def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
+def _report_folder(report: Report, config: RunConfig, shards: ShardSet, images_per_forward: int | None) -> None:
     """Add what the run folder holds and how many steps remain; raise the errors that training would raise."""
     require_writable("output.folder", config.output.folder)
     folder = Path(config.output.folder)
@@ -202,7 +215,7 @@ def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
     is_used = saved is not None or (folder / "metrics.jsonl").exists()
     for path in damaged:
         report.add("damaged checkpoint", f"{path.name}; an older checkpoint is used instead")
-    current = fingerprint(config, shards.content_digest)
+    current = fingerprint(config, shards.content_digest, images_per_forward=images_per_forward)
     # These rows come before the errors, so that a user whose run is refused still sees all settings that differ.
     if saved is not None:
         report.add("run folder", f"holds a run at step {saved.step:,}")
@@ -218,7 +231,7 @@ def _report_folder(report: Report, config: RunConfig, shards: ShardSet) -> None:
     if saved is None:
         report.add("run folder", "holds no checkpoint; training starts at step 0")
         return
-    start = find_stream_start(saved, config, current, shards.num_samples)
+    start = resumed_state(saved, config, current, shards.num_samples).start
     last = total_steps(config.optim, shards.num_samples, start)
     remaining = f"{last - saved.step:,} steps, to step {last:,}" if saved.step < last else "none, the run is finished"
     report.add("remaining", remaining)

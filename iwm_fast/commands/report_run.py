@@ -16,6 +16,7 @@ from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.rendering.charts import draw_line_chart, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
+from iwm_fast.runtime.provenance import read_starts
 from iwm_fast.runtime.run_status import read_status
 
 # One line chart each: title, label of the y axis, and the metrics it shows, as legend label -> name in metrics.jsonl.
@@ -59,7 +60,8 @@ def write_run_report(run: Path) -> Path:
         cards = (card(title, embedded_png(run / name, title)) for name, title in pictures.items())
         parts.append(section("Pictures", *cards))
     all_settings = collapsible("all settings", yaml.safe_dump(config_to_dict(config)))
-    parts.append(section("Settings that differ from the defaults", _changed_settings(config), all_settings))
+    parts += [_changes_on_resuming(run), section("Settings that differ from the defaults", _changed_settings(config),
+                                                 all_settings)]  # fmt: skip
     path = run / "report.html"
     path.write_text(page(f"iwm-fast: {run.name}", parts), encoding="utf-8")
     return path
@@ -67,9 +69,7 @@ def write_run_report(run: Path) -> Path:
 
 def _run_summary(run: Path) -> str:
     """Return two lines of HTML: machine, ranks, commit, status and newest checkpoint, and the command."""
-    # The file has one line per start of the run. The last line describes the latest start.
-    lines = (run / "started.jsonl").read_text(encoding="utf-8").splitlines() if (run / "started.jsonl").exists() else []
-    started = json.loads(lines[-1]) if lines else {}
+    started = (read_starts(run) or [{}])[-1]
     newest, status = checkpoints.find_newest_folder(run), read_status(run)
     facts = {
         "machine": started.get("machine"),
@@ -98,7 +98,8 @@ def _headline_numbers(rows: list[dict[str, Any]], results: list[Result]) -> dict
         last = rows[-1]
         values["steps"] = f"{last['step']:,}"
         values["images/s, last log row"] = f"{last['speed/images_per_s']:.0f}"
-        values["prediction loss"] = f"{last['loss/prediction']:.4f}"
+        loss = last["loss/prediction"]
+        values["prediction loss"] = "not finite" if loss is None else f"{loss:.4f}"
         values["waiting for data"] = f"{100 * last['data/wait_share']:.1f} %"
         if last.get("speed/mfu") is not None:
             values["MFU"] = f"{100 * last['speed/mfu']:.1f} %"
@@ -146,6 +147,15 @@ def _result_card(result: Result) -> str:
     columns = {name: cell for name, cell in columns.items() if any(cell(row) for row in result.rows)}
     body = table(list(columns), [[cell(row) for cell in columns.values()] for row in result.rows])
     return card(f"{result.name}, step {result.step}, seed {result.seed}", body)
+
+
+def _changes_on_resuming(run: Path) -> str:
+    """Return a table of the settings that changed when the run was resumed; empty if none did."""
+    changes = [change for start in read_starts(run) for change in start.get("changes", [])]
+    rows = [[change["setting"], change["step"], *(json.dumps(change[name]) for name in ("from", "to"))]
+            for change in changes]  # fmt: skip
+    body = table(["setting", "after step", "before", "from then on"], rows)
+    return section("Settings changed on resuming", body) if rows else ""
 
 
 def _changed_settings(config: RunConfig) -> str:

@@ -14,11 +14,30 @@ _STREAM_PREFIXES = ("seed", "data.", "views.", "mask.", "optim.global_batch_size
 
 _LOCAL_PATHS = ("data.train", "data.val", "init_from")
 
+ADJUSTABLE = (
+    "optim.lr",
+    "optim.lr_start",
+    "optim.lr_end",
+    "optim.warmup_epochs",
+    "optim.weight_decay",
+    "optim.teacher_momentum",
+    "optim.clip_norm",
+    "optim.epochs",
+)
+"""Entries that may change when a run is resumed with `resume=adjust`; they affect later steps only."""
 
-def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
+
+IMAGES_PER_FORWARD = "ranks * runtime.micro_batch_size"
+"""Entry that only runs with VICReg's terms have; checkpoints of earlier versions lack it."""
+
+
+def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: int | None = None) -> dict[str, Any]:
     """Return the settings that determine a run's result, as a flat dict from dotted names to values.
 
-    Shards count by content, not by path, so that data can move; `shards_digest` is `ShardSet.content_digest`.
+    Args:
+        config: settings of the run.
+        shards_digest: `ShardSet.content_digest`: shards count by content, not by path, so that data can move.
+        images_per_forward: images of all ranks in one forward pass, over which VICReg's terms are computed.
     """
     flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
@@ -26,6 +45,8 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     # None equals a missing entry in comparisons, so checkpoints written before these settings existed can be resumed.
     flat["init_from"] = config.init_from or None
     flat["data.image"] = config.data.image or None
+    if images_per_forward and any(config.objective.vicreg_weights(is_identity=config.model.predictor.depth == 0)):
+        flat[IMAGES_PER_FORWARD] = images_per_forward
     return flat
 
 

@@ -101,6 +101,16 @@ class ObjectiveConfig:
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "be at least 0")
 
+    def vicreg_weights(self, *, is_identity: bool) -> tuple[float, float]:
+        """Return the weights of the variance and covariance terms, whose defaults depend on the predictor."""
+        # With the identity predictor, the EMA teacher alone does not prevent the encoder from collapsing.
+        defaults = (1.0, 0.04) if is_identity else (0.0, 0.0)
+        settings = (self.variance_weight, self.covariance_weight)
+        variance, covariance = (
+            default if value is None else value for value, default in zip(settings, defaults, strict=True)
+        )
+        return variance, covariance
+
 
 def check_length(group: str, global_batch_size: int, epochs: float) -> None:
     """Check the settings that decide how many steps a training has; `group` is their group, for messages."""
@@ -177,7 +187,9 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How the run is computed. None of these settings changes what is learned, beyond rounding."""
+    """How the run is computed. None of these settings changes what is learned, beyond rounding, but for
+    micro_batch_size with VICReg's terms.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one and logs its choice."""
@@ -207,7 +219,9 @@ class RuntimeConfig:
     folder. Empty: no profile."""
     micro_batch_size: int | None = None
     """Images per rank and forward pass; must divide the rank's share of the global batch, and gradients are accumulated
-    over the rest. Unset: the complete share, without accumulation."""
+    over the rest. Unset: the complete share, without accumulation. VICReg's terms, which the identity predictor needs,
+    are statistics of the images per forward pass of all ranks: with them, micro_batch_size times the number of ranks is
+    part of what is learned and must stay the same when a run is resumed."""
     reader_threads: int = 4
     """Threads per rank that read encoded images. Only for runtime.loader=dali."""
     loader_threads: int = 2
@@ -313,9 +327,11 @@ class RunConfig:
 
     seed: int = 0
     """Seed of initial weights, sample order, crops, actions and masks, in [0, 2^63)."""
-    resume: Literal["never", "auto", "extend"] = "never"
+    resume: Literal["never", "auto", "extend", "adjust"] = "never"
     """never: refuse an output.folder that already holds a run; auto: resume from its newest checkpoint, or start if it
-    has none; extend: like auto, but optim.epochs may differ, and the schedules are stretched to the new number."""
+    has none; extend: like auto, but optim.epochs may differ, and the schedules are stretched to the new number; adjust:
+    like auto, but optim.lr, lr_start, lr_end, warmup_epochs, weight_decay, teacher_momentum, clip_norm and epochs may
+    differ, and their new values hold from here on."""
     init_from: str = ""
     """Source of the initial weights: the folder of a run or of an export, or a file with a ViT in timm's naming, for
     example from timm or I-JEPA. A resumed run does not read it again. Empty: random weights."""

@@ -12,7 +12,8 @@ class StepOutcome:
     """The outcome of one optimiser step, equal on all ranks."""
 
     applied: bool
-    """Whether weights and moments changed; they do not if a loss or gradient was not finite on at least one rank."""
+    """Whether weights and moments changed. They do not if a loss or gradient was not finite on at least one rank, or if
+    the square of the gradient norm is beyond float32, as Adam's second moments would be."""
     grad_norm: float
     """Global gradient norm before clipping; infinite if the step was not applied."""
 

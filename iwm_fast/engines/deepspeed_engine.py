@@ -116,6 +116,7 @@ class DeepSpeedEngine:
         # Stage 3 takes the mean of the gradients over ranks; this makes it the sum.
         self._loss_scale: int = rank_info.world_size if self._stage == 3 else 1
         if self._stage == 3:
+            _limit_norm(self._engine.optimizer)
             # DeepSpeed gathers the parameters of a module when the module is called. A module that reads the parameters
             # of another one without calling it lists them, or it would find them empty.
             for submodule in module.modules():
@@ -183,6 +184,21 @@ class DeepSpeedEngine:
         self._engine.destroy()
         if gathered:
             replace_parameters(self._module, gathered)
+
+
+def _limit_norm(zero_optimizer: Any) -> None:
+    """Let ZeRO stage 3 skip a step whose squared gradient norm overflows float32, as all other engines do.
+
+    It computes the norm in float64 and would apply such a step. Without clipping, Adam's second moments overflow then.
+    """
+    compute_norms = zero_optimizer._get_norm_groups
+
+    def compute_limited_norms() -> list[Tensor]:
+        norms = torch.stack([norm.double() for norm in compute_norms()])
+        is_valid = norms.square().sum() <= torch.finfo(torch.float32).max
+        return list(torch.where(is_valid, norms, math.inf).unbind())
+
+    zero_optimizer._get_norm_groups = compute_limited_norms
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:

@@ -40,7 +40,8 @@ def collapse_monitors(
         Scalars by metric name. `monitor/target_std`: standard deviation over tokens, mean over dimensions, from 0
         (constant tokens) to 1. `monitor/loss_over_mean`: squared error divided by that of predicting the mean token.
         With at least 8 images also `monitor/cosine`: cosine similarity between the mean tokens of two images, mean over
-        pairs; and `monitor/rank_me`: effective number of dimensions that the mean tokens of the images span.
+        pairs; and `monitor/rank_me`: effective number of dimensions that the mean tokens of the images span. NaN where
+        tokens are not finite.
 
     Source: RankMe, arXiv 2210.02885, equation 1 (rank_me).
     """
@@ -72,14 +73,16 @@ def _mean_cosine(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     # The exponential of the entropy of the normalised singular values: k for k equal ones.
-    values = torch.linalg.svdvals(pooled)
+    is_finite = pooled.isfinite().all()
+    # svdvals raises if an entry is not finite.
+    values = torch.linalg.svdvals(torch.where(is_finite, pooled, 0.0))
     distribution = values / values.sum().clamp(min=1e-12)
-    return torch.special.entr(distribution).sum().exp()
+    return torch.where(is_finite, torch.special.entr(distribution).sum().exp(), torch.nan)
 
 
 def collapse_warnings(values: dict[str, float]) -> list[str]:
-    """Return a sentence for each collapse monitor among `values` that is outside its accepted range."""
-    remedy = "lower optim.lr or raise optim.teacher_momentum"
+    """Return a sentence for each collapse monitor among `values` that is outside its accepted range; NaN is neither."""
+    remedy = "lower optim.lr or raise optim.teacher_momentum (resume=adjust)"
     meanings = {
         "target_std": f"target tokens hardly differ from each other, the encoder is collapsing: {remedy}",
         "cosine": f"images hardly differ, the encoder is collapsing, perhaps to tokens of the position only: {remedy}",
@@ -89,6 +92,6 @@ def collapse_warnings(values: dict[str, float]) -> list[str]:
     warnings = []
     for name, meaning in meanings.items():
         value, (low, high) = values.get(f"monitor/{name}"), LIMITS[name]
-        if value is not None and not low <= value <= high:
+        if value is not None and (value < low or value > high):
             warnings.append(f"monitor/{name} is {value:.4g}, outside [{low:g}, {high:g}]: {meaning}")
     return warnings

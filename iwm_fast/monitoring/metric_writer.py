@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.pipelines.storage.atomic import replace_file
+from iwm_fast.monitoring.metrics import drop_rows_after
 
 
 class MetricWriter:
@@ -16,9 +15,7 @@ class MetricWriter:
     def __init__(self, folder: Path, first_step: int) -> None:
         """Open the files in `folder`, and drop rows after `first_step`, the step that the run resumes from."""
         path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        drop_rows_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         # Purging hides the dropped rows in TensorBoard, whose files cannot be rewritten.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

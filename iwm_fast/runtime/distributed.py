@@ -251,6 +251,18 @@ def gather_objects(value: Value) -> list[Value]:
     return gathered
 
 
+def claim(name: str) -> bool:
+    """Return whether this rank is the first of all ranks to call with this name. Not collective."""
+    if not dist.is_initialized():
+        return True
+    try:
+        # torch has no public name for the store that all ranks share.
+        return dist.distributed_c10d._get_default_store().add(f"iwm/{name}", 1) == 1
+    # The process that holds the store may be gone. A second message is better than none.
+    except RuntimeError:
+        return True
+
+
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """Return, for each flag, whether it is true on at least one rank.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from iwm_fast.pipelines.errors import printable_lines
 from iwm_fast.runtime.extras import find_missing_package
+from iwm_fast.runtime.memory_errors import exhausted_memory
 
 _OUR_PACKAGE = "iwm_fast"
 
@@ -54,10 +55,10 @@ def user_facing_errors() -> Iterator[None]:
             _print_peer_failure(failure)
             _await_termination(_GRACE_S)
             raise SystemExit(1) from None
-        missing_package = find_missing_package(error)
-        if missing_package is None and not _is_for_user(error):
+        explained = find_missing_package(error) or _explain_exhausted_memory(error)
+        if explained is None and not _is_for_user(error):
             raise
-        _print_error(missing_package or error)
+        _print_error(explained or error)
         raise SystemExit(2) from None
 
 
@@ -95,6 +96,16 @@ def _is_for_user(error: Exception) -> bool:
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     is_ours = innermost.f_globals.get("__name__", "").split(".")[0] in (_OUR_PACKAGE, "__main__")
     return is_ours and isinstance(error, ValueError | RuntimeError | ArithmeticError)
+
+
+def _explain_exhausted_memory(error: Exception) -> Exception | None:
+    """Return a message for a library's error about memory; None for any other error, or if it has one already."""
+    exhausted = None if type(error).__module__.startswith(_OUR_PACKAGE) else exhausted_memory(error)
+    if exhausted is None:
+        return None
+    kind, text = exhausted
+    hint = "; nvidia-smi lists the processes that use the GPU" if kind == "GPU" else ""
+    return RuntimeError(f"out of {kind} memory: {text}{hint}")
 
 
 def _print_peer_failure(failure: str) -> None:

@@ -15,6 +15,7 @@ from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
+from iwm_fast.monitoring.out_of_memory import memory_errors_explained
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
@@ -49,9 +50,16 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
 
     Raises:
         ValueError, FileNotFoundError, ShardError: if the settings or the shards cannot be used.
+        TrainingMemoryError: if the networks do not fit into memory.
     """
-    # Called for its checks, so that an unusable batch size fails before shards are indexed.
-    accumulation_steps(config, rank_info.world_size)
+    with memory_errors_explained(config, rank_info, lambda: "the construction of the networks"):
+        return _build_components(config, rank_info)
+
+
+def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponents:
+    # First, so that an unusable batch size fails before shards are indexed.
+    micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
+    images_per_forward = micro_batch_size * rank_info.world_size
     shards = open_training_shards_on_all_ranks(config.data, rank_info)
     student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
     # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
@@ -70,7 +78,7 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
         config=config,
         rank_info=rank_info,
         shards=shards,
-        fingerprint=fingerprint(config, shards.content_digest),
+        fingerprint=fingerprint(config, shards.content_digest, images_per_forward=images_per_forward),
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),

@@ -1,5 +1,6 @@
 """The log rows of a run: metrics of the steps since the last row, over all ranks."""
 
+import math
 import time
 
 import torch
@@ -13,7 +14,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.task import TrainTask
-from iwm_fast.training.train_state import TrainState
+from iwm_fast.training.train_state import LogTotals, TrainState
 
 
 class PhaseTimes:
@@ -60,26 +61,49 @@ class PhaseTimes:
 
 
 class LogWindow:
-    """Collects the steps between two log rows."""
+    """Collects the steps between two log rows. Times and speeds are those of this process only."""
 
-    def __init__(self, task: TrainTask, schedules: Schedules) -> None:
+    def __init__(self, task: TrainTask, schedules: Schedules, carried: LogTotals) -> None:
+        """Begin a window; `carried` are the sums of its steps before the run was resumed."""
         self._task: TrainTask = task
         self._schedules: Schedules = schedules
         self._phase_times = PhaseTimes()
-        self._reset()
+        self._reset(carried)
 
-    def _reset(self) -> None:
+    def _reset(self, carried: LogTotals) -> None:
+        self._carried: LogTotals = carried
         self._started: float = time.perf_counter()
-        self._num_skipped = 0
+        self._num_steps = 0
         self._num_replaced = 0
         self._losses: list[Tensor] = []
 
     def add(self, report: StepReport) -> None:
         """Add one step, without waiting for the device."""
-        self._losses.append(report.loss)
+        self._num_steps += 1
+        # The loss of a skipped step need not be finite.
+        if report.is_applied:
+            self._losses.append(report.loss)
         self._phase_times.add(report.timer)
-        self._num_skipped += not report.is_applied
         self._num_replaced += report.num_replaced
+
+    def totals(self) -> LogTotals:
+        """Return the sums so far, over all ranks. Collective: every rank must call it."""
+        return self._totals(self._gather({"loss": self._loss_sum()}, {"replaced": float(self._num_replaced)}))
+
+    def _loss_sum(self) -> Float64[Tensor, ""]:
+        # In float64, sums of float32 losses are exact, so that a resumed run logs the same mean.
+        losses = self._losses or [torch.zeros((), device=self._task.rank_info.device)]
+        return torch.stack(losses).double().sum()
+
+    def _totals(self, ranks: dict[str, Float64[Tensor, "ranks"]]) -> LogTotals:
+        carried, num_applied = self._carried, len(self._losses)
+        return LogTotals(
+            # Ranks contribute shares of the loss, so it is their sum.
+            loss=carried.loss + float(ranks["loss"].sum()),
+            applied_steps=carried.applied_steps + num_applied,
+            skipped_steps=carried.skipped_steps + self._num_steps - num_applied,
+            replaced_samples=carried.replaced_samples + int(ranks["replaced"].sum()),
+        )
 
     def pop_metrics(self, report: StepReport, state: TrainState) -> dict[str, float]:
         """Return the metrics of a log row over all ranks, and begin the next window.
@@ -91,27 +115,28 @@ class LogWindow:
             prediction = report.prediction
             monitors = collapse_monitors(prediction.predicted_tokens, report.target_tokens, prediction.patches)
         # Float64 on both sides, because all values travel in one tensor and counts must stay exact.
-        on_device = {"loss": torch.stack(self._losses).double().mean(), **monitors}
+        on_device = {"loss": self._loss_sum(), **monitors}
         memory = used_memory_mb(self._task.rank_info.device)
         on_host = {"replaced": float(self._num_replaced), "memory": memory, **self._phase_times.pop_means()}
         ranks = self._gather(on_device, on_host)
-        num_steps, time_s = len(self._losses), time.perf_counter() - self._started
+        totals = self._totals(ranks)
+        num_steps, time_s = self._num_steps, time.perf_counter() - self._started
         speed = self._task.meter.values(num_steps, time_s)
         metrics = {
-            # Ranks contribute shares of the loss, so it is their sum; monitors are measured on each rank's own images.
-            self._task.loss_name: float(ranks["loss"].sum()),
+            self._task.loss_name: totals.loss / totals.applied_steps if totals.applied_steps else math.nan,
+            # Monitors are measured on each rank's own images.
             **{name: float(ranks[name].mean()) for name in monitors},
             **self._schedule_metrics(state, has_teacher=report.prediction is not None),
             "optim/grad_norm": float(report.grad_norm),
-            "optim/skipped_steps": float(self._num_skipped),
+            "optim/skipped_steps": float(totals.skipped_steps),
             **speed,
             **time_metrics(ranks, speed["speed/step_s"]),
             "data/wait_s": float(ranks["wait"].mean()) * num_steps,
             "data/wait_share": float(ranks["wait"].mean()) * num_steps / time_s,
-            "data/replaced_samples": float(ranks["replaced"].sum()),
+            "data/replaced_samples": float(totals.replaced_samples),
             "memory/used_mb": float(ranks["memory"].max()),
         }
-        self._reset()
+        self._reset(LogTotals())
         return metrics
 
     def _schedule_metrics(self, state: TrainState, *, has_teacher: bool) -> dict[str, float]:

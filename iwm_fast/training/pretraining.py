@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
 from iwm_fast.engines.base import Engine
 from iwm_fast.monitoring.throughput import build_throughput_meter
 from iwm_fast.pipelines.action_log.files import truncate_from
@@ -21,7 +21,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.components import TrainingComponents
 from iwm_fast.training.loaders import log_metadata, training_loader
-from iwm_fast.training.resume import find_stream_start
+from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.train_state import TrainState
@@ -33,7 +33,6 @@ class PretrainTask:
     """Trains encoder and predictor. `TrainTask` documents the methods."""
 
     loss_name = "loss/prediction"
-    remedy = "lower optim.lr or inspect these samples, then resume with resume=auto"
 
     def __init__(self, components: TrainingComponents) -> None:
         self.config: RunConfig = components.config
@@ -41,15 +40,18 @@ class PretrainTask:
         self.shards: ShardSet = components.shards
         self.fingerprint: dict[str, Any] = components.fingerprint
         self.meter = build_throughput_meter(components.config, components.rank_info)
+        lower_lr = min(components.config.optim.lr / 2, OptimConfig().lr)
+        self.remedy: str = (
+            f"lower optim.lr, for example with resume=adjust optim.lr={lower_lr:g}, or inspect these samples and "
+            "continue with resume=auto"
+        )
         self._components: TrainingComponents = components
         self._accumulation: int = accumulation_steps(components.config, components.rank_info.world_size)[1]
         self._loader: Loader | None = None
         self._action_log: ActionLog | None = None
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
-        state = TrainState.from_checkpoint(saved)
-        state.start = find_stream_start(saved, self.config, self.fingerprint, self.shards.num_samples)
-        return state
+        return resumed_state(saved, self.config, self.fingerprint, self.shards.num_samples)
 
     def load_weights(self, saved: Checkpoint) -> None:
         checkpoints.restore(saved, self._components.engine)
@@ -64,13 +66,13 @@ class PretrainTask:
 
     def _log_resume(self, saved: Checkpoint) -> None:
         log.info("resuming from %s", saved.folder)
-        if saved.fingerprint.get("optim.epochs") != self.fingerprint["optim.epochs"]:
-            log.info("schedules now span %g epochs", self.config.optim.epochs)
-        start = self.resume_state(saved).start
-        if start != TrainState.from_checkpoint(saved).start:
+        earlier, state = TrainState.from_checkpoint(saved), self.resume_state(saved)
+        for change in state.changes[len(earlier.changes) :]:
+            log.info("%(setting)s: %(from)s until step %(step)d, %(to)s from here on", change)
+        if state.start != earlier.start:
             log.info(
                 "epoch %d restarts, because settings of the data have changed",
-                start.position // self.shards.num_samples,
+                state.start.position // self.shards.num_samples,
             )
 
     def open_stream(self, state: TrainState) -> Iterator[Batch]:

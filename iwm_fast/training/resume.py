@@ -1,19 +1,23 @@
 """Where training resumes: from which checkpoint, and at which position of the stream of samples."""
 
-import json
 import logging
 import uuid
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
+from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.sampling.batch_plan import StreamStart
 from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.runtime import distributed
+from iwm_fast.runtime.provenance import read_starts
+from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, have_diverged
+from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,8 @@ def find_resume_point(config: RunConfig, require_same: Callable[[Checkpoint], An
 
     Raises:
         ValueError: if the folder holds a run and `resume` is never.
-        CheckpointError: if there are checkpoints but none is complete, or if `require_same` raises it.
+        CheckpointError: if there are checkpoints but none is complete, if the weights of the newest have diverged, or
+            if `require_same` raises it.
     """
     resume_point: tuple[Checkpoint | None, str] | None = distributed.rank_zero_only(
         lambda: _find_on_this_rank(config, require_same)
@@ -61,6 +66,12 @@ def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], A
         return None, last_run_id(folder) or uuid.uuid4().hex[:12]
     # Checked before damaged checkpoints are moved: a run that is refused must leave the folder unchanged.
     require_same(saved)
+    weights = (tensor for name, tensor in saved.engine_state.items() if name.startswith("weight/"))
+    if have_diverged(chain(weights, saved.teacher_state.values())):
+        raise CheckpointError(
+            f"{saved.folder} holds weights that have diverged: one of them is not finite or above {MAX_WEIGHT:g}; "
+            "move this folder away to resume from the checkpoint before it"
+        )
     for damaged, reason in refused.items():
         log.warning(
             "%s; resuming from step %d instead. The damaged one was renamed to %s: check the disk, then delete it",
@@ -71,38 +82,35 @@ def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], A
 
 def last_run_id(folder: Path) -> str | None:
     """Return the id of the run that was started most recently in a folder, None if there is none."""
-    path = folder / "started.jsonl"
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.is_file() else []):
-        try:
-            return json.loads(line).get("run_id")
-        # A crash may have cut the last line short.
-        except ValueError:
-            continue
-    return None
+    starts = read_starts(folder)
+    return starts[-1].get("run_id") if starts else None
 
 
-def find_stream_start(
-    saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int
-) -> StreamStart:
-    """Return where the stream of samples begins.
+def resumed_state(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> TrainState:
+    """Return the training state to resume from a checkpoint, with the settings that have changed since.
 
-    This is the beginning that the checkpoint names, unless settings that determine the stream have changed; then it is
-    the beginning of the epoch in which the checkpoint was written, in the new data set.
+    The stream of samples begins where the checkpoint says, unless settings that determine the stream have changed; then
+    it begins at the epoch in which the checkpoint was written, in the new data set.
 
     Raises:
         CheckpointError: if settings differ that must not.
     """
-    start = StreamStart(**saved.counters["stream"])
-    changed = checkpoints.differing_settings(
+    state = TrainState.from_checkpoint(saved)
+    names = checkpoints.differing_settings(
         saved.fingerprint,
         fingerprint,
         may_restart=config.data.restart_epoch,
         may_extend=config.resume == "extend",
+        may_adjust=config.resume == "adjust",
     )
-    if not any(defines_sample_stream(name) for name in changed):
-        return start
-    # The position in samples, counted with the sizes of the old run, gives the epoch; epochs keep their number.
-    batch = saved.fingerprint["optim.global_batch_size"]
-    position = start.position + (saved.step - start.step) * batch
-    epoch = position // saved.counters["num_samples"]
-    return StreamStart(step=saved.step, position=epoch * num_samples)
+    state.changes += [
+        {"step": saved.step, "setting": name, "from": saved.fingerprint.get(name), "to": fingerprint.get(name)}
+        for name in names
+    ]
+    if any(defines_sample_stream(name) for name in names):
+        # The position in samples, counted with the sizes of the old run, gives the epoch; epochs keep their number.
+        batch = saved.fingerprint["optim.global_batch_size"]
+        position = state.start.position + (saved.step - state.start.step) * batch
+        epoch = position // saved.counters["num_samples"]
+        state.start = StreamStart(step=saved.step, position=epoch * num_samples)
+    return state

@@ -1,10 +1,12 @@
 """Counters of a training run, which a checkpoint saves beside the weights."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.pipelines.sampling.batch_plan import BEGINNING, StreamStart
+
+_PLAIN_COUNTERS = ("time_s", "timed_steps", "timed_s", "skipped_in_a_row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,18 @@ class TrainStats:
         return {"num_tuned": self.num_tuned, "images_per_s": self.images_per_s, "time_s": self.time_s}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogTotals:
+    """Sums over the steps since the last log row, over all ranks."""
+
+    loss: float = 0.0
+    """Sum of the losses of the applied steps, which are finite."""
+    applied_steps: int = 0
+    skipped_steps: int = 0
+    replaced_samples: int = 0
+    """Images that replace undecodable ones."""
+
+
 @dataclass
 class TrainState:
     """Counters of a training run, updated after each step."""
@@ -43,6 +57,12 @@ class TrainState:
     """Steps that count for the speed: all but the first after each start, which fills caches."""
     timed_s: float = 0.0
     """Duration of the steps that count for the speed."""
+    skipped_in_a_row: int = 0
+    """Skipped steps since the last applied one."""
+    log_totals: LogTotals = LogTotals()
+    """Sums for the next log row, brought up to date when a checkpoint is written."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that changed when the run was resumed: `step`, `setting`, `from` and `to` of each change."""
 
     def record_step(self, *, is_applied: bool, time_s: float, is_first: bool) -> None:
         """Count one step; `is_first` marks the first step after a start."""
@@ -56,7 +76,14 @@ class TrainState:
     def counters(self, num_samples: int) -> dict[str, Any]:
         """Return what a checkpoint has no field for, in a form that JSON can represent."""
         times = {name: value for name, value in asdict(self).items() if "time" in name}
-        return {"stream": asdict(self.start), "num_samples": num_samples, **times}
+        return {
+            "stream": asdict(self.start),
+            "num_samples": num_samples,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "log_totals": asdict(self.log_totals),
+            "changes": self.changes,
+            **times,
+        }
 
     @classmethod
     def from_checkpoint(cls, saved: Checkpoint) -> "TrainState":
@@ -65,10 +92,12 @@ class TrainState:
         return cls(
             step=saved.step,
             applied_steps=saved.applied_steps,
-            # Old checkpoints of finetuning have no stream, and old ones of pretraining have no times.
-            start=StreamStart(**counters.get("stream", {})),
             run_id=saved.run_id,
-            **{name: counters[name] for name in ("time_s", "timed_steps", "timed_s") if name in counters},
+            # Checkpoints of earlier versions lack some of these.
+            start=StreamStart(**counters.get("stream", {})),
+            log_totals=LogTotals(**counters.get("log_totals", {})),
+            changes=list(counters.get("changes", [])),
+            **{name: counters[name] for name in _PLAIN_COUNTERS if name in counters},
         )
 
     def stats(self, num_tuned: int, global_batch_size: int) -> TrainStats:

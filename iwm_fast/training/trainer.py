@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -15,17 +17,18 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
 from iwm_fast.monitoring.metric_writer import MetricWriter
+from iwm_fast.monitoring.out_of_memory import TrainingMemoryError, memory_errors_explained
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import PeerFailedError, peer_failure_message
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
-from iwm_fast.runtime.provenance import describe_run
+from iwm_fast.runtime.provenance import STARTS_FILE, describe_run
 from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.training.log_window import LogWindow
-from iwm_fast.training.nonfinite_guard import NonfiniteGuard
+from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, NonfiniteGuard, have_diverged
 from iwm_fast.training.resume import find_resume_point
 from iwm_fast.training.schedules import Schedules, build_schedules
 from iwm_fast.training.step import StepReport
@@ -73,6 +76,8 @@ class Trainer:
         self._folder = Path(task.config.output.folder)
         self._is_main: bool = task.rank_info.rank == 0
         self._state = TrainState()
+        # For messages about exhausted memory.
+        self._doing = "the start"
         self._is_running = False
         self._is_stopping = False
         # Closed in reverse order of opening when the run ends, also after an error.
@@ -88,30 +93,13 @@ class Trainer:
             FloatingPointError: if too many consecutive steps were not finite.
             CheckpointError: on every rank, if a checkpoint cannot be written, or was written with other settings.
             ValueError: if another process is training in the folder, or it holds a run and `resume` is never.
+            TrainingMemoryError: on one rank, if memory is exhausted.
         """
         # Two runs in one folder would overwrite each other's metrics and checkpoints.
         lock = distributed.rank_zero_only(lambda: RunLock(self._folder))
         try:
-            saved, schedules = self._load_state()
-            if self._state.step >= schedules.total_steps and saved is not None:
-                log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
-                # The caller may want to evaluate the trained networks.
-                self._task.load_weights(saved)
-                return self._state
-            batches = self._open(saved, schedules)
-            first_step = self._state.step
-            while self._state.step < schedules.total_steps:
-                began = time.perf_counter()
-                self._stop_if_requested()
-                self._profiler.before_step(self._state.step)
-                report = self._task.step(batches, schedules, self._state)
-                step_s = time.perf_counter() - began
-                is_first = self._state.step == first_step
-                self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
-                self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
-                # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
-                self._preemption.record_step_duration(time.perf_counter() - began)
-            self._set_status("finished")
+            with memory_errors_explained(self._task.config, self._task.rank_info, lambda: self._doing):
+                self._train()
         except Exception as error:
             self._record_failure(error)
             raise
@@ -120,6 +108,30 @@ class Trainer:
             if lock is not None:
                 lock.close()
         return self._state
+
+    def _train(self) -> None:
+        """Run all steps that remain."""
+        saved, schedules = self._load_state()
+        if self._state.step >= schedules.total_steps and saved is not None:
+            log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
+            # The caller may want to evaluate the trained networks.
+            self._task.load_weights(saved)
+            return
+        batches = self._open(saved, schedules)
+        first_step = self._state.step
+        while self._state.step < schedules.total_steps:
+            began = time.perf_counter()
+            self._doing = f"step {self._state.step + 1}"
+            self._stop_if_requested()
+            self._profiler.before_step(self._state.step)
+            report = self._task.step(batches, schedules, self._state)
+            step_s = time.perf_counter() - began
+            is_first = self._state.step == first_step
+            self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
+            self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
+            # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
+            self._preemption.record_step_duration(time.perf_counter() - began)
+        self._set_status("finished")
 
     def _load_state(self) -> tuple[Checkpoint | None, Schedules]:
         """Set the training state to that of the newest checkpoint; return the checkpoint and the schedules."""
@@ -138,14 +150,18 @@ class Trainer:
             evaluator.prepare()
         self._preemption.record_step_duration(time.perf_counter() - began)
         self._engine: Engine = task.start(saved)
+        # Without its tensors, which would fill the memory.
+        self._resumed_from = saved and replace(saved, engine_state={}, teacher_state={})
         self._saver = CheckpointWriter(
             config, task.rank_info, fingerprint=task.fingerprint, run_id=state.run_id, last_step=state.step
         )
         self._resources.callback(self._saver.close)
         self._writer = self._open_folder() if self._is_main else None
-        self._window = LogWindow(task, schedules)
+        self._window = LogWindow(task, schedules, state.log_totals)
         limit = config.runtime.max_skipped_steps
-        self._guard = NonfiniteGuard(self._folder, task.rank_info, max_skipped_steps=limit, remedy=task.remedy)
+        self._guard = NonfiniteGuard(
+            self._folder, task.rank_info, state=state, max_skipped_steps=limit, remedy=task.remedy
+        )
         self._resources.callback(task.close)
         batches = task.open_stream(state)
         self._profiler = StepProfiler(config.runtime.profile, self._folder / "profile", task.rank_info)
@@ -166,8 +182,10 @@ class Trainer:
         self._folder.mkdir(parents=True, exist_ok=True)
         save_config(task.config, self._folder / "config.yaml")
         description = describe_run(task.rank_info.device, task.rank_info.world_size)
-        with (self._folder / "started.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.step, "run_id": state.run_id, **description}) + "\n")
+        changes = [change for change in state.changes if change["step"] == state.step]
+        row = {"step": state.step, "run_id": state.run_id, "changes": changes, **description}
+        with (self._folder / STARTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         writer = MetricWriter(self._folder, state.step)
         self._resources.callback(writer.close)
         return writer
@@ -210,23 +228,42 @@ class Trainer:
         # After the log row, so that metrics.jsonl shows the skipped steps that ended the run.
         self._guard.add(step, report)
         if self._guard.limit_reached:
-            # Skipped steps changed neither weights nor optimiser state, so the user can resume from here.
-            self._save(wait=True)
-            self._guard.end_run()
-        if step % output.checkpoint_every == 0 or is_last:
+            self._guard.end_run(self._save_last_good_state())
+        # Equal weights are not saved again and again, because output.keep_last would then remove other states.
+        is_new = self._state.skipped_in_a_row <= 1
+        if (step % output.checkpoint_every == 0 and is_new) or is_last:
             self._save(wait=is_last)
 
+    def _save_last_good_state(self) -> str:
+        """Save the state before the skipped steps, which changed nothing, and say so in a sentence. Collective."""
+        resumed = self._resumed_from
+        if resumed is None or self._state.applied_steps > resumed.applied_steps:
+            self._save(wait=True)
+            return f"the state before them is saved as step {self._state.step}"
+        return (
+            f"no step has been finite since the checkpoint of step {resumed.step}, from which this start resumed: "
+            f"if it has diverged, move {resumed.folder} away to resume from an earlier one"
+        )
+
     def _evaluate(self) -> dict[str, float]:
+        self._doing = f"the evaluation after step {self._state.step}"
         metrics: dict[str, float] = {}
         for evaluator in self._evaluators:
             metrics |= evaluator(self._task.teacher_state(), self._engine.named_parameters("predictor."))
         return metrics
 
     def _save(self, *, wait: bool) -> None:
-        """Start writing a checkpoint of this step unless there is one; `wait` until it is on disk. Collective."""
+        """Start writing a checkpoint of this step unless there is one; `wait` until it is on disk. Collective.
+
+        Raises:
+            FloatingPointError: if the weights have diverged; older checkpoints stay as they are.
+        """
         if self._saver.last_step != self._state.step:
+            self._doing = f"the checkpoint of step {self._state.step}"
             # The copy of the previous state must be written and freed before the next one is made.
             self._saver.wait()
+            self._require_sound_weights()
+            self._state.log_totals = self._window.totals()
             # A resumed run repeats the steps after its checkpoint only, so logs must be complete up to it.
             self._task.before_checkpoint()
             self._saver.write(
@@ -239,13 +276,26 @@ class Trainer:
         if wait:
             self._saver.wait()
 
+    def _require_sound_weights(self) -> None:
+        """End the run if the weights have diverged, because no later step can be finite. Collective."""
+        trained = (weight for _, weight in self._engine.named_parameters())
+        has_diverged = have_diverged(chain(trained, self._task.teacher_state().values()))
+        if distributed.any_rank([has_diverged], self._task.rank_info.device)[0]:
+            last = self._saver.last_step
+            newest = f"the newest checkpoint is step {last}" if last else "there is no checkpoint"
+            self._guard.end_run(
+                f"the weights of step {self._state.step} have diverged and were not saved: one of them is not finite "
+                f"or above {MAX_WEIGHT:g}, and {newest}"
+            )
+
     def _set_status(self, state: str, reason: str = "") -> None:
         if self._is_main:
             write_status(self._folder, state, step=self._state.step, reason=reason)
 
     def _record_failure(self, error: Exception) -> None:
         """Write into the run folder why the run ends. Any rank may be the one that failed."""
-        if not self._is_running or isinstance(error, PreemptedError | PeerFailedError):
+        is_of_this_run = self._is_running or isinstance(error, TrainingMemoryError)
+        if not is_of_this_run or isinstance(error, PreemptedError | PeerFailedError):
             return
         peer_failure = peer_failure_message(error)
         # The rank that failed may have written the actual reason already.

@@ -66,7 +66,48 @@ def straight(folder, rank_info):
         save(engine, rank_info, folder / f"{name}-3-after-bad")
         report = {"applied": [outcome.applied for outcome in bad], "is_same": is_same}
         (folder / f"{name}-rank{rank_info.rank}.json").write_text(json.dumps(report))
+    train_with_statistics_of_all_ranks(folder, rank_info)
     use_collectives(folder, rank_info)
+
+
+VICREG_ROWS = ((11, 5), (3, 8))
+"""Rows of both ranks, for each of two micro-batches."""
+
+
+def vicreg_inputs():
+    """Return the inputs of each micro-batch and rank, and the targets of their rows."""
+    generator = torch.Generator().manual_seed(5)
+    return [[torch.randn(rows, 5 + 3, generator=generator).split((5, 3), 1) for rows in micro] for micro in VICREG_ROWS]
+
+
+def train_with_statistics_of_all_ranks(folder, rank_info):
+    """Make one step with VICReg's terms, on micro-batches of unequal numbers of rows."""
+    # Imported here, because the other stages need not wait for it.
+    from iwm_fast.config.run import ObjectiveConfig
+    from iwm_fast.models.student import Prediction
+    from iwm_fast.pipelines.batch import RaggedIndex
+    from iwm_fast.training.objective import Objective
+
+    objective = Objective(ObjectiveConfig(), is_identity=True)
+    for name in ENGINES:
+        engine = make_engine(rank_info, name)
+        losses = []
+        for micro in vicreg_inputs():
+            inputs, target = micro[rank_info.rank]
+            tokens = engine.forward(inputs)
+            patch = torch.arange(len(inputs))
+            index = RaggedIndex(
+                patch=patch, row=patch, offsets=torch.tensor([0, len(inputs)], dtype=torch.int32),
+                longest=len(inputs), total=sum(map(sum, VICREG_ROWS)),
+            )  # fmt: skip
+            losses.append(objective(Prediction(tokens, tokens, index), target, index))
+            engine.backward(losses[-1])
+        outcome = engine.step()
+        loss = distributed.sum_over_ranks(torch.stack(losses).sum())
+        if rank_info.rank == 0:
+            report = {"loss": float(loss), "grad_norm": outcome.grad_norm}
+            (folder / f"{name}-vicreg.json").write_text(json.dumps(report))
+        save(engine, rank_info, folder / f"{name}-vicreg")
 
 
 def resumed(folder, rank_info):
@@ -128,10 +169,14 @@ def use_collectives(folder, rank_info):
     (folder / f"report-rank{rank_info.rank}.json").write_text(json.dumps(report))
 
 
+def make_module():
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
+
+
 def make_engine(rank_info, name, micro_batch_size=2, deepspeed=None):
     # Weights differ between ranks; all must start from those of rank 0.
     torch.manual_seed(rank_info.rank)
-    module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 3, bias=False))
+    module = make_module()
     groups = [
         {"params": [parameter for parameter in module.parameters() if parameter.ndim > 1], "name": "decay"},
         {"params": [parameter for parameter in module.parameters() if parameter.ndim < 2], "name": "no_decay"},

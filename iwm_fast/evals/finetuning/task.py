@@ -96,7 +96,10 @@ class FinetuneTask:
     """
 
     loss_name = "loss/train"
-    remedy = "lower tune.lr or look at these samples"
+    remedy = (
+        "lower tune.lr together with name=OTHER, which trains again in another folder, or inspect these samples and "
+        "run the same command again"
+    )
 
     def __init__(
         self, job: Job, settings: TuneTaskConfig, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo

@@ -4,6 +4,7 @@ Features are the teacher's mean-pooled tokens minus the mean of the training set
 the k nearest training images votes for its class with weight exp(similarity / temperature).
 """
 
+import math
 import time
 
 import numpy as np
@@ -60,9 +61,12 @@ def _classify(config: KnnConfig, comparison: Comparison, train: np.ndarray, val:
 def knn_accuracy(model: WorldModel, sets: LabelledSets, config: KnnConfig) -> float:
     """Return the share of validation images that are classified correctly by their nearest training images.
 
-    Features are not cached, and the function is not collective, so that it can be called during training.
+    It is NaN if a feature is not finite. Features are not cached, and the function is not collective, so that it can be
+    called during training.
     """
     bank, queries = (extract_features(model, labelled) for labelled in sets)
+    if not (bank.features.isfinite().all() and queries.features.isfinite().all()):
+        return math.nan
     correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=model.device)
     return float(correct.double().mean())
 

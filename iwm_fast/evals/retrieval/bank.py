@@ -141,9 +141,11 @@ def mean_squared_distances(predicted: Float[Tensor, "Q ND"], target: Float[Tenso
 def diagonal_ranks(distance: Float[Tensor, "Q M"]) -> Float32[np.ndarray, "Q"]:
     """Return the rank, from 1, of the correct answer of each row, which is on the diagonal; ties get their mean rank.
 
-    With Q < M, the correct answers are the first Q columns.
+    With Q < M, the correct answers are the first Q columns. The rank is NaN if the distance of the correct answer is.
     """
     correct = distance.diagonal()[:, None]
     closer = (distance < correct).sum(dim=1)
     tied = (distance == correct).sum(dim=1) - 1
-    return (1 + closer.float() + tied.float() / 2).cpu().numpy()
+    rank = 1 + closer.float() + tied.float() / 2
+    # Comparisons with NaN are false, which would give half a rank.
+    return torch.where(correct[:, 0].isnan(), torch.nan, rank).cpu().numpy()

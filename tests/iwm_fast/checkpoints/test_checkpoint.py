@@ -12,8 +12,16 @@ from torch import nn
 from iwm_fast.checkpoints import checkpoint
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.loading import load_config
-from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
+from iwm_fast.config.run import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PredictorConfig,
+    RunConfig,
+    RuntimeConfig,
+)
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.pipelines.storage.atomic import remove_unfinished, set_aside
 from iwm_fast.runtime.distributed import RankInfo
@@ -185,7 +193,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
 def test_other_settings_are_refused_with_all_that_differ(tmp_path):
     saved = checkpoint.read(write(tmp_path, 1)).fingerprint
     assert checkpoint.differing_settings(saved, FINGERPRINT) == []
-    current = FINGERPRINT | {"optim.lr": 2e-3, "seed": 5, "mask.new": 1}
+    current = FINGERPRINT | {"optim.lr": 2e-3, "optim.precision": "fp32", "seed": 5, "mask.new": 1}
     for may_restart in (False, True):
         with pytest.raises(CheckpointError) as caught:
             checkpoint.differing_settings(saved, current, may_restart=may_restart)
@@ -216,8 +224,10 @@ def test_the_number_of_epochs_may_differ_if_a_run_is_extended():
         with pytest.raises(CheckpointError, match=both):
             checkpoint.differing_settings(saved, other, **allowed)
     assert checkpoint.differing_settings(saved, other, may_restart=True, may_extend=True) == ["optim.epochs", "seed"]
-    with pytest.raises(CheckpointError, match=r"optim.lr: 0.001 -> 1\nset them back"):
-        checkpoint.differing_settings(saved, saved | {"optim.lr": 1}, may_restart=True, may_extend=True)
+    with pytest.raises(CheckpointError, match=r"optim.betas: .* -> 1\nset them back"):
+        checkpoint.differing_settings(
+            saved, saved | {"optim.betas": 1}, may_restart=True, may_extend=True, may_adjust=True
+        )
 
 
 def test_an_extended_run_may_stretch_its_warmup_with_its_epochs_only():
@@ -227,8 +237,35 @@ def test_an_extended_run_may_stretch_its_warmup_with_its_epochs_only():
     assert checkpoint.differing_settings(saved, longer, may_extend=True) == both
     with pytest.raises(CheckpointError, match="resume=extend continues"):
         checkpoint.differing_settings(saved, longer)
-    with pytest.raises(CheckpointError, match=r"optim.warmup_epochs: .* -> 1.0\nset them back"):
+    with pytest.raises(CheckpointError, match=r"optim.warmup_epochs: .* -> 1.0\nresume=adjust continues"):
         checkpoint.differing_settings(saved, longer | {"optim.warmup_epochs": 1.0}, may_extend=True)
+
+
+@pytest.mark.parametrize(
+    ("depth", "objective", "is_counted"),
+    [
+        (0, {}, True),
+        (0, {"covariance_weight": 0.0}, True),
+        (0, {"variance_weight": 0.0, "covariance_weight": 0.0}, False),
+        (12, {}, False),
+        (12, {"variance_weight": 0.5}, True),
+        (12, {"covariance_weight": 0.01}, True),
+    ],
+)
+def test_images_per_forward_count_with_vicreg_terms_only(depth, objective, is_counted):
+    model = ModelConfig(predictor=PredictorConfig(depth=depth))
+    config = RunConfig(model=model, objective=ObjectiveConfig(**objective))
+    saved, same, other = (fingerprint(config, "x", images_per_forward=images) for images in (16, 16, 8))
+    assert checkpoint.differing_settings(saved, same) == []
+    if not is_counted:
+        assert saved == other == fingerprint(config, "x")
+        return
+    message = r"  ranks \* runtime.micro_batch_size: 16 -> 8\nset them back"
+    for allowed in ({}, {"may_adjust": True}, {"may_restart": True, "may_extend": True}):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.differing_settings(saved, other, **allowed)
+    # Earlier versions did not record them.
+    assert checkpoint.differing_settings(fingerprint(config, "x"), other) == []
 
 
 def test_another_format_is_refused(tmp_path):

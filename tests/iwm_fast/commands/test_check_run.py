@@ -249,3 +249,11 @@ def test_nothing_is_written_to_the_run_folder(config):
     inspect_run(replace(config, resume="auto"), ONE_RANK)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+
+
+def test_images_per_forward_are_announced_with_vicreg_terms_only(tiny_shards, tmp_path):
+    for depth in (0, 1):
+        config = tiny_run(tiny_shards, tmp_path / "run", depth=depth, micro_batch_size=4)
+        report, _ = inspect_run(config, CheckConfig(ranks=2))
+        text = "ranks * runtime.micro_batch_size = 8 is part of what is learned"
+        assert any(text in warning for warning in report.warnings) == (depth == 0)

@@ -182,6 +182,38 @@ def test_bad_pixels_change_nothing(rank_info, kind, stage):
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(rank_info, kind, stage):
+    engine = make_engine(rank_info, kind, stage, clip_norm=None)
+    train(engine, range(1))
+    before = engine.state()
+    for factor in (1.0, math.inf):
+        tokens = engine.forward(torch.ones(4, 5)).tokens
+        tokens.register_hook(lambda gradient, factor=factor: gradient * factor)
+        engine.backward(tokens.sum())
+    assert not engine.step().applied
+    assert_same_state(engine.state(), before)
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+@pytest.mark.parametrize("clip_norm", [0.1, None])
+# The norm is about 80 times the scale, and the largest float32 is 1.8e19 squared.
+@pytest.mark.parametrize("scale", [1e16, 1e18, 3e37])
+def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(rank_info, kind, stage, clip_norm, scale):
+    engine = make_engine(rank_info, kind, stage, clip_norm=clip_norm)
+    train(engine, range(1))
+    before = engine.state()
+    for seed in range(NUM_MICRO_BATCHES):
+        batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+        # All gradients are finite.
+        engine.backward(engine.forward(batch).tokens.sum() * scale)
+    outcome, is_applied = engine.step(), scale < 1e17
+    assert outcome.applied == is_applied and math.isfinite(outcome.grad_norm) == is_applied
+    assert all(value.isfinite().all() for value in engine.state().values())
+    if not is_applied:
+        assert_same_state(engine.state(), before)
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage):
     engine = make_engine(rank_info, kind, stage)
     engine.set_hyperparameters(lr=0.5, weight_decay=0.25)

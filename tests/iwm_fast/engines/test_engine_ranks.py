@@ -1,6 +1,8 @@
 """Engines on two real ranks: ranks_engine.py runs them, and these tests compare the files that it writes."""
 
+import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +20,11 @@ pytestmark = pytest.mark.multi_rank
 
 ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
 WORKER = WORKERS / "ranks_engine.py"
+
+
+_spec = importlib.util.spec_from_file_location("ranks_engine", WORKER)
+ranks_engine = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks_engine)
 
 
 def run_ranks(folder, stage, world_size):
@@ -125,3 +132,35 @@ def test_deepspeed_settings_that_are_accepted_do_not_change_what_is_learned(tmp_
         changes = json.loads((tmp_path / f"changes-rank{rank}.json").read_text())
         assert len(changes) == 3 * len((*SIZES, *SWITCHES))
         assert {name: change for name, change in changes.items() if change > 1e-6} == {}
+
+
+@pytest.fixture(scope="module")
+def vicreg_reference():
+    """Return loss and gradients of a step with VICReg's terms, computed in float64 by one process."""
+    torch.manual_seed(0)
+    module = ranks_engine.make_module().double()
+    total, loss = sum(map(sum, ranks_engine.VICREG_ROWS)), torch.zeros((), dtype=torch.float64)
+    for micro in ranks_engine.vicreg_inputs():
+        inputs, target = (torch.cat(parts).double() for parts in zip(*micro, strict=True))
+        tokens = module(inputs)
+        covariance = tokens.T.cov()
+        variance = covariance.diagonal()
+        hinge = torch.relu(1 - (variance + 1e-4).sqrt()).mean()
+        off_diagonal = (covariance.square().sum() - variance.square().sum()) / 3
+        share = len(tokens) / total
+        loss = loss + (tokens - target).square().sum() / (3 * total) + share * (hinge + 0.04 * off_diagonal)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_vicreg_terms_are_statistics_of_all_ranks(folder, engine, vicreg_reference):
+    loss, gradients = vicreg_reference
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    report = json.loads((folder / f"{engine}-vicreg.json").read_text())
+    assert report == {"loss": pytest.approx(loss, rel=1e-5), "grad_norm": pytest.approx(norm, rel=1e-5)}
+    state = load(folder, f"{engine}-vicreg")
+    for name, gradient in gradients.items():
+        # Adam's first moment is a tenth of the gradient, which is clipped to a norm of 0.1.
+        expected = (0.1 * gradient * min(1.0, 0.1 / norm)).float()
+        torch.testing.assert_close(state[f"exp_avg/{name}"], expected, rtol=1e-4, atol=1e-7)

@@ -1,5 +1,6 @@
 """Evaluation during training: it gives the metrics of the commands and does not affect training."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,13 +15,17 @@ from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
+from iwm_fast import world_model
+from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
+from iwm_fast.evals import online
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import TrainingComponents, build_components
@@ -108,6 +113,44 @@ def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tm
     ):
         assert all(torch.equal(value, expected[name]) for name, value in actual.items())
     assert all(parameter.grad is None for parameter in evaluated.teacher.encoder.parameters())
+
+
+@pytest.fixture
+def small_evaluation(tmp_path, monkeypatch) -> str:
+    """Make evaluations small, and return a validation shard of two images."""
+    monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
+    monkeypatch.setattr(online, "_KNN", replace(online._KNN, max_train_samples=4))
+    return write_labelled(tmp_path / "val.tar", [0, 1])
+
+
+def test_networks_that_are_not_finite_give_nan_beside_finite_controls(
+    rank_info, tiny_shards, tmp_path, small_evaluation
+):
+    config = online_run(tiny_shards, tmp_path / "run", small_evaluation, loader="torch")
+    evaluation = OnlineEvaluation(config, open_shards(tiny_shards.pattern), rank_info)
+    evaluation.prepare()
+    for network, value in (("encoder", math.nan), ("encoder", 1e30), ("predictor", math.inf)):
+        model = world_model.build_untrained(config)
+        next(getattr(model, network).parameters()).data.fill_(value)
+        predictor = [(f"predictor.{name}", weight) for name, weight in model.predictor.named_parameters()]
+        metrics = evaluation(model.encoder.state_dict(), predictor)
+        assert math.isnan(metrics["eval/mrr"])
+        assert math.isnan(metrics["eval/knn"]) == (network == "encoder")
+        names = ("eval/mrr_untrained", "eval/mrr_chance", "eval/knn_untrained", "eval/knn_chance")
+        assert all(0 <= metrics[name] <= 1 for name in names)
+
+
+def test_a_run_that_diverges_is_evaluated_until_it_ends(tiny_shards, tmp_path, small_evaluation):
+    config = online_run(tiny_shards, tmp_path / "run", small_evaluation, max_skipped_steps=3, loader="torch")
+    config = replace(config, optim=replace(config.optim, lr=1e30))
+    config = replace(config, output=replace(config.output, log_every=2, evaluate_every=2, checkpoint_every=1000))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row were not finite, the last one step 5"):
+        run(config)
+    # None stands for a value that is not finite.
+    first, last = read_metrics(tmp_path / "run")
+    assert first["loss/prediction"] > 0 and last["loss/prediction"] is None and last["optim/skipped_steps"] == 2
+    assert first["eval/mrr"] is None and last["eval/knn"] is None and last["eval/knn_untrained"] > 0
+    assert "not finite" in write_run_report(tmp_path / "run").read_text()
 
 
 def test_unusable_validation_data_is_refused_before_the_first_step(rank_info, tiny_shards, tmp_path):

@@ -134,3 +134,19 @@ def test_pooling_is_by_image(ragged):
 def test_statistics_between_images_are_left_out_for_few_images(ragged):
     index = index_of(ragged, [12, 12])
     assert collapse_monitors(draw(24), draw(24), index).keys() == {"monitor/target_std", "monitor/loss_over_mean"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [slice(None), slice(5, 6)])
+@pytest.mark.parametrize("place", ["predicted", "target", "both"])
+def test_monitors_of_tokens_that_are_not_finite_are_nan_and_warn_of_nothing(ragged, value, rows, place):
+    predicted, target = draw(24), draw(24, seed=1)
+    if place != "target":
+        predicted[rows] = value
+    if place != "predicted":
+        target[rows] = value
+    monitors = collapse_monitors(predicted, target, index_of(ragged))
+    assert not monitors["monitor/loss_over_mean"].isfinite()
+    if place != "predicted":
+        assert all(monitor.isnan() for monitor in monitors.values())
+        assert collapse_warnings({name: monitor.item() for name, monitor in monitors.items()}) == []

@@ -116,8 +116,8 @@ def test_after_a_restarted_epoch_the_run_resumes_like_any_other(half, tmp_path):
 def test_changed_network_settings_are_refused_even_with_a_restart(half, tmp_path):
     shutil.copytree(half.output.folder, tmp_path / "run")
     config = restarted(replace(half, output=replace(half.output, folder=str(tmp_path / "run"))))
-    other = replace(config, optim=replace(config.optim, lr=1e-3), seed=4)
-    with pytest.raises(CheckpointError, match=r"(?s)optim.lr: .*seed: 0 -> 4\nset them back"):
+    other = replace(config, optim=replace(config.optim, betas=(0.8, 0.9)), seed=4)
+    with pytest.raises(CheckpointError, match=r"(?s)optim.betas: .*seed: 0 -> 4\nset them back"):
         run(other)
 
 

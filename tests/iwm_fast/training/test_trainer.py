@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from fixtures.metric_rows import repeatable_rows
 from fixtures.paths import PROJECT
 from fixtures.tar_files import encode, photograph
 from fixtures.tiny_pretraining import STEPS, losses, tiny_run
@@ -96,10 +97,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(tiny_shards
     assert checkpoints.find_newest_folder(tmp_path / "stopped").name == "step-00000005"
     assert run(stopped).step == STEPS
     assert_bit_equal(final_state(stopped), final_state(straight))
-    rows = [read_metrics(Path(config.output.folder)) for config in (straight, stopped)]
-    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
-    # The row of step 8 may differ: its window began after step 4 in one run, and after the checkpoint in the other.
-    assert rows[1][-1]["loss/prediction"] == rows[0][-1]["loss/prediction"]
+    assert repeatable_rows(tmp_path / "stopped") == repeatable_rows(tmp_path / "straight")
 
 
 def crash_after(config: RunConfig, step: int) -> None:
@@ -200,6 +198,16 @@ def test_the_identity_predictor_trains_with_its_own_terms(rank_info, tiny_shards
     assert components.objective.variance_weight > 0
     loss, _ = losses(rank_info, config, steps=6)
     assert loss[-1] < loss[0]
+
+
+def test_the_identity_predictor_resumes_with_the_same_images_per_forward_only(tiny_shards, tmp_path):
+    config = replace(tiny_run(tiny_shards, tmp_path / "run", depth=0, micro_batch_size=8), resume="auto")
+    crash_after(config, step=7)
+    for size in (4, 16):
+        other = replace(config, runtime=replace(config.runtime, micro_batch_size=size))
+        with pytest.raises(CheckpointError, match=rf"ranks \* runtime.micro_batch_size: 8 -> {size}\nset them back"):
+            run(other)
+    assert run(config).step == STEPS
 
 
 def test_training_lowers_the_loss(rank_info, tiny_shards, tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import PYTHONPATH, WORKERS
-from fixtures.tiny_finetuning import STEPS, plain_augment, tiny_task, toy_context, toy_job, train_toy, weights_of
+from fixtures.tiny_finetuning import STEPS, Toy, plain_augment, tiny_task, toy_context, toy_job, train_toy, weights_of
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
@@ -229,6 +229,36 @@ def test_too_many_bad_batches_end_training_with_a_checkpoint(rank_info, tiny_sha
         )  # fmt: skip
     assert checkpoints.find_newest_folder(tmp_path / "toy").name == "step-00000003"
     assert read_status(tmp_path / "toy")["state"] == "failed"
+
+
+@pytest.mark.parametrize("place", ["outputs", "gradient"])
+def test_a_step_with_bad_outputs_or_gradients_is_skipped(rank_info, tiny_shards, tmp_path, place, monkeypatch):
+    forward, calls = Toy.forward, []
+
+    def spoil(module, inputs):
+        calls.append(forward(module, inputs))
+        if len(calls) == 3:
+            if place == "outputs":
+                return calls[-1] * math.inf
+            calls[-1].register_hook(lambda gradient: gradient * math.nan)
+        return calls[-1]
+
+    monkeypatch.setattr(Toy, "forward", spoil)
+    module, _ = train_toy(rank_info, tiny_shards, tmp_path)
+    assert all(weight.isfinite().all() for weight in weights_of(module).values())
+    # The third step is logged.
+    first, *_ = read_metrics(tmp_path / "toy")
+    assert first["step"] == 3 and first["optim/skipped_steps"] == 1 and first["loss/train"] > 0
+
+
+def test_a_job_that_diverges_saves_nothing_and_trains_again_as_the_message_says(rank_info, tiny_shards, tmp_path):
+    task = tiny_task(tiny_shards, tune={"lr": 1e30}, runtime={"max_skipped_steps": 3}, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=r"lower tune\.lr together with name=OTHER"):
+        train_toy(rank_info, tiny_shards, tmp_path / "finetune", task)
+    names = [path.name for path in checkpoints.list_checkpoint_folders(tmp_path / "finetune" / "toy")]
+    assert names == ["step-00000001"]
+    _, stats = train_toy(rank_info, tiny_shards, tmp_path / "finetune_other")
+    assert stats.steps == STEPS
 
 
 def test_a_folder_in_use_is_refused(rank_info, tiny_shards, tmp_path):
