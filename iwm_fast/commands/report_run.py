@@ -14,8 +14,10 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.charts import draw_line_chart, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
+from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
 
 # One line chart each: title, label of the y axis, and the metrics it shows, as legend label -> name in metrics.jsonl.
@@ -61,15 +63,15 @@ def write_run_report(run: Path) -> Path:
     all_settings = collapsible("all settings", yaml.safe_dump(config_to_dict(config)))
     parts.append(section("Settings that differ from the defaults", _changed_settings(config), all_settings))
     path = run / "report.html"
-    path.write_text(page(f"iwm-fast: {run.name}", parts), encoding="utf-8")
+    html = page(f"iwm-fast: {run.name}", parts)
+    replace_file(path, lambda draft: draft.write_text(html, encoding="utf-8"))
     return path
 
 
 def _run_summary(run: Path) -> str:
     """Return two lines of HTML: machine, ranks, commit, status and newest checkpoint, and the command."""
     # The file has one line per start of the run. The last line describes the latest start.
-    lines = (run / "started.jsonl").read_text(encoding="utf-8").splitlines() if (run / "started.jsonl").exists() else []
-    started = json.loads(lines[-1]) if lines else {}
+    started = [{}, *read_starts(run)][-1]
     newest, status = checkpoints.find_newest_folder(run), read_status(run)
     facts = {
         "machine": started.get("machine"),

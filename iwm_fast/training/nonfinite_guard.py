@@ -4,13 +4,13 @@
 the suspected samples of each rank.
 """
 
-import json
 import logging
 from pathlib import Path
 
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
+from iwm_fast.runtime.json_lines import append_line
 from iwm_fast.training.step import StepReport
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class NonfiniteGuard:
             f"rank: {text} (all of them in {self._folder / FILE_NAME}); {self._remedy}"
         )
         log.warning("step %d skipped: a loss or gradient is not finite; suspected samples by rank: %s", step, text)
-        with (self._folder / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "in_a_row": self._num_consecutive, "suspects": rows}) + "\n")
+        row = {"step": step, "in_a_row": self._num_consecutive, "suspects": rows}
+        append_line(self._folder / FILE_NAME, row)
 
     def end_run(self) -> None:
         """Raise the error that ends the run, once the limit is reached.

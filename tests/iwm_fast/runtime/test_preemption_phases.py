@@ -114,7 +114,7 @@ def stack_of(process: int, path: Path) -> str:
     """Return the stack of the main thread of a watched process."""
     old_size, deadline = path.stat().st_size, time.monotonic() + TIMEOUT_S
     # tgkill signals the main thread; kill would signal any thread of the process.
-    ctypes.CDLL(None).tgkill(process, process, signal.SIGUSR2)
+    ctypes.CDLL(None).tgkill(process, process, signal.SIGRTMIN)
     while not (text := path.read_text()[old_size:]).endswith("in <module>\n"):
         assert time.monotonic() < deadline, text
         time.sleep(0.001)
