@@ -143,9 +143,10 @@ def list_checkpoint_folders(run_folder: Path) -> list[Path]:
     parent = run_folder / "checkpoints"
     try:
         paths = list(parent.iterdir())
-    except FileNotFoundError:
-        return []
     except OSError as error:
+        # A link to a disk that is not mounted exists all the same.
+        if not os.path.lexists(parent):
+            return []
         raise CheckpointError(
             f"{parent} cannot be read ({error.strerror}); make it a readable folder, or name another output.folder"
         ) from error

@@ -35,9 +35,9 @@ class MetricWriter:
             log.warning("%s; they are left out, and the file is kept as %s", problem, set_aside(self._path))
         text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step)
         replace_file(self._path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        self._board = _TensorBoardFile(folder / "tensorboard", first_step)
         with name_disk_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
-        self._board = _TensorBoardFile(folder / "tensorboard", first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row; `step` is the number of completed steps."""

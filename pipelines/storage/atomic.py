@@ -185,21 +185,18 @@ def verify_manifest(folder: Path, names: tuple[str, ...]) -> None:
     """Compare files of a published folder with its manifest.
 
     Raises:
-        OSError: naming the first file that is missing or differs.
+        OSError: naming the first file that is missing or differs, or the manifest if that is damaged.
     """
-    difference = ""
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in names:
-            actual, expected = _describe(folder / name), manifest[name]
-            if actual != expected:
-                difference = f"{folder / name} is {actual}, but its manifest records {expected}"
-                break
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {name: manifest[name] for name in names}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise OSError(f"{folder} cannot be read ({error})") from error
-    # Raised outside the try block, which would report it as a folder that cannot be read.
-    if difference:
-        raise OSError(difference)
+        raise OSError(f"{path} cannot be read ({error})") from error
+    for name in names:
+        actual = _describe(folder / name)
+        if actual != expected[name]:
+            raise OSError(f"{folder / name} is {actual}, but its manifest records {expected[name]}")
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
