@@ -1,5 +1,6 @@
 """Files of one JSON object per line, to which a run appends. A crash, or a disk, may have damaged any of the lines."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -18,8 +19,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     Raises:
         OSError: if the file cannot be read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return [], []
+    # A pipe would never end.
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     *lines, rest = path.read_bytes().split(b"\n")
     objects = [_parse(line) for line in lines]
     damaged = [number for number, value in enumerate(objects, start=1) if value is None]

@@ -67,8 +67,9 @@ def _overwrite(path: Path, content: bytes) -> bool:
 
 def read_status(folder: Path) -> dict[str, Any]:
     """Return the status that was last written to a run's folder; empty if there is none that can be read."""
+    path = folder / STATUS_FILE
     try:
-        status = json.loads((folder / STATUS_FILE).read_bytes().decode("utf-8"))
+        status = json.loads(path.read_bytes().decode("utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

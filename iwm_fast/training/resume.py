@@ -1,6 +1,7 @@
 """Where training resumes: from which checkpoint, and at which position of the stream of samples."""
 
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -77,9 +78,9 @@ def set_aside_unusable_files(folder: Path) -> None:
     Everything else that a start reads is checked where it is read.
     """
     status = folder / STATUS_FILE
-    unusable = [status] if status.exists() and not read_status(folder) else []
-    # The files that a start writes; one that is a folder cannot be written.
-    unusable += [folder / name for name in (checkpoints.CONFIG, STARTED_FILE) if (folder / name).is_dir()]
+    unusable = [status] if os.path.lexists(status) and not read_status(folder) else []
+    for path in (folder / checkpoints.CONFIG, folder / STARTED_FILE):
+        unusable += [path] if os.path.lexists(path) and not path.is_file() else []
     for path in unusable:
         log.warning("%s cannot be used; it was renamed to %s", path, set_aside(path))
 

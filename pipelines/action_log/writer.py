@@ -15,6 +15,7 @@ from pathlib import Path
 from iwm_fast.pipelines.action_log.files import LogFileWriter
 from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.storage.atomic import name_disk_errors
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
@@ -150,12 +151,10 @@ class ActionLog:
 
 @contextmanager
 def _remedy_note(folder: Path) -> Iterator[None]:
-    """Add a note with the remedy to an OSError."""
+    """Name the folder and the remedies in an OSError."""
     try:
-        yield
+        with name_disk_errors(folder):
+            yield
     except OSError as error:
-        error.add_note(
-            f"while writing the action log in {folder}; free some space or turn the log off (output.action_log=false), "
-            "then resume from the last checkpoint with resume=auto"
-        )
+        error.add_note("the run can go on without its action log: output.action_log=false")
         raise

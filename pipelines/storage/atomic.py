@@ -205,5 +205,8 @@ def write_json(value: dict[str, Any], path: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    # A pipe would never end.
+    if not path.is_file():
+        raise OSError(f"{path} is missing, or no regular file")
     with path.open("rb") as file:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

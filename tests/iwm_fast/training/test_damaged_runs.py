@@ -42,7 +42,7 @@ DAMAGES: dict[str, Callable[[bytes, float], bytes]] = {
     "zeroed": lambda content, place: bytes(len(content)),
     "continued": lambda content, place: content + b'\xff\xfe{"step": ',
 }
-REPLACED = ("folder", "dangling link", "missing")
+REPLACED = ("folder", "dangling link", "pipe", "missing")
 
 
 def damage_file(path: Path, damage: str, place: float) -> bytes | None:
@@ -57,6 +57,8 @@ def damage_file(path: Path, damage: str, place: float) -> bytes | None:
         (path / "kept").write_text("kept")
     elif damage == "file":
         path.write_text("kept")
+    elif damage == "pipe":
+        os.mkfifo(path)
     elif damage == "dangling link":
         path.symlink_to(path.with_name("absent"))
     return None
@@ -134,12 +136,13 @@ CASES = [(name, damage) for name in ENTRIES for damage in (
     ("file", "dangling link", "missing") if name in FOLDERS else (*DAMAGES, *REPLACED))]  # fmt: skip
 # These make a third of a second each.
 FAST = [
-    *(("status.json", damage) for damage in ("cut", "emptied", "zeroed", "folder")),
+    *(("status.json", damage) for damage in ("cut", "emptied", "zeroed", "folder", "pipe")),
     *(("metrics.jsonl", damage) for damage in ("cut", "flipped", "continued", "folder")),
     *(("started.jsonl", damage) for damage in ("cut", "emptied", "folder")),
     ("checkpoints/step-00000010", "file"), ("checkpoints/step-00000010", "dangling link"),
     ("checkpoints/step-00000010/manifest.json", "missing"), ("checkpoints/step-00000005/state.json", "flipped"),
-    ("checkpoints", "file"), ("checkpoints", "dangling link"), (".lock", "folder"), ("config.yaml", "folder"), ("tensorboard", "file"),
+    ("checkpoints", "file"), ("checkpoints", "dangling link"),
+    (".lock", "folder"), ("config.yaml", "folder"), ("tensorboard", "file"),
 ]  # fmt: skip
 
 
