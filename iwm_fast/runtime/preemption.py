@@ -66,10 +66,11 @@ class Preemption:
         # Python runs its signal handlers on the main thread between bytecodes, so never while that thread waits in a
         # collective. The C handler writes the signal's number to this pipe immediately, where the thread reads it.
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        # First, because the launcher may end at any moment.
+        self._launcher_pid = os.getppid() if watch_parent else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
-        self._launcher_pid = os.getppid() if watch_parent else None
         Thread(target=self._watch, args=(read_end,), name="preemption", daemon=True).start()
 
     def _on_signal(self, number: int, _: object) -> None:
