@@ -108,7 +108,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     # safetensors reports a full disk as an error of its own, whose text has the number.
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else None, str(error)) from error
+        raise (OSError(int(number[1]), str(error)) if number else OSError(f"{path}: {error}")) from error
 
 
 def package_versions() -> dict[str, str]:

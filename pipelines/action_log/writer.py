@@ -15,7 +15,7 @@ from pathlib import Path
 from iwm_fast.pipelines.action_log.files import LogFileWriter
 from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.storage.atomic import name_disk_errors
+from iwm_fast.pipelines.storage.atomic import disk_remedy
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
@@ -151,10 +151,12 @@ class ActionLog:
 
 @contextmanager
 def _remedy_note(folder: Path) -> Iterator[None]:
-    """Name the folder and the remedies in an OSError."""
+    """Add a note with the folder and the remedies to an OSError."""
     try:
-        with name_disk_errors(folder):
-            yield
+        yield
     except OSError as error:
-        error.add_note("the run can go on without its action log: output.action_log=false")
+        error.add_note(
+            f"while writing the action log in {folder}: {disk_remedy(error)}, or turn the log off "
+            "(output.action_log=false), then resume from the last checkpoint with resume=auto"
+        )
         raise

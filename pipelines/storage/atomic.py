@@ -41,15 +41,16 @@ def name_disk_errors(path: Path) -> Iterator[None]:
     """Name a path that is being written, and a remedy, in errors of the file system that occur meanwhile.
 
     Raises:
-        DiskError: in place of an OSError that was raised, with the same `errno`.
+        DiskError: in place of an OSError with a number, which stays its `errno`.
     """
     try:
         yield
     except OSError as error:
-        if isinstance(error, DiskError):
+        # An error without a number comes from a library, or has a text of its own.
+        if isinstance(error, DiskError) or error.errno is None:
             raise
-        reason = os.strerror(error.errno) if error.errno else error
-        raise DiskError(error.errno, f"{path} cannot be written: {reason}; {disk_remedy(error)}") from error
+        text = f"{path} cannot be written: {os.strerror(error.errno)}; {disk_remedy(error)}"
+        raise DiskError(error.errno, text) from error
 
 
 def disk_remedy(error: OSError) -> str:

@@ -80,7 +80,7 @@ FILES = {
     "settings": (".config.yaml", "run/config.yaml cannot be written"),
     "metrics at the start": (".metrics.jsonl", "run/metrics.jsonl cannot be written"),
     "metrics before a checkpoint": ("/metrics.jsonl", "run/metrics.jsonl cannot be written"),
-    "action log": (".parquet", "run/actions cannot be written"),
+    "action log": (".parquet", "while writing the action log in"),
 }
 CASES = [("checkpoint", number) for number in NUMBERS] + [
     (name, errno.ENOSPC) for name in FILES if name != "checkpoint"
