@@ -136,13 +136,11 @@ CASES = [(name, damage) for name in ENTRIES for damage in (
     ("file", "dangling link", "missing") if name in FOLDERS else (*DAMAGES, *REPLACED))]  # fmt: skip
 # These make a third of a second each.
 FAST = [
-    *(("status.json", damage) for damage in ("cut", "emptied", "zeroed", "folder", "pipe")),
-    *(("metrics.jsonl", damage) for damage in ("cut", "flipped", "continued", "folder")),
-    *(("started.jsonl", damage) for damage in ("cut", "emptied", "folder")),
-    ("checkpoints/step-00000010", "file"), ("checkpoints/step-00000010", "dangling link"),
-    ("checkpoints/step-00000010/manifest.json", "missing"), ("checkpoints/step-00000005/state.json", "flipped"),
-    ("checkpoints", "file"), ("checkpoints", "dangling link"),
-    (".lock", "folder"), ("config.yaml", "folder"), ("tensorboard", "file"),
+    *(("status.json", damage) for damage in ("cut", "zeroed", "folder", "pipe")),
+    *(("metrics.jsonl", damage) for damage in ("cut", "flipped", "folder")),
+    *(("started.jsonl", damage) for damage in ("cut", "folder")),
+    ("checkpoints/step-00000010", "dangling link"), ("checkpoints/step-00000010/manifest.json", "missing"),
+    ("checkpoints/step-00000005/state.json", "flipped"), ("checkpoints", "dangling link"), ("config.yaml", "folder"),
 ]  # fmt: skip
 
 
@@ -246,7 +244,9 @@ STRAY = {
 }
 
 
-@pytest.mark.parametrize("stray", STRAY)
+@pytest.mark.parametrize(
+    "stray", [pytest.param(stray, marks=[pytest.mark.slow] * stray.startswith(("a ", "an empty"))) for stray in STRAY]
+)
 def test_a_checkpoint_that_is_not_what_its_name_says_is_named_once_and_skipped(pretrained, tmp_path, caplog, stray):
     make, name, reason = STRAY[stray]
     stopped = StoppedRun(pretrained, tmp_path / "run")

@@ -98,7 +98,17 @@ def fail_to_sync(monkeypatch, name: str, number: int) -> None:
     monkeypatch.setattr(os, "fsync", failing_fsync)
 
 
-@pytest.mark.parametrize(("file", "number"), CASES, ids=lambda value: errno.errorcode.get(value, value))
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}, {errno.errorcode[case[1]]}",
+            marks=[pytest.mark.slow] * (case[1] not in (errno.ENOSPC, errno.EROFS) or case[0] == "manifest"),
+        )
+        for case in CASES
+    ],
+)
 def test_a_file_that_cannot_be_forced_to_disk_ends_the_run(config, monkeypatch, capsys, file, number):
     name, named = FILES[file]
     fail_to_sync(monkeypatch, name, number)
