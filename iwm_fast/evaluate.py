@@ -16,7 +16,13 @@ from typing import Any
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
-from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
+from iwm_fast.runtime.process import (
+    log_to_console,
+    print_last_words,
+    run_and_exit,
+    watch_signals,
+    without_local_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def evaluate(arguments: Sequence[str], preemption: Preemption | None = None) -> 
     except PreemptedError as stopped:
         # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; run the same command again to resume", file=sys.stderr)
+            print_last_words(f"{stopped}; run the same command again to resume")
         raise SystemExit(EXIT_PREEMPTED) from None
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,14 @@ from iwm_fast.config.writable import require_writable
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
-from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
+from iwm_fast.runtime.process import (
+    log_to_console,
+    print_last_words,
+    run_and_exit,
+    watch_signals,
+    without_local_rank,
+)
+from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status, write_status
 
 if TYPE_CHECKING:
@@ -59,7 +67,7 @@ def train(arguments: Sequence[str], preemption: Preemption | None = None) -> Non
     except PreemptedError as stopped:
         # All ranks stop, but one message is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; resume with resume=auto", file=sys.stderr)
+            print_last_words(f"{stopped}; resume with resume=auto")
         raise SystemExit(EXIT_PREEMPTED) from None
 
 
@@ -102,7 +110,11 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     from iwm_fast.training.pretraining import PretrainTask  # noqa: PLC0415
     from iwm_fast.training.trainer import Trainer  # noqa: PLC0415
 
-    rank_info = distributed.start(config.runtime.device, config.runtime.rank_timeout_s, flat_settings(config))
+    try:
+        rank_info = distributed.start(config.runtime.device, config.runtime.rank_timeout_s, flat_settings(config))
+    except distributed.ProcessGroupError as error:
+        _record_failed_start(folder, str(error))
+        raise
     try:
         with same_error_on_all_ranks():
             components = build_components(config, rank_info)
@@ -125,6 +137,15 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         raise
     finally:
         distributed.stop()
+
+
+def _record_failed_start(folder: Path, reason: str) -> None:
+    """Write the status of a run whose ranks did not find each other, before the launcher ends the other ranks."""
+    # In a folder in use the status belongs to another run, which may be the one that has the port.
+    with suppress(ValueError):
+        lock = RunLock(folder)
+        write_status(folder, "failed", reason=reason)
+        lock.close()
 
 
 def pretrain(

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+import signal
 import tempfile
+import threading
 
 import hypothesis
 import numpy as np
@@ -20,6 +22,12 @@ if not torch.cuda.is_available():
 os.environ["IWM_CACHE"] = tempfile.mkdtemp(prefix="iwm-cache-")
 
 torch.set_num_threads(1)
+
+# Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP. Programs that tests start would inherit
+# this and ignore these signals, too; a handler is not inherited.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(_number, lambda *_: None)
 
 # Machines are shared, so a slow example is no failure.
 hypothesis.settings.register_profile("shared", deadline=None, print_blob=True)

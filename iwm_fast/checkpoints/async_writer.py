@@ -12,7 +12,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.engines.portable_state import copy_to_cpu
-from iwm_fast.pipelines.storage.atomic import remove_folder, remove_unfinished
+from iwm_fast.pipelines.storage.atomic import DISK_IS_FULL, remove_folder, remove_unfinished
 from iwm_fast.runtime.distributed import RankInfo, any_rank
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,11 @@ class CheckpointWriter:
         # Without this vote, rank 0 would raise alone and the other ranks would wait for it in the next step.
         if any_rank([self.has_failed], self._rank_info.device)[0]:
             folder = checkpoints.checkpoint_folder(self._run_folder, self.last_step)
+            is_full = isinstance(self._failure, OSError) and self._failure.errno in DISK_IS_FULL
             raise CheckpointError(
-                f"rank 0 could not write {folder}: {self._failure or 'see its message'}; earlier checkpoints are "
-                "complete: free space there, or lower output.keep_last, and continue with resume=auto"
+                f"rank 0 could not write {folder}: {self._failure or 'see its message'}"
+                + (", or lower output.keep_last" if is_full else "")
+                + "; earlier checkpoints are complete: continue with resume=auto"
             ) from self._failure
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ a run that used rank 0's generator could not continue in the same way with anoth
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
+from iwm_fast.runtime.json_lines import STARTED_FILE, read_starts
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def write(checkpoint: Checkpoint, config: RunConfig) -> None:
 
     Raises:
         FileExistsError: if the folder exists.
-        OSError: if the disk is full or the folder cannot be written.
+        DiskError: if the disk is full or the folder cannot be written.
     """
     teacher = {TEACHER_PREFIX + name: tensor for name, tensor in checkpoint.teacher_state.items()}
     tensors = checkpoint.engine_state | teacher
@@ -104,9 +106,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     # safetensors writes only contiguous tensors.
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    # safetensors reports a full disk as an error of its own.
+    # safetensors reports a full disk as an error of its own, whose text has the number.
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), str(error)) if number else OSError(f"{path}: {error}")) from error
 
 
 def package_versions() -> dict[str, str]:
@@ -132,8 +135,22 @@ def parse_step(folder: Path) -> int:
 
 
 def list_checkpoint_folders(run_folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints in order of step, without checking that they are undamaged."""
-    paths = (run_folder / "checkpoints").glob("step-*")
+    """Return the folders of a run's checkpoints in order of step, without checking that they are undamaged.
+
+    Raises:
+        CheckpointError: if there is something in the place of the folder `checkpoints` that cannot be listed.
+    """
+    # Unlike `glob`, this raises if the folder cannot be read: a run must not start again from scratch then.
+    parent = run_folder / "checkpoints"
+    try:
+        paths = list(parent.iterdir())
+    except OSError as error:
+        # A link to a disk that is not mounted exists all the same.
+        if not os.path.lexists(parent):
+            return []
+        raise CheckpointError(
+            f"{parent} cannot be read ({error.strerror}); make it a readable folder, or name another output.folder"
+        ) from error
     # The pattern excludes folders that were set aside, such as step-00001000.refused.
     return sorted((path for path in paths if _FOLDER_NAME.fullmatch(path.name)), key=parse_step)
 
@@ -145,21 +162,25 @@ def find_newest_folder(run_folder: Path) -> Path | None:
 
 
 def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
-    """Read a run's newest undamaged checkpoint.
+    """Read the newest undamaged checkpoint that a run has written.
 
     Returns:
-        The checkpoint, None if the run has none at all, and the errors of damaged newer ones by folder.
+        The checkpoint, None if the run has none at all, and the errors of refused newer ones by folder: those that are
+        damaged, and those that another run has written.
 
     Raises:
-        CheckpointError: if there are checkpoints but all are damaged, naming all.
+        CheckpointError: if there are checkpoints but all are refused, naming all.
     """
     refused: dict[Path, CheckpointError] = {}
+    run_ids = list_run_ids(run_folder)
     for folder in reversed(list_checkpoint_folders(run_folder)):
         try:
-            return read(folder), refused
+            saved = read(folder)
+            _require_same_run(saved, run_ids)
+            return saved, refused
         except CheckpointError as error:
             # A training run may have removed this checkpoint while we read it. There must be a newer one now.
-            if not folder.exists():
+            if not os.path.lexists(folder):
                 return read_newest(run_folder)
             refused[folder] = error
     if refused:
@@ -169,6 +190,20 @@ def read_newest(run_folder: Path) -> tuple[Checkpoint | None, dict[Path, Checkpo
             "restore one from a backup, or name another output.folder to start a new run"
         )
     return None, refused
+
+
+def list_run_ids(run_folder: Path) -> list[str]:
+    """Return the ids that a run recorded at its starts, the latest one last; normally they are all the same."""
+    return [start["run_id"] for start in read_starts(run_folder) if isinstance(start.get("run_id"), str)]
+
+
+def _require_same_run(saved: Checkpoint, run_ids: list[str]) -> None:
+    # Without a record, the checkpoints were copied into a new folder on purpose.
+    if run_ids and saved.run_id not in run_ids:
+        raise CheckpointError(
+            f"{saved.folder} was written by run {saved.run_id}, and {STARTED_FILE} has only starts of run "
+            f"{run_ids[-1]}: it was copied here from another run; remove {STARTED_FILE} to use it all the same"
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -217,7 +252,7 @@ def read(folder: Path) -> Checkpoint:
     """Read a checkpoint and check its files against the manifest.
 
     Raises:
-        CheckpointError: if it is damaged or has another format.
+        CheckpointError: if it is damaged, has another format, or holds another step than its folder's name says.
     """
     # The format comes first: another version of the project may have written other files.
     require_undamaged(folder, (STATE,))
@@ -226,6 +261,12 @@ def read(folder: Path) -> Checkpoint:
     if saved_format != FORMAT:
         raise CheckpointError(
             f"{folder} has format {saved_format}, not {FORMAT}; use the iwm-fast version that wrote it"
+        )
+    # A folder outside of a run may have any name.
+    if _FOLDER_NAME.fullmatch(folder.name) and parse_step(folder) != state["step"]:
+        raise CheckpointError(
+            f"{folder} holds step {state['step']}: it was copied or renamed; give it the name of that step, or move it "
+            "out of the folder"
         )
     require_undamaged(folder, (MODEL, CONFIG))
     tensors = read_tensors(folder / MODEL)

@@ -29,6 +29,8 @@ from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.demo_data import write_demo_shards
+from iwm_fast.pipelines.storage.atomic import replace_file
+from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.provenance import current_commit
 from iwm_fast.training.loaders import open_training_shards
 
@@ -55,7 +57,8 @@ def demo(overrides: Sequence[str]) -> None:
         _announce(1, "pictures of training samples")
         show_batch(config)
         summary = summarize_run(config, identity)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(summary, indent=2) + "\n"
+        replace_file(folder / "summary.json", lambda draft: draft.write_text(text, encoding="utf-8"))
     console.print(summary_table(summary, folder))
 
 
@@ -119,7 +122,7 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         "step": result.step,
         "settings": identity,
         "commit": current_commit(),
-        "machine": json.loads((Path(run) / "started.jsonl").read_text().splitlines()[0])["machine"],
+        "machine": read_starts(Path(run))[0]["machine"],
     }
 
 

@@ -14,9 +14,10 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.charts import draw_line_chart, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
-from iwm_fast.runtime.provenance import read_starts
+from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
 
 # One line chart each: title, label of the y axis, and the metrics it shows, as legend label -> name in metrics.jsonl.
@@ -63,13 +64,15 @@ def write_run_report(run: Path) -> Path:
     parts += [_changes_on_resuming(run), section("Settings that differ from the defaults", _changed_settings(config),
                                                  all_settings)]  # fmt: skip
     path = run / "report.html"
-    path.write_text(page(f"iwm-fast: {run.name}", parts), encoding="utf-8")
+    html = page(f"iwm-fast: {run.name}", parts)
+    replace_file(path, lambda draft: draft.write_text(html, encoding="utf-8"))
     return path
 
 
 def _run_summary(run: Path) -> str:
     """Return two lines of HTML: machine, ranks, commit, status and newest checkpoint, and the command."""
-    started = (read_starts(run) or [{}])[-1]
+    # The file has one line per start of the run. The last line describes the latest start.
+    started = [{}, *read_starts(run)][-1]
     newest, status = checkpoints.find_newest_folder(run), read_status(run)
     facts = {
         "machine": started.get("machine"),

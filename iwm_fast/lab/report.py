@@ -8,6 +8,7 @@ from typing import Any
 
 from iwm_fast.lab.claims import ClaimVerdict, Comparison, num_tuned_of
 from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.charts import DotPlot, DotSeries, draw_dot_plot, save_dot_plots
 from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.provenance import current_commit
@@ -34,7 +35,8 @@ def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Seque
         section("Cells", table(["cell", "settings"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
                 collapsible("settings of all cells", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
     ]  # fmt: skip
-    path.write_text(page(f"iwm-fast: {lab.folder.name}", parts), encoding="utf-8")
+    html = page(f"iwm-fast: {lab.folder.name}", parts)
+    replace_file(path, lambda draft: draft.write_text(html, encoding="utf-8"))
     measured = [outcome for outcome in judged if outcome.verdict != "not measured"]
     if measured:
         save_dot_plots(lab.folder / "claims.png", [

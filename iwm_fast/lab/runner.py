@@ -35,6 +35,7 @@ from iwm_fast.lab.config import LabConfig, read_lab
 from iwm_fast.lab.report import write_lab_report
 from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.pipelines.storage.atomic import replace_file, write_json
+from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger(__name__)
@@ -254,9 +255,8 @@ def write_results(lab: LabConfig) -> Path:
 
 def _provenance(lab: LabConfig) -> dict[str, list[str]]:
     """Return the machines and commits that produced the runs, without repetitions."""
-    files = [cell.folder / "started.jsonl" for cell in list_cells(lab)]
-    starts = [json.loads(line) for file in files if file.is_file() for line in file.read_text("utf-8").splitlines()]
-    return {key: sorted({start[key] for start in starts}) for key in ("machine", "commit")}
+    starts = [start for cell in list_cells(lab) for start in read_starts(cell.folder)]
+    return {key: sorted({start[key] for start in starts if key in start}) for key in ("machine", "commit")}
 
 
 def report_lab(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from iwm_fast.config.run import parse_step_range
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class StepProfiler:
         trace.export_chrome_trace(str(path))
         sort_key = f"self_{'cuda' if self._device.type == 'cuda' else 'cpu'}_time_total"
         table = trace.key_averages().table(sort_by=sort_key, row_limit=_NUM_OPERATIONS)
-        path.with_suffix(".txt").write_text(table, encoding="utf-8")
+        replace_file(path.with_suffix(".txt"), lambda draft: draft.write_text(table, encoding="utf-8"))
         log.info("profile of steps %s:%d: %s, for Perfetto or chrome://tracing; most expensive operations: %s",
                  self._first_step, step, path, path.with_suffix(".txt"))  # fmt: skip
         if step in self._steps:

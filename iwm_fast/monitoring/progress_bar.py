@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,7 +92,9 @@ class LiveDisplay:
         _log_warnings(step, values)
 
     def close(self) -> None:
-        self._progress.stop()
+        # The terminal may be gone, which is what stops the run.
+        with suppress(OSError):
+            self._progress.stop()
         for handler in self._handlers:
             handler.setStream(self._standard_error)
 

@@ -31,6 +31,10 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 TIMEOUT_S = 3600.0
 
 
+class ProcessGroupError(Exception):
+    """The ranks of a launch cannot find each other; the message names the address and the remedy."""
+
+
 @dataclass(frozen=True)
 class RankInfo:
     """Which process of the launch this is, and the device it computes on."""
@@ -65,6 +69,7 @@ def start(
             rank 0, naming the values, the other one on the other ranks.
         RuntimeError: if the environment is incomplete or contradictory, if a GPU is requested and there is none, or if
             a process group already exists.
+        ProcessGroupError: if the ranks cannot find each other, for instance because the port is in use.
     """
     if dist.is_initialized():
         raise RuntimeError("a process group already exists; call distributed.stop() before starting another one")
@@ -94,17 +99,31 @@ def _init_process_group(
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     log.info("rank %d of %d joins the process group at %s", rank, world_size, address)
-    # What init_process_group does by default. The ranks compare their settings through the store, because ranks with
-    # different timeouts or types of devices could not form the group.
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    require_same_settings(PrefixStore("settings", store), rank, world_size, settings)
-    # A barrier uses the bound GPU; without one, torch has to guess the device.
-    bound_device = device if device.type == "cuda" else None
-    dist.init_process_group(
-        backend, store=PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout,
-        device_id=bound_device,
-    )  # fmt: skip
+    try:
+        # What init_process_group does by default. The ranks compare their settings through the store, because ranks
+        # with different timeouts or types of devices could not form the group.
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        require_same_settings(PrefixStore("settings", store), rank, world_size, settings)
+        # A barrier uses the bound GPU; without one, torch has to guess the device.
+        bound_device = device if device.type == "cuda" else None
+        dist.init_process_group(
+            backend, store=PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout,
+            device_id=bound_device,
+        )  # fmt: skip
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise ProcessGroupError(_describe_join_error(address, str(error))) from error
+
+
+def _describe_join_error(address: str, error: str) -> str:
+    if "EADDRINUSE" in error or "address already in use" in error.lower():
+        return (
+            f"port {os.environ['MASTER_PORT']} is in use by another process, perhaps another run, or one that was "
+            "stopped and whose ranks are still there; end it, or choose another port (torchrun --master-port, "
+            "deepspeed --master_port, MASTER_PORT)"
+        )
+    reason = error.splitlines()[0]
+    return f"cannot join the process group at {address}: {reason}; check that rank 0 runs there and is reachable"
 
 
 def set_collective_timeout(timeout_s: float) -> None:

@@ -1,6 +1,9 @@
 """Stopping cleanly: a signal, or the end of the launcher, ends a run after its current step, with a checkpoint.
 
 A rank that receives a signal tells the others at the end of the step. All ranks save together and exit with code 75.
+A signal that was ignored when the process started stays ignored, such as SIGHUP under nohup. A second Ctrl-C ends the
+process at once, without a checkpoint.
+
 A rank may be unable to reach the end of its step: a shard does not answer, or another rank is gone. It has 25 s plus
 the duration of one step. Then the process exits without a new checkpoint, and the previous one remains. Once all ranks
 have reached the end of the step, saving may take as long as it needs.
@@ -22,11 +25,17 @@ log = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a temporary failure, so that starting the same command again resumes the run."""
 
-# SIGTERM is what launchers and schedulers send, SIGUSR1 what SLURM's --signal is usually set to, SIGINT is Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXIT_ABORTED = 128 + signal.SIGINT
+"""What a shell reports of a program that Ctrl-C has ended."""
+
+# SIGTERM is what launchers and schedulers send, SIGINT is Ctrl-C, SIGHUP the end of the terminal or of an ssh session.
+# Schedulers announce a time limit with one of the others: SLURM's --signal=USR1, Grid Engine's SIGUSR2 and SIGXCPU.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # Launchers kill their processes 30 s after SIGTERM, and the status must be written before that.
 GRACE_PERIOD_S = 25.0
 _POLL_INTERVAL_S = 1.0
+# A launcher passes on the Ctrl-C that the terminal has sent to its ranks, too. This is not the user's second one.
+_SECOND_CTRL_C_S = 2.0
 
 
 class Preemption:
@@ -40,7 +49,8 @@ class Preemption:
         self.is_deadline_suspended: bool = False
         """Whether the process may take as long as it needs, because only the final checkpoint remains to be written."""
         self._longest_step_s: float = 0.0
-        # Times on the monotonic clock, infinite until a stop is requested.
+        # Times on the monotonic clock, infinite until there is a Ctrl-C and until a stop is requested.
+        self._interrupted_at: float = math.inf
         self._requested_at: float = math.inf
         self._deadline: float = math.inf
         # None if there is no launcher to watch.
@@ -56,26 +66,35 @@ class Preemption:
         # Python runs its signal handlers on the main thread between bytecodes, so never while that thread waits in a
         # collective. The C handler writes the signal's number to this pipe immediately, where the thread reads it.
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        # First, because the launcher may end at any moment.
         self._launcher_pid = os.getppid() if watch_parent else None
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         Thread(target=self._watch, args=(read_end,), name="preemption", daemon=True).start()
 
     def _on_signal(self, number: int, _: object) -> None:
-        # The first Ctrl-C asks for a clean stop. A second one, at least a second later, aborts immediately.
-        if number == signal.SIGINT and self.reason and time.monotonic() > self._requested_at + _POLL_INTERVAL_S:
-            raise KeyboardInterrupt
+        """Do nothing: the watching thread learns of the signal from the pipe."""
 
     def _watch(self, read_end: int) -> None:
         while True:
             ready, _, _ = select.select([read_end], [], [], _POLL_INTERVAL_S)
             # The pipe receives every signal that has a Python handler, including handlers that libraries installed.
-            numbers = [number for number in os.read(read_end, 64) if number in STOP_SIGNALS] if ready else []
+            received = os.read(read_end, 64) if ready else b""
+            numbers = [number for number in received if signal.getsignal(number) == self._on_signal]
+            if signal.SIGINT in numbers:
+                self._count_ctrl_c()
             if numbers:
                 self._request_stop(signal.Signals(numbers[0]).name)
             self.launcher_exited()
             if time.monotonic() > self._deadline and not self.is_deadline_suspended:
-                self._exit_without_checkpoint()
+                waited_s = time.monotonic() - self._requested_at
+                self._exit_without_checkpoint(f"the step has not ended after {waited_s:.0f} s", EXIT_PREEMPTED)
+
+    def _count_ctrl_c(self) -> None:
+        self._interrupted_at = min(self._interrupted_at, time.monotonic())
+        if time.monotonic() > self._interrupted_at + _SECOND_CTRL_C_S:
+            self._exit_without_checkpoint("interrupted again", EXIT_ABORTED)
 
     def launcher_exited(self) -> bool:
         """Return whether the launcher has ended; if it has, request a stop."""
@@ -91,7 +110,8 @@ class Preemption:
             self._deadline = self._requested_at + GRACE_PERIOD_S + self._longest_step_s
             # Set last: the main thread reads the other two only once there is a reason.
             self.reason = reason
-            log.warning("%s: stopping after this step", reason)
+            hint = "; Ctrl-C again aborts without a checkpoint" if reason == "SIGINT" else ""
+            log.warning("%s: stopping after this step%s", reason, hint)
 
     def record_step_duration(self, step_s: float) -> None:
         """Record how long a step took; the longest one extends the grace period of a later stop."""
@@ -101,15 +121,13 @@ class Preemption:
         """Let the final checkpoint take as long as it needs; call it when all ranks have stopped and only save."""
         self.is_deadline_suspended = True
 
-    def _exit_without_checkpoint(self) -> NoReturn:
-        waited_s = time.monotonic() - self._requested_at
-        message = f"the step has not ended after {waited_s:.0f} s, leaving without a checkpoint"
-        print(f"{self.reason}: {message}", file=sys.stderr)
+    def _exit_without_checkpoint(self, cause: str, code: int) -> NoReturn:
         try:
             self.on_timeout()
+            print(f"{self.reason}: {cause}, leaving without a checkpoint", file=sys.stderr)
         finally:
-            # The main thread hangs, so the interpreter could not end in the normal way.
-            os._exit(EXIT_PREEMPTED)
+            # The main thread may hang, so the interpreter could not end in the normal way.
+            os._exit(code)
 
 
 class PreemptedError(Exception):

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from iwm_fast.pipelines.errors import printable_lines
 from iwm_fast.runtime.error_reporting import user_facing_errors
-from iwm_fast.runtime.preemption import Preemption
+from iwm_fast.runtime.preemption import EXIT_ABORTED, Preemption
 
 # What a shell reports of other programs whose output is no longer read, as in `yes | head`.
 EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
@@ -59,6 +59,9 @@ def run_and_exit(function: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:
         # As the interpreter does: no code means success, and a message instead of a number means failure.
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    # Ctrl-C during a command that saves nothing before it ends.
+    except KeyboardInterrupt:
+        code = EXIT_ABORTED
     end_process(code)
 
 
@@ -75,6 +78,12 @@ def end_process(code: int = 0) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def print_last_words(text: str) -> None:
+    """Print to standard error, unless it is gone: a closed terminal, or `tee`, which Ctrl-C ended first."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """How a result was produced: command, commit, package versions and machine."""
 
-import json
 import platform
 import re
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-STARTS_FILE = "started.jsonl"
 _PACKAGES = ("iwm-fast", "torch", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "timm", "numpy")
 
 
@@ -27,15 +25,6 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
         "machine": describe_machine(device),
         "world_size": world_size,
     }
-
-
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return one entry per start of a run, in order; lines that a crash has cut short are left out."""
-    path, starts = folder / STARTS_FILE, []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            starts.append(json.loads(line))
-    return starts
 
 
 def installed_versions() -> dict[str, str]:

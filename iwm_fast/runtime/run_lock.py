@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import IO
 
+from iwm_fast.pipelines.storage.atomic import name_disk_errors
 from iwm_fast.runtime.run_status import read_status
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,11 @@ def lock_folder(folder: Path, *, wait: bool) -> IO[str]:
 
     Raises:
         BlockingIOError: if another process holds the lock and `wait` is false.
+        DiskError: if the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / _LOCK_FILE).open("a", encoding="ascii")
+    with name_disk_errors(folder / _LOCK_FILE):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK_FILE).open("a", encoding="ascii")
     try:
         # The kernel releases the lock however the process ends, so a killed run leaves no stale lock.
         try:

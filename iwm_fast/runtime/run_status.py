@@ -1,6 +1,7 @@
 """The state of a run, for the scheduler or person who restarts it: `status.json` in the run's folder.
 
-States: running -> finished | preempted | failed. The file is replaced atomically, so readers never see half of it.
+States: running -> finished | preempted | failed. The file is replaced atomically, so readers never see half of it. One
+that a disk has damaged counts as none: what a run resumes from is its checkpoints.
 """
 
 import json
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.pipelines.storage.atomic import replace_file
+from iwm_fast.pipelines.storage.atomic import DISK_IS_FULL, DiskError, replace_file
 
 STATUS_FILE = "status.json"
 
@@ -26,6 +27,9 @@ def write_status(folder: Path, state: str, *, earlier: dict[str, Any] | None = N
         state: running, finished, preempted or failed.
         earlier: what `read_status` returned when this process started.
         entries: further entries of the file, such as the step and the reason; their values must be fit for JSON.
+
+    Raises:
+        DiskError: if it cannot be written.
     """
     current = read_status(folder)
     if state == "preempted" and current.get("state") == "failed" and current != earlier:
@@ -38,11 +42,34 @@ def write_status(folder: Path, state: str, *, earlier: dict[str, Any] | None = N
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    text = json.dumps(status, indent=1) + "\n"
-    replace_file(folder / STATUS_FILE, lambda draft: draft.write_text(text, encoding="utf-8"))
+    content = (json.dumps(status, indent=1) + "\n").encode()
+    path = folder / STATUS_FILE
+    try:
+        replace_file(path, lambda draft: draft.write_bytes(content))
+    except DiskError as error:
+        if error.errno not in DISK_IS_FULL or not _overwrite(path, content):
+            raise
+
+
+def _overwrite(path: Path, content: bytes) -> bool:
+    """Overwrite a file in place, which needs no free space, and return whether this was possible.
+
+    A crash meanwhile leaves a file that counts as none, which is better than one that says "running" for good.
+    """
+    try:
+        with path.open("r+b") as file:
+            # Shortening the file first would free its block, which another file could take.
+            file.write(content.ljust(path.stat().st_size))
+    except OSError:
+        return False
+    return True
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return the status that was last written to a run's folder; empty if there is none."""
+    """Return the status that was last written to a run's folder; empty if there is none that can be read."""
     path = folder / STATUS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        status = json.loads(path.read_bytes().decode("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}

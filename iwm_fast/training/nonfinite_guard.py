@@ -4,7 +4,6 @@
 the suspected samples of each rank.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from iwm_fast.monitoring.metrics import drop_rows_after
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
+from iwm_fast.runtime.json_lines import append_line
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.train_state import TrainState
 
@@ -78,8 +78,8 @@ class NonfiniteGuard:
             f"samples by rank: {text} (all of them in {self._folder / FILE_NAME})"
         )
         log.warning("step %d skipped: a loss or gradient is not finite; suspected samples by rank: %s", step, text)
-        with (self._folder / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "in_a_row": self._state.skipped_in_a_row, "suspects": rows}) + "\n")
+        row = {"step": step, "in_a_row": self._state.skipped_in_a_row, "suspects": rows}
+        append_line(self._folder / FILE_NAME, row)
 
     def end_run(self, kept: str) -> NoReturn:
         """Raise the error that ends the run.

@@ -1,6 +1,7 @@
 """Where training resumes: from which checkpoint, and at which position of the stream of samples."""
 
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from itertools import chain
@@ -12,10 +13,12 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.fingerprint import defines_sample_stream
 from iwm_fast.config.run import RunConfig
+from iwm_fast.monitoring.metrics import METRICS_FILE
 from iwm_fast.pipelines.sampling.batch_plan import StreamStart
 from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.provenance import read_starts
+from iwm_fast.runtime.json_lines import STARTED_FILE
+from iwm_fast.runtime.run_status import STATUS_FILE, read_status
 from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, have_diverged
 from iwm_fast.training.train_state import TrainState
 
@@ -25,7 +28,7 @@ log = logging.getLogger(__name__)
 def find_resume_point(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
     """Return the newest complete checkpoint in `output.folder` (None to start from scratch), and the run's id.
 
-    Newer checkpoints that are damaged are moved aside, so that their steps can be saved again. Collective: every rank
+    Newer checkpoints that are refused are moved aside, so that their steps can be saved again. Collective: every rank
     must call it.
 
     Args:
@@ -55,7 +58,7 @@ def _path_and_id(resume_point: tuple[Checkpoint | None, str] | None) -> tuple[Pa
 
 def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], Any]) -> tuple[Checkpoint | None, str]:
     folder = Path(config.output.folder)
-    is_used = bool(checkpoints.list_checkpoint_folders(folder)) or (folder / "metrics.jsonl").exists()
+    is_used = bool(checkpoints.list_checkpoint_folders(folder)) or (folder / METRICS_FILE).exists()
     if is_used and config.resume == "never":
         raise ValueError(
             f"output.folder = {config.output.folder!r} already holds a run; "
@@ -63,8 +66,8 @@ def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], A
         )
     saved, refused = checkpoints.read_newest(folder)
     if saved is None:
-        return None, last_run_id(folder) or uuid.uuid4().hex[:12]
-    # Checked before damaged checkpoints are moved: a run that is refused must leave the folder unchanged.
+        return None, [uuid.uuid4().hex[:12], *checkpoints.list_run_ids(folder)][-1]
+    # Checked before refused checkpoints are moved: a run that is refused must leave the folder unchanged.
     require_same(saved)
     weights = (tensor for name, tensor in saved.engine_state.items() if name.startswith("weight/"))
     if have_diverged(chain(weights, saved.teacher_state.values())):
@@ -72,18 +75,25 @@ def _find_on_this_rank(config: RunConfig, require_same: Callable[[Checkpoint], A
             f"{saved.folder} holds weights that have diverged: one of them is not finite or above {MAX_WEIGHT:g}; "
             "move this folder away to resume from the checkpoint before it"
         )
-    for damaged, reason in refused.items():
+    for unusable, reason in refused.items():
         log.warning(
-            "%s; resuming from step %d instead. The damaged one was renamed to %s: check the disk, then delete it",
-            reason, saved.step, set_aside(damaged),
+            "%s; resuming from step %d instead. The refused one was renamed to %s: check it, then delete it",
+            reason, saved.step, set_aside(unusable),
         )  # fmt: skip
     return saved, saved.run_id
 
 
-def last_run_id(folder: Path) -> str | None:
-    """Return the id of the run that was started most recently in a folder, None if there is none."""
-    starts = read_starts(folder)
-    return starts[-1].get("run_id") if starts else None
+def set_aside_unusable_files(folder: Path) -> None:
+    """Rename what stands in the place of a run's files and cannot be used, such as a damaged status.
+
+    Everything else that a start reads is checked where it is read.
+    """
+    status = folder / STATUS_FILE
+    unusable = [status] if os.path.lexists(status) and not read_status(folder) else []
+    for path in (folder / checkpoints.CONFIG, folder / STARTED_FILE):
+        unusable += [path] if os.path.lexists(path) and not path.is_file() else []
+    for path in unusable:
+        log.warning("%s cannot be used; it was renamed to %s", path, set_aside(path))
 
 
 def resumed_state(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> TrainState:

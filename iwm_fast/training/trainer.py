@@ -1,6 +1,5 @@
 """The training loop, from a run's newest checkpoint to its last step or to a request to stop."""
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import NoReturn, Protocol, runtime_checkable
 from torch import Tensor
 
 from iwm_fast.checkpoints.async_writer import CheckpointWriter
-from iwm_fast.checkpoints.checkpoint import Checkpoint
+from iwm_fast.checkpoints.checkpoint import CONFIG, Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
 from iwm_fast.monitoring.metric_writer import MetricWriter
@@ -21,15 +20,17 @@ from iwm_fast.monitoring.out_of_memory import TrainingMemoryError, memory_errors
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.storage.atomic import DiskError, replace_file
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import PeerFailedError, peer_failure_message
+from iwm_fast.runtime.json_lines import STARTED_FILE, append_line
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
-from iwm_fast.runtime.provenance import STARTS_FILE, describe_run
+from iwm_fast.runtime.provenance import describe_run
 from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.training.log_window import LogWindow
 from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, NonfiniteGuard, have_diverged
-from iwm_fast.training.resume import find_resume_point
+from iwm_fast.training.resume import find_resume_point, set_aside_unusable_files
 from iwm_fast.training.schedules import Schedules, build_schedules
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.task import TrainTask
@@ -112,7 +113,12 @@ class Trainer:
     def _train(self) -> None:
         """Run all steps that remain."""
         saved, schedules = self._load_state()
-        if self._state.step >= schedules.total_steps and saved is not None:
+        if self._state.step > schedules.total_steps:
+            raise ValueError(
+                f"optim.epochs = {self._task.config.optim.epochs:g} means {schedules.total_steps} steps, but "
+                f"{self._folder} is at step {self._state.step} already; raise it"
+            )
+        if self._state.step == schedules.total_steps and saved is not None:
             log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
             # The caller may want to evaluate the trained networks.
             self._task.load_weights(saved)
@@ -156,6 +162,9 @@ class Trainer:
             config, task.rank_info, fingerprint=task.fingerprint, run_id=state.run_id, last_step=state.step
         )
         self._resources.callback(self._saver.close)
+        # From here on, an error is a failure of this run. Before, it may concern settings that must not touch a run
+        # that is already in the folder.
+        self._is_running = True
         self._writer = self._open_folder() if self._is_main else None
         self._window = LogWindow(task, schedules, state.log_totals)
         limit = config.runtime.max_skipped_steps
@@ -168,9 +177,6 @@ class Trainer:
         self._resources.callback(lambda: self._profiler.close(state.step))
         self._display = open_display(task.rank_info, state.step, schedules.total_steps)
         self._resources.callback(self._display.close)
-        # From here on, an error is a failure of this run. Before, it may concern settings that must not touch a run
-        # that is already in the folder.
-        self._is_running = True
         self._set_status("running")
         # Called by the watching thread when no checkpoint was possible in time. It names no step, because there is no
         # checkpoint of the current one.
@@ -179,13 +185,12 @@ class Trainer:
 
     def _open_folder(self) -> MetricWriter:
         task, state = self._task, self._state
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_config(task.config, self._folder / "config.yaml")
+        set_aside_unusable_files(self._folder)
+        replace_file(self._folder / CONFIG, lambda draft: save_config(task.config, draft))
         description = describe_run(task.rank_info.device, task.rank_info.world_size)
         changes = [change for change in state.changes if change["step"] == state.step]
         row = {"step": state.step, "run_id": state.run_id, "changes": changes, **description}
-        with (self._folder / STARTS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self._folder / STARTED_FILE, row)
         writer = MetricWriter(self._folder, state.step)
         self._resources.callback(writer.close)
         return writer
@@ -266,6 +271,8 @@ class Trainer:
             self._state.log_totals = self._window.totals()
             # A resumed run repeats the steps after its checkpoint only, so logs must be complete up to it.
             self._task.before_checkpoint()
+            if self._writer:
+                self._writer.force_to_disk()
             self._saver.write(
                 engine_state=self._engine.state(),
                 teacher_state=self._task.teacher_state(),
@@ -297,6 +304,15 @@ class Trainer:
         is_of_this_run = self._is_running or isinstance(error, TrainingMemoryError)
         if not is_of_this_run or isinstance(error, PreemptedError | PeerFailedError):
             return
+        if isinstance(error, DiskError):
+            error.add_note("resume=auto continues from the newest checkpoint")
+        try:
+            self._write_failure(error)
+        # The disk that ended the run may not take its status either. The first error is the one to report.
+        except DiskError as status_error:
+            error.add_note(str(status_error))
+
+    def _write_failure(self, error: Exception) -> None:
         peer_failure = peer_failure_message(error)
         # The rank that failed may have written the actual reason already.
         if peer_failure and read_status(self._folder).get("state") != "running":

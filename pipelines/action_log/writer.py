@@ -15,6 +15,7 @@ from pathlib import Path
 from iwm_fast.pipelines.action_log.files import LogFileWriter
 from iwm_fast.pipelines.action_log.schema import BatchRecord, LogMetadata, RowBuilder
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.storage.atomic import disk_remedy
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
@@ -150,12 +151,12 @@ class ActionLog:
 
 @contextmanager
 def _remedy_note(folder: Path) -> Iterator[None]:
-    """Add a note with the remedy to an OSError."""
+    """Add a note with the folder and the remedies to an OSError."""
     try:
         yield
     except OSError as error:
         error.add_note(
-            f"while writing the action log in {folder}; free some space or turn the log off (output.action_log=false), "
-            "then resume from the last checkpoint with resume=auto"
+            f"while writing the action log in {folder}: {disk_remedy(error)}, or turn the log off "
+            "(output.action_log=false), then resume from the last checkpoint with resume=auto"
         )
         raise

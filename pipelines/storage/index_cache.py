@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from iwm_fast.pipelines.errors import EmptyShardError, printable
+from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.remote_file import file_info
 from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 
@@ -160,27 +161,13 @@ def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) ->
     errors = []
     for index_path in index_paths:
         try:
-            return _write_atomically(index_path, content)
+            index_path.parent.mkdir(parents=True, exist_ok=True)
+            return replace_file(index_path, lambda draft: draft.write_bytes(content))
         except OSError as error:
             errors.append(str(error))
     log.warning(
         "the index of %s cannot be stored and will be rebuilt next time: %s", printable(shard.path), "; ".join(errors)
     )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all, even if processes are killed or write it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Unique among processes and threads: several of them may index the same shard at once.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checksum(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> int:

@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_remain(tmp_path):
     completed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert completed.returncode == 2 and "Traceback" not in completed.stderr, completed.stderr
     assert "error: rank 0 could not write" in completed.stderr and "File too large" in completed.stderr
-    assert "free space there" in completed.stderr and "resume=auto" in completed.stderr
+    assert "raise the limit" in completed.stderr and "resume=auto" in completed.stderr
     # The unfinished checkpoint is removed at once, which frees its space.
     assert names(tmp_path) == ["step-00000001"]
     assert checkpoints.read(checkpoints.find_newest_folder(tmp_path)).step == 1

@@ -275,7 +275,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_it_can_resume(tiny_shards, 
     assert result.returncode == 2
     assert "File too large" in result.stderr and "Traceback" not in result.stderr
     actions = tmp_path / "full" / "actions"
-    assert f"while writing the action log in {actions}; free some space" in result.stderr
+    assert f"while writing the action log in {actions}: raise the limit" in result.stderr
     assert "output.action_log=false" in result.stderr and "resume=auto" in result.stderr
     # There are no unfinished files, and no checkpoint is newer than the log.
     assert sorted(path.name for path in actions.iterdir()) == ["step-00000000-00000005-rank-000.parquet"]

@@ -1,10 +1,13 @@
 """Stopping a run by any signal, at any time: it leaves one checkpoint, a status and no processes, and can resume."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ from fixtures.launchers import (
     torchrun,
 )
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.runtime.preemption import EXIT_PREEMPTED
+from iwm_fast.runtime.preemption import EXIT_ABORTED, EXIT_PREEMPTED, STOP_SIGNALS
 from iwm_fast.runtime.run_status import read_status, write_status
 
 
@@ -103,13 +106,18 @@ def test_all_ranks_stop_together_whichever_process_is_signalled(start, case):
 
 
 @pytest.mark.launcher
-def test_a_stop_during_the_start_leaves_a_status_and_no_checkpoint(start):
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=[pytest.mark.slow] * (number != signal.SIGHUP)) for number in STOP_SIGNALS]
+)
+def test_a_stop_during_the_start_leaves_a_status_and_no_checkpoint(start, number):
     run = start(one_process())
-    # As soon as the handlers are installed, which is before data and networks are loaded.
-    run.wait_for(lambda: has_handler(run.process.pid, signal.SIGUSR1))
-    run.process.send_signal(signal.SIGUSR1)
+    # As soon as the handlers are installed, which is before data and networks are loaded, and before torch is imported.
+    run.wait_for(lambda: has_handler(run.process.pid, STOP_SIGNALS[-1]))
+    run.process.send_signal(number)
     assert run.end() == EXIT_PREEMPTED
-    assert read_status(run.folder)["state"] == "preempted", run.log.read_text()
+    status = read_status(run.folder)
+    assert status["state"] == "preempted" and status["reason"] == number.name, run.log.read_text()
+    assert f"{number.name}: stopped after step 0" in run.log.read_text()
     assert not checkpoints_in(run.folder)
     start(one_process(), "resume=auto").wait_for_steps()
 
@@ -191,6 +199,23 @@ def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
     assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
 
 
+def test_a_second_ctrl_c_aborts_a_process_that_hangs(tmp_path):
+    script = HANGING_SCRIPT.replace("GRACE_PERIOD_S = 1.0", "_SECOND_CTRL_C_S = 0.5")
+    hanging = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert hanging.stdout and hanging.stdout.readline() == "listening\n"
+    hanging.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        # A launcher passes on the Ctrl-C that its ranks have received themselves.
+        hanging.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    time.sleep(0.6)
+    assert hanging.poll() is None
+    hanging.send_signal(signal.SIGINT)
+    assert hanging.wait(timeout=TIMEOUT_S) == EXIT_ABORTED == 130
+    hanging.stdout.close()
+    assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
+
+
 @pytest.mark.launcher
 def test_the_final_checkpoint_may_take_longer_than_the_grace_period(start):
     # Forcing the checkpoint's six files and folders to disk takes longer than the grace period.
@@ -260,6 +285,69 @@ for number in (signal.SIGUSR2, signal.SIGTERM):
     time.sleep(2 * preemption._POLL_INTERVAL_S)
     print(f"reason: {stop.reason}", flush=True)
 """
+
+
+EVERY_SIGNAL_SCRIPT = """
+import os, signal, sys, time
+from iwm_fast.runtime import preemption
+for number in preemption.STOP_SIGNALS:
+    if os.fork():
+        os.wait()
+        continue
+    if "ignored" in sys.argv:
+        signal.signal(number, signal.SIG_IGN)
+    stop = preemption.Preemption()
+    stop.install_handlers(watch_parent=False)
+    signal.raise_signal(number)
+    end = time.monotonic() + (0.3 if "ignored" in sys.argv else 60)
+    while not stop.reason and time.monotonic() < end:
+        time.sleep(0.01)
+    print(number.name, stop.reason, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("disposition", ["default", "ignored"])
+def test_every_signal_stops_a_run_unless_it_is_inherited_as_ignored(disposition):
+    command = [sys.executable, "-c", EVERY_SIGNAL_SCRIPT, disposition]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+    reasons = {name: name if disposition == "default" else "" for name in names}
+    assert dict(line.split(" ", 1) for line in completed.stdout.splitlines()) == reasons
+    assert ("stopping after this step" in completed.stderr) == (disposition == "default")
+    assert "SIGINT: stopping after this step; Ctrl-C again aborts" in completed.stderr or disposition == "ignored"
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_run_saves_when_its_terminal_closes(run_yaml, tmp_path):
+    master, terminal = os.openpty()
+    # An interactive terminal, on which the run draws its progress bar.
+    environment = os.environ | {"TERM": "xterm"}
+    command = ["setsid", "--ctty", *one_process(), str(run_yaml), f"output.folder={tmp_path / 'run'}"]
+    run = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    reader = threading.Thread(target=read_until_closed, args=(master,), daemon=True)
+    reader.start()
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # The kernel then sends SIGHUP, and what the run prints is an error.
+        os.close(master)
+        assert run.wait(timeout=TIMEOUT_S) == EXIT_PREEMPTED
+    finally:
+        run.kill()
+        run.wait()
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "preempted" and status["reason"] == "SIGHUP", status
+    assert checkpoints_in(tmp_path / "run") == [f"step-{status['step']:08d}"]
+
+
+def read_until_closed(master: int) -> None:
+    with suppress(OSError):
+        while select.select([master], [], [], 0.1)[0] == [] or os.read(master, 65536):
+            pass
 
 
 def test_a_signal_that_a_library_handles_does_not_stop_the_run():

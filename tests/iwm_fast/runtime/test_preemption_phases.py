@@ -1,8 +1,8 @@
 """Signals to each process of a run in each of its phases: the run stops cleanly, or as README's table describes.
 
-Not all combinations are tested, so that the tests take minutes only. Under torchrun, the launcher receives either
-signal in every phase, and each rank receives one signal in every phase. Under deepspeed, every process receives either
-signal, in phases that alternate, and the launch process receives one in every phase.
+Not all combinations are tested, so that the tests take minutes only. In every phase, each process of torchrun and
+deepspeed's launch process receive at least one of the signals, and all signals take turns. deepspeed itself, which
+passes none on, and its ranks receive each signal in one phase.
 """
 
 import ctypes
@@ -29,12 +29,13 @@ from fixtures.launchers import (
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.runtime.preemption import STOP_SIGNALS
 from iwm_fast.runtime.run_status import read_status
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(600)]
 
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed}
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, INT, HUP, USR1, USR2, XCPU = STOP_SIGNALS
 
 # Settings that make each phase last long enough to be interrupted.
 SETTINGS = {
@@ -65,15 +66,14 @@ def is_in(phase: str, run: LaunchedRun, rank_zero: int) -> bool:
 def cases():
     """Yield launcher, process that receives the signal, signal and phase."""
     for index, phase in enumerate(PHASES):
-        for number in (TERM, USR1):
-            yield "torchrun", "launcher", number, phase
+        yield "torchrun", "launcher", TERM, phase
+        yield "torchrun", "launcher", (USR1, INT, HUP, USR2, XCPU)[index], phase
         for rank in (0, 1):
-            yield "torchrun", f"rank {rank}", (TERM, USR1)[(index + rank) % 2], phase
-    pairs = product(("launcher", "launch process", "rank 0", "rank 1"), (TERM, USR1))
-    rotating = {(receiver, number, PHASES[index % len(PHASES)]) for index, (receiver, number) in enumerate(pairs)}
-    launch_process = {("launch process", (USR1, TERM)[index % 2], phase) for index, phase in enumerate(PHASES)}
-    for receiver, number, phase in sorted(rotating | launch_process):
-        yield "deepspeed", receiver, number, phase
+            yield "torchrun", f"rank {rank}", STOP_SIGNALS[(index + 3 * rank) % 6], phase
+        yield "deepspeed", "launch process", (HUP, TERM, USR1, INT, XCPU)[index], phase
+    for index, (receiver, number) in enumerate(product(("launcher", "rank 0", "rank 1"), STOP_SIGNALS)):
+        # Each receiver begins with another phase.
+        yield "deepspeed", receiver, number, PHASES[(index + index // 6) % len(PHASES)]
 
 
 def case_name(launcher: str, receiver: str, number: signal.Signals, phase: str) -> str:
@@ -81,8 +81,9 @@ def case_name(launcher: str, receiver: str, number: signal.Signals, phase: str) 
 
 
 # As in README's table: processes that the signal kills, which the ranks notice, and those that do not pass it on.
-KILLED = {("torchrun", "launcher", USR1), ("deepspeed", "launch process", USR1)}
-NOT_PASSED_ON = {("deepspeed", "launcher", TERM), ("deepspeed", "launcher", USR1)}
+KILLED = {("torchrun", "launcher", number) for number in (USR1, USR2, XCPU)}
+KILLED |= {("deepspeed", "launch process", number) for number in (HUP, USR1, USR2, XCPU)}
+NOT_PASSED_ON = {("deepspeed", "launcher", number) for number in STOP_SIGNALS}
 NOT_SLOW = {("torchrun", "launcher", TERM, "save"), ("torchrun", "rank 1", USR1, "start")}
 RESUMED = {("torchrun", "launcher", TERM, phase) for phase in PHASES}
 
@@ -114,7 +115,7 @@ def stack_of(process: int, path: Path) -> str:
     """Return the stack of the main thread of a watched process."""
     old_size, deadline = path.stat().st_size, time.monotonic() + TIMEOUT_S
     # tgkill signals the main thread; kill would signal any thread of the process.
-    ctypes.CDLL(None).tgkill(process, process, signal.SIGUSR2)
+    ctypes.CDLL(None).tgkill(process, process, signal.SIGRTMIN)
     while not (text := path.read_text()[old_size:]).endswith("in <module>\n"):
         assert time.monotonic() < deadline, text
         time.sleep(0.001)
@@ -164,7 +165,9 @@ def test_a_run_stops_cleanly_in_any_phase_whichever_process_is_signalled(start, 
     environment = {"IWM_TEST_STACKS": str(tmp_path / "stacks"), **SLOW_DISK.get(phase, {})}
     run = start(LAUNCHERS[launcher](target=WATCHED_TRAIN), *settings, **environment)
     os.kill(wait_for_phase(run, phase, receiver), number)
-    reason = "the launcher ended" if case[:3] in KILLED else number.name
+    # DeepSpeed's launch process passes on every signal that it handles as SIGTERM.
+    passed_on = TERM if case[:2] == ("deepspeed", "launch process") else number
+    reason = "the launcher ended" if case[:3] in KILLED else passed_on.name
     if case[:3] in NOT_PASSED_ON:
         run.wait_for_steps(len(read_metrics(run.folder)) + 3)
         assert read_status(run.folder)["state"] == "running" and run.process.poll() == -number

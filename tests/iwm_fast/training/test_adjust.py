@@ -16,7 +16,7 @@ from iwm_fast.config.fingerprint import ADJUSTABLE, fingerprint
 from iwm_fast.config.loading import build, config_to_dict
 from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.runtime.provenance import read_starts
+from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.train import run
 from iwm_fast.training import pretraining
 from iwm_fast.training.resume import resumed_state

@@ -1,17 +1,19 @@
 """A run that is killed repeatedly, at any moment, ends bit-equal to an uninterrupted one."""
 
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fixtures.launchers import run_starter, tiny_yaml, torchrun
-from fixtures.paths import WORKERS
+from fixtures.paths import PYTHONPATH, WORKERS
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.action_log.files import read_rows
@@ -80,6 +82,48 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tiny_shar
     if num_kills >= 20:
         assert sum(kill["num_unfinished"] for kill in kills) >= 5, "many runs were killed while they saved"
     assert_equal_ends(killed, straight, epochs * STEPS_PER_EPOCH)
+
+
+# Wall-clock times and memory are never the same twice.
+NOT_REPEATED = ("time/", "speed/", "data/wait_", "memory/")
+# Checkpoints are written in every step, so most signals arrive inside a log window.
+LOG_EVERY = 1
+
+
+def repeated_rows(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith(NOT_REPEATED)}
+        for row in read_metrics(folder)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_a_run_signalled_at_random_ends_like_an_uninterrupted_one(tiny_shards, tmp_path, kind):
+    seed = int(os.environ.get("IWM_TEST_SEED", "0"))
+    command = [sys.executable, str(WORKERS / "signalled_run.py"), kind, tiny_shards.pattern, str(tmp_path)]
+    done = subprocess.run(
+        [*command, "20", str(seed), str(LOG_EVERY)], capture_output=True, text=True, check=False, timeout=800,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+    )  # fmt: skip
+    # A run that ends prints, too.
+    signals = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    story = "\n".join([f"seed {seed}", *map(str, signals), done.stderr])
+    assert done.returncode == 0 and len(signals) == 20, story
+    assert not any(row["had_ended"] or row["refused"] for row in signals), story
+    newest = [row["newest"] for row in signals]
+    assert newest == sorted(newest) and newest[-1] > newest[0], story
+    for row in signals:
+        if row["status"].get("state") == "preempted":
+            assert row["status"].get("step", row["newest"]) == row["newest"], (row, story)
+    ends = ["straight", "signalled"]
+    straight, signalled = (tmp_path / name / ("toy" if kind == "finetune" else "") for name in ends)
+    assert read_status(signalled)["state"] == "finished", story
+    first, second = (checkpoints.read(checkpoints.find_newest_folder(folder)) for folder in (straight, signalled))
+    for attribute in ("engine_state", "teacher_state"):
+        expected, actual = getattr(first, attribute), getattr(second, attribute)
+        assert not [name for name, value in expected.items() if not torch.equal(value, actual[name])], story
+    assert repeated_rows(signalled) == repeated_rows(straight), story
 
 
 def newest_step(folder: Path) -> int:

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_renamed_and_its_steps_are_repeated(finished, tm
     (warning,) = [record.getMessage() for record in caplog.records if "resuming from step" in record.getMessage()]
     assert "step-00000012/model.safetensors is {'size_bytes'" in warning
     assert "resuming from step 8 instead" in warning and "renamed to" in warning
-    assert "step-00000012.refused: check the disk" in warning
+    assert "step-00000012.refused: check it" in warning
     assert_bit_equal(state_of(folder), state_of(Path(finished.output.folder)))
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000008", "step-00000012", "step-00000012.refused"]

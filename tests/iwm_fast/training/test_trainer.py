@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from iwm_fast.monitoring.metric_writer import MetricWriter
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.runtime import distributed
+from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.run_lock import RunLock
+from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.train import run
 from iwm_fast.training.components import build_components
 from iwm_fast.training.loaders import training_loader
@@ -263,3 +267,37 @@ def test_missing_shards_end_the_run_before_anything_is_written(tiny_shards, tmp_
     with pytest.raises((ValueError, FileNotFoundError)):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def used_port(monkeypatch):
+    """Pretend to be rank 0 of two ranks whose port another process listens on; return the port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        for name, value in (environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        yield port
+
+
+def test_a_port_in_use_is_one_message_and_the_status_failed(tiny_shards, tmp_path, used_port, capfd):
+    with pytest.raises(SystemExit) as end, user_facing_errors():
+        run(tiny_run(tiny_shards, tmp_path / "run"))
+    message = capfd.readouterr().err
+    assert end.value.code == 2 and message.count("error (rank 0): ") == 1 and "Traceback" not in message, message
+    assert f"port {used_port} is in use by another process" in message and "--master-port" in message
+    # The launcher then ends the other ranks, which must not hide the failure.
+    write_status(tmp_path / "run", "preempted", reason="SIGTERM", earlier={})
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed" and f"port {used_port} is in use" in status["reason"]
+
+
+def test_a_port_that_another_run_in_this_folder_uses_leaves_its_status(tiny_shards, tmp_path, used_port):
+    lock = RunLock(tmp_path / "run")
+    write_status(tmp_path / "run", "running", step=7)
+    with pytest.raises(distributed.ProcessGroupError, match=f"port {used_port} is in use"):
+        run(tiny_run(tiny_shards, tmp_path / "run"))
+    lock.close()
+    assert read_status(tmp_path / "run")["state"] == "running" and read_status(tmp_path / "run")["step"] == 7
