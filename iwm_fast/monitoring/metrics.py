@@ -14,7 +14,7 @@ METRICS_FILE = "metrics.jsonl"
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run; damaged lines are left out, and so is a last line that is still being written."""
-    return _read_rows(folder / METRICS_FILE)[0]
+    return read_rows(folder / METRICS_FILE)[0]
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -25,7 +25,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     Raises:
         DiskError: if the file cannot be written.
     """
-    rows, problem = _read_rows(path)
+    rows, problem = read_rows(path)
     if problem:
         log.warning("%s; they are left out, and the file is kept as %s", problem, set_aside(path))
     if rows or problem:
@@ -33,7 +33,7 @@ def drop_rows_after(path: Path, step: int) -> None:
         replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of a file, and what is wrong with it, as a sentence that names it; empty if nothing is."""
     try:
         objects, damaged = read_lines(path)

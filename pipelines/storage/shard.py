@@ -34,7 +34,7 @@ _UNUSED_KINDS = {
 class Unused(NamedTuple):
     """Members of one kind that no sample uses."""
 
-    count: int
+    number: int
     first: str
     """Name of the first one."""
 
@@ -123,7 +123,7 @@ def describe_unused(shards: Iterable[tuple[str, dict[str, Unused]]]) -> list[str
         for kind, (count, first) in unused.items():
             _count(totals, kind, f"{first} in {path}", count)
     return [
-        printable(f"{total.count} {_UNUSED_KINDS[kind][total.count > 1]}, the first is {total.first}")
+        printable(f"{total.number} {_UNUSED_KINDS[kind][total.number > 1]}, the first is {total.first}")
         for kind, total in totals.items()
     ]
 
@@ -204,7 +204,7 @@ def _group_members(window: HeaderWindow, unused: dict[str, Unused]) -> Iterator[
 
 def _count(unused: dict[str, Unused], kind: str, first: str, count: int = 1) -> None:
     earlier = unused.get(kind, Unused(0, first))
-    unused[kind] = Unused(earlier.count + count, earlier.first)
+    unused[kind] = Unused(earlier.number + count, earlier.first)
 
 
 def _count_other_member(member: TarMember, unused: dict[str, Unused]) -> None:

@@ -21,7 +21,7 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.loading import load_config
 from iwm_fast.evals.finetuning.run import train_job
-from iwm_fast.monitoring.metrics import read_metrics, read_rows
+from iwm_fast.monitoring.metrics import METRICS_FILE, read_metrics, read_rows
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.run_status import read_status, write_status
@@ -159,7 +159,7 @@ def test_a_damaged_run_ends_like_a_straight_one_or_in_one_message(pretrained, tm
         stopped = StoppedRun(pretrained, tmp_path / f"run{number}")
         place = random.Random(seed + str(number)).random()
         content = damage_file(stopped.folder / name, damage, place)
-        is_unreadable = bool(read_rows(stopped.folder)[1]) or not read_status(stopped.folder) or "step-" in name
+        is_unreadable = bool(read_rows(stopped.folder / METRICS_FILE)[1]) or not read_status(stopped.folder) or "step-" in name
         before = files_and_folders(stopped.folder)
         message = stopped.resume()
         if message:
