@@ -124,6 +124,8 @@ class Trainer:
             self._task.load_weights(saved)
             return
         batches = self._open(saved, schedules)
+        # Its tensors would fill the memory of the host as long as the run lasts.
+        del saved
         first_step = self._state.step
         while self._state.step < schedules.total_steps:
             began = time.perf_counter()
@@ -156,7 +158,7 @@ class Trainer:
             evaluator.prepare()
         self._preemption.record_step_duration(time.perf_counter() - began)
         self._engine: Engine = task.start(saved)
-        # Without its tensors, which would fill the memory.
+        # Without its tensors, which are not needed any more.
         self._resumed_from = saved and replace(saved, engine_state={}, teacher_state={})
         self._saver = CheckpointWriter(
             config, task.rank_info, fingerprint=task.fingerprint, run_id=state.run_id, last_step=state.step

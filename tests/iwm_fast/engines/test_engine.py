@@ -197,7 +197,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(rank_
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 @pytest.mark.parametrize("clip_norm", [0.1, None])
 # The norm is about 80 times the scale, and the largest float32 is 1.8e19 squared.
-@pytest.mark.parametrize("scale", [1e16, 1e18, 3e37])
+@pytest.mark.parametrize("scale", [1e16, 1e18])
 def test_a_gradient_norm_whose_square_is_beyond_float32_changes_nothing(rank_info, kind, stage, clip_norm, scale):
     engine = make_engine(rank_info, kind, stage, clip_norm=clip_norm)
     train(engine, range(1))

@@ -22,6 +22,10 @@ from iwm_fast.training.trainer import Trainer
 BAD_STEPS = (3, 5, 6, 10)
 
 
+def slow_case(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class KilledError(Exception):
     """Stands for the death of the process."""
 
@@ -77,7 +81,7 @@ def straight(damaged_shards, tmp_path_factory) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("steps", [(6,), (7,), (4,), (5, 6, 7), (1, 11)])
+@pytest.mark.parametrize("steps", [(6,), (7,), (5, 6, 7), *(slow_case(steps) for steps in [(4,), (1, 11)])])
 def test_a_stopped_run_logs_what_an_uninterrupted_one_logs(damaged_shards, tmp_path, straight, steps):
     config = settings(damaged_shards, tmp_path / "run")
     for step in steps:
@@ -87,7 +91,9 @@ def test_a_stopped_run_logs_what_an_uninterrupted_one_logs(damaged_shards, tmp_p
     assert repeatable_rows(tmp_path / "run") == straight
 
 
-@pytest.mark.parametrize(("checkpoint_every", "steps"), [(5, (7,)), (5, (9, 9)), (3, (8, 11)), (1, (6,))])
+@pytest.mark.parametrize(
+    ("checkpoint_every", "steps"), [(5, (7,)), (3, (8, 11)), slow_case(5, (9, 9)), slow_case(1, (6,))]
+)
 def test_a_killed_run_logs_what_an_uninterrupted_one_logs(damaged_shards, tmp_path, straight, checkpoint_every, steps):
     config = settings(damaged_shards, tmp_path / "run", checkpoint_every=checkpoint_every)
     for step in steps:

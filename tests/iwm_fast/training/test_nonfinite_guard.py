@@ -162,7 +162,12 @@ def read_strictly(path: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("place", PLACES)
+_SLOW = ("pixels of the source", "action", "infinite student tokens", "one teacher token")
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[pytest.mark.slow] if place in _SLOW else []) for place in PLACES]
+)
 def test_what_is_not_finite_skips_the_step_whether_it_is_logged_or_not(rank_info, tiny_shards, tmp_path, place):
     config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
     config = replace(config, output=replace(config.output, log_every=2))
