@@ -12,7 +12,10 @@ Backend = Literal["dali", "torch"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-"""Formats that all decoders read, by Pillow's names. The format is read from the content, not from the extension."""
+"""Accepted formats, by Pillow's names. The format is read from the content, not from the extension."""
+
+MAX_PIXELS = 178_956_970
+"""Default of data.max_pixels: Pillow's limit, above which 8 bits and 3 channels take more than half a GiB."""
 
 PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
 CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
@@ -60,6 +63,8 @@ class DataConfig:
     """Validation shards, written like data.train; only evaluations read them."""
     shuffle_window: int = 16
     """Number of shards whose samples are mixed. More shards mix better; fewer shards need fewer open files."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image. A larger one counts as bad, before it takes memory."""
     max_samples: int | None = None
     """Number of samples to train on, the first ones, for instance to overfit a single batch. Unset: all samples."""
     restart_epoch: bool = False
@@ -67,6 +72,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "be at least 1")
         limit = self.max_samples
         require(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
 

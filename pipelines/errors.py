@@ -1,4 +1,4 @@
-"""The error that a shard which cannot be used raises."""
+"""Errors of shards that cannot be used, and of images that cannot be decoded."""
 
 
 class ShardError(Exception):
@@ -10,3 +10,7 @@ class ShardError(Exception):
         super().__init__(address + problem + (f"; {remedy}" if remedy else ""))
         self.shard = shard
         self.key = key
+
+
+class UndecodableImageError(ValueError):
+    """An image file cannot be used; the message is the reason, such as "file is cut off ..."."""

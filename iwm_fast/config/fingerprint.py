@@ -7,6 +7,7 @@ from typing import Any
 
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig
+from iwm_fast.pipelines.config import MAX_PIXELS
 
 FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "optim")
 # Names and prefixes of the entries that determine which samples are drawn, and not the networks.
@@ -21,8 +22,9 @@ def fingerprint(config: RunConfig, shards_digest: str) -> dict[str, Any]:
     flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
     flat["data.train"] = shards_digest
-    # None equals a missing entry in comparisons, so checkpoints written before this setting existed can be resumed.
+    # None equals a missing entry in comparisons, so checkpoints written before these settings existed can be resumed.
     flat["init_from"] = config.init_from or None
+    flat["data.max_pixels"] = None if config.data.max_pixels == MAX_PIXELS else config.data.max_pixels
     return flat
 
 

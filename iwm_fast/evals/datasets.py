@@ -161,12 +161,15 @@ def validation_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     spec = data.val or model.config.data.val
     if not spec:
         raise ValueError("data.val must name validation shards, because the run has none")
-    return open_named_shards("data.val", spec)
+    return open_named_shards("data.val", spec, model.config.data.max_pixels)
 
 
 def training_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     """Open `data.train` or, if it is unset, the training samples of the run."""
-    return open_named_shards("data.train", data.train) if data.train else open_training_shards(model.config.data)
+    run_data = model.config.data
+    if not data.train:
+        return open_training_shards(run_data)
+    return open_named_shards("data.train", data.train, run_data.max_pixels)
 
 
 def evenly_spaced(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:

@@ -61,7 +61,7 @@ class OnlineEvaluation:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
         require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
-        self._val = open_named_shards("data.val", val)
+        self._val = open_named_shards("data.val", val, self._config.data.max_pixels)
         self._labelled = _label_samples(self._train, self._val)
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if self._has_predictor:

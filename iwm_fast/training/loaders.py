@@ -27,10 +27,10 @@ EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
-def open_named_shards(setting: str, spec: str) -> ShardSet:
+def open_named_shards(setting: str, spec: str, max_pixels: int) -> ShardSet:
     """Open the shards that a setting names; if some are missing, the error names the setting as the remedy."""
     try:
-        return open_shards(spec)
+        return open_shards(spec, max_pixels=max_pixels)
     except FileNotFoundError as error:
         is_same = absolute_shards(spec) == spec
         base = "" if is_same else f"; relative paths start from {Path.cwd()}"
@@ -49,7 +49,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
         raise ValueError(
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
-    shards = open_named_shards("data.train", data.train)
+    shards = open_named_shards("data.train", data.train, data.max_pixels)
     if data.max_samples is None:
         return shards
     require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
