@@ -109,8 +109,10 @@ def _shards_pack(arguments: list[str]) -> None:
 
 
 def _shards_check(arguments: list[str]) -> None:
-    (spec,) = _exactly(arguments, "the shards: a path, pattern, folder or address")
-    import_object("iwm_fast.commands.check_shards:check_shards")(spec)
+    (spec,) = _exactly(arguments[:1], "the shards: a path, pattern, folder or address")
+    settings = import_object(COMMANDS["shards check"].settings)
+    config = import_object("iwm_fast.config.loading:build")(settings, {}, arguments[1:])
+    import_object("iwm_fast.commands.check_shards:check_shards")(spec, max_pixels=config.max_pixels)
 
 
 def _configs(arguments: list[str]) -> None:
@@ -187,7 +189,8 @@ COMMANDS = {
         "write shards from an image folder, with or without one subfolder per class, or from its folders train and val",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
     "shards check": Command(
-        "SHARDS", "decode every sample once, report, and exclude unreadable samples from the index", _shards_check),
+        "SHARDS [key=value ...]", "decode every sample once, report, and exclude unreadable samples from the index",
+        _shards_check, "iwm_fast.pipelines.config:CheckShardsConfig"),
     "demo": Command(
         "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo,
         explanation="iwm_fast.commands.help_texts:demo_help"),

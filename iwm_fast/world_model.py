@@ -67,21 +67,27 @@ class WorldModel:
         self.predictor.to(device)
         return self
 
-    def load_image(self, images: Images) -> Float[Tensor, "B 3 H W"]:
+    def load_image(self, images: Images, *, max_pixels: int | None = None) -> Float[Tensor, "B 3 H W"]:
         """Prepare images: crop the largest centred square, resize it to the run's size and normalise it.
 
         A batch of normalised images is checked and moved to the model's device. Its values are checked only on the CPU,
         because a GPU would have to be waited for.
 
+        Args:
+            images: see `Images`.
+            max_pixels: largest number of pixels of a file, which is checked before the file is decoded. None: the
+                run's data.max_pixels.
+
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if a file is not an image, or truncated, or a batch is not normalised or has another size.
+            ValueError: if a file is not an image, truncated or too large, or a batch is not normalised or has another
+                size.
             TypeError: for anything else.
         """
         size = self.config.views.size
         if isinstance(images, Tensor):
             return _require_normalised(images, size).to(self.device, torch.float32)
-        limit = self.config.data.max_pixels
+        limit = max_pixels or self.config.data.max_pixels
         pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
@@ -173,7 +179,7 @@ def _read_pixels(image: Any, max_pixels: int) -> UInt8[Tensor, "H W 3"]:
         try:
             return decode_image(encoded, max_pixels)
         except UndecodableImageError as error:
-            raise ValueError(f"{image} must be a complete image of a supported format: {error}") from error
+            raise ValueError(f"{image} must be a complete image of a supported format, but it {error}") from error
     if isinstance(image, Image.Image):
         return upright_rgb(image)
     if not isinstance(image, np.ndarray):

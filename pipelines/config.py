@@ -229,4 +229,15 @@ class PackConfig:
         require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckShardsConfig:
+    """Which samples `iwm shards check` accepts."""
+
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image or a segmentation map, as data.max_pixels of the runs that will use them."""
+
+    def __post_init__(self) -> None:
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
+
+
 PACK_DEFAULTS = PackConfig()

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from iwm_fast.pipelines.config import MAX_PIXELS
 from iwm_fast.pipelines.storage.shard_set import find_shards
 from iwm_fast.pipelines.validate import ShardReport, validate_shards
 
@@ -14,20 +15,20 @@ from iwm_fast.pipelines.validate import ShardReport, validate_shards
 _MAX_LINES = 20
 
 
-def check_shards(spec: str, num_processes: int | None = None) -> None:
+def check_shards(spec: str, num_processes: int | None = None, *, max_pixels: int = MAX_PIXELS) -> None:
     """Decode all images and masks, print a report, and save indexes without the samples that cannot be decoded.
 
     `spec` names the shards as `data.train` does. With `num_processes` of None, there is one process per core.
+    Images and masks of more than `max_pixels` pixels count as undecodable.
 
     Raises:
         ValueError: after the report is printed, if some shards cannot be used at all.
     """
     console = Console()
     paths = find_shards(spec)
-    # `validate_shards` yields a report as soon as its shard is done, so the progress bar advances shard by shard.
-    reports = list(
-        track(validate_shards(paths, num_processes), "checking", total=len(paths), console=console, transient=True)
-    )
+    reports_in_order = validate_shards(paths, num_processes, max_pixels=max_pixels)
+    # It yields a report as soon as its shard is done, so the progress bar advances shard by shard.
+    reports = list(track(reports_in_order, "checking", total=len(paths), console=console, transient=True))
     console.print(_summary_table(reports))
     bad = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]
     refusals = [report.refusal for report in reports if report.refusal]

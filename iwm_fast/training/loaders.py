@@ -118,6 +118,7 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
         # Absolute as in config.yaml, so that `iwm replay` finds them from any working directory.
         shards=absolute_shards(config.data.train),
         max_samples=config.data.max_samples,
+        max_pixels=config.data.max_pixels,
         shards_digest=shards.content_digest,
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
 from iwm_fast.pipelines.config import MAX_PIXELS
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.image_header import PLUGINS, probe
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard import require_unchanged
@@ -45,11 +45,14 @@ def read_mask(shards: ShardSet, files: FileCache, sample: int) -> UInt8[np.ndarr
         content = file.read_at(begin, end - begin)
     try:
         mask = decode_mask(content[mask_begin - begin : mask_end - begin], shards.max_pixels)
-        image_size = probe(content[image_begin - begin : image_end - begin], shards.max_pixels).upright_size
     # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         problem = f"segmentation map cannot be used: {error or type(error).__name__}"
         raise ShardError(problem, **address, remedy="replace or remove the member") from error
+    try:
+        image_size = probe(content[image_begin - begin : image_end - begin], shards.max_pixels).upright_size
+    except UndecodableImageError as error:
+        raise ShardError(f"image {error}", **address, remedy="run `iwm shards check` to leave it out") from error
     if mask.shape[::-1] != image_size:
         raise ShardError(describe_sizes(mask, image_size), **address, remedy="write both in the same size")
     return mask

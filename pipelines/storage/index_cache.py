@@ -53,7 +53,7 @@ def load_or_index(path: str) -> Shard:
     valid = [shard for shard in indexes if shard is not None]
     if valid:
         # There are two if a filtered index could not replace the older one. The filtered index leaves out more samples.
-        return max(valid, key=lambda shard: shard.num_left_out)
+        return max(valid, key=lambda shard: (shard.num_left_out, shard.is_checked))
     shard = index_shard(path)
     if time.time_ns() - version.changed_ns >= MIN_AGE_NS:
         _write_index(shard, version, index_paths)
@@ -77,7 +77,9 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
     # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
     time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     index_paths = _index_paths(shard.path)
-    _write_index(replace(shard, keys=keys, num_left_out=len(positions), **arrays), version, index_paths)
+    _write_index(
+        replace(shard, keys=keys, num_left_out=len(positions), is_checked=True, **arrays), version, index_paths
+    )
     # Read it back as a run will: the store may report no modification time, or the shard may have changed meanwhile.
     stored = [_read_index(index_path, shard.path, file_version(shard.path)) for index_path in index_paths]
     if positions and max((index.num_left_out for index in stored if index), default=0) != len(positions):
@@ -117,7 +119,9 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
             if about.get("format") != FORMAT or tuple(about["stamp"]) != version:
                 return None
             arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_INTEGER_FIELDS)}
-            checksum, num_left_out = about["checksum"], int(about["num_left_out"])
+            checksum = about["checksum"]
+            # Indexes of earlier versions do not tell whether they were checked.
+            counts = {"num_left_out": int(about["num_left_out"]), "is_checked": bool(about.get("is_checked"))}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         log.warning("%s is not a complete index (%s); it is rebuilt", index_path, error)
         return None
@@ -127,7 +131,7 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
     integers = {name: arrays[name] for name in _INTEGER_FIELDS}
-    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), num_left_out=num_left_out, **integers)
+    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), **counts, **integers)
 
 
 def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) -> None:
@@ -141,6 +145,7 @@ def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) ->
         "format": FORMAT,
         "stamp": version,
         "num_left_out": shard.num_left_out,
+        "is_checked": shard.is_checked,
         "checksum": _checksum(arrays),
     }
     content = save(arrays, {"about": json.dumps(about)})

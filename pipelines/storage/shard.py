@@ -43,6 +43,8 @@ class Shard:
     """Size of each segmentation map in bytes, 0 if the sample has none."""
     num_left_out: int = 0
     """Number of samples that are not listed because `iwm shards check` could not decode them."""
+    is_checked: bool = False
+    """Whether `iwm shards check` has decoded all samples that are listed."""
 
 
 @dataclass(kw_only=True)

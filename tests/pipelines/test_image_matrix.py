@@ -1,7 +1,7 @@
 """Both loaders and `iwm shards check` agree on every kind of image file: the same picture, or bad for all of them.
 
-The square that an evaluation takes from the images of the matrix is as large as the view, so that nothing is resized and
-pixels can be compared one by one.
+The square that an evaluation takes from the images of the matrix is as large as the view, so that nothing is resized
+and pixels can be compared one by one.
 """
 
 import logging
