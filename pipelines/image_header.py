@@ -77,7 +77,7 @@ def probe(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         UndecodableImageError: with the reason, if the file is no image of an accepted kind, has more than `max_pixels`
             pixels, or is truncated.
     """
-    data = memoryview(encoded)
+    data = view_bytes(encoded)
     start = bytes(data[:16])
     try:
         if start.startswith(b"\xff\xd8\xff"):
@@ -98,6 +98,11 @@ def probe(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         size = f"has {header.width} x {header.height} = {header.width * header.height} pixels"
         raise UndecodableImageError(f"{size}, above data.max_pixels={max_pixels}; resize it, or raise that limit")
     return header
+
+
+def view_bytes(encoded: Encoded) -> memoryview:
+    """Return the bytes of a file without a copy."""
+    return memoryview(encoded) if isinstance(encoded, bytes) else encoded.data
 
 
 def _describe_other(start: bytes) -> str:
@@ -143,10 +148,21 @@ def _probe_jpeg(data: memoryview) -> ImageHeader:
         position += 2 + length
     if size is None:
         raise UndecodableImageError("is a damaged JPEG: its header lacks the size")
-    # It is nearly always at the very end.
-    if not any(bytes(data[max(position, begin) :]).rfind(b"\xff\xd9") >= 0 for begin in (len(data) - 64, 0)):
+    if not _has_end_marker(data, position):
         raise UndecodableImageError("is truncated: the end marker of JPEG is missing")
     return _with_exif("JPEG", size, exif_segments, is_common)
+
+
+def _has_end_marker(data: memoryview, start: int) -> bool:
+    """Search from the end of the file, where the marker is unless something follows the image."""
+    end, size = len(data), 64
+    while end > start:
+        begin = max(start, end - size)
+        # One byte more, because the marker has two.
+        if bytes(data[begin : end + 1]).rfind(b"\xff\xd9") >= 0:
+            return True
+        end, size = begin, 1 << 16
+    return False
 
 
 def _with_exif(container: str, size: tuple[int, int], exif: list[bytes], is_common: bool) -> ImageHeader:
@@ -211,7 +227,7 @@ def _probe_webp(data: memoryview) -> ImageHeader:
         return ImageHeader("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind != b"VP8X":
         raise UndecodableImageError(f"is a damaged WebP: it begins with the chunk {kind!r}")
-    size = tuple(int.from_bytes(first[begin : begin + 3], "little") + 1 for begin in (4, 7))
+    width, height = (int.from_bytes(first[begin : begin + 3], "little") + 1 for begin in (4, 7))
     position, exif = 12, []
     while position + 8 <= end:
         kind, length = struct.unpack_from("<4sI", data, position)
@@ -220,7 +236,7 @@ def _probe_webp(data: memoryview) -> ImageHeader:
         # Chunks begin at even positions.
         position += 8 + length + length % 2
     is_animated = bool(first[0] & 0x02)
-    return _with_exif("WEBP", size, exif, is_common=not is_animated)
+    return _with_exif("WEBP", (width, height), exif, is_common=not is_animated)
 
 
 def _probe_with_pillow(data: memoryview, container: str) -> ImageHeader:
@@ -240,7 +256,8 @@ def _header_of(image: Image.Image, container: str) -> ImageHeader:
         tags = image.tag_v2
         # `image.size` is that of the upright picture in some versions of Pillow.
         width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
-        stored = image.getexif().get(0x0112, 1)
+        # Pillow turns a TIFF also by an orientation in its XMP data (tag 700), which takes a further parsing to find.
+        stored = image.getexif().get(0x0112, 1) if 700 in tags else tags.get(0x0112, 1)
         orientation = stored if isinstance(stored, int) and 1 <= stored <= 8 else 1
         sample_formats = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
     is_wide = image.mode == "F" or (container == "TIFF" and image.mode == "I")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast.pipelines.config import MAX_PIXELS
 from iwm_fast.pipelines.errors import UndecodableImageError
-from iwm_fast.pipelines.image_header import PLUGINS, Encoded, ImageHeader, probe
+from iwm_fast.pipelines.image_header import PLUGINS, Encoded, ImageHeader, probe, view_bytes
 
 # Pillow warns above this number of pixels, and raises an error above twice as many.
 _PILLOW_WARNS_ABOVE = 89_478_485
@@ -37,8 +37,11 @@ def decode_image(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor
     Raises:
         UndecodableImageError: with the reason, if `probe` refuses the file or its pixels cannot be decoded.
     """
-    header = probe(encoded, max_pixels)
-    content = _pixels_of_png(memoryview(encoded)) if header.container == "PNG" else bytes(encoded)
+    return _decode(encoded, probe(encoded, max_pixels))
+
+
+def _decode(encoded: Encoded, header: ImageHeader) -> UInt8[Tensor, "H W 3"]:
+    content = _pixels_of_png(view_bytes(encoded)) if header.container == "PNG" else bytes(encoded)
     try:
         with pillow_limit_lifted(header), PLUGINS[header.container](io.BytesIO(content)) as image:
             if header.container == "TIFF":
@@ -72,7 +75,8 @@ def dali_input(encoded: UInt8[np.ndarray, "_"], max_pixels: int = MAX_PIXELS) ->
     Raises:
         UndecodableImageError: with the reason, if `probe` refuses the file or Pillow cannot decode an uncommon one.
     """
-    return encoded if probe(encoded, max_pixels).is_common else as_ppm(decode_image(encoded, max_pixels))
+    header = probe(encoded, max_pixels)
+    return encoded if header.is_common else as_ppm(_decode(encoded, header))
 
 
 def as_ppm(pixels: UInt8[Tensor, "H W 3"]) -> UInt8[np.ndarray, "_"]:

@@ -44,6 +44,13 @@ def test_whatever_follows_the_image_does_not_make_it_look_truncated(kind, name):
     assert header == ImageHeader(kind, WIDTH, HEIGHT) and header.is_common
 
 
+@pytest.mark.parametrize("length", [*range(60, 67), *range((1 << 16) + 60, (1 << 16) + 67)])
+def test_the_end_marker_is_found_wherever_the_blocks_of_the_search_begin(length):
+    assert probe(JPEG + bytes(length)).width == WIDTH
+    with pytest.raises(UndecodableImageError, match="is truncated"):
+        probe(JPEG[:-2] + bytes(length))
+
+
 def test_the_end_marker_of_a_thumbnail_does_not_count():
     complete = all_files("jpeg")["jpeg: exif thumbnail"]
     assert complete.count(b"\xff\xd9") == 2 and probe(complete).orientation == 6
