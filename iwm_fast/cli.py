@@ -190,7 +190,7 @@ COMMANDS = {
         "write shards from an image folder, with or without one subfolder per class, or from its folders train and val",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
     "shards check": Command(
-        "SHARDS [image=left.jpg]", "decode every sample once, report, and exclude unreadable samples from the index",
+        "SHARDS [key=value ...]", "decode every sample once, report, and exclude unreadable samples from the index",
         _shards_check, "iwm_fast.config.commands:CheckShardsConfig"),
     "demo": Command(
         "[key=value ...]", "train and evaluate a world model on bundled photographs, as `make demo` does", _demo,

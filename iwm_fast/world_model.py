@@ -28,12 +28,14 @@ from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
+from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.transforms.action import action_from_change
 from iwm_fast.pipelines.transforms.geometry import crop_window
+from iwm_fast.pipelines.transforms.image_decoding import decode_image, upright_rgb
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import identity_draws
-from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, resized_crop, upright_rgb
+from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 # Normalised pixels lie between -2.2 and 2.7. The margin is for images that somebody changed after normalisation.
 _MAX_NORMALISED = 10.0
@@ -67,21 +69,28 @@ class WorldModel:
         self.predictor.to(device)
         return self
 
-    def load_image(self, images: Images) -> Float[Tensor, "B 3 H W"]:
+    def load_image(self, images: Images, *, max_pixels: int | None = None) -> Float[Tensor, "B 3 H W"]:
         """Prepare images: crop the largest centred square, resize it to the run's size and normalise it.
 
         A batch of normalised images is checked and moved to the model's device. Its values are checked only on the CPU,
         because a GPU would have to be waited for.
 
+        Args:
+            images: see `Images`.
+            max_pixels: largest number of pixels of a file, which is checked before the file is decoded. None: the
+                run's data.max_pixels.
+
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if a file is not an image, or truncated, or a batch is not normalised or has another size.
+            ValueError: if a file is not an image, truncated or too large, or a batch is not normalised or has another
+                size.
             TypeError: for anything else.
         """
         size = self.config.views.size
         if isinstance(images, Tensor):
             return _require_normalised(images, size).to(self.device, torch.float32)
-        pixels = [_read_pixels(image) for image in (images if isinstance(images, list | tuple) else [images])]
+        limit = max_pixels or self.config.data.max_pixels
+        pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
         windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))
@@ -165,14 +174,14 @@ class WorldModel:
             )
 
 
-def _read_pixels(image: Any) -> UInt8[Tensor, "H W 3"]:
+def _read_pixels(image: Any, max_pixels: int) -> UInt8[Tensor, "H W 3"]:
     """Return the pixels of a file, a PIL image or an array."""
     if isinstance(image, str | Path):
         encoded = np.frombuffer(Path(image).read_bytes(), np.uint8)
         try:
-            return decode_image(encoded)
-        except UNDECODABLE as error:
-            raise ValueError(f"{image} must be a complete image of a supported format: {error}") from error
+            return decode_image(encoded, max_pixels)
+        except UndecodableImageError as error:
+            raise ValueError(f"{image} must be a complete image of a supported format, but it {error}") from error
     if isinstance(image, Image.Image):
         return upright_rgb(image)
     if not isinstance(image, np.ndarray):

@@ -12,7 +12,10 @@ Backend = Literal["dali", "torch"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-"""Formats that all decoders read, by Pillow's names. The format is read from the content, not from the extension."""
+"""Accepted formats, by Pillow's names. The format is read from the content, not from the extension."""
+
+MAX_PIXELS = 178_956_970
+"""Default of data.max_pixels: Pillow's limit, above which 8 bits and 3 channels take more than half a GiB."""
 
 PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
 CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
@@ -88,6 +91,8 @@ class DataConfig:
     Unset: the member with a usual extension, such as .jpg or .png."""
     shuffle_window: int = 16
     """Number of shards whose samples are mixed. More shards mix better; fewer shards need fewer open files."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image. A larger one counts as bad, before it takes memory."""
     max_samples: int | None = None
     """Number of samples to train on, the first ones, for instance to overfit a single batch. Unset: all samples."""
     restart_epoch: bool = False
@@ -96,6 +101,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_image_extension("data.image", self.image)
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "be at least 1")
         limit = self.max_samples
         require(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
 
@@ -248,11 +254,14 @@ class PackConfig:
     """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
     val_share: float = 0.0
     """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image, like data.max_pixels of the runs that will read the shards."""
     leave_out_bad: bool = False
     """Whether to leave out files that cannot be packed, with a warning. false: nothing is packed if there are any."""
 
     def __post_init__(self) -> None:
         require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
         require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
 

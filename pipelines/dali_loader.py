@@ -8,18 +8,21 @@ Four stages run at the same time, and each hands its results to the next in orde
     4. the caller of `__next__` trains
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
-from iwm_fast.pipelines.bad_samples import BadSampleReplacer, EncodedImage
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
@@ -28,11 +31,16 @@ from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
+from iwm_fast.pipelines.transforms.image_decoding import as_ppm, dali_input, decode_image
+
+log = logging.getLogger(__name__)
+
+EncodedImage = UInt8[np.ndarray, "_"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LoadedRequest:
-    """A request and its encoded images."""
+    """A request and its encoded images, as DALI is given them."""
 
     request: Request
     encoded: list[EncodedImage]
@@ -49,10 +57,16 @@ class DaliLoader:
         self._device = device
         self._settings = graph_settings(plan, config, device)
         self._reader = Reader(shards, num_threads=config.reader_threads)
-        self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
+        self._prepare = error_as_value(partial(dali_input, max_pixels=shards.max_pixels))
+        self._decode_and_prepare = error_as_value(self._checked_input)
+        self._replacer = BadSampleReplacer(
+            plan, shards, self._reader, config.max_bad_samples, prepare_candidate=self._decode_and_prepare
+        )
+        # Samples that DALI cannot decode though Pillow can.
+        self._left_to_pillow: set[int] = set()
         # Masks and draws of a request take time too, so a separate thread computes them.
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
-        self._pending_reads: deque[Future[tuple[Request, Future[list[EncodedImage]]]]] = deque()
+        self._pending_reads: deque[Future[tuple[Request, Future[list[Any]]]]] = deque()
         # Requests whose inputs the graph has taken and whose outputs it has not returned yet, in order.
         self._in_graph: deque[_LoadedRequest] = deque()
         self._next_index = first
@@ -61,6 +75,7 @@ class DaliLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph = self._build_graph(self._settings, self._next_inputs)
         self._retry_graph: Any = None
+        self._retry_inputs: tuple[Any, ...] = ()
         is_cropping = self._settings.output == "crops"
         self._photometry = CpuPhotometry(config.loader_threads) if is_cropping else None
         # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
@@ -76,9 +91,9 @@ class DaliLoader:
         self._pending_reads.append(self._planner.submit(self._start_reading, self._next_index))
         self._next_index += 1
 
-    def _start_reading(self, index: int) -> tuple[Request, Future[list[EncodedImage]]]:
+    def _start_reading(self, index: int) -> tuple[Request, Future[list[Any]]]:
         request = self._plan.request(index)
-        return request, self._reader.submit(request.samples)
+        return request, self._reader.submit(request.samples, self._prepare)
 
     def _next_inputs(self) -> tuple[Any, ...]:
         """Return the graph's next inputs. DALI calls this in `run`, on the render thread, up to `prefetch` ahead."""
@@ -88,7 +103,9 @@ class DaliLoader:
             # DALI's external source ends at StopIteration; `run` raises it after the last prefetched batch.
             raise StopIteration from None
         self._submit_next_request()
-        request, encoded = self._replacer.replace_incomplete(request, reading.result())
+        request, encoded = self._replacer.replace(request, reading.result())
+        for image in np.flatnonzero(np.isin(request.samples, list(self._left_to_pillow))):
+            encoded[image] = as_ppm(decode_image(encoded[image], self._shards.max_pixels))
         self._in_graph.append(_LoadedRequest(request=request, encoded=encoded))
         return self._graph_inputs(self._in_graph[-1])
 
@@ -130,7 +147,7 @@ class DaliLoader:
             outputs = self._run(self._graph)
         except RuntimeError:
             # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
-            outputs = self._run_without_bad_samples()
+            outputs = self._run_again()
         request = self._in_graph.popleft().request
         *views, window, inner = outputs
         source_view, target_view = (self._as_tensor(view) for view in views)
@@ -150,20 +167,50 @@ class DaliLoader:
     def _run(self, graph: Any) -> tuple[Any, ...]:
         return graph.run() if self._stream is None else graph.run(self._stream)
 
-    def _run_without_bad_samples(self) -> tuple[Any, ...]:
-        """Replace the bad samples of the batch that failed, and render it again.
+    def _run_again(self) -> tuple[Any, ...]:
+        """Render the batch that failed once more: without bad samples, and with images decoded by Pillow if need be.
 
         The main graph cannot repeat a batch: after an error it continues with the next one. A second graph, which does
-        not prefetch, renders the repaired batch.
+        not prefetch, renders the batch.
+
+        Raises:
+            RuntimeError: naming the images, if the batch cannot be rendered though each of them can.
         """
         # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
-        request, encoded = self._replacer.replace_undecodable(failed.request, failed.encoded)
-        self._in_graph[0] = _LoadedRequest(request=request, encoded=encoded)
+        checked = [self._decode_and_prepare(content) for content in failed.encoded]
+        request, encoded = self._replacer.replace(failed.request, checked)
+        self._in_graph[0] = loaded = _LoadedRequest(request=request, encoded=encoded)
+        inputs = self._graph_inputs(loaded)
+        for image, sample in enumerate(request.samples.tolist()):
+            if self._retry(tuple(values[image : image + 1] for values in inputs)) is None:
+                if sample not in self._left_to_pillow:
+                    self._left_to_pillow.add(sample)
+                    log.warning("DALI cannot decode %s; Pillow decodes it instead", self._shards.address(sample))
+                encoded[image] = as_ppm(decode_image(encoded[image], self._shards.max_pixels))
+        outputs = self._retry(self._graph_inputs(loaded))
+        if outputs is None:
+            first, last = (self._shards.address(int(request.samples[image])) for image in (0, -1))
+            raise RuntimeError(
+                f"a batch of step {request.step} cannot be rendered though each of its images, {first} to {last}, can "
+                "be decoded; set runtime.loader=torch to find out whether DALI is the cause"
+            )
+        return outputs
+
+    def _retry(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Return the outputs of the second graph, None if it fails."""
+        self._retry_inputs = inputs
         if self._retry_graph is None:
-            settings = replace(self._settings, prefetch=1)
-            self._retry_graph = self._build_graph(settings, lambda: self._graph_inputs(self._in_graph[0]))
-        return self._run(self._retry_graph)
+            self._retry_graph = self._build_graph(replace(self._settings, prefetch=1), lambda: self._retry_inputs)
+        try:
+            return self._run(self._retry_graph)
+        except RuntimeError:
+            return None
+
+    def _checked_input(self, encoded: EncodedImage) -> EncodedImage:
+        """Return what DALI is given for an image, after Pillow has decoded it."""
+        decode_image(encoded, self._shards.max_pixels)
+        return dali_input(encoded, self._shards.max_pixels)
 
     def _as_tensor(self, outputs: Any) -> Tensor:
         """Return a view as a tensor, without a copy: DALI allocates new memory for the outputs of each batch."""

@@ -1,4 +1,4 @@
-"""The errors that shards raise, and names from outside made safe to print."""
+"""The errors that shards and images raise, and names from outside made safe to print."""
 
 
 def printable(text: str) -> str:
@@ -35,3 +35,7 @@ class ShardError(Exception):
 
 class EmptyShardError(ShardError):
     """A shard holds no image that could be drawn; a set of shards leaves it out if others hold images."""
+
+
+class UndecodableImageError(ValueError):
+    """An image file cannot be used; the message is the reason, such as "file is cut off ..."."""

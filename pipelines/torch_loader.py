@@ -1,6 +1,7 @@
 """The reference loader: Pillow decodes, torch operations render, and each batch is made when it is requested."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,15 +9,16 @@ from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
-from iwm_fast.pipelines.bad_samples import BadSampleReplacer, EncodedImage
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_window
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.torch_renderer import UNDECODABLE, decode_image, render, resized_crop
+from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
 
 
 class TorchLoader:
@@ -31,7 +33,8 @@ class TorchLoader:
         self._device = device
         self._next_index = first
         self._reader = Reader(shards, num_threads=1)
-        self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples)
+        self._decode = error_as_value(partial(decode_image, max_pixels=shards.max_pixels))
+        self._replacer = BadSampleReplacer(plan, shards, self._reader, config.max_bad_samples, self._decode)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -42,17 +45,8 @@ class TorchLoader:
         except EndOfPlanError:
             raise StopIteration from None
         self._next_index += 1
-        encoded = self._reader.read(request.samples)
-        request, images = self._decode(*self._replacer.replace_incomplete(request, encoded))
+        request, images = self._replacer.replace(request, self._reader.read(request.samples, self._decode))
         return assemble_batch(request, self._render(request, images), self._shards, self._views, self._device)
-
-    def _decode(self, request: Request, encoded: list[EncodedImage]) -> tuple[Request, list[UInt8[Tensor, "_ _ 3"]]]:
-        """Decode all images; return them with the request, in which undecodable samples are replaced."""
-        try:
-            return request, [decode_image(content) for content in encoded]
-        except UNDECODABLE:
-            request, encoded = self._replacer.replace_undecodable(request, encoded)
-            return request, [decode_image(content) for content in encoded]
 
     def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> RenderedViews:
         draws = request.draws

@@ -4,24 +4,24 @@ Broken bytes in the middle of a JPEG are not an error for any of the decoders: t
 training.
 """
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, describe_sizes, upright_size
-from iwm_fast.pipelines.config import IMAGE_FORMATS
-from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
+from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask, describe_sizes
+from iwm_fast.pipelines.config import MAX_PIXELS
+from iwm_fast.pipelines.errors import EmptyShardError, ShardError, UndecodableImageError, printable
+from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.index_cache import file_version, save_filtered_index
 from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class ShardReport:
 
 
 def validate_shards(
-    paths: Sequence[str], num_processes: int | None = None, *, image: str = ""
+    paths: Sequence[str], num_processes: int | None = None, *, image: str = "", max_pixels: int = MAX_PIXELS
 ) -> Iterator[ShardReport]:
     """Yield the report of each shard in the order of `paths`, and store an index without the bad samples.
 
@@ -70,20 +70,22 @@ def validate_shards(
         paths: paths of the shards, from `find_shards`.
         image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
         num_processes: number of shards checked at a time; unset: one per core.
+        max_pixels: largest number of pixels of an image or a mask; larger ones are bad.
 
     Raises:
         OSError: if a shard cannot be read, or no index without its bad samples can be stored.
     """
     num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
+    check = partial(validate_shard, image=image, max_pixels=max_pixels)
     if num_processes == 1:
-        yield from map(validate_shard, paths, repeat(image))
+        yield from map(check, paths)
         return
     # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(validate_shard, paths, repeat(image))
+        yield from pool.map(check, paths)
 
 
-def validate_shard(path: str, image: str = "") -> ShardReport:
+def validate_shard(path: str, image: str = "", max_pixels: int = MAX_PIXELS) -> ShardReport:
     """Decode all images and masks of a shard and store an index without the bad samples.
 
     Raises:
@@ -102,7 +104,7 @@ def validate_shard(path: str, image: str = "") -> ShardReport:
     bad_positions = []
     with ShardFile(path) as file:
         for position, key in enumerate(shard.keys):
-            reason = _check_sample(shard, position, file, report)
+            reason = _check_sample(shard, position, file, report, max_pixels)
             if reason:
                 bad_positions.append(position)
                 report.bad.append(BadSample(key=key, reason=reason))
@@ -117,35 +119,28 @@ def validate_shard(path: str, image: str = "") -> ShardReport:
     return report
 
 
-def _check_sample(shard: Shard, position: int, file: ShardFile, report: ShardReport) -> str:
+def _check_sample(shard: Shard, position: int, file: ShardFile, report: ShardReport, max_pixels: int) -> str:
     """Return the reason why a sample is bad; if it is good, add it to the report and return an empty string."""
     content = file.read_at(int(shard.image_offset[position]), int(shard.image_size[position]))
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format not in IMAGE_FORMATS:
-                return f"is {image.format}; accepted formats are {', '.join(IMAGE_FORMATS)}"
-            # Image.open reads only the header; this decodes the pixels.
-            image.convert("RGB")
-            format_name, size, upright = str(image.format), image.size, upright_size(content)
-    except UnidentifiedImageError:
-        return f"is not an image, it begins with {content[:16]!r}" if content else "has 0 bytes"
-    # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as error:
-        return f"cannot be decoded: {error or type(error).__name__}"
+        header = probe(content, max_pixels)
+        decode_image(content, max_pixels)
+    except UndecodableImageError as error:
+        return str(error)
     if shard.mask_offset[position]:
         mask = file.read_at(int(shard.mask_offset[position]), int(shard.mask_size[position]))
-        reason = _check_mask(mask, upright, shard.keys[position], report)
+        reason = _check_mask(mask, header.upright_size, shard.keys[position], report, max_pixels)
         if reason:
             return reason
-    report.formats[format_name] += 1
-    report.sizes.append(size)
+    report.formats[header.container] += 1
+    report.sizes.append((header.width, header.height))
     return ""
 
 
-def _check_mask(mask: bytes, image_size: tuple[int, int], key: str, report: ShardReport) -> str:
+def _check_mask(mask: bytes, image_size: tuple[int, int], key: str, report: ShardReport, max_pixels: int) -> str:
     """Return the reason why a mask makes its sample bad; otherwise add it to the report and return an empty string."""
     try:
-        indices = decode_mask(mask)
+        indices = decode_mask(mask, max_pixels)
     except NoMaskError as error:
         # The PNG may be another picture instead of a mask, which does not make the image bad.
         report.invalid_masks.append(BadSample(key=key, reason=str(error)))

@@ -21,6 +21,7 @@ def check_shards(spec: str, config: CheckShardsConfig = CHECK_DEFAULTS, num_proc
     """Decode all images and masks, print a report, and save indexes without the samples that cannot be decoded.
 
     `spec` names the shards as `data.train` does. With `num_processes` of None, there is one process per core.
+    Images and masks of more than `max_pixels` pixels count as undecodable.
 
     Raises:
         ValueError: after the report is printed, if some shards cannot be used at all.
@@ -28,7 +29,7 @@ def check_shards(spec: str, config: CheckShardsConfig = CHECK_DEFAULTS, num_proc
     console = Console()
     paths = find_shards(spec)
     # `validate_shards` yields a report as soon as its shard is done, so the progress bar advances shard by shard.
-    validated = validate_shards(paths, num_processes, image=config.image)
+    validated = validate_shards(paths, num_processes, image=config.image, max_pixels=config.max_pixels)
     reports = list(track(validated, "checking", total=len(paths), console=console, transient=True))
     console.print(_summary_table(reports))
     bad = [f"{report.path}:{bad.key} {bad.reason}" for report in reports for bad in report.bad]

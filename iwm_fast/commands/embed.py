@@ -119,7 +119,7 @@ def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
     evaluation_batches = [paths[first : first + _BATCH_SIZE] for first in range(0, len(paths), _BATCH_SIZE)]
     with ThreadPoolExecutor(thread_name_prefix="images") as pool:
         for batch in track_progress(evaluation_batches, len(evaluation_batches), "batches encoded"):
-            views = list(pool.map(lambda path: _read(model, path), batch))
+            views = list(pool.map(lambda path: _read(model, path, config.data.max_pixels), batch))
             read = [path for path, view in zip(batch, views, strict=True) if view is not None]
             names = [to_valid_unicode(path.relative_to(root).as_posix()) for path in read]
             good = [view for view in views if view is not None]
@@ -138,9 +138,9 @@ def _image_files(folder: Path) -> list[Path]:
     return found.images[folder]
 
 
-def _read(model: WorldModel, path: Path) -> Float[Tensor, "1 3 H W"] | None:
+def _read(model: WorldModel, path: Path, max_pixels: int | None) -> Float[Tensor, "1 3 H W"] | None:
     try:
-        return model.load_image(path)
+        return model.load_image(path, max_pixels=max_pixels)
     except (OSError, ValueError) as error:
         log.warning("%s; it is left out", printable(str(error)))
         return None

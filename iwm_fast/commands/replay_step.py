@@ -49,9 +49,13 @@ def replay_step(config: ReplayConfig) -> Path:
     metadata = read_metadata(rows.schema)
     require(config.first_slot < len(rows), "first_slot", config.first_slot, f"lie in 0 .. {len(rows) - 1}")
     rows = rows.slice(config.first_slot, config.num_images or (_NUM_IMAGES if config.format == "png" else None))
-    shards = open_training_shards(
-        DataConfig(train=config.shards or metadata.shards, max_samples=metadata.max_samples, image=metadata.image)
+    data = DataConfig(
+        train=config.shards or metadata.shards,
+        max_samples=metadata.max_samples,
+        image=metadata.image,
+        max_pixels=metadata.max_pixels,
     )
+    shards = open_training_shards(data)
     require_same_samples(rows, metadata, shards)
     device = choose_device(config.device or runtime.device)
     batches = render_again(rows, metadata, shards, _loader_config(config, runtime, device), device)

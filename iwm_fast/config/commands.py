@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.config.evaluation import EvalDataConfig
-from iwm_fast.pipelines.config import Backend, require, require_image_extension
+from iwm_fast.pipelines.config import MAX_PIXELS, Backend, require, require_image_extension
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,12 @@ class CheckShardsConfig:
 
     image: str = ""
     """Member of each sample that is its image, like data.image of the runs that will read the shards."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image or a segmentation map, like data.max_pixels of these runs."""
 
     def __post_init__(self) -> None:
         require_image_extension("image", self.image)
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
 
 
 CHECK_DEFAULTS = CheckShardsConfig()

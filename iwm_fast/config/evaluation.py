@@ -21,10 +21,14 @@ class EvalDataConfig:
     label: str = "cls"
     """Label to predict: cls for the .cls members, or json.NAME for a field of the .json members (json.NAME.NAME for a
     nested field)."""
+    max_pixels: int | None = None
+    """Largest number of pixels of an image; larger ones are not decoded. Unset: the run's data.max_pixels."""
 
     def __post_init__(self) -> None:
         require_image_extension("data.image", self.image)
         require_label_field("data.label", self.label)
+        limit = self.max_pixels
+        require(limit is None or limit >= 1, "data.max_pixels", limit, "be at least 1 or unset")
 
 
 def _check_no_label(data: EvalDataConfig) -> None:

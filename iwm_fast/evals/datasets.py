@@ -4,6 +4,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -17,7 +18,11 @@ from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, ProbeConfig
 from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
 from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
+from iwm_fast.pipelines.bad_samples import error_as_value
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
+from iwm_fast.pipelines.image_header import probe
+from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero
@@ -25,6 +30,10 @@ from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.training.loaders import evaluation_loader, open_named_shards, open_training_shards
 from iwm_fast.world_model import WorldModel
+
+# A broken download can damage thousands of images. The rest are only counted.
+_MAX_LINES = 20
+_READER_THREADS, _HEADERS_AT_A_TIME = 8, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +101,38 @@ def label_sets(
     )
 
 
+def require_readable(*selections: tuple[ShardSet, Int64[np.ndarray, "_"]]) -> None:
+    """Read the headers of all images of an evaluation before the first one is encoded, and name the bad ones together.
+
+    A selection is a set of shards and the numbers of its samples. Shards that `iwm shards check` has decoded are not
+    read. Only decoding finds broken pixels, so it may still fail later.
+
+    Raises:
+        ShardError: with the reason and the remedy, if headers are bad or images are truncated or too large.
+    """
+    bad: dict[str, str] = {}
+    for shards, samples in selections:
+        bad |= {shards.address(sample): reason for sample, reason in _bad_headers(shards, samples)}
+    if bad:
+        lines = [f"{address} {reason}" for address, reason in list(bad.items())[:_MAX_LINES]]
+        more = [f"... and {len(bad) - _MAX_LINES} more"] if len(bad) > _MAX_LINES else []
+        problem = "\n".join([f"{len(bad)} images of this evaluation cannot be decoded:", *lines, *more])
+        raise ShardError(f"{problem}\nrun `iwm shards check` on these shards to leave the images out")
+
+
+def _bad_headers(shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[tuple[int, str]]:
+    """Yield number and reason of each sample whose header is bad."""
+    is_unchecked = np.array([not shard.is_checked for shard in shards.shards])
+    samples = samples[is_unchecked[shards.locate(samples)[0]]]
+    probe_header = error_as_value(partial(probe, max_pixels=shards.max_pixels))
+    with Reader(shards, _READER_THREADS) as reader:
+        for first in range(0, len(samples), _HEADERS_AT_A_TIME):
+            some = samples[first : first + _HEADERS_AT_A_TIME]
+            for sample, header in zip(some.tolist(), reader.read(some, probe_header), strict=True):
+                if isinstance(header, UndecodableImageError):
+                    yield sample, str(header)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A run's encoder, its untrained control, and the labelled samples on which both are measured."""
@@ -135,14 +176,21 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
     Raises:
         FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
         ValueError: if no shards are named.
-        ShardError: if a sample has no label, or a validation sample has one that no training sample has.
+        ShardError: if a sample has no label, a validation sample has one that no training sample has, or an image
+            cannot be decoded.
     """
     with same_error_on_all_ranks():
         model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
     control = world_model.build_untrained(replace(model.config, seed=config.seed), model.device)
-    # Labels in .json members require a read of all shards, so only rank 0 reads them.
-    sets = broadcast_from_rank_zero(lambda: label_sets(*shards, config.data.label, max_train=config.max_train_samples))
+
+    def read_sets() -> LabelledSets:
+        sets = label_sets(*shards, config.data.label, max_train=config.max_train_samples)
+        require_readable((sets.train.shards, sets.train.samples), (sets.val.shards, sets.val.samples))
+        return sets
+
+    # Labels in .json members and headers require a read of all shards, so only rank 0 reads them.
+    sets = broadcast_from_rank_zero(read_sets)
     return Comparison(models=(model, control), sets=sets)
 
 
@@ -161,19 +209,23 @@ def validation_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     spec = data.val or model.config.data.val
     if not spec:
         raise ValueError("data.val must name validation shards, because the run has none")
-    image = data.image or model.config.data.image
+    own = _run_data(model, data)
     # On one rank, as in training: others would read the same headers and repeat the warnings.
-    return broadcast_from_rank_zero(lambda: open_named_shards("data.val", spec, image))
+    return broadcast_from_rank_zero(lambda: open_named_shards("data.val", spec, own))
 
 
 def training_shards(model: WorldModel, data: EvalDataConfig) -> ShardSet:
     """Open `data.train` or, if it is unset, the training samples of the run. Collective: every rank must call it."""
-    own = model.config.data
+    own = _run_data(model, data)
     if data.train:
-        image = data.image or own.image
-        return broadcast_from_rank_zero(lambda: open_named_shards("data.train", data.train, image))
-    own = replace(own, image=data.image or own.image)
+        return broadcast_from_rank_zero(lambda: open_named_shards("data.train", data.train, own))
     return broadcast_from_rank_zero(lambda: open_training_shards(own))
+
+
+def _run_data(model: WorldModel, data: EvalDataConfig) -> DataConfig:
+    """Return the data settings of the run, with those that the evaluation sets itself."""
+    own = model.config.data
+    return replace(own, image=data.image or own.image, max_pixels=data.max_pixels or own.max_pixels)
 
 
 def evenly_spaced(num_samples: int, count: int | None) -> Int64[np.ndarray, "samples"]:

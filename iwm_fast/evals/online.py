@@ -15,7 +15,7 @@ from torch import Tensor
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import KnnConfig, MrrConfig
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets
+from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets, require_readable
 from iwm_fast.evals.probing.knn import knn_accuracy
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
 from iwm_fast.pipelines.config import require
@@ -61,14 +61,21 @@ class OnlineEvaluation:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
         require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
-        self._val = open_named_shards("data.val", val, self._config.data.image)
+        self._val = open_named_shards("data.val", val, self._config.data)
         self._labelled = _label_samples(self._train, self._val)
+        self._require_readable()
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if self._has_predictor:
             controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
         if self._labelled:
             controls["eval/knn_chance"] = self._labelled.chance
         return controls
+
+    def _require_readable(self) -> None:
+        selections = [(self._val, evenly_spaced(self._val.num_samples, _MRR.num_images))] if self._has_predictor else []
+        if self._labelled:
+            selections += [(samples.shards, samples.samples) for samples in (self._labelled.train, self._labelled.val)]
+        require_readable(*selections)
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """Return MRR, k-NN accuracy, their controls and the duration, by name. Collective: every rank must call it.

@@ -30,13 +30,13 @@ EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
 
 
-def open_named_shards(setting: str, spec: str, image: str) -> ShardSet:
-    """Open the shards that a setting names; if some are missing, the error names the setting as the remedy.
+def open_named_shards(setting: str, spec: str, data: DataConfig) -> ShardSet:
+    """Open the shards that a setting names, with the choice and limit of images in `data`.
 
-    `image` is the value of data.image.
+    If some are missing, the error names the setting as the remedy.
     """
     try:
-        return open_shards(spec, image)
+        return open_shards(spec, data.image, max_pixels=data.max_pixels)
     except FileNotFoundError as error:
         is_same = absolute_shards(spec) == spec
         base = "" if is_same else f"; relative paths start from {Path.cwd()}"
@@ -55,7 +55,7 @@ def open_training_shards(data: DataConfig) -> ShardSet:
         raise ValueError(
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
-    shards = open_named_shards("data.train", data.train, data.image)
+    shards = open_named_shards("data.train", data.train, data)
     if data.max_samples is None:
         return shards
     require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
@@ -162,6 +162,7 @@ def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:
         shards=absolute_shards(config.data.train),
         max_samples=config.data.max_samples,
         image=config.data.image,
+        max_pixels=config.data.max_pixels,
         shards_digest=shards.content_digest,
     )
 

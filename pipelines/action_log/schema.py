@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import MAX_PIXELS, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
@@ -58,6 +58,8 @@ class LogMetadata:
     """The value of data.max_samples: the run used only this many samples, the first ones; None means all."""
     image: str = ""
     """The value of data.image. Logs written before this setting existed lack it."""
+    max_pixels: int = MAX_PIXELS
+    """The value of data.max_pixels: the run used no larger images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,15 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
-from PIL import ExifTags, Image
 
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.config import MAX_PIXELS
+from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
+from iwm_fast.pipelines.image_header import PLUGINS, probe
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard import require_unchanged
 from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.image_decoding import pillow_limit_lifted
 
 _REMEDY = "add it as .seg.png, or as .png next to a .jpg"
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 # (colour type, bit depth) for which Pillow returns the stored numbers. It rescales grey of fewer than 8 bits.
 _ACCEPTED = {(3, 1), (3, 2), (3, 4), (3, 8), (0, 8)}
@@ -43,12 +44,15 @@ def read_mask(shards: ShardSet, files: FileCache, sample: int) -> UInt8[np.ndarr
         require_unchanged(shard, file)
         content = file.read_at(begin, end - begin)
     try:
-        mask = decode_mask(content[mask_begin - begin : mask_end - begin])
-        image_size = upright_size(content[image_begin - begin : image_end - begin])
+        mask = decode_mask(content[mask_begin - begin : mask_end - begin], shards.max_pixels)
     # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         problem = f"segmentation map cannot be used: {error or type(error).__name__}"
         raise ShardError(problem, **address, remedy="replace or remove the member") from error
+    try:
+        image_size = probe(content[image_begin - begin : image_end - begin], shards.max_pixels).upright_size
+    except UndecodableImageError as error:
+        raise ShardError(f"image {error}", **address, remedy="run `iwm shards check` to leave it out") from error
     if mask.shape[::-1] != image_size:
         raise ShardError(describe_sizes(mask, image_size), **address, remedy="write both in the same size")
     return mask
@@ -97,32 +101,22 @@ def read_mask_values(shards: ShardSet, num_threads: int = 8) -> Bool[np.ndarray,
     return has_value
 
 
-def decode_mask(encoded: bytes) -> UInt8[np.ndarray, "H W"]:
+def decode_mask(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W"]:
     """Decode a PNG with a palette or 8-bit grey to the stored numbers.
 
     Raises:
         NoMaskError: if it is an image of another kind.
-        OSError, SyntaxError, ...: from Pillow, if it is not a complete image.
+        UndecodableImageError: if it is not an image, larger than `max_pixels`, or cut off.
+        OSError, SyntaxError, ...: from Pillow, if its pixels are broken.
     """
-    with Image.open(io.BytesIO(encoded)) as image:
-        # Bytes 24 and 25 of a PNG are bit depth and colour type. Pillow's mode is "L" for grey of 2, 4 and 8 bits.
-        kind = (encoded[25], encoded[24]) if encoded.startswith(_SIGNATURE) else None
-        if kind not in _ACCEPTED:
-            actual = f"PNG with {_COLOUR_TYPES.get(kind[0])} of {kind[1]} bits" if kind else f"{image.format}"
-            raise NoMaskError(f"{actual} holds no class indices; accepted are PNGs with a palette or 8-bit grey")
+    header = probe(encoded, max_pixels)
+    # Bytes 24 and 25 of a PNG are bit depth and colour type. Pillow's mode is "L" for grey of 2, 4 and 8 bits.
+    kind = (encoded[25], encoded[24]) if header.container == "PNG" else None
+    if kind not in _ACCEPTED:
+        actual = f"PNG with {_COLOUR_TYPES.get(kind[0])} of {kind[1]} bits" if kind else header.container
+        raise NoMaskError(f"{actual} holds no class indices; accepted are PNGs with a palette or 8-bit grey")
+    with pillow_limit_lifted(header), PLUGINS["PNG"](io.BytesIO(encoded)) as image:
         return np.array(image)
-
-
-def upright_size(encoded: bytes) -> tuple[int, int]:
-    """Return width and height of an image after the rotation in its EXIF data, read from its header.
-
-    Raises:
-        OSError, SyntaxError, ...: from Pillow, if it is not an image.
-    """
-    with Image.open(io.BytesIO(encoded)) as image:
-        width, height = image.size
-        # Orientations 5 to 8 include a quarter turn.
-        return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
 
 
 def describe_sizes(mask: UInt8[np.ndarray, "H W"], image_size: tuple[int, int]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
-from iwm_fast.pipelines.errors import printable
+from iwm_fast.pipelines.errors import UndecodableImageError, printable
+from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.foreign_files import recognise_text
 
 Group = TypeVar("Group")
@@ -28,12 +29,18 @@ def is_image_name(name: str) -> bool:
     return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
-def refuse_image(content: bytes) -> str:
-    """Return why the content of a file is not accepted as an image, empty if it is."""
+def refuse_image(content: bytes, max_pixels: int) -> str:
+    """Return why the content of a file is not accepted as an image of up to `max_pixels`, empty if it is."""
     if not content:
         return "is empty"
     foreign = recognise_text(content)
-    return f"{foreign.problem}; {foreign.remedy}" if foreign else ""
+    if foreign:
+        return f"{foreign.problem}; {foreign.remedy}"
+    try:
+        probe(content, max_pixels)
+    except UndecodableImageError as error:
+        return str(error)
+    return ""
 
 
 class ImageFolders(Generic[Group]):

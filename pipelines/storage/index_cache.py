@@ -61,7 +61,7 @@ def load_or_index(path: str, image: str = "") -> Shard:
     valid = [shard for shard in indexes if shard is not None]
     if valid:
         # There are two if a filtered index could not replace the older one. The filtered index leaves out more samples.
-        shard = max(valid, key=lambda shard: shard.num_left_out)
+        shard = max(valid, key=lambda shard: (shard.num_left_out, shard.is_checked))
         if not shard.keys:
             problem = f"none of its {shard.num_left_out} samples could be decoded by iwm shards check"
             raise EmptyShardError(problem, shard=path, remedy="write the shard again")
@@ -90,7 +90,8 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
     # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
     time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     index_paths = _index_paths(shard.path, image)
-    _write_index(replace(shard, keys=keys, num_left_out=len(positions), **arrays), version, index_paths)
+    checked = replace(shard, keys=keys, num_left_out=len(positions), is_checked=True, **arrays)
+    _write_index(checked, version, index_paths)
     # Read it back as a run will: the store may report no modification time, or the shard may have changed meanwhile.
     stored = [_read_index(index_path, shard.path, file_version(shard.path)) for index_path in index_paths]
     if positions and max((index.num_left_out for index in stored if index), default=0) != len(positions):
@@ -133,7 +134,7 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
                 return None
             arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_INTEGER_FIELDS)}
             is_complete = about.pop("checksum") == _checksum(arrays, about)
-            num_left_out = int(about["num_left_out"])
+            counts = {"num_left_out": int(about["num_left_out"]), "is_checked": bool(about["is_checked"])}
             unused = {kind: Unused(*entry) for kind, entry in about["unused"].items()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         log.warning("%s is not a complete index (%s); it is rebuilt", printable(str(index_path)), error)
@@ -143,10 +144,8 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
         return None
     bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
     keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
-    return Shard(
-        path=path, size_bytes=version.size_bytes, keys=tuple(keys), num_left_out=num_left_out, unused=unused,
-        **{name: arrays[name] for name in _INTEGER_FIELDS},
-    )  # fmt: skip
+    integers = {name: arrays[name] for name in _INTEGER_FIELDS}
+    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), unused=unused, **counts, **integers)
 
 
 def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) -> None:
@@ -156,7 +155,13 @@ def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) ->
     arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _INTEGER_FIELDS}
     arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)
     arrays["key_size"] = np.array([len(key) for key in keys], np.int64)
-    about = {"format": FORMAT, "stamp": version, "num_left_out": shard.num_left_out, "unused": shard.unused}
+    about = {
+        "format": FORMAT,
+        "stamp": version,
+        "num_left_out": shard.num_left_out,
+        "is_checked": shard.is_checked,
+        "unused": shard.unused,
+    }
     content = save(arrays, {"about": json.dumps(about | {"checksum": _checksum(arrays, about)})})
     errors = []
     for index_path in index_paths:

@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Lock
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -16,6 +17,9 @@ from iwm_fast.pipelines.storage.tar_reader import ShardFile
 
 # Far below the usual limit of 1024 descriptors per process, which DALI, sockets and logs share.
 MAX_OPEN_FILES = 256
+
+Prepare = Callable[[UInt8[np.ndarray, "_"]], Any]
+"""What is done to an encoded image once it is read."""
 
 _CLOSED = "the reader was closed"
 _REMEDY = "restart to index it again"
@@ -103,32 +107,39 @@ class Reader:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._is_closed = Event()
 
-    def submit(self, samples: Int64[np.ndarray, "B"]) -> "Future[list[UInt8[np.ndarray, '_']]]":
+    def submit(self, samples: Int64[np.ndarray, "B"], prepare: Prepare | None = None) -> "Future[list[Any]]":
         """Start to read samples and return a future of their encoded images, in the order of `samples`.
+
+        With `prepare`, the threads also call it with each encoded image, and the future holds what it returns.
 
         The future raises:
             ShardError: if a shard has changed since it was indexed.
             OSError: if a shard cannot be read, with its path in a note.
         """
-        return self._start(samples).result
+        return self._start(samples, prepare).result
 
-    def read(self, samples: Int64[np.ndarray, "B"]) -> list[UInt8[np.ndarray, "_"]]:
-        """Read samples and return their encoded images, in the order of `samples`.
+    def read(self, samples: Int64[np.ndarray, "B"], prepare: Prepare | None = None) -> list[Any]:
+        """Read samples and return their encoded images, or what `prepare` makes of them, in the order of `samples`.
 
         Raises:
             ShardError: if a shard has changed since it was indexed.
             OSError: if a shard cannot be read, with its path in a note.
         """
-        pending = self._start(samples)
+        pending = self._start(samples, prepare)
         # The calling thread reads as well, because the pool may be busy with earlier requests that are not urgent.
         pending.run()
         return pending.result.result()
 
-    def _start(self, samples: Int64[np.ndarray, "B"]) -> "_PendingRead":
+    def _start(self, samples: Int64[np.ndarray, "B"], prepare: Prepare | None) -> "_PendingRead":
         shard, position = self._shards.locate(samples)
         # Sorted by shard and position, each file is read forwards and few files are in use at a time.
         order = np.lexsort((position, shard)).tolist()
-        pending = _PendingRead(order, lambda index: self._read_image(int(shard[index]), int(position[index])))
+
+        def read_image(index: int) -> Any:
+            encoded = self._read_image(int(shard[index]), int(position[index]))
+            return encoded if prepare is None else prepare(encoded)
+
+        pending = _PendingRead(order, read_image)
         # The pool starts jobs in the order of submission, and each job reads until its request has no images left.
         # So no thread starts on a later request while an earlier one still has images to read.
         for _ in range(min(self._num_threads, len(order))):
@@ -171,13 +182,13 @@ class Reader:
 class _PendingRead:
     """The images of one request, which free threads take one at a time, so that a slow response delays no other."""
 
-    def __init__(self, order: list[int], read_image: Callable[[int], np.ndarray]) -> None:
-        self.result: Future[list[np.ndarray]] = Future()
+    def __init__(self, order: list[int], read_image: Callable[[int], Any]) -> None:
+        self.result: Future[list[Any]] = Future()
         # A running future cannot be cancelled by its holder, so that set_result never fails.
         self.result.set_running_or_notify_cancel()
         self._read_image = read_image
         self._queue: deque[int] = deque(order)
-        self._images: list[np.ndarray] = [np.empty(0, np.uint8)] * len(order)
+        self._images: list[Any] = [None] * len(order)
         self._num_missing = len(order)
         self._lock = Lock()
         self._has_failed = False
@@ -199,7 +210,7 @@ class _PendingRead:
                 return
             self._store(index, image)
 
-    def _store(self, index: int, image: np.ndarray) -> None:
+    def _store(self, index: int, image: Any) -> None:
         with self._lock:
             self._images[index] = image
             self._num_missing -= 1

@@ -65,6 +65,8 @@ class Shard:
     """Number of samples that are not listed because `iwm shards check` could not decode them."""
     unused: dict[str, Unused] = field(default_factory=dict)
     """Members that no sample uses, by kind; `describe_unused` puts them into words."""
+    is_checked: bool = False
+    """Whether `iwm shards check` has decoded all samples that are listed."""
 
 
 @dataclass(kw_only=True)

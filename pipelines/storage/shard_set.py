@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 
@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
+from iwm_fast.pipelines.config import MAX_PIXELS
 from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
 from iwm_fast.pipelines.storage.index_cache import load_or_index
 from iwm_fast.pipelines.storage.remote_file import file_info, list_files
@@ -28,6 +29,8 @@ class ShardSet:
     """Shards in a fixed order, whose samples are numbered consecutively from 0."""
 
     shards: tuple[Shard, ...]
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image or a segmentation map; larger ones are not decoded (data.max_pixels)."""
 
     @cached_property
     def shard_bounds(self) -> Int64[np.ndarray, "bounds"]:
@@ -54,7 +57,7 @@ class ShardSet:
         num_shards = int(np.searchsorted(self.shard_bounds, num_samples))
         *complete, last = self.shards[:num_shards]
         last = limit_samples(last, num_samples - int(self.shard_bounds[num_shards - 1]))
-        return ShardSet(shards=(*complete, last))
+        return replace(self, shards=(*complete, last))
 
     def locate(self, samples: Int64[np.ndarray, "B"]) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
         """Return each sample's shard number and its position within that shard.
@@ -125,7 +128,7 @@ class ShardSet:
         return digest.hexdigest()
 
 
-def open_shards(spec: str, image: str = "", num_threads: int = 8) -> ShardSet:
+def open_shards(spec: str, image: str = "", num_threads: int = 8, *, max_pixels: int = MAX_PIXELS) -> ShardSet:
     """Find the shards that a pattern names, index them in threads and return those with images as one set.
 
     One warning for the complete set names shards without images, samples that are left out, and members that no sample
@@ -135,6 +138,7 @@ def open_shards(spec: str, image: str = "", num_threads: int = 8) -> ShardSet:
         spec: a pattern as in `find_shards`.
         image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
         num_threads: number of shards that are indexed at a time.
+        max_pixels: largest number of pixels of an image that may be decoded.
 
     Raises:
         ValueError: if the pattern is empty, malformed, or names a file twice.
@@ -157,7 +161,7 @@ def open_shards(spec: str, image: str = "", num_threads: int = 8) -> ShardSet:
         lines.insert(0, f"{len(empty)} of {len(paths)} shards are left out because they hold no image: {empty[0]}")
     if lines:
         log.warning("%s: %s", printable(spec), "\n  ".join(["", *lines] if len(lines) > 1 else lines))
-    return ShardSet(shards=shards)
+    return ShardSet(shards=shards, max_pixels=max_pixels)
 
 
 def _load_or_error(path: str, image: str) -> Shard | EmptyShardError:

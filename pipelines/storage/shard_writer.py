@@ -152,7 +152,7 @@ def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> 
     found = ImageFolders(folders)
     images, problems = {}, list(found.problems)
     for group, paths in found.images.items():
-        refusals = {path: _refusal(path) for path in paths}
+        refusals = {path: _refusal(path, config.max_pixels) for path in paths}
         images[group] = [path for path, refusal in refusals.items() if not refusal]
         problems += [printable(f"{path} {refusal}") for path, refusal in refusals.items() if refusal]
     _report_problems(problems, config)
@@ -172,9 +172,9 @@ def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> 
     ]
 
 
-def _refusal(path: Path) -> str:
+def _refusal(path: Path, max_pixels: int) -> str:
     try:
-        return refuse_image(path.read_bytes())
+        return refuse_image(path.read_bytes(), max_pixels)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

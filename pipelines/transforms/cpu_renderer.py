@@ -24,7 +24,7 @@ class CpuPhotometry:
     """Renders two normalised views from crops, in `num_threads` threads."""
 
     def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="photometry")
+        self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
         self._memory = RecycledMemory()
         self._thread_local = threading.local()
@@ -66,6 +66,29 @@ class CpuPhotometry:
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _single_threaded_pool(num_workers: int) -> ThreadPoolExecutor:
+    """Return a pool in whose threads torch's operations use one thread each, whatever the caller's setting is.
+
+    Otherwise every thread would start as many as OMP_NUM_THREADS or the number of cores, which wait for each other by
+    spinning.
+    """
+    pool, started = ThreadPoolExecutor(num_workers, thread_name_prefix="photometry"), threading.Barrier(num_workers)
+
+    def start() -> None:
+        # The first use of torch in a thread adopts the value that was set last, by whichever thread.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        # A thread that waits takes no second job, so that all of them are started.
+        started.wait()
+
+    num_threads = torch.get_num_threads()
+    for job in [pool.submit(start) for _ in range(num_workers)]:
+        job.result()
+    # For the threads that start later.
+    torch.set_num_threads(num_threads)
+    return pool
 
 
 class RecycledMemory:

@@ -1,38 +1,12 @@
 """The reference implementation of the image operations, in torch on uint8 pixels; evaluations render with it, too."""
 
-import io
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Shaped, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.pipelines.config import IMAGE_FORMATS
 from iwm_fast.pipelines.transforms.parameters import LUMA, Photometry, blur_radius, color_matrix, gray_gain
-
-# The errors that Pillow raises for bytes that are not a complete image.
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-def decode_image(encoded: UInt8[np.ndarray, "bytes"]) -> UInt8[Tensor, "H W 3"]:
-    """Decode an image to RGB and apply the orientation in its EXIF data.
-
-    Raises:
-        One of UNDECODABLE: if the bytes are not a complete image of an accepted format.
-    """
-    with Image.open(io.BytesIO(encoded.tobytes()), formats=IMAGE_FORMATS) as image:
-        return upright_rgb(image)
-
-
-def upright_rgb(image: Image.Image) -> UInt8[Tensor, "H W 3"]:
-    """Return the pixels of a Pillow image as RGB, turned by the orientation in its EXIF data."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        # Pillow's `convert` clips 16-bit values at 255 instead of scaling them by 255 / 65535.
-        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-    return torch.from_numpy(np.array(upright.convert("RGB")))
 
 
 def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:

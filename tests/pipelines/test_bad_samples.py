@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from fixtures.tar_files import encode, photograph, write_tar
-from iwm_fast.pipelines.bad_samples import looks_complete
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
@@ -17,7 +16,7 @@ from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.pipelines.transforms.torch_renderer import decode_image
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 
 GLOBAL_BATCH = 8
 BACKENDS = ["dali", "torch"]
@@ -154,17 +153,6 @@ def test_evaluations_do_not_replace_bad_images(tmp_path, backend, kind):
     with pytest.raises(ShardError, match=r"sample '07': cannot decode the image") as caught:
         take(plan, shards, 3, backend)
     assert caught.value.shard == str(tmp_path / "0.tar")
-
-
-def test_only_truncated_or_unknown_files_look_incomplete():
-    pixels = photograph("coffee.png")[:40, :50]
-    for kind in ("JPEG", "PNG", "WEBP"):
-        complete = np.frombuffer(encode(pixels, kind), np.uint8)
-        assert looks_complete(complete), kind
-        for num_removed in (1, 100, len(complete) // 2, len(complete) - 3):
-            assert not looks_complete(complete[:-num_removed]), (kind, num_removed)
-    with_tail = np.frombuffer(encode(pixels) + bytes(20), np.uint8)
-    assert looks_complete(with_tail)
 
 
 def test_a_complete_file_that_looks_truncated_is_used(tmp_path, caplog):

@@ -19,8 +19,9 @@ from torchvision.transforms import functional as reference
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, identity_draws, identity_photometry
-from iwm_fast.pipelines.transforms.torch_renderer import decode_image, render, resized_crop
+from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
 
 SIZE = 224
 # Name of the photograph, and top and left of a crop that shows objects and not only background.

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig
-from iwm_fast.evals.datasets import LabelledSets, label_sets, result_name, tensors_digest
+from iwm_fast.evals.datasets import LabelledSets, label_sets, require_readable, result_name, tensors_digest
 from iwm_fast.evals.finetuning.mixup import BatchAugmentation
 from iwm_fast.evals.finetuning.networks import build_networks
 from iwm_fast.evals.finetuning.run import (
@@ -34,7 +34,7 @@ from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, buil
 from iwm_fast.evals.results import Result, accuracy_gain, mean_row, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
-from iwm_fast.pipelines.config import require
+from iwm_fast.pipelines.config import MAX_PIXELS, require
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
@@ -107,13 +107,15 @@ def build_classification_variant(name: str, model: WorldModel, context: Finetune
 def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
     for name in ("train", "val"):
         require(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
-    vit = build_vit(config)
+    vit, max_pixels = build_vit(config), config.data.max_pixels or MAX_PIXELS
     context = FinetuneContext(
         settings=config,
         model_config=vit_run_config(config, vit),
         step=0,
-        train=broadcast_from_rank_zero(lambda: open_shards(config.data.train, config.data.image)),
-        val=broadcast_from_rank_zero(lambda: open_shards(config.data.val, config.data.image)),
+        train=broadcast_from_rank_zero(
+            lambda: open_shards(config.data.train, config.data.image, max_pixels=max_pixels)
+        ),
+        val=broadcast_from_rank_zero(lambda: open_shards(config.data.val, config.data.image, max_pixels=max_pixels)),
         folder=task_folder(config.to, result_name("finetune", config.data), config.name),
         rank_info=rank_info,
         preemption=preemption,
@@ -129,6 +131,8 @@ def _read_label_sets(config: FinetuneConfig, context: FinetuneContext) -> Labell
     sets = label_sets(context.train, context.val, config.data.label)
     accepted = f"name a label with at least two classes in the training shards, which have only {sets.classes}"
     require(len(sets.classes) >= 2, "data.label", config.data.label, accepted)
+    # Training replaces bad images.
+    require_readable((context.val, sets.val.samples))
     return sets
 
 

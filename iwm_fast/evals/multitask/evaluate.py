@@ -19,7 +19,7 @@ from iwm_fast import world_model
 from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.engines.optimizer import build_scaled_optimizer
-from iwm_fast.evals.datasets import label_sets
+from iwm_fast.evals.datasets import label_sets, require_readable
 from iwm_fast.evals.finetuning.networks import Encode, build_networks, freeze_encoder, seeded_init
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
@@ -65,9 +65,14 @@ def evaluate_multitask(
         model.require_predictor()
         context = open_context("multitask", config, model, rank_info, preemption)
     train, val = context.train, context.val
-    tasks = broadcast_from_rank_zero(
-        lambda: [LabelledTask(spec, label_sets(train, val, spec.label, classes=spec.classes)) for spec in specs]
-    )
+
+    def read_tasks() -> list[LabelledTask]:
+        tasks = [LabelledTask(spec, label_sets(train, val, spec.label, classes=spec.classes)) for spec in specs]
+        # Training replaces bad images.
+        require_readable((val, np.arange(val.num_samples)))
+        return tasks
+
+    tasks = broadcast_from_rank_zero(read_tasks)
     multitask = _train_predictor("multitask", tasks, config, model, context)
     single, alone = single_task_settings(config, len(tasks)), tasks if config.single else []
     single_tasks = [_train_predictor(f"alone_{task.spec.name}", [task], single, model, context) for task in alone]

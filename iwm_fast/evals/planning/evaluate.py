@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
-from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, training_shards, validation_shards
+from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, require_readable, training_shards, validation_shards
 from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
 from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
@@ -29,7 +29,7 @@ from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import change_from_action, describe_action
 from iwm_fast.pipelines.transforms.parameters import JITTER
-from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
 
@@ -47,6 +47,11 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
         # Fails early if there is nothing to search for.
         training_prior(model.config.views)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
+    selected = [
+        (val, evenly_spaced(val.num_samples, config.num_images)),
+        (train, evenly_spaced(train.num_samples, config.num_train_images)),
+    ]
+    broadcast_from_rank_zero(lambda: require_readable(*selected))
     searched = searched_entries(model.config.views)
     rows: list[Row] = []
     for kind, entries in zip(SOURCE_KINDS, (JITTER, FLAGS), strict=True):
@@ -138,7 +143,9 @@ def plan_images(config: PlanConfig) -> PlannedChange:
     require(bool(config.source), "source and target", (config.source, config.target), "both name image files")
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
-    distance = distance_to(model, model.load_image(config.source), model.load_image(config.target))
+    distance = distance_to(
+        model, *(model.load_image(path, max_pixels=config.data.max_pixels) for path in (config.source, config.target))
+    )
     result = search(distance, prior, config, sample=0)
     (distance_before,) = distance(np.zeros((1, len(result.action)), np.float32))
     change = change_from_action(result.action[None], views)

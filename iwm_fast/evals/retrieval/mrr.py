@@ -24,7 +24,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from iwm_fast.config.evaluation import MrrConfig
-from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, validation_shards
+from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, require_readable, validation_shards
 from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
@@ -45,7 +45,7 @@ from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.parameters import JITTER
-from iwm_fast.runtime.distributed import RankInfo, rank_zero_only, single_process
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
 
@@ -70,6 +70,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
         model = open_world_model(config.run, rank_info.device, config.checkpoint)
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
+    broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
     models = [model, with_untrained_predictor(model, config.seed)]
     shape = len(models), len(config.families), config.bank_size
 

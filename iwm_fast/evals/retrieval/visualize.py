@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iwm_fast.config.evaluation import ImagineConfig
-from iwm_fast.evals.datasets import clean_images, evenly_spaced, validation_shards
+from iwm_fast.evals.datasets import clean_images, evenly_spaced, require_readable, validation_shards
 from iwm_fast.evals.results import name_with_step
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.sweeps import (
@@ -80,6 +80,7 @@ def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Image
 def _banked_images(model: WorldModel, config: ImagineConfig) -> Iterator[BankedImage]:
     shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
+    require_readable((shards, samples))
     for pixels, sample in track_progress(clean_images(model, shards, samples), len(samples), "images queried"):
         bank = draw_bank(pixels, sample, config.bank_size, model=model, strengths=config.bank, seed=config.seed)
         yield BankedImage(pixels=pixels, bank=bank, target=encode_bank(model, bank))

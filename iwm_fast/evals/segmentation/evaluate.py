@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
-from iwm_fast.evals.datasets import evenly_spaced
+from iwm_fast.evals.datasets import evenly_spaced, require_readable
 from iwm_fast.evals.finetuning.networks import build_networks
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
@@ -110,8 +110,13 @@ def open_segmentation(
         context = open_context("segment", config, model, rank_info, preemption)
         for shards in (context.train, context.val):
             require_masks(shards)
+    train, val = context.train, context.val
+    # The maps of both sets are compared with their images.
+    broadcast_from_rank_zero(
+        lambda: require_readable((train, np.arange(train.num_samples)), (val, np.arange(val.num_samples)))
+    )
     options = {"ignore_index": config.ignore_index, "num_threads": config.runtime.reader_threads}
-    num_classes = config.num_classes or count_classes(context.train, context.val, **options)
+    num_classes = config.num_classes or count_classes(train, val, **options)
     return SegmentationContext(config=config, context=context, model=model, num_classes=num_classes)
 
 

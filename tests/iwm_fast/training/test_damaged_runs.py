@@ -159,7 +159,9 @@ def test_a_damaged_run_ends_like_a_straight_one_or_in_one_message(pretrained, tm
         stopped = StoppedRun(pretrained, tmp_path / f"run{number}")
         place = random.Random(seed + str(number)).random()
         content = damage_file(stopped.folder / name, damage, place)
-        is_unreadable = bool(read_rows(stopped.folder / METRICS_FILE)[1]) or not read_status(stopped.folder) or "step-" in name
+        is_unreadable = (
+            bool(read_rows(stopped.folder / METRICS_FILE)[1]) or not read_status(stopped.folder) or "step-" in name
+        )
         before = files_and_folders(stopped.folder)
         message = stopped.resume()
         if message:

@@ -14,7 +14,8 @@ from iwm_fast.pipelines.annotations.segmentation import crop_mask, read_mask, re
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import open_shards
-from iwm_fast.pipelines.transforms.torch_renderer import decode_image, resized_crop
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
+from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -137,8 +138,8 @@ UNUSABLE = {
     "shallow grey": "PNG with grey of 1 bits",
     "jpeg": "JPEG holds no class indices",
     "cut": "cannot be used: .*truncated",
-    "empty": "cannot identify image file",
-    "page": "cannot identify image file",
+    "empty": "has 0 bytes",
+    "page": "is not an image",
     "header": "cannot be used",
     "too small": r"map is 70 x 49, its image \(turned upright\) is 70 x 50; write both in the same size",
 }

@@ -1,6 +1,7 @@
 """The CPU renderer compared with the reference renderer, and its reuse of memory."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,3 +94,23 @@ def test_memory_is_kept_while_a_gradient_needs_it():
     assert memory.take((4,)).data_ptr() != address
     product.backward()
     assert weight.grad is not None and (weight.grad == 3).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_each_worker_uses_one_torch_thread_and_the_callers_setting_remains(num_threads, num_workers):
+    before = torch.get_num_threads()
+    try:
+        # In a thread that has not asked for its number of threads yet, as at the start of a program.
+        with ThreadPoolExecutor(1) as caller:
+            caller.submit(torch.set_num_threads, num_threads).result()
+            renderer = caller.submit(CpuPhotometry, num_workers).result()
+            assert caller.submit(torch.get_num_threads).result() == num_threads
+        used = [job.result() for job in [renderer._pool.submit(torch.get_num_threads) for _ in range(2 * num_workers)]]
+        assert set(used) == {1}
+        renderer.close()
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == num_threads, "threads that start later"
+        assert torch.get_num_threads() == before, "threads that exist already"
+    finally:
+        torch.set_num_threads(before)

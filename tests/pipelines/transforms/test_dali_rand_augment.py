@@ -13,9 +13,10 @@ from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, draw_augment, identity_draws
-from iwm_fast.pipelines.transforms.torch_renderer import decode_image, resized_crop
+from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 SIZE = 64
 # Operations that have no magnitude: they equalize or stretch the histogram, or change nothing.

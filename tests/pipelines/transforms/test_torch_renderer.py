@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fixtures.tar_files import photograph
+from iwm_fast.pipelines.errors import UndecodableImageError
+from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.parameters import Photometry, identity_photometry
-from iwm_fast.pipelines.transforms.torch_renderer import decode_image, recolor, render, resized_crop
+from iwm_fast.pipelines.transforms.torch_renderer import recolor, render, resized_crop
 
 
 def change(count: int = 1, **values: float) -> Photometry:
@@ -48,5 +50,5 @@ def test_a_crop_of_the_full_square_at_its_size_changes_nothing(crop):
 
 
 def test_bytes_that_are_not_an_image_are_refused():
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(UndecodableImageError, match="is not an image, it begins with b'<html>not found<'"):
         decode_image(np.frombuffer(b"<html>not found</html>", np.uint8))

@@ -108,7 +108,7 @@ def test_a_class_that_training_lacks_is_refused_before_extraction(run_folder, tm
 
 def test_a_bad_validation_image_is_named(run_folder, tmp_path):
     val = write_tinted_shard(tmp_path / "cut.tar", 6, 0, bad=2)
-    with pytest.raises(ShardError, match=r"cut\.tar: sample '002': cannot decode the image"):
+    with pytest.raises(ShardError, match=r"cut\.tar:002 is truncated"):
         evaluate_knn(KnnConfig(run=str(run_folder), data=EvalDataConfig(val=val)))
 
 

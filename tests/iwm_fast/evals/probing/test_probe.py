@@ -317,7 +317,7 @@ def test_unusable_data_is_refused_with_address_and_remedy(run_folder, tmp_path, 
         r"val\.tar: sample '098': json\.name is integer 98, which is not one": {
             "data": EvalDataConfig(label="json.name")
         },
-        r"cut\.tar: sample '002': cannot decode the image": {"data": EvalDataConfig(train=train)},
+        r"cut\.tar:002 is truncated": {"data": EvalDataConfig(train=train)},
     }
     for message, change in wrong.items():
         with pytest.raises(ShardError, match=message):
