@@ -97,13 +97,15 @@ def repeated_rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+# A minute or two on idle cores.
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_a_run_signalled_at_random_ends_like_an_uninterrupted_one(tiny_shards, tmp_path, kind):
     seed = int(os.environ.get("IWM_TEST_SEED", "0"))
     command = [sys.executable, str(WORKERS / "signalled_run.py"), kind, tiny_shards.pattern, str(tmp_path)]
     done = subprocess.run(
-        [*command, "20", str(seed), str(LOG_EVERY)], capture_output=True, text=True, check=False, timeout=800,
+        [*command, "20", str(seed), str(LOG_EVERY)], capture_output=True, text=True, check=False, timeout=1700,
         env=os.environ | {"PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     # A run that ends prints, too.
