@@ -20,6 +20,7 @@ from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.bad_samples import error_as_value
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.reader import Reader

@@ -1,5 +1,6 @@
 """Reads the metrics of a run, without the packages that write them."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
