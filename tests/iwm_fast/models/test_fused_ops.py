@@ -16,6 +16,7 @@ from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.cli import main
 from iwm_fast.commands.compile_kernels import compile_kernels, random_batch
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RuntimeConfig
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 from iwm_fast.models.layers import Attention
 from iwm_fast.models.student import build_student, choose_ops
@@ -93,10 +94,11 @@ def test_under_autocast_the_fused_model_compiles_into_one_graph():
 def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
     student = build_student(with_fused(config), FUSED).to(DEVICE)
     block, tokens = student.encoder.blocks[0], torch.randn(48, 64, device=DEVICE)
-    update, offsets = torch.randn(48, 64, device=DEVICE), torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE)
+    update = torch.randn(48, 64, device=DEVICE)
+    sequences = Sequences(torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE), 8, 40)
 
     def run_block(*pair):
-        return block(*pair, offsets, 40)
+        return block(*pair, sequences)
 
     recomputed = values_and_gradients(lambda *pair: checkpoint(run_block, *pair, use_reentrant=False), [tokens, update])
     expected = values_and_gradients(run_block, [tokens, update])
