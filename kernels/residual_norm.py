@@ -180,6 +180,10 @@ _TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOC
 # of its 132 multiprocessors. The number is the same on all GPUs so that the order of the sums is the same, too.
 _MAX_PROGRAMS = 264
 
+# Names of the kernels' parameters without the constants.
+_FORWARD_ARGUMENTS = _forward_kernel.arg_names[:8]
+_BACKWARD_ARGUMENTS = _backward_kernel.arg_names[:9]
+
 
 @functools.cache
 def _tile_sizes(width: int) -> dict[str, int]:
@@ -197,9 +201,9 @@ def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: fl
     """Return the launch that computes sum, norm and statistics from x, residual, weight and bias."""
     num_rows, width = inputs[0].shape
     sizes = _tile_sizes(width)
-    # In the order of the kernel's parameters; the names that are left over are the constants'.
-    arguments: dict[str, Any] = dict(zip(_forward_kernel.arg_names, (*inputs, *outputs, num_rows), strict=False))
-    grid = (triton.cdiv(num_rows, sizes["BLOCK_M"]),)
+    # In the order of the kernel's parameters.
+    arguments: dict[str, Any] = dict(zip(_FORWARD_ARGUMENTS, (*inputs, *outputs, num_rows), strict=True))
+    grid = (-(-num_rows // sizes["BLOCK_M"]),)
     return Launch(_forward_kernel, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
 
 
@@ -217,11 +221,11 @@ def _backward_launch(
     """
     num_rows, width = gradients[0].shape
     sizes = _tile_sizes(width)
-    num_programs = min(triton.cdiv(num_rows, sizes["BLOCK_M"]), _MAX_PROGRAMS)
+    num_programs = min(-(-num_rows // sizes["BLOCK_M"]), _MAX_PROGRAMS)
     partial = stats.new_empty(2, num_programs, width)
     d_x, d_residual = (*gradients, None)[:2]
     values = (*inputs, partial, d_x, d_residual, num_rows)
-    arguments: dict[str, Any] = dict(zip(_backward_kernel.arg_names, values, strict=False))
+    arguments: dict[str, Any] = dict(zip(_BACKWARD_ARGUMENTS, values, strict=True))
     return Launch(_backward_kernel, (num_programs,), arguments, sizes, num_warps=8), partial
 
 
@@ -356,8 +360,9 @@ class _ResidualNorm(torch.autograd.Function):
             inputs = (None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype))
             return *inputs, None, None, None, None
         sums, *d_inputs = _backward_op(d_total, d_normed, *ctx.saved_tensors, x_dtype, residual_dtype)
+        d_weight, d_bias = sums.unbind()
         # If x and residual have the same dtype, there is one gradient for both.
-        return d_inputs[0], d_inputs[-1], sums[0].to(weight_dtype), sums[1].to(bias_dtype), None, None
+        return d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype), None, None
 
 
 def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -129,28 +129,22 @@ def predictor_input(
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     sum_dtype = torch.promote_types(mask_token.dtype, torch.float32)
     positions = positions.detach()
-    # Autocast is off because the dtypes are chosen here; it would compute both terms in half precision.
+    # Autocast is off for what is summed, because it would round both terms of the first layer.
     with torch.autocast(device_type, enabled=False):
         mask_tokens = mask_token.to(sum_dtype) + positions.to(sum_dtype)
-        if mixer is None:
-            target_dtype = torch.promote_types(mask_token.dtype, positions.dtype)
-            target_rows = combine_rows(mask_tokens, None, patches.targets, num_images, target_dtype)
-        else:
-            target_rows = _mix(mask_tokens, mixer, patches.targets, autocast_dtype)
-        values = [context, target_rows] + ([] if action_tokens is None else [action_tokens.flatten(0, 1)])
-        dtype = _widest_dtype(positions, *values)
-        return place_rows(values, layout[: len(values)], positions, patches.context, dtype)
-
-
-def _mix(mask_tokens: Tensor, mixer: FeatureMixer, patch_row: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
-    """Return the rows (T, P) that the mixer makes of the mask tokens (N, P), which are in the dtype of the sums."""
-    width, sum_dtype = mask_tokens.shape[1], mask_tokens.dtype
-    w1, b1 = mixer.w1.to(sum_dtype), mixer.b1.to(sum_dtype)
-    w2, b2, w3, b3 = (parameter.to(autocast_dtype or parameter.dtype) for parameter in mixer[3:])
-    by_patch = F.linear(mask_tokens, w1[:, :width])
-    by_image = F.linear(mixer.action.to(sum_dtype), w1[:, width:], b1)
-    hidden = combine_rows(by_patch, by_image, patch_row, len(mixer.action), w2.dtype)
-    return F.linear(F.linear(hidden, w2, b2).relu_(), w3, b3)
+        if mixer is not None:
+            w1, b1, width = mixer.w1.to(sum_dtype), mixer.b1.to(sum_dtype), mask_tokens.shape[1]
+            by_patch = F.linear(mask_tokens, w1[:, :width])
+            by_image = F.linear(mixer.action.to(sum_dtype), w1[:, width:], b1)
+    if mixer is None:
+        target_dtype = torch.promote_types(mask_token.dtype, positions.dtype)
+        target_rows = combine_rows(mask_tokens, None, patches.targets, num_images, target_dtype)
+    else:
+        hidden = combine_rows(by_patch, by_image, patches.targets, num_images, autocast_dtype or mixer.w2.dtype)
+        target_rows = F.linear(F.linear(hidden, mixer.w2, mixer.b2).relu_(), mixer.w3, mixer.b3)
+    values = [context, target_rows] + ([] if action_tokens is None else [action_tokens.flatten(0, 1)])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (positions, *values)))
+    return place_rows(values, layout[: len(values)], positions, patches.context, dtype)
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
@@ -240,7 +234,3 @@ def _check_inputs(
 def why_unsupported(width: int) -> str:
     """Return why there is no kernel for this width, as a sentence without its subject; empty if there is one."""
     return "" if width % 16 == 0 else f"supports widths that are multiples of 16, got {width}"
-
-
-def _widest_dtype(*tensors: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
