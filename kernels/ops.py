@@ -25,9 +25,7 @@ class Ops(NamedTuple):
     """(x, residual, weight, bias, eps) -> (sum, normed); explained in `iwm_fast.kernels.residual_norm`."""
 
 
-REFERENCE = Ops(
-    ragged_attention_reference, predictor_inputs.predictor_input_reference, norm.residual_norm_reference
-)
+REFERENCE = Ops(ragged_attention_reference, predictor_inputs.predictor_input_reference, norm.residual_norm_reference)
 """PyTorch: runs on any device, and is what the fused operations are tested against."""
 
 FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.residual_norm)

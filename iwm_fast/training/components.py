@@ -10,11 +10,13 @@ from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
+from iwm_fast.kernels.ops import FUSED
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.training.kernel_check import check_kernels
 from iwm_fast.training.loaders import open_training_shards
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.teacher import Teacher
@@ -50,7 +52,10 @@ def build_components(config: RunConfig, rank_info: RankInfo) -> TrainingComponen
     accumulation_steps(config, rank_info.world_size)
     # Only rank 0 indexes the shards: many ranks would read the same headers from shared storage.
     shards = distributed.broadcast_from_rank_zero(lambda: open_training_shards(config.data))
-    student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
+    ops = choose_ops(config, rank_info.device)
+    if ops is FUSED and config.runtime.check_kernels and rank_info.device.type == "cuda":
+        check_kernels(config, rank_info.device)
+    student = build_student(config, ops).to(rank_info.device)
     # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
     initialize_from(config, student)
     teacher = Teacher(student.encoder, compute_dtype(config))

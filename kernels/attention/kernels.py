@@ -94,8 +94,8 @@ _OTHERS = {
 
 def choose_configs(architecture: int, head_dim: int) -> HeadConfigs:
     """Return the launches for a GPU of compute capability `architecture` / 10."""
-    # Hopper and data-centre Blackwell multiply from shared memory. All other GPUs have both operands in registers, which
-    # leaves room for fewer keys.
+    # Hopper and data-centre Blackwell multiply from shared memory. All other GPUs need both operands in registers, so
+    # there is room for fewer keys.
     return (_HOPPER if 90 <= architecture < 120 else _OTHERS)[head_dim]
 
 

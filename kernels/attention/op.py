@@ -145,9 +145,7 @@ def _fake_forward(qkv: Tensor, offsets: Tensor | None, shortest: int, longest: i
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:]), _new_lse(qkv)
 
 
-def _backward(
-    d_out: Tensor, qkv: Tensor, lse: Tensor, offsets: Tensor | None, shortest: int, longest: int
-) -> Tensor:
+def _backward(d_out: Tensor, qkv: Tensor, lse: Tensor, offsets: Tensor | None, shortest: int, longest: int) -> Tensor:
     kernel_qkv = upcast_for_interpreter(qkv)
     d_qkv = torch.empty_like(kernel_qkv)
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a permutation transposed.

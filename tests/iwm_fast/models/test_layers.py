@@ -77,7 +77,9 @@ def random_tokens(rows=9):
 def test_blocks_work_on_each_packed_sequence_alone():
     stack, tokens = build(), random_tokens()
     packed = run(stack, tokens, Sequences(torch.tensor([0, 4, 4, 9], dtype=torch.int32), 0, 5))
-    alone = torch.cat([run(stack, tokens[:4], Sequences.of_equal_length(4)), run(stack, tokens[4:], Sequences.of_equal_length(5))])
+    alone = torch.cat(
+        [run(stack, tokens[:4], Sequences.of_equal_length(4)), run(stack, tokens[4:], Sequences.of_equal_length(5))]
+    )
     torch.testing.assert_close(packed, alone)
 
 

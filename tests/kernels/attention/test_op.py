@@ -131,7 +131,9 @@ def test_very_negative_scores_do_not_give_nan(lengths):
 
 @pytest.mark.parametrize(("bad", "head_dim"), [(float("nan"), 32), (float("inf"), 64)])
 @pytest.mark.parametrize("dtype", GROUP_DTYPES if DEVICE == "cuda" else [DTYPE])
-@pytest.mark.parametrize("lengths", [[5, 60, 3], [64, 130, 61], [100, 90, 128], [200, 9, 193], [220, 256, 224]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[5, 60, 3], [64, 130, 61], [100, 90, 128], [200, 9, 193], [220, 256, 224]], ids=str
+)
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")  # the inputs hold such values
 def test_nan_and_inf_stay_in_their_sequence(lengths, bad, head_dim, dtype):
     qkv, sequences = qkv_of(lengths, head_dim, dtype, heads=1), sequences_of(lengths)
@@ -185,9 +187,7 @@ def test_the_operations_pass_opcheck(offsets):
     qkv = qkv_of([9])
     out, lse = torch.ops.iwm_fast.ragged_attention(qkv, offsets, *bounds)
     torch.library.opcheck(torch.ops.iwm_fast.ragged_attention.default, (qkv, offsets, *bounds))
-    torch.library.opcheck(
-        torch.ops.iwm_fast.ragged_attention_backward.default, (out, qkv, lse, offsets, *bounds)
-    )
+    torch.library.opcheck(torch.ops.iwm_fast.ragged_attention_backward.default, (out, qkv, lse, offsets, *bounds))
 
 
 def test_torch_compile_does_not_recompile_for_new_lengths():

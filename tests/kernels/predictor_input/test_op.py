@@ -209,7 +209,7 @@ def test_unsupported_inputs_are_refused():
         example.fused(context, mask_token, *mixer[:3], mixer[3].t(), *mixer[4:])
     with pytest.raises(TypeError, match="mask_token must have one of the dtypes bfloat16, float16, float32"):
         example.fused(context, mask_token.to(torch.float8_e5m2), *mixer)
-    with pytest.raises(ValueError, match="multiples of 16, got 24; set runtime.ops=reference"):
+    with pytest.raises(ValueError, match=r"multiples of 16, got 24; set runtime.ops=reference"):
         narrow = Example("none", width=24, dtype=torch.float32)
         narrow.fused(*narrow.inputs)
     with pytest.raises(ValueError, match=r"mixer\.w3 must have shape"):
