@@ -266,88 +266,64 @@ def why_unsupported(width: int) -> str:
     return "" if is_supported else f"supports widths that are multiples of 16 up to {max_width}, got {width}"
 
 
-def _forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, normed_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_inputs(x, residual, weight, bias)
-    outputs = _empty_outputs(x, residual, normed_dtype)
-    inputs = [upcast_for_interpreter(tensor) for tensor in (x, residual, weight, bias)]
+def _forward(inputs: Sequence[Tensor], eps: float, normed_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum, norm and statistics of the inputs x, residual, weight and bias."""
+    _check_inputs(*inputs)
+    outputs = _empty_outputs(*inputs[:2], normed_dtype)
     # In the interpreter kernels write float32 in place of bfloat16; the results are rounded below.
     kernel_outputs = [upcast_for_interpreter(tensor) for tensor in outputs]
-    _forward_launch(inputs, kernel_outputs, eps).run()
+    _forward_launch([upcast_for_interpreter(tensor) for tensor in inputs], kernel_outputs, eps).run()
     total, normed, stats = kernel_outputs
     return total.to(outputs[0].dtype), normed.to(outputs[1].dtype), stats
-
-
-def _fake_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, normed_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, residual, normed_dtype)
 
 
 def _backward(
     d_total: Tensor | None,
     d_normed: Tensor,
-    total: Tensor,
-    stats: Tensor,
-    weight: Tensor,
+    saved: Sequence[Tensor],
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return the gradients (2, D) of weight and bias, of x and, if its dtype is different, of residual."""
+    """Return the gradients (2, D) of weight and bias, of x and, if its dtype is different, of residual.
+
+    `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
+    """
+    total, stats, _ = saved
     gradients = _empty_gradients(total, x_dtype, residual_dtype)
     kernel_gradients = [upcast_for_interpreter(gradient) for gradient in gradients]
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a transposition strided.
     inputs = [
         None if tensor is None else upcast_for_interpreter(tensor.contiguous())
-        for tensor in (d_total, d_normed, total, stats, weight)
+        for tensor in (d_total, d_normed, *saved)
     ]
     launch, partial = _backward_launch(inputs, stats, kernel_gradients)
     launch.run()
     return [partial.sum(1), *(value.to(like.dtype) for value, like in zip(kernel_gradients, gradients, strict=True))]
 
 
-def _fake_backward(
-    d_total: Tensor | None,
-    d_normed: Tensor,
-    total: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> list[Tensor]:
-    return [stats.new_empty(2, total.shape[1]), *_empty_gradients(total, x_dtype, residual_dtype)]
-
-
 _forward_op = register_op(
-    "residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? normed_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    "residual_norm(Tensor[] inputs, float eps, ScalarType? normed_dtype) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda inputs, eps, normed_dtype: _empty_outputs(*inputs[:2], normed_dtype),
 )
 _backward_op = register_op(
-    "residual_norm_backward(Tensor? d_total, Tensor d_normed, Tensor total, Tensor stats, Tensor weight, "
-    "ScalarType x_dtype, ScalarType residual_dtype) -> Tensor[]",
+    "residual_norm_backward(Tensor? d_total, Tensor d_normed, Tensor[] saved, ScalarType x_dtype, "
+    "ScalarType residual_dtype) -> Tensor[]",
     _backward,
-    _fake_backward,
+    lambda d_total, d_normed, saved, *dtypes: [
+        saved[1].new_empty(2, saved[0].shape[1]),
+        *_empty_gradients(saved[0], *dtypes),
+    ],
 )
 
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        normed_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
-        total, normed, stats = _forward_op(x, residual, weight, bias, eps, normed_dtype)
+    def forward(ctx: Any, eps: float, normed_dtype: torch.dtype | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        total, normed, stats = _forward_op(inputs, eps, normed_dtype)
         # The sum and the statistics are enough for the gradient; x and residual need not be kept.
-        ctx.save_for_backward(total, stats, weight)
-        ctx.dtypes = x.dtype, residual.dtype, weight.dtype, bias.dtype
+        ctx.save_for_backward(total, stats, inputs[2])
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
         # The gradient of an unused result arrives as None, which saves the kernel reading a tensor of zeros.
         ctx.set_materialize_grads(False)
         return total, normed
@@ -357,12 +333,12 @@ class _ResidualNorm(torch.autograd.Function):
         d_total, d_normed = d_outputs
         x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if d_normed is None:
-            inputs = (None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype))
-            return *inputs, None, None, None, None
-        sums, *d_inputs = _backward_op(d_total, d_normed, *ctx.saved_tensors, x_dtype, residual_dtype)
+            d_inputs = [None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype)]
+            return None, None, *d_inputs, None, None
+        sums, *d_inputs = _backward_op(d_total, d_normed, ctx.saved_tensors, x_dtype, residual_dtype)
         d_weight, d_bias = sums.unbind()
         # If x and residual have the same dtype, there is one gradient for both.
-        return d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype), None, None
+        return None, None, d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype)
 
 
 def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -385,4 +361,4 @@ def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps
     """
     device_type = x.device.type
     normed_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return _ResidualNorm.apply(x, residual, weight, bias, eps, normed_dtype)
+    return _ResidualNorm.apply(eps, normed_dtype, x, residual, weight, bias)

@@ -97,13 +97,13 @@ def _why_not_fused(config: RunConfig, device: torch.device, num_predictor_tokens
         return f"fused operations need a GPU of compute capability 8.0 or newer, got {gpu / 10}"
     encoder, predictor, num_patches = config.model.encoder, config.model.predictor, config.grid**2
     num_action_tokens = len(config.views.entries) if predictor.conditioning == "sequence" else 0
-    networks = {"encoder": (encoder, num_patches)}
-    if predictor.depth > 0:
-        networks["predictor"] = predictor, num_predictor_tokens or num_patches + num_action_tokens
-    for name, (network, longest) in networks.items():
+    lengths = {"encoder": num_patches, "predictor": num_predictor_tokens or num_patches + num_action_tokens}
+    for name, network in (("encoder", encoder), ("predictor", predictor)):
+        if network.depth == 0:
+            continue
         head_dim = network.dim // network.num_heads
         for operation, reason in (
-            ("attention", attention.why_unsupported(gpu, head_dim, dtype, longest)),
+            ("attention", attention.why_unsupported(gpu, head_dim, dtype, lengths[name])),
             ("residual_norm", residual_norm.why_unsupported(network.dim)),
         ):
             if reason:

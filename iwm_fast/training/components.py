@@ -11,12 +11,12 @@ from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
 from iwm_fast.kernels.ops import FUSED
+from iwm_fast.models.kernel_check import check_kernels
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.kernel_check import check_kernels
 from iwm_fast.training.loaders import open_training_shards
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.teacher import Teacher

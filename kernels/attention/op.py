@@ -141,37 +141,26 @@ def _forward(qkv: Tensor, offsets: Tensor | None, shortest: int, longest: int) -
     return out.to(qkv.dtype), lse
 
 
-def _fake_forward(qkv: Tensor, offsets: Tensor | None, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:]), _new_lse(qkv)
-
-
-def _backward(d_out: Tensor, qkv: Tensor, lse: Tensor, offsets: Tensor | None, shortest: int, longest: int) -> Tensor:
+def _backward(d_out: Tensor, qkv: Tensor, lse: Tensor, *sequences: Any) -> Tensor:
     kernel_qkv = upcast_for_interpreter(qkv)
     d_qkv = torch.empty_like(kernel_qkv)
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a permutation transposed.
     tensors = upcast_for_interpreter(d_out.contiguous()), d_qkv, lse
-    sequences = Sequences(offsets, shortest, longest)
-    for launch in backward_launches(architecture(qkv.device), kernel_qkv, sequences, *tensors):
+    for launch in backward_launches(architecture(qkv.device), kernel_qkv, Sequences(*sequences), *tensors):
         launch.run()
     return d_qkv.to(qkv.dtype)
-
-
-def _fake_backward(
-    d_out: Tensor, qkv: Tensor, lse: Tensor, offsets: Tensor | None, shortest: int, longest: int
-) -> Tensor:
-    return torch.empty_like(qkv)
 
 
 _forward_op = register_op(
     "ragged_attention(Tensor qkv, Tensor? offsets, SymInt shortest, SymInt longest) -> (Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda qkv, *_: (qkv.new_empty(qkv.shape[0], *qkv.shape[2:]), _new_lse(qkv)),
 )
 _backward_op = register_op(
     "ragged_attention_backward(Tensor d_out, Tensor qkv, Tensor lse, Tensor? offsets, SymInt shortest, SymInt longest)"
     " -> Tensor",
     _backward,
-    _fake_backward,
+    lambda d_out, qkv, *_: torch.empty_like(qkv),
 )
 
 

@@ -31,7 +31,10 @@ def ragged_attention_reference(qkv: Tensor, sequences: Sequences) -> Tensor:
         return _dense(qkv, sequences.longest, is_gpu_half)
     if is_gpu_half and sequences.longest > 0:
         offsets, longest = sequences.offsets, sequences.longest
-        return varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
+        query, key, value = qkv.unbind(1)
+        out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+        assert isinstance(out, Tensor)
+        return out
     return _padded(qkv, sequences.offsets, sequences.longest)
 
 
@@ -49,7 +52,8 @@ def _dense(qkv: Tensor, length: int, is_gpu_half: bool) -> Tensor:
     num_rows, _, num_heads, head_dim = qkv.shape
     by_sequence = qkv.view(num_rows // length, length, 3, num_heads, head_dim)
     if is_gpu_half:
-        out = F.scaled_dot_product_attention(*by_sequence.permute(2, 0, 3, 1, 4))
+        query, key, value = by_sequence.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value)
         return out.transpose(1, 2).reshape(num_rows, num_heads, head_dim)
     by_head = by_sequence.permute(2, 3, 0, 1, 4).reshape(3, -1, length, head_dim)
     return _attend(by_head, qkv.new_zeros(1, 1, 1)).view(num_heads, num_rows, head_dim).transpose(0, 1)

@@ -47,27 +47,27 @@ def place_rows(
     return _PlaceRows.apply(packed_rows, positions, patch_row, dtype, *values)
 
 
-def _empty_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised rows as wide as those of `like`; in the interpreter float32 instead of bfloat16."""
-    return upcast_for_interpreter(like.new_empty(num_rows, like.shape[1], dtype=dtype))
+def _new_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised rows as wide as those of `like`."""
+    return like.new_empty(num_rows, like.shape[1], dtype=dtype)
 
 
 def _combine(by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, dtype: torch.dtype) -> Tensor:
     # Raises if tensors are not on a GPU and kernels are not interpreted.
     architecture(by_patch.device)
-    out = _empty_rows(by_patch, len(patch_row), dtype)
+    out = upcast_for_interpreter(_new_rows(by_patch, len(patch_row), dtype))
     combine_launch(out, by_patch, by_image, patch_row).run()
     return out.to(dtype)
 
 
-def _fake_combine(by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, dtype: torch.dtype) -> Tensor:
-    return by_patch.new_empty(patch_row.shape[0], by_patch.shape[1], dtype=dtype)
-
-
 def _combine_backward(
-    d_out: Tensor, gate: Tensor | None, patch_row: Tensor, num_patches: int, num_images: int, dtype: torch.dtype
+    d_out: Tensor, gate: Tensor | None, patch_row: Tensor, sizes: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Return the gradient of by_patch and, if there is a gate (the ReLU's output), that of by_image."""
+    """Return the gradient of by_patch and, if there is a gate (the ReLU's output), that of by_image.
+
+    `sizes` are the numbers of patch positions and images.
+    """
+    num_patches, num_images = sizes
     values = upcast_for_interpreter(d_out.contiguous())
     gate = None if gate is None else upcast_for_interpreter(gate)
     # The row of each patch of each image, (B, N), or -1 where the patch is not among the rows.
@@ -81,23 +81,17 @@ def _combine_backward(
     return gradients
 
 
-def _fake_combine_backward(
-    d_out: Tensor, gate: Tensor | None, patch_row: Tensor, num_patches: int, num_images: int, dtype: torch.dtype
-) -> list[Tensor]:
-    num_groups = (num_patches,) if gate is None else (num_patches, num_images)
-    return [d_out.new_empty(number, d_out.shape[1], dtype=dtype) for number in num_groups]
-
-
 _combine_op = register_op(
     "combine_rows(Tensor by_patch, Tensor? by_image, Tensor patch_row, ScalarType dtype) -> Tensor",
     _combine,
-    _fake_combine,
+    lambda by_patch, by_image, patch_row, dtype: _new_rows(by_patch, patch_row.shape[0], dtype),
 )
 _combine_backward_op = register_op(
-    "combine_rows_backward(Tensor d_out, Tensor? gate, Tensor patch_row, SymInt num_patches, SymInt num_images, "
-    "ScalarType dtype) -> Tensor[]",
+    "combine_rows_backward(Tensor d_out, Tensor? gate, Tensor patch_row, SymInt[] sizes, ScalarType dtype) -> Tensor[]",
     _combine_backward,
-    _fake_combine_backward,
+    lambda d_out, gate, patch_row, sizes, dtype: [
+        _new_rows(d_out, size, dtype) for size in sizes[: 1 if gate is None else 2]
+    ],
 )
 
 
@@ -108,12 +102,12 @@ class _CombineRows(torch.autograd.Function):
     ) -> Tensor:
         out = _combine_op(by_patch, by_image, patch_row, dtype)
         ctx.save_for_backward(None if by_image is None else out, patch_row)
-        ctx.sizes = len(by_patch), num_images, by_patch.dtype
+        ctx.sizes, ctx.dtype = [len(by_patch), num_images], by_patch.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        d_by_patch, *d_by_image = _combine_backward_op(*d_outputs, *ctx.saved_tensors, *ctx.sizes)
+        d_by_patch, *d_by_image = _combine_backward_op(*d_outputs, *ctx.saved_tensors, ctx.sizes, ctx.dtype)
         return d_by_patch, *(d_by_image or [None]), None, None, None
 
 
@@ -121,36 +115,30 @@ def _place(
     values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
 ) -> Tensor:
     architecture(positions.device)
-    packed = _empty_rows(positions, sum(map(len, values)), dtype)
+    packed = upcast_for_interpreter(_new_rows(positions, sum(map(len, values)), dtype))
     tables = [(upcast_for_interpreter(positions), patch_row)] + [(None, None)] * (len(values) - 1)
     for rows, packed_row, table in zip(values, packed_rows, tables, strict=True):
         scatter_launch(packed, packed_row, upcast_for_interpreter(rows), *table).run()
     return packed.to(dtype)
 
 
-def _fake_place(
-    values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return positions.new_empty(sum(rows.shape[0] for rows in values), positions.shape[1], dtype=dtype)
-
-
 def _gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:
-    out = _empty_rows(packed, len(packed_row), dtype)
+    out = upcast_for_interpreter(_new_rows(packed, len(packed_row), dtype))
     gather_launch(out, upcast_for_interpreter(packed.contiguous()), packed_row).run()
     return out.to(dtype)
-
-
-def _fake_gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty(packed_row.shape[0], packed.shape[1], dtype=dtype)
 
 
 _place_op = register_op(
     "place_rows(Tensor[] values, Tensor[] packed_rows, Tensor positions, Tensor patch_row, ScalarType dtype) -> Tensor",
     _place,
-    _fake_place,
+    lambda values, packed_rows, positions, patch_row, dtype: _new_rows(
+        positions, sum(rows.shape[0] for rows in values), dtype
+    ),
 )
 _gather_op = register_op(
-    "gather_rows(Tensor packed, Tensor packed_row, ScalarType dtype) -> Tensor", _gather, _fake_gather
+    "gather_rows(Tensor packed, Tensor packed_row, ScalarType dtype) -> Tensor",
+    _gather,
+    lambda packed, packed_row, dtype: _new_rows(packed, packed_row.shape[0], dtype),
 )
 
 

@@ -159,11 +159,11 @@ def test_under_autocast_the_norm_has_autocasts_dtype(dtype):
 
 @pytest.mark.parametrize("dtypes", [(SINGLE,) * 3, (HALF, SINGLE, SINGLE)])
 def test_the_operations_pass_opcheck(dtypes):
-    inputs = (*make_inputs(dtypes=dtypes), EPS, dtypes[0])
-    torch.library.opcheck(torch.ops.iwm_fast.residual_norm.default, inputs)
-    total, normed, stats = torch.ops.iwm_fast.residual_norm(*inputs)
+    inputs = make_inputs(dtypes=dtypes)
+    torch.library.opcheck(torch.ops.iwm_fast.residual_norm.default, (inputs, EPS, dtypes[0]))
+    total, normed, stats = torch.ops.iwm_fast.residual_norm(inputs, EPS, dtypes[0])
     for d_total in (total, None):
-        gradients = (d_total, normed, total, stats, inputs[2], dtypes[0], dtypes[1])
+        gradients = (d_total, normed, [total, stats, inputs[2]], dtypes[0], dtypes[1])
         torch.library.opcheck(torch.ops.iwm_fast.residual_norm_backward.default, gradients)
 
 

@@ -159,10 +159,10 @@ def test_vit_b_at_2048_on_one_24_gb_gpu_exits_with_1(vit_b, tmp_path, capsys, mo
     assert re.fullmatch(r"does not fit: \d+ of 24 GB per GPU; runtime.micro_batch_size=128 fits", lines[-1])
     assert all(len(line) <= 80 for line in lines)
     # The command succeeds with the setting that it suggests.
-    main(["check", str(path), "ranks=1", "gpu=RTX 4090", "runtime.micro_batch_size=64"])
+    main(["check", str(path), "ranks=1", "gpu=RTX 4090", "runtime.micro_batch_size=128"])
     printed = capsys.readouterr().out
-    assert re.match(r"fits: [\d.]+ of 24 GB per GPU \(ZeRO 1, 64 images", printed.splitlines()[-1])
-    larger = replace(vit_b, runtime=replace(vit_b.runtime, micro_batch_size=128))
+    assert re.match(r"fits: [\d.]+ of 24 GB per GPU \(ZeRO 1, 128 images", printed.splitlines()[-1])
+    larger = replace(vit_b, runtime=replace(vit_b.runtime, micro_batch_size=256))
     assert not verdict(larger, CheckConfig(ranks=1, gpu_memory_gb=24.0)).fits
 
 

@@ -19,13 +19,13 @@ from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, Run
 from iwm_fast.kernels.attention import op as attention_module
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import FUSED, REFERENCE
+from iwm_fast.models import kernel_check
 from iwm_fast.models import student as student_module
+from iwm_fast.models.kernel_check import check_kernels
 from iwm_fast.models.layers import Attention
 from iwm_fast.models.student import build_student, choose_ops
 from iwm_fast.runtime import distributed
-from iwm_fast.training import kernel_check
 from iwm_fast.training.components import build_components
-from iwm_fast.training.kernel_check import check_kernels
 from iwm_fast.training.teacher import Teacher
 
 pytestmark = pytest.mark.fused

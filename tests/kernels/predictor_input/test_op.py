@@ -192,7 +192,7 @@ def test_the_operations_pass_opcheck():
     for gate in (None, by_image):
         out = ops.combine_rows(by_patch, gate, targets, torch.float16)
         torch.library.opcheck(ops.combine_rows.default, (by_patch, gate, targets, torch.float16))
-        backward = (out, None if gate is None else out, targets, 9, 4, torch.float32)
+        backward = (out, None if gate is None else out, targets, [9, 4], torch.float32)
         torch.library.opcheck(ops.combine_rows_backward.default, backward)
     rows = [example.layout.context, example.layout.targets]
     place = [example.inputs[0], out], rows, example.positions, example.patches.context, torch.float32
