@@ -6,6 +6,7 @@ takes CPU tensors and is exact in float64, float32 and float16. Its bfloat16 ari
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,28 @@ def _wrap_constants(constants: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 
 def _wrap(value: Any) -> Any:
     return tuple(map(_wrap, value)) if isinstance(value, tuple) else tl.constexpr(value)
+
+
+_library = torch.library.Library("iwm_fast", "FRAGMENT")
+
+
+def register_op(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operation whose inside torch.compile does not trace, and return a function that calls it.
+
+    A new number of rows then needs no new graph. In eager mode torch's dispatcher is left out: it would double the host
+    time of a small operation, and so would `torch.library.custom_op`.
+
+    Args:
+        schema: name and types of the operation in torch's schema language.
+        function: the implementation, without a gradient.
+        fake: returns results of the same shapes and dtypes for tensors without memory.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"iwm_fast::{name}", fake, lib=_library)
+    op = getattr(torch.ops.iwm_fast, name).default
+    return lambda *arguments: op(*arguments) if torch.compiler.is_compiling() else function(*arguments)
 
 
 def architecture(device: torch.device) -> int:

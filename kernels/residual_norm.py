@@ -21,6 +21,7 @@ These are summed over each program's rows and then over the programs, always in 
 # Type checkers do not know that device code is compiled.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, architecture, check_contiguous, check_dtype, upcast_for_interpreter
+from iwm_fast.kernels.launch import (
+    Launch,
+    architecture,
+    check_contiguous,
+    check_dtype,
+    register_op,
+    upcast_for_interpreter,
+)
 
 
 def residual_norm_reference(
@@ -172,7 +180,12 @@ _TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOC
 # of its 132 multiprocessors. The number is the same on all GPUs so that the order of the sums is the same, too.
 _MAX_PROGRAMS = 264
 
+# Names of the kernels' parameters without the constants.
+_FORWARD_ARGUMENTS = _forward_kernel.arg_names[:8]
+_BACKWARD_ARGUMENTS = _backward_kernel.arg_names[:9]
 
+
+@functools.cache
 def _tile_sizes(width: int) -> dict[str, int]:
     return {"WIDTH": width} | next(sizes for max_width, sizes in _TILE_SIZES.items() if width <= max_width)
 
@@ -188,9 +201,9 @@ def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: fl
     """Return the launch that computes sum, norm and statistics from x, residual, weight and bias."""
     num_rows, width = inputs[0].shape
     sizes = _tile_sizes(width)
-    # In the order of the kernel's parameters; the names that are left over are the constants'.
-    arguments: dict[str, Any] = dict(zip(_forward_kernel.arg_names, (*inputs, *outputs, num_rows), strict=False))
-    grid = (triton.cdiv(num_rows, sizes["BLOCK_M"]),)
+    # In the order of the kernel's parameters.
+    arguments: dict[str, Any] = dict(zip(_FORWARD_ARGUMENTS, (*inputs, *outputs, num_rows), strict=True))
+    grid = (-(-num_rows // sizes["BLOCK_M"]),)
     return Launch(_forward_kernel, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
 
 
@@ -208,11 +221,11 @@ def _backward_launch(
     """
     num_rows, width = gradients[0].shape
     sizes = _tile_sizes(width)
-    num_programs = min(triton.cdiv(num_rows, sizes["BLOCK_M"]), _MAX_PROGRAMS)
+    num_programs = min(-(-num_rows // sizes["BLOCK_M"]), _MAX_PROGRAMS)
     partial = stats.new_empty(2, num_programs, width)
     d_x, d_residual = (*gradients, None)[:2]
     values = (*inputs, partial, d_x, d_residual, num_rows)
-    arguments: dict[str, Any] = dict(zip(_backward_kernel.arg_names, values, strict=False))
+    arguments: dict[str, Any] = dict(zip(_BACKWARD_ARGUMENTS, values, strict=True))
     return Launch(_backward_kernel, (num_programs,), arguments, sizes, num_warps=8), partial
 
 
@@ -230,85 +243,102 @@ def shipped_launches(architecture: int) -> dict[str, Launch]:
     return launches
 
 
-def _check_inputs(inputs: Sequence[Tensor]) -> None:
-    x = inputs[0]
+def _check_inputs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> None:
     # Raises if x is not on a GPU and kernels are not interpreted.
     architecture(x.device)
-    width, max_width = x.shape[-1], max(_TILE_SIZES)
-    if x.ndim != 2 or width % 16 != 0 or not 16 <= width <= max_width:
-        raise ValueError(f"x must have shape (M, D) with D a multiple of 16 up to {max_width}, got {tuple(x.shape)}")
-    shapes = {"x": x.shape, "residual": x.shape, "weight": (width,), "bias": (width,)}
-    for (name, shape), tensor in zip(shapes.items(), inputs, strict=True):
+    width = x.shape[-1]
+    reason = why_unsupported(width)
+    if x.ndim != 2 or reason:
+        raise ValueError(f"fused residual_norm {reason or 'takes a matrix'}: x has shape {tuple(x.shape)}, not (M, D)")
+    for name, tensor, shape in (
+        ("x", x, x.shape), ("residual", residual, x.shape), ("weight", weight, (width,)), ("bias", bias, (width,)),
+    ):  # fmt: skip
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)} to fit x, got {tuple(tensor.shape)}")
         check_dtype(name, tensor)
         check_contiguous(name, tensor)
 
 
-@torch.library.custom_op("iwm_fast::residual_norm", mutates_args=())
-def _residual_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, normed_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (x, residual, weight, bias)
-    _check_inputs(inputs)
-    outputs = _empty_outputs(x, residual, normed_dtype)
+def why_unsupported(width: int) -> str:
+    """Return why there is no kernel for this width, as a sentence without its subject; empty if there is one."""
+    max_width = max(_TILE_SIZES)
+    is_supported = width % 16 == 0 and 16 <= width <= max_width
+    return "" if is_supported else f"supports widths that are multiples of 16 up to {max_width}, got {width}"
+
+
+def _forward(inputs: Sequence[Tensor], eps: float, normed_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum, norm and statistics of the inputs x, residual, weight and bias."""
+    _check_inputs(*inputs)
+    outputs = _empty_outputs(*inputs[:2], normed_dtype)
     # In the interpreter kernels write float32 in place of bfloat16; the results are rounded below.
-    kernel_outputs = [*map(upcast_for_interpreter, outputs)]
-    _forward_launch([*map(upcast_for_interpreter, inputs)], kernel_outputs, eps).run()
-    total, normed, stats = map(Tensor.type_as, kernel_outputs, outputs)
-    return total, normed, stats
+    kernel_outputs = [upcast_for_interpreter(tensor) for tensor in outputs]
+    _forward_launch([upcast_for_interpreter(tensor) for tensor in inputs], kernel_outputs, eps).run()
+    total, normed, stats = kernel_outputs
+    return total.to(outputs[0].dtype), normed.to(outputs[1].dtype), stats
 
 
-@_residual_norm.register_fake
-def _(x, residual, weight, bias, *, eps, normed_dtype):
-    return _empty_outputs(x, residual, normed_dtype)
-
-
-@torch.library.custom_op("iwm_fast::residual_norm_backward", mutates_args=())
-def _residual_norm_backward(
-    d_total: Tensor | None, d_normed: Tensor, saved: Sequence[Tensor], x_dtype: torch.dtype, residual_dtype: torch.dtype
+def _backward(
+    d_total: Tensor | None,
+    d_normed: Tensor,
+    saved: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return the gradients of weight and bias, not yet rounded, of x and, if its dtype is different, of residual.
+    """Return the gradients (2, D) of weight and bias, of x and, if its dtype is different, of residual.
 
     `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
     """
-    gradients = _empty_gradients(saved[0], x_dtype, residual_dtype)
-    kernel_gradients = [*map(upcast_for_interpreter, gradients)]
+    total, stats, _ = saved
+    gradients = _empty_gradients(total, x_dtype, residual_dtype)
+    kernel_gradients = [upcast_for_interpreter(gradient) for gradient in gradients]
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a transposition strided.
     inputs = [
         None if tensor is None else upcast_for_interpreter(tensor.contiguous())
         for tensor in (d_total, d_normed, *saved)
     ]
-    launch, partial = _backward_launch(inputs, saved[1], kernel_gradients)
+    launch, partial = _backward_launch(inputs, stats, kernel_gradients)
     launch.run()
-    return [partial[0].sum(0), partial[1].sum(0), *map(Tensor.type_as, kernel_gradients, gradients)]
+    return [partial.sum(1), *(value.to(like.dtype) for value, like in zip(kernel_gradients, gradients, strict=True))]
 
 
-@_residual_norm_backward.register_fake
-def _(d_total, d_normed, saved, x_dtype, residual_dtype):
-    d_weight_and_bias = (saved[1].new_empty(saved[0].shape[1]) for _ in range(2))
-    return [*d_weight_and_bias, *_empty_gradients(saved[0], x_dtype, residual_dtype)]
+_forward_op = register_op(
+    "residual_norm(Tensor[] inputs, float eps, ScalarType? normed_dtype) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    lambda inputs, eps, normed_dtype: _empty_outputs(*inputs[:2], normed_dtype),
+)
+_backward_op = register_op(
+    "residual_norm_backward(Tensor? d_total, Tensor d_normed, Tensor[] saved, ScalarType x_dtype, "
+    "ScalarType residual_dtype) -> Tensor[]",
+    _backward,
+    lambda d_total, d_normed, saved, *dtypes: [
+        saved[1].new_empty(2, saved[0].shape[1]),
+        *_empty_gradients(saved[0], *dtypes),
+    ],
+)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.dtypes = [tensor.dtype for tensor in inputs]
-    # The sum and the statistics are enough for the gradient; x and residual need not be kept.
-    ctx.save_for_backward(output[0], output[2], inputs[2])
-    ctx.mark_non_differentiable(output[2])
-    # The gradient of an unused result arrives as None, which saves the kernel reading a tensor of zeros.
-    ctx.set_materialize_grads(False)
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, eps: float, normed_dtype: torch.dtype | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        total, normed, stats = _forward_op(inputs, eps, normed_dtype)
+        # The sum and the statistics are enough for the gradient; x and residual need not be kept.
+        ctx.save_for_backward(total, stats, inputs[2])
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        # The gradient of an unused result arrives as None, which saves the kernel reading a tensor of zeros.
+        ctx.set_materialize_grads(False)
+        return total, normed
 
-
-def _backward(ctx, d_total, d_normed, _):
-    x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    if d_normed is None:
-        return *(None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype)), None, None
-    d_weight, d_bias, *d_inputs = _residual_norm_backward(d_total, d_normed, ctx.saved_tensors, x_dtype, residual_dtype)
-    # If x and residual have the same dtype, there is one gradient for both.
-    return d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype)
-
-
-_residual_norm.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_total, d_normed = d_outputs
+        x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if d_normed is None:
+            d_inputs = [None if d_total is None else d_total.to(dtype) for dtype in (x_dtype, residual_dtype)]
+            return None, None, *d_inputs, None, None
+        sums, *d_inputs = _backward_op(d_total, d_normed, ctx.saved_tensors, x_dtype, residual_dtype)
+        d_weight, d_bias = sums.unbind()
+        # If x and residual have the same dtype, there is one gradient for both.
+        return None, None, d_inputs[0], d_inputs[-1], d_weight.to(weight_dtype), d_bias.to(bias_dtype)
 
 
 def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -331,5 +361,4 @@ def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps
     """
     device_type = x.device.type
     normed_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    total, normed, _ = _residual_norm(x, residual, weight, bias, eps=eps, normed_dtype=normed_dtype)
-    return total, normed
+    return _ResidualNorm.apply(eps, normed_dtype, x, residual, weight, bias)

@@ -19,8 +19,8 @@ class RaggedIndex:
     """Row in the flattened (B * N) tokens: image * N + patch."""
     offsets: Int32[Tensor, "images"]
     """Start of each image's patches: B + 1 entries, the first is 0 and the last is M."""
-    longest: int
-    """Largest number of patches of any image in this batch."""
+    lengths: tuple[int, ...]
+    """Number of patches of each image, on the host."""
     # A loss over ragged targets is a sum. Dividing it by the count of the global batch, not of this micro-batch, makes
     # it independent of the number of ranks and of gradient accumulation.
     total: int

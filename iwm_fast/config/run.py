@@ -195,9 +195,13 @@ class RuntimeConfig:
     """Device to compute on. auto uses a GPU if there is one and logs its choice."""
     loader: Backend = "dali"
     """Data loader. dali: NVIDIA DALI, fast; torch: plain PyTorch, slow, for comparison and debugging."""
-    ops: Literal["reference", "fused"] = "reference"
-    """Implementation of attention, residual norms and predictor input. reference: plain PyTorch, on any device; fused:
-    Triton kernels, for NVIDIA GPUs and heads of width 32 or 64."""
+    ops: Literal["auto", "reference", "fused"] = "auto"
+    """Implementation of attention, residual norms and predictor input. auto: Triton kernels if there are some for this
+    GPU, precision, width of the heads and number of patches, otherwise PyTorch's operations, and the log says which;
+    reference: PyTorch's operations; fused: Triton kernels or an error."""
+    check_kernels: bool = True
+    """Whether to compare the Triton kernels with PyTorch before the first step, on 8 of the run's masks. It takes about
+    two seconds, without the compilation that training needs anyway. Only on GPUs."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """Training engine. deepspeed: DeepSpeed with ZeRO; plain: PyTorch alone, with DistributedDataParallel if there are
     several ranks."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwm_fast.config.run import EncoderConfig
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import Ops
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, sincos_positions
 from iwm_fast.pipelines.batch import RaggedIndex
@@ -75,11 +76,11 @@ class Encoder(nn.Module):
         tokens = self.patch_embed(images, index)
         if index is None:
             tokens = tokens + self.pos_embed[0].repeat(images.shape[0], 1)
-            offsets, longest = None, self.grid**2
+            sequences = Sequences.of_equal_length(self.grid**2)
         else:
             tokens = tokens + self.pos_embed[0, index.patch]
-            offsets, longest = index.offsets, index.longest
-        tokens, update = self.blocks(tokens, offsets, longest)
+            sequences = Sequences.from_lengths(index.offsets, index.lengths)
+        tokens, update = self.blocks(tokens, sequences)
         # The tokens are the teacher's targets, so the last norm runs in float32 like the residual stream.
         with torch.autocast(tokens.device.type, enabled=False):
             return self.norm(tokens, update)[1]

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import Ops
 
 # As in the ViTs of timm and I-JEPA; torch's own default is 1e-5.
@@ -44,19 +45,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
-    ) -> Float[Tensor, "M D"]:
-        """Attend within each sequence.
-
-        Args:
-            tokens: the packed sequences.
-            offsets: where each sequence begins, and the total at the end; None if all sequences are `longest` rows.
-            longest: length of the longest sequence, or an upper bound.
-        """
+    def forward(self, tokens: Float[Tensor, "M D"], sequences: Sequences) -> Float[Tensor, "M D"]:
+        """Attend within each sequence of packed tokens."""
         rows, dim = tokens.shape
         qkv = self.qkv(tokens).view(rows, 3, self.num_heads, dim // self.num_heads)
-        return self.proj(self.ragged_attention(qkv, offsets, longest).reshape(rows, dim))
+        return self.proj(self.ragged_attention(qkv, sequences).reshape(rows, dim))
 
 
 class Mlp(nn.Module):
@@ -88,8 +81,7 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "M D"],
         update: Float[Tensor, "M D"] | None,
-        offsets: Int32[Tensor, "images"] | None,
-        longest: int,
+        sequences: Sequences,
         scale: Float[Tensor, "2 M"] | None = None,
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
         """Transform tokens of packed sequences.
@@ -97,15 +89,14 @@ class Block(nn.Module):
         Args:
             tokens: the residual stream.
             update: the previous block's update, which is not yet added to the stream; None for the first block.
-            offsets: where each sequence begins, and the total at the end; None if all sequences are `longest` rows.
-            longest: length of the longest sequence, or an upper bound.
+            sequences: where each sequence begins.
             scale: factors of each row's attention update and MLP update, for stochastic depth; None for 1.
 
         Returns:
             The residual stream and the update that is still to be added to it.
         """
         tokens, normed = self.norm1(tokens, update)
-        attended = self.attn(normed, offsets, longest)
+        attended = self.attn(normed, sequences)
         # Casting the factors preserves the dtype of the updates, which is bfloat16 under autocast.
         if scale is not None:
             attended = attended * scale[0, :, None].to(attended.dtype)
@@ -125,34 +116,36 @@ class Blocks(nn.ModuleList):
         """Share of images that skip an update of the last block; see `set_drop_path_`."""
 
     def forward(
-        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
+        self, tokens: Float[Tensor, "M D"], sequences: Sequences
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"] | None]:
         """Return the residual stream and the last block's update, which is not yet added to it; see `Block.forward`."""
         update = None
         is_dropping = self.training and self.drop_path > 0
-        scales = self._draw_scales(tokens, offsets, longest) if is_dropping else [None] * len(self)
+        scales = self._draw_scales(tokens, sequences) if is_dropping else [None] * len(self)
         for block, scale in zip(self, scales, strict=True):
             # Without gradients, as for the teacher, there is no backward pass to recompute for.
             if self.recompute and torch.is_grad_enabled():
                 # Stochastic depth is drawn outside the blocks, so the second forward pass needs no generator state.
                 tokens, update = checkpoint(
-                    block, tokens, update, offsets, longest, scale, use_reentrant=False, preserve_rng_state=False
+                    block, tokens, update, sequences, scale, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens, update = block(tokens, update, offsets, longest, scale)
+                tokens, update = block(tokens, update, sequences, scale)
         return tokens, update
 
-    def _draw_scales(
-        self, tokens: Float[Tensor, "M D"], offsets: Int32[Tensor, "images"] | None, longest: int
-    ) -> Float[Tensor, "blocks 2 M"]:
+    def _draw_scales(self, tokens: Float[Tensor, "M D"], sequences: Sequences) -> Float[Tensor, "blocks 2 M"]:
         """Draw the factor of each update: 0 if it is dropped, otherwise 1 / (1 - drop rate), so that its mean is 1.
 
         Attention and MLP (the second axis) are drawn independently, and all rows of an image have the same factor.
 
         Source: arXiv 1603.09382, drawn for each image as in timm.
         """
-        rows = len(tokens)
-        lengths = torch.full((rows // longest,), longest, device=tokens.device) if offsets is None else offsets.diff()
+        rows, offsets = len(tokens), sequences.offsets
+        lengths = (
+            torch.full((sequences.count(rows),), sequences.longest, device=tokens.device)
+            if offsets is None
+            else offsets.diff()
+        )
         keep_rate = 1 - torch.linspace(0, self.drop_path, len(self), device=tokens.device)[:, None, None]
         is_kept = torch.rand(len(self), 2, len(lengths), device=tokens.device) < keep_rate
         # output_size spares repeat_interleave a device sync to find the sum of the lengths.

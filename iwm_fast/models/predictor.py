@@ -5,6 +5,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from iwm_fast.config.run import PredictorConfig
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import Ops
 from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import FeatureMixer
@@ -131,9 +132,10 @@ class Predictor(nn.Module):
             tokens = _append_tokens(tokens, layout.offsets, extra_tokens)
             num_appended += extra_tokens.shape[1]
             layout = packed_layout(context.offsets, target.offsets, num_appended, **sizes)
-        # An upper bound: no image need have both the longest context and the longest target.
-        longest = context.longest + target.longest + num_appended
-        tokens, update = self.blocks(tokens, layout.offsets, longest)
+        # By image, not the longest context plus the longest target: the default masks are complementary, so that all
+        # sequences have the same length, and attention needs neither offsets nor padding.
+        lengths = [sum(pair) + num_appended for pair in zip(context.lengths, target.lengths, strict=True)]
+        tokens, update = self.blocks(tokens, Sequences.from_lengths(layout.offsets, lengths))
         # Only the target rows are needed, so the last norm and the projection skip the others.
         tokens, update = (rows.index_select(0, layout.targets) for rows in (tokens, update))
         return self.project(self.norm(tokens, update)[1])

@@ -1,5 +1,6 @@
 """The student: encoder and predictor as a single module, which is what an engine trains."""
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -7,14 +8,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwm_fast.config.run import RunConfig
-from iwm_fast.kernels.attention.op import HEAD_DIMS
-from iwm_fast.kernels.launch import architecture
+from iwm_fast.kernels import residual_norm
+from iwm_fast.kernels.attention import op as attention
+from iwm_fast.kernels.launch import IS_INTERPRETING, architecture
 from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor, build_predictor
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import require
+
+log = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
@@ -60,25 +63,52 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.optim.precision == "bf16" else None
 
 
-def choose_ops(config: RunConfig, device: torch.device) -> Ops:
-    """Return the implementations of the networks' operations that `runtime.ops` selects.
+def choose_ops(config: RunConfig, device: torch.device, *, num_predictor_tokens: int | None = None) -> Ops:
+    """Return the implementations of the networks' operations that `runtime.ops` selects, and log the choice.
+
+    Args:
+        config: settings of the networks.
+        device: the device that they compute on.
+        num_predictor_tokens: length of the predictor's longest sequence. None for pretraining, where context and
+            target patches of an image do not overlap.
 
     Raises:
-        RuntimeError: if they are fused, `device` is not a GPU and kernels are not interpreted.
-        ValueError: if they are fused and there is no kernel for the size of the attention heads.
+        ValueError: if they are fused and there are no kernels for the device or the networks.
     """
-    if config.runtime.ops == "reference":
+    setting = config.runtime.ops
+    if setting == "reference":
         return REFERENCE
-    # Raises if fused operations cannot run on this device.
-    architecture(device)
-    model = config.model
-    for name, network in (("encoder", model.encoder), ("predictor", model.predictor)):
-        accepted = f"divide the width into heads of {' or '.join(map(str, HEAD_DIMS))} with runtime.ops=fused"
-        is_built = network.depth > 0
-        is_supported = network.dim // network.num_heads in HEAD_DIMS
-        require(not is_built or is_supported, f"model.{name}.num_heads", network.num_heads,
-              f"{accepted} (model.{name}.dim is {network.dim})")  # fmt: skip
-    return FUSED
+    reason = _why_not_fused(config, device, num_predictor_tokens)
+    # In the interpreter kernels run on a CPU, slowly. That has to be asked for.
+    if setting == "auto" and device.type != "cuda":
+        reason = "there is no GPU"
+    if setting == "fused" and reason:
+        raise ValueError(f"runtime.ops=fused cannot be used: {reason}; set runtime.ops=reference")
+    log.info("operations are %s", f"those of PyTorch: {reason}" if reason else "fused Triton kernels")
+    return REFERENCE if reason else FUSED
+
+
+def _why_not_fused(config: RunConfig, device: torch.device, num_predictor_tokens: int | None) -> str:
+    """Return why fused operations cannot compute these networks; empty if they can."""
+    if device.type != "cuda" and not IS_INTERPRETING:
+        return f"fused operations run on NVIDIA GPUs, got device {str(device)!r}"
+    gpu, dtype = architecture(device), compute_dtype(config) or torch.float32
+    if gpu < 80:
+        return f"fused operations need a GPU of compute capability 8.0 or newer, got {gpu / 10}"
+    encoder, predictor, num_patches = config.model.encoder, config.model.predictor, config.grid**2
+    num_action_tokens = len(config.views.entries) if predictor.conditioning == "sequence" else 0
+    lengths = {"encoder": num_patches, "predictor": num_predictor_tokens or num_patches + num_action_tokens}
+    for name, network in (("encoder", encoder), ("predictor", predictor)):
+        if network.depth == 0:
+            continue
+        head_dim = network.dim // network.num_heads
+        for operation, reason in (
+            ("attention", attention.why_unsupported(gpu, head_dim, dtype, lengths[name])),
+            ("residual_norm", residual_norm.why_unsupported(network.dim)),
+        ):
+            if reason:
+                return f"in model.{name}, fused {operation} {reason}"
+    return ""
 
 
 def build_student(config: RunConfig, ops: Ops) -> Student:

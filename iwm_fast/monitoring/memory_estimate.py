@@ -8,9 +8,11 @@ With P trained parameters, of which E belong to the encoder, and R ranks, in byt
     teacher       4 E, complete on every rank at every stage
     bf16 copies   2 P with optim.precision=bf16: autocast keeps them from forward to backward
     activations   kept by each block for the backward pass, per token: width d, MLP width m, h heads, n tokens in a
-                  sequence of mean length and l in the longest one, to which the reference attention pads
-                      bf16  20 d + 4 m, and for the attention  fused 4 h, reference 6 d l / n + (6 l l / n + 24) h
-                      fp32  32 d + 8 m, and for the attention  fused 4 h, reference 12 d l / n + (4 l l / n + 24) h
+                  sequence of mean length and l in the longest one
+                      bf16  20 d + 4 m, and for the attention 4 h; 2 d more for sequences of equal length with PyTorch's
+                            attention, which keeps its output in a layout of its own
+                      fp32  32 d + 8 m, and for the attention 4 h n; with sequences of different length, which are
+                            padded, 12 d l / n + 4 h l l / n + 24 h
                   with activation checkpointing only the block's input, 6 d (bf16) or 8 d (fp32)
     workspace     one more block, the largest (the teacher's over all patches, or a recomputed one), and both views of
                   two micro-batches
@@ -18,8 +20,7 @@ With P trained parameters, of which E belong to the encoder, and R ranks, in byt
     margin        5 % of all this
 
 Activations are multiplied by the tokens of a micro-batch: context for the encoder, context + targets + action tokens
-for the predictor. The longest context and the longest targets of a micro-batch rarely belong to the same image, but on
-a GPU the predictor pads to their sum, because it does not wait for the true length.
+for the predictor.
 
 Tests find the activations within 5 % of the tensors that PyTorch saves, which is where the margin comes from. No run on
 a GPU has been compared yet. Not included: buffers of NCCL and ZeRO, and fragmentation.
@@ -75,7 +76,7 @@ class _Stack:
     tokens: float
     """Tokens per image, on average."""
     longest: float
-    """Tokens to which the reference attention pads each image."""
+    """Largest number of tokens of an image."""
 
 
 def estimate_memory(
@@ -161,7 +162,7 @@ def _stacks(config: RunConfig, counts: PatchCounts) -> tuple[_Stack, _Stack]:
         num_heads=predictor.num_heads,
         depth=predictor.depth,
         tokens=float((counts.context + counts.target).mean()) + num_action_tokens,
-        longest=float(counts.context.max() + counts.target.max()) + num_action_tokens,
+        longest=float((counts.context + counts.target).max()) + num_action_tokens,
     )
     return _encoder_stack(config, counts.context), predictor_stack
 
@@ -171,11 +172,14 @@ def _block_bytes(config: RunConfig, stack: _Stack, checkpoints_activations: bool
     is_bf16 = config.optim.precision == "bf16"
     if checkpoints_activations:
         return (6.0 if is_bf16 else 8.0) * stack.dim
-    linear = 20.0 * stack.dim + 4 * stack.hidden_dim if is_bf16 else 32.0 * stack.dim + 8 * stack.hidden_dim
-    if config.runtime.ops == "fused":
-        return linear + 4 * stack.num_heads
-    # The reference attention keeps queries, keys and values both packed and padded, the softmax weights of each token
-    # with every other, padding included, and the index of each row.
-    padded, softmax = (6, 6) if is_bf16 else (12, 4)
+    is_dense = stack.longest == stack.tokens
+    if is_bf16:
+        output_copy = 2 * stack.dim if is_dense and config.runtime.ops == "reference" else 0
+        return 20.0 * stack.dim + 4 * stack.hidden_dim + 4 * stack.num_heads + output_copy
+    linear = 32.0 * stack.dim + 8 * stack.hidden_dim
+    if is_dense:
+        return linear + 4 * stack.longest * stack.num_heads
+    # Queries, keys and values also padded, the softmax weights of each token with every other, padding included, and
+    # the index of each row.
     padding = stack.longest / stack.tokens
-    return linear + padding * (padded * stack.dim + softmax * stack.longest * stack.num_heads) + 24 * stack.num_heads
+    return linear + padding * (12 * stack.dim + 4 * stack.longest * stack.num_heads) + 24 * stack.num_heads

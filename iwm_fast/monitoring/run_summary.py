@@ -84,6 +84,6 @@ def _describe_limit(config: RunConfig, shares: dict[str, float]) -> str:
         )
     if runtime.device == "cpu" or not torch.cuda.is_available():
         return "computation on the CPU, as it should be"
-    remedy = "set runtime.ops=fused" if runtime.ops == "reference" else "set runtime.compile=true"
-    is_tuned = runtime.ops == "fused" and (runtime.compile or runtime.zero_stage == 3)
+    remedy = "set runtime.ops=auto" if runtime.ops == "reference" else "set runtime.compile=true"
+    is_tuned = runtime.ops != "reference" and (runtime.compile or runtime.zero_stage == 3)
     return "computation on the GPU, as it should be" + ("" if is_tuned else f"; to speed it up, {remedy}")

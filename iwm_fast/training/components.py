@@ -13,6 +13,8 @@ from iwm_fast.config.run import RunConfig, accumulation_steps
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
+from iwm_fast.kernels.ops import FUSED
+from iwm_fast.models.kernel_check import check_kernels
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.monitoring.out_of_memory import memory_errors_explained
@@ -61,7 +63,10 @@ def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingCompone
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     images_per_forward = micro_batch_size * rank_info.world_size
     shards = open_training_shards_on_all_ranks(config.data, rank_info)
-    student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
+    ops = choose_ops(config, rank_info.device)
+    if ops is FUSED and config.runtime.check_kernels and rank_info.device.type == "cuda":
+        check_kernels(config, rank_info.device)
+    student = build_student(config, ops).to(rank_info.device)
     # The teacher starts as a copy of the encoder, so the initial weights must be loaded before it is made.
     initialize_from(config, student)
     # init_from may lead to other weights on another machine. Engines would copy rank 0's, but not to the teacher.

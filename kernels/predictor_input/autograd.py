@@ -1,210 +1,168 @@
-"""The predictor's input as two operations of torch.library: target rows copied from a table, or computed by the mixer.
-
-Both are custom operations, whose inside torch.compile does not trace, so that a new number of rows needs no new graph.
-torch.library accepts tensors but no named tuples: the argument `indices` is [*PatchIndex, *PackedLayout].
-"""
+"""The two fused parts of the predictor's input, with their gradients: combining rows, and placing rows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels.launch import architecture, upcast_for_interpreter
-from iwm_fast.kernels.predictor_input.conditioning_mlp import FirstLayer, first_launch, second_launch, third_launch
-from iwm_fast.kernels.predictor_input.gather_scatter import gather_launch, group_sum_launch, scatter_launch
-from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
+from iwm_fast.kernels.launch import architecture, register_op, upcast_for_interpreter
+from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_launch, group_sum_launch, scatter_launch
 
 
-@torch.library.custom_op("iwm_fast::copied_input", mutates_args=())
-def copied_input(
-    context: Tensor, positions: Tensor, mask_tokens: Tensor, action_tokens: Tensor, indices: Sequence[Tensor]
+def combine_rows(
+    by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, num_images: int, dtype: torch.dtype
 ) -> Tensor:
-    """Pack context + positions[patch], mask_tokens[patch] and action tokens.
+    """Return relu(by_patch[patch] + by_image[image]) for each entry of `patch_row`.
 
     Args:
-        context: (C, P).
-        positions: (N, P), constant.
-        mask_tokens: (N, P), the mask token at each position, from which target rows are copied.
-        action_tokens: (B k, P) in the dtype of the result.
-        indices: [*PatchIndex, *PackedLayout].
-
-    Returns:
-        (L, P).
-    """
-    # Raises if tensors are not on a GPU and kernels are not interpreted.
-    architecture(context.device)
-    patches, layout = _split_indices(indices)
-    packed = _empty_rows(action_tokens, _num_packed(layout), action_tokens.dtype)
-    scatter_launch(packed, layout.context, values=context, table=positions, patch_row=patches.context).run()
-    scatter_launch(packed, layout.targets, table=mask_tokens, patch_row=patches.targets).run()
-    scatter_launch(packed, layout.action_tokens, values=action_tokens).run()
-    return packed.to(action_tokens.dtype)
-
-
-@copied_input.register_fake
-def _(context, positions, mask_tokens, action_tokens, indices):
-    return action_tokens.new_empty(_num_packed(_split_indices(indices)[1]), action_tokens.shape[1])
-
-
-@torch.library.custom_op("iwm_fast::copied_input_backward", mutates_args=())
-def _copied_input_backward(
-    d_packed: Tensor, mask_tokens: Tensor, indices: Sequence[Tensor], context_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of context, mask_tokens and action_tokens."""
-    patches, layout = _split_indices(indices)
-    d_packed = d_packed.contiguous()
-    d_context = _gather(d_packed, layout.context, context_dtype)
-    row_by_patch = _row_table(layout, patches.targets, len(mask_tokens), layout.targets).t()
-    d_action_tokens = _gather(d_packed, layout.action_tokens, d_packed.dtype)
-    return d_context, _group_sum(d_packed, row_by_patch, mask_tokens.dtype), d_action_tokens
-
-
-@_copied_input_backward.register_fake
-def _(d_packed, mask_tokens, indices, context_dtype):
-    width, (_, layout) = d_packed.shape[1], _split_indices(indices)
-    d_context = d_packed.new_empty(layout.context.shape[0], width, dtype=context_dtype)
-    return d_context, torch.empty_like(mask_tokens), d_packed.new_empty(layout.action_tokens.shape[0], width)
-
-
-def _copied_setup_context(ctx, inputs, output):
-    context, _, mask_tokens, _, indices = inputs
-    # Of the mask tokens only shape and dtype are used.
-    ctx.save_for_backward(mask_tokens, *indices)
-    ctx.context_dtype = context.dtype
-
-
-def _copied_gradients(ctx, d_packed):
-    mask_tokens, *indices = ctx.saved_tensors
-    d_context, d_mask_tokens, d_action_tokens = _copied_input_backward(
-        d_packed, mask_tokens, indices, ctx.context_dtype
-    )
-    return d_context, None, d_mask_tokens, d_action_tokens, [None] * len(indices)
-
-
-copied_input.register_autograd(_copied_gradients, setup_context=_copied_setup_context)
-
-
-@torch.library.custom_op("iwm_fast::mixed_input", mutates_args=())
-def mixed_input(
-    context: Tensor, tables: Sequence[Tensor], layers: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Pack context + positions[patch] and W3 relu(W2 relu(position_term[patch] + action_term[image]) + b2) + b3.
-
-    Args:
-        context: (C, P).
-        tables: positions (N, P), constant; position_term (N, P) and action_term (B, P) in the dtype of the sums.
-        layers: W2, b2, W3, b3: weights (P, P) in the dtype of the products, biases (P,) in that of the sums.
-        indices: [*PatchIndex, *PackedLayout].
+        by_patch: (N, P) float32 or wider, one row per patch position.
+        by_image: (B, P) in the same dtype; None for by_patch[patch] without a ReLU.
+        patch_row: (T,) int64, image * N + patch; no entry occurs twice.
+        num_images: number of images, B.
         dtype: dtype of the result.
 
     Returns:
-        (L, P), and the second layer's output (T, P), which the backward pass needs.
+        (T, P).
     """
-    architecture(context.device)
-    patches, layout = _split_indices(indices)
-    positions, position_term, action_term = tables
-    w2, b2, w3, b3 = layers
-    packed = _empty_rows(context, _num_packed(layout), dtype)
-    hidden = _empty_rows(context, len(layout.targets), w2.dtype)
-    scatter_launch(packed, layout.context, values=context, table=positions, patch_row=patches.context).run()
-    second_launch(hidden, FirstLayer(position_term, action_term, patches.targets), w2, b2).run()
-    # In the interpreter this rounds to bfloat16, as a GPU does when it stores the second layer.
-    hidden = hidden.to(w2.dtype)
-    third_launch(packed, layout.targets, hidden, w3, b3).run()
-    return packed.to(dtype), hidden
+    return _CombineRows.apply(by_patch, by_image, patch_row, num_images, dtype)
 
 
-@mixed_input.register_fake
-def _(context, tables, layers, indices, dtype):
-    width, (_, layout) = context.shape[1], _split_indices(indices)
-    packed = context.new_empty(_num_packed(layout), width, dtype=dtype)
-    return packed, context.new_empty(layout.targets.shape[0], width, dtype=layers[0].dtype)
+def place_rows(
+    values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return packed rows: those of the first values with their positions added, and all others as they are.
+
+    Args:
+        values: the first is (C, P) and gets positions[patch] added; more, each (any number, P), may follow.
+        packed_rows: for each of the values, int64, the packed row of each of its rows. Together they are a permutation
+            of all packed rows.
+        positions: (N, P), constant.
+        patch_row: (C,) int64, image * N + patch of the rows of the first values.
+        dtype: dtype of the result.
+
+    Returns:
+        (L, P), where L is the number of all rows.
+    """
+    return _PlaceRows.apply(packed_rows, positions, patch_row, dtype, *values)
 
 
-@torch.library.custom_op("iwm_fast::mixed_input_backward", mutates_args=())
-def _mixed_input_backward(
-    d_packed: Tensor,
-    hidden: Tensor,
-    terms_and_weights: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    context_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of context, position_term, action_term, W2, b2, W3 and b3."""
-    patches, layout = _split_indices(indices)
-    position_term, action_term, w2, w3 = terms_and_weights
-    sum_dtype, d_packed = position_term.dtype, d_packed.contiguous()
-    # The first layer's output is cheaper to compute again than to keep.
-    first = _empty_rows(hidden, len(hidden), hidden.dtype)
-    first_launch(first, FirstLayer(position_term, action_term, patches.targets)).run()
-    first = first.to(hidden.dtype)
-    d_out = _gather(d_packed, layout.targets, hidden.dtype)
-    # The backward pass may be called under autocast, which would choose other dtypes.
-    with torch.autocast(hidden.device.type, enabled=False):
-        d_hidden = torch.ops.aten.threshold_backward(d_out @ w3, hidden, 0)
-        d_first = torch.ops.aten.threshold_backward(d_hidden @ w2, first, 0)
-        d_w2, d_b2 = d_hidden.t() @ first, d_hidden.sum(0, dtype=sum_dtype)
-        d_w3, d_b3 = d_out.t() @ hidden, d_out.sum(0, dtype=sum_dtype)
-    target_row = torch.arange(len(hidden), device=hidden.device)
-    row_by_image = _row_table(layout, patches.targets, len(position_term), target_row)
-    d_position_term = _group_sum(d_first, row_by_image.t(), sum_dtype)
-    d_action_term = _group_sum(d_first, row_by_image, sum_dtype)
-    d_context = _gather(d_packed, layout.context, context_dtype)
-    return d_context, d_position_term, d_action_term, d_w2, d_b2, d_w3, d_b3
+def _new_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised rows as wide as those of `like`."""
+    return like.new_empty(num_rows, like.shape[1], dtype=dtype)
 
 
-@_mixed_input_backward.register_fake
-def _(d_packed, hidden, terms_and_weights, indices, context_dtype):
-    position_term, action_term, w2, w3 = terms_and_weights
-    d_context = d_packed.new_empty(indices[0].shape[0], d_packed.shape[1], dtype=context_dtype)
-    d_bias = position_term.new_empty(position_term.shape[1])
-    like = torch.empty_like
-    return d_context, like(position_term), like(action_term), like(w2), d_bias, like(w3), like(d_bias)
-
-
-def _mixed_setup_context(ctx, inputs, output):
-    context, tables, layers, indices, _ = inputs
-    ctx.save_for_backward(output[1], *tables[1:], *layers[::2], *indices)
-    ctx.context_dtype = context.dtype
-
-
-def _mixed_gradients(ctx, d_packed, _):
-    hidden, *saved = ctx.saved_tensors
-    terms_and_weights, indices = saved[:4], saved[4:]
-    d_context, *gradients = _mixed_input_backward(d_packed, hidden, terms_and_weights, indices, ctx.context_dtype)
-    return d_context, [None, *gradients[:2]], gradients[2:], [None] * len(indices), None
-
-
-mixed_input.register_autograd(_mixed_gradients, setup_context=_mixed_setup_context)
-
-
-def _split_indices(indices: Sequence[Tensor]) -> tuple[PatchIndex, PackedLayout]:
-    return PatchIndex(*indices[:2]), PackedLayout(*indices[2:])
-
-
-def _num_packed(layout: PackedLayout) -> int:
-    return layout.context.shape[0] + layout.targets.shape[0] + layout.action_tokens.shape[0]
-
-
-def _empty_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised rows as wide as those of `like`; in the interpreter float32 instead of bfloat16."""
-    return upcast_for_interpreter(like.new_empty(num_rows, like.shape[1], dtype=dtype))
-
-
-def _gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:
-    out = _empty_rows(packed, len(packed_row), dtype)
-    gather_launch(out, packed, packed_row).run()
+def _combine(by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, dtype: torch.dtype) -> Tensor:
+    # Raises if tensors are not on a GPU and kernels are not interpreted.
+    architecture(by_patch.device)
+    out = upcast_for_interpreter(_new_rows(by_patch, len(patch_row), dtype))
+    combine_launch(out, by_patch, by_image, patch_row).run()
     return out.to(dtype)
 
 
-def _group_sum(values: Tensor, members: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (G, P), the sum of each group's rows; members (G, any number) are row numbers, or -1 for none."""
-    out = values.new_empty(len(members), values.shape[1], dtype=dtype)
-    group_sum_launch(out, values, members).run()
-    return out
+def _combine_backward(
+    d_out: Tensor, gate: Tensor | None, patch_row: Tensor, sizes: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the gradient of by_patch and, if there is a gate (the ReLU's output), that of by_image.
+
+    `sizes` are the numbers of patch positions and images.
+    """
+    num_patches, num_images = sizes
+    values = upcast_for_interpreter(d_out.contiguous())
+    gate = None if gate is None else upcast_for_interpreter(gate)
+    # The row of each patch of each image, (B, N), or -1 where the patch is not among the rows.
+    table = torch.full((num_images * num_patches,), -1, dtype=torch.int32, device=patch_row.device)
+    row = torch.arange(len(patch_row), dtype=torch.int32, device=patch_row.device)
+    by_image = table.index_copy_(0, patch_row, row).view(num_images, num_patches)
+    gradients = []
+    for members in (by_image.t(),) if gate is None else (by_image.t(), by_image):
+        gradients.append(values.new_empty(len(members), values.shape[1], dtype=dtype))
+        group_sum_launch(gradients[-1], values, gate, members).run()
+    return gradients
 
 
-def _row_table(layout: PackedLayout, patch_row: Tensor, num_patches: int, row: Tensor) -> Tensor:
-    """Return (B, N) int32: the entry of `row` (T,) for each patch of each image, -1 where the patch is no target."""
-    num_images = len(layout.offsets) - 1
-    table = torch.full((num_images * num_patches,), -1, dtype=torch.int32, device=row.device)
-    return table.index_copy_(0, patch_row, row.int()).view(num_images, num_patches)
+_combine_op = register_op(
+    "combine_rows(Tensor by_patch, Tensor? by_image, Tensor patch_row, ScalarType dtype) -> Tensor",
+    _combine,
+    lambda by_patch, by_image, patch_row, dtype: _new_rows(by_patch, patch_row.shape[0], dtype),
+)
+_combine_backward_op = register_op(
+    "combine_rows_backward(Tensor d_out, Tensor? gate, Tensor patch_row, SymInt[] sizes, ScalarType dtype) -> Tensor[]",
+    _combine_backward,
+    lambda d_out, gate, patch_row, sizes, dtype: [
+        _new_rows(d_out, size, dtype) for size in sizes[: 1 if gate is None else 2]
+    ],
+)
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, num_images: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = _combine_op(by_patch, by_image, patch_row, dtype)
+        ctx.save_for_backward(None if by_image is None else out, patch_row)
+        ctx.sizes, ctx.dtype = [len(by_patch), num_images], by_patch.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_by_patch, *d_by_image = _combine_backward_op(*d_outputs, *ctx.saved_tensors, ctx.sizes, ctx.dtype)
+        return d_by_patch, *(d_by_image or [None]), None, None, None
+
+
+def _place(
+    values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
+) -> Tensor:
+    architecture(positions.device)
+    packed = upcast_for_interpreter(_new_rows(positions, sum(map(len, values)), dtype))
+    tables = [(upcast_for_interpreter(positions), patch_row)] + [(None, None)] * (len(values) - 1)
+    for rows, packed_row, table in zip(values, packed_rows, tables, strict=True):
+        scatter_launch(packed, packed_row, upcast_for_interpreter(rows), *table).run()
+    return packed.to(dtype)
+
+
+def _gather(packed: Tensor, packed_row: Tensor, dtype: torch.dtype) -> Tensor:
+    out = upcast_for_interpreter(_new_rows(packed, len(packed_row), dtype))
+    gather_launch(out, upcast_for_interpreter(packed.contiguous()), packed_row).run()
+    return out.to(dtype)
+
+
+_place_op = register_op(
+    "place_rows(Tensor[] values, Tensor[] packed_rows, Tensor positions, Tensor patch_row, ScalarType dtype) -> Tensor",
+    _place,
+    lambda values, packed_rows, positions, patch_row, dtype: _new_rows(
+        positions, sum(rows.shape[0] for rows in values), dtype
+    ),
+)
+_gather_op = register_op(
+    "gather_rows(Tensor packed, Tensor packed_row, ScalarType dtype) -> Tensor",
+    _gather,
+    lambda packed, packed_row, dtype: _new_rows(packed, packed_row.shape[0], dtype),
+)
+
+
+class _PlaceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        packed_rows: Sequence[Tensor],
+        positions: Tensor,
+        patch_row: Tensor,
+        dtype: torch.dtype,
+        *values: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*packed_rows)
+        ctx.dtypes = [rows.dtype for rows in values]
+        return _place_op(values, packed_rows, positions, patch_row, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (d_packed,) = d_outputs
+        gradients = [
+            _gather_op(d_packed, packed_row, dtype) if is_needed else None
+            for packed_row, dtype, is_needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[4:], strict=True
+            )
+        ]
+        return None, None, None, None, *gradients

@@ -9,23 +9,20 @@ Shapes: context (C, P), positions (N, P), mask_token (P,), action_tokens (B, k, 
 W2 and W3 (P, P); the result is (L, P) with L = C + T + B k. Attention does not depend on the order of the rows, so the
 target rows of an image can be contiguous.
 
-The fused operation writes every row once. W1 [h; action] + b1 = U[p] + V[b], where U is the product of W1's first P
+The fused operation concatenates nothing. W1 [h; action] + b1 = U[p] + V[b], where U is the product of W1's first P
 columns with mask_token + positions, and V that of the remaining columns with action, plus b1: N + B rows instead of T.
-In the code U is `position_term` and V is `action_term`. The second layer's kernel computes its input relu(U[p] + V[b])
-on the fly, and the third layer's writes to the packed rows, so nothing is concatenated. Without a mixer, rows are
-copied.
+In the code U is `by_patch` and V is `by_image`. One kernel computes relu(U[p] + V[b]), the other two layers are
+products of the library, and one kernel places rows in the packed sequences and adds positions to the context.
 
 Bytes and products with the mixer, at B = 256 with 98 context and 98 target patches each, P = 384, bfloat16 products and
-a float32 residual stream. Plain PyTorch: 0.95 GB and 22 GFLOP forward, 0.78 GB and 44 GFLOP backward. Fused: 0.13 GB
-(context read, 19 MB; second layer written and read, 39 MB; result written, 77 MB) and 15 GFLOP forward, 0.48 GB and
-30 GFLOP backward.
+a float32 residual stream. Plain PyTorch: 0.95 GB and 22 GFLOP forward, 0.78 GB and 44 GFLOP backward. Fused: 0.25 GB
+and 15 GFLOP forward, 0.44 GB and 30 GFLOP backward.
 
 Precision: the result has the dtype that the reference gives. Products are in autocast's dtype, without autocast in that
-of the weights; U, V, biases and all sums are float32 (for float64 float64), so the fused result is rounded less often.
+of the weights; U and V are float32 (for float64 float64).
 
-Gradient: that of the formula, with `positions` constant. For the second and third layer it is computed by cuBLAS; those
-of U and V are sums over the rows of a patch and of an image. There are no atomics, so the bits are the same in every
-run.
+Gradient: that of the formula, with `positions` constant. Those of U and V are sums over the rows of a patch and of an
+image. There are no atomics, so the bits are the same in every run.
 """
 
 from functools import reduce
@@ -36,9 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iwm_fast.kernels.launch import Launch, check_contiguous, check_dtype
-from iwm_fast.kernels.predictor_input.autograd import copied_input, mixed_input
-from iwm_fast.kernels.predictor_input.conditioning_mlp import FirstLayer, first_launch, second_launch, third_launch
-from iwm_fast.kernels.predictor_input.gather_scatter import gather_launch, group_sum_launch, scatter_launch
+from iwm_fast.kernels.predictor_input.autograd import combine_rows, place_rows
+from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_launch, group_sum_launch, scatter_launch
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 
 
@@ -129,24 +125,26 @@ def predictor_input(
     """
     _check_shapes(context, mask_token, positions, patches, layout, action_tokens=action_tokens, mixer=mixer)
     _check_inputs(context, mask_token, positions, action_tokens, mixer)
-    device_type, width, indices = context.device.type, context.shape[1], [*patches, *layout]
+    device_type, num_images = context.device.type, len(layout.offsets) - 1
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     sum_dtype = torch.promote_types(mask_token.dtype, torch.float32)
-    # Autocast is off because the dtypes are chosen here; it would compute both terms in half precision.
+    positions = positions.detach()
+    # Autocast is off for what is summed, because it would round both terms of the first layer.
     with torch.autocast(device_type, enabled=False):
-        mask_tokens = mask_token.to(sum_dtype) + positions.detach().to(sum_dtype)
-        if mixer is None:
-            tokens = mask_token.new_empty(0, width) if action_tokens is None else action_tokens.flatten(0, 1)
-            packed_dtype = _widest_dtype(context, positions, mask_token, tokens)
-            return copied_input(context, positions, mask_tokens, tokens.to(packed_dtype), indices)
-        action, w1, b1, w2, b2, w3, b3 = mixer
-        position_term = F.linear(mask_tokens, w1[:, :width].to(sum_dtype))
-        action_term = F.linear(action.to(sum_dtype), w1[:, width:].to(sum_dtype), b1.to(sum_dtype))
-        w2, w3 = w2.to(autocast_dtype or w2.dtype), w3.to(autocast_dtype or w3.dtype)
-        layers = [w2, b2.to(sum_dtype), w3, b3.to(sum_dtype)]
-        packed_dtype = _widest_dtype(context, positions, w3)
-        packed, _ = mixed_input(context, [positions, position_term, action_term], layers, indices, packed_dtype)
-        return packed
+        mask_tokens = mask_token.to(sum_dtype) + positions.to(sum_dtype)
+        if mixer is not None:
+            w1, b1, width = mixer.w1.to(sum_dtype), mixer.b1.to(sum_dtype), mask_tokens.shape[1]
+            by_patch = F.linear(mask_tokens, w1[:, :width])
+            by_image = F.linear(mixer.action.to(sum_dtype), w1[:, width:], b1)
+    if mixer is None:
+        target_dtype = torch.promote_types(mask_token.dtype, positions.dtype)
+        target_rows = combine_rows(mask_tokens, None, patches.targets, num_images, target_dtype)
+    else:
+        hidden = combine_rows(by_patch, by_image, patches.targets, num_images, autocast_dtype or mixer.w2.dtype)
+        target_rows = F.linear(F.linear(hidden, mixer.w2, mixer.b2).relu_(), mixer.w3, mixer.b3)
+    values = [context, target_rows] + ([] if action_tokens is None else [action_tokens.flatten(0, 1)])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (positions, *values)))
+    return place_rows(values, layout[: len(values)], positions, patches.context, dtype)
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
@@ -170,18 +168,16 @@ def _launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     # A grid of 14 x 14 patches: with a power of two, the division by N would take fewer registers.
     table, packed = new(196, width), new(16, width)
     row, values = new(8, dtype=torch.int64), new(8, width, dtype=dtype)
-    first = FirstLayer(table, new(2, width), row)
-    weight, bias = new(width, width, dtype=dtype), new(width)
+    members = new(2, 196, dtype=torch.int32).t()
     # Committed benchmark results are stored under these names.
     return {
-        "first layer": first_launch(values, first),
-        "second layer": second_launch(values, first, weight, bias),
-        "third layer": third_launch(packed, row, values, weight, bias),
-        "place context": scatter_launch(packed, row, values=values, table=table, patch_row=row),
-        "place targets": scatter_launch(packed, row, table=table, patch_row=row),
-        "place action tokens": scatter_launch(packed, row, values=new(8, width)),
+        "combine": combine_launch(values, table, new(2, width), row),
+        "combine without images": combine_launch(values, table, None, row),
+        "place with positions": scatter_launch(packed, row, values, table, row),
+        "place": scatter_launch(packed, row, values),
         "take": gather_launch(values, packed, row),
-        "sum": group_sum_launch(table, values, new(2, 196, dtype=torch.int32).t()),
+        "sum": group_sum_launch(table, values, values, members),
+        "sum without a gate": group_sum_launch(table, values, None, members),
     }
 
 
@@ -224,8 +220,9 @@ def _check_shapes(
 def _check_inputs(
     context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: FeatureMixer | None
 ) -> None:
-    if context.shape[1] % 16 != 0:
-        raise ValueError(f"the width P of context must be a multiple of 16, got {context.shape[1]}")
+    reason = why_unsupported(context.shape[1])
+    if reason:
+        raise ValueError(f"fused predictor_input {reason}; set runtime.ops=reference")
     inputs = {"context": context, "mask_token": mask_token, "positions": positions, "action_tokens": action_tokens}
     inputs |= {} if mixer is None else {f"mixer.{name}": value for name, value in mixer._asdict().items()}
     for name, tensor in inputs.items():
@@ -234,5 +231,6 @@ def _check_inputs(
             check_contiguous(name, tensor)
 
 
-def _widest_dtype(*tensors: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+def why_unsupported(width: int) -> str:
+    """Return why there is no kernel for this width, as a sentence without its subject; empty if there is one."""
+    return "" if width % 16 == 0 else f"supports widths that are multiples of 16, got {width}"

@@ -91,7 +91,7 @@ def ragged_index(mask: Bool[np.ndarray, "B N"], total: int) -> RaggedIndex:
         patch=torch.from_numpy(patch),
         row=torch.from_numpy(rows),
         offsets=torch.from_numpy(offsets),
-        longest=int(lengths.max(initial=0)),
+        lengths=tuple(lengths.tolist()),
         total=total,
     )
 

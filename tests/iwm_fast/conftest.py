@@ -18,7 +18,7 @@ def _ragged(patches, total=None, grid=GRID):
         patch=torch.tensor(rows, dtype=torch.int64) % grid**2,
         row=torch.tensor(rows, dtype=torch.int64),
         offsets=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
-        longest=max(lengths),
+        lengths=tuple(lengths),
         total=sum(lengths) if total is None else total,
     )
 

@@ -118,7 +118,7 @@ def join_indexes(indexes: list[RaggedIndex]) -> RaggedIndex:
         patch=torch.cat([index.patch for index in indexes]),
         row=torch.cat([index.row + 64 * int(image) for index, image in zip(indexes, images[:-1], strict=True)]),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]),
-        longest=max(index.longest for index in indexes),
+        lengths=tuple(length for index in indexes for length in index.lengths),
         total=indexes[0].total,
     )
 
@@ -245,7 +245,7 @@ def test_evaluation_yields_each_sample_once_and_ends(shards, backend):
     assert [len(batch.key) for batch in batches] == [12, 12, 4]
     assert torch.cat([batch.sample for batch in batches]).tolist() == list(range(20, 48))
     assert all((batch.action == 0).all() and torch.equal(batch.source_view, batch.target_view) for batch in batches)
-    assert all(batch.context.longest == 64 and batch.target.total == 64 * len(batch.key) for batch in batches)
+    assert all(set(batch.context.lengths) == {64} and batch.target.total == 64 * len(batch.key) for batch in batches)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])

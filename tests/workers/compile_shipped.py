@@ -16,7 +16,7 @@ from triton.runtime.jit import MockTensor
 
 from benchmarks.harness import records, results
 from iwm_fast.kernels.attention import op
-from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.launch import Launch, as_constexpr
 from iwm_fast.kernels.offline_compile import CompilationReport, compile_for, source_digest
 from iwm_fast.kernels.ops import shipped_launches
@@ -75,9 +75,9 @@ def binaries() -> None:
     binaries_by_kernel, settings = Counter(), set()
     for longest, num_sequences, num_heads in [(130, 1, 1), (131, 16, 12), (160, 17, 6), (192, 3, 16)]:
         qkv = torch.empty(longest * num_sequences, 3, num_heads, 32, dtype=torch.bfloat16, device="meta")
-        packed = PackedQKV(qkv, torch.empty(num_sequences + 1, dtype=torch.int32, device="meta"), longest)
+        sequences = Sequences(torch.empty(num_sequences + 1, dtype=torch.int32, device="meta"), 1, longest)
         out, lse = qkv[:, 0], torch.empty(num_heads, len(qkv), device="meta")
-        for launch in op.forward_launches(90, packed, out, lse):
+        for launch in op.forward_launches(90, qkv, sequences, out, lse):
             specialize(launch)
             settings.add((launch.kernel.__name__, str(launch.constants)))
             num_binaries = sum(len(cache[0]) for cache in launch.kernel.device_caches.values())

@@ -19,7 +19,10 @@ def max_difference(conditioning: str) -> float:
     predictor = PredictorConfig(dim=32, depth=1, num_heads=1, conditioning=conditioning)
     views = ViewConfig(size=16, blur_sigma=(0.1, 1.0))
     config = RunConfig(views=views, model=ModelConfig(encoder=encoder, predictor=predictor))
-    batch, student = random_batch(config, DEVICE), build_student(config, FUSED).to(DEVICE)
+    batch, student = (
+        random_batch(config, DEVICE, num_context=(7, 12), num_targets=(9, 4)),
+        build_student(config, FUSED).to(DEVICE),
+    )
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     results = []
     for model in (compiled, student):

@@ -35,7 +35,9 @@ def build_networks(model: WorldModel, settings: TuneTaskConfig, rank_info: RankI
 
 def _build_student(model: WorldModel, settings: TuneTaskConfig, rank_info: RankInfo, seed: int) -> Student:
     config = replace(model.config, runtime=settings.runtime, seed=seed)
-    return build_student(config, choose_ops(config, rank_info.device))
+    # All patches are both context and targets; action tokens and the token of a task may follow.
+    num_tokens = 2 * config.grid**2 + len(config.views.entries) + 1
+    return build_student(config, choose_ops(config, rank_info.device, num_predictor_tokens=num_tokens))
 
 
 def freeze_encoder(encoder: Encoder, rank_info: RankInfo) -> Encode:

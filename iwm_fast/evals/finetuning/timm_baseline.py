@@ -54,7 +54,7 @@ def build_vit(config: FinetuneConfig) -> VisionTransformer:
         FileNotFoundError: if the file of weights does not exist.
     """
     require(timm.is_model(config.timm), "timm", config.timm, "name a model in timm, such as vit_base_patch16_224")
-    require(config.runtime.ops == "reference", "runtime.ops", config.runtime.ops, "be reference for a timm model")
+    require(config.runtime.ops != "fused", "runtime.ops", config.runtime.ops, "not be fused for a timm model")
     require(not config.runtime.compile, "runtime.compile", True, "be false for a timm model")
     options = {"img_size": config.image_size, "global_pool": "avg", "fc_norm": False}
     accepted = "name a plain ViT in timm (vit_*)"

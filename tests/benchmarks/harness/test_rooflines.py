@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from iwm_fast.kernels.attention.flash import FlashConfig, TileConfig, forward_launch
+from iwm_fast.kernels.attention.packed import PackedQKV
+from iwm_fast.kernels.attention.short import ShortConfig
 
 from benchmarks.harness import rooflines
 from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
 from benchmarks.kernels import compiler_report
 from iwm_fast.kernels.attention import short
-from iwm_fast.kernels.attention.flash import FlashConfig, TileConfig, forward_launch
-from iwm_fast.kernels.attention.packed import PackedQKV
-from iwm_fast.kernels.attention.short import ShortConfig
 
 
 def milliseconds(num_bytes):

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from iwm_fast.kernels.attention.flash import TileConfig
+from iwm_fast.kernels.attention.short import ShortConfig
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
 
@@ -27,8 +29,6 @@ from benchmarks.kernels import (
 )
 from fixtures.kernel_cases import DEVICE, draw, offsets_of
 from iwm_fast.config.run import PredictorConfig
-from iwm_fast.kernels.attention.flash import TileConfig
-from iwm_fast.kernels.attention.short import ShortConfig
 from iwm_fast.kernels.launch import IS_INTERPRETING
 from iwm_fast.kernels.ops import REFERENCE
 

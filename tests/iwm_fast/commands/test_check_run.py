@@ -156,13 +156,13 @@ def test_vit_b_at_2048_on_one_24_gb_gpu_exits_with_1(vit_b, tmp_path, capsys, mo
         main(["check", str(path), "ranks=1", "gpu=RTX 4090"])
     lines = capsys.readouterr().out.splitlines()
     assert exit_info.value.code == 1
-    assert re.fullmatch(r"does not fit: \d+ of 24 GB per GPU; runtime.micro_batch_size=64 fits", lines[-1])
+    assert re.fullmatch(r"does not fit: \d+ of 24 GB per GPU; runtime.micro_batch_size=128 fits", lines[-1])
     assert all(len(line) <= 80 for line in lines)
     # The command succeeds with the setting that it suggests.
-    main(["check", str(path), "ranks=1", "gpu=RTX 4090", "runtime.micro_batch_size=64"])
+    main(["check", str(path), "ranks=1", "gpu=RTX 4090", "runtime.micro_batch_size=128"])
     printed = capsys.readouterr().out
-    assert re.match(r"fits: [\d.]+ of 24 GB per GPU \(ZeRO 1, 64 images", printed.splitlines()[-1])
-    larger = replace(vit_b, runtime=replace(vit_b.runtime, micro_batch_size=128))
+    assert re.match(r"fits: [\d.]+ of 24 GB per GPU \(ZeRO 1, 128 images", printed.splitlines()[-1])
+    larger = replace(vit_b, runtime=replace(vit_b.runtime, micro_batch_size=256))
     assert not verdict(larger, CheckConfig(ranks=1, gpu_memory_gb=24.0)).fits
 
 
@@ -176,12 +176,12 @@ def test_settings_that_fit_change_as_little_as_possible(vit_b):
     plain = replace(vit_b, runtime=replace(vit_b.runtime, engine="plain"))
     settings = {
         memory: verdict(plain, CheckConfig(ranks=8, gpu_memory_gb=memory)).fitting_settings()
-        for memory in (24.0, 6.65, 6.0, 2.0)
+        for memory in (24.0, 6.6, 6.0, 2.0)
     }
     assert settings == {
-        24.0: "runtime.micro_batch_size=64",
-        6.65: "runtime.micro_batch_size=2 runtime.activation_checkpointing=true",
-        6.0: "runtime.micro_batch_size=1 runtime.engine=deepspeed runtime.zero_stage=1",
+        24.0: "runtime.micro_batch_size=128",
+        6.6: "runtime.micro_batch_size=2 runtime.activation_checkpointing=true",
+        6.0: "runtime.micro_batch_size=2 runtime.engine=deepspeed runtime.zero_stage=1",
         2.0: None,
     }
     hopeless = verdict(plain, CheckConfig(ranks=8, gpu_memory_gb=2.0))

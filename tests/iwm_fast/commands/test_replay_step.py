@@ -112,7 +112,7 @@ def test_a_replayed_batch_equals_the_batch_of_training(damaged_shards, tmp_path)
     for name in ("context", "target"):
         actual, expected = getattr(replayed, name), getattr(trained, name)
         assert torch.equal(actual.row, expected.row)
-        assert (actual.total, actual.longest) == (expected.total, expected.longest)
+        assert (actual.total, actual.lengths) == (expected.total, expected.lengths)
     assert (replayed.key, replayed.step) == (trained.key, trained.step)
 
 

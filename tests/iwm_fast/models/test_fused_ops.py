@@ -16,7 +16,12 @@ from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.cli import main
 from iwm_fast.commands.compile_kernels import compile_kernels, random_batch
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RuntimeConfig
+from iwm_fast.kernels.attention import op as attention_module
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import FUSED, REFERENCE
+from iwm_fast.models import kernel_check
+from iwm_fast.models import student as student_module
+from iwm_fast.models.kernel_check import check_kernels
 from iwm_fast.models.layers import Attention
 from iwm_fast.models.student import build_student, choose_ops
 from iwm_fast.runtime import distributed
@@ -63,7 +68,7 @@ def outputs_and_gradients(config, ops, batch):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_predictions_targets_and_every_gradient_are_the_references(config, conditioning):
     config = with_fused(config, conditioning)
-    batch = random_batch(config, TORCH_DEVICE)
+    batch = random_batch(config, TORCH_DEVICE, num_context=(7, 12), num_targets=(9, 4))
     actual, expected = (outputs_and_gradients(config, ops, batch) for ops in (FUSED, REFERENCE))
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert {name: value for name, value in errors.items() if not value < 1e-4} == {}
@@ -73,7 +78,7 @@ def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config):
     # A fixed seed, because rounding alone can switch on a hidden unit of the mixer that happens to be almost zero.
     torch.manual_seed(0)
     config = with_fused(config)
-    batch = random_batch(config, TORCH_DEVICE)
+    batch = random_batch(config, TORCH_DEVICE, num_context=(7, 12), num_targets=(9, 4))
     exact = outputs_and_gradients(config, REFERENCE, batch)
     half = replace(config, optim=replace(config.optim, precision="bf16"))
     fused, reference = (outputs_and_gradients(half, ops, batch) for ops in (FUSED, REFERENCE))
@@ -93,10 +98,11 @@ def test_under_autocast_the_fused_model_compiles_into_one_graph():
 def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
     student = build_student(with_fused(config), FUSED).to(DEVICE)
     block, tokens = student.encoder.blocks[0], torch.randn(48, 64, device=DEVICE)
-    update, offsets = torch.randn(48, 64, device=DEVICE), torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE)
+    update = torch.randn(48, 64, device=DEVICE)
+    sequences = Sequences(torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE), 8, 40)
 
     def run_block(*pair):
-        return block(*pair, offsets, 40)
+        return block(*pair, sequences)
 
     recomputed = values_and_gradients(lambda *pair: checkpoint(run_block, *pair, use_reentrant=False), [tokens, update])
     expected = values_and_gradients(run_block, [tokens, update])
@@ -136,20 +142,71 @@ def test_the_setting_chooses_the_operations_of_all_modules(config):
     assert used | {student.predictor.assemble} == set(FUSED)
 
 
-def test_heads_without_a_kernel_are_refused_with_accepted_sizes(config):
-    fused = replace(config, runtime=RuntimeConfig(ops="fused"))
-    with pytest.raises(ValueError, match=r"model.encoder.num_heads must .*heads of 32 or 64 .*dim is 32.*got 2"):
-        choose_ops(fused, TORCH_DEVICE)
+def test_what_has_no_kernel_is_refused_with_the_reason_and_the_remedy(config):
+    fused = with_fused(config)
+    small_heads = replace(config, runtime=RuntimeConfig(ops="fused"))
+    large_views = replace(fused, views=replace(fused.views, size=68))
+    for wrong, reason in (
+        (small_heads, r"in model.encoder, fused attention supports heads of 32 or 64, got 16"),
+        (large_views, r"in model.encoder, .* up to 256 tokens per image .*, got 289"),
+    ):
+        with pytest.raises(ValueError, match=reason + "; set runtime.ops=reference"):
+            choose_ops(wrong, TORCH_DEVICE)
+    with pytest.raises(ValueError, match=r"in model.predictor, .*got 300"):
+        choose_ops(fused, TORCH_DEVICE, num_predictor_tokens=300)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
+def test_by_default_a_cpu_runs_torchs_operations_and_the_log_says_why(config, caplog):
+    with caplog.at_level("INFO"):
+        assert choose_ops(with_fused(config, ops="auto"), TORCH_DEVICE) is REFERENCE
+    assert "operations are those of PyTorch: there is no GPU" in caplog.text
+
+
+def test_by_default_a_gpu_runs_kernels_where_there_are_some(config, caplog, monkeypatch):
+    # A GPU of which only the architecture is known.
+    monkeypatch.setattr(student_module, "architecture", lambda device: 90)
+    monkeypatch.setattr(attention_module, "IS_INTERPRETING", False)
+    gpu = torch.device("cuda")
+    half = replace(config, optim=replace(config.optim, precision="bf16"))
+    full = replace(config, optim=replace(config.optim, precision="fp32"))
+    with caplog.at_level("INFO"):
+        assert choose_ops(with_fused(half, ops="auto"), gpu) is FUSED
+        assert choose_ops(with_fused(full, ops="auto"), gpu) is REFERENCE
+        monkeypatch.setattr(student_module, "architecture", lambda device: 75)
+        assert choose_ops(with_fused(half, ops="auto"), gpu) is REFERENCE
+    assert "operations are fused Triton kernels" in caplog.text
+    assert "fused attention supports bfloat16 and float16, got float32" in caplog.text
+    assert "compute capability 8.0 or newer, got 7.5" in caplog.text
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_kernels_are_compared_with_torch_before_the_first_step(config, conditioning, caplog):
+    with caplog.at_level("INFO"):
+        check_kernels(with_fused(config, conditioning), TORCH_DEVICE)
+    assert "fused operations agree with PyTorch's" in caplog.text
+
+
+@pytest.mark.parametrize("operation", ["ragged_attention", "residual_norm", "predictor_input"])
+def test_a_kernel_that_computes_something_else_ends_the_run(config, monkeypatch, operation):
+    def wrong(*arguments, **named):
+        result = getattr(FUSED, operation)(*arguments, **named)
+        return result * 1.01 if isinstance(result, torch.Tensor) else (result[0], result[1] * float("nan"))
+
+    monkeypatch.setattr(kernel_check, "FUSED", FUSED._replace(**{operation: wrong}))
+    name = operation.removeprefix("ragged_")
+    with pytest.raises(RuntimeError, match=rf"the fused {name}.* differs from .*set runtime.ops=reference"):
+        check_kernels(with_fused(config), TORCH_DEVICE)
 
 
 def test_warmup_reports_the_folder_of_the_kernels(config, capsys, tmp_path):
     assert "kernels of this run are in" in compile_kernels(with_fused(config))
-    with pytest.raises(ValueError, match=r"runtime.ops must be fused"):
+    with pytest.raises(ValueError, match=r"runtime.ops must select fused operations"):
         compile_kernels(config)
     (tmp_path / "run.yaml").write_text("model: {encoder: {patch_size: 16}}\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["warmup", str(tmp_path / "run.yaml")])
-    assert "runtime.ops must be fused" in capsys.readouterr().err
+    assert "runtime.ops must select fused operations" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

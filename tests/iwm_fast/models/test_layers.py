@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.layers import Block, Blocks, ResidualNorm, initialize_, set_drop_path_, sincos_positions
 
@@ -58,11 +59,14 @@ def test_a_layer_preserves_the_size_of_signals_at_any_width(dim):
     assert output.std().item() == pytest.approx(0.02 * math.sqrt(768), rel=0.05)
 
 
-def run(stack, tokens, offsets, longest):
+NINE = Sequences.of_equal_length(9)
+
+
+def run(stack, tokens, sequences):
     """Return the residual stream after all blocks, with the last update added."""
     update = None
     for block in stack:
-        tokens, update = block(tokens, update, offsets, longest)
+        tokens, update = block(tokens, update, sequences)
     return tokens + update
 
 
@@ -72,15 +76,17 @@ def random_tokens(rows=9):
 
 def test_blocks_work_on_each_packed_sequence_alone():
     stack, tokens = build(), random_tokens()
-    packed = run(stack, tokens, torch.tensor([0, 4, 4, 9], dtype=torch.int32), 5)
-    alone = torch.cat([run(stack, tokens[:4], None, 4), run(stack, tokens[4:], None, 5)])
+    packed = run(stack, tokens, Sequences(torch.tensor([0, 4, 4, 9], dtype=torch.int32), 0, 5))
+    alone = torch.cat(
+        [run(stack, tokens[:4], Sequences.of_equal_length(4)), run(stack, tokens[4:], Sequences.of_equal_length(5))]
+    )
     torch.testing.assert_close(packed, alone)
 
 
 def test_a_deferred_update_is_bit_equal_to_one_added_before():
     (_, block), tokens, update = build(depth=2), random_tokens(), random_tokens().flip(0)
-    deferred = block(tokens, update, None, 9)
-    added = block(tokens + update, None, None, 9)
+    deferred = block(tokens, update, NINE)
+    added = block(tokens + update, None, NINE)
     assert all(torch.equal(*pair) for pair in zip(deferred, added, strict=True))
 
 
@@ -99,12 +105,12 @@ def test_every_sum_is_normalised_in_the_same_pass():
         return REFERENCE.residual_norm(x, residual, weight, bias, eps)
 
     ops = REFERENCE._replace(residual_norm=counting_residual_norm)
-    run([Block(32, 4, 4.0, ops) for _ in range(3)], random_tokens(), None, 9)
+    run([Block(32, 4, 4.0, ops) for _ in range(3)], random_tokens(), NINE)
     # Two in each block, except that the first block starts without an update.
     assert widths == [32] * 5
 
 
-OFFSETS = torch.tensor([0, 4, 9], dtype=torch.int32)
+FOUR_AND_FIVE = Sequences(torch.tensor([0, 4, 9], dtype=torch.int32), 4, 5)
 
 
 def build_blocks(depth=3, *, rate=0.0, recompute=False):
@@ -113,9 +119,9 @@ def build_blocks(depth=3, *, rate=0.0, recompute=False):
     return stack
 
 
-def complete_stream(stack, offsets=OFFSETS, longest=5):
+def complete_stream(stack, sequences=FOUR_AND_FIVE):
     """Return the residual stream after a stack of blocks, with the last update added."""
-    tokens, update = stack(random_tokens(), offsets, longest)
+    tokens, update = stack(random_tokens(), sequences)
     return tokens + update
 
 
@@ -124,7 +130,7 @@ def test_without_drop_path_or_in_evaluation_nothing_is_drawn():
     state = torch.get_rng_state()
     undropped = complete_stream(training)
     assert torch.equal(complete_stream(evaluated), undropped)
-    assert torch.equal(run(training, random_tokens(), OFFSETS, 5), undropped)
+    assert torch.equal(run(training, random_tokens(), FOUR_AND_FIVE), undropped)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(complete_stream(evaluated.train()), undropped)
 
@@ -132,9 +138,9 @@ def test_without_drop_path_or_in_evaluation_nothing_is_drawn():
 def test_drop_path_drops_updates_by_image_and_scales_the_others():
     # Of two blocks, only the last one drops updates. At a rate of 0.5, each update of an image is doubled or dropped.
     first, last = stack = build_blocks(depth=2, rate=0.5)
-    tokens, update = first(random_tokens(), None, OFFSETS, 5)
+    tokens, update = first(random_tokens(), None, FOUR_AND_FIVE)
     before = tokens + update
-    attended = last.attn(last.norm1(before, None)[1], OFFSETS, 5)
+    attended = last.attn(last.norm1(before, None)[1], FOUR_AND_FIVE)
     expected = {}
     for attention in (0, 2):
         middle = before + attention * attended
@@ -155,7 +161,7 @@ def test_drop_path_drops_updates_by_image_and_scales_the_others():
 def test_drop_path_rises_linearly_and_preserves_the_mean_update():
     stack = build_blocks(depth=5, rate=0.4)
     torch.manual_seed(0)
-    scales = stack._draw_scales(torch.zeros(40_000, 32), None, 2)
+    scales = stack._draw_scales(torch.zeros(40_000, 32), Sequences.of_equal_length(2))
     assert scales.shape == (5, 2, 40_000)
     assert torch.equal(scales[:, :, 0::2], scales[:, :, 1::2]), "tokens of an image must have the same factor"
     torch.testing.assert_close(

@@ -55,7 +55,7 @@ def test_the_limit_names_the_setting_to_change(monkeypatch):
     assert "raise output.checkpoint_every (now 1000) or output.evaluate_every (now 50)" in limit(config(), other=0.3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_gpu = replace(config(), runtime=RuntimeConfig())
-    assert "GPU, as it should be; to speed it up, set runtime.ops=fused" in limit(on_gpu, backward=1.0)
+    assert "GPU, as it should be; to speed it up, set runtime.compile=true" in limit(on_gpu, backward=1.0)
     compiled = replace(config(), runtime=RuntimeConfig(ops="fused", compile=True))
     assert limit(compiled, backward=1.0).endswith("GPU, as it should be")
 

@@ -1,4 +1,4 @@
-"""Attention over short sequences: one program per (sequence, head) holds all keys, so no running softmax is needed.
+"""Attention kernels: one program per (sequence, head) holds all keys, so no running softmax is needed.
 
 A program reads the keys and values of its head once and keeps them in registers or shared memory while it loops over
 tiles of queries. The keys are split into tiles whose sizes are powers of two: 196 keys take 128 + 64 + 16, not 256.
@@ -18,18 +18,24 @@ memory of each.
 # Type checkers do not know that device code is compiled, where a constexpr parameter is a number.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
+import functools
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.attention.packed import LOG2_E, PackedQKV, load_rows, sequence_span, store_rows
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.launch import Launch
 
+# The softmax is computed with exp2, which is one instruction on the GPU: exp(x) = exp2(x * log2(e)). The factor is
+# folded into the scale of the scores.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
-class ShortConfig(NamedTuple):
-    """Configuration of one launch, which computes a range of sequence lengths."""
+
+class LaunchConfig(NamedTuple):
+    """Tile sizes and compiler options of one launch, which computes a range of sequence lengths."""
 
     key_splits: tuple[tuple[int, ...], ...]
     """For each bucket of lengths, shortest first: the sizes of the key tiles. Sequences fill all tiles but the last."""
@@ -45,33 +51,89 @@ class ShortConfig(NamedTuple):
         return sum(self.key_splits[-1])
 
 
+class HeadConfigs(NamedTuple):
+    """The launches for one head size, shortest lengths first.
+
+    A kernel has the registers of its largest bucket, so buckets that need many more have a separate launch.
+    """
+
+    forward: tuple[LaunchConfig, ...]
+    backward: tuple[LaunchConfig, ...]
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest sequence that both passes can compute."""
+        return min(self.forward[-1].max_length, self.backward[-1].max_length)
+
+
 _UP_TO_128 = ((64,), (128,))
 _UP_TO_208 = ((128, 64), (128, 64, 16))
 _UP_TO_256 = ((128, 64, 32), (128, 64, 64))
+_HOPPER = {
+    32: HeadConfigs(
+        forward=tuple(LaunchConfig(splits, 64, 4, 1) for splits in (_UP_TO_128, _UP_TO_208, _UP_TO_256)),
+        backward=(LaunchConfig(_UP_TO_128, 32, 8, 1), LaunchConfig(((128, 64), (256,)), 32, 8, 2)),
+    ),
+    64: HeadConfigs(
+        forward=(LaunchConfig(_UP_TO_128, 64, 4, 1), LaunchConfig(_UP_TO_208 + _UP_TO_256, 64, 4, 1)),
+        backward=(
+            LaunchConfig(_UP_TO_128, 64, 8, 2),
+            LaunchConfig(((128, 64),), 32, 8, 2),
+            LaunchConfig(((256,),), 32, 8, 3),
+        ),
+    ),
+}
+_OTHERS = {
+    32: HeadConfigs(
+        forward=(LaunchConfig(_UP_TO_128, 64, 4, 1), LaunchConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
+        backward=(LaunchConfig(_UP_TO_128, 32, 8, 1), LaunchConfig(((128, 64), (256,)), 32, 8, 2)),
+    ),
+    64: HeadConfigs(forward=(LaunchConfig(_UP_TO_128, 64, 4, 1),), backward=(LaunchConfig(_UP_TO_128, 32, 8, 2),)),
+}
 
-# By architecture (0 stands for all others) and head size, shortest lengths first. A kernel has the registers of its
-# largest bucket, so buckets that need many more have a separate launch. Lengths that do not compile without spills are
-# left to `flash`.
-FORWARD_CONFIGS = {
-    90: {
-        32: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208, 64, 4, 1), ShortConfig(_UP_TO_256, 64, 4, 1)),
-        64: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256, 64, 4, 1)),
-    },
-    0: {
-        32: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
-        64: (ShortConfig(_UP_TO_128, 64, 4, 1), ShortConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
-    },
-}
-BACKWARD_CONFIGS = {
-    90: {
-        32: (ShortConfig(_UP_TO_128, 32, 8, 1), ShortConfig(((128, 64), (256,)), 32, 8, 2)),
-        64: (ShortConfig(_UP_TO_128, 64, 8, 2), ShortConfig(((128, 64),), 32, 8, 2), ShortConfig(((256,),), 32, 8, 3)),
-    },
-    0: {
-        32: (ShortConfig(_UP_TO_128, 32, 8, 1),),
-        64: (ShortConfig(_UP_TO_128, 32, 8, 2),),
-    },
-}
+
+def choose_configs(architecture: int, head_dim: int) -> HeadConfigs:
+    """Return the launches for a GPU of compute capability `architecture` / 10."""
+    # Hopper and data-centre Blackwell multiply from shared memory. All other GPUs need both operands in registers, so
+    # there is room for fewer keys.
+    return (_HOPPER if 90 <= architecture < 120 else _OTHERS)[head_dim]
+
+
+@triton.jit
+def _sequence_span(offsets_ptr, sequence, longest):
+    """Return the first row (int64) and the length of a sequence; without offsets its length is `longest`."""
+    if offsets_ptr is None:
+        return sequence * longest, longest
+    else:
+        # offsets_ptr: (B + 1,) int32
+        start = tl.load(offsets_ptr + sequence)
+        # 64 bits: row * 3 * H * d exceeds 2^31 in large batches.
+        return start.to(tl.int64), tl.load(offsets_ptr + sequence + 1) - start
+
+
+@triton.jit
+def _load_rows(base_ptr, tile_start, length, stride, NUM_ROWS: tl.constexpr, DIM: tl.constexpr, IS_FULL: tl.constexpr):
+    """Return the tile (NUM_ROWS, DIM) of a sequence that begins at row `tile_start`; rows from `length` on are zero.
+
+    Those rows belong to the next sequence. They are not read, because a weight of zero times NaN is NaN. `IS_FULL`
+    promises that the tile has no such rows and saves the mask.
+    """
+    # base_ptr: (length, DIM) with row stride `stride`, one head of one sequence
+    row = tile_start + tl.arange(0, NUM_ROWS)
+    pointer = base_ptr + row[:, None] * stride + tl.arange(0, DIM)[None, :]
+    if IS_FULL:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=(row < length)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_rows(base_ptr, tile, tile_start, length, stride):
+    """Store a (rows, columns) tile at row `tile_start` of a sequence, in its dtype; skip rows from `length` on."""
+    # base_ptr: (length, columns) with row stride `stride`, one head of one sequence
+    row = tile_start + tl.arange(0, tile.shape[0])
+    pointer = base_ptr + row[:, None] * stride + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(pointer, tile.to(base_ptr.dtype.element_ty), mask=(row < length)[:, None])
 
 
 @triton.jit
@@ -82,7 +144,7 @@ def _load_keys(base_ptr, length, stride, HEAD_DIM: tl.constexpr, KEY_SPLIT: tl.c
     tiles = ()
     key_start = 0
     for i in tl.static_range(len(KEY_SPLIT)):
-        tile = load_rows(base_ptr, key_start, length, stride, KEY_SPLIT[i], HEAD_DIM, i + 1 < len(KEY_SPLIT))
+        tile = _load_rows(base_ptr, key_start, length, stride, KEY_SPLIT[i], HEAD_DIM, i + 1 < len(KEY_SPLIT))
         tiles = tiles + (tile,)
         key_start += KEY_SPLIT[i]
     return tiles
@@ -94,7 +156,7 @@ def _store_keys(base_ptr, tiles, length, stride, KEY_SPLIT: tl.constexpr):
     # base_ptr: (length, HEAD_DIM) with row stride `stride`
     key_start = 0
     for i in tl.static_range(len(KEY_SPLIT)):
-        store_rows(base_ptr, tiles[i], key_start, length, stride)
+        _store_rows(base_ptr, tiles[i], key_start, length, stride)
         key_start += KEY_SPLIT[i]
 
 
@@ -109,7 +171,7 @@ def _attend(
     keys = _load_keys(query_ptr + width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
     values = _load_keys(query_ptr + 2 * width, length, 3 * width, HEAD_DIM, KEY_SPLIT)
     for query_start in range(0, length, NUM_QUERIES):
-        query = load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
+        query = _load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
         scores = ()
         row_max = tl.full((NUM_QUERIES,), float("-inf"), SUM_DTYPE)
         key_start = 0
@@ -129,7 +191,7 @@ def _attend(
             weight = tl.exp2(scores[i] * (SCALE * LOG2_E) - row_max[:, None])
             row_sum += tl.sum(weight, 1)
             out = tl.dot(weight.to(query.dtype), values[i], out, out_dtype=SUM_DTYPE)
-        store_rows(out_ptr, out / row_sum[:, None], query_start, length, width)
+        _store_rows(out_ptr, out * (1 / row_sum)[:, None], query_start, length, width)
         row = query_start + tl.arange(0, NUM_QUERIES)
         tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=row < length)
 
@@ -147,7 +209,7 @@ def _forward_kernel(
     # Consecutive programs take the heads of one sequence, whose rows lie side by side in memory.
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
-    sequence_start, length = sequence_span(offsets_ptr, program // num_heads, longest)
+    sequence_start, length = _sequence_span(offsets_ptr, program // num_heads, longest)
     width = num_heads * HEAD_DIM
     query_ptr = qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
     out_base_ptr = out_ptr + sequence_start * width + head * HEAD_DIM
@@ -180,8 +242,8 @@ def _attend_backward(
         d_values = d_values + (tl.zeros((KEY_SPLIT[i], HEAD_DIM), SUM_DTYPE),)
     # Queries from `length` on need no mask: their d_out is zero, and so is all that they add to dK and dV.
     for query_start in range(0, length, NUM_QUERIES):
-        query = load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
-        d_out = load_rows(d_out_ptr, query_start, length, width, NUM_QUERIES, HEAD_DIM, False)
+        query = _load_rows(query_ptr, query_start, length, 3 * width, NUM_QUERIES, HEAD_DIM, False)
+        d_out = _load_rows(d_out_ptr, query_start, length, width, NUM_QUERIES, HEAD_DIM, False)
         row = query_start + tl.arange(0, NUM_QUERIES)
         lse = tl.load(lse_ptr + row, mask=row < length, other=0.0)
         weights = ()
@@ -209,7 +271,7 @@ def _attend_backward(
             new_d_keys = new_d_keys + (tl.dot(d_score, query, d_keys[i], out_dtype=SUM_DTYPE),)
             d_query = tl.dot(tl.trans(d_score), keys[i], d_query, out_dtype=SUM_DTYPE)
         d_keys = new_d_keys
-        store_rows(d_query_ptr, d_query * SCALE, query_start, length, 3 * width)
+        _store_rows(d_query_ptr, d_query * SCALE, query_start, length, 3 * width)
     scaled_d_keys = ()
     for i in tl.static_range(len(KEY_SPLIT)):
         scaled_d_keys = scaled_d_keys + (d_keys[i] * SCALE,)
@@ -230,7 +292,7 @@ def _backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
-    sequence_start, length = sequence_span(offsets_ptr, program // num_heads, longest)
+    sequence_start, length = _sequence_span(offsets_ptr, program // num_heads, longest)
     width = num_heads * HEAD_DIM
     query_ptr = qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
     d_query_ptr = d_qkv_ptr + sequence_start * 3 * width + head * HEAD_DIM
@@ -244,38 +306,47 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def max_length(configs: tuple[ShortConfig, ...]) -> int:
-    """Return the length of the longest sequence that the launches hold; 0 if there are no configurations."""
-    return configs[-1].max_length if configs else 0
-
-
-def forward_launches(configs: tuple[ShortConfig, ...], packed: PackedQKV, out: Tensor, lse: Tensor) -> list[Launch]:
-    """Return the launches that fill `out` and `lse` for every sequence up to `max_length(configs)`."""
-    return _launches(_forward_kernel, configs, packed, {"out_ptr": out, "lse_ptr": lse})
+def forward_launches(architecture: int, qkv: Tensor, sequences: Sequences, out: Tensor, lse: Tensor) -> list[Launch]:
+    """Return the launches that fill `out` (sum N, H, d) and `lse` (H, sum N), one per range of lengths that occurs."""
+    configs = choose_configs(architecture, qkv.shape[3]).forward
+    return build_launches(_forward_kernel, configs, qkv, sequences, {"out_ptr": out, "lse_ptr": lse})
 
 
 def backward_launches(
-    configs: tuple[ShortConfig, ...], packed: PackedQKV, d_out: Tensor, d_qkv: Tensor, lse: Tensor
+    architecture: int, qkv: Tensor, sequences: Sequences, d_out: Tensor, d_qkv: Tensor, lse: Tensor
 ) -> list[Launch]:
-    """Return the launches that fill `d_qkv` for every sequence up to `max_length(configs)`."""
-    return _launches(_backward_kernel, configs, packed, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse})
+    """Return the launches that fill `d_qkv` (sum N, 3, H, d), one per range of lengths that occurs."""
+    configs = choose_configs(architecture, qkv.shape[3]).backward
+    tensors = {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse}
+    return build_launches(_backward_kernel, configs, qkv, sequences, tensors)
 
 
-def _launches(
-    kernel: Any, configs: tuple[ShortConfig, ...], packed: PackedQKV, tensors: dict[str, Tensor]
+def build_launches(
+    kernel: Any, configs: tuple[LaunchConfig, ...], qkv: Tensor, sequences: Sequences, tensors: dict[str, Tensor]
 ) -> list[Launch]:
-    """Return one launch per configuration whose lengths can occur in `packed`."""
+    """Return one launch for each configuration whose lengths can occur."""
+    num_rows, _, num_heads, head_dim = qkv.shape
+    offsets, shortest, longest = sequences
+    grid = (sequences.count(num_rows) * num_heads,)
+    arguments = tensors | {"qkv_ptr": qkv, "offsets_ptr": offsets, "longest": longest, "num_heads": num_heads,
+                           "num_rows": num_rows}  # fmt: skip
     launches = []
-    is_ragged = packed.offsets is not None
     lower_limit = 0
     for config in configs:
-        # Ragged sequences have any length up to the longest; dense sequences all have that length.
-        is_needed = packed.longest > lower_limit and (is_ragged or packed.longest <= config.max_length)
-        limits = (lower_limit, *(sum(split) for split in config.key_splits))
-        constants = {"KEY_SPLITS": config.key_splits, "LIMITS": limits, "NUM_QUERIES": config.num_queries}
-        if is_needed:
-            grid = (packed.num_sequences * packed.num_heads,)
-            arguments, constants = packed.arguments | tensors, packed.constants | constants
+        if longest > lower_limit and shortest <= config.max_length:
+            constants = _constants(config, lower_limit, head_dim, is_double=qkv.dtype == torch.float64)
             launches.append(Launch(kernel, grid, arguments, constants, config.num_warps, config.num_stages))
         lower_limit = config.max_length
     return launches
+
+
+@functools.cache
+def _constants(config: LaunchConfig, lower_limit: int, head_dim: int, *, is_double: bool) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim,
+        "KEY_SPLITS": config.key_splits,
+        "LIMITS": (lower_limit, *(sum(split) for split in config.key_splits)),
+        "NUM_QUERIES": config.num_queries,
+        "SCALE": head_dim**-0.5,
+        "SUM_DTYPE": tl.float64 if is_double else tl.float32,
+    }
