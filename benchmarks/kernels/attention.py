@@ -7,7 +7,7 @@ combines their three gradients into one tensor; that is part of their time, as i
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness.masks import GRID, masked_batch
-from benchmarks.harness.providers import Provider, random_leaf
+from benchmarks.harness.providers import Function, Provider, random_leaf
 from benchmarks.harness.rooflines import attention_costs
 from benchmarks.harness.session import Case, Session
 from iwm_fast.kernels.attention.kernels import choose_configs
@@ -50,9 +50,7 @@ def run(session: Session) -> None:
         compare(session, lengths, head_dim, name, heads)
 
 
-def compare(
-    session: Session, lengths: Sequence[int], head_dim: int, name: str, num_heads: int
-) -> None:
+def compare(session: Session, lengths: Sequence[int], head_dim: int, name: str, num_heads: int) -> None:
     """Check and time sequences of these lengths; packed ones have a name."""
     shape = {"N": name or lengths[0], "d": head_dim, "H": num_heads, "B": len(lengths)}
     what = "packed attention" if name else "attention"
@@ -81,10 +79,10 @@ def sequences_of(lengths: Sequence[int], device: str) -> Sequences:
     return Sequences.from_lengths(torch.tensor([0, *lengths]).cumsum(0).int().to(device), lengths)
 
 
-def with_backend(backend: SDPBackend, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_backend(backend: SDPBackend, function: Function) -> Function:
     """Return a function that uses only this backend of PyTorch, and raises if the backend does not support a call."""
 
-    def call(*inputs: Tensor) -> Tensor:
+    def call(*inputs: Tensor) -> Tensor | Sequence[Tensor]:
         with sdpa_kernel(backend):
             return function(*inputs)
 

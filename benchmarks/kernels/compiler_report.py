@@ -92,7 +92,7 @@ def select_launches(records: Sequence[Record], **shape: int | str) -> list[Recor
 
 
 def spill_summary(records: Sequence[Record]) -> str:
-    """Return a sentence with the number of launches, and of those that spill, per version of Triton and architecture."""
+    """Return a sentence with the number of launches, and of those that spill, by version of Triton and GPU."""
     counts = []
     for version, arch in dict.fromkeys((each.machine.get("triton"), each.shape["arch"]) for each in records):
         launches = [each for each in select_launches(records, arch=arch) if each.machine.get("triton") == version]

@@ -42,20 +42,22 @@ def measure(
     case = Case(f"{kind} conditioning", {"P": width, "B": images}, dtype)
     if not session.has_time(case):
         return
-    patches, layout = masked_patches(images, num_tokens, session.device)
+    # The interpreter takes seconds for a hundred rows.
+    grid = 4 if session.device == "cpu" else GRID
+    patches, layout = masked_patches(images, grid, num_tokens, session.device)
     rows = len(patches.context), len(patches.targets), images * num_tokens
     case = case._replace(costs=conditioning_costs(rows, width, has_mixer=kind == "feature"))
     inputs = make_inputs(kind, (images, width), rows[0], dtype, session.device)
-    positions = torch.randn(GRID**2, width, device=session.device)
+    positions = torch.randn(grid**2, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
     operation = partial(make_function, (positions, action), (patches, layout), dtype)
     d_packed = torch.randn(sum(rows), width, device=session.device)
     session.compare_ops(case, operation, inputs, {"packed": d_packed}, is_timed=is_timed)
 
 
-def masked_patches(images: int, num_tokens: int, device: str) -> tuple[PatchIndex, PackedLayout]:
+def masked_patches(images: int, grid: int, num_tokens: int, device: str) -> tuple[PatchIndex, PackedLayout]:
     """Draw masks; return the patches of context and targets, and the layout of the packed rows."""
-    context, target = (index.to(torch.device(device)) for index in masked_batch(np.arange(images), images))
+    context, target = (index.to(torch.device(device)) for index in masked_batch(np.arange(images), images, grid=grid))
     sizes = {"num_context": len(context.row), "num_targets": len(target.row)}
     return PatchIndex(context.row, target.row), packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
 

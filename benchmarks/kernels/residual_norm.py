@@ -1,4 +1,4 @@
-"""Residual addition and LayerNorm as a transformer block calls them, with a half-precision update and a float32 stream."""
+"""Residual addition and LayerNorm as a transformer block calls them: a half-precision update, a float32 stream."""
 
 from functools import partial
 

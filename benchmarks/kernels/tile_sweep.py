@@ -1,7 +1,7 @@
 """Tune the static tables of attention: time candidates beside the shipped launches.
 
-A candidate is a launch of another `LaunchConfig`. All candidates are compiled first, on all cores. One that spills, does
-not fit or computes a wrong result is not timed.
+A candidate is a launch of another `LaunchConfig`. All candidates are compiled first, on all cores. One that spills,
+does not fit or computes a wrong result is not timed.
 """
 
 import itertools
@@ -56,10 +56,7 @@ def sweep(session: Session, case: Case, pass_: str, configs: Sequence[LaunchConf
     else:
         target, shipped = d_qkv, backward_launches(arch, qkv, sequences, d_out, d_qkv, lse)
         kernel, tensors = kernels._backward_kernel, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse}
-    candidates = {
-        name_of(config): build_launches(kernel, (config,), qkv, sequences, tensors)[0]
-        for config in configs
-    }
+    candidates = {name_of(config): build_launches(kernel, (config,), qkv, sequences, tensors)[0] for config in configs}
     time_launches(session, case, pass_, candidates, shipped, target=target)
 
 

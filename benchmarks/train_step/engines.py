@@ -1,4 +1,4 @@
-"""The trainings that are compared: engines of the package, a minimal PyTorch loop, and kernels for single operations."""
+"""The trainings that are compared: engines of the package, a minimal PyTorch loop, and single fused operations."""
 
 import math
 from collections.abc import Iterator
@@ -36,16 +36,14 @@ class Variant(NamedTuple):
 
 
 def engine_variants(workload: StepWorkload, rank_info: RankInfo, *, with_deepspeed: bool) -> dict[str, Variant]:
-    """Return bare loop and engines, on a GPU also compiled; the order is that of importance."""
+    """Return the engines that are compared: on several ranks all stages of ZeRO, on a GPU also compiled ones."""
     stages = {name: Variant({"engine": "deepspeed", "zero_stage": stage}) for stage, name in enumerate(ZERO)}
-    if not with_deepspeed:
-        stages = {}
-    plain = Variant({"engine": "plain"})
+    plain, stages = Variant({"engine": "plain"}), stages if with_deepspeed else {}
     if rank_info.world_size > 1:
         return {DDP: plain, **stages}
-    first = {BARE: Variant({}), PLAIN: plain} | {name: stages[name] for name in (DEFAULT,) if name in stages}
-    compiled = {name + COMPILED: Variant(variant.runtime | {"compile": True}) for name, variant in first.items()}
-    return first | (compiled if workload.with_compile else {}) | stages
+    engines = {BARE: Variant({}), PLAIN: plain} | {name: each for name, each in stages.items() if name == DEFAULT}
+    compiled = {name + COMPILED: Variant(each.runtime | {"compile": True}) for name, each in engines.items()}
+    return engines | (compiled if workload.with_compile else {})
 
 
 def has_deepspeed() -> bool:
@@ -61,7 +59,9 @@ def ops_variants(workload: StepWorkload) -> dict[str, Variant]:
         "fused attention only": REFERENCE._replace(ragged_attention=FUSED.ragged_attention),
         "fused norm only": REFERENCE._replace(residual_norm=FUSED.residual_norm),
     }
-    settings = {"": {"engine": "plain"}} | ({COMPILED: {"engine": "plain", "compile": True}} if workload.with_compile else {})
+    settings = {"": {"engine": "plain"}} | (
+        {COMPILED: {"engine": "plain", "compile": True}} if workload.with_compile else {}
+    )
     return {name + suffix: Variant(runtime, each) for suffix, runtime in settings.items() for name, each in ops.items()}
 
 

@@ -1,7 +1,6 @@
 """Where a step's time goes: the device's kernels by group, and the gaps between them."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -46,13 +45,13 @@ def _is_leaf(event: object, has_gpu: bool) -> bool:
 
 def group_times(intervals: list[tuple[str, float, float]]) -> dict[str, float]:
     """Return milliseconds by group for kernels of these names, starts and ends in microseconds."""
-    times: Counter[str] = Counter()
+    times: dict[str, float] = dict.fromkeys([*GROUPS, OTHER, GAPS], 0.0)
     busy_until = min((start for _, start, _ in intervals), default=0.0)
     for name, start, end in sorted(intervals, key=lambda interval: interval[1]):
         times[group_of(name)] += end - start
         times[GAPS] += max(start - busy_until, 0.0)
         busy_until = max(busy_until, end)
-    return {name: round(1e-3 * us, 3) for name, us in times.most_common()}
+    return {name: round(1e-3 * us, 3) for name, us in times.items()}
 
 
 def group_of(kernel: str) -> str:
