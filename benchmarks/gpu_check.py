@@ -1,10 +1,20 @@
-"""Run the tests and then all timings on a machine with a GPU: `python -m benchmarks.gpu_check --help`.
+"""What to run first on a GPU: `python -m benchmarks.gpu_check --part check,time --out FOLDER`.
 
-A failing test ends the run, because times of wrong results mean nothing. The order is fused operations, data pipeline,
-and the training step in the remaining time. Arguments after `--` are passed to benchmarks.kernels.
+    check     every kernel against float64, at lengths that are drawn anew, in both half precisions
+    time      every operation beside cuDNN, FlashAttention 2, varlen_attn, eager and compiled PyTorch
+    step      a training step with PyTorch's operations and with fused ones, eager and compiled, with a profile
+    suite     pytest tests/kernels
+    engine    DeepSpeed ZeRO-1 beside the plain engine
+    sweep     candidates for the attention tables
+
+Each part is a process of its own and ends within --limit-s. Results are written line by line into the folder; the same
+command goes on with what is missing there. A wrong kernel is reported and not timed, and everything else goes on.
+Without a GPU, --quick runs all parts on tiny shapes, the kernels in Triton's interpreter.
 """
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import time
@@ -13,81 +23,126 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import records, results, tables
+from benchmarks.kernels import report as kernels_report
+from benchmarks.train_step import report as train_step_report
+
 PROJECT = Path(__file__).parent.parent
-TESTS = (("-m", "gpu"), ("tests/kernels",))
-"""Arguments of the two pytest processes: with a GPU, `tests/kernels` compiles kernels instead of interpreting them."""
-_MIN_BENCHMARK_S, _MARGIN_S = 30.0, 60.0
+PARTS = {
+    "check": ("benchmarks.kernels", "--only", "check"),
+    "time": ("benchmarks.kernels", "--only", "attention", "norm", "conditioning"),
+    "step": ("benchmarks.train_step", "--synthetic", "--only", "ops"),
+    "suite": ("pytest", "-v", "tests/kernels"),
+    "engine": ("benchmarks.train_step", "--synthetic", "--only", "engines"),
+    "sweep": ("benchmarks.kernels", "--only", "sweep"),
+}
+"""Module and arguments of each part."""
+SUITE = "suite.txt"
+_RESULT = re.compile(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (tests/.*?)\s*$", re.MULTILINE)
+"""A line of pytest-xdist about one test."""
+_GRACE_S = 45.0
+"""Seconds before a part is ended in which it starts no new measurement."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run tests and benchmarks; return the exit status."""
+    """Run the parts and print one table; return 1 if one of them failed."""
     options = parse(arguments)
-    if not torch.cuda.is_available():
-        print(
-            "error: this command needs a GPU, but there is none on this machine; try python -m benchmarks.kernels",
-            file=sys.stderr,
-        )
+    if not (torch.cuda.is_available() or options.quick):
+        print("error: there is no GPU on this machine; --quick tries the command without one", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + options.limit_s
-    test_status = 0
-    for tests in () if options.skip_tests else TESTS:
-        command = [sys.executable, "-m", "pytest", "-q", *([] if options.keep_going else ["-x"]), *tests]
-        status = run(command, min(options.tests_limit_s, deadline - time.monotonic()))
-        # Pytest exits with 5 if it selected no test.
-        if status not in (0, 5):
-            test_status = status
-            print(f"failed: {' '.join(command[1:])}", file=sys.stderr)
-            if not options.keep_going:
-                return test_status
-    remaining_s = deadline - time.monotonic()
-    pipelines_s, steps_s = min(options.pipelines_limit_s, remaining_s / 3), min(options.steps_limit_s, remaining_s / 3)
-    commit = commit_option(options.bench)
-    statuses = [
-        run_benchmark("kernels", remaining_s - pipelines_s - steps_s, options.bench),
-        run_benchmark("pipelines", deadline - time.monotonic() - steps_s, commit),
-        run_benchmark("train_step", deadline - time.monotonic(), commit),
-    ]
-    return next((status for status in statuses if status), test_status)
-
-
-def run_benchmark(name: str, remaining_s: float, arguments: list[str]) -> int:
-    """Run a benchmark with a time limit of its own below the remaining time; return its exit status."""
-    if remaining_s < _MIN_BENCHMARK_S:
-        print(f"no time is left for {name}; increase --limit-s", file=sys.stderr)
-        return 1
-    # A measurement that has started is completed after the benchmark's own limit.
-    limit_s = max(remaining_s - _MARGIN_S, _MIN_BENCHMARK_S)
-    return run([sys.executable, "-m", f"benchmarks.{name}", "--limit-s", f"{limit_s:.0f}", *arguments], remaining_s)
-
-
-def commit_option(arguments: Sequence[str]) -> list[str]:
-    """Return the option --commit of benchmarks.kernels, which the other benchmarks need, too."""
-    start = arguments.index("--commit") if "--commit" in arguments else len(arguments)
-    return list(arguments[start : start + 2])
+    options.out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for part in options.part:
+        begin = time.monotonic()
+        status = run(command_of(part, options), options)
+        outcomes.append([part, "ok" if status == 0 else f"status {status}", f"{time.monotonic() - begin:.0f} s"])
+    print(f"\n{summary(options.out)}\n\n{tables.table(['part', 'outcome', 'time'], outcomes)}")
+    return int(any(outcome != "ok" for _, outcome, _ in outcomes))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    share = "at most a third of what the tests leave"
-    parser.add_argument("--limit-s", type=float, default=1800.0, help="total time limit in seconds")
-    parser.add_argument("--tests-limit-s", type=float, default=600.0, help="limit of each of the two pytest processes")
-    parser.add_argument("--pipelines-limit-s", type=float, default=600.0, help=f"kept for the data pipeline, {share}")
-    parser.add_argument("--steps-limit-s", type=float, default=450.0, help=f"kept for the training step, {share}")
-    parser.add_argument("--keep-going", action="store_true", help="time even if tests fail")
-    parser.add_argument("--skip-tests", action="store_true", help="run no tests")
-    parser.add_argument("bench", nargs="*", metavar="-- ...", help="options of benchmarks.kernels")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part", type=parts_of, default="check,time,step,suite,engine", help="parts, with commas between"
+    )
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), required="OUT" not in os.environ)
+    parser.add_argument("--limit-s", type=float, default=480.0, help="time limit of each part")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
+    parser.add_argument("--commit", help="commit to record where there is no git repository")
     return parser.parse_args(arguments)
 
 
-def run(command: list[str], limit_s: float) -> int:
-    """Run a command in the project folder; return its exit status, or 124 after a timeout."""
-    print(f"$ {' '.join(command)}", flush=True)
-    try:
-        return subprocess.run(command, cwd=PROJECT, timeout=max(limit_s, 0.0), check=False).returncode
-    except subprocess.TimeoutExpired:
-        print(f"timed out after {limit_s:.0f} s", file=sys.stderr)
-        return 124
+def parts_of(text: str) -> list[str]:
+    """Return the parts that a list names."""
+    parts = text.split(",")
+    if not PARTS.keys() >= set(parts):
+        raise argparse.ArgumentTypeError(f"parts are {', '.join(PARTS)}; got {text}")
+    return parts
+
+
+def command_of(part: str, options: argparse.Namespace) -> list[str]:
+    """Return the command of a part."""
+    command = [sys.executable, "-m", *PARTS[part]]
+    if part == "suite":
+        # A process compiles its kernels one after the other.
+        command += ["-n", "1", "-k", "launches"] if options.quick else ["-n", str(min(8, os.cpu_count() or 1))]
+        return [*command, *(f"--deselect={name}" for name in passed_tests(options.out))]
+    command += ["--out", str(options.out), "--limit-s", str(options.limit_s - _GRACE_S)]
+    command += ["--quick"] * options.quick + (["--commit", options.commit] if options.commit else [])
+    return command
+
+
+def run(command: list[str], options: argparse.Namespace) -> int:
+    """Run a command in the project's folder and copy what it prints; return its status, or 124 after the limit."""
+    print(f"$ {' '.join(command)[:500]}", flush=True)
+    # Triton reads the variable when kernels are imported, so a process of its own has to have it.
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = os.environ | interpret | {"PYTHONUNBUFFERED": "1"}
+    is_suite = "pytest" in command
+    with (options.out / (SUITE if is_suite else "log.txt")).open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=options.limit_s)
+        except subprocess.TimeoutExpired:
+            # The whole group, because pytest has workers.
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = 124
+    # Pytest exits with 5 if every test is deselected.
+    return 0 if is_suite and status == 5 else status
+
+
+def passed_tests(folder: Path) -> list[str]:
+    """Return the tests that have passed in earlier runs of the suite."""
+    return [name for name, outcome in test_outcomes(folder).items() if outcome == "PASSED"]
+
+
+def test_outcomes(folder: Path) -> dict[str, str]:
+    """Return the last outcome of every test of the suite."""
+    path = folder / SUITE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return {name: outcome for outcome, name in _RESULT.findall(text)}
+
+
+def summary(folder: Path) -> str:
+    """Return the tables of everything in a folder of results."""
+    by_suffix = {
+        suffix: records.latest(each for path in sorted(folder.glob(f"*{suffix}.jsonl")) for each in records.read(path))
+        for suffix in (results.KERNELS, results.STEPS)
+    }
+    texts = [
+        kernels_report.sections(by_suffix[results.KERNELS], "##"),
+        train_step_report.sections(by_suffix[results.STEPS], "##"),
+    ]
+    outcomes = test_outcomes(folder)
+    bad = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+    texts.append("\n".join([f"## Tests\n\n{len(outcomes)} tests, {len(bad)} failed", *(f"- {name}" for name in bad)]))
+    return "\n\n".join(texts)
 
 
 if __name__ == "__main__":

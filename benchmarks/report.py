@@ -3,7 +3,7 @@
 The text between the tables is in `README.template.md`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -32,56 +32,53 @@ def main() -> None:
 
 def committed_readme() -> str:
     """Return the README for the committed results."""
-    suites = (results.read_committed(suffix) for suffix in (results.PIPELINES, results.STEPS, results.FEATURES))
-    return render(results.read_committed_kernels(), *suites)
+    suffixes = (results.KERNELS, results.PIPELINES, results.STEPS, results.FEATURES)
+    return render(*map(results.read_committed, suffixes), offline=results.read_committed("offline-*"))
 
 
 def render(
-    kernels: Sequence[Record],
+    kernels: Sequence[Record] = (),
     pipelines: Sequence[Record] = (),
     steps: Sequence[Record] = (),
     features: Sequence[Record] = (),
+    offline: Sequence[Record] = (),
 ) -> str:
     """Return the README for records of fused operations, data pipeline, training step and frozen features."""
     on_gpu = [record for record in kernels if record.machine.get("gpu")]
-    times = _machine_sections(kernels_report, on_gpu, lambda machine: machine["gpu"], "a GPU")
+    times = _machine_sections(kernels_report, on_gpu, where="a GPU")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         pipelines=_machine_sections(pipelines_report, pipelines),
         steps=_machine_sections(train_step_report, steps),
         features=_machine_sections(features_report, features),
         kernels=times if on_gpu else f"## Times\n\n{times}",
-        **_offline_sections([record for record in kernels if not record.machine.get("gpu")]),
+        **_offline_sections(offline),
     )
 
 
-def _machine_sections(
-    report: Any,
-    measured: Sequence[Record],
-    name_of: Callable[[dict[str, Any]], str] = processor_name,
-    where: str = "any machine",
-) -> str:
+def _machine_sections(report: Any, measured: Sequence[Record], where: str = "any machine") -> str:
     """Return the sections of the module `report` for the records of each machine."""
     if not measured:
         return f"On {where}: {NOT_MEASURED}.\n\n{goal_table(report.GOALS, [])}"
     sections = []
-    for name in dict.fromkeys(name_of(record.machine) for record in measured):
-        latest = records.latest(record for record in measured if name_of(record.machine) == name)
+    for name in dict.fromkeys(processor_name(record.machine) for record in measured):
+        latest = records.latest(record for record in measured if processor_name(record.machine) == name)
         runs = {str(record.machine.get("run")): record.machine for record in latest}
         lines = "\n".join(f"- {describe_in_words(machine)}" for _, machine in sorted(runs.items()))
         sections.append(f"## {name}\n\n{lines}\n\n{report.sections(latest)}")
     return "\n\n".join(sections)
 
 
-def _offline_sections(offline: list[Record]) -> dict[str, str]:
+def _offline_sections(offline: Sequence[Record]) -> dict[str, str]:
     """Return the template's sections about figures that need no GPU."""
     launches = compiler_report.launch_tables(offline, ARCH)
+    machines = {record.machine.get("triton"): record.machine for record in offline}
     return {
-        "machine": describe_in_words(offline[0].machine) if offline else f"Offline figures: {NOT_MEASURED}.",
+        "machine": "\n".join(f"- {describe_in_words(each)}" for _, each in sorted(machines.items()))
+        or f"Offline figures: {NOT_MEASURED}.",
         "spills": compiler_report.spill_summary(offline),
         "launches": tables.sections({heading: _collapsed(text) for heading, text in launches.items()}, [], "###"),
-        "tile_waste": compiler_report.waste_table(offline, ARCH),
-        "binaries": compiler_report.kernel_count_summary(offline, ARCH),
-        "floors": compiler_report.floor_table(offline),
+        "tile_waste": compiler_report.waste_table(ARCH),
+        "floors": compiler_report.floor_table(),
     }
 
 

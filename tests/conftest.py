@@ -1,15 +1,31 @@
 """Set-up of all tests: one thread, tiny shards of real photographs, NaN in uninitialised memory."""
 
+# ruff: noqa: E402
+
 import importlib.metadata
+import importlib.util
 import os
 import signal
 import tempfile
 import threading
 
+# cuBLAS reads it when CUDA starts. Without it, products are refused as not deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+# Not kernels: the hook would wrap the functions that Triton and torch.library read.
+CHECKED = (
+    "cli", "train", "evaluate", "world_model", "checkpoints", "commands", "config", "engines", "evals", "lab", "models",
+    "monitoring", "pipelines", "rendering", "runtime", "training",
+)  # fmt: skip
+if importlib.util.find_spec("beartype"):
+    # Before anything of the package is imported.
+    jaxtyping.install_import_hook([f"iwm_fast.{name}" for name in CHECKED], "beartype.beartype")
 
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 

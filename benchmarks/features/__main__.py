@@ -35,7 +35,6 @@ from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE
 from iwm_fast.world_model import WorldModel
 
-PACKAGES = ("nvidia-dali-cuda130", "numpy")
 KINDS: dict[str, FeatureKind] = {POOLED: "pooled", TOKENS: "tokens"}
 
 
@@ -50,15 +49,18 @@ class Workload:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the extractions that the command line selects; return the exit status."""
-    options = cli.build_parser("features", __doc__, KINDS, suffix=results.FEATURES).parse_args(arguments)
-    session = cli.open_session(options, PACKAGES, suffix=results.FEATURES)
+    options = cli.build_parser("features", __doc__, KINDS).parse_args(arguments)
+    session = cli.open_session(options, suffix=results.FEATURES)
     if session.device == "cpu":
         # As in an evaluation, so that the threads of DALI and PyTorch do not compete for the same cores.
         torch.set_num_threads(1)
-    kinds: dict[str, FeatureKind] = {name: kind for name, kind in KINDS.items() if options.only in (None, name)}
+    kinds: dict[str, FeatureKind] = {name: kind for name, kind in KINDS.items() if name in (options.only or KINDS)}
     workload = build_workload(options.data, session.device, options.quick)
+    sections = {"features": lambda session: measure(session, workload, kinds)}
     return cli.run_and_report(
-        session, lambda: measure(session, workload, kinds), lambda records: report.sections(records, level="##")
+        session,
+        lambda: cli.run_sections(session, sections, None),
+        lambda records: report.sections(records, level="##"),
     )
 
 

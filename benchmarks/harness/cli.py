@@ -11,19 +11,23 @@ import torch
 
 from benchmarks.harness import machine, results, timing
 from benchmarks.harness.records import Record
-from benchmarks.harness.session import Session, WrongResultError
+from benchmarks.harness.session import Case, Session, WrongResultError
 
 
 def build_parser(
-    module: str, summary: str | None, sections: Iterable[str], *, suffix: str, needs_data: bool = True
+    module: str, summary: str | None, sections: Iterable[str], *, needs_data: bool = True
 ) -> argparse.ArgumentParser:
-    """Return a parser of the common arguments; `suffix` ends the name of the default result file."""
+    """Return a parser of the common arguments."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=summary)
-    parser.add_argument("--only", choices=list(sections), help="run one section instead of all")
+    parser.add_argument("--only", choices=list(sections), nargs="+", help="run these sections instead of all")
     parser.add_argument("--quick", action="store_true", help="smoke test: fewer and shorter rounds on smaller problems")
     parser.add_argument("--limit-s", type=float, default=1e9, help="start no new measurement after this many seconds")
     parser.add_argument(
-        "--out", type=Path, help=f"append to this file; default: benchmarks/results/<GPU or CPU>{suffix}.jsonl"
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or results.RESULTS),
+        help="folder of the results, to which every measurement is appended at once. A second run of the same commit "
+        "on the same machine goes on with what is missing there. Default: $OUT, or benchmarks/results",
     )
     parser.add_argument("--commit", help="commit to record where there is no git repository")
     if needs_data:
@@ -32,41 +36,46 @@ def build_parser(
     return parser
 
 
-def open_session(
-    options: argparse.Namespace, packages: Sequence[str] = (), *, suffix: str, excluded: Sequence[str] = ()
-) -> Session:
-    """Return a session with the parsed options, on a GPU if there is one."""
-    description = machine.describe(options.commit, packages)
+def open_session(options: argparse.Namespace, *, suffix: str, excluded: Sequence[str] = ()) -> Session:
+    """Return a session with the parsed options, on a GPU if there is one; `suffix` ends the name of its file."""
+    description = machine.describe(options.commit)
     return Session(
         description,
         budget=timing.QUICK if options.quick else timing.FULL,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        out=options.out or results.RESULTS / f"{machine.slug(machine.processor_name(description))}{suffix}.jsonl",
+        out=options.out / f"{machine.slug(machine.processor_name(description))}{suffix}.jsonl",
         limit_s=options.limit_s,
         excluded=excluded,
     )
 
 
 def run_sections(
-    session: Session, sections: Mapping[str, Callable[..., None]], only: str | None, *arguments: Any
+    session: Session, sections: Mapping[str, Callable[..., None]], only: Sequence[str] | None, *arguments: Any
 ) -> None:
-    """Call all sections, or `only` one, with the session and the arguments while there is time."""
+    """Call all sections, or only some, with the session and the arguments while there is time."""
     for name, section in sections.items():
-        if only in (None, name) and session.has_time(name):
-            section(session, *arguments)
+        case = Case("section", {"section": name}, dtype="")
+        if name not in (only or sections) or session.is_measured(case) or not session.has_time(name):
+            continue
+        num_skipped = len(session.skipped)
+        section(session, *arguments)
+        if len(session.skipped) == num_skipped:
+            session.record(case, "")
 
 
 def run_and_report(session: Session, measure: Callable[[], None], tables: Callable[[list[Record]], str]) -> int:
     """Measure, print the tables, and return the exit status: 1 if a provider computed a wrong result."""
     print(machine.describe_in_words(session.machine))
-    status = 0
+    if session.records:
+        print(f"{len(session.records)} earlier records of {session.out} are kept; another --out measures again")
     try:
         measure()
     except WrongResultError as error:
-        print(f"\nwrong result: {error}", file=sys.stderr)
-        status = 1
+        session.wrong.append(str(error))
     print(f"\n{tables(session.records)}\n")
     for label in session.skipped:
         print(f"skipped: {label}")
+    for message in session.wrong:
+        print(f"wrong result: {message}", file=sys.stderr)
     print(f"written to {session.out}")
-    return status
+    return 1 if session.wrong else 0

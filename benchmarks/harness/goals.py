@@ -21,6 +21,8 @@ class Goal(NamedTuple):
     is_at_most: bool = False
     """Whether the target is an upper bound; otherwise it is a lower bound."""
     pass_: str = ""
+    expected: str = ""
+    """Odds of reaching it that were estimated before the first measurement."""
 
     def verdict(self, records: Sequence[Record]) -> list[str]:
         """Return the cells for target, measured figure, and "yes" or "no"."""
@@ -33,7 +35,11 @@ class Goal(NamedTuple):
 
 
 def goal_table(goals: Sequence[Goal], records: Sequence[Record]) -> str:
-    """Return a table with a row per goal, and a column for the pass if any goal has one."""
-    has_pass = any(goal.pass_ for goal in goals)
-    headings = ["goal", *["pass"] * has_pass, "target", "measured", "met"]
-    return table(headings, [[goal.text, *[goal.pass_] * has_pass, *goal.verdict(records)] for goal in goals])
+    """Return a table with a row per goal, and columns for pass and estimated odds if any goal has them."""
+    optional = {"pass": [goal.pass_ for goal in goals], "odds, est.": [goal.expected for goal in goals]}
+    columns = {name: cells for name, cells in optional.items() if any(cells)}
+    rows = [
+        [goal.text, *(cells[number] for cells in columns.values()), *goal.verdict(records)]
+        for number, goal in enumerate(goals)
+    ]
+    return table(["goal", *columns, "target", "measured", "met"], rows)

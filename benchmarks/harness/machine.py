@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from iwm_fast.runtime import provenance
 from iwm_fast.runtime.provenance import cpu_name
 
 PROJECT = Path(__file__).parents[2]
-PIPELINE_PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy")
+PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy", "deepspeed")
 
 
-def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
+def describe(commit: str | None = None) -> dict[str, Any]:
     """Return GPU, CPU, versions, commit, command and start time, without what is missing or unknown.
 
-    Args:
-        commit: commit to record where there is no git repository, as in a copy of the working tree; default: ask git.
-        packages: distributions whose versions are recorded besides those of PyTorch and Triton.
+    Without `commit`, git is asked; a copy of the working tree may have no repository.
     """
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     description = {
@@ -41,7 +38,7 @@ def describe(commit: str | None = None, packages: Sequence[str] = ()) -> dict[st
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in PACKAGES},
         "commit": commit or provenance.current_commit(),
         # The original arguments include -m, which sys.argv does not. The interpreter's folder is left out.
         "command": " ".join(["python", *sys.orig_argv[1:]]),
@@ -60,6 +57,13 @@ def num_cores() -> int:
     affinity, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
     quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
     return affinity if quota == "max" else min(affinity, max(math.floor(int(quota) / int(period)), 1))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _driver_version() -> str | None:
@@ -83,7 +87,7 @@ def describe_in_words(description: dict[str, Any]) -> str:
     if "matrix_flops_per_s" in description:
         copy, product = description["copy_bytes_per_s"] / 1e12, description["matrix_flops_per_s"] / 1e12
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
-    names = ("driver", *PIPELINE_PACKAGES, "deepspeed", "torch", "triton", "cuda", "cudnn", "python", "commit")
+    names = ("driver", *PACKAGES, "torch", "triton", "cuda", "cudnn", "python", "commit")
     versions = ", ".join(f"{name} {description[name]}" for name in names if description.get(name) is not None)
     cpu = f", {description['cpu']}, {description['cores']} cores" if description.get("cpu") else ""
     processors, run = f"{description.get('gpu') or 'no GPU'}{cpu}", description.get("run")

@@ -45,15 +45,10 @@ class Provider(NamedTuple):
         }
         return passes[pass_]
 
-    def with_tensors(self, inputs: Sequence[Tensor], d_outputs: Sequence[Tensor]) -> "Provider":
-        """Return the same function on detached copies of other tensors."""
-        leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in inputs)
-        return self._replace(inputs=leaves, d_outputs=tuple(d_outputs))
-
     def in_float64(self, function: Function) -> "Provider":
         """Return a function on the same values in float64, from which errors are measured."""
-        inputs, d_outputs = ([tensor.double() for tensor in tensors] for tensors in (self.inputs, self.d_outputs))
-        return self.with_tensors(inputs, d_outputs)._replace(name="float64", function=function)
+        inputs = tuple(tensor.detach().double().requires_grad_() for tensor in self.inputs)
+        return Provider("float64", function, inputs, tuple(tensor.double() for tensor in self.d_outputs))
 
 
 def compiled(function: Any) -> Any:

@@ -79,22 +79,17 @@ def square_tile_waste(length: int, tile: int) -> float:
 
 
 def launch_waste(launches: Sequence[Launch], length: int) -> float:
-    """Return scores computed per score needed, averaged over the attention launches that handle this length."""
-    computed = [scores for launch in launches if (scores := scores_computed(launch, length))]
-    return sum(computed) / len(computed) / length**2
+    """Return scores computed per score needed by the attention launch that handles a length; 0 if none does."""
+    return sum(scores_computed(launch, length) for launch in launches) / length**2
 
 
 def scores_computed(launch: Launch, length: int) -> int:
     """Return the number of scores that a launch computes per sequence and head; 0 if it does not handle the length."""
     constants = launch.constants
-    if "KEY_SPLITS" in constants:
-        for bucket, split in enumerate(constants["KEY_SPLITS"]):
-            if constants["LIMITS"][bucket] < length <= constants["LIMITS"][bucket + 1]:
-                return sum(split) * _round_up(length, constants["NUM_QUERIES"])
-        return 0
-    if length <= constants["LIMITS"][0]:
-        return 0
-    return _round_up(length, constants["BLOCK_M"]) * _round_up(length, constants["BLOCK_N"])
+    for bucket, split in enumerate(constants["KEY_SPLITS"]):
+        if constants["LIMITS"][bucket] < length <= constants["LIMITS"][bucket + 1]:
+            return sum(split) * _round_up(length, constants["NUM_QUERIES"])
+    return 0
 
 
 def _round_up(length: int, tile: int) -> int:

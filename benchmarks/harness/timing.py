@@ -55,6 +55,8 @@ class TimingBudget(NamedTuple):
 
 FULL = TimingBudget(seconds=0.8, min_repeats=20, max_repeats=200)
 QUICK = TimingBudget(seconds=0.25, min_repeats=10, max_repeats=50)
+TRIAL = TimingBudget(seconds=0.0, min_repeats=1, max_repeats=1, warm_ups=1)
+"""For Triton's interpreter, whose times mean nothing."""
 
 
 class TimedFunction(NamedTuple):

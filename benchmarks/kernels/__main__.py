@@ -1,10 +1,12 @@
-"""Time the fused operations beside their alternatives: `python -m benchmarks.kernels --help`.
+"""Check the fused operations and time them beside their alternatives: `python -m benchmarks.kernels --help`.
 
-On a GPU all results are checked before they are timed, and a wrong one ends the run with status 1. Without a GPU, or
-with `--only offline`, the command reports the compiler's figures for all launches, tile waste and rooflines.
+All results are checked before they are timed; a wrong one is not timed, and the status is then 1. Without a GPU, or
+with `--only offline`, the compiler's figures for all launches, tile waste and rooflines are printed. Without a GPU and
+with TRITON_INTERPRET=1 tiny shapes run in Triton's interpreter, which tests the benchmark itself.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,77 +15,79 @@ import torch
 from benchmarks.harness import cli, machine, records, results, timing
 from benchmarks.harness.goals import goal_table
 from benchmarks.harness.session import Session
-from benchmarks.kernels import attention, compiler_report, conditioning, predictor, report, residual_norm, tile_sweep
+from benchmarks.kernels import attention, compiler_report, conditioning, report, residual_norm, tile_sweep
+from iwm_fast.kernels.launch import IS_INTERPRETING
+
+
+def check(session: Session) -> None:
+    """Check all operations against float64 in both half precisions."""
+    for module in (attention, residual_norm, conditioning):
+        module.check(session)
+
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
+    "check": check,
     "attention": attention.run,
-    "conditioning": conditioning.run,
     "norm": residual_norm.run,
-    "predictor": predictor.run,
+    "conditioning": conditioning.run,
+    "sweep": tile_sweep.run,
 }
+DEFAULT = ("check", "attention", "norm", "conditioning")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections that the command line selects; return the exit status."""
     options = parse(arguments)
     has_gpu = torch.cuda.is_available()
-    if options.sweep and not has_gpu:
-        print("error: --sweep needs a GPU, but there is none on this machine", file=sys.stderr)
-        return 2
-    try:
-        compiler_report.require_compiler()
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # GPU time is expensive, and these figures are the same on any machine.
-    if options.only == "offline" or not has_gpu:
-        report_offline(options)
-    if options.only == "offline":
-        return 0
-    if has_gpu:
-        return measure_on_gpu(options)
-    print("\nThere is no GPU on this machine; the goals beside the committed times:\n")
-    print(goal_table(report.GOALS, records.latest(results.newest_gpu(results.read_committed_kernels()))))
-    return 0
+    if options.only == ["offline"] or not (has_gpu or IS_INTERPRETING):
+        return report_offline(options)
+    # Poisoned memory needs PyTorch's deterministic mode, and that needs this before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    session = cli.open_session(options, suffix=results.KERNELS, excluded=options.without)
+    if not has_gpu:
+        # In few rows, one ReLU that rounding turns off or on is a large error. A fixed seed has none.
+        torch.manual_seed(0)
+        session.budget, session.quick, session.excluded = timing.TRIAL, True, [*options.without, "compiled"]
+        # Times of the interpreter are no results.
+        session.out = None if options.out == results.RESULTS else session.out
+    else:
+        session.machine["copy_bytes_per_s"] = timing.copy_bandwidth("cuda", budget=session.budget)
+        session.machine["matrix_flops_per_s"] = timing.matrix_rate("cuda", budget=session.budget)
+    return cli.run_and_report(
+        session,
+        lambda: cli.run_sections(session, SECTIONS, options.only or DEFAULT),
+        lambda records: report.sections(records, level="##"),
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.build_parser("kernels", __doc__, [*SECTIONS, "offline"], suffix="", needs_data=False)
+    parser = cli.build_parser("kernels", __doc__, [*SECTIONS, "offline"], needs_data=False)
     parser.add_argument("--without", nargs="+", default=[], help="skip providers whose names contain any of these")
-    parser.add_argument("--sweep", action="store_true", help="time candidates for the attention tables instead")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=compiler_report.ARCHITECTURES, default=[90], help="for offline figures"
     )
-    parser.add_argument("--write", action="store_true", help=f"write the offline figures to {results.OFFLINE.name}")
+    parser.add_argument("--write", action="store_true", help="write the offline figures to benchmarks/results")
     return parser.parse_args(arguments)
 
 
-def report_offline(options: argparse.Namespace) -> None:
-    """Compile all launches, print the figures, and with --write record them."""
-    out = results.OFFLINE if options.write else None
+def report_offline(options: argparse.Namespace) -> int:
+    """Compile all launches, print the figures, and with --write record them; return the exit status."""
+    if IS_INTERPRETING:
+        # Triton has read the variable when kernels were decorated, and compiles nothing.
+        print("error: TRITON_INTERPRET is set, so Triton interprets all kernels; unset it", file=sys.stderr)
+        return 2
+    description = machine.describe(options.commit)
+    out = results.offline(description["triton"]) if options.write else None
     if out is not None:
         out.unlink(missing_ok=True)
-    session = Session(machine.describe(options.commit), budget=timing.QUICK, device="meta", out=out)
+    session = Session(description, budget=timing.QUICK, device="meta", out=out)
     compiler_report.measure(session, options.arch)
     print(f"\n{compiler_report.sections(session.records, options.arch)}")
-
-
-def measure_on_gpu(options: argparse.Namespace) -> int:
-    """Measure on the GPU; return the exit status."""
-    suffix = "-sweep" if options.sweep else ""
-    # The CPU hardly matters for kernels, so the file is named after the GPU alone.
-    options.out = options.out or results.RESULTS / f"{machine.slug(torch.cuda.get_device_name())}{suffix}.jsonl"
-    session = cli.open_session(options, suffix=suffix, excluded=options.without)
-    session.machine["copy_bytes_per_s"] = timing.copy_bandwidth("cuda", budget=session.budget)
-    session.machine["matrix_flops_per_s"] = timing.matrix_rate("cuda", budget=session.budget)
-    if options.sweep:
-        return cli.run_and_report(session, lambda: tile_sweep.run(session), tile_sweep.table)
-    return cli.run_and_report(
-        session,
-        lambda: cli.run_sections(session, SECTIONS, options.only),
-        lambda records: report.sections(records, level="##"),
-    )
+    if not torch.cuda.is_available():
+        print("\nThere is no GPU on this machine; the goals beside the committed times:\n")
+        print(goal_table(report.GOALS, records.latest(results.read_committed(results.KERNELS))))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,72 +1,140 @@
-"""Attention by all providers: dense batches of one length, and packed sequences of different lengths."""
+"""Attention from a packed qkv to its gradient, on sequences of the lengths that random masks have.
 
+A linear layer computes queries, keys and values as one tensor. PyTorch's kernels take views of it, and autograd
+combines their three gradients into one tensor; that is part of their time, as in a model.
+"""
+
+import itertools
 import random
+import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness.providers import Provider
+from benchmarks.harness.masks import GRID, masked_batch
+from benchmarks.harness.providers import Function, Provider, random_leaf
 from benchmarks.harness.rooflines import attention_costs
 from benchmarks.harness.session import Case, Session
-from benchmarks.kernels import attention_baselines
-from benchmarks.kernels.attention_baselines import NUM_HEADS
-from benchmarks.kernels.recompilation import measure_new_lengths
-from iwm_fast.kernels.ops import REFERENCE
+from iwm_fast.kernels.attention.kernels import choose_configs
+from iwm_fast.kernels.attention.op import HEAD_DIMS
+from iwm_fast.kernels.attention.sequences import Sequences
+from iwm_fast.kernels.launch import architecture
+from iwm_fast.kernels.ops import FUSED, REFERENCE
+from iwm_fast.pipelines.config import MaskConfig, ViewConfig
 
-# Images per batch and rows per image. The shapes of the goals come first, in case the time does not suffice for all.
-DENSE = ((256, 196), (256, 256), (256, 212), (1024, 196), (256, 197), (256, 128), (256, 400), (256, 320), (256, 64))
-DENSE_QUICK = ((256, 196), (256, 256))
-HEAD_DIMS = (64, 32)
-MIN_LENGTH, MAX_LENGTH = 50, 256
-_NUM_CHECKED = 4
-"""Sequences at either end of a batch that are also computed in float64."""
+NUM_HEADS = 12
+IMAGES = 256
+NUM_ACTIONS = len(ViewConfig().entries)
+CONTEXTS, CROPPED = "contexts", "contexts and targets, context_scale 0.85-1"
+"""Names of packed sequences: the encoder's by default, and the predictor's if `mask.context_scale` is set."""
+SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
+"""Backends of PyTorch's scaled_dot_product_attention by the names in the tables."""
 
 
 def run(session: Session) -> None:
-    """Measure dense batches, packed sequences, and a new length in every call."""
-    for head_dim in HEAD_DIMS[:1] if session.quick else HEAD_DIMS:
-        for images, length in DENSE_QUICK if session.quick else DENSE:
-            compare(session, [length] * images, head_dim)
-        generator = random.Random(0)
-        compare(session, [generator.randint(MIN_LENGTH, MAX_LENGTH) for _ in range(256)], head_dim)
-    measure_new_lengths(session, 64, 50 if session.quick else 200)
+    """Time the teacher, the predictor and the encoder of the default settings, then other lengths."""
+    count, heads = (2, 1) if session.device == "cpu" else (IMAGES, NUM_HEADS)
+    slots = np.arange(count)
+    contexts = masked_batch(slots, count).context.lengths
+    cropped = masked_batch(slots, count, mask=MaskConfig(context_scale=(0.85, 1.0))).joint_lengths
+    teacher, predictor = ([GRID**2] * count, 64, ""), ([GRID**2] * count, 32, "")
+    cases = [teacher, predictor, (contexts, 64, CONTEXTS), (cropped, 32, CROPPED)]
+    if not session.quick:
+        with_actions = [GRID**2 + NUM_ACTIONS] * count
+        cases += [(with_actions, 32, ""), (contexts, 32, CONTEXTS), ([256] * count, 64, ""), ([256] * count, 32, "")]
+    for lengths, head_dim, name in cases:
+        compare(session, lengths, head_dim, name, heads)
 
 
-def compare(session: Session, lengths: list[int], head_dim: int, num_heads: int = NUM_HEADS) -> None:
-    """Measure sequences of these lengths: as a dense batch if all are equal, packed otherwise."""
-    shortest, longest = min(lengths), max(lengths)
-    is_dense = shortest == longest
-    span = longest if is_dense else f"{shortest}-{longest}"
-    shape = {"N": span, "d": head_dim, "H": num_heads, "B": len(lengths)}
-    costs = attention_costs(lengths, num_heads, head_dim)
-    case = Case("attention" if is_dense else "packed attention", shape, costs=costs)
+def compare(session: Session, lengths: Sequence[int], head_dim: int, name: str, num_heads: int) -> None:
+    """Check and time sequences of these lengths; packed ones have a name."""
+    shape = {"N": name or lengths[0], "d": head_dim, "H": num_heads, "B": len(lengths)}
+    what = "packed attention" if name else "attention"
+    case = Case(what, shape, costs=attention_costs(lengths, num_heads, head_dim))
     if not session.has_time(case):
         return
-    qkv, d_out = attention_baselines.random_inputs(sum(lengths), num_heads, head_dim, session.device)
-    if is_dense:
-        providers = attention_baselines.dense_providers(qkv, longest, d_out)
-    else:
-        offsets = sequence_offsets(lengths, session.device)
-        providers = attention_baselines.packed_providers(qkv, offsets, longest, d_out)
-    session.measure(case, check_fused(session, case, providers, lengths))
+    sequences = sequences_of(lengths, session.device)
+    fused = make_provider(sum(lengths), num_heads, head_dim, session.device)
+    fused = fused._replace(function=lambda qkv: FUSED.ragged_attention(qkv, sequences))
+    plain = fused._replace(name="varlen_attn", function=lambda qkv: REFERENCE.ragged_attention(qkv, sequences))
+    peers = [plain]
+    if sequences.offsets is None:
+        peers = [Provider(name, with_backend(backend, plain.function), *fused[2:]) for name, backend in SDPA.items()]
+    is_right = session.check(case, ("out", "d_qkv"), fused=fused, plain=plain, exact=fused.in_float64(plain.function))
+    session.measure(case, [fused, *peers] if is_right else peers)
 
 
-def sequence_offsets(lengths: list[int], device: str) -> Tensor:
-    """Return the row at which each sequence begins, and the total number of rows at the end."""
-    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+def make_provider(rows: int, num_heads: int, head_dim: int, device: str, dtype: str = "bfloat16") -> Provider:
+    """Return a provider with a random qkv and gradient of the output; its function is still to be replaced."""
+    qkv = random_leaf(rows, 3, num_heads, head_dim, device=device, dtype=getattr(torch, dtype))
+    return Provider("fused", lambda qkv: qkv[:, 0], (qkv,), (torch.randn_like(qkv[:, 0]).contiguous(),))
 
 
-def check_fused(session: Session, case: Case, providers: list[Provider], lengths: list[int]) -> list[Provider]:
-    """Check the fused operation on the first and last sequences of the batch; return the providers that can run."""
-    fused, count = providers[0], min(_NUM_CHECKED, len(lengths) // 2)
-    begins, ends = sum(lengths[:count]), sum(lengths[-count:])
-    rows = torch.cat([torch.arange(begins), torch.arange(sum(lengths) - ends, sum(lengths))]).to(session.device)
-    checked_lengths = lengths[:count] + lengths[-count:]
-    sequences = sequence_offsets(checked_lengths, session.device), max(checked_lengths)
-    plain = fused.with_tensors([fused.inputs[0][rows]], [fused.d_outputs[0][rows]])
-    plain = plain._replace(function=lambda qkv: REFERENCE.ragged_attention(qkv, *sequences))
-    exact = plain.in_float64(plain.function)
-    runs_fused = session.check(
-        case, ("out", "d_qkv"), fused=fused, plain=plain, exact=exact, select=lambda tensor: tensor[rows]
-    )
-    return providers if runs_fused else providers[1:]
+def sequences_of(lengths: Sequence[int], device: str) -> Sequences:
+    """Return packed sequences of these lengths on a device."""
+    return Sequences.from_lengths(torch.tensor([0, *lengths]).cumsum(0).int().to(device), lengths)
+
+
+def with_backend(backend: SDPBackend, function: Function) -> Function:
+    """Return a function that uses only this backend of PyTorch, and raises if the backend does not support a call."""
+
+    def call(*inputs: Tensor) -> Tensor | Sequence[Tensor]:
+        with sdpa_kernel(backend):
+            return function(*inputs)
+
+    return call
+
+
+def check(session: Session) -> None:
+    """Check every group of lengths on its own, all together, and equal lengths, at lengths that are drawn anew."""
+    rng = random.Random(time.time_ns())
+    # The interpreter takes seconds for a head.
+    is_trial = session.device == "cpu"
+    count, num_heads = (0, 1) if is_trial else (24, NUM_HEADS)
+    kinds = ((32, "float16"),) if is_trial else itertools.product(HEAD_DIMS, ("float16", "bfloat16"))
+    for head_dim, dtype in kinds:
+        groups = length_groups(head_dim, session.device)
+        drawn = {f"{low}-{high}": [low, high, *rng.choices(range(low, high + 1), k=count)] for low, high in groups}
+        longest = groups[-1][1]
+        everything = [0, *itertools.chain(*drawn.values()), 0]
+        equal = rng.randint(1, longest)
+        for lengths in (*drawn.values(), everything):
+            rng.shuffle(lengths)
+        for name, lengths in (drawn | {f"0-{longest}": everything, "equal": [equal] * (count + 1)}).items():
+            check_lengths(session, name, lengths, (num_heads, head_dim, dtype))
+
+
+def length_groups(head_dim: int, device: str) -> list[tuple[int, int]]:
+    """Return the shortest and longest length of every group that some launch computes differently."""
+    configs = choose_configs(architecture(torch.device(device)), head_dim)
+    splits = (split for config in configs.forward + configs.backward for split in config.key_splits)
+    limits = sorted({0, *map(sum, splits)})
+    return [(low + 1, high) for low, high in itertools.pairwise(limits) if high <= configs.max_length]
+
+
+def check_lengths(session: Session, name: str, lengths: Sequence[int], kind: tuple[int, int, str]) -> None:
+    """Compare with PyTorch's attention of one sequence after the other; `kind` is heads, head size and dtype."""
+    num_heads, head_dim, dtype = kind
+    case = Case("attention at drawn lengths", {"N": name, "d": head_dim}, dtype)
+    if session.is_measured(case._replace(what=f"{case.what} error")) or not session.has_time(case):
+        return
+    sequences = sequences_of(lengths, session.device)
+    fused = make_provider(sum(lengths), num_heads, head_dim, session.device, dtype)
+    plain = fused._replace(name="plain", function=lambda qkv: one_by_one(qkv, lengths))
+    fused = fused._replace(function=lambda qkv: FUSED.ragged_attention(qkv, sequences))
+    exact = fused.in_float64(plain.function)
+    if not session.check(case, ("out", "d_qkv"), fused=fused, plain=plain, exact=exact):
+        session.record(case, "lengths", figures={"lengths": list(lengths)})
+
+
+def one_by_one(qkv: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attend within each sequence of (sum N, 3, H, d) by a call of its own."""
+    outs = []
+    for part in qkv.split(list(lengths)):
+        query, key, value = part.permute(1, 2, 0, 3).unbind(0)
+        outs.append(F.scaled_dot_product_attention(query, key, value).transpose(0, 1) if len(part) else part[:, 0])
+    return torch.cat(outs)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import cli, interleave, machine, results
 from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.harness.session import Session
-from benchmarks.pipelines import action_log, dali_conditionals, loader_memory, report, shuffle_quality, stages, startup
+from benchmarks.pipelines import action_log, loader_memory, report, shuffle_quality, stages, startup
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.config import ViewConfig
 
@@ -21,7 +21,6 @@ SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "streams": stages.run,
     "sweep": stages.sweep_decoder,
     "log": action_log.run,
-    "conditionals": dali_conditionals.run,
     "shuffle": shuffle_quality.run,
     "memory": loader_memory.run,
     "startup": startup.run,
@@ -32,7 +31,7 @@ _FULL_BATCH, _QUICK_BATCH = 64, 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections that the command line selects; return the exit status."""
     options = parse(arguments)
-    session = cli.open_session(options, machine.PIPELINE_PACKAGES, suffix=results.PIPELINES)
+    session = cli.open_session(options, suffix=results.PIPELINES)
     if session.device == "cpu":
         # As in a training run, so that the threads of DALI and PyTorch do not compete for the same cores.
         torch.set_num_threads(1)
@@ -46,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.build_parser("pipelines", __doc__, SECTIONS, suffix=results.PIPELINES)
-    parser.add_argument("--memory", dest="only", action="store_const", const="memory", help="same as --only memory")
+    parser = cli.build_parser("pipelines", __doc__, SECTIONS)
     parser.add_argument("--batch-size", type=int, help=f"images per batch: {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
     return parser.parse_args(arguments)
 

@@ -10,7 +10,6 @@ from benchmarks.harness.tables import Column, describe, figure, record_table, sh
 READ, DECODE, CROP, VIEWS = STAGES = ("read", "read, decode", "read, decode crop, resize", "two views")
 SAME_VIEWS = "same views"
 """Difference in grey levels between the pixels of our DALI loader and of our PyTorch loader."""
-CONDITIONALS = "decode to views"
 SWEEP = "two views, decoder sweep"
 LOGGING = "action log"
 SHUFFLING, MEMORY, OPENING = "shuffling", "memory", "opening shards"
@@ -25,7 +24,7 @@ WARM, COLD = "memory", "disk"
 MAX_SHARE_LEFT_IN_MEMORY = 0.01
 """Share of the shards that may stay in the page cache in a measurement from the disk."""
 
-_STREAMS = (*STAGES, CONDITIONALS, SWEEP)
+_STREAMS = (*STAGES, SWEEP)
 
 CORES = 16
 """CPU cores per GPU in the goal for a GPU."""

@@ -1,51 +1,72 @@
-"""The engines that are compared: those of the package, and a minimal PyTorch training loop without an engine."""
+"""The trainings that are compared: engines of the package, a minimal PyTorch loop, and single fused operations."""
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.train_step.report import BARE, COMPILED, DDP, DEFAULT, FUSED, PLAIN, ZERO
-from benchmarks.train_step.workload import StepWorkload
+from benchmarks.train_step.report import BARE, COMPILED, DDP, DEFAULT, PLAIN, ZERO
+from benchmarks.train_step.workload import NUM_SAMPLES, StepWorkload
 from iwm_fast.config.run import RunConfig
-from iwm_fast.engines.base import Engine, StepOutcome
+from iwm_fast.engines.base import StepOutcome
+from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer, set_hyperparameters
+from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
+from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.components import build_components
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.schedules import build_schedules
 from iwm_fast.training.step import StepReport, train_step
 from iwm_fast.training.teacher import Teacher
 
-EngineConfigs = dict[str, dict[str, Any]]
-"""Runtime settings by name; settings without "engine" select the bare loop."""
 
-ENGINES: EngineConfigs = {
-    PLAIN: {"engine": "plain"},
-    **{name: {"engine": "deepspeed", "zero_stage": stage} for stage, name in enumerate(ZERO)},
-}
-TWO_RANK_ENGINES: EngineConfigs = {DDP if name == PLAIN else name: engine for name, engine in ENGINES.items()}
+class Variant(NamedTuple):
+    """What distinguishes a training from the others."""
+
+    runtime: dict[str, Any]
+    """Runtime settings; without "engine" the bare loop trains."""
+    ops: Ops | None = None
+    """Operations of the networks; None for those that `runtime.ops` selects."""
 
 
-def engine_configs(workload: StepWorkload) -> EngineConfigs:
-    """Return the settings for one process: bare loop and engines, with and without fused kernels and torch.compile."""
-    is_gpu = workload.device.type == "cuda"
-    ops, suffix = ({"ops": "fused"}, FUSED) if is_gpu else ({}, "")
-    configs = {BARE + suffix: ops, **{name + suffix: engine | ops for name, engine in ENGINES.items()}}
-    if is_gpu:
-        configs |= {BARE: {}, **{name: ENGINES[name] for name in (PLAIN, DEFAULT)}}
-    if workload.with_compile:
-        configs |= {name + suffix + COMPILED: ENGINES[name] | ops | {"compile": True} for name in (PLAIN, DEFAULT)}
-    return configs
+def engine_variants(workload: StepWorkload, rank_info: RankInfo, *, with_deepspeed: bool) -> dict[str, Variant]:
+    """Return the engines that are compared: on several ranks all stages of ZeRO, on a GPU also compiled ones."""
+    stages = {name: Variant({"engine": "deepspeed", "zero_stage": stage}) for stage, name in enumerate(ZERO)}
+    plain, stages = Variant({"engine": "plain"}), stages if with_deepspeed else {}
+    if rank_info.world_size > 1:
+        return {DDP: plain, **stages}
+    engines = {BARE: Variant({}), PLAIN: plain} | {name: each for name, each in stages.items() if name == DEFAULT}
+    compiled = {name + COMPILED: Variant(each.runtime | {"compile": True}) for name, each in engines.items()}
+    return engines | (compiled if workload.with_compile else {})
+
+
+def has_deepspeed() -> bool:
+    """Return whether DeepSpeed is installed."""
+    return find_spec("deepspeed") is not None
+
+
+def ops_variants(workload: StepWorkload) -> dict[str, Variant]:
+    """Return the plain engine with each choice of operations, first eager, then compiled."""
+    ops = {
+        "reference": REFERENCE,
+        "fused": FUSED,
+        "fused attention only": REFERENCE._replace(ragged_attention=FUSED.ragged_attention),
+        "fused norm only": REFERENCE._replace(residual_norm=FUSED.residual_norm),
+    }
+    settings = {"": {"engine": "plain"}} | (
+        {COMPILED: {"engine": "plain", "compile": True}} if workload.with_compile else {}
+    )
+    return {name + suffix: Variant(runtime, each) for suffix, runtime in settings.items() for name, each in ops.items()}
 
 
 class BareEngine:
-    """An `iwm_fast.engines.base.Engine` for one process, without checkpoints and without a check for finite values."""
+    """The part of `iwm_fast.engines.base.Engine` that a step needs, without a check for finite values."""
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer) -> None:
         self._module = module
@@ -71,31 +92,29 @@ class BareEngine:
     def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
         set_hyperparameters(self._optimizer, lr, weight_decay)
 
-    def state(self) -> dict[str, Tensor]:
-        raise NotImplementedError("the bare loop has no state to save")
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        raise NotImplementedError("the bare loop has no state to load")
-
-    def release(self) -> None:
-        raise NotImplementedError("the bare loop has no memory to release")
-
 
 class Training:
-    """A training run that advances step by step, with runtime settings from `EngineConfigs`."""
+    """A training run that advances step by step."""
 
-    def __init__(self, runtime: dict[str, Any], workload: StepWorkload, rank_info: RankInfo) -> None:
-        self.config = workload.config(**runtime)
-        self._device = rank_info.device
-        self._initial_bytes = allocated_bytes(self._device)
-        if "engine" in runtime:
-            components = build_components(self.config, rank_info)
-            parts = components.engine, components.teacher, components.objective
-        else:
-            parts = _build_bare(self.config, rank_info)
-        self._engine, self._teacher, self._objective = parts
-        self._schedules = build_schedules(self.config.optim, workload.photographs.num_samples)
+    def __init__(self, variant: Variant, workload: StepWorkload, rank_info: RankInfo) -> None:
+        config, device = workload.config(**variant.runtime), rank_info.device
+        self._device = device
+        self._initial_bytes = allocated_bytes(device)
+        student = build_student(config, variant.ops or choose_ops(config, device)).to(device)
+        self._teacher = Teacher(student.encoder, compute_dtype(config))
+        if config.runtime.compile:
+            compile_blocks(student)
+            compile_blocks(self._teacher.encoder)
+        optimizer = build_optimizer(student, config.optim)
+        is_bare = "engine" not in variant.runtime
+        self._engine: Any = (
+            BareEngine(config, student, optimizer) if is_bare else build_engine(config, student, optimizer, rank_info)
+        )
+        self._objective = Objective(config.objective, is_identity=False)
+        self._schedules = build_schedules(config.optim, NUM_SAMPLES)
         self._num_steps = 0
+        self.losses: list[float] = []
+        """Losses of the first steps on this rank's share of the batches."""
         self.resident_bytes = 0
         """GPU memory that stays allocated between steps, such as weights and optimizer state."""
 
@@ -108,17 +127,10 @@ class Training:
         self._num_steps += 1
         return report
 
-    def warm_up(self, batches: Iterator[Batch], steps: int) -> list[float]:
-        """Run the first steps, set `resident_bytes`, and return the losses of this rank's share of the batch."""
-        losses = [float(self.step(batches).loss) for _ in range(steps)]
+    def warm_up(self, batches: Iterator[Batch], steps: int) -> None:
+        """Run the first steps, and set `losses` and `resident_bytes`."""
+        self.losses = [float(self.step(batches).loss) for _ in range(steps)]
         self.resident_bytes = allocated_bytes(self._device) - self._initial_bytes
-        return losses
-
-
-def _build_bare(config: RunConfig, rank_info: RankInfo) -> tuple[Engine, Teacher, Objective]:
-    student = build_student(config, choose_ops(config, rank_info.device)).to(rank_info.device)
-    engine = BareEngine(config, student, build_optimizer(student, config.optim))
-    return engine, Teacher(student.encoder, compute_dtype(config)), Objective(config.objective, is_identity=False)
 
 
 def allocated_bytes(device: torch.device) -> int:

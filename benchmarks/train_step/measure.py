@@ -4,8 +4,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import Failure, first_line, interleaved_rounds, percentiles
-from benchmarks.train_step.engines import EngineConfigs, Training, allocated_bytes
+from benchmarks.train_step.engines import Training, Variant, allocated_bytes
+from benchmarks.train_step.profile import profile_step
 from benchmarks.train_step.workload import StepWorkload
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.monitoring.throughput import build_throughput_meter
@@ -57,28 +58,38 @@ def run_round(
 
 
 class Comparison(NamedTuple):
-    """Result of a comparison, by name of the engine."""
+    """Result of a comparison, by name of the variant."""
 
     rounds: dict[str, list[StepRound] | Failure]
     losses: dict[str, list[float]]
-    """Losses of the first steps on this rank's share of the batch."""
+    """Losses of the first steps on this rank's share of the batches."""
     resident_bytes: dict[str, int]
+    profiles: dict[str, dict[str, float]]
+    """Milliseconds of a step by group of kernels, if they were profiled."""
 
 
 def compare(
-    workload: StepWorkload, configs: EngineConfigs, rank_info: RankInfo, *, deadline: float = math.inf
+    workload: StepWorkload,
+    variants: Mapping[str, Variant],
+    rank_info: RankInfo,
+    *,
+    deadline: float = math.inf,
+    is_profiled: bool = False,
 ) -> Comparison:
-    """Build all engines and time their steps on one cached batch in interleaved rounds.
+    """Build all variants and time their steps on the same batches in interleaved rounds.
 
-    An engine that raises while it is built or warmed up becomes a failure, and the others continue. No further round
-    starts after the deadline, a time on the monotonic clock. Collective: all ranks must call it.
+    A variant that raises while it is built or warmed up becomes a failure, and the others continue. After the deadline,
+    a time on the monotonic clock, no further variant is built and no further round starts. Collective: all ranks must
+    call it, and with several of them there can be no deadline.
     """
-    batches = repeat(workload.cached_batch(rank_info))
-    losses, trainings, failures = {}, {}, {}
-    for name, runtime in configs.items():
+    batches = workload.batches(rank_info)
+    trainings, failures = {}, {}
+    for name, variant in variants.items():
+        if trainings and time.monotonic() > deadline:
+            break
         try:
-            training = Training(runtime, workload, rank_info)
-            losses[name] = training.warm_up(batches, workload.budget.warm_ups)
+            training = Training(variant, workload, rank_info)
+            training.warm_up(cycle(batches), workload.budget.warm_ups)
             trainings[name] = training
         except Exception as error:
             failures[name] = Failure(first_line(error))
@@ -86,15 +97,19 @@ def compare(
     # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
     gc.collect()
     for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
-        rounds[name].append(run_round(trainings[name], batches, workload.budget.steps, rank_info))
-    resident_bytes = {name: training.resident_bytes for name, training in trainings.items()}
-    return Comparison(failures | rounds, losses, resident_bytes)
+        rounds[name].append(run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info))
+    return Comparison(
+        failures | rounds,
+        {name: training.losses for name, training in trainings.items()},
+        {name: training.resident_bytes for name, training in trainings.items()},
+        {name: profile_step(training, cycle(batches)) for name, training in trainings.items() if is_profiled},
+    )
 
 
 def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision: str) -> None:
-    """Raise WrongResultError if the losses of an engine differ from the baseline's by more than rounding.
+    """Raise WrongResultError if the losses of a variant differ from the baseline's by more than rounding.
 
-    If the baseline failed, the first engine that runs takes its place.
+    If the baseline failed, the first variant that runs takes its place.
     """
     baseline = baseline if baseline in losses else next(iter(losses), baseline)
     for name, actual in losses.items():
@@ -110,10 +125,10 @@ def record(
     case: Case,
     comparison: Comparison,
     *,
-    baseline_of: Callable[[str], str],
+    baseline: str,
     rank_info: RankInfo,
 ) -> None:
-    """Record time per step, images per second, parts, memory, and the overhead of each engine over its baseline."""
+    """Record time per step, images per second, parts, memory, losses, profile, and the overhead over the baseline."""
     throughput_meter = build_throughput_meter(workload.config(), rank_info)
     for name, result in comparison.rounds.items():
         if isinstance(result, Failure):
@@ -122,7 +137,6 @@ def record(
         times = percentiles([1e3 * step_round.step_s for step_round in result])
         images_per_s = 1e3 * workload.batch_size / times["median_ms"]
         figures: dict[str, Any] = {"images_per_s": round(images_per_s, 2), **part_figures(result)}
-        baseline = baseline_of(name)
         baseline_rounds = comparison.rounds.get(baseline)
         if isinstance(baseline_rounds, list) and baseline != name:
             figures |= {"over": baseline, "over_percent": round(overhead_percent(result, baseline_rounds), 2)}
@@ -132,6 +146,8 @@ def record(
         if rank_info.device.type == "cuda":
             peak = comparison.resident_bytes.get(name, 0) + max(step_round.peak_bytes for step_round in result)
             figures["memory_gb"] = round(peak / 1e9, 2)
+        figures |= {"losses": comparison.losses[name]} if name in comparison.losses else {}
+        figures |= {"profile_ms": comparison.profiles[name]} if name in comparison.profiles else {}
         session.record(case, name, **times, figures=figures)
 
 

@@ -1,25 +1,24 @@
-"""The training step that all engines of a comparison run, and its cached batch."""
+"""The training step that is compared: networks, batch size, and made-up batches on the masks of training."""
 
-import dataclasses
-from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.harness import machine
-from benchmarks.harness.photograph_shards import PhotographShards
+from benchmarks.harness.masks import masked_batch
 from benchmarks.train_step.report import BASE, SMALL
 from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig, RuntimeConfig
-from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import DataConfig, ViewConfig
-from iwm_fast.pipelines.loader import Loader
-from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.loaders import training_loader
+
+NUM_BATCHES = 4
+"""Batches that are repeated; their contexts differ in size, as those of training do."""
+NUM_SAMPLES = 10**6
+"""Length of the epoch that the schedules are for."""
 
 
 class StepBudget(NamedTuple):
@@ -38,8 +37,6 @@ class StepWorkload:
 
     name: str
     """Name of the networks in the records."""
-    folder: Path
-    """Folder in which the shards are stored."""
     device: torch.device
     batch_size: int
     """Images per step over all ranks."""
@@ -47,53 +44,55 @@ class StepWorkload:
     model: ModelConfig
     precision: str
     views: ViewConfig = field(default_factory=ViewConfig)
-    photographs: PhotographShards = field(default_factory=lambda: PhotographShards(num_shards=8))
     with_compile: bool = True
-
-    @cached_property
-    def pattern(self) -> str:
-        """Pattern of the shards, which are written on first access."""
-        return self.photographs.write(self.folder)
 
     def shape(self, num_ranks: int) -> dict[str, int | str]:
         """Return the properties that comparable records share."""
         return {"model": self.name, "view": self.views.size, "B": self.batch_size, "ranks": num_ranks}
 
-    def config(self, **runtime: Any) -> RunConfig:
+    def config(self, shards: str = "", **runtime: Any) -> RunConfig:
         """Return the settings of a training run with one micro-batch per step and one decoding thread per core."""
         return RunConfig(
-            data=DataConfig(train=self.pattern),
+            data=DataConfig(train=shards),
             views=self.views,
             model=self.model,
             optim=OptimConfig(global_batch_size=self.batch_size, precision=self.precision),  # pyright: ignore[reportArgumentType]
             runtime=RuntimeConfig(device=self.device.type, loader_threads=machine.num_cores(), **runtime),  # pyright: ignore[reportArgumentType]
         )
 
-    def loader(self, rank_info: RankInfo) -> Loader:
-        """Open the loader of a training run."""
-        return training_loader(self.config(), open_shards(self.pattern), rank_info)
+    def batches(self, rank_info: RankInfo) -> list[Batch]:
+        """Return this rank's batches of a few steps: noise for pixels and actions, with the masks of training."""
+        share = self.batch_size // rank_info.world_size
+        slots = rank_info.rank * share + np.arange(share)
+        return [self._batch(slots, step, rank_info.device) for step in range(NUM_BATCHES)]
 
-    def cached_batch(self, rank_info: RankInfo) -> Batch:
-        """Return a copy of this rank's first batch, which stays valid after the loader is closed."""
-        with closing(self.loader(rank_info)) as loader:
-            return _copy(next(loader))
+    def _batch(self, slots: np.ndarray, step: int, device: torch.device) -> Batch:
+        generator, count, number = torch.Generator().manual_seed(step), len(slots), torch.from_numpy(slots)
+        masked = masked_batch(slots, self.batch_size, grid=self.config().grid, step=step)
+        views = torch.randn(2, count, 3, self.views.size, self.views.size, generator=generator).to(device)
+        return Batch(
+            source_view=views[0],
+            target_view=views[1],
+            action=torch.randn(count, len(self.views.entries), generator=generator).to(device),
+            context=masked.context.to(device),
+            target=masked.target.to(device),
+            crop_window=torch.zeros(count, 4),
+            source_window=torch.zeros(count, 4),
+            label=number,
+            sample=number,
+            scheduled_sample=number,
+            slot=number,
+            key=("noise",) * count,
+            step=step,
+            draws=identity_draws(count),
+        )
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Batch | RaggedIndex):
-        copies = {item.name: _copy(getattr(value, item.name)) for item in dataclasses.fields(value)}
-        return dataclasses.replace(value, **copies)
-    return value
-
-
-def build_workload(folder: Path, device: torch.device, quick: bool) -> StepWorkload:
+def build_workload(device: torch.device, quick: bool) -> StepWorkload:
     """Return the workload for this machine: a ViT-S/16 on a CPU, a ViT-B/16 on a GPU, or tiny networks if quick."""
-    common: dict[str, Any] = {"folder": folder, "device": device}
     if quick:
         return StepWorkload(
-            **common,
+            device=device,
             name="tiny",
             batch_size=4,
             budget=StepBudget(rounds=2, steps=1, warm_ups=2),
@@ -104,27 +103,25 @@ def build_workload(folder: Path, device: torch.device, quick: bool) -> StepWorkl
             ),
             precision="fp32",
             views=ViewConfig(size=16, blur_sigma=(0.1, 1.0)),
-            photographs=PhotographShards(num_shards=2, samples_per_shard=16, width=80, height=60),
             with_compile=False,
         )
     if device.type == "cuda":
         return StepWorkload(
-            **common,
+            device=device,
             name=BASE,
             batch_size=256,
-            budget=StepBudget(rounds=7, steps=10, warm_ups=3),
+            budget=StepBudget(rounds=5, steps=10, warm_ups=NUM_BATCHES),
             model=ModelConfig(predictor=PredictorConfig(depth=18)),
             precision="bf16",
-            # Enough images for all rounds of the loader.
-            photographs=PhotographShards(),
         )
     encoder, predictor = EncoderConfig(dim=384, depth=12, num_heads=6), PredictorConfig(dim=192, depth=6, num_heads=6)
     return StepWorkload(
-        **common,
+        device=device,
         name=SMALL,
         batch_size=8,
         # A step takes three seconds on one core.
         budget=StepBudget(rounds=6, steps=1, warm_ups=2),
         model=ModelConfig(encoder=encoder, predictor=predictor),
         precision="fp32",
+        with_compile=False,
     )

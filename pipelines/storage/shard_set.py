@@ -11,7 +11,6 @@ from functools import cached_property
 from itertools import repeat
 
 import numpy as np
-from braceexpand import braceexpand
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
@@ -222,6 +221,9 @@ def _expand(pattern: str) -> list[str]:
     # An existing path is literal, even if it contains braces.
     if os.path.exists(pattern):
         return [pattern]
+    # Imported here, so that benchmarks without shards start where it is not installed.
+    from braceexpand import braceexpand  # noqa: PLC0415
+
     try:
         return list(braceexpand(pattern))
     except ValueError as error:

@@ -8,7 +8,7 @@ exactly the parameters that changed the pixels. `iwm_fast.pipelines.transforms.t
 implementation.
 
 An operation runs only for the samples it was drawn for (DALI's conditional execution). On a CPU this is faster than
-running it for all samples with neutral parameters, and the pixels are equal (benchmarks/README.md).
+running it for all samples with neutral parameters, and the pixels are equal.
 """
 
 # DALI's enums and graph nodes are typed too loosely to be checked.

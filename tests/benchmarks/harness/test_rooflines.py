@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from iwm_fast.kernels.attention.flash import FlashConfig, TileConfig, forward_launch
-from iwm_fast.kernels.attention.packed import PackedQKV
-from iwm_fast.kernels.attention.short import ShortConfig
 
 from benchmarks.harness import rooflines
 from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
 from benchmarks.kernels import compiler_report
-from iwm_fast.kernels.attention import short
+from iwm_fast.kernels.attention.kernels import LaunchConfig, _forward_kernel, build_launches
+from iwm_fast.kernels.attention.sequences import Sequences
 
 
 def milliseconds(num_bytes):
@@ -69,36 +67,29 @@ def test_square_tiles_compute_scores_beyond_the_length(length, tile, waste):
     assert rooflines.square_tile_waste(length, tile) == pytest.approx(waste, abs=0.005)
 
 
-def meta_packed(length):
-    return PackedQKV(torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta"), None, length)
+def launch_of(config, length):
+    qkv = torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta")
+    return build_launches(_forward_kernel, (config,), qkv, Sequences.of_equal_length(length), {})[0]
 
 
-def test_waste_of_a_short_launch_follows_from_its_bucket_and_queries():
-    packed = meta_packed(196)
-    group = ShortConfig(((128, 64), (128, 64, 16)), 64, 4, 1)
-    (launch,) = short.forward_launches((group,), packed, packed.qkv, packed.qkv)
+def test_waste_of_a_launch_follows_from_its_bucket_and_queries():
+    config = LaunchConfig(((128, 64), (128, 64, 16)), 64, 4, 1)
+    launch = launch_of(config, 196)
     # The launch computes 208 keys times 256 queries.
     assert rooflines.launch_waste([launch], 196) == pytest.approx(1.39, abs=0.005)
     assert rooflines.scores_computed(launch, 192) == 192 * 192
     assert rooflines.scores_computed(launch, 209) == 0, "no bucket holds this length"
-    fine = group._replace(num_queries=16)
-    (launch,) = short.forward_launches((fine,), packed, packed.qkv, packed.qkv)
-    assert rooflines.launch_waste([launch], 196) == pytest.approx(1.13, abs=0.005)
-
-
-def test_tiled_launches_skip_short_sequences():
-    packed = meta_packed(400)
-    tiles = TileConfig(128, 64, 8, 2)
-    launch = forward_launch(FlashConfig(tiles, tiles, tiles), packed, 256, out=packed.qkv, lse=packed.qkv)
-    assert rooflines.scores_computed(launch, 256) == 0
-    assert rooflines.scores_computed(launch, 400) == 512 * 448
+    assert rooflines.launch_waste([launch_of(config._replace(num_queries=16), 196)], 196) == pytest.approx(
+        1.13, abs=0.005
+    )
 
 
 @pytest.mark.parametrize("arch", compiler_report.ARCHITECTURES)
 @pytest.mark.parametrize("length", compiler_report.WASTE_LENGTHS)
 def test_shipped_launches_compute_every_score(arch, length):
-    for launches in compiler_report.dense_launches(arch, length, 64).values():
-        assert rooflines.launch_waste(launches, length) >= 1
+    for launches in compiler_report.dense_launches(arch, length, 64):
+        # On GPUs that multiply from registers, heads of 64 have no kernel for more than 128 keys.
+        assert rooflines.launch_waste(launches, length) >= 1 or (arch == 80 and length > 128 and not launches)
 
 
 @pytest.mark.parametrize(

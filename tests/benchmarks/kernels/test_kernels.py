@@ -1,44 +1,30 @@
-"""All sections with tiny shapes. Without a GPU kernels are interpreted, and baselines that need one are failures."""
+"""All sections with tiny shapes. Without a GPU kernels are interpreted, and baselines compute on the CPU."""
 
-import inspect
-from functools import partial
+import json
 
 import pytest
 import torch
-from iwm_fast.kernels.attention.flash import TileConfig
-from iwm_fast.kernels.attention.short import ShortConfig
-from torch.nn.attention import SDPBackend
-from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks import gpu_check
+from benchmarks.harness import machine, results
 from benchmarks.harness.records import BACKWARD, FORWARD, PASSES
-from benchmarks.harness.session import Case, Session, relative_error
-from benchmarks.harness.timing import TimingBudget
-from benchmarks.kernels import (
-    __main__ as benchmark,
-)
-from benchmarks.kernels import (
-    attention,
-    attention_baselines,
-    compiler_report,
-    conditioning,
-    predictor,
-    recompilation,
-    residual_norm,
-    tile_sweep,
-)
+from benchmarks.harness.session import Case, Session
+from benchmarks.harness.timing import TRIAL
+from benchmarks.kernels import __main__ as benchmark
+from benchmarks.kernels import attention, compiler_report, conditioning, report, residual_norm, tile_sweep
+from benchmarks.kernels.tile_sweep import SHIPPED, SWEEP
 from fixtures.kernel_cases import DEVICE, draw, offsets_of
-from iwm_fast.config.run import PredictorConfig
-from iwm_fast.kernels.launch import IS_INTERPRETING
-from iwm_fast.kernels.ops import REFERENCE
+from iwm_fast.kernels.attention.kernels import LaunchConfig
+from iwm_fast.kernels.attention.sequences import Sequences
+from iwm_fast.kernels.launch import IS_INTERPRETING, Launch
+from iwm_fast.kernels.ops import FUSED, REFERENCE
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 
 
 @pytest.fixture
 def session():
-    budget = TimingBudget(seconds=0.0, min_repeats=2, max_repeats=2, warm_ups=1)
-    return Session({"copy_bytes_per_s": 1e9}, budget=budget, device=DEVICE, excluded=["compiled"])
+    torch.manual_seed(0)
+    return Session({"copy_bytes_per_s": 1e9}, budget=TRIAL, device=DEVICE, excluded=["compiled"])
 
 
 def passes_of(session, provider):
@@ -47,123 +33,160 @@ def passes_of(session, provider):
 
 
 @pytest.mark.fused
-def test_dense_and_packed_attention_are_timed(session):
-    attention.compare(session, [5, 5], 32, num_heads=1)
-    attention.compare(session, [5, 7], 32, num_heads=1)
-    assert passes_of(session, "fused") == passes_of(session, "eager") == 2 * list(PASSES)
-    names = {record.provider for record in session.records}
-    assert {"cuDNN", "FA2", "mem-efficient", "varlen_attn", "cuDNN padded", "cuDNN padded, mask"} <= names
+def test_equal_and_packed_lengths_are_timed_beside_pytorchs_attention(session):
+    attention.compare(session, [5, 5], 32, "", 1)
+    attention.compare(session, [5, 7], 32, attention.CONTEXTS, 1)
+    assert session.wrong == [] and passes_of(session, "fused") == 2 * list(PASSES)
+    for name, passes in {"cuDNN": PASSES, "FA2": PASSES, "varlen_attn": PASSES}.items():
+        assert passes_of(session, name) == list(passes)
+
+
+def test_lengths_are_those_of_random_masks(session, monkeypatch):
+    compared = []
+    monkeypatch.setattr(attention, "compare", lambda session, *case: compared.append(case))
+    monkeypatch.setattr(session, "quick", False)
+    attention.run(session)
+    by_name = {(name, head_dim): lengths for lengths, head_dim, name, _ in compared}
+    assert by_name["", 64] == [256, 256] and compared[0][0] == compared[1][0] == [196, 196]
+    # Contexts of default masks hold about half of the patches; with a rectangle, not all patches are seen.
+    assert all(40 < length < 160 for length in by_name[attention.CONTEXTS, 64])
+    assert max(by_name[attention.CROPPED, 32]) <= 196
 
 
 @pytest.mark.fused
 @pytest.mark.parametrize("kind", ["feature", "sequence"])
 def test_conditioning_is_timed(session, kind):
-    conditioning.measure_conditioning(session, kind, 1, width=16, num_patches=4)
-    assert passes_of(session, "fused") == passes_of(session, "eager") == list(PASSES)
+    conditioning.measure(session, kind, 1, 16)
+    assert session.wrong == [] and passes_of(session, "fused") == passes_of(session, "eager") == list(PASSES)
 
 
 @pytest.mark.fused
 def test_the_residual_norm_is_timed(session):
-    residual_norm.measure_norm(session, 4, 16)
-    assert passes_of(session, "fused") == passes_of(session, "eager") == list(PASSES)
+    residual_norm.measure(session, 4, 16)
+    assert session.wrong == [] and passes_of(session, "fused") == passes_of(session, "eager") == list(PASSES)
+
+
+def test_every_group_of_lengths_is_checked_at_its_borders(session, monkeypatch):
+    checked = {}
+    monkeypatch.setattr(
+        attention, "check_lengths", lambda session, name, lengths, kind: checked.update({(name, kind): lengths})
+    )
+    attention.check(session)
+    limits = [(1, 64), (65, 128), (129, 192), (193, 208), (209, 224), (225, 256)]
+    kinds = {kind for _, kind in checked}
+    for kind in kinds:
+        for low, high in limits:
+            assert {low, high} <= set(checked[f"{low}-{high}", kind]) <= set(range(low, high + 1))
+        assert checked["0-256", kind].count(0) == 2 and len(set(checked["equal", kind])) == 1
+    assert len(checked) == len(kinds) * (len(limits) + 2)
 
 
 @pytest.mark.fused
-def test_calls_with_new_lengths_compile_nothing(session, monkeypatch):
-    monkeypatch.setattr(recompilation, "NEW_LENGTHS", range(3, 9))
-    monkeypatch.setattr(recompilation, "_WARM_UP_LENGTHS", (4,))
-    recompilation.measure_new_lengths(session, 1, 2, num_heads=1)
-    (fused,) = [record for record in session.records if record.provider == "fused"]
-    assert fused.repeats == fused.figures["calls"] == 2 and fused.figures["compilations"] == 0
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_drawn_lengths_are_compared_with_one_sequence_after_the_other(session, monkeypatch, is_wrong):
+    if is_wrong:
+        broken = FUSED._replace(ragged_attention=lambda qkv, _: REFERENCE.ragged_attention(qkv, Sequences(None, 1, 1)))
+        monkeypatch.setattr(attention, "FUSED", broken)
+    for _ in range(2):
+        attention.check_lengths(session, "1-9", [9, 0, 1, 4], (1, 32, "float16"))
+    assert len(session.wrong) == (2 if is_wrong else 0)
+    lengths = [record.figures["lengths"] for record in session.records if record.provider == "lengths"]
+    assert lengths == ([[9, 0, 1, 4]] * 2 if is_wrong else [])
+    assert ("wrong" in report.errors(session.records)) == is_wrong
 
 
-def test_a_predictor_step_agrees_with_dense_attention_and_float64():
-    inputs, config = predictor.make_batch(2, 4, DEVICE), PredictorConfig(dim=16, depth=1, num_heads=1)
-    exact = []
-    for attend in (REFERENCE.ragged_attention, attention_baselines.attend_dense):
-        model = predictor.build(config, REFERENCE._replace(ragged_attention=attend), 4).to(DEVICE)
-        plain = predictor.step_provider("plain", model, inputs).outputs_and_gradients()
-        exact.append(predictor.step_provider("float64", model, inputs, exact=True).outputs_and_gradients())
-        assert relative_error(plain[0], exact[-1][0]) < 3e-2
-    torch.testing.assert_close(*exact)
-
-
-@without_gpu
-def test_baselines_compute_the_same_attention_as_the_reference():
-    # The other backends need a GPU. PyTorch's math backend runs the same code around the attention itself.
-    qkv, d_out = draw(3 * 7, 3, 2, 32), draw(3 * 7, 2, 32, seed=1)
-    by_math = partial(attention_baselines.with_backend, SDPBackend.MATH)
-    expected = REFERENCE.ragged_attention(qkv, None, 7)
-    torch.testing.assert_close(by_math(attention_baselines.attend_dense)(qkv, None, 7), expected)
-    lengths = [7, 3, 5]
-    packed, offsets = qkv[: sum(lengths)].clone().requires_grad_(), offsets_of(lengths)
-    providers = attention_baselines.packed_providers(packed, offsets, 7, d_out[: sum(lengths)])
-    masked = providers[-1]
-    is_key = torch.arange(7) < torch.tensor(lengths)[:, None]
-    masked = masked._replace(
-        function=by_math(lambda padded: attention_baselines.attend_padded(padded, is_key[:, None, None]))
-    )
-    eager = next(provider for provider in providers if provider.name == "eager")
-    (out, d_padded), (expected, d_packed) = masked.outputs_and_gradients(), eager.outputs_and_gradients()
-    torch.testing.assert_close(out.view(3, 7, 2, 32)[is_key], expected)
-    torch.testing.assert_close(d_padded[is_key], d_packed)
-
-
-def test_varlen_attn_accepts_the_arguments_that_are_passed():
-    bound = inspect.signature(varlen_attn).bind("q", "k", "v", "offsets", "offsets", 7, 7)
-    assert list(bound.arguments)[3:] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+def test_attention_of_single_sequences_equals_the_reference():
+    lengths = [7, 0, 3, 5]
+    qkv = draw(sum(lengths), 3, 2, 32)
+    expected = REFERENCE.ragged_attention(qkv, Sequences.from_lengths(offsets_of(lengths), lengths))
+    torch.testing.assert_close(attention.one_by_one(qkv, lengths), expected)
 
 
 @pytest.mark.fused
 @pytest.mark.parametrize("pass_", [FORWARD, BACKWARD])
-def test_a_sweep_times_candidates_and_drops_wrong_ones(session, pass_):
-    buffers = tile_sweep.prepare_buffers(1, 20, (1, 32), DEVICE)
-    launches = {"128": tile_sweep.short_launch(ShortConfig(((128,),), 32, 4, 1), pass_, buffers)}
-    # A launch for longer sequences does not write any output here.
-    wrong = launches["128"]._replace(constants=launches["128"].constants | {"LIMITS": (64, 128)})
-    shipped = tile_sweep.shipped_launches(pass_, buffers)
-    case = Case("attention sweep", {"N": 20})
-    tile_sweep.time_launches(session, case, pass_, launches | {"wrong": wrong}, shipped, buffers=buffers)
+def test_a_sweep_times_candidates_beside_the_shipped_launches(session, pass_):
+    case = Case(SWEEP, {"N": 20, "d": 32, "H": 1, "B": 1})
+    tile_sweep.sweep(session, case, pass_, [LaunchConfig(((32,),), 32, 4, 1)])
+    outcomes = {record.provider: record.failure for record in session.records}
+    assert outcomes == {SHIPPED: None, "32 q32 w4 s1": None}
+    assert report.sweep_table(session.records).count("\n") == 2
+
+
+@pytest.mark.fused
+def test_a_launch_that_writes_nothing_is_not_timed(session):
+    out = torch.ones(4, device=DEVICE)
+    right = Launch(_Kernel(lambda out: out.fill_(2.0)), (1,), {"out": out}, {}, 4)
+    wrong = right._replace(kernel=_Kernel(lambda out: None))
+    candidates = {"right": right, "wrong": wrong}
+    tile_sweep.time_launches(session, Case(SWEEP, {"N": 4}), FORWARD, candidates, [right], target=out)
     failures = {record.provider: record.failure for record in session.records}
-    assert failures["128"] is None and failures[tile_sweep.SHIPPED] is None
-    assert "differs" in failures["wrong"]
-    assert tile_sweep.table(session.records).count("\n") == 2
+    assert failures["right"] is None and failures[SHIPPED] is None and "differs" in failures["wrong"]
+
+
+class _Kernel:
+    """A kernel that is a Python function of its tensor."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, grid):
+        return lambda out, **options: self.function(out)
+
+    def warmup(self, **arguments):
+        raise RuntimeError("nothing to compile")
 
 
 def test_candidate_configs_cover_the_length():
-    for length in (*tile_sweep.SHORT_LENGTHS, 197):
+    for length in (196, 197, 256, 102):
         for config in tile_sweep.candidate_configs(length):
             (split,) = config.key_splits
             # All tiles except the last one are full.
             assert sum(split[:-1]) < length <= sum(split)
-    assert len({tile_sweep.name_tiles(tiles) for tiles in tile_sweep.TILES}) == len(tile_sweep.TILES)
-    assert tile_sweep.name_tiles(TileConfig(64, 32, 4, 2)) == "64x32 w4 s2"
 
 
 @without_gpu
-def test_offline_figures_are_refused_under_the_interpreter(session, capsys):
+def test_offline_figures_are_refused_under_the_interpreter(capsys):
     assert IS_INTERPRETING
-    with pytest.raises(RuntimeError, match="unset"):
-        compiler_report.measure(session, [90])
-    assert benchmark.main([]) == 2
+    assert benchmark.main(["--only", "offline"]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
+@pytest.mark.fused
 @without_gpu
-def test_the_gpu_check_and_the_sweep_fail_without_a_gpu(capsys):
-    assert gpu_check.main([]) == 2
-    assert benchmark.main(["--sweep"]) == 2
-    assert capsys.readouterr().err.count("there is none on this machine") == 2
+def test_a_second_run_keeps_what_is_measured(tmp_path, monkeypatch, capsys):
+    calls = []
+    sections = {"norm": lambda session: residual_norm.measure(session, 4, 16), "check": lambda s: calls.append(s)}
+    monkeypatch.setattr(benchmark, "SECTIONS", sections)
+    arguments = ["--out", str(tmp_path), "--commit", "x", "--only", "norm"]
+    assert benchmark.main(arguments) == 0
+    (path,) = tmp_path.glob(f"*{results.KERNELS}.jsonl")
+    before = path.read_text()
+    assert json.loads(before.splitlines()[0])["machine"]["commit"] == "x"
+    # The last line says that the section is complete; without it, single measurements are kept.
+    path.write_text("\n".join(before.splitlines()[:-1]) + "\n")
+    assert benchmark.main(arguments) == 0
+    assert (
+        path.read_text().splitlines()[:-1] == before.splitlines()[:-1] and "earlier records" in capsys.readouterr().out
+    )
+    assert benchmark.main([*arguments, "check"]) == 0 and len(calls) == 1
+    assert benchmark.main([*arguments[:2], "--commit", "y", "--only", "norm"]) == 0
+    assert len(path.read_text().splitlines()) == 2 * len(before.splitlines()) + 1
 
 
-def test_a_command_over_its_time_limit_is_stopped(capsys):
-    assert gpu_check.run(["sleep", "30"], 0.1) == 124
-    options = gpu_check.parse(["--limit-s", "500", "--", "--quick", "--only", "norm"])
-    assert options.bench == ["--quick", "--only", "norm"] and options.limit_s == 500
-    assert gpu_check.run_benchmark("pipelines", 1.0, []) == 1
-    assert "no time is left for pipelines" in capsys.readouterr().err
+def test_tables_show_the_figures_of_both_versions_of_triton():
+    figures = {"registers": 126, "spill_bytes": 0, "shared_bytes": 9, "fast_products": 1, "matrix_products": 1,
+               "warps": 4, "stages": 1, "programs": 4}  # fmt: skip
+    old = Session({"triton": "3.6.0"}, budget=TRIAL, device="meta")
+    new = Session({"triton": "3.9.0"}, budget=TRIAL, device="meta")
+    case = Case("launch", {"arch": 90, "module": "residual_norm", "launch": "some"}, dtype="")
+    old.record(case, "fused", figures=figures)
+    new.record(case, "fused", figures=figures | {"registers": 158})
+    recorded = [*new.records, *old.records]
+    row = compiler_report.launch_tables(recorded, 90)["residual_norm on sm_90"].splitlines()[-1]
+    assert "126 / 158" in row and row.count("/") == 1
+    assert compiler_report.spill_summary(recorded).count("1 launches, 0 spill") == 2
 
 
-def test_the_commit_option_is_passed_on():
-    assert gpu_check.commit_option(["--quick", "--commit", "abc", "--only", "norm"]) == ["--commit", "abc"]
-    assert gpu_check.commit_option(["--quick"]) == []
+def test_records_name_the_machine_without_packages_that_it_lacks(monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
+    assert "numpy" in machine.describe("x") and "no-such-package" not in machine.describe("x")
