@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -21,6 +21,16 @@ def watch_signals() -> Preemption:
     preemption = Preemption()
     preemption.install_handlers(watch_parent="RANK" in os.environ)
     return preemption
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without --local_rank or --local-rank, which launchers may add in one word or in two."""
+    options = ("--local_rank", "--local-rank")
+    return [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if argument.partition("=")[0] not in options and not (before in options and argument.isdigit())
+    ]
 
 
 def log_to_console() -> None:

@@ -21,13 +21,13 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": current_commit(),
-        "versions": {"python": platform.python_version(), **_installed_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions()},
         "machine": describe_machine(device),
         "world_size": world_size,
     }
 
 
-def _installed_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the version of each package; those of other extras are left out."""
     versions = {}
     for name in _PACKAGES:
@@ -37,14 +37,18 @@ def _installed_versions() -> dict[str, str]:
 
 
 def current_commit() -> str:
-    """Return the project's commit, with `+changes` if files differ from it; "unknown" outside a checkout."""
+    """Return the project's commit, with `+changes` if files differ from it; "unknown" without git or a checkout."""
     project = Path(__file__).parents[2]
     # Git would otherwise describe any repository around an installed package.
     if not (project / ".git").exists():
         return "unknown"
     # Excluding all tags makes the description the bare hash.
     command = ["git", "-C", str(project), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
-    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Without git.
+    except OSError:
+        return "unknown"
     return completed.stdout.strip() or "unknown"
 
 
