@@ -20,9 +20,8 @@ from iwm_fast.evaluate import (
 from iwm_fast.pipelines.errors import printable
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS, require_packages
-from iwm_fast.runtime.preemption import EXIT_PREEMPTED
-from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals
-from iwm_fast.train import train
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED, Preemption
+from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
 
 RUN_CONFIG = "iwm_fast.config.run:RunConfig"
 
@@ -53,6 +52,10 @@ def _read(settings: str, arguments: list[str]) -> Any:
     return import_object("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
+def _train(arguments: list[str], preemption: Preemption | None = None) -> None:
+    import_object("iwm_fast.train:train")(arguments, preemption)
+
+
 def _check(arguments: list[str]) -> None:
     check_class = import_object(COMMANDS["check"].settings)
     names = {setting.name for setting in fields(check_class)}
@@ -62,6 +65,10 @@ def _check(arguments: list[str]) -> None:
     check_config = import_object("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
     if not import_object("iwm_fast.commands.check_run:check_run")(config, check_config):
         raise SystemExit(1)
+
+
+def _doctor(arguments: list[str]) -> None:
+    import_object("iwm_fast.commands.doctor:doctor")(arguments)
 
 
 def _plan(arguments: list[str]) -> None:
@@ -141,7 +148,11 @@ _EVALUATION_USAGE = "run=DIR [key=value ...]"
 COMMANDS = {
     "train": Command(
         "RUN [key=value ...]",
-        "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", train, RUN_CONFIG),
+        "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", _train, RUN_CONFIG),
+    "doctor": Command(
+        "[RUN] [data.train=SHARDS] [output.folder=DIR] [key=value ...]",
+        "look at GPUs, packages, kernels, DALI, ranks and disk of a new machine or cluster, alone or under a launcher",
+        _doctor),
     "check": Command(
         "RUN [key=value ...] [ranks=N] [gpu=NAME] [gpu_memory_gb=G] [images_per_s=R]",
         "check that a run can start and fits on its GPU, and estimate its memory and time",
@@ -200,7 +211,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command: with `arguments` within this process; with None, that of the command line, and exit."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     is_process = arguments is None
     action: Callable[[], None]
@@ -212,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action = partial(_help, name)
     elif name == "train":
         # Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
-        action = partial(train, words[1:], watch_signals() if is_process else None)
+        action = partial(_train, words[1:], watch_signals() if is_process else None)
     elif name.startswith("evaluate "):
         action = partial(evaluate, words[1:], watch_signals_if_training(words) if is_process else None)
     else:

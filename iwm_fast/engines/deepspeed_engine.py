@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self._stage: int = settings["zero_optimization"]["stage"]
         self._module: nn.Module = module
         self._trained: list[nn.Parameter] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        deepspeed = _import_deepspeed(rank_info.device)
+        deepspeed = import_deepspeed(rank_info.device)
         self._local_rank: int = rank_info.local_rank
         with _local_rank_in_environment(rank_info.local_rank):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -201,7 +201,12 @@ def _limit_norm(zero_optimizer: Any) -> None:
     zero_optimizer._get_norm_groups = compute_limited_norms
 
 
-def _import_deepspeed(device: torch.device) -> ModuleType:
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """Import DeepSpeed for this type of device.
+
+    Raises:
+        RuntimeError: if DS_ACCELERATOR names another type.
+    """
     # DeepSpeed chooses its accelerator when it is imported. Left to itself, it would choose the GPU for a CPU run on a
     # machine that has one.
     accelerator = os.environ.setdefault("DS_ACCELERATOR", device.type)

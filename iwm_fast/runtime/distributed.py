@@ -73,7 +73,7 @@ def start(
     """
     if dist.is_initialized():
         raise RuntimeError("a process group already exists; call distributed.stop() before starting another one")
-    rank, local_rank, world_size = _read_environment()
+    rank, local_rank, world_size = read_environment()
     device = choose_device(device_setting, local_rank)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     log.info("computing on %s (runtime.device=%s)", name, device_setting)
@@ -135,7 +135,7 @@ def set_collective_timeout(timeout_s: float) -> None:
         set_timeout(timedelta(seconds=timeout_s), group)
 
 
-def _read_environment() -> tuple[int, int, int]:
+def read_environment() -> tuple[int, int, int]:
     """Return rank, local rank and world size; (0, 0, 1) if no launcher has set any of its variables."""
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     if not present:

@@ -37,14 +37,18 @@ def installed_versions() -> dict[str, str]:
 
 
 def current_commit() -> str:
-    """Return the project's commit, with `+changes` if files differ from it; "unknown" outside a checkout."""
+    """Return the project's commit, with `+changes` if files differ from it; "unknown" without git or a checkout."""
     project = Path(__file__).parents[2]
     # Git would otherwise describe any repository around an installed package.
     if not (project / ".git").exists():
         return "unknown"
     # Excluding all tags makes the description the bare hash.
     command = ["git", "-C", str(project), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
-    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Without git.
+    except OSError:
+        return "unknown"
     return completed.stdout.strip() or "unknown"
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from benchmarks.train_step.two_ranks import compare_on_ranks
 
 from benchmarks import report
 from benchmarks.harness import records
@@ -34,7 +35,6 @@ from benchmarks.train_step.report import (
     STEP,
     ZERO,
 )
-from benchmarks.train_step.two_ranks import compare_on_ranks
 from benchmarks.train_step.workload import build_workload
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.monitoring.step_timer import PHASES
