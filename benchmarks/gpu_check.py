@@ -37,7 +37,6 @@ PARTS = {
     "sweep": ("benchmarks.kernels", "--only", "sweep"),
 }
 """Module and arguments of each part."""
-SUITE = "suite.txt"
 _RESULT = re.compile(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (tests/.*?)\s*$", re.MULTILINE)
 """A line of pytest-xdist about one test."""
 _GRACE_S = 45.0
@@ -54,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     for part in options.part:
         begin = time.monotonic()
-        status = run(command_of(part, options), options)
+        status = run(command_of(part, options), log_of(part, options.out), options.limit_s)
         outcomes.append([part, "ok" if status == 0 else f"status {status}", f"{time.monotonic() - begin:.0f} s"])
+        if status != 0:
+            print("\n".join(log_of(part, options.out).read_text(errors="replace").splitlines()[-15:]), flush=True)
     print(f"\n{summary(options.out)}\n\n{tables.table(['part', 'outcome', 'time'], outcomes)}")
     return int(any(outcome != "ok" for _, outcome, _ in outcomes))
 
@@ -95,26 +96,30 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
     return command
 
 
-def run(command: list[str], options: argparse.Namespace) -> int:
-    """Run a command in the project's folder and copy what it prints; return its status, or 124 after the limit."""
+def log_of(part: str, folder: Path) -> Path:
+    """Return the file that holds what a part prints."""
+    return folder / f"{part}.txt"
+
+
+def run(command: list[str], log: Path, limit_s: float) -> int:
+    """Run a command in the project's folder, append what it prints to a file, and return its status, 124 for late."""
     print(f"$ {' '.join(command)[:500]}", flush=True)
     # Triton reads the variable when kernels are imported, so a process of its own has to have it.
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     environment = os.environ | interpret | {"PYTHONUNBUFFERED": "1"}
-    is_suite = "pytest" in command
-    with (options.out / (SUITE if is_suite else "log.txt")).open("a", encoding="utf-8") as log:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            status = process.wait(timeout=options.limit_s)
+            status = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             # The whole group, because pytest has workers.
             os.killpg(process.pid, 9)
             process.wait()
             status = 124
     # Pytest exits with 5 if every test is deselected.
-    return 0 if is_suite and status == 5 else status
+    return 0 if "pytest" in command and status == 5 else status
 
 
 def passed_tests(folder: Path) -> list[str]:
@@ -124,7 +129,7 @@ def passed_tests(folder: Path) -> list[str]:
 
 def test_outcomes(folder: Path) -> dict[str, str]:
     """Return the last outcome of every test of the suite."""
-    path = folder / SUITE
+    path = log_of("suite", folder)
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return {name: outcome for outcome, name in _RESULT.findall(text)}
 

@@ -20,7 +20,7 @@ from iwm_fast.evaluate import (
 from iwm_fast.pipelines.errors import printable
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS, require_packages
-from iwm_fast.runtime.preemption import EXIT_PREEMPTED, Preemption
+from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
 
 RUN_CONFIG = "iwm_fast.config.run:RunConfig"
@@ -50,10 +50,6 @@ def _read(settings: str, arguments: list[str]) -> Any:
     if not arguments:
         raise ValueError("no run named; give its YAML file or a name that `iwm configs` lists, then key=value settings")
     return import_object("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
-
-
-def _train(arguments: list[str], preemption: Preemption | None = None) -> None:
-    import_object("iwm_fast.train:train")(arguments, preemption)
 
 
 def _check(arguments: list[str]) -> None:
@@ -148,11 +144,8 @@ _EVALUATION_USAGE = "run=DIR [key=value ...]"
 COMMANDS = {
     "train": Command(
         "RUN [key=value ...]",
-        "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun", _train, RUN_CONFIG),
-    "doctor": Command(
-        "[RUN] [data.train=SHARDS] [output.folder=DIR] [key=value ...]",
-        "look at GPUs, packages, kernels, DALI, ranks and disk of a new machine or cluster, alone or under a launcher",
-        _doctor),
+        "train a run, alone or under `deepspeed --module iwm_fast.train` or torchrun",
+        "iwm_fast.train:train", RUN_CONFIG),
     "check": Command(
         "RUN [key=value ...] [ranks=N] [gpu=NAME] [gpu_memory_gb=G] [images_per_s=R]",
         "check that a run can start and fits on its GPU, and estimate its memory and time",
@@ -164,6 +157,10 @@ COMMANDS = {
     "show": Command(
         "RUN [key=value ...]", "draw the views, masks and actions of a few samples, as the model sees them",
         "iwm_fast.commands.show_batch:show_batch", RUN_CONFIG),
+    "doctor": Command(
+        "[RUN] [data.train=SHARDS] [output.folder=DIR] [key=value ...]",
+        "look at GPUs, packages, kernels, DALI, ranks and disk of a new machine or cluster, alone or under a launcher",
+        _doctor),
     **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
        for name, evaluation in EVALUATIONS.items() if name != "plan"},
     "embed": Command(
@@ -223,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action = partial(_help, name)
     elif name == "train":
         # Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
-        action = partial(_train, words[1:], watch_signals() if is_process else None)
+        preemption = watch_signals() if is_process else None
+        action = partial(import_object("iwm_fast.train:train"), words[1:], preemption)
     elif name.startswith("evaluate "):
         action = partial(evaluate, words[1:], watch_signals_if_training(words) if is_process else None)
     else:

@@ -169,7 +169,8 @@ def check_ranks(subject: Subject) -> Result:
     if store is None:
         count = max(2, torch.cuda.device_count())
         return Result(SKIPPED, f"one rank; `torchrun --nproc-per-node {count} -m iwm_fast doctor` starts more")
-    is_gpu = info.device.type == "cuda"
+    # A connection of its own: a thread that hangs in a store would keep it from `gather`.
+    store, is_gpu = store.clone(), info.device.type == "cuda"
     gpu = str(torch.cuda.get_device_properties(info.device).uuid) if is_gpu else f"none on rank {info.rank}"
     store.set(f"facts of {info.rank}", json.dumps({"device": info.device.type, "GPU": gpu, **_versions()}))
     difference = find_difference([json.loads(store.get(f"facts of {rank}")) for rank in range(info.world_size)])

