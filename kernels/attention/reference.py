@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from iwm_fast.kernels.attention.sequences import Sequences
 
@@ -30,6 +29,9 @@ def ragged_attention_reference(qkv: Tensor, sequences: Sequences) -> Tensor:
     if sequences.offsets is None:
         return _dense(qkv, sequences.longest, is_gpu_half)
     if is_gpu_half and sequences.longest > 0:
+        # Imported here, because it takes seconds that a CPU would wait for nothing.
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
         offsets, longest = sequences.offsets, sequences.longest
         query, key, value = qkv.unbind(1)
         out = varlen_attn(query, key, value, offsets, offsets, longest, longest)

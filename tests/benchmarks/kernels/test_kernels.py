@@ -155,7 +155,7 @@ def test_offline_figures_are_refused_under_the_interpreter(capsys):
 @without_gpu
 def test_a_second_run_keeps_what_is_measured(tmp_path, monkeypatch, capsys):
     calls = []
-    sections = {"norm": lambda session: residual_norm.measure(session, 4, 16), "check": lambda s: calls.append(s)}
+    sections = {"norm": lambda session: residual_norm.measure(session, 4, 16), "check": calls.append}
     monkeypatch.setattr(benchmark, "SECTIONS", sections)
     arguments = ["--out", str(tmp_path), "--commit", "x", "--only", "norm"]
     assert benchmark.main(arguments) == 0
