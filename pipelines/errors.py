@@ -28,7 +28,7 @@ class ShardError(Exception):
     def __init__(self, problem: str, *, shard: str = "", key: str = "", remedy: str = "") -> None:
         address = f"{shard}: " if shard else ""
         address += f"sample {key!r}: " if key else ""
-        super().__init__(printable(address + problem + (f"; {remedy}" if remedy else "")))
+        super().__init__(printable(address) + printable_lines(problem + (f"; {remedy}" if remedy else "")))
         self.shard = shard
         self.key = key
 

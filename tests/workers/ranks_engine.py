@@ -98,7 +98,7 @@ def train_with_statistics_of_all_ranks(folder, rank_info):
             patch = torch.arange(len(inputs))
             index = RaggedIndex(
                 patch=patch, row=patch, offsets=torch.tensor([0, len(inputs)], dtype=torch.int32),
-                longest=len(inputs), total=sum(map(sum, VICREG_ROWS)),
+                lengths=(len(inputs),), total=sum(map(sum, VICREG_ROWS)),
             )  # fmt: skip
             losses.append(objective(Prediction(tokens, tokens, index), target, index))
             engine.backward(losses[-1])
