@@ -1,5 +1,7 @@
 """The errors that shards and images raise, and names from outside made safe to print."""
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     r"""Return a name from a file system or an archive with everything that is not printable written as an escape.
@@ -23,12 +25,18 @@ def to_valid_unicode(text: str) -> str:
 
 
 class ShardError(Exception):
-    """A shard, or one of its samples, cannot be used; the message names both and the remedy."""
+    """A shard, or one of its samples, cannot be used; the message names both and the remedy.
 
-    def __init__(self, problem: str, *, shard: str = "", key: str = "", remedy: str = "") -> None:
+    `lines` follow the message, each on a line of its own.
+    """
+
+    def __init__(
+        self, problem: str, *, shard: str = "", key: str = "", remedy: str = "", lines: Sequence[str] = ()
+    ) -> None:
         address = f"{shard}: " if shard else ""
         address += f"sample {key!r}: " if key else ""
-        super().__init__(printable(address) + printable_lines(problem + (f"; {remedy}" if remedy else "")))
+        message = address + problem + (f"; {remedy}" if remedy else "")
+        super().__init__("\n".join(printable(line) for line in (message, *lines)))
         self.shard = shard
         self.key = key
 

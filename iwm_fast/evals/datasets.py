@@ -117,8 +117,9 @@ def require_readable(*selections: tuple[ShardSet, Int64[np.ndarray, "_"]]) -> No
     if bad:
         lines = [f"{address} {reason}" for address, reason in list(bad.items())[:_MAX_LINES]]
         more = [f"... and {len(bad) - _MAX_LINES} more"] if len(bad) > _MAX_LINES else []
-        problem = "\n".join([f"{len(bad)} images of this evaluation cannot be decoded:", *lines, *more])
-        raise ShardError(f"{problem}\nrun `iwm shards check` on these shards to leave the images out")
+        remedy = "run `iwm shards check` on these shards to leave the images out"
+        problem = f"{len(bad)} images of this evaluation cannot be decoded:"
+        raise ShardError(problem, lines=[*lines, *more, remedy])
 
 
 def _bad_headers(shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[tuple[int, str]]:
