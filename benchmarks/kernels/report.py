@@ -135,7 +135,7 @@ def _goals() -> Iterator[Goal]:
         select = "attention", {"N": 196, "d": 64, "B": 256}, pass_
         yield _goal("attention N=196 d=64: share of copy bandwidth", target, select, _share, odds)
     select = "feature conditioning", {"B": 256}, BOTH
-    yield _goal("feature conditioning: eager / fused", 2.5, select, _over_fused("eager"), "bytes allow 2.8")
+    yield _goal("feature conditioning: eager / fused", 2.5, select, _over_fused("eager"), "bytes allow 2.5")
     for pass_, target, odds in ((FORWARD, 0.7, "85 %"), (BACKWARD, 0.6, "70 %")):
         select = "residual norm", {"D": 384}, pass_
         yield _goal("residual norm D=384: share of copy bandwidth", target, select, _share, odds)

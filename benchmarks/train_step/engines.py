@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from benchmarks.train_step.report import BARE, COMPILED, DDP, DEFAULT, PLAIN, ZERO
 from benchmarks.train_step.workload import NUM_SAMPLES, StepWorkload
-from iwm_fast.config.run import RunConfig
-from iwm_fast.engines.base import StepOutcome
+from iwm_fast.engines.base import Engine, StepOutcome
 from iwm_fast.engines.factory import build_engine
-from iwm_fast.engines.optimizer import build_optimizer, set_hyperparameters
+from iwm_fast.engines.optimizer import build_optimizer
+from iwm_fast.engines.torch_engine import TorchEngine
 from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
 from iwm_fast.models.layers import compile_blocks
 from iwm_fast.models.student import build_student, choose_ops, compute_dtype
@@ -65,32 +64,18 @@ def ops_variants(workload: StepWorkload) -> dict[str, Variant]:
     return {name + suffix: Variant(runtime, each) for suffix, runtime in settings.items() for name, each in ops.items()}
 
 
-class BareEngine:
-    """The part of `iwm_fast.engines.base.Engine` that a step needs, without a check for finite values."""
-
-    def __init__(self, config: RunConfig, module: nn.Module, optimizer: Optimizer) -> None:
-        self._module = module
-        self._optimizer = optimizer
-        self._clip_norm: float = config.optim.clip_norm or torch.inf
-
-    def forward(self, batch: Batch) -> Any:
-        return self._module(batch)
+class BareEngine(TorchEngine):
+    """Forward, backward, clipping and step as a minimal PyTorch loop does them, without a check for finite values."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> StepOutcome:
-        nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
+        nn.utils.clip_grad_norm_(self._trained, self._clip_norm or torch.inf)
         self._optimizer.step()
         self._optimizer.zero_grad()
         # Reading the norm would wait for the device.
         return StepOutcome(applied=True, grad_norm=math.nan)
-
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter) for name, parameter in self._module.named_parameters() if name.startswith(prefix))
-
-    def set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        set_hyperparameters(self._optimizer, lr, weight_decay)
 
 
 class Training:
@@ -106,10 +91,8 @@ class Training:
             compile_blocks(student)
             compile_blocks(self._teacher.encoder)
         optimizer = build_optimizer(student, config.optim)
-        is_bare = "engine" not in variant.runtime
-        self._engine: Any = (
-            BareEngine(config, student, optimizer) if is_bare else build_engine(config, student, optimizer, rank_info)
-        )
+        build = build_engine if "engine" in variant.runtime else BareEngine
+        self._engine: Engine = build(config, student, optimizer, rank_info)
         self._objective = Objective(config.objective, is_identity=False)
         self._schedules = build_schedules(config.optim, NUM_SAMPLES)
         self._num_steps = 0

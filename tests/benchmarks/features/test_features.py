@@ -15,10 +15,11 @@ from benchmarks.harness.session import WrongResultError
 
 
 def test_the_forward_pass_and_extractions_are_timed_and_recorded(tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    arguments = ["--quick", "--out", str(out), "--data", str(tmp_path), "--commit", "x"]
+    arguments = ["--quick", "--out", str(tmp_path), "--data", str(tmp_path), "--commit", "x"]
     assert benchmark.main(arguments) == 0
-    recorded = records.read(out)
+    (path,) = tmp_path.glob("*.jsonl")
+    *recorded, section = records.read(path)
+    assert section.what == "section"
     assert [record.provider for record in recorded] == [FORWARD, POOLED, TOKENS]
     assert all(record.figures["images_per_s"] > 0 and record.shape["images"] == 80 for record in recorded)
     assert ["over_percent" in record.figures for record in recorded] == [False, True, True]

@@ -115,8 +115,8 @@ def test_a_sweep_times_candidates_beside_the_shipped_launches(session, pass_):
 @pytest.mark.fused
 def test_a_launch_that_writes_nothing_is_not_timed(session):
     out = torch.ones(4, device=DEVICE)
-    right = Launch(_Kernel(lambda out: out.fill_(2.0)), (1,), {"out": out}, {}, 4)
-    wrong = right._replace(kernel=_Kernel(lambda out: None))
+    right = Launch(_Kernel(torch.Tensor.zero_), (1,), {"out": out}, {}, 4)
+    wrong = right._replace(kernel=_Kernel(torch.Tensor.numel))
     candidates = {"right": right, "wrong": wrong}
     tile_sweep.time_launches(session, Case(SWEEP, {"N": 4}), FORWARD, candidates, [right], target=out)
     failures = {record.provider: record.failure for record in session.records}
@@ -130,7 +130,7 @@ class _Kernel:
         self.function = function
 
     def __getitem__(self, grid):
-        return lambda out, **options: self.function(out)
+        return lambda out, **_: self.function(out)
 
     def warmup(self, **arguments):
         raise RuntimeError("nothing to compile")

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import io
 import os
-from itertools import cycle, repeat
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from benchmarks.pipelines import (
 from benchmarks.pipelines import (
     action_log,
     checks,
-    dali_conditionals,
     loader_memory,
     report,
     shuffle_quality,
@@ -158,15 +157,6 @@ def test_a_stage_that_decodes_less_is_an_error(workload):
         checks.check_stage("decode", stage_stream(workload, "crop"), workload)
 
 
-def test_neutral_parameters_give_the_same_pixels_and_are_timed(session, workload):
-    dali_conditionals.run(session, dataclasses.replace(workload, batch_size=8))
-    assert [record.provider for record in session.records] == ["ours", "always, with neutral parameters"]
-    assert all(record.failure is None for record in session.records)
-    both = list(repeat([np.zeros(3)] * 2, 2)), list(repeat([np.ones(3)] * 2, 2))
-    with pytest.raises(WrongResultError, match="neutral parameters change pixels"):
-        dali_conditionals.check({"a": stream_of(both[0]), "b": stream_of(both[1])}, np.asarray)
-
-
 def test_the_decoder_sweep_is_skipped_without_a_gpu(session, workload):
     stages.sweep_decoder(session, workload)
     assert session.records == [] and "no GPU" in session.skipped[0]
@@ -226,11 +216,10 @@ def test_opening_is_timed_with_cached_indexes(session, workload):
 
 
 def test_the_command_reports_skipped_sections_and_goals(tmp_path, capsys):
-    assert benchmark.main(["--only", "sweep", "--data", str(tmp_path), "--out", str(tmp_path / "x.jsonl")]) == 0
+    assert benchmark.main(["--only", "sweep", "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "two views: ours / the fastest webdataset" in printed and "not yet measured" in printed
     assert torch.cuda.is_available() or "skipped: decoder sweep" in printed
-    assert benchmark.main(["--limit-s", "-1", "--data", str(tmp_path), "--out", str(tmp_path / "x.jsonl")]) == 0
+    assert benchmark.main(["--limit-s", "-1", "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert "skipped: streams" in capsys.readouterr().out
-    assert benchmark.parse(["--memory"]).only == "memory"
-    assert not (tmp_path / "x.jsonl").exists()
+    assert list(tmp_path.glob("*.jsonl")) == []

@@ -2,13 +2,12 @@
 
 import dataclasses
 import gc
-import json
 import math
 import time
+from itertools import cycle
 
 import pytest
 import torch
-from benchmarks.train_step.two_ranks import compare_on_ranks
 
 from benchmarks import report
 from benchmarks.harness import records
@@ -16,9 +15,9 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.session import Session, WrongResultError
 from benchmarks.harness.timing import QUICK, Failure
 from benchmarks.train_step import __main__ as benchmark
-from benchmarks.train_step import measure
+from benchmarks.train_step import measure, profile
 from benchmarks.train_step import report as step_tables
-from benchmarks.train_step.engines import Training, engine_configs
+from benchmarks.train_step.engines import Training, Variant, engine_variants, ops_variants
 from benchmarks.train_step.measure import Comparison, StepRound
 from benchmarks.train_step.report import (
     BARE,
@@ -27,15 +26,15 @@ from benchmarks.train_step.report import (
     COMPILED,
     DDP,
     DEFAULT,
-    FUSED,
     LOADING,
+    OPS,
     PLAIN,
     SHARDS,
     SMALL,
     STEP,
     ZERO,
 )
-from benchmarks.train_step.workload import build_workload
+from benchmarks.train_step.workload import StepBudget, build_workload
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.runtime import distributed
@@ -47,8 +46,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def workload(folder):
-    return build_workload(folder, torch.device("cpu"), quick=True)
+def workload():
+    return build_workload(torch.device("cpu"), quick=True)
 
 
 @pytest.fixture
@@ -70,57 +69,46 @@ def step_round(step_s: float, **parts: float) -> StepRound:
 def test_all_engines_are_timed_and_compared_with_the_bare_loop(session, workload, rank_info):
     benchmark.compare_engines(session, workload, rank_info)
     recorded = {record.provider: record for record in session.records}
-    assert list(recorded) == [BARE, PLAIN, *ZERO]
+    assert list(recorded) == [BARE, PLAIN, DEFAULT]
     assert recorded[DEFAULT].figures["over"] == BARE and "over_percent" not in recorded[BARE].figures
     for record in recorded.values():
         assert record.failure is None and record.what == STEP and record.repeats == 2 and record.shape["ranks"] == 1
         figures = record.figures
-        assert record.median_ms == pytest.approx(sum(figures[f"{part}_ms"] for part in PHASES), rel=0.2)
+        # On a busy machine the process may be interrupted between two phases.
+        assert 0.2 < sum(figures[f"{part}_ms"] for part in PHASES) / record.median_ms < 1.01
         assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, rel=1e-3)
         assert 0 < figures["teacher_update_percent"] < 50 and figures["wait_ms"] < figures["forward_ms"]
     text = step_tables.sections(session.records)
     assert "### Steps" in text and "### Parts of a step, ms" in text and DEFAULT in text
 
 
-def test_a_step_waits_longer_for_the_loader_than_for_a_cached_batch(session, workload, rank_info):
-    benchmark.compare_loading(session, workload, rank_info)
+def test_a_step_waits_longer_for_the_loader_than_for_a_batch_in_memory(session, workload, rank_info, folder):
+    benchmark.compare_loading(session, workload, rank_info, folder=folder)
     recorded = {record.provider: record for record in session.records}
     assert list(recorded) == [CACHED, SHARDS] and recorded[SHARDS].failure is None
     assert recorded[SHARDS].figures["wait_ms"] > recorded[CACHED].figures["wait_ms"]
     assert recorded[SHARDS].what == LOADING and recorded[SHARDS].shape["engine"] == DEFAULT
 
 
-@pytest.mark.multi_rank
-def test_two_ranks_are_compared_in_separate_processes(folder, workload):
-    comparison = compare_on_ranks(folder, torch.device("cpu"), quick=True, limit_s=300)
-    assert list(comparison.rounds) == [DDP, *ZERO]
-    assert not [result for result in comparison.rounds.values() if isinstance(result, Failure)]
-    measure.check_losses(comparison.losses, DDP, workload.precision)
-    # Each rank has its share of the loss of a global batch.
-    assert 0.2 < comparison.losses[DDP][0] < 0.8
-
-
-def test_ranks_over_their_time_limit_are_stopped(folder):
-    with pytest.raises(RuntimeError, match=r"ranks exited with \[124, 124\]"):
-        compare_on_ranks(folder, torch.device("cpu"), quick=True, limit_s=0.1)
-
-
 def test_an_engine_that_raises_drops_out_and_the_others_continue(workload, rank_info):
-    plain = {"engine": "plain"}
-    comparison = measure.compare(workload, {"wrong": plain | {"micro_batch_size": 3}, PLAIN: plain}, rank_info)
+    plain = Variant({"engine": "plain"})
+    wrong = Variant(plain.runtime | {"micro_batch_size": 3})
+    comparison = measure.compare(workload, {"wrong": wrong, PLAIN: plain}, rank_info)
     assert isinstance(comparison.rounds["wrong"], Failure) and len(comparison.rounds[PLAIN]) == 2
     measure.check_losses(comparison.losses, "wrong", workload.precision)
 
 
 def test_there_is_one_round_after_the_deadline(workload, rank_info):
-    comparison = measure.compare(workload, {BARE: {}}, rank_info, deadline=time.monotonic() - 1)
-    assert len(comparison.rounds[BARE]) == 1
+    comparison = measure.compare(
+        workload, {BARE: Variant({}), PLAIN: Variant({})}, rank_info, deadline=time.monotonic() - 1
+    )
+    assert list(comparison.rounds) == [BARE] and len(comparison.rounds[BARE]) == 1
 
 
 def test_losses_that_differ_from_the_baseline_are_an_error(workload, rank_info):
-    bare = Training({}, workload, rank_info)
-    batch = workload.cached_batch(rank_info)
-    losses = bare.warm_up(iter([batch] * 3), 3)
+    bare = Training(Variant({}), workload, rank_info)
+    bare.warm_up(cycle(workload.batches(rank_info)[:1]), 3)
+    losses = bare.losses
     assert losses[0] != losses[2]
     # These are the losses of an engine that never changes the weights.
     with pytest.raises(WrongResultError, match=r"lazy: loss .* in step 2, bare loop has"):
@@ -129,11 +117,14 @@ def test_losses_that_differ_from_the_baseline_are_an_error(workload, rank_info):
         measure.check_losses({BARE: losses, "not a number": [math.nan] * 3}, BARE, "fp32")
 
 
-def test_the_cached_batch_outlives_its_loader(workload, rank_info):
-    first, second = workload.cached_batch(rank_info), workload.cached_batch(rank_info)
-    assert first.key == second.key and torch.equal(first.source_view, second.source_view)
-    assert first.source_view.data_ptr() != second.source_view.data_ptr()
-    assert len(first.key) == workload.batch_size and first.context.total == second.context.total
+def test_made_up_batches_have_the_masks_of_training_and_split_over_ranks(workload, rank_info):
+    whole = workload.batches(rank_info)
+    shares = [workload.batches(dataclasses.replace(rank_info, rank=rank, world_size=2)) for rank in range(2)]
+    assert len({len(batch.context.row) for batch in whole}) > 1, "contexts of steps differ in size"
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sum((part.target.lengths for part in parts), ()) == batch.target.lengths
+        assert {part.target.total for part in parts} == {batch.target.total} == {len(batch.target.row)}
+        assert torch.cat([part.slot for part in parts]).tolist() == batch.slot.tolist()
 
 
 def test_overheads_are_ratios_within_a_round():
@@ -147,10 +138,10 @@ def test_overheads_are_ratios_within_a_round():
 
 def test_mfu_and_memory_are_recorded_on_a_gpu(session, workload, monkeypatch):
     monkeypatch.setattr("iwm_fast.monitoring.throughput.peak_flops", lambda device, precision: (1e12, "card"))
-    comparison = Comparison({BARE: [step_round(0.004)]}, {}, {BARE: 2_000_000_000})
+    comparison = Comparison({BARE: [step_round(0.004)]}, {}, {BARE: 2_000_000_000}, {})
     gpu = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
     case = benchmark.Case(STEP, workload.shape(1), workload.precision)
-    measure.record(session, workload, case, comparison, baseline_of=benchmark.baseline_of, rank_info=gpu)
+    measure.record(session, workload, case, comparison, baseline=BARE, rank_info=gpu)
     (record,) = session.records
     # 4 images in 4 ms are 1000 images per second.
     expected = 100 * 1000 * measure.build_throughput_meter(workload.config(), gpu).flops_per_image / 1e12
@@ -158,14 +149,62 @@ def test_mfu_and_memory_are_recorded_on_a_gpu(session, workload, monkeypatch):
     assert "card with fp32" in step_tables.speeds(session.records)
 
 
-def test_a_gpu_adds_engines_with_fused_kernels_and_compilation(workload, folder):
-    gpu = build_workload(folder, torch.device("cuda", 0), quick=False)
-    names = set(engine_configs(gpu))
-    assert {BARE + FUSED, PLAIN, DEFAULT + FUSED, DEFAULT + FUSED + COMPILED, ZERO[3] + FUSED} <= names
-    assert engine_configs(gpu)[benchmark.fastest_engine(gpu)]["compile"] and gpu.name == BASE
+def test_engines_depend_on_device_ranks_and_what_is_installed(workload, rank_info):
+    assert list(engine_variants(workload, rank_info, with_deepspeed=False)) == [BARE, PLAIN]
+    two = dataclasses.replace(rank_info, world_size=2)
+    assert list(engine_variants(workload, two, with_deepspeed=True)) == [DDP, *ZERO]
+    gpu = build_workload(torch.device("cuda", 0), quick=False)
+    names = list(engine_variants(gpu, rank_info, with_deepspeed=True))
+    assert names == [BARE, PLAIN, DEFAULT, BARE + COMPILED, PLAIN + COMPILED, DEFAULT + COMPILED]
+    assert gpu.name == BASE
     assert gpu.model == ModelConfig(predictor=dataclasses.replace(ModelConfig().predictor, depth=18))
-    assert not any(FUSED in name for name in engine_configs(workload))
-    assert {benchmark.baseline_of(name) for name in names} <= names
+    assert len(ops_variants(gpu)) == 2 * len(ops_variants(workload)) == 8
+
+
+@pytest.mark.fused
+def test_operations_are_timed_one_after_the_other_and_profiled(session, workload, rank_info, monkeypatch):
+    one_round = dataclasses.replace(workload, budget=StepBudget(rounds=1, steps=1, warm_ups=1))
+    chosen = {name: ops_variants(workload)[name] for name in ("reference", "fused norm only")}
+    monkeypatch.setattr(benchmark, "ops_variants", lambda _: chosen)
+    for _ in range(2):
+        benchmark.compare_ops(session, one_round, rank_info)
+        session._measured = {record.group for record in session.records}
+    assert [record.provider for record in session.records] == list(chosen)
+    for record in session.records:
+        assert record.what == OPS and record.failure is None and record.figures["profile_ms"]["products"] > 0
+    assert "fused norm only" in step_tables.profiles(session.records)
+    # Operations that train to another loss are wrong.
+    session.records[1].figures["losses"][0] *= 2
+    with pytest.raises(WrongResultError, match="fused norm only: loss"):
+        benchmark.compare_ops(session, one_round, rank_info)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "products"),
+        ("_forward_kernel", "fused attention or norm"),
+        ("void at::native::vectorized_layer_norm_kernel<float>", "norm"),
+        ("triton_per_fused_add_native_layer_norm_3", "norm"),
+        ("at::native::GeluBackwardCUDAKernelImpl(at::TensorIteratorBase&)", "GELU"),
+        ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("at::native::reduce_kernel<128, 4>", "sums"),
+        ("at::native::vectorized_elementwise_kernel<4, MulFunctor>", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_what_they_do(kernel, group):
+    assert profile.group_of(kernel) == group
+
+
+def test_gaps_are_the_time_in_which_no_kernel_runs():
+    kernels = [("gelu", 0, 2000), ("gemm", 5000, 9000), ("gemm", 6000, 8000), ("gemm", 10_000, 11_000)]
+    times = profile.group_times(kernels)
+    assert (times["GELU"], times["products"], times["gaps"]) == (2.0, 7.0, 4.0)
+    assert set(profile.group_times([]).values()) == {0.0}
 
 
 def record(provider, images_per_s, *, gpu: str | None = "NVIDIA H200", what=STEP, model=BASE, **figures):
@@ -187,9 +226,9 @@ def test_goals_count_only_their_machine_and_networks():
     on_cpu = record(DEFAULT, 3.0, gpu=None, model=SMALL, over="bare loop", over_percent=4.0, teacher_update_percent=1.5)
     assert measured([on_cpu])[:2] == ["4.00", "1.50"]
     on_gpu = [
-        record(DEFAULT + FUSED, 2500, teacher_update_percent=1.0),
+        record(DEFAULT + COMPILED, 2500, teacher_update_percent=1.0),
         record(DEFAULT, 1500, teacher_update_percent=0.5),
-        record(BARE + FUSED, 2600, teacher_update_percent=0.5),
+        record(BARE, 2600, teacher_update_percent=0.5),
         record(CACHED, 2500, what=LOADING, wait_percent=0.0),
         record(SHARDS, 2400, what=LOADING, wait_percent=0.4),
     ]
@@ -197,19 +236,22 @@ def test_goals_count_only_their_machine_and_networks():
 
 
 def test_the_command_writes_records_and_prints_goals(folder, tmp_path, capsys):
-    out = tmp_path / "x.jsonl"
-    assert benchmark.main(["--quick", "--only", "loader", "--data", str(folder), "--out", str(out)]) == 0
+    arguments = ["--quick", "--data", str(folder), "--out", str(tmp_path)]
+    assert benchmark.main([*arguments, "--only", "loader"]) == 0
     printed = capsys.readouterr().out
     assert "DeepSpeed ZeRO-1 over the bare loop" in printed and "not yet measured" in printed
-    recorded = records.read(out)
-    assert [record.provider for record in recorded] == [CACHED, SHARDS]
-    assert json.loads(out.read_text().splitlines()[0])["machine"]["deepspeed"]
-    text = report.render([], [], recorded)
-    assert "## " in text and "one cached batch" in text
+    (path,) = tmp_path.iterdir()
+    recorded = records.read(path)
+    assert [record.provider for record in recorded] == [CACHED, SHARDS, ""]
+    assert recorded[0].machine["deepspeed"]
+    text = report.render(steps=recorded)
+    assert "## " in text and CACHED in text
+    assert benchmark.main([*arguments, "--limit-s", "-1", "--only", "engines"]) == 0
+    assert "skipped: engines" in capsys.readouterr().out and records.read(path) == recorded
     gc.collect()
 
 
-def test_the_command_reports_skipped_sections(folder, tmp_path, capsys):
-    out = tmp_path / "x.jsonl"
-    assert benchmark.main(["--quick", "--limit-s", "-1", "--data", str(folder), "--out", str(out)]) == 0
-    assert "skipped: engines" in capsys.readouterr().out and not out.exists()
+def test_deepspeed_that_is_asked_for_must_be_installed(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "has_deepspeed", lambda: False)
+    assert benchmark.main(["--engine", "deepspeed"]) == 2
+    assert "DeepSpeed is not installed" in capsys.readouterr().err
