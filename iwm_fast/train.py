@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from iwm_fast.config.fingerprint import flat_settings
 from iwm_fast.config.loading import format_settings, load_config
-from iwm_fast.config.run import RunConfig, describe_large_batch
+from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
@@ -118,9 +118,6 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     try:
         with same_error_on_all_ranks():
             components = build_components(config, rank_info)
-        warning = describe_large_batch("optim", config.optim.global_batch_size, components.shards.num_samples)
-        if warning and rank_info.rank == 0:
-            log.warning("%s", warning)
         online = OnlineEvaluation(config, components.shards, rank_info)
         evaluators = [online] if config.output.evaluate_every else []
         return Trainer(PretrainTask(components), preemption=preemption, evaluators=evaluators).run()

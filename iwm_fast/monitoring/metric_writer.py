@@ -1,6 +1,7 @@
 """Writes the metrics of a run: `metrics.jsonl` is the authoritative record, TensorBoard shows the same values."""
 
 import json
+import logging
 import math
 import os
 import socket
@@ -13,6 +14,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from iwm_fast.monitoring.metrics import METRICS_FILE, drop_rows_after
 from iwm_fast.pipelines.storage.atomic import name_disk_errors
+
+log = logging.getLogger(__name__)
 
 
 class MetricWriter:

@@ -29,9 +29,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     rows, problem = read_rows(path)
     if problem:
         log.warning("%s; they are left out, and the file is kept as %s", problem, set_aside(path))
-    if rows or problem:
-        text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:

@@ -1,5 +1,6 @@
 """The objects that a training run consists of, built once on each rank."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from iwm_fast.checkpoints.pretrained import initialize_from
 from iwm_fast.config.fingerprint import fingerprint
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import RunConfig, accumulation_steps, describe_large_batch
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer
@@ -25,6 +26,8 @@ from iwm_fast.runtime.rank_agreement import require_same_on_all_ranks
 from iwm_fast.training.loaders import open_training_shards_on_all_ranks
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.teacher import Teacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,9 @@ def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingCompone
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     images_per_forward = micro_batch_size * rank_info.world_size
     shards = open_training_shards_on_all_ranks(config.data, rank_info)
+    warning = describe_large_batch("optim", config.optim.global_batch_size, shards.num_samples)
+    if warning and rank_info.rank == 0:
+        log.warning("%s", warning)
     ops = choose_ops(config, rank_info.device)
     if ops is FUSED and config.runtime.check_kernels and rank_info.device.type == "cuda":
         check_kernels(config, rank_info.device)

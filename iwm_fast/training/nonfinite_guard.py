@@ -51,7 +51,7 @@ class NonfiniteGuard:
         # A run that ended at the limit begins to count again when it is resumed.
         if self.limit_reached:
             state.skipped_in_a_row = 0
-        if rank_info.rank == 0:
+        if rank_info.rank == 0 and (folder / FILE_NAME).exists():
             drop_rows_after(folder / FILE_NAME, state.step)
 
     @property

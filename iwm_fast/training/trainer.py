@@ -100,7 +100,22 @@ class Trainer:
         lock = distributed.rank_zero_only(lambda: RunLock(self._folder))
         try:
             with memory_errors_explained(self._task.config, self._task.rank_info, lambda: self._doing):
-                self._train()
+                schedules, batches = self._prepare()
+                first_step = self._state.step
+                while batches is not None and self._state.step < schedules.total_steps:
+                    began = time.perf_counter()
+                    self._doing = f"step {self._state.step + 1}"
+                    self._stop_if_requested()
+                    self._profiler.before_step(self._state.step)
+                    report = self._task.step(batches, schedules, self._state)
+                    step_s = time.perf_counter() - began
+                    is_first = self._state.step == first_step
+                    self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
+                    self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
+                    # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
+                    self._preemption.record_step_duration(time.perf_counter() - began)
+                if batches is not None:
+                    self._set_status("finished")
         except Exception as error:
             self._record_failure(error)
             raise
@@ -110,8 +125,8 @@ class Trainer:
                 lock.close()
         return self._state
 
-    def _train(self) -> None:
-        """Run all steps that remain."""
+    def _prepare(self) -> tuple[Schedules, Iterator[Batch] | None]:
+        """Load the newest checkpoint; return the schedules and the stream of micro-batches, None if no step remains."""
         saved, schedules = self._load_state()
         if self._state.step > schedules.total_steps:
             raise ValueError(
@@ -122,24 +137,9 @@ class Trainer:
             log.info("%s is already finished: %d steps", self._folder, schedules.total_steps)
             # The caller may want to evaluate the trained networks.
             self._task.load_weights(saved)
-            return
-        batches = self._open(saved, schedules)
-        # Its tensors would fill the memory of the host as long as the run lasts.
-        del saved
-        first_step = self._state.step
-        while self._state.step < schedules.total_steps:
-            began = time.perf_counter()
-            self._doing = f"step {self._state.step + 1}"
-            self._stop_if_requested()
-            self._profiler.before_step(self._state.step)
-            report = self._task.step(batches, schedules, self._state)
-            step_s = time.perf_counter() - began
-            is_first = self._state.step == first_step
-            self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
-            self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
-            # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
-            self._preemption.record_step_duration(time.perf_counter() - began)
-        self._set_status("finished")
+            return schedules, None
+        # The tensors of the checkpoint are freed on return. They would fill the host's memory as long as the run lasts.
+        return schedules, self._open(saved, schedules)
 
     def _load_state(self) -> tuple[Checkpoint | None, Schedules]:
         """Set the training state to that of the newest checkpoint; return the checkpoint and the schedules."""

@@ -86,7 +86,7 @@ _HOPPER = {
 _OTHERS = {
     32: HeadConfigs(
         forward=(LaunchConfig(_UP_TO_128, 64, 4, 1), LaunchConfig(_UP_TO_208 + _UP_TO_256[:1], 64, 4, 1)),
-        backward=(LaunchConfig(_UP_TO_128, 32, 8, 1), LaunchConfig(((128, 64), (256,)), 32, 8, 2)),
+        backward=(LaunchConfig(_UP_TO_128, 32, 8, 1), LaunchConfig(((256,),), 32, 8, 1)),
     ),
     64: HeadConfigs(forward=(LaunchConfig(_UP_TO_128, 64, 4, 1),), backward=(LaunchConfig(_UP_TO_128, 32, 8, 2),)),
 }

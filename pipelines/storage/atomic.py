@@ -47,10 +47,16 @@ def name_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # An error without a number comes from a library, or has a text of its own.
-        if isinstance(error, DiskError) or error.errno is None:
+        if isinstance(error, DiskError) or error.errno is None or _is_of_another_file(error, path):
             raise
         text = f"{path} cannot be written: {os.strerror(error.errno)}; {disk_remedy(error)}"
         raise DiskError(error.errno, text) from error
+
+
+def _is_of_another_file(error: OSError, path: Path) -> bool:
+    """Return whether an error names a file that is neither the path nor beside or below it."""
+    # What is written is written under a draft's name beside the path first.
+    return error.filename is not None and path.parent not in Path(os.fsdecode(error.filename)).parents
 
 
 def disk_remedy(error: OSError) -> str:

@@ -142,7 +142,7 @@ def read_cls_member(shard: Shard, key: str) -> bytes | None:
 
 def limit_samples(shard: Shard, count: int) -> Shard:
     """Return a copy of the index that lists only the first `count` samples."""
-    of_the_shard = ("path", "size_bytes", "num_left_out", "unused")
+    of_the_shard = ("path", "size_bytes", "num_left_out", "unused", "is_checked")
     per_sample = (entry.name for entry in fields(Shard) if entry.name not in of_the_shard)
     return replace(shard, **{name: getattr(shard, name)[:count] for name in per_sample})
 

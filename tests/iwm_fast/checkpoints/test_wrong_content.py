@@ -68,12 +68,12 @@ def setting(address: str, value: Any) -> Callable[[Path], None]:
 # Settings that do not describe the networks of the weights, and what the message says.
 SETTINGS = {
     "depth": (setting("model.encoder.depth", 3), r"model\.encoder\.depth is 3, the weights have 2 blocks"),
-    "endless depth": (setting("model.predictor.depth", 10**12), r"model\.predictor\.depth is 1000000000000"),
+    "endless depth": (setting("model.predictor.depth", 10**12), r"model\.predictor\.depth must be between 0 and 1000"),
     "identity predictor": (setting("model.predictor.depth", 0), r"model\.predictor\.depth is 0, the weights have 1"),
     "width": (setting("model.encoder.dim", 64), r"positions of shape \(1, 16, 64\), the weights have \(1, 16, 32\)"),
-    "endless width": (setting("model.predictor.dim", 4 * 10**15), "networks cannot be built|that it describes"),
-    "size": (setting("views.size", 10**9 * 4), r"give positions of shape \(1, 1000000000000000000, 32\)"),
-    "wide layers": (setting("model.encoder.mlp_ratio", 1e9), "the encoder that it describes needs blocks.0.mlp.fc1"),
+    "endless width": (setting("model.predictor.dim", 4 * 10**15), r"model\.predictor\.dim must be a multiple of 4"),
+    "size": (setting("views.size", 10**9 * 4), r"views\.size must be between 8 and 8192"),
+    "wide layers": (setting("model.encoder.mlp_ratio", 1e9), r"model\.encoder\.mlp_ratio must be between"),
     "no number": (setting("model.encoder.mlp_ratio", float("nan")), "cannot be used|that it describes|mlp_ratio"),
     "conditioning": (setting("model.predictor.conditioning", "none"), "the predictor that it describes needs mixer"),
     "action": (setting("views.action_entries", ["hue"]), r"needs mixer\.layers\.0\.weight of shape \(16, 17\)"),

@@ -19,12 +19,11 @@ from iwm_fast.commands import doctor as module
 from iwm_fast.commands.doctor import CHECKS, FAILED, OK, SKIPPED, Result, Subject, find_difference, gather, run_check
 from iwm_fast.config.run import OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines import deepspeed_engine
-from iwm_fast.models import student
+from iwm_fast.models import kernel_check, student
 from iwm_fast.pipelines.config import DataConfig, ViewConfig
 from iwm_fast.pipelines.transforms import normalization
 from iwm_fast.runtime import extras
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training import kernel_check
 
 KERNELS = ("attention", "residual_norm", "predictor_input")
 

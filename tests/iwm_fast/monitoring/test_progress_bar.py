@@ -111,7 +111,9 @@ def test_a_terminal_shows_one_line_with_complete_warnings_above_it(attach):
     assert re.fullmatch(r"step 30/375000 \S+ loss 0\.3457  2450 images/s  waiting 1\.2 % left \S+", line.strip()), line
     assert len(line) <= WIDTH
     warning = " ".join(above)
-    assert warning.startswith("step 20: monitor/cosine is 0.999") and warning.endswith("raise optim.teacher_momentum")
+    assert warning.startswith("step 20: monitor/cosine is 0.999") and warning.endswith(
+        "raise optim.teacher_momentum (resume=adjust)"
+    )
     assert last == "saved", "handlers write to standard error again"
 
 

@@ -12,6 +12,7 @@ import torch
 from fixtures.paths import PYTHONPATH, WORKERS
 from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.config.run import RuntimeConfig
+from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.runtime import distributed
 from iwm_fast.training.components import build_components
 
@@ -40,7 +41,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(rank_info, ti
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            blocks(torch.randn(64, 32), None, 16)
+            blocks(torch.randn(64, 32), Sequences.of_equal_length(16))
         return sum(sizes)
 
     assert kept_bytes(True) < kept_bytes(False) / 4

@@ -18,10 +18,13 @@ from iwm_fast.pipelines.storage import shard_writer
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.storage.shard_writer import pack_folder
 
+# A PPM of one pixel; what follows the pixels is ignored.
+PIXEL = b"P6 1 1 255\n\0\0\0"
+
 
 def write(path: Path, content: bytes = b"") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content or f"image {path}".encode(errors="surrogateescape"))
+    path.write_bytes(PIXEL + (content or str(path).encode(errors="surrogateescape")))
     return path
 
 
