@@ -89,9 +89,7 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         MissingPackageError: if a package that the settings need is not installed.
         PreemptedError: on every rank, if one of them was asked to stop.
     """
-    with same_error_on_all_ranks():
-        require_writable("output.folder", config.output.folder)
-    require_training_packages(config.runtime.loader, config.runtime.engine)
+    _require_writable_folder_and_packages(config)
     preemption = preemption or Preemption()
     folder = Path(config.output.folder)
     # A failure recorded by an earlier start may be overwritten, one of this start may not.
@@ -126,14 +124,24 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         # request to stop, not a failure of the run.
         if peer_failure_message(error) and preemption.launcher_exited():
             record_stop()
-        # The trainer has recorded it unless the networks did not fit. A run that is in the folder already may be that
-        # of another process, or finished.
-        is_recorded = read_status(folder) != earlier or earlier.get("state") in ("running", "finished")
-        if isinstance(error, TrainingMemoryError) and not is_recorded:
-            write_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, TrainingMemoryError):
+            _record_memory_error(folder, earlier, error)
         raise
     finally:
         distributed.stop()
+
+
+def _require_writable_folder_and_packages(config: RunConfig) -> None:
+    with same_error_on_all_ranks():
+        require_writable("output.folder", config.output.folder)
+    require_training_packages(config.runtime.loader, config.runtime.engine)
+
+
+def _record_memory_error(folder: Path, earlier: dict[str, Any], error: RuntimeError) -> None:
+    """Write the status of a run whose networks did not fit; in later phases the trainer has written it."""
+    # A run that is in the folder already may be that of another process, or finished.
+    if read_status(folder) == earlier and earlier.get("state") not in ("running", "finished"):
+        write_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
 
 
 def _record_failed_start(folder: Path, reason: str) -> None:
