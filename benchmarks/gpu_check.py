@@ -1,14 +1,14 @@
 """What to run first on a GPU: `python -m benchmarks.gpu_check --part check,time --out FOLDER`.
 
-    check     every kernel against float64, at lengths that are drawn anew, in both half precisions
+    check     every kernel against float64, at freshly drawn lengths, in both half precisions
     time      every operation beside cuDNN, FlashAttention 2, varlen_attn, eager and compiled PyTorch
     step      a training step with PyTorch's operations and with fused ones, eager and compiled, with a profile
     suite     pytest tests/kernels
     engine    DeepSpeed ZeRO-1 beside the plain engine
     sweep     candidates for the attention tables
 
-Each part is a process of its own and ends within --limit-s. Results are written line by line into the folder; the same
-command goes on with what is missing there. A wrong kernel is reported and not timed, and everything else goes on.
+Each part is a process of its own and ends within --limit-s. Results are written line by line into the folder; run
+again, the command measures only what is missing. A wrong kernel is reported and not timed; it does not stop the rest.
 Without a GPU, --quick runs all parts on tiny shapes, the kernels in Triton's interpreter.
 """
 
@@ -114,7 +114,7 @@ def run(command: list[str], log: Path, limit_s: float) -> int:
         try:
             status = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            # The whole group, because pytest has workers.
+            # The process group, because pytest has workers.
             os.killpg(process.pid, 9)
             process.wait()
             status = 124

@@ -110,7 +110,7 @@ for folder in sys.argv[1:]:
 
 
 def test_the_core_alone_loads_predicts_and_exports(wheel, clone, tmp_path):
-    # All dependencies are installed anew, with nothing of the environment of the tests.
+    # All dependencies are installed, with nothing of the environment of the tests.
     venv.create(tmp_path / "venv", with_pip=True)
     python, iwm = (tmp_path / "venv" / "bin" / name for name in ("python", "iwm"))
     pip("install", "--constraint", clone / "constraints.txt", wheel, cwd=tmp_path, python=python)

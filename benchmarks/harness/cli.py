@@ -27,7 +27,7 @@ def build_parser(
         type=Path,
         default=Path(os.environ.get("OUT") or results.RESULTS),
         help="folder of the results, to which every measurement is appended at once. A second run of the same commit "
-        "on the same machine goes on with what is missing there. Default: $OUT, or benchmarks/results",
+        "on the same machine measures only what is missing. Default: $OUT, or benchmarks/results",
     )
     parser.add_argument("--commit", help="commit to record where there is no git repository")
     if needs_data:

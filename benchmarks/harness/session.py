@@ -162,7 +162,7 @@ class Session:
         """Run the fused operation twice, record its errors and the plain operation's, and return whether it is right.
 
         The bits of both runs must be equal. The error of each tensor relative to float64 may not exceed twice the plain
-        operation's, or its largest error of any tensor. Otherwise a failure is recorded, and the run goes on. Memory
+        operation's, or its largest error of any tensor. Otherwise a failure is recorded, and the run continues. Memory
         that the operation does not write is NaN.
 
         Args:

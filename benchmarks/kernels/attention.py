@@ -90,7 +90,7 @@ def with_backend(backend: SDPBackend, function: Function) -> Function:
 
 
 def check(session: Session) -> None:
-    """Check every group of lengths on its own, all together, and equal lengths, at lengths that are drawn anew."""
+    """Check every group of lengths on its own, all together, and equal lengths, at freshly drawn lengths."""
     rng = random.Random(time.time_ns())
     # The interpreter takes seconds for a head.
     is_trial = session.device == "cpu"

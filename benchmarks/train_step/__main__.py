@@ -72,7 +72,7 @@ def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -
         session.skipped.append("ops: there is no GPU, and kernels are interpreted with --quick only")
         return
     for name, variant in ops_variants(workload).items():
-        # One case per variant: a run that was cut off goes on with the next one.
+        # One case per variant: a run that was cut off continues with the next one.
         case = Case(OPS, workload.shape(1) | {"variant": name}, workload.precision)
         if session.is_measured(case) or not session.has_time(f"{OPS}: {name}"):
             continue

@@ -19,9 +19,10 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
+from iwm_fast.config.batch_size import accumulation_steps, describe_large_batch
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.fingerprint import IMAGES_PER_FORWARD, fingerprint
-from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps, describe_large_batch
+from iwm_fast.config.run import OptimConfig, RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
 from iwm_fast.kernels.ops import REFERENCE

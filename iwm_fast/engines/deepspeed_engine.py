@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import StepOutcome
 from iwm_fast.engines.deepspeed_state import PartitionedMoments, PartitionedParameters, replace_parameters
 from iwm_fast.engines.gradients import check_num_backwards, clip_gradients, propagate_nonfinite_loss

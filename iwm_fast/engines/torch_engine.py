@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import StepOutcome
 from iwm_fast.engines.gradients import check_num_backwards, clip_gradients, propagate_nonfinite_loss
 from iwm_fast.engines.optimizer import set_hyperparameters

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.run import RunConfig
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError

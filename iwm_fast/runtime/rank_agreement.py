@@ -1,7 +1,7 @@
 """Ranks must agree on settings, packages and data before they train together.
 
 Every machine of a launch has its own command line and its own files. With different learning rates the ranks would
-train another model than any of them was told to; with different batch sizes they would wait for each other for ever.
+train another model than any of them was told to; with different batch sizes they would wait for each other endlessly.
 """
 
 import hashlib

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from iwm_fast.checkpoints.pretrained import initialize_from
+from iwm_fast.config.batch_size import accumulation_steps, describe_large_batch
 from iwm_fast.config.fingerprint import fingerprint
-from iwm_fast.config.run import RunConfig, accumulation_steps, describe_large_batch
+from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.engines.optimizer import build_optimizer

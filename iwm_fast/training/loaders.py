@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iwm_fast.config.run import RunConfig, accumulation_steps, loader_config
+from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.run import RunConfig, loader_config
 from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.action_log.schema import LogMetadata
 from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, require

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
-from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
+from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.monitoring.throughput import build_throughput_meter
 from iwm_fast.pipelines.action_log.files import truncate_from

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from iwm_fast.config.batch_size import describe_large_batch, split_batch
 from iwm_fast.config.finetuning import TuneTaskConfig
-from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig, describe_large_batch, split_batch
+from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
 from iwm_fast.evals.results import Result, Row, name_with_step

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.config.batch_size import accumulation_steps
 from iwm_fast.config.finetuning import TuneTaskConfig
 from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.loading import config_to_dict
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.models.layers import compile_blocks

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 import iwm_fast
+from iwm_fast.config.batch_size import accumulation_steps
 from iwm_fast.config.finetuning import FinetuneConfig, TuneConfig
 from iwm_fast.config.fingerprint import fingerprint, fingerprint_digest
 from iwm_fast.config.loading import build, iter_settings, load_config, save_config
-from iwm_fast.config.run import OptimConfig, RunConfig, accumulation_steps
+from iwm_fast.config.run import OptimConfig, RunConfig
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
 NAMED_RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("lab_*.yaml")))

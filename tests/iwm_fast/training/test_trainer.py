@@ -20,8 +20,9 @@ from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
+from iwm_fast.config.batch_size import accumulation_steps
 from iwm_fast.config.commands import ExportConfig
-from iwm_fast.config.run import RunConfig, accumulation_steps
+from iwm_fast.config.run import RunConfig
 from iwm_fast.monitoring.metric_writer import MetricWriter
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import DataConfig
