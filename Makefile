@@ -15,6 +15,7 @@ test: $(VENV)/.installed
 
 test-all: test
 	@$(RUN) -m pytest -m slow -q
+	@$(RUN) -m pytest -m "hypothesis and not slow" -q --hypothesis-profile random
 	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(RUN) -m pytest -m gpu -q; fi
 
 # The demo keeps its results and resumes. This target deletes its data and its run, so that it starts from scratch.

@@ -45,9 +45,11 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(_number, lambda *_: None)
 
-# Machines are shared, so a slow example is no failure.
-hypothesis.settings.register_profile("shared", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("shared")
+# Machines are shared, so a slow example is no failure. `make test` draws the same examples every time, so that a change
+# is judged on itself; `make test-all` selects the profile "random" and looks for new ones.
+hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("repeatable", hypothesis.settings.get_profile("random"), derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

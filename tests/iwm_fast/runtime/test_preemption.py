@@ -201,9 +201,12 @@ def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
 
 def test_a_second_ctrl_c_aborts_a_process_that_hangs(tmp_path):
     script = HANGING_SCRIPT.replace("GRACE_PERIOD_S = 1.0", "_SECOND_CTRL_C_S = 0.5")
-    hanging = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    hanging = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert hanging.stdout and hanging.stdout.readline() == "listening\n"
     hanging.send_signal(signal.SIGTERM)
+    # Of signals that are pending at the same time, the kernel delivers the one with the lowest number first.
+    assert hanging.stderr and hanging.stderr.readline() == "SIGTERM: stopping after this step\n"
     for _ in range(2):
         # A launcher passes on the Ctrl-C that its ranks have received themselves.
         hanging.send_signal(signal.SIGINT)
@@ -212,7 +215,7 @@ def test_a_second_ctrl_c_aborts_a_process_that_hangs(tmp_path):
     assert hanging.poll() is None
     hanging.send_signal(signal.SIGINT)
     assert hanging.wait(timeout=TIMEOUT_S) == EXIT_ABORTED == 130
-    hanging.stdout.close()
+    hanging.communicate()
     assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
 
 
