@@ -68,7 +68,7 @@ def _locate_block(block, rows, num_rows, WIDTH: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
+def _norm_forward(
     x_ptr,  # (M, WIDTH)
     residual_ptr,  # (M, WIDTH)
     weight_ptr,  # (WIDTH,)
@@ -113,7 +113,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
+def _norm_backward(
     d_total_ptr,  # (M, WIDTH), or None
     d_normed_ptr,  # (M, WIDTH)
     total_ptr,  # (M, WIDTH)
@@ -181,8 +181,8 @@ _TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOC
 _MAX_PROGRAMS = 264
 
 # Names of the kernels' parameters without the constants.
-_FORWARD_ARGUMENTS = _forward_kernel.arg_names[:8]
-_BACKWARD_ARGUMENTS = _backward_kernel.arg_names[:9]
+_FORWARD_ARGUMENTS = _norm_forward.arg_names[:8]
+_BACKWARD_ARGUMENTS = _norm_backward.arg_names[:9]
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: fl
     # In the order of the kernel's parameters.
     arguments: dict[str, Any] = dict(zip(_FORWARD_ARGUMENTS, (*inputs, *outputs, num_rows), strict=True))
     grid = (-(-num_rows // sizes["BLOCK_M"]),)
-    return Launch(_forward_kernel, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
+    return Launch(_norm_forward, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
 
 
 def _empty_gradients(total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> list[Tensor]:
@@ -226,7 +226,7 @@ def _backward_launch(
     d_x, d_residual = (*gradients, None)[:2]
     values = (*inputs, partial, d_x, d_residual, num_rows)
     arguments: dict[str, Any] = dict(zip(_BACKWARD_ARGUMENTS, values, strict=True))
-    return Launch(_backward_kernel, (num_programs,), arguments, sizes, num_warps=8), partial
+    return Launch(_norm_backward, (num_programs,), arguments, sizes, num_warps=8), partial
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:

@@ -51,11 +51,11 @@ def sweep(session: Session, case: Case, pass_: str, configs: Sequence[LaunchConf
     for launch in forward:
         launch.run()
     if pass_ == FORWARD:
-        target, shipped, kernel = out, forward, kernels._forward_kernel
+        target, shipped, kernel = out, forward, kernels._attention_forward
         tensors = {"out_ptr": out, "lse_ptr": lse}
     else:
         target, shipped = d_qkv, backward_launches(arch, qkv, sequences, d_out, d_qkv, lse)
-        kernel, tensors = kernels._backward_kernel, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse}
+        kernel, tensors = kernels._attention_backward, {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse}
     candidates = {name_of(config): build_launches(kernel, (config,), qkv, sequences, tensors)[0] for config in configs}
     time_launches(session, case, pass_, candidates, shipped, target=target)
 

@@ -13,8 +13,6 @@ GROUPS = {
     "attention": r"attention|attn|flash|fmha|sdpa|softmax",
     "products": r"gemm|nvjet|cutlass|cublas|splitk|xmma|addmm|::mm|::bmm|::linear|convolution|conv2d",
     "norm": r"norm",
-    # Both operations call their kernels so; a variant that fuses only one of them tells which.
-    "fused attention or norm": r"^_(forward|backward)_kernel",
     "GELU": r"gelu",
     "optimizer": r"multi_tensor|adam|foreach|lerp",
     "copies": r"copy|memcpy|memset|fill|zero_|cat|index|gather|scatter|_combine_kernel|group_sum|aten::to",

@@ -197,7 +197,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
-def _forward_kernel(
+def _attention_forward(
     qkv_ptr,  # (rows, 3, H, d)
     offsets_ptr,  # (B + 1,) int32, or None
     out_ptr,  # (rows, H, d)
@@ -280,7 +280,7 @@ def _attend_backward(
 
 
 @triton.jit(do_not_specialize=["longest", "num_heads", "num_rows"])
-def _backward_kernel(
+def _attention_backward(
     qkv_ptr,  # (rows, 3, H, d)
     offsets_ptr,  # (B + 1,) int32, or None
     d_out_ptr,  # (rows, H, d)
@@ -309,7 +309,7 @@ def _backward_kernel(
 def forward_launches(architecture: int, qkv: Tensor, sequences: Sequences, out: Tensor, lse: Tensor) -> list[Launch]:
     """Return the launches that fill `out` (sum N, H, d) and `lse` (H, sum N), one per range of lengths that occurs."""
     configs = choose_configs(architecture, qkv.shape[3]).forward
-    return build_launches(_forward_kernel, configs, qkv, sequences, {"out_ptr": out, "lse_ptr": lse})
+    return build_launches(_attention_forward, configs, qkv, sequences, {"out_ptr": out, "lse_ptr": lse})
 
 
 def backward_launches(
@@ -318,7 +318,7 @@ def backward_launches(
     """Return the launches that fill `d_qkv` (sum N, 3, H, d), one per range of lengths that occurs."""
     configs = choose_configs(architecture, qkv.shape[3]).backward
     tensors = {"d_out_ptr": d_out, "d_qkv_ptr": d_qkv, "lse_ptr": lse}
-    return build_launches(_backward_kernel, configs, qkv, sequences, tensors)
+    return build_launches(_attention_backward, configs, qkv, sequences, tensors)
 
 
 def build_launches(

@@ -6,7 +6,7 @@ import torch
 from benchmarks.harness import rooflines
 from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
 from benchmarks.kernels import compiler_report
-from iwm_fast.kernels.attention.kernels import LaunchConfig, _forward_kernel, build_launches
+from iwm_fast.kernels.attention.kernels import LaunchConfig, _attention_forward, build_launches
 from iwm_fast.kernels.attention.sequences import Sequences
 
 
@@ -69,7 +69,7 @@ def test_square_tiles_compute_scores_beyond_the_length(length, tile, waste):
 
 def launch_of(config, length):
     qkv = torch.empty(length, 3, 1, 64, dtype=torch.bfloat16, device="meta")
-    return build_launches(_forward_kernel, (config,), qkv, Sequences.of_equal_length(length), {})[0]
+    return build_launches(_attention_forward, (config,), qkv, Sequences.of_equal_length(length), {})[0]
 
 
 def test_waste_of_a_launch_follows_from_its_bucket_and_queries():
