@@ -23,6 +23,9 @@ from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 
+# A process takes about as long to start as to decode this much.
+_BYTES_PER_PROCESS = 256 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
@@ -69,13 +72,16 @@ def validate_shards(
     Args:
         paths: paths of the shards, from `find_shards`.
         image: extension of the member that is the image, as in `data.image`; empty: the usual extensions.
-        num_processes: number of shards checked at a time; unset: one per core.
+        num_processes: number of shards checked at a time; unset: one per core, but at most one per 256 MiB of shards.
         max_pixels: largest number of pixels of an image or a mask; larger ones are bad.
 
     Raises:
         OSError: if a shard cannot be read, or no index without its bad samples can be stored.
     """
-    num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(paths))
+    if num_processes is None:
+        size_bytes = sum(_BYTES_PER_PROCESS if "://" in path else os.path.getsize(path) for path in paths)
+        num_processes = min(len(os.sched_getaffinity(0)), 1 + size_bytes // _BYTES_PER_PROCESS)
+    num_processes = min(num_processes, len(paths))
     check = partial(validate_shard, image=image, max_pixels=max_pixels)
     if num_processes == 1:
         yield from map(check, paths)

@@ -27,6 +27,9 @@ from iwm_fast.pipelines.demo_data import (
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import open_shards
 
+# One process draws the demo's images once for all tests.
+pytestmark = pytest.mark.xdist_group("demo_data")
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> DemoShards:
