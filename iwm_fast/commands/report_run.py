@@ -33,6 +33,9 @@ _CHARTS = (
     ("Evaluation during training", "", {"MRR": "eval/mrr", "MRR, untrained": "eval/mrr_untrained", "k-NN": "eval/knn",
                                         "k-NN, untrained": "eval/knn_untrained"}),
 )  # fmt: skip
+_TIMES = tuple(f"time/{name}_s" for name in (*PHASES, "other"))
+_ROW_NAMES = {"step", "loss/prediction", "speed/images_per_s", "data/wait_share", *_TIMES}
+
 # Pictures that other commands write into the run folder, and their titles in the report.
 _PICTURES = {
     "show.png": "Training samples: views, masks and actions",
@@ -49,7 +52,9 @@ def write_run_report(run: Path) -> Path:
         FileNotFoundError: if the folder holds no run.
     """
     config = load_run_config(run)
-    rows, results = read_metrics(run), [read_result(path) for path in sorted(run.glob("evaluations/*.json"))]
+    results = [read_result(path) for path in sorted(run.glob("evaluations/*.json"))]
+    # A disk may have damaged any of the rows.
+    rows = [row for row in read_metrics(run) if row.keys() >= _ROW_NAMES]
     parts = [f"<h1>{escape(run.name)}</h1>", _run_summary(run), metric_tiles(_headline_numbers(rows, results))]
     if rows:
         charts = '<div class="grid">' + "".join(_line_charts(rows)) + "</div>"
@@ -128,8 +133,12 @@ def _line_charts(rows: list[dict[str, Any]]) -> list[str]:
 def _step_breakdown(rows: list[dict[str, Any]]) -> str:
     """Return the mean duration of each phase of a step, without the first log row, whose steps fill caches."""
     rows = rows[1:] or rows
-    names = [*PHASES, "other"]
-    means_ms = {name.replace("_", " "): 1000 * sum(row[f"time/{name}_s"] for row in rows) / len(rows) for name in names}
+    means_ms = {
+        name.removeprefix("time/").removesuffix("_s").replace("_", " "): 1000
+        * sum(row[name] for row in rows)
+        / len(rows)
+        for name in _TIMES
+    }
     note = '<p class="soft small">Means over all ranks. A step takes as long as its slowest rank.</p>'
     return section("Time per step", card("Duration of each phase", draw_waterfall_chart(means_ms, unit="ms"), note))
 

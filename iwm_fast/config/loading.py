@@ -52,7 +52,11 @@ def load_run_config(run: Path) -> RunConfig:
         raise FileNotFoundError(
             f"{str(run)!r} is not a run folder: it has no config.yaml; set run to the folder of a run or export"
         )
-    return load_config(run / "config.yaml")
+    try:
+        return load_config(run / "config.yaml")
+    except ValueError as error:
+        error.add_note(f"these are the settings of the run in {str(run)!r}")
+        raise
 
 
 def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
+from torch import Tensor
 
 from iwm_fast.evals.datasets import LabelledSamples, tensors_digest
 from iwm_fast.evals.probing.extraction import DTYPES, FeatureKind, encode_on_all_ranks, feature_shape
@@ -177,12 +178,16 @@ def verify_or_remove(folder: Path) -> bool:
 
 
 def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None:
-    """Encode the images on all ranks and publish their features from rank 0. Collective: every rank must call it."""
+    """Encode the images on all ranks and publish their features from rank 0. Collective: every rank must call it.
+
+    Raises:
+        FloatingPointError: if a feature is not finite, or too large for its precision; nothing is written.
+    """
     batch_size = EVALUATION_BATCH_SIZE * rank_info.world_size
     num_batches = -(-len(spec.labelled.samples) // batch_size)
     description = f"batches of {batch_size} images encoded, step {spec.model.step}"
     features = encode_on_all_ranks(spec.model, spec.labelled, spec.kind, rank_info)
-    batches = track_progress(features, num_batches, description, rank_info)
+    batches = track_progress(_require_finite(features, spec), num_batches, description, rank_info)
 
     def write_array(path: Path) -> None:
         # Written as a stream: on a full disk, writing to a mapped file would kill the process by SIGBUS instead of
@@ -204,6 +209,16 @@ def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None
         "encoded %d images at step %d; their features take %.3g GB in %s, which may be deleted",
         len(spec.labelled.samples), spec.model.step, spec.size_gb, folder.parent,
     )  # fmt: skip
+
+
+def _require_finite(batches: Iterator[Tensor], spec: FeatureSpec) -> Iterator[Tensor]:
+    for batch in batches:
+        if not batch.isfinite().all():
+            raise FloatingPointError(
+                f"the encoder of step {spec.model.step} has features that are not finite, or not in "
+                f"{DTYPES[spec.kind]}: its training has diverged; evaluate an earlier one with checkpoint=STEP"
+            )
+        yield batch
 
 
 def _read_weights_digest(path: Path) -> str:

@@ -95,6 +95,22 @@ def test_charts_use_the_colours_of_the_page(report):
     assert "var(--series-1)" in text and not re.search(r"#0102\d\d", text)
 
 
+def test_a_damaged_row_of_metrics_is_left_out(report, tmp_path):
+    folder = shutil.copytree(report.parent, tmp_path / "damaged")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'"step"', b'"sdep"', 1).replace(b"wait_s", b"wai4_s", 1))
+    assert len(PageParser(write_run_report(folder).read_text()).text) > 1000
+
+
+def test_a_setting_out_of_range_names_the_run(report, tmp_path):
+    folder = shutil.copytree(report.parent, tmp_path / "changed")
+    config = folder / "config.yaml"
+    config.write_text(re.sub("log_every: .*", "log_every: 0", config.read_text()))
+    with pytest.raises(ValueError, match="log_every") as error:
+        write_run_report(folder)
+    assert f"these are the settings of the run in {str(folder)!r}" in error.value.__notes__
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
         write_run_report(tmp_path)

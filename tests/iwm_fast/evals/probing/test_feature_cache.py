@@ -166,6 +166,14 @@ def test_a_bad_image_is_named_and_no_features_are_written(model, run_folder, tmp
     assert [path.name for path in (run_folder / "features").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("weight", [float("nan"), 1e30])
+def test_features_that_are_not_finite_are_refused_and_not_written(model, images, run_folder, weight):
+    model.encoder.norm.weight.data[3] = weight
+    with pytest.raises(FloatingPointError, match=r"has features that are not finite.*checkpoint=STEP"):
+        FeatureCache(run_folder, [model], ALONE).rows(model, images, "tokens")
+    assert [path.name for path in (run_folder / "features").iterdir()] == [".lock"]
+
+
 def test_features_of_other_encoders_are_removed(model, images, run_folder, caplog):
     caplog.set_level(logging.INFO)
     control, later = other_weights(model), other_weights(other_weights(model))
