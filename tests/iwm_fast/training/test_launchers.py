@@ -109,7 +109,11 @@ def test_a_run_resumes_with_another_engine_and_another_number_of_ranks(launched,
     ("overrides", "message"),
     [
         (["data.train=absent.tar"], "absent.tar"),
-        (["optim.global_batch_size=15"], "optim.global_batch_size must be a multiple of the 2 ranks, got 15"),
+        pytest.param(
+            ["optim.global_batch_size=15"],
+            "optim.global_batch_size must be a multiple of the 2 ranks, got 15",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_invalid_settings_give_one_message_under_the_launcher(run_yaml, tmp_path, overrides, message):

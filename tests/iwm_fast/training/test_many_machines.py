@@ -89,7 +89,8 @@ def shard_with_a_bad_image(folder: Path) -> str:
     return str(folder / "bad.tar")
 
 
-@pytest.mark.parametrize("launcher", [deepspeed_launchers, pytest.param(torchrun_launchers, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [deepspeed_launchers, torchrun_launchers])
 def test_an_error_on_one_rank_ends_all_machines_with_one_message(tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", max_bad_samples=0.0)
     config = replace(config, data=replace(config.data, train=shard_with_a_bad_image(tmp_path)))

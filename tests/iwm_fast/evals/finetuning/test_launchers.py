@@ -74,8 +74,9 @@ def state(run, variant, name=FOLDER):
 @pytest.mark.multi_rank
 @pytest.mark.parametrize(
     ("engine", "stage"),
-    [("deepspeed", 3), ("deepspeed", 1), *(
-        pytest.param(*row, marks=pytest.mark.slow) for row in (("plain", None), ("deepspeed", 0), ("deepspeed", 2))
+    [("deepspeed", 3), *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in (("plain", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2))
     )],
 )  # fmt: skip
 def test_two_ranks_give_the_same_result_as_one(run, tmp_path, engine, stage):
