@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,20 +70,33 @@ def _rgb(image: Image.Image) -> UInt8[Tensor, "H W 3"]:
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
-def dali_input(encoded: UInt8[np.ndarray, "_"], max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "_"]:
-    """Return the bytes that DALI is given to decode: the file itself, or for an uncommon one what Pillow makes of it.
+class DaliInput(NamedTuple):
+    """What DALI is given to decode."""
+
+    encoded: UInt8[np.ndarray, "_"]
+    """The bytes of an image file."""
+    shape: tuple[int, int]
+    """Height and width of the upright picture."""
+
+
+def dali_input(encoded: UInt8[np.ndarray, "_"], max_pixels: int = MAX_PIXELS) -> DaliInput:
+    """Return what DALI is given to decode: the file itself, or for an uncommon one what Pillow makes of it.
 
     Raises:
         UndecodableImageError: with the reason, if `probe` refuses the file or Pillow cannot decode an uncommon one.
     """
     header = probe(encoded, max_pixels)
-    return encoded if header.is_common else as_ppm(_decode(encoded, header))
+    if not header.is_common:
+        return as_ppm(_decode(encoded, header))
+    width, height = header.upright_size
+    return DaliInput(encoded, (height, width))
 
 
-def as_ppm(pixels: UInt8[Tensor, "H W 3"]) -> UInt8[np.ndarray, "_"]:
+def as_ppm(pixels: UInt8[Tensor, "H W 3"]) -> DaliInput:
     """Return pixels as a PPM file, which DALI decodes without a loss."""
     height, width, _ = pixels.shape
-    return np.frombuffer(b"P6 %d %d 255\n" % (width, height) + pixels.numpy().tobytes(), np.uint8)
+    encoded = np.frombuffer(b"P6 %d %d 255\n" % (width, height) + pixels.numpy().tobytes(), np.uint8)
+    return DaliInput(encoded, (height, width))
 
 
 def _pixels_of_png(data: memoryview) -> bytes:

@@ -204,8 +204,8 @@ def assert_close(fast: Batch, plain: Batch) -> None:
     for view in ("source_view", "target_view"):
         pixels = [denormalize_view(getattr(batch, view)).int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float()
-        # JPEG decoders and antialiased resizing differ by a few grey levels at edges.
-        assert difference.mean() < 1.0 and difference.quantile(0.99) <= 12
+        # Decoding and resizing differ by up to one grey level each, which jitter enlarges.
+        assert difference.mean() < 0.5 and difference.quantile(0.99) <= 2 and difference.max() <= 6
 
 
 def test_a_further_source_crop_is_the_same_with_both_loaders(shards):

@@ -13,6 +13,7 @@ from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
+from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, draw_augment, identity_draws
@@ -34,7 +35,8 @@ def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> 
         operation=np.array(operations, np.int32)[:, None], is_negated=np.full((count, 1), is_negated, np.int32)
     )
     encoded = [np.frombuffer(encode(photograph("coffee.png")[:SIZE, :SIZE], "PNG"), np.uint8)] * count
-    parameters = augment_parameters(identity_draws(count), draws)
+    neutral = identity_draws(count)
+    parameters = augment_parameters(neutral, view_windows(neutral, np.full((count, 2), SIZE)), draws)
     config = RandAugmentConfig(num_operations=1, magnitude=magnitude)
     return np.array(build_augment_graph(settings, config, lambda: (encoded, *parameters)).run()[0].as_tensor())
 
