@@ -16,16 +16,18 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.pipelines.transforms.normalization import normalization
+from iwm_fast.pipelines.config import Normalization
+from iwm_fast.pipelines.transforms.normalization import scale_and_shift
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 
 class CpuPhotometry:
     """Renders two normalised views from crops, in `num_threads` threads."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, normalization: Normalization) -> None:
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
+        self._normalization = normalization
         self._memory = RecycledMemory()
         self._thread_local = threading.local()
 
@@ -60,7 +62,7 @@ class CpuPhotometry:
         """Return the calling thread's scratch memory."""
         scratch = getattr(self._thread_local, "scratch", None)
         if scratch is None or scratch.num_pixels != num_pixels:
-            scratch = self._thread_local.scratch = _Scratch(num_pixels)
+            scratch = self._thread_local.scratch = _Scratch(num_pixels, self._normalization)
         return scratch
 
     def close(self) -> None:
@@ -130,12 +132,12 @@ class _ViewParameters:
 class _Scratch:
     """Memory of one thread for one image, as float32 planes."""
 
-    def __init__(self, num_pixels: int) -> None:
+    def __init__(self, num_pixels: int, normalization: Normalization) -> None:
         self.num_pixels = num_pixels
         self._crop = torch.empty(3, num_pixels)
         self._recolored = torch.empty(3, num_pixels)
         self._luma = torch.tensor(LUMA)
-        self._scale, self._shift = normalization()
+        self._scale, self._shift = scale_and_shift(normalization)
 
     def load(self, crop: UInt8[Tensor, "S S 3"]) -> None:
         """Convert the crop of an image to planes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixtures.tar_files import photograph
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry, RecycledMemory
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import draw, identity_draws
@@ -29,7 +29,7 @@ def crops() -> Tensor:
 
 @pytest.fixture
 def photometry():
-    renderer = CpuPhotometry(num_threads=2)
+    renderer = CpuPhotometry(num_threads=2, normalization=IMAGENET)
     yield renderer
     renderer.close()
 
@@ -39,7 +39,7 @@ def test_views_match_the_reference_except_for_rounding(crops, photometry):
         draws = draw(MANY, 0, step, np.arange(len(crops)))
         views = photometry.views(crops, crops, draws)
         for ours, parameters in zip(views, (draws.source, draws.target), strict=True):
-            difference = (ours - normalize_view(render(crops, parameters))).abs()
+            difference = (ours - normalize_view(render(crops, parameters), IMAGENET)).abs()
             # A difference of one level before solarize may lie on both sides of 128, and be large afterwards.
             is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250 * LEVEL)
             assert ((difference < 1.1 * LEVEL) | is_split).all()
@@ -48,7 +48,7 @@ def test_views_match_the_reference_except_for_rounding(crops, photometry):
 
 def test_neutral_parameters_leave_both_views_bit_equal_to_the_crop(crops, photometry):
     source, target = photometry.views(crops, crops, identity_draws(len(crops)))
-    assert torch.equal(source, normalize_view(crops)) and torch.equal(target, source)
+    assert torch.equal(source, normalize_view(crops, IMAGENET)) and torch.equal(target, source)
     assert source.data_ptr() != target.data_ptr()
 
 
@@ -62,7 +62,7 @@ def test_each_view_is_rendered_from_its_crop(crops, photometry):
 
 def test_threads_and_batches_do_not_change_a_view(crops, photometry):
     together = photometry.views(crops, crops, draw(MANY, 0, 3, np.arange(len(crops))))
-    single = CpuPhotometry(num_threads=1)
+    single = CpuPhotometry(num_threads=1, normalization=IMAGENET)
     alone = single.views(crops[5:6], crops[5:6], draw(MANY, 0, 3, np.array([5])))
     single.close()
     for view, single_view in zip(together, alone, strict=True):
@@ -104,7 +104,7 @@ def test_each_worker_uses_one_torch_thread_and_the_callers_setting_remains(num_t
         # In a thread that has not asked for its number of threads yet, as at the start of a program.
         with ThreadPoolExecutor(1) as caller:
             caller.submit(torch.set_num_threads, num_threads).result()
-            renderer = caller.submit(CpuPhotometry, num_workers).result()
+            renderer = caller.submit(CpuPhotometry, num_workers, IMAGENET).result()
             assert caller.submit(torch.get_num_threads).result() == num_threads
         used = [job.result() for job in [renderer._pool.submit(torch.get_num_threads) for _ in range(2 * num_workers)]]
         assert set(used) == {1}

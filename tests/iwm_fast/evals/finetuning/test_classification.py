@@ -386,7 +386,8 @@ def test_views_are_normalised_as_the_timm_weights_expect(run, tmp_path):
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     timm_view = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     network = TimmNetwork(vit, 3)
-    view, action = normalize_view(pixels), torch.zeros(2, 7)
+    normalization = vit_run_config(timm_settings(run, tmp_path), vit).data.normalization
+    view, action = normalize_view(pixels, normalization), torch.zeros(2, 7)
     inputs = VariantInputs(view=view, tokens=None, action=action, patches=all_patches(2, 4))
     expected = network.head(vit.forward_features(timm_view)[:, 1:])
     torch.testing.assert_close(network(inputs), expected, rtol=1e-4, atol=1e-5)
