@@ -98,7 +98,8 @@ class DataConfig:
     """Which samples are read, and how far apart they are shuffled."""
 
     train: str = ""
-    """Training shards: a path, a brace pattern, a folder or an s3:// address; several as 'A::B' or a YAML list."""
+    """Training shards: a path, a brace pattern, a folder, or an s3://, gs://, hf:// or https:// address; several as
+    'A::B' or a YAML list."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
     image: str = ""

@@ -29,7 +29,7 @@ from iwm_fast.evals.finetuning.classification import (
     evaluate_finetune,
 )
 from iwm_fast.evals.finetuning.run import open_context, predict, train_job
-from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit
+from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import VariantInputs, lr_scale
 from iwm_fast.evals.results import read_result
 from iwm_fast.monitoring.metrics import read_metrics
