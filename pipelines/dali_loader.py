@@ -24,7 +24,7 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
 from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig
+from iwm_fast.pipelines.config import LoaderConfig, Normalization
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -54,12 +54,19 @@ class DaliLoader:
     """Renders the micro-batches of a plan in order, `config.prefetch` batches ahead of the caller; see `Loader`."""
 
     def __init__(
-        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self,
+        plan: BatchPlan,
+        shards: ShardSet,
+        config: LoaderConfig,
+        device: torch.device,
+        *,
+        first: int,
+        normalization: Normalization,
     ) -> None:
         self._plan = plan
         self._shards = shards
         self._device = device
-        self._settings = graph_settings(plan, config, device)
+        self._settings = graph_settings(plan, config, device, normalization)
         self._reader = Reader(shards, num_threads=config.reader_threads)
         self._prepare = error_as_value(partial(dali_input, max_pixels=shards.max_pixels))
         self._decode_and_prepare = error_as_value(self._checked_input)
@@ -81,7 +88,7 @@ class DaliLoader:
         self._retry_graph: Any = None
         self._retry_inputs: tuple[Any, ...] = ()
         is_cropping = self._settings.output == "crops"
-        self._cpu_renderer = CpuRenderer(plan.views, config.loader_threads) if is_cropping else None
+        self._cpu_renderer = CpuRenderer(plan.views, config.loader_threads, normalization) if is_cropping else None
         # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
@@ -231,8 +238,10 @@ def _as_tensor(output: Any) -> Tensor:
     return torch.from_dlpack(output)
 
 
-def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) -> GraphSettings:
-    """Return the settings of the DALI graph for a plan, a loader configuration and a device."""
+def graph_settings(
+    plan: BatchPlan, config: LoaderConfig, device: torch.device, normalization: Normalization
+) -> GraphSettings:
+    """Return the settings of the DALI graph for a plan, a loader configuration, a device and a normalisation."""
     is_on_gpu = device.type == "cuda"
     return GraphSettings(
         views=plan.views,
@@ -242,6 +251,7 @@ def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) 
         device_id=device.index or 0 if is_on_gpu else None,
         hw_decoder_load=config.hw_decoder_load,
         preallocate=config.decoder_preallocate,
+        normalization=normalization,
         # On a CPU the graph ends at the crops, because `CpuRenderer` is faster than DALI's CPU operators
         # (benchmarks/README.md). RandAugment exists only in DALI, so its graph renders the complete view.
         output="normalized" if is_on_gpu or plan.augment is not None else "crops",

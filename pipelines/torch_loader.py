@@ -11,7 +11,7 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
 from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig
+from iwm_fast.pipelines.config import LoaderConfig, Normalization
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -25,12 +25,20 @@ class TorchLoader:
     """Renders the micro-batches of a plan in order, in the calling thread; see `Loader`."""
 
     def __init__(
-        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self,
+        plan: BatchPlan,
+        shards: ShardSet,
+        config: LoaderConfig,
+        device: torch.device,
+        *,
+        first: int,
+        normalization: Normalization,
     ) -> None:
         self._plan = plan
         self._shards = shards
         self._views = plan.views
         self._device = device
+        self._normalization = normalization
         self._next_index = first
         self._reader = Reader(shards, num_threads=1)
         self._decode = error_as_value(partial(decode_image, max_pixels=shards.max_pixels))
@@ -57,8 +65,8 @@ class TorchLoader:
         if self._views.has_source_geometry:
             source = self._crop(images, windows.source, draws.flip ^ draws.source_flip)
         return RenderedViews(
-            source_view=normalize_view(render(source, draws.source)),
-            target_view=normalize_view(render(target, draws.target)),
+            source_view=normalize_view(render(source, draws.source), self._normalization),
+            target_view=normalize_view(render(target, draws.target), self._normalization),
             windows=windows,
         )
 

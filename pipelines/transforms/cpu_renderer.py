@@ -18,20 +18,21 @@ from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import Normalization, ViewConfig
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.normalization import normalization
+from iwm_fast.pipelines.transforms.normalization import scale_and_shift
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 
 class CpuRenderer:
     """Renders two normalised views from decoded crops, in `num_threads` threads."""
 
-    def __init__(self, views: ViewConfig, num_threads: int) -> None:
+    def __init__(self, views: ViewConfig, num_threads: int, normalization: Normalization) -> None:
         self._size = views.size
         self._has_source_geometry = views.has_source_geometry
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
+        self._normalization = normalization
         self._memory = RecycledMemory()
         self._thread_local = threading.local()
 
@@ -67,7 +68,7 @@ class CpuRenderer:
         """Return the calling thread's scratch memory."""
         scratch = getattr(self._thread_local, "scratch", None)
         if scratch is None:
-            scratch = self._thread_local.scratch = _Scratch(self._size)
+            scratch = self._thread_local.scratch = _Scratch(self._size, self._normalization)
         return scratch
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class _View:
 class _Scratch:
     """Memory of one thread for one image: an 8-bit crop of the size of the views, and float32 planes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, normalization: Normalization) -> None:
         self._size = [size, size]
         # `interpolate` takes and returns uint8 with interleaved channels, as DALI decodes it.
         self._resized = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -155,7 +156,7 @@ class _Scratch:
         self._recolored = torch.empty(3, size * size)
         self._gray_mean = 0.0
         self._luma = torch.tensor(LUMA)
-        self._scale, self._shift = normalization()
+        self._scale, self._shift = scale_and_shift(normalization)
         # The values of black and white after normalisation, by channel.
         self._black, self._white = -self._shift, 255 * self._scale - self._shift
         self._limits = list(zip(self._black.flatten().tolist(), self._white.flatten().tolist(), strict=True))

@@ -25,9 +25,8 @@ from jaxtyping import Float32, Int32
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, Normalization, ViewConfig
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 # The inputs of the graph by name: type and number of dimensions per sample.
@@ -66,6 +65,8 @@ class GraphSettings:
     """Fraction of the JPEG images that the GPU's hardware decoder takes; None for DALI's default."""
     preallocate: tuple[int, int] | None = None
     """Width and height for which the GPU's hardware decoder allocates memory in advance; None to allocate on demand."""
+    normalization: Normalization = IMAGENET
+    """Mean and standard deviation of the output "normalized"."""
     output: Literal["crops", "pixels", "normalized"] = "pixels"
     """Format of the views: "normalized" for the networks' input, (B, 3, H, W) float32; "pixels" for (B, H, W, 3) uint8.
     "crops" ends the graph at the decoded shared crops, (height, width, 3) uint8 in their own sizes."""
@@ -156,7 +157,7 @@ def _two_views(next_inputs, settings):
     if data["source_is_solarized"]:
         source_view = solarize_nodes(source_view)
     if settings.output == "normalized":
-        source_view, target_view = normalize_nodes(source_view), normalize_nodes(target_view)
+        source_view, target_view = [normalize_nodes(view, settings) for view in (source_view, target_view)]
     return source_view, target_view
 
 
@@ -228,7 +229,7 @@ def solarize_nodes(pixels):
     return fn.cast(pixels + change, dtype=types.UINT8)
 
 
-def normalize_nodes(pixels):
+def normalize_nodes(pixels, settings):
     """Normalise pixels like `normalization.normalize_view`."""
-    mean, std = ([255 * value for value in values] for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = ([255 * value for value in values] for values in settings.normalization)
     return fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)

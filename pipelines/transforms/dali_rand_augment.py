@@ -81,5 +81,5 @@ def _augmented_view(next_inputs, settings, augment):
             fill_value=_FILL,
         )
     if settings.output == "normalized":
-        view = normalize_nodes(view)
+        view = normalize_nodes(view, settings)
     return view, view

@@ -21,7 +21,7 @@ from iwm_fast.pipelines.image_header import PLUGINS, Encoded, ImageHeader, probe
 _PILLOW_WARNS_ABOVE = 89_478_485
 _limit_lock = Lock()
 
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,13 +43,20 @@ def decode_image(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor
 
 def _decode(encoded: Encoded, header: ImageHeader) -> UInt8[Tensor, "H W 3"]:
     content = _pixels_of_png(view_bytes(encoded)) if header.container == "PNG" else bytes(encoded)
+    opener = PLUGINS[header.container]
+    with naming_undecodable(header), pillow_limit_lifted(header), opener(io.BytesIO(content)) as image:
+        if header.container == "TIFF":
+            # Pillow turns a TIFF while it loads it; this would turn it only if it had not.
+            return upright_rgb(image)
+        turn = TURNS.get(header.orientation)
+        return _rgb(image if turn is None else image.transpose(turn))
+
+
+@contextmanager
+def naming_undecodable(header: ImageHeader) -> Iterator[None]:
+    """Turn what a decoder raises for broken pixels into `UndecodableImageError`."""
     try:
-        with pillow_limit_lifted(header), PLUGINS[header.container](io.BytesIO(content)) as image:
-            if header.container == "TIFF":
-                # Pillow turns a TIFF while it loads it; this would turn it only if it had not.
-                return upright_rgb(image)
-            turn = _TURNS.get(header.orientation)
-            return _rgb(image if turn is None else image.transpose(turn))
+        yield
     except MemoryError:
         raise
     # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixtures.tar_files import photograph
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer, RecycledMemory
 from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
@@ -42,7 +42,7 @@ def large_crops() -> list[Tensor]:
 
 @pytest.fixture
 def renderer():
-    renderer = CpuRenderer(MANY, num_threads=2)
+    renderer = CpuRenderer(MANY, num_threads=2, normalization=IMAGENET)
     yield renderer
     renderer.close()
 
@@ -67,7 +67,7 @@ def test_photometry_is_within_a_grey_level_of_the_reference(crops, renderer):
         views = renderer.views(crops, whole(crops), draws)
         flipped = mirrored(torch.stack(crops), draws.flip)
         for ours, parameters in zip(views, (draws.source, draws.target), strict=True):
-            difference = (ours - normalize_view(render(flipped, parameters))).abs()
+            difference = (ours - normalize_view(render(flipped, parameters), IMAGENET)).abs()
             # The reference rounds to whole levels after recolouring and after blurring.
             limit = torch.from_numpy(np.where(parameters.blur, 1.01, 0.51).astype(np.float32))
             assert (difference <= limit[:, None, None, None] * LEVEL).all()
@@ -81,19 +81,19 @@ def test_resized_crops_are_within_a_grey_level_of_the_reference(large_crops, ren
         draws = replace(identity_draws(COUNT), flip=np.full(COUNT, flip))
         for view in renderer.views(large_crops, whole(large_crops), draws):
             expected = mirrored(reference, draws.flip)
-            difference = (denormalize_view(view).int() - expected.int()).abs().float()
+            difference = (denormalize_view(view, IMAGENET).int() - expected.int()).abs().float()
             assert difference.max() <= 1 and difference.mean() < 0.2
-            assert (denormalize_view(view).int() - expected.flip(2).int()).abs().float().mean() > 5
+            assert (denormalize_view(view, IMAGENET).int() - expected.flip(2).int()).abs().float().mean() > 5
 
 
 def test_neutral_parameters_leave_both_views_bit_equal_to_the_crop(crops, renderer):
     source, target = renderer.views(crops, whole(crops), identity_draws(COUNT))
-    assert torch.equal(source, normalize_view(torch.stack(crops))) and torch.equal(target, source)
+    assert torch.equal(source, normalize_view(torch.stack(crops), IMAGENET)) and torch.equal(target, source)
     assert source.data_ptr() != target.data_ptr()
 
 
 def test_the_source_view_shows_its_window_of_the_shared_crop(large_crops):
-    renderer = CpuRenderer(ZOOM, num_threads=2)
+    renderer = CpuRenderer(ZOOM, num_threads=2, normalization=IMAGENET)
     draws, windows = drawn(config=ZOOM), whole(large_crops)
     inner = np.array([
         [height // 3, width // 4, max(height // 2, 1), max(width // 2, 1)] for _, _, height, width in windows.shared
@@ -113,7 +113,9 @@ def test_the_source_view_shows_its_window_of_the_shared_crop(large_crops):
 
 @pytest.mark.parametrize("size", [SIZE, 50, 33])
 def test_threads_batches_and_places_in_a_batch_do_not_change_a_view(large_crops, size):
-    renderer, single = (CpuRenderer(replace(MANY, size=size), num_threads=count) for count in (2, 1))
+    renderer, single = (
+        CpuRenderer(replace(MANY, size=size), num_threads=count, normalization=IMAGENET) for count in (2, 1)
+    )
     together = renderer.views(large_crops, whole(large_crops), drawn(3))
     for image in range(COUNT):
         crop = [large_crops[image]]
@@ -159,7 +161,7 @@ def test_each_worker_uses_one_torch_thread_and_the_callers_setting_remains(num_t
         # In a thread that has not asked for its number of threads yet, as at the start of a program.
         with ThreadPoolExecutor(1) as caller:
             caller.submit(torch.set_num_threads, num_threads).result()
-            renderer = caller.submit(CpuRenderer, MANY, num_workers).result()
+            renderer = caller.submit(CpuRenderer, MANY, num_workers, IMAGENET).result()
             assert caller.submit(torch.get_num_threads).result() == num_threads
         used = [job.result() for job in [renderer._pool.submit(torch.get_num_threads) for _ in range(2 * num_workers)]]
         assert set(used) == {1}

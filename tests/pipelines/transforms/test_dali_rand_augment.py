@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import LoaderConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, SampleStream
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -100,7 +100,7 @@ def test_finetuning_batches_have_one_augmented_view_and_a_zero_action(tiny_shard
     for batch in take(plan(shards), shards, 2):
         assert torch.equal(batch.source_view, batch.target_view) and (batch.action == 0).all()
         assert batch.context.total == 16 * 64 and (batch.label == batch.sample % 3).all()
-        pixels = denormalize_view(batch.source_view)
+        pixels = denormalize_view(batch.source_view, IMAGENET)
         assert len({image.numpy().tobytes() for image in pixels}) == 16
 
 
@@ -124,7 +124,7 @@ def test_without_randaugment_images_are_only_cropped_and_flipped(tiny_shards, ba
         pixels = decode_image(Reader(shards, num_threads=1).read(sample[None].numpy())[0])
         expected = resized_crop(pixels, window.numpy(), SIZE)
         expected = expected.flip(1) if flips[image] else expected
-        actual = denormalize_view(batch.source_view[image : image + 1])[0]
+        actual = denormalize_view(batch.source_view[image : image + 1], IMAGENET)[0]
         # Decoders and resizing differ by a few levels; changed colours would differ by many.
         assert (actual.int() - expected.int()).abs().float().mean() < (2.0 if backend == "dali" else 0.5)
 
