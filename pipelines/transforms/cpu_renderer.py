@@ -41,8 +41,8 @@ class CpuRenderer:
     ) -> tuple[Float32[Tensor, "B 3 S S"], Float32[Tensor, "B 3 S S"]]:
         """Return source and target view; `crops` has the pixels of the shared crops in their own sizes."""
         shape = (len(crops), 3, self._size, self._size)
-        source = _View(draws.source, draws.flip ^ draws.source_flip, self._memory.take(shape))
-        target = _View(draws.target, draws.flip, self._memory.take(shape))
+        source = _View(draws.source, draws.flip ^ draws.source_flip, self._normalization, self._memory.take(shape))
+        target = _View(draws.target, draws.flip, self._normalization, self._memory.take(shape))
         # The region of the source view in the shared crop.
         regions = np.concatenate([windows.source[:, :2] - windows.shared[:, :2], windows.source[:, 2:]], axis=1)
         regions = regions.astype(int).tolist()
@@ -124,14 +124,18 @@ class _View:
     """The parameters of one view as Python numbers and matrices by image, and the memory for its pixels."""
 
     def __init__(
-        self, photometry: Photometry, is_flipped: Bool[np.ndarray, "B"], pixels: Float32[Tensor, "B 3 S S"]
+        self,
+        photometry: Photometry,
+        is_flipped: Bool[np.ndarray, "B"],
+        normalization: Normalization,
+        pixels: Float32[Tensor, "B 3 S S"],
     ) -> None:
         self.pixels = pixels
         self.is_flipped: list[bool] = is_flipped.tolist()
         matrix, gain = color_matrix(photometry), gray_gain(photometry)
         self.is_recolored: list[bool] = ((matrix != np.eye(3)).any(axis=(1, 2)) | (gain != 0)).tolist()
         self.gain: list[float] = gain.tolist()
-        scale, shift = normalization()
+        scale, shift = scale_and_shift(normalization)
         # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
         # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
         self.matrix = torch.zeros(len(matrix), 4, 4)
