@@ -119,6 +119,13 @@ def _shards_check(arguments: list[str]) -> None:
     import_object("iwm_fast.commands.check_shards:check_shards")(spec, config)
 
 
+def _shards_resize(arguments: list[str]) -> None:
+    spec, folder = _exactly(arguments[:2], "the shards: a path, pattern, folder or address", "a folder to write to")
+    settings = import_object(COMMANDS["shards resize"].settings)
+    config = import_object("iwm_fast.config.loading:build")(settings, {}, arguments[2:])
+    import_object("iwm_fast.commands.resize_shards:resize")(spec, Path(folder), config)
+
+
 def _configs(arguments: list[str]) -> None:
     _exactly(arguments)
     print(import_object("iwm_fast.commands.init_config:list_configs")())
@@ -197,6 +204,10 @@ COMMANDS = {
         "IMAGE_FOLDER FOLDER [key=value ...]",
         "write shards from an image folder, with or without one subfolder per class, or from its folders train and val",
         _shards_pack, "iwm_fast.pipelines.config:PackConfig"),
+    "shards resize": Command(
+        "SHARDS FOLDER [key=value ...]",
+        "write shards again with smaller images, to read fewer bytes and decode faster; resumes if stopped",
+        _shards_resize, "iwm_fast.pipelines.config:ResizeConfig"),
     "shards check": Command(
         "SHARDS [key=value ...]", "decode every sample once, report, and exclude unreadable samples from the index",
         _shards_check, "iwm_fast.config.commands:CheckShardsConfig"),

@@ -28,6 +28,7 @@ from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
+from iwm_fast.pipelines.config import Normalization
 from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.transforms.action import action_from_change
@@ -37,8 +38,8 @@ from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
-# Normalised pixels lie between -2.2 and 2.7. The margin is for images that somebody changed after normalisation.
-_MAX_NORMALISED = 10.0
+# Margin over the range of normalised pixels, for images that somebody changed after normalisation.
+_NORMALISED_MARGIN = 4.0
 
 Images = str | Path | Image.Image | np.ndarray | Tensor | list[Any] | tuple[Any, ...]
 """Images for a model: the path of a file, a PIL image, a uint8 array (H, W, 3), a list of these, or a batch of
@@ -88,14 +89,14 @@ class WorldModel:
         """
         size = self.config.views.size
         if isinstance(images, Tensor):
-            return _require_normalised(images, size).to(self.device, torch.float32)
+            return _require_normalised(images, size, self.config.data.normalization).to(self.device, torch.float32)
         limit = max_pixels or self.config.data.max_pixels
         pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
         windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))
         crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
-        return normalize_view(torch.stack(crops)).to(self.device)
+        return normalize_view(torch.stack(crops), self.config.data.normalization).to(self.device)
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.
@@ -197,7 +198,7 @@ def _read_pixels(image: Any, max_pixels: int) -> UInt8[Tensor, "H W 3"]:
     return torch.from_numpy(np.ascontiguousarray(image))
 
 
-def _require_normalised(view: Tensor, size: int) -> Float[Tensor, "B 3 H W"]:
+def _require_normalised(view: Tensor, size: int, normalization: Normalization) -> Float[Tensor, "B 3 H W"]:
     """Return a batch of normalised images if it is one."""
     expected = f"a tensor must hold normalised images, float (B, 3, {size}, {size}), as `model.load_image` returns them"
     if not view.is_floating_point() or view.ndim != 4 or view.shape[1:] != (3, size, size):
@@ -205,9 +206,11 @@ def _require_normalised(view: Tensor, size: int) -> Float[Tensor, "B 3 H W"]:
     if view.device.type != "cpu" or not len(view):
         return view
     low, high = view.amin((0, 2, 3)), view.amax((0, 2, 3))
-    # Normalised pixels fill this range in all three channels only by an improbable coincidence.
-    is_zero_to_one = bool(((low >= 0) & (low < 0.1) & (high > 0.9) & (high <= 1)).all())
-    if is_zero_to_one or max(high.max(), -low.min()) > _MAX_NORMALISED:
+    black, white = ((np.array(value) - normalization.mean) / normalization.std for value in (0.0, 1.0))
+    # Normalised pixels fill this range in all three channels only by an improbable coincidence, unless black is 0.
+    is_zero_to_one = bool(((low >= 0) & (low < 0.1) & (high > 0.9) & (high <= 1)).all()) and black.min() < 0
+    limit = _NORMALISED_MARGIN * max(-black.min(), white.max())
+    if is_zero_to_one or max(high.max(), -low.min()) > limit:
         raise ValueError(f"{expected}; got values from {low.min():g} to {high.max():g}, which are not normalised")
     return view
 

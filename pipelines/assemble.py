@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -12,17 +11,16 @@ from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.sampling.batch_plan import Request
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
-from iwm_fast.pipelines.transforms.geometry import source_geometry
+from iwm_fast.pipelines.transforms.geometry import Windows, source_geometry
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedViews:
-    """What a renderer returns for a request: both views, normalised, and the windows that they show."""
+    """Both views of a request, normalised, and the windows that they show."""
 
     source_view: Float32[Tensor, "B 3 H W"]
     target_view: Float32[Tensor, "B 3 H W"]
-    crop_window: Float32[np.ndarray, "B 4"]
-    source_window: Float32[np.ndarray, "B 4"]
+    windows: Windows
 
 
 def assemble_batch(
@@ -30,8 +28,8 @@ def assemble_batch(
 ) -> Batch:
     """Return the batch of a request; views, action and patch indices are moved to the device."""
     draws = request.draws
-    # Only the renderer knows the size of an image, so the geometric entries of the action follow from its windows.
-    geometry = source_geometry(draws, rendered.crop_window, rendered.source_window)
+    # The windows follow from the size of the image, and the geometric entries of the action from the windows.
+    geometry = source_geometry(draws, *rendered.windows)
     action = action_vector(draws.source, draws.target, views, geometry)
     return Batch(
         source_view=rendered.source_view.to(device, non_blocking=True),
@@ -39,8 +37,8 @@ def assemble_batch(
         action=torch.from_numpy(action).to(device, non_blocking=True),
         context=request.context.to(device),
         target=request.target.to(device),
-        crop_window=torch.tensor(rendered.crop_window),
-        source_window=torch.tensor(rendered.source_window),
+        crop_window=torch.from_numpy(rendered.windows.shared),
+        source_window=torch.from_numpy(rendered.windows.source),
         # Key and label describe the sample that is shown, which may be a replacement for the scheduled one.
         label=torch.from_numpy(shards.labels(request.samples)),
         sample=torch.from_numpy(request.samples),

@@ -4,7 +4,7 @@ Importing this file must stay cheap (no torch), because the command line imports
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Backend = Literal["dali", "torch"]
 """Which loader renders the views: a DALI graph, or its equivalent in plain PyTorch."""
@@ -16,6 +16,21 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 
 MAX_PIXELS = 178_956_970
 """Default of data.max_pixels: Pillow's limit, above which 8 bits and 3 channels take more than half a GiB."""
+
+
+DEFAULT_QUALITY = 92
+"""Quality of JPEGs that are written in a smaller size."""
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of each channel, of pixels in 0..1, with which images are normalised."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""Defaults of data.pixel_mean and data.pixel_std: the statistics of ImageNet, as in I-JEPA and timm."""
 
 PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
 CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
@@ -83,7 +98,8 @@ class DataConfig:
     """Which samples are read, and how far apart they are shuffled."""
 
     train: str = ""
-    """Training shards: a path, a brace pattern, a folder or an s3:// address; several as 'A::B' or a YAML list."""
+    """Training shards: a path, a brace pattern, a folder, or an s3://, gs://, hf:// or https:// address; several as
+    'A::B' or a YAML list."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
     image: str = ""
@@ -93,6 +109,10 @@ class DataConfig:
     """Number of shards whose samples are mixed. More shards mix better; fewer shards need fewer open files."""
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image. A larger one counts as bad, before it takes memory."""
+    pixel_mean: tuple[float, float, float] = IMAGENET.mean
+    """Mean of red, green and blue, of pixels in 0..1, which is subtracted from the networks' input."""
+    pixel_std: tuple[float, float, float] = IMAGENET.std
+    """Standard deviation of red, green and blue, of pixels in 0..1, which the networks' input is divided by."""
     max_samples: int | None = None
     """Number of samples to train on, the first ones, for instance to overfit a single batch. Unset: all samples."""
     restart_epoch: bool = False
@@ -104,6 +124,15 @@ class DataConfig:
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "be at least 1")
         limit = self.max_samples
         require(limit is None or limit >= 1, "data.max_samples", limit, "be at least 1 or unset")
+        require(all(0 <= value <= 1 for value in self.pixel_mean), "data.pixel_mean", self.pixel_mean,
+                "lie between 0 and 1: divide a mean of 0..255 by 255")  # fmt: skip
+        require(all(1e-3 <= value <= 1 for value in self.pixel_std), "data.pixel_std", self.pixel_std,
+                "lie between 0.001 and 1: divide a deviation of 0..255 by 255")  # fmt: skip
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation with which images are normalised."""
+        return Normalization(self.pixel_mean, self.pixel_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,10 +288,48 @@ class PackConfig:
     leave_out_bad: bool = False
     """Whether to leave out files that cannot be packed, with a warning. false: nothing is packed if there are any."""
 
+    shorter: int | None = None
+    """Length in pixels that the shorter side of a larger image gets; the image becomes a JPEG. Unset: the bytes of all
+    images stay as they are."""
+    quality: int | None = None
+    """Quality of these JPEGs, from 1 to 100. Unset: 92."""
+
     def __post_init__(self) -> None:
+        if self.shorter is not None:
+            _check_smaller_images(self.shorter, self.jpeg_quality)
+        require(self.shorter is not None or self.quality is None, "quality", self.quality, "be unset without shorter=")
         require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
         require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
         require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")
 
+    @property
+    def jpeg_quality(self) -> int:
+        """Quality of the JPEGs that are written, with its default."""
+        return DEFAULT_QUALITY if self.quality is None else self.quality
+
 
 PACK_DEFAULTS = PackConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    """How the images of shards are written again in a smaller size."""
+
+    shorter: int = 384
+    """Length in pixels that the shorter side of a larger image gets. Images that are no larger stay as they are."""
+    quality: int = DEFAULT_QUALITY
+    """Quality of the smaller JPEGs, from 1 to 100."""
+    image: str = ""
+    """Member of each sample that is its image, like data.image of the runs that will read the shards."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image or a segmentation map; larger ones are left out, like undecodable ones."""
+
+    def __post_init__(self) -> None:
+        _check_smaller_images(self.shorter, self.quality)
+        require_image_extension("image", self.image)
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
+
+
+def _check_smaller_images(shorter: int, quality: int) -> None:
+    require(8 <= shorter <= 65500, "shorter", shorter, "be between 8 and 65500 pixels")
+    require(1 <= quality <= 100, "quality", quality, "be between 1 and 100")

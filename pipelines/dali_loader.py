@@ -24,38 +24,49 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
 from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig
+from iwm_fast.pipelines.config import LoaderConfig, Normalization
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.cpu_renderer import CpuPhotometry
+from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
-from iwm_fast.pipelines.transforms.image_decoding import as_ppm, dali_input, decode_image
+from iwm_fast.pipelines.transforms.geometry import Windows, view_windows
+from iwm_fast.pipelines.transforms.image_decoding import DaliInput, as_ppm, dali_input, decode_image
 
 log = logging.getLogger(__name__)
 
-EncodedImage = UInt8[np.ndarray, "_"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _LoadedRequest:
-    """A request and its encoded images, as DALI is given them."""
+    """A request and its images, as DALI is given them."""
 
     request: Request
-    encoded: list[EncodedImage]
+    images: list[DaliInput]
+
+    @property
+    def windows(self) -> Windows:
+        """The regions of the images that the views show."""
+        return view_windows(self.request.draws, np.array([image.shape for image in self.images]))
 
 
 class DaliLoader:
     """Renders the micro-batches of a plan in order, `config.prefetch` batches ahead of the caller; see `Loader`."""
 
     def __init__(
-        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self,
+        plan: BatchPlan,
+        shards: ShardSet,
+        config: LoaderConfig,
+        device: torch.device,
+        *,
+        first: int,
+        normalization: Normalization,
     ) -> None:
         self._plan = plan
         self._shards = shards
         self._device = device
-        self._settings = graph_settings(plan, config, device)
+        self._settings = graph_settings(plan, config, device, normalization)
         self._reader = Reader(shards, num_threads=config.reader_threads)
         self._prepare = error_as_value(partial(dali_input, max_pixels=shards.max_pixels))
         self._decode_and_prepare = error_as_value(self._checked_input)
@@ -77,7 +88,7 @@ class DaliLoader:
         self._retry_graph: Any = None
         self._retry_inputs: tuple[Any, ...] = ()
         is_cropping = self._settings.output == "crops"
-        self._photometry = CpuPhotometry(config.loader_threads) if is_cropping else None
+        self._cpu_renderer = CpuRenderer(plan.views, config.loader_threads, normalization) if is_cropping else None
         # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
@@ -103,17 +114,18 @@ class DaliLoader:
             # DALI's external source ends at StopIteration; `run` raises it after the last prefetched batch.
             raise StopIteration from None
         self._submit_next_request()
-        request, encoded = self._replacer.replace(request, reading.result())
+        request, images = self._replacer.replace(request, reading.result())
         for image in np.flatnonzero(np.isin(request.samples, list(self._left_to_pillow))):
-            encoded[image] = as_ppm(decode_image(encoded[image], self._shards.max_pixels))
-        self._in_graph.append(_LoadedRequest(request=request, encoded=encoded))
+            images[image] = self._decoded_by_pillow(images[image])
+        self._in_graph.append(_LoadedRequest(request, images))
         return self._graph_inputs(self._in_graph[-1])
 
     def _graph_inputs(self, loaded: _LoadedRequest) -> tuple[Any, ...]:
         draws, augment = loaded.request.draws, loaded.request.augment
+        encoded = [image.encoded for image in loaded.images]
         if augment is not None:
-            return loaded.encoded, *augment_parameters(draws, augment)
-        return loaded.encoded, *graph_parameters(draws, self._settings)
+            return encoded, *augment_parameters(draws, loaded.windows, augment)
+        return encoded, *graph_parameters(draws, loaded.windows, self._settings)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -148,20 +160,15 @@ class DaliLoader:
         except RuntimeError:
             # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
             outputs = self._run_again()
-        request = self._in_graph.popleft().request
-        *views, window, inner = outputs
-        source_view, target_view = (self._as_tensor(view) for view in views)
-        if self._photometry is not None:
-            if not self._plan.views.has_source_geometry:
-                # Identity of the tensors tells the CPU renderer to convert the crop only once.
-                source_view = target_view
-            source_view, target_view = self._photometry.views(source_view, target_view, request.draws)
-        rendered = RenderedViews(
-            source_view=source_view,
-            target_view=target_view,
-            crop_window=np.array(window.as_tensor()),
-            source_window=np.array(inner.as_tensor()),
-        )
+        loaded = self._in_graph.popleft()
+        request, windows = loaded.request, loaded.windows
+        if self._cpu_renderer is None:
+            source_view, target_view = (_as_tensor(view.as_tensor()) for view in outputs)
+        else:
+            (crops,) = outputs
+            crops = [_as_tensor(crops[image]) for image in range(len(crops))]
+            source_view, target_view = self._cpu_renderer.views(crops, windows, request.draws)
+        rendered = RenderedViews(source_view=source_view, target_view=target_view, windows=windows)
         return assemble_batch(request, rendered, self._shards, self._plan.views, self._device)
 
     def _run(self, graph: Any) -> tuple[Any, ...]:
@@ -178,16 +185,16 @@ class DaliLoader:
         """
         # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
-        checked = [self._decode_and_prepare(content) for content in failed.encoded]
-        request, encoded = self._replacer.replace(failed.request, checked)
-        self._in_graph[0] = loaded = _LoadedRequest(request=request, encoded=encoded)
+        checked = [self._decode_and_prepare(image.encoded) for image in failed.images]
+        request, images = self._replacer.replace(failed.request, checked)
+        self._in_graph[0] = loaded = _LoadedRequest(request, images)
         inputs = self._graph_inputs(loaded)
         for image, sample in enumerate(request.samples.tolist()):
             if self._retry(tuple(values[image : image + 1] for values in inputs)) is None:
                 if sample not in self._left_to_pillow:
                     self._left_to_pillow.add(sample)
                     log.warning("DALI cannot decode %s; Pillow decodes it instead", self._shards.address(sample))
-                encoded[image] = as_ppm(decode_image(encoded[image], self._shards.max_pixels))
+                images[image] = self._decoded_by_pillow(images[image])
         outputs = self._retry(self._graph_inputs(loaded))
         if outputs is None:
             first, last = (self._shards.address(int(request.samples[image])) for image in (0, -1))
@@ -207,28 +214,34 @@ class DaliLoader:
         except RuntimeError:
             return None
 
-    def _checked_input(self, encoded: EncodedImage) -> EncodedImage:
+    def _checked_input(self, encoded: UInt8[np.ndarray, "_"]) -> DaliInput:
         """Return what DALI is given for an image, after Pillow has decoded it."""
         decode_image(encoded, self._shards.max_pixels)
         return dali_input(encoded, self._shards.max_pixels)
 
-    def _as_tensor(self, outputs: Any) -> Tensor:
-        """Return a view as a tensor, without a copy: DALI allocates new memory for the outputs of each batch."""
-        return torch.from_dlpack(outputs.as_tensor())
+    def _decoded_by_pillow(self, image: DaliInput) -> DaliInput:
+        return as_ppm(decode_image(image.encoded, self._shards.max_pixels))
 
     def close(self) -> None:
         """Stop the threads, close the files and free the graphs."""
         # The render thread uses all that follows, so it ends first.
         self._renderer.shutdown(cancel_futures=True)
         self._planner.shutdown(cancel_futures=True)
-        if self._photometry is not None:
-            self._photometry.close()
+        if self._cpu_renderer is not None:
+            self._cpu_renderer.close()
         self._reader.close()
         del self._graph, self._retry_graph
 
 
-def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) -> GraphSettings:
-    """Return the settings of the DALI graph for a plan, a loader configuration and a device."""
+def _as_tensor(output: Any) -> Tensor:
+    """Return a tensor without a copy: DALI allocates new memory for the outputs of each batch."""
+    return torch.from_dlpack(output)
+
+
+def graph_settings(
+    plan: BatchPlan, config: LoaderConfig, device: torch.device, normalization: Normalization
+) -> GraphSettings:
+    """Return the settings of the DALI graph for a plan, a loader configuration, a device and a normalisation."""
     is_on_gpu = device.type == "cuda"
     return GraphSettings(
         views=plan.views,
@@ -238,7 +251,8 @@ def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) 
         device_id=device.index or 0 if is_on_gpu else None,
         hw_decoder_load=config.hw_decoder_load,
         preallocate=config.decoder_preallocate,
-        # On a CPU the graph ends at the crops, because `CpuPhotometry` is faster than DALI's CPU operators for
-        # photometry (benchmarks/README.md). RandAugment exists only in DALI, so its graph renders the complete view.
+        normalization=normalization,
+        # On a CPU the graph ends at the crops, because `CpuRenderer` is faster than DALI's CPU operators
+        # (benchmarks/README.md). RandAugment exists only in DALI, so its graph renders the complete view.
         output="normalized" if is_on_gpu or plan.augment is not None else "crops",
     )

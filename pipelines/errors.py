@@ -45,5 +45,9 @@ class EmptyShardError(ShardError):
     """A shard holds no image that could be drawn; a set of shards leaves it out if others hold images."""
 
 
+class ChangedError(OSError):
+    """A remote file has changed since it was opened."""
+
+
 class UndecodableImageError(ValueError):
     """An image file cannot be used; the message is the reason, such as "file is cut off ..."."""

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, require
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, Normalization, require
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 
@@ -25,9 +25,17 @@ class Loader(Protocol):
 
 
 def build_loader(
-    plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+    plan: BatchPlan,
+    shards: ShardSet,
+    config: LoaderConfig,
+    device: torch.device,
+    *,
+    first: int = 0,
+    normalization: Normalization = IMAGENET,
 ) -> Loader:
     """Build a loader that delivers the plan's micro-batches on a device, starting with micro-batch number `first`.
+
+    The views are normalised with the given mean and standard deviation (data.pixel_mean and data.pixel_std).
 
     With runtime.loader=dali and a GPU as the device, the GPU also decodes and renders the images.
 
@@ -44,7 +52,7 @@ def build_loader(
         require(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or RandAugment be left out")
         from iwm_fast.pipelines.torch_loader import TorchLoader
 
-        return TorchLoader(plan, shards, config, device, first=first)
+        return TorchLoader(plan, shards, config, device, first=first, normalization=normalization)
     from iwm_fast.pipelines.dali_loader import DaliLoader
 
-    return DaliLoader(plan, shards, config, device, first=first)
+    return DaliLoader(plan, shards, config, device, first=first, normalization=normalization)

@@ -11,11 +11,11 @@ from torch import Tensor
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
 from iwm_fast.pipelines.bad_samples import BadSampleReplacer, error_as_value
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig
+from iwm_fast.pipelines.config import LoaderConfig, Normalization
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Request
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.geometry import crop_window, source_window
+from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
@@ -25,12 +25,20 @@ class TorchLoader:
     """Renders the micro-batches of a plan in order, in the calling thread; see `Loader`."""
 
     def __init__(
-        self, plan: BatchPlan, shards: ShardSet, config: LoaderConfig, device: torch.device, *, first: int = 0
+        self,
+        plan: BatchPlan,
+        shards: ShardSet,
+        config: LoaderConfig,
+        device: torch.device,
+        *,
+        first: int,
+        normalization: Normalization,
     ) -> None:
         self._plan = plan
         self._shards = shards
         self._views = plan.views
         self._device = device
+        self._normalization = normalization
         self._next_index = first
         self._reader = Reader(shards, num_threads=1)
         self._decode = error_as_value(partial(decode_image, max_pixels=shards.max_pixels))
@@ -50,18 +58,16 @@ class TorchLoader:
 
     def _render(self, request: Request, images: list[UInt8[Tensor, "_ _ 3"]]) -> RenderedViews:
         draws = request.draws
-        window = crop_window(draws.crop, np.array([image.shape[:2] for image in images]))
-        inner = source_window(draws.source_crop, window)
-        target = self._crop(images, window, draws.flip)
+        windows = view_windows(draws, np.array([image.shape[:2] for image in images]))
+        target = self._crop(images, windows.shared, draws.flip)
         # Without views.source_crop and source flips, both views start from the same pixels.
-        source = (
-            self._crop(images, inner, draws.flip ^ draws.source_flip) if self._views.has_source_geometry else target
-        )
+        source = target
+        if self._views.has_source_geometry:
+            source = self._crop(images, windows.source, draws.flip ^ draws.source_flip)
         return RenderedViews(
-            source_view=normalize_view(render(source, draws.source)),
-            target_view=normalize_view(render(target, draws.target)),
-            crop_window=window,
-            source_window=inner,
+            source_view=normalize_view(render(source, draws.source), self._normalization),
+            target_view=normalize_view(render(target, draws.target), self._normalization),
+            windows=windows,
         )
 
     def _crop(

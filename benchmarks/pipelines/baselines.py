@@ -23,9 +23,8 @@ from webdataset.compat import WebDataset
 from benchmarks.harness.interleave import Stream
 from benchmarks.pipelines.dali_baselines import read_graph, run_forever
 from benchmarks.pipelines.streams import Workload, touch_pages
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.storage.shard_set import ShardSet, find_shards
-from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
 STYLES = ("tensors", "Pillow", "tensors, normalised last")
 BLUR_WINDOW = 23
@@ -158,4 +157,4 @@ def decode_pillow(encoded: bytes) -> Image.Image:
 
 
 def _normalize() -> v2.Transform:
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(PIXEL_MEAN, PIXEL_STD)])
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)])

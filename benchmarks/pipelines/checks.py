@@ -14,6 +14,7 @@ from benchmarks.harness.session import WrongResultError
 from benchmarks.pipelines.report import OURS
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 
 MAX_MEAN_DIFFERENCE, MAX_P99_DIFFERENCE = 1.0, 12.0
@@ -58,7 +59,7 @@ def check_views(ours: Batch, twin: Batch) -> dict[str, float]:
 
 
 def _difference(ours: Batch, twin: Batch, name: str) -> np.ndarray:
-    pixels = [denormalize_view(getattr(batch, name)).cpu().numpy().astype(np.int16) for batch in (ours, twin)]
+    pixels = [denormalize_view(getattr(batch, name), IMAGENET).cpu().numpy().astype(np.int16) for batch in (ours, twin)]
     return np.abs(pixels[0] - pixels[1])
 
 

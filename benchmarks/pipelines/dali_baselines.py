@@ -7,15 +7,14 @@
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
 from iwm_fast.pipelines.transforms.dali_graph import (
+    CROP_INPUTS,
     GraphSettings,
-    crop_window_nodes,
-    decode_window,
+    decode_crop,
     input_nodes,
-    resize_to_square,
 )
 
 Feed = Callable[[], tuple[Any, ...]]
@@ -45,26 +44,20 @@ def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) ->
 
 
 def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:
-    """Build the first stages of our graph: "decode" decodes full images, "crop" decodes and resizes the crop window.
+    """Build the first stages of our graph: "decode" decodes full images, "crop" decodes the crop window.
 
-    The inputs are encoded images and, for "crop", crop parameters.
+    The inputs are encoded images and, for "crop", the corners and extents of the windows.
     """
-    inputs = {"encoded": (types.UINT8, 1)} | ({} if stage == "decode" else {"crop": (types.FLOAT, 1)})
     graph = Pipeline(**settings.pipeline_arguments)
     with graph:
-        data = input_nodes(inputs, feed)
         if stage == "decode":
             device = "cpu" if settings.device_id is None else "mixed"
+            data = input_nodes({"encoded": CROP_INPUTS["encoded"]}, feed)
             graph.set_outputs(fn.decoders.image(data["encoded"], device=device))
         else:
-            graph.set_outputs(_crop_nodes(data, settings))
+            graph.set_outputs(decode_crop(input_nodes(CROP_INPUTS, feed), settings))
     graph.build()
     return graph
-
-
-def _crop_nodes(data: dict[str, Any], settings: GraphSettings) -> Any:
-    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    return resize_to_square(decode_window(data["encoded"], window, settings), settings.views.size)
 
 
 def run_forever(graph: Pipeline) -> Generator[Any]:

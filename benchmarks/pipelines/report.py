@@ -7,7 +7,7 @@ from benchmarks.harness.goals import Goal, Metric, goal_table
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import Column, describe, figure, record_table, shape, time
 
-READ, DECODE, CROP, VIEWS = STAGES = ("read", "read, decode", "read, decode crop, resize", "two views")
+READ, DECODE, CROP, VIEWS = STAGES = ("read", "read, decode", "read, decode crop", "two views")
 SAME_VIEWS = "same views"
 """Difference in grey levels between the pixels of our DALI loader and of our PyTorch loader."""
 SWEEP = "two views, decoder sweep"

@@ -21,7 +21,9 @@ from iwm_fast.pipelines.config import Backend, DataConfig, ViewConfig
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
-from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, crop_parameters
+from iwm_fast.pipelines.transforms.geometry import view_windows
+from iwm_fast.pipelines.transforms.image_decoding import dali_input
 from iwm_fast.pipelines.transforms.parameters import draw
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import training_loader
@@ -129,12 +131,19 @@ def stage_stream(workload: Workload, stage: str) -> Stream:
     """Return the reader followed by the first stages of our graph, "decode" or "crop"."""
 
     def start() -> Iterator[Any]:
-        slots = np.arange(workload.batch_size)
         with closing(encoded_batches(workload)) as encoded:
             if stage == "decode":
                 inputs = ((images,) for images in encoded)
             else:
-                inputs = ((images, draw(workload.views, 0, step, slots).crop) for step, images in enumerate(encoded))
+                inputs = (crop_inputs(workload, step, images) for step, images in enumerate(encoded))
             yield from run_forever(build_stage(stage, workload.graph_settings, lambda: next(inputs)))
 
     return Stream(start, lambda outputs: len(outputs[0]), prefetched=READ_AHEAD)
+
+
+def crop_inputs(workload: Workload, step: int, images: list[np.ndarray]) -> tuple[Any, ...]:
+    """Return the inputs of the graph that decodes crops, for the images of a step."""
+    draws = draw(workload.views, 0, step, np.arange(len(images)))
+    prepared = [dali_input(image) for image in images]
+    windows = view_windows(draws, np.array([image.shape for image in prepared]))
+    return [image.encoded for image in prepared], *crop_parameters(windows)

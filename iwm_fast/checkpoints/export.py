@@ -33,10 +33,9 @@ from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, config_to_dict, load_config
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.pipelines.config import ViewConfig, require
+from iwm_fast.pipelines.config import IMAGENET, Normalization, ViewConfig, require
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
 from iwm_fast.pipelines.transforms.action import change_from_action
-from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
 
 FORMAT = 2
 ENCODER, TRAINED_ENCODER, PREDICTOR = "model.safetensors", "trained_encoder.safetensors", "predictor.safetensors"
@@ -60,13 +59,16 @@ _TIMM_HEADLESS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 # Groups of settings that build or explain the networks. The others, data, runtime and output, name paths and machines.
 _EXPORTED_GROUPS = ("seed", "views", "mask", "model", "objective", "optim")
 
+# The settings of data that an export carries, with the values of exports that lack them.
+_NORMALIZATION = {f"pixel_{name}": value for name, value in IMAGENET._asdict().items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
     """The networks of an export folder."""
 
     config: RunConfig
-    """Settings that build the networks; data, runtime and output are defaults."""
+    """Settings that build the networks; runtime, output and data, but for the pixels' statistics, are defaults."""
     step: int
     """Number of optimiser steps of the checkpoint that was exported."""
     encoder_state: dict[str, Tensor]
@@ -91,13 +93,14 @@ def export(config: ExportConfig) -> Path:
     description = describe(saved, run_config)
     # Positions are fixed and therefore not among the trained weights, but timm expects them.
     trained = saved.weights("encoder.") | {"pos_embed": saved.teacher_state["pos_embed"]}
+    timm_description = timm_config(run_config.model.encoder, run_config.views.size, run_config.data.normalization)
     card = model_card(description, read_evaluations(Path(config.run)), _last_metrics(Path(config.run), saved.step))
     writers = {
         # Some libraries refuse safetensors files that do not name their framework.
         ENCODER: lambda path: save_file(saved.teacher_state, path, metadata={"format": "pt"}),
         TRAINED_ENCODER: lambda path: save_file(trained, path, metadata={"format": "pt"}),
         PREDICTOR: lambda path: save_file(saved.weights("predictor."), path, metadata={"format": "pt"}),
-        TIMM_CONFIG: lambda path: write_json(timm_config(run_config.model.encoder, run_config.views.size), path),
+        TIMM_CONFIG: lambda path: write_json(timm_description, path),
         DESCRIPTION: lambda path: write_json(description, path),
         CARD: lambda path: path.write_text(card, encoding="utf-8"),
     }
@@ -116,8 +119,8 @@ def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
         "encoder": {**tree["model"]["encoder"], "file": ENCODER},
         "predictor": {**tree["model"]["predictor"], "file": PREDICTOR} if config.model.predictor.depth else None,
         "action": describe_action_entries(config.views),
-        "pixel_mean": PIXEL_MEAN,
-        "pixel_std": PIXEL_STD,
+        "pixel_mean": config.data.pixel_mean,
+        "pixel_std": config.data.pixel_std,
         "settings": {name: tree[name] for name in _EXPORTED_GROUPS},
         "data": {"num_samples": saved.counters["num_samples"], "content_digest": saved.fingerprint["data.train"]},
         "num_parameters": {name: sum(map(Tensor.numel, state.values())) for name, state in weights.items() if state},
@@ -126,7 +129,7 @@ def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def timm_config(config: EncoderConfig, image_size: int) -> dict[str, Any]:
+def timm_config(config: EncoderConfig, image_size: int, normalization: Normalization) -> dict[str, Any]:
     """Return the content of config.json, with which timm builds the teacher and preprocesses its images."""
     name, patch_sizes = _TIMM_SIZES.get((config.dim, config.num_heads, config.depth), ("", ()))
     is_named = config.patch_size in patch_sizes
@@ -154,8 +157,8 @@ def timm_config(config: EncoderConfig, image_size: int) -> dict[str, Any]:
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "center",
-            "mean": PIXEL_MEAN,
-            "std": PIXEL_STD,
+            "mean": normalization.mean,
+            "std": normalization.std,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -225,7 +228,9 @@ def _read_networks(folder: Path, description_path: Path, encoder_path: Path) -> 
     description = read_json(description_path, ("predictor", "settings", "step"))
     with naming_file(description_path):
         require(isinstance(description["step"], int), "step", description["step"], "be an integer")
-        config = build(RunConfig, description["settings"])
+        # The folder has no other settings of data: they name paths.
+        data = {name: description.get(name, default) for name, default in _NORMALIZATION.items()}
+        config = build(RunConfig, {**description["settings"], "data": data})
     encoder_state, predictor_state = read_tensors(encoder_path), {}
     if description["predictor"] is not None:
         require_undamaged(folder, (PREDICTOR,))

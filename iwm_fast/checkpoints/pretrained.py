@@ -146,6 +146,10 @@ def _read_folder(path: Path, config: RunConfig, student: Student) -> PretrainedW
     encoder = {name: value for name, value in encoder.items() if name != _POSITIONS}
     mismatch = _predictor_mismatch(source_config, config, predictor, student)
     remarks = (f"the encoder starts with the teacher of {path}, step {step}",)
+    if source_config.data.normalization != config.data.normalization:
+        mean, std = source_config.data.normalization
+        text = f"its images were normalised with data.pixel_mean={list(mean)} data.pixel_std={list(std)}"
+        remarks = (*remarks, f"{text}: features differ until training has adapted")
     if config.model.predictor.depth > 0:
         initialised_by = f"its random initialisation, because {mismatch}" if mismatch else "the source's predictor"
         remarks = (*remarks, f"the predictor starts with {initialised_by}")

@@ -37,16 +37,16 @@ def check_shards(spec: str, config: CheckShardsConfig = CHECK_DEFAULTS, num_proc
     # Runs leave shards without an image out, unless there are no others.
     if not all(report.holds_no_image for report in reports):
         refusals = [report.refusal for report in reports if report.refusal and not report.holds_no_image]
-    _print_lines(console, bad)
+    print_lines(console, bad)
     if bad:
         console.print("These samples are left out of the indexes and will not be drawn until their shard changes.")
-    _print_lines(console, _warnings(reports))
+    print_lines(console, _warnings(reports))
     if refusals:
         lines = "\n".join(refusals[:_MAX_LINES])
         raise ValueError(f"{len(refusals)} of {len(paths)} shards cannot be used:\n{lines}")
 
 
-def _print_lines(console: Console, lines: list[str]) -> None:
+def print_lines(console: Console, lines: list[str]) -> None:
     """Print at most `_MAX_LINES` lines and the number of the rest."""
     for line in lines[:_MAX_LINES]:
         # Paths and keys may contain brackets, which rich would read as markup. Soft wrapping keeps paths copyable.

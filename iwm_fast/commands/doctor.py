@@ -136,7 +136,8 @@ def check_dali(subject: Subject) -> Result:
         shards = open_shards(folder)
         for runtime, place in ((subject.config.runtime, device), (RuntimeConfig(loader="torch"), torch.device("cpu"))):
             with closing(_loader(subject.config, runtime, shards, place)) as loader:
-                views.append(denormalize_view(next(loader).source_view).cpu().int())
+                view = denormalize_view(next(loader).source_view, subject.config.data.normalization)
+                views.append(view.cpu().int())
     difference = (views[0] - views[1]).abs().numpy()
     mean, p98 = float(difference.mean()), float(np.quantile(difference, 0.98))
     text = f"JPEGs rendered on {device.type} differ from the torch loader's by {mean:.2f} grey levels on average"

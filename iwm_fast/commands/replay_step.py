@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from iwm_fast.config.commands import ReplayConfig
 from iwm_fast.config.loading import load_run_config
@@ -17,7 +18,7 @@ from iwm_fast.pipelines.action_log.files import ActionLogError, describe_steps, 
 from iwm_fast.pipelines.action_log.replay import ReplayPlan
 from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_metadata
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig, LoaderConfig, require
+from iwm_fast.pipelines.config import IMAGENET, DataConfig, LoaderConfig, require
 from iwm_fast.pipelines.errors import printable, to_valid_unicode
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -139,6 +140,11 @@ def _require_equal_to_log(batch: Batch, rows: pa.Table) -> None:
             )
 
 
+def _pixels(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the pixels of both views, which do not depend on what they are normalised with in between."""
+    return denormalize_view(batch.source_view, IMAGENET), denormalize_view(batch.target_view, IMAGENET)
+
+
 def _save_picture(path: Path, batches: Iterable[Batch], metadata: LogMetadata, title: str) -> None:
     columns = [column for batch in batches for column in _columns(batch, metadata)]
     save_image_grid(path, ("source view", "target view"), list(zip(*columns, strict=True)), title)
@@ -146,8 +152,7 @@ def _save_picture(path: Path, batches: Iterable[Batch], metadata: LogMetadata, t
 
 def _columns(batch: Batch, metadata: LogMetadata) -> Iterator[tuple[Panel, Panel]]:
     """Yield the source view and the target view of each image, with slot, key and action as captions."""
-    views = (denormalize_view(batch.source_view), denormalize_view(batch.target_view))
-    sources, targets, actions = (values.cpu().numpy() for values in (*views, batch.action))
+    sources, targets, actions = (values.cpu().numpy() for values in (*_pixels(batch), batch.action))
     for image, key in enumerate(batch.key):
         sample, scheduled = int(batch.sample[image]), int(batch.scheduled_sample[image])
         replacement = f", replaces sample {scheduled}" if scheduled != sample else ""
@@ -159,8 +164,7 @@ def _columns(batch: Batch, metadata: LogMetadata) -> Iterator[tuple[Panel, Panel
 def _save_tensors(path: Path, batches: Iterable[Batch], metadata: LogMetadata, title: str) -> None:
     parts = [
         {
-            "source_view": denormalize_view(batch.source_view).cpu(),
-            "target_view": denormalize_view(batch.target_view).cpu(),
+            **dict(zip(("source_view", "target_view"), (view.cpu() for view in _pixels(batch)), strict=True)),
             "action": batch.action.cpu(),
             "slot": batch.slot,
             "sample": batch.sample,

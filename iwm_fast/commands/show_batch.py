@@ -43,10 +43,8 @@ def show_batch(config: RunConfig) -> Path:
 
 def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
     """Return four panels for each of the first images of a batch."""
-    sources, targets = (
-        denormalize_view(batch.source_view).cpu().numpy(),
-        denormalize_view(batch.target_view).cpu().numpy(),
-    )
+    views = (batch.source_view, batch.target_view)
+    sources, targets = (denormalize_view(view, config.data.normalization).cpu().numpy() for view in views)
     columns = []
     for image in range(min(_MAX_IMAGES, len(batch.key))):
         context = _patch_mask(batch.context, image, config.grid)

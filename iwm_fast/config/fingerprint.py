@@ -7,7 +7,7 @@ from typing import Any
 
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig
-from iwm_fast.pipelines.config import MAX_PIXELS
+from iwm_fast.pipelines.config import IMAGENET, MAX_PIXELS
 
 FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "optim")
 # Names and prefixes of the entries that determine which samples are drawn, and not the networks.
@@ -47,6 +47,8 @@ def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: in
     flat["init_from"] = config.init_from or None
     flat["data.image"] = config.data.image or None
     flat["data.max_pixels"] = None if config.data.max_pixels == MAX_PIXELS else config.data.max_pixels
+    for name, default in (("data.pixel_mean", IMAGENET.mean), ("data.pixel_std", IMAGENET.std)):
+        flat[name] = None if tuple(flat[name]) == default else flat[name]
     if images_per_forward and any(config.objective.vicreg_weights(is_identity=config.model.predictor.depth == 0)):
         flat[IMAGES_PER_FORWARD] = images_per_forward
     return flat

@@ -265,7 +265,8 @@ def clean_images(
 ) -> Iterator[tuple[UInt8[Tensor, "H W 3"], int]]:
     """Yield the pixels and the sample number of each sample once, in order, without any photometric change."""
     for batch in evaluation_batches(model, shards, samples):
-        yield from zip(denormalize_view(batch.source_view), batch.sample.tolist(), strict=True)
+        pixels = denormalize_view(batch.source_view, model.config.data.normalization)
+        yield from zip(pixels, batch.sample.tolist(), strict=True)
 
 
 def compute_sharded(

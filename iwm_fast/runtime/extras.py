@@ -11,6 +11,7 @@ EXTRAS = {
     "webdataset": (_TRAIN,),
     "pyarrow": (_TRAIN, _EVAL),
     "braceexpand": (_TRAIN, _EVAL),
+    "urllib3": (_TRAIN, _EVAL),
     "matplotlib": (_EVAL,),
     "scipy": (_EVAL,),
     "skimage": (_DEMO,),

@@ -117,7 +117,14 @@ def training_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, start),
     )
-    return build_loader(plan, shards, loader_config(config.runtime), rank_info.device, first=first_step * accumulation)
+    return build_loader(
+        plan,
+        shards,
+        loader_config(config.runtime),
+        rank_info.device,
+        first=first_step * accumulation,
+        normalization=config.data.normalization,
+    )
 
 
 def finetune_loader(
@@ -135,7 +142,14 @@ def finetune_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, BEGINNING),
     )
-    return build_loader(plan, shards, loader_config(config.runtime), rank_info.device, first=first_step * accumulation)
+    return build_loader(
+        plan,
+        shards,
+        loader_config(config.runtime),
+        rank_info.device,
+        first=first_step * accumulation,
+        normalization=config.data.normalization,
+    )
 
 
 def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> SampleStream:
@@ -192,4 +206,4 @@ def evaluation_loader(
     runtime = config.runtime
     if leaves_out_bad_samples:
         runtime = replace(runtime, max_bad_samples=float(shards.num_samples))
-    return build_loader(plan, shards, loader_config(runtime), device)
+    return build_loader(plan, shards, loader_config(runtime), device, normalization=config.data.normalization)

@@ -119,6 +119,28 @@ def decode_mask(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarra
         return np.array(image)
 
 
+def decode_mask_of_size(
+    encoded: bytes, image_size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "H W"]:
+    """Decode the segmentation map of an image whose width and height, turned upright, are given.
+
+    Raises:
+        NoMaskError: if it is an image of another kind, which does not make the sample bad.
+        UndecodableImageError: with the reason, if it cannot be decoded or has another size than its image.
+    """
+    try:
+        mask = decode_mask(encoded, max_pixels)
+    except NoMaskError:
+        raise
+    # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
+        reason = f"segmentation map cannot be decoded: {error or type(error).__name__}"
+        raise UndecodableImageError(reason) from error
+    if mask.shape[::-1] != image_size:
+        raise UndecodableImageError(describe_sizes(mask, image_size))
+    return mask
+
+
 def describe_sizes(mask: UInt8[np.ndarray, "H W"], image_size: tuple[int, int]) -> str:
     """Return the sizes of a map and its image, for the error that they differ."""
     mask_size = f"{mask.shape[1]} x {mask.shape[0]}"

@@ -6,8 +6,10 @@ the disk name the file and the remedy.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -16,6 +18,8 @@ from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -156,6 +160,27 @@ def _write_folder(folder: Path, writers: dict[str, Callable[[Path], None]]) -> N
     force_to_disk(folder.parent)
     if is_first:
         force_to_disk(folder.parent.parent)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a folder while the `with` block runs.
+
+    Raises:
+        FileExistsError: if another process has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is writing to {folder}; wait for it to end") from None
+        # Some network file systems cannot lock folders.
+        except OSError as error:
+            log.warning("%s cannot be locked (%s); do not write into it twice at a time", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:

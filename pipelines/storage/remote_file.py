@@ -1,8 +1,8 @@
 """Files at addresses like s3://bucket/folder/name.tar: one client per bucket, and requests with retries.
 
 Credentials and the location of the store come only from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
-AWS_ENDPOINT_URL, AWS_CA_BUNDLE; GOOGLE_APPLICATION_CREDENTIALS), because addresses end up in logs and saved settings.
-Addresses are literal: %20 is not decoded to a space, and # and * are ordinary characters.
+AWS_ENDPOINT_URL, AWS_CA_BUNDLE; GOOGLE_APPLICATION_CREDENTIALS; HF_TOKEN, HF_ENDPOINT), because addresses end up in
+logs and saved settings. Addresses are literal: # is an ordinary character, and %20 is decoded to a space only in https://.
 """
 
 import logging
@@ -18,7 +18,12 @@ from typing import NamedTuple, TypeVar
 import pyarrow
 from pyarrow import fs
 
-SCHEMES = ("s3", "gs", "file")
+from iwm_fast.pipelines.errors import ChangedError
+from iwm_fast.pipelines.storage.http_file import HttpFile
+from iwm_fast.pipelines.storage.hub import hub_address, hub_file_info, list_hub_files
+
+SCHEMES = ("s3", "gs", "https", "http", "hf", "file")
+_HTTP = ("https", "http")
 
 # Requests are repeated only in this file. The retries of the clients are switched off, or attempts would multiply.
 # A restarting store is away for seconds, and an overloaded one needs longer pauses each time: waits of up to 1, 2, 4
@@ -27,14 +32,27 @@ NUM_ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 # No attempt starts later than this: Google's client takes 120 s to notice a stall, and pyarrow cannot configure that.
 RETRY_DEADLINE_S = 150
-CONNECT_TIMEOUT_S = 5
+CONNECT_TIMEOUT_S = 5.0
 # Without a byte for this long, a request has stalled. Busy stores take seconds until the first byte.
-REQUEST_TIMEOUT_S = 10
+REQUEST_TIMEOUT_S = 10.0
 # An S3 client holds as many connections as pyarrow has I/O threads at its creation. The default of 25 would limit the
 # number of concurrent reads.
 MAX_CONNECTIONS = 256
 
-_ADDRESS_REMEDY = "correct the address, or AWS_ENDPOINT_URL, which names the store (unset: Amazon's)"
+_AWS_ADDRESS = "correct the address, or AWS_ENDPOINT_URL, which names the store (unset: Amazon's)"
+_AWS_ACCESS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS"
+_HUB_ACCESS = "log in with `hf auth login` or set HF_TOKEN, and accept the data set's conditions on its page"
+_HTTP_ADDRESS, _HTTP_ACCESS = "correct the address", "use an address that needs no login, or download the shards"
+# What to do about an address that does not exist, and about refused access.
+_REMEDIES = {
+    "hf": (f"correct user, name, revision or path; if the repository is private, {_HUB_ACCESS}", _HUB_ACCESS),
+    **dict.fromkeys(_HTTP, (_HTTP_ADDRESS, _HTTP_ACCESS)),
+}
+_OTHER_SCHEMES = {
+    "pipe": "a command's output cannot be read by offsets: name the address itself",
+    "gcs": "write gs://",
+    "az": "serve the container at an https:// address, or mount it",
+}
 # pyarrow reports the reason of a failure only as text: the AWS SDK's, or the status of Google's client.
 _DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|UNRECOGNIZED_CLIENT"
@@ -57,10 +75,6 @@ _jitter = random.SystemRandom()
 log = logging.getLogger(__name__)
 
 
-class ChangedError(OSError):
-    """A remote file has changed since it was opened."""
-
-
 class RemoteFile:
     """A remote file open for positioned reads; safe to share between threads."""
 
@@ -68,13 +82,14 @@ class RemoteFile:
         """Open the file, which requests its size from the store.
 
         Raises:
-            ValueError: if the address is malformed or contains credentials.
+            ValueError: if the address is malformed or contains credentials, or its server cannot send ranges.
             FileNotFoundError: if the file or its bucket does not exist.
             PermissionError: if the store refuses access.
             OSError: if the store still fails after several attempts.
         """
         self.uri = uri
-        self._file, self.size_bytes = _with_retries(uri, "opening", lambda: _open(uri))
+        self._file = _with_retries(uri, "opening", lambda: _open(uri))
+        self.size_bytes: int = self._file.size_bytes
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, fewer only at the end of the file.
@@ -89,9 +104,27 @@ class RemoteFile:
         # HTTP cannot express an empty range, and the check below needs a last byte.
         if size == 0:
             return b""
-        return _with_retries(self.uri, f"reading {size} bytes at byte {offset}", lambda: self._read_once(offset, size))
+        return _with_retries(self.uri, f"reading {size} bytes at byte {offset}", lambda: self._file.read(offset, size))
 
-    def _read_once(self, offset: int, size: int) -> bytes:
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+
+class _StoreFile:
+    """A file that pyarrow reads, with the methods of `HttpFile`."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._file: pyarrow.NativeFile = _client_of(uri).open_input_file(_parse_uri(uri).path)
+        try:
+            self.size_bytes: int = int(self._file.size())
+        except ValueError as error:
+            # If the first connection of Google's client fails, pyarrow raises a ValueError about a closed file.
+            raise OSError(str(error)) from error
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`; see `HttpFile.read`."""
         content = bytearray(size)
         for sentinel in _SENTINELS:
             content[-1] = sentinel
@@ -100,14 +133,31 @@ class RemoteFile:
             if num_read == size and content[-1] != sentinel:
                 return bytes(content)
         # Either the file has become shorter, or the connection ended too early, which a retry may mend.
-        current_size = _get_info(self.uri).size
+        current_size = _get_info(self._uri).size
         if current_size != self.size_bytes:
-            raise ChangedError(f"{self.uri} had {self.size_bytes} bytes when it was opened and now has {current_size}")
+            raise ChangedError(f"{self._uri} had {self.size_bytes} bytes when it was opened and now has {current_size}")
         raise OSError(f"the store returned fewer than {size} bytes at byte {offset}")
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
+
+
+def _open(uri: str) -> _StoreFile | HttpFile:
+    scheme = _parse_uri(uri).scheme
+    if scheme == "hf":
+        return _open_http(*hub_address(uri))
+    return _open_http(uri, {}) if scheme in _HTTP else _StoreFile(uri)
+
+
+def _open_http(address: str, headers: dict[str, str]) -> HttpFile:
+    return HttpFile(
+        address,
+        headers=headers,
+        connect_timeout_s=CONNECT_TIMEOUT_S,
+        read_timeout_s=REQUEST_TIMEOUT_S,
+        num_connections=MAX_CONNECTIONS,
+    )
 
 
 def file_info(uri: str) -> fs.FileInfo:
@@ -122,7 +172,8 @@ def file_info(uri: str) -> fs.FileInfo:
     info = _with_retries(uri, "looking it up", lambda: _get_info(uri))
     if info.type == fs.FileType.NotFound:
         address = _parse_uri(uri)
-        _require_bucket(address.scheme, address.bucket)
+        if address.scheme in ("s3", "gs"):
+            _require_bucket(address.scheme, address.bucket)
     return info
 
 
@@ -135,9 +186,17 @@ def list_files(uri: str) -> list[str]:
         PermissionError: if the store refuses access.
         OSError: if the store still fails after several attempts.
     """
-    selector = fs.FileSelector(_parse_uri(uri).path)
-    entries = _with_retries(uri, "listing", lambda: _client_of(uri).get_file_info(selector))
-    return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.File)
+    return sorted(_with_retries(uri, "listing", lambda: _list(uri)))
+
+
+def _list(uri: str) -> list[str]:
+    address = _parse_uri(uri)
+    if address.scheme in _HTTP:
+        raise ValueError(f"the files at {uri} cannot be listed; name them, for example with braces as in {{000..099}}")
+    if address.scheme == "hf":
+        return list_hub_files(uri)
+    entries = _client_of(uri).get_file_info(fs.FileSelector(address.path))
+    return [entry.base_name for entry in entries if entry.type == fs.FileType.File]
 
 
 class _Address(NamedTuple):
@@ -156,12 +215,15 @@ def _parse_uri(uri: str) -> _Address:
     """
     scheme, _, rest = uri.partition("://")
     if scheme not in SCHEMES:
-        raise ValueError(
-            f"a remote address must begin with one of {', '.join(f'{name}://' for name in SCHEMES)}, got {scheme}://"
-        )
+        accepted = ", ".join(f"{name}://" for name in SCHEMES)
+        hint = next((f"; {text}" for name, text in _OTHER_SCHEMES.items() if scheme.startswith(name)), "")
+        # What follows may contain credentials.
+        raise ValueError(f"a remote address must begin with one of {accepted}, got {scheme.partition(':')[0]}:{hint}")
     # A bucket name has no "@" or ":", which precede or separate credentials.
     bucket = rest.partition("/")[0]
-    is_named = bool(rest.startswith("/") if scheme == "file" else re.fullmatch(r"[\w.-]+", bucket))
+    # A server may have a port, such as 127.0.0.1:8000.
+    name = r"[\w.-]+(:\d+)?" if scheme in _HTTP else r"[\w.-]+"
+    is_named = bool(rest.startswith("/") if scheme == "file" else re.fullmatch(name, bucket))
     if not is_named or "?" in rest:
         # The message ends up in logs: it names neither what precedes "@" nor what follows ":" or "?".
         without_credentials = re.split("[?:]", rest.rpartition("@")[2])[0]
@@ -201,26 +263,32 @@ def _client_of(uri: str) -> fs.FileSystem:
     return _client(address.scheme, address.bucket)
 
 
-def _open(uri: str) -> tuple[pyarrow.NativeFile, int]:
-    file = _client_of(uri).open_input_file(_parse_uri(uri).path)
-    try:
-        return file, int(file.size())
-    except ValueError as error:
-        # If the first connection of Google's client fails, pyarrow raises a ValueError about a closed file.
-        raise OSError(str(error)) from error
-
-
 def _get_info(uri: str) -> fs.FileInfo:
+    scheme = _parse_uri(uri).scheme
+    if scheme == "hf":
+        return hub_file_info(uri)
+    if scheme in _HTTP:
+        return _get_http_info(uri)
     return _client_of(uri).get_file_info(_parse_uri(uri).path)
+
+
+def _get_http_info(uri: str) -> fs.FileInfo:
+    if "*" in uri or uri.endswith("/"):
+        # Raises an error about listing.
+        _list(uri)
+    try:
+        info = _open_http(uri, {}).info
+    except OSError as error:
+        if _MISSING.search(str(error)):
+            return fs.FileInfo(uri, fs.FileType.NotFound)
+        raise
+    return fs.FileInfo(uri, fs.FileType.File, size=info.size_bytes, mtime_ns=info.changed_ns)
 
 
 # Cached, so that many missing files in a bucket cost a single request for it.
 @lru_cache(maxsize=64)
 def _require_bucket(scheme: str, bucket: str) -> None:
     """Raise FileNotFoundError if a bucket does not exist, which stores report like a missing file."""
-    # An address of file:// has no bucket.
-    if not bucket:
-        return
     uri = f"{scheme}://{bucket}"
     try:
         info = _with_retries(uri, "looking up the bucket", lambda: _get_info(uri))
@@ -228,7 +296,7 @@ def _require_bucket(scheme: str, bucket: str) -> None:
         # Permission to read a file does not include permission to query its bucket.
         return
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"bucket {uri} does not exist; {_ADDRESS_REMEDY}")
+        raise FileNotFoundError(f"bucket {uri} does not exist; {_AWS_ADDRESS}")
 
 
 def _with_retries(uri: str, operation: str, request: Callable[[], _Result]) -> _Result:
@@ -256,11 +324,11 @@ def _with_retries(uri: str, operation: str, request: Callable[[], _Result]) -> _
 def _permanent_error(uri: str, error: OSError) -> OSError | None:
     """Return the error to raise if another attempt would fail as well, None if it may succeed."""
     text = str(error)
+    address_remedy, access_remedy = _REMEDIES.get(uri.partition("://")[0], (_AWS_ADDRESS, _AWS_ACCESS))
     if isinstance(error, PermissionError) or _DENIED.search(text):
-        remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS"
-        return PermissionError(f"{uri}: the store refuses access ({text}); {remedy}")
+        return PermissionError(f"{uri}: the store refuses access ({text}); {access_remedy}")
     if isinstance(error, FileNotFoundError) or _MISSING.search(text):
-        return FileNotFoundError(f"{uri} does not exist or was replaced during the read ({text}); {_ADDRESS_REMEDY}")
+        return FileNotFoundError(f"{uri} does not exist or was replaced during the read ({text}); {address_remedy}")
     if _TRUNCATED.search(text):
         return ChangedError(f"{uri} is shorter than when it was opened ({text})")
     return OSError(f"{uri}: {text}") if _REFUSED.search(text) else None

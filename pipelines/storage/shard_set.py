@@ -1,5 +1,6 @@
 """Find shards and number their samples as one set."""
 
+import fnmatch
 import glob
 import hashlib
 import logging
@@ -175,7 +176,8 @@ def find_shards(spec: str) -> list[str]:
     """Return the paths of the shards that a pattern names, in the order of the pattern.
 
     `spec` is one or several names joined by "::". A name is a file, a folder (all its .tar files, sorted), or a remote
-    address such as s3://bucket/folder. Braces such as {000..127} expand everywhere, * and ? only in local paths.
+    address such as s3://bucket/folder. Braces such as {000..127} expand everywhere. * and ? are wildcards in local
+    paths, and * in the last part of a remote address whose store can list files.
 
     Raises:
         ValueError: if the pattern is empty, malformed, or names a file twice.
@@ -232,7 +234,8 @@ def _expand(pattern: str) -> list[str]:
 
 def _list_shards(name: str) -> list[str]:
     """Return the shards of an expanded name, none if it does not exist."""
-    if "://" in name:
+    # Commands, as the webdataset library accepts them, are refused with the remedy.
+    if "://" in name or name.startswith("pipe:"):
         return _list_remote(name)
     if os.path.isdir(name):
         # Hidden files are not shards: macOS adds a file ._NAME.tar to each NAME.tar on foreign file systems.
@@ -246,6 +249,11 @@ def _list_shards(name: str) -> list[str]:
 
 def _list_remote(uri: str) -> list[str]:
     kind = file_info(uri).type
+    folder, _, name = uri.rpartition("/")
+    if kind == FileType.NotFound and "*" in name:
+        # Only * is a wildcard. Brackets are escaped, and ? would begin options, which are refused.
+        matching = fnmatch.filter(list_files(folder), name.replace("[", "[[]"))
+        return [f"{folder}/{entry}" for entry in matching if not entry.startswith(".")]
     if kind != FileType.Directory:
         return [uri] if kind == FileType.File else []
     inside = (entry for entry in list_files(uri) if entry.endswith(".tar") and not entry.startswith("."))

@@ -4,30 +4,39 @@ The shards are written into a temporary folder that is renamed at the end, so th
 absent. The same images and seed give the same bytes every time.
 """
 
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.writer import ShardWriter
 
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS, PACK_DEFAULTS, PackConfig
 from iwm_fast.pipelines.counter_rng import random_bits
-from iwm_fast.pipelines.errors import printable, to_valid_unicode
+from iwm_fast.pipelines.errors import UndecodableImageError, printable, to_valid_unicode
+from iwm_fast.pipelines.image_header import probe
+from iwm_fast.pipelines.storage.atomic import lock_folder
 from iwm_fast.pipelines.storage.image_folder import ImageFolders, is_hidden, is_image_name, refuse_image
+from iwm_fast.pipelines.storage.shard import index_shard
+from iwm_fast.pipelines.transforms.smaller_images import shrink_if_larger
 
 log = logging.getLogger(__name__)
 
 _MAX_LISTED = 20
+# A process needs about two seconds to start.
+_MIN_PATHS_PER_PROCESS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class _Image(NamedTuple):
 
 
 def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAULTS, seed: int = 0) -> list[PackedSet]:
-    """Pack an image folder into shards; the bytes of the image files do not change.
+    """Pack an image folder into shards; the bytes of the image files change only if `config.shorter` is set.
 
     With one subfolder per class, labels are 0 .. K-1 in the order of the subfolders' names, which are written to
     `classes.json`. Images in the folder itself get no label. `.json` members hold file name and class. Images are
@@ -79,18 +88,19 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
         for name, images in sets.items():
             folder = staging / name
             folder.mkdir(exist_ok=True)
-            write_shards(folder / "shard", _samples(source, images, classes, seed), config.samples_per_shard)
+            samples = _samples(source, _in_pack_order(images, seed), classes, config)
+            write_shards(folder / "shard", samples, config.samples_per_shard)
             if classes:
                 (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
-    return [
-        PackedSet(
-            folder=destination / name,
-            shards=tuple(sorted((destination / name).glob("shard-*.tar"))),
-            num_images=len(images),
-            num_classes=len({image.label for image in images}) if classes else 0,
-        )
-        for name, images in sets.items()
-    ]
+    return [_describe(destination / name) for name in sets]
+
+
+def _describe(folder: Path) -> PackedSet:
+    """Return what was packed into a folder."""
+    paths = tuple(sorted(folder.glob("shard-*.tar")))
+    labels = np.concatenate([index_shard(str(path)).label for path in paths])
+    num_classes = len(np.unique(labels[labels >= 0]))
+    return PackedSet(folder=folder, shards=paths, num_images=len(labels), num_classes=num_classes)
 
 
 def _check_destination(source: Path, destination: Path) -> None:
@@ -222,15 +232,61 @@ def _split(images: list[_Image], val_share: float, seed: int) -> tuple[list[_Ima
     return train, val
 
 
-def _samples(source: Path, images: list[_Image], classes: list[str], seed: int) -> Iterator[dict[str, str | bytes]]:
-    """Yield the samples of a set in the order in which they are written."""
+def _in_pack_order(images: list[_Image], seed: int) -> list[_Image]:
     # Sorting random keys gives a permutation that depends only on the seed and the number of images.
     order = np.argsort(random_bits(seed, "pack order", np.arange(len(images))), kind="stable")
-    for number, (label, path) in enumerate(images[index] for index in order):
+    return [images[index] for index in order]
+
+
+def _samples(
+    source: Path, images: list[_Image], classes: list[str], config: PackConfig
+) -> Iterator[dict[str, str | bytes]]:
+    """Yield the samples of a set in the order in which they are written."""
+    read, paths = partial(_read_image, config=config), [image.path for image in images]
+    # Reading a file takes less time than handing its content to another process.
+    contents = _map_in_processes(read, paths) if config.shorter else map(read, paths)
+    for number, ((label, path), content) in enumerate(zip(images, contents, strict=True)):
+        if isinstance(content, UndecodableImageError):
+            problem = printable(f"{path} {content}")
+            if not config.leave_out_bad:
+                raise ValueError(f"{problem}; remove or replace it, or set leave_out_bad=true to pack the others")
+            log.warning("%s; it is left out", problem)
+            continue
         metadata = {"file": path.relative_to(source).as_posix()} | ({"class": classes[label]} if classes else {})
         metadata = {name: to_valid_unicode(text) for name, text in metadata.items()}
         key = f"{number:08d}_{_sanitize(path.stem)}"
-        yield make_sample(key, label if classes else None, metadata, {path.suffix[1:].lower(): path.read_bytes()})
+        yield make_sample(key, label if classes else None, metadata, content)
+
+
+def _read_image(path: Path, config: PackConfig) -> dict[str, bytes] | UndecodableImageError:
+    """Return a file's content, in a smaller size if that is set, by extension; the reason if it cannot be decoded."""
+    content, extension = path.read_bytes(), path.suffix[1:].lower()
+    if config.shorter is None:
+        return {extension: content}
+    try:
+        header = probe(content, config.max_pixels)
+        smaller = shrink_if_larger(content, header, config.shorter, config.jpeg_quality)
+    except UndecodableImageError as error:
+        return error
+    return {extension: content} if smaller is None else {"jpg": smaller}
+
+
+def _map_in_processes(function: Callable[[Path], Any], paths: list[Path]) -> Iterator[Any]:
+    """Yield the result of the function for each path, in order; there is one process per core."""
+    num_processes = min(len(os.sched_getaffinity(0)), len(paths) // _MIN_PATHS_PER_PROCESS)
+    if num_processes < 2:
+        yield from map(function, paths)
+        return
+    pending: deque[Future[Any]] = deque()
+    # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        for path in paths:
+            pending.append(pool.submit(function, path))
+            # Enough that no process waits for a slow image of another one.
+            if len(pending) > 16 * num_processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _class_names(source: Path, classes_path: str) -> list[str]:
@@ -326,15 +382,7 @@ def _draft_folder(path: Path) -> Iterator[Path]:
         FileExistsError: if another process is using it.
     """
     path.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process is writing to {path}; wait for it to end") from None
-        # Some network file systems cannot lock folders.
-        except OSError as error:
-            log.warning("%s cannot be locked (%s); do not pack into it twice at a time", path, error.strerror)
+    with lock_folder(path):
         try:
             # What a process that was killed has left.
             for leftover in path.iterdir():
@@ -342,5 +390,3 @@ def _draft_folder(path: Path) -> Iterator[Path]:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)

@@ -1,66 +1,74 @@
-"""Photometric transformations and normalisation on a CPU, used after a DALI graph that ends at the crops.
+"""Resizing, photometric transformations and normalisation on a CPU, after a DALI graph that ends at the decoded crops.
 
-Equal to `torch_renderer.render` followed by `normalization.normalize_view`, except for rounding. It processes one image
-at a time in float32 planes, so that the image stays in the processor's cache. DALI's CPU operators, which work on
-single values, take twice as long (benchmarks/README.md). On a GPU the DALI graph performs these operations itself.
+The result is that of `torch_renderer` and `normalization.normalize_view`, except for rounding: resizing in 8 bits gives
+at most one grey level more or less, and the photometric transformations are not rounded to levels in between.
+One image after the other is processed by a thread in memory that it uses again, so that the pixels stay in its cache.
+DALI's CPU operators for the same take four times as long (benchmarks/README.md). On a GPU the DALI graph does this.
 """
 
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.pipelines.transforms.normalization import normalization
+from iwm_fast.pipelines.config import Normalization, ViewConfig
+from iwm_fast.pipelines.transforms.geometry import Windows
+from iwm_fast.pipelines.transforms.normalization import scale_and_shift
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 
-class CpuPhotometry:
-    """Renders two normalised views from crops, in `num_threads` threads."""
+class CpuRenderer:
+    """Renders two normalised views from decoded crops, in `num_threads` threads."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, views: ViewConfig, num_threads: int, normalization: Normalization) -> None:
+        self._size = views.size
+        self._has_source_geometry = views.has_source_geometry
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
+        self._normalization = normalization
         self._memory = RecycledMemory()
         self._thread_local = threading.local()
 
     def views(
-        self, source_crop: UInt8[Tensor, "B S S 3"], target_crop: UInt8[Tensor, "B S S 3"], draws: Draws
+        self, crops: Sequence[UInt8[Tensor, "_ _ 3"]], windows: Windows, draws: Draws
     ) -> tuple[Float32[Tensor, "B 3 S S"], Float32[Tensor, "B 3 S S"]]:
-        """Return source and target view; pass the same tensor twice if both are rendered from the same crop."""
-        batch, height, width, _ = target_crop.shape
-        jobs = [
-            (_ViewParameters(draws.source), source_crop, self._memory.take((batch, 3, height, width))),
-            (_ViewParameters(draws.target), target_crop, self._memory.take((batch, 3, height, width))),
-        ]
+        """Return source and target view; `crops` has the pixels of the shared crops in their own sizes."""
+        shape = (len(crops), 3, self._size, self._size)
+        source = _View(draws.source, draws.flip ^ draws.source_flip, self._normalization, self._memory.take(shape))
+        target = _View(draws.target, draws.flip, self._normalization, self._memory.take(shape))
+        # The region of the source view in the shared crop.
+        regions = np.concatenate([windows.source[:, :2] - windows.shared[:, :2], windows.source[:, 2:]], axis=1)
+        regions = regions.astype(int).tolist()
 
         def render(first: int) -> None:
-            scratch = self._scratch(height * width)
-            for image in range(first, batch, self._num_threads):
-                # Both views of an image are rendered together, since a shared crop then has to be converted only once.
-                loaded = None
-                for parameters, crop, views in jobs:
-                    if crop is not loaded:
-                        scratch.load(crop[image])
-                        loaded = crop
-                    scratch.render(parameters, image, views[image])
+            scratch = self._scratch()
+            for image in range(first, len(crops), self._num_threads):
+                crop = crops[image]
+                scratch.load(crop, is_flipped=target.is_flipped[image])
+                scratch.render(target, image)
+                if self._has_source_geometry:
+                    top, left, height, width = regions[image]
+                    region = crop[top : top + height, left : left + width]
+                    scratch.load(region, is_flipped=source.is_flipped[image])
+                scratch.render(source, image)
 
         # Consuming the results waits for all threads and raises their errors.
         for _ in self._pool.map(render, range(self._num_threads)):
             pass
-        (_, _, source_view), (_, _, target_view) = jobs
-        return source_view, target_view
+        return source.pixels, target.pixels
 
-    def _scratch(self, num_pixels: int) -> "_Scratch":
+    def _scratch(self) -> "_Scratch":
         """Return the calling thread's scratch memory."""
         scratch = getattr(self._thread_local, "scratch", None)
-        if scratch is None or scratch.num_pixels != num_pixels:
-            scratch = self._thread_local.scratch = _Scratch(num_pixels)
+        if scratch is None:
+            scratch = self._thread_local.scratch = _Scratch(self._size, self._normalization)
         return scratch
 
     def close(self) -> None:
@@ -74,7 +82,7 @@ def _single_threaded_pool(num_workers: int) -> ThreadPoolExecutor:
     Otherwise every thread would start as many as OMP_NUM_THREADS or the number of cores, which wait for each other by
     spinning.
     """
-    pool, started = ThreadPoolExecutor(num_workers, thread_name_prefix="photometry"), threading.Barrier(num_workers)
+    pool, started = ThreadPoolExecutor(num_workers, thread_name_prefix="cpu-renderer"), threading.Barrier(num_workers)
 
     def start() -> None:
         # The first use of torch in a thread adopts the value that was set last, by whichever thread.
@@ -112,57 +120,90 @@ class RecycledMemory:
         return torch.from_numpy(lease)
 
 
-class _ViewParameters:
-    """The parameters of one view as Python numbers and matrices by image, computed once for a batch."""
+class _View:
+    """The parameters of one view as Python numbers and matrices by image, and the memory for its pixels."""
 
-    def __init__(self, photometry: Photometry) -> None:
-        self.matrix = torch.from_numpy(color_matrix(photometry))
-        self.gain = gray_gain(photometry).tolist()
-        is_identity = (self.matrix == torch.eye(3)).flatten(1).all(dim=1).tolist()
-        self.is_recolored = [not identity or gain != 0 for identity, gain in zip(is_identity, self.gain, strict=True)]
-        self.sigma = [
+    def __init__(
+        self,
+        photometry: Photometry,
+        is_flipped: Bool[np.ndarray, "B"],
+        normalization: Normalization,
+        pixels: Float32[Tensor, "B 3 S S"],
+    ) -> None:
+        self.pixels = pixels
+        self.is_flipped: list[bool] = is_flipped.tolist()
+        matrix, gain = color_matrix(photometry), gray_gain(photometry)
+        self.is_recolored: list[bool] = ((matrix != np.eye(3)).any(axis=(1, 2)) | (gain != 0)).tolist()
+        self.gain: list[float] = gain.tolist()
+        scale, shift = scale_and_shift(normalization)
+        # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
+        # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
+        self.matrix = torch.zeros(len(matrix), 4, 4)
+        self.matrix[:, :3, :3] = scale.view(3, 1) * torch.from_numpy(matrix)
+        self.matrix[:, :3, 3] = -shift.view(3)
+        self.sigma: list[float | None] = [
             sigma if flag else None
             for flag, sigma in zip(photometry.blur.tolist(), photometry.blur_sigma.tolist(), strict=True)
         ]
-        self.is_solarized = photometry.solarize.tolist()
+        self.is_solarized: list[bool] = photometry.solarize.tolist()
 
 
 class _Scratch:
-    """Memory of one thread for one image, as float32 planes."""
+    """Memory of one thread for one image: an 8-bit crop of the size of the views, and float32 planes."""
 
-    def __init__(self, num_pixels: int) -> None:
-        self.num_pixels = num_pixels
-        self._crop = torch.empty(3, num_pixels)
-        self._recolored = torch.empty(3, num_pixels)
+    def __init__(self, size: int, normalization: Normalization) -> None:
+        self._size = [size, size]
+        # `interpolate` takes and returns uint8 with interleaved channels, as DALI decodes it.
+        self._resized = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        # Red, green, blue and 1, so that one matrix product multiplies and adds.
+        self._planes = torch.ones(4, size * size)
+        self._recolored = torch.empty(3, size * size)
+        self._gray_mean = 0.0
         self._luma = torch.tensor(LUMA)
-        self._scale, self._shift = normalization()
+        self._scale, self._shift = scale_and_shift(normalization)
+        # The values of black and white after normalisation, by channel.
+        self._black, self._white = -self._shift, 255 * self._scale - self._shift
+        self._limits = list(zip(self._black.flatten().tolist(), self._white.flatten().tolist(), strict=True))
 
-    def load(self, crop: UInt8[Tensor, "S S 3"]) -> None:
-        """Convert the crop of an image to planes."""
-        height, width, _ = crop.shape
-        self._crop.view(3, height, width).copy_(crop.permute(2, 0, 1))
+    def load(self, crop: UInt8[Tensor, "_ _ 3"], *, is_flipped: bool) -> None:
+        """Resize and flip a crop, and convert it to planes."""
+        # `interpolate`, which calls this operator, does not write to memory of the caller's.
+        torch.ops.aten._upsample_bilinear2d_aa.out(crop.permute(2, 0, 1)[None], self._size, False, out=self._resized)
+        resized = self._resized[0].flip(2) if is_flipped else self._resized[0]
+        colors = self._planes[:3]
+        colors.view(3, *self._size).copy_(resized)
+        self._gray_mean = float(self._luma @ colors.mean(dim=1))
 
-    def render(self, parameters: _ViewParameters, image: int, view: Float32[Tensor, "3 S S"]) -> None:
-        """Render the loaded crop with the parameters of an image and write the result to `view`."""
-        # Pixels are rounded after every operation, as in the other renderers, which work on uint8.
-        pixels = self._crop
-        if parameters.is_recolored[image]:
-            gray_mean = float(self._luma @ pixels.mean(dim=1)) if parameters.gain[image] else 0.0
-            pixels = torch.mm(parameters.matrix[image], pixels, out=self._recolored)
-            pixels.add_(parameters.gain[image] * gray_mean).round_().clamp_(0, 255)
-        if (sigma := parameters.sigma[image]) is not None:
-            pixels = _blur(pixels.view_as(view), sigma).view(3, -1)
-        if parameters.is_solarized[image]:
-            pixels = torch.where(pixels >= 128, 255 - pixels, pixels)
-        torch.mul(pixels.view_as(view), self._scale, out=view).sub_(self._shift)
+    def render(self, view: _View, image: int) -> None:
+        """Render the loaded crop with the parameters of an image and write the result to the view's memory."""
+        pixels = view.pixels[image]
+        if view.is_recolored[image]:
+            matrix = view.matrix[image, :3]
+            matrix[:, 3].add_(self._scale.view(3), alpha=view.gain[image] * self._gray_mean)
+            torch.mm(matrix, self._planes, out=self._recolored)
+            for plane, channel, limits in zip(self._recolored, pixels, self._limits, strict=True):
+                torch.clamp(plane.view_as(channel), *limits, out=channel)
+        else:
+            torch.mul(self._planes[:3].view_as(pixels), self._scale, out=pixels).sub_(self._shift)
+        if (sigma := view.sigma[image]) is not None:
+            _blur_(pixels, sigma)
+        if view.is_solarized[image]:
+            # Values above the middle are mirrored at it, which inverts 128 and above.
+            inverted = torch.sub(self._black + self._white, pixels, out=self._recolored.view_as(pixels))
+            torch.minimum(pixels, inverted, out=pixels)
 
 
-def _blur(planes: Float32[Tensor, "3 S S"], sigma: float) -> Float32[Tensor, "3 S S"]:
-    """Apply a Gaussian blur, one axis after the other."""
-    radius = int(blur_radius(np.float32(sigma)))
+def _blur_(planes: Float32[Tensor, "3 S S"], sigma: float) -> None:
+    """Apply a Gaussian blur in place, one axis after the other."""
+    size, radius = planes.shape[-1], int(blur_radius(np.float32(sigma)))
     offset = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel /= kernel.sum()
-    padded = functional.pad(planes[:, None], (radius,) * 4, mode="reflect")
-    blurred = functional.conv2d(functional.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None])
-    return blurred[:, 0].round_()
+    first, *weights = (kernel / kernel.sum()).tolist()
+    # Sums of shifted images; torch's convolutions of a single channel take four times as long.
+    padded = functional.pad(planes[None], (radius,) * 4, mode="reflect")[0]
+    rows = first * padded[:, :size]
+    for shift, weight in enumerate(weights, start=1):
+        rows.add_(padded[:, shift : shift + size], alpha=weight)
+    torch.mul(rows[..., :size], first, out=planes)
+    for shift, weight in enumerate(weights, start=1):
+        planes.add_(rows[..., shift : shift + size], alpha=weight)

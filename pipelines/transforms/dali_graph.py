@@ -1,7 +1,8 @@
-"""The DALI graph: it takes encoded images and random parameters, and returns two rendered views and their windows.
+"""The DALI graph: it takes encoded images, crop windows and random parameters, and returns two rendered views.
 
-The same function builds it for CPU and GPU. On a CPU, loaders let the graph end at the crops, since DALI's CPU
-operators for photometric transformations are slow, and `iwm_fast.pipelines.transforms.cpu_renderer` does the rest.
+The same function builds it for all devices. On a CPU, loaders let the graph end at the decoded crops, since DALI's CPU
+operators for resizing and photometric transformations are slow; `iwm_fast.pipelines.transforms.cpu_renderer` does the
+rest.
 
 The graph contains no reader and no random operator. All random parameters are inputs, so the action is computed from
 exactly the parameters that changed the pixels. `iwm_fast.pipelines.transforms.torch_renderer` is the reference
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, no_type_check
 
 import numpy as np
-from nvidia.dali import fn, math, pipeline_def, types
+from jaxtyping import Float32, Int32
+from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
+from iwm_fast.pipelines.config import IMAGENET, Normalization, ViewConfig
+from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 # The inputs of the graph by name: type and number of dimensions per sample.
@@ -35,13 +37,15 @@ _SOURCE_ONLY = {
     "blur_window": (types.INT32, 0),
     "is_solarized": (types.BOOL, 0),
 }
-_CROP = {"encoded": (types.UINT8, 1), "crop": (types.FLOAT, 1), "flip": (types.INT32, 0)}
+CROP_INPUTS = {"encoded": (types.UINT8, 1), "corner": (types.INT32, 1), "extent": (types.INT32, 1)}
+"""The inputs that `decode_crop` needs: encoded images, then top and left, height and width of the crops in pixels."""
+_FLIP = {"flip": (types.INT32, 0)}
 _PHOTOMETRY = {
     **{f"target_{name}": kind for name, kind in _COLOR.items()},
     **{f"source_{name}": kind for name, kind in (_COLOR | _SOURCE_ONLY).items()},
 }
 # Inputs only if `ViewConfig.has_source_geometry`.
-_GEOMETRY = {"source_crop": (types.FLOAT, 1), "source_flip": (types.INT32, 0)}
+_GEOMETRY = {"source_corner": (types.INT32, 1), "source_extent": (types.INT32, 1), "source_flip": (types.INT32, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +65,11 @@ class GraphSettings:
     """Fraction of the JPEG images that the GPU's hardware decoder takes; None for DALI's default."""
     preallocate: tuple[int, int] | None = None
     """Width and height for which the GPU's hardware decoder allocates memory in advance; None to allocate on demand."""
+    normalization: Normalization = IMAGENET
+    """Mean and standard deviation of the output "normalized"."""
     output: Literal["crops", "pixels", "normalized"] = "pixels"
-    """Format of the views: "normalized" for the networks' input, (B, 3, H, W) float32; "pixels" for (B, H, W, 3) uint8;
-    "crops" for uint8 pixels before the photometric transformations."""
+    """Format of the views: "normalized" for the networks' input, (B, 3, H, W) float32; "pixels" for (B, H, W, 3) uint8.
+    "crops" ends the graph at the decoded shared crops, (height, width, 3) uint8 in their own sizes."""
 
     @property
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -76,17 +82,31 @@ class GraphSettings:
         }
 
 
-def graph_parameters(draws: Draws, settings: GraphSettings) -> tuple[np.ndarray, ...]:
+def crop_parameters(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of `CROP_INPUTS` after the encoded images."""
+    return _corner_and_extent(windows.shared)
+
+
+def _corner_and_extent(window: Float32[np.ndarray, "B 4"]) -> tuple[Int32[np.ndarray, "B 2"], Int32[np.ndarray, "B 2"]]:
+    # DALI takes only contiguous arrays.
+    return window[:, :2].astype(np.int32, order="C"), window[:, 2:].astype(np.int32, order="C")
+
+
+def graph_parameters(draws: Draws, windows: Windows, settings: GraphSettings) -> tuple[np.ndarray, ...]:
     """Return the parameters of a batch in the order of the graph's inputs, which begin with the encoded images."""
+    corner, extent = crop_parameters(windows)
+    if settings.output == "crops":
+        return corner, extent
     source = draws.source
     # `source_flip` is relative to the target view, but the graph flips both views from the stored image.
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
-    geometry = (draws.source_crop, source_flip) if settings.views.has_source_geometry else ()
-    if settings.output == "crops":
-        return (draws.crop, flip, *geometry)
-    window = np.asarray(2 * blur_radius(source.blur_sigma) + 1, np.int32)
-    source_only = (source.blur, source.blur_sigma, window, source.solarize)
-    return (draws.crop, flip, *geometry, *_color_parameters(draws.target), *_color_parameters(source), *source_only)
+    source_corner, source_extent = _corner_and_extent(windows.source)
+    # The source crop is cut out of the shared crop, which is decoded already.
+    geometry = (source_corner - corner, source_extent, source_flip) if settings.views.has_source_geometry else ()
+    blur_window = np.asarray(2 * blur_radius(source.blur_sigma) + 1, np.int32)
+    source_only = (source.blur, source.blur_sigma, blur_window, source.solarize)
+    color = (*_color_parameters(draws.target), *_color_parameters(source))
+    return (corner, extent, flip, *geometry, *color, *source_only)
 
 
 def _color_parameters(photometry: Photometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,9 +119,9 @@ def _color_parameters(photometry: Photometry) -> tuple[np.ndarray, np.ndarray, n
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:
     """Build the pipeline. It calls `next_inputs` once per batch, and may do so up to `prefetch` batches ahead.
 
-    Its outputs are the source view, the target view, the window of the target view and the window of the source view.
+    Its outputs are the source view and the target view, or with `output="crops"` the decoded crops.
     """
-    build = _two_crops if settings.output == "crops" else _two_views
+    build = _decoded_crops if settings.output == "crops" else _two_views
     graph = build(next_inputs, settings, **settings.pipeline_arguments)
     graph.build()
     return graph
@@ -109,8 +129,8 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
 
 @pipeline_def
 @no_type_check  # `pipeline_def` adds the arguments of `Pipeline` to the signature.
-def _two_crops(next_inputs, settings):
-    return crop_nodes(input_nodes(crop_inputs(settings), next_inputs), settings)
+def _decoded_crops(next_inputs, settings):
+    return decode_crop(input_nodes(CROP_INPUTS, next_inputs), settings)
 
 
 @pipeline_def(enable_conditionals=True)
@@ -119,8 +139,8 @@ def _two_crops(next_inputs, settings):
 @no_type_check
 def _two_views(next_inputs, settings):
     is_gpu, has_geometry = settings.device_id is not None, settings.views.has_source_geometry
-    data = input_nodes(crop_inputs(settings) | _PHOTOMETRY, next_inputs)
-    source_view, target_view, window, inner = crop_nodes(data, settings)
+    data = input_nodes(view_inputs(settings), next_inputs)
+    source_view, target_view = crop_nodes(data, settings)
     # Contrast scales about the mean of what the view shows, so views of the same region share one mean.
     target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
     source_gray = gray_mean_nodes(source_view, is_gpu=is_gpu) if has_geometry else target_gray
@@ -137,31 +157,26 @@ def _two_views(next_inputs, settings):
     if data["source_is_solarized"]:
         source_view = solarize_nodes(source_view)
     if settings.output == "normalized":
-        source_view, target_view = normalize_nodes(source_view), normalize_nodes(target_view)
-    return source_view, target_view, window, inner
+        source_view, target_view = [normalize_nodes(view, settings) for view in (source_view, target_view)]
+    return source_view, target_view
 
 
 # Plain Python on settings; `do_not_convert` excludes it from DALI's conversion of conditionals.
 @do_not_convert
-def crop_inputs(settings):
-    """Return the inputs that the crops need: type and number of dimensions by name."""
-    return _CROP | (_GEOMETRY if settings.views.has_source_geometry else {})
+def view_inputs(settings):
+    """Return the inputs that two views need: type and number of dimensions by name."""
+    return CROP_INPUTS | _FLIP | (_GEOMETRY if settings.views.has_source_geometry else {}) | _PHOTOMETRY
 
 
 def crop_nodes(data, settings):
-    """Return nodes for source crop, target crop, window of the target and window of the source."""
+    """Return nodes for the resized and flipped crops of source and target view."""
     size = settings.views.size
-    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    pixels = decode_window(data["encoded"], window, settings)
+    pixels = decode_crop(data, settings)
     target = fn.flip(resize_to_square(pixels, size), horizontal=data["flip"])
     if not settings.views.has_source_geometry:
-        return target, target, window, window
-    inner = source_window_nodes(data["source_crop"], window)
-    # The source crop lies inside the shared crop, which is decoded already.
-    corner = fn.cast(inner[0:2] - window[0:2], dtype=types.INT32)
-    pixels = fn.slice(pixels, start=corner, shape=fn.cast(inner[2:4], dtype=types.INT32), axes=[0, 1])
-    source = fn.flip(resize_to_square(pixels, size), horizontal=data["source_flip"])
-    return source, target, window, inner
+        return target, target
+    pixels = fn.slice(pixels, start=data["source_corner"], shape=data["source_extent"], axes=[0, 1])
+    return fn.flip(resize_to_square(pixels, size), horizontal=data["source_flip"]), target
 
 
 @do_not_convert
@@ -174,33 +189,8 @@ def input_nodes(inputs, next_inputs):
     return dict(zip(inputs, nodes, strict=True))
 
 
-def crop_window_nodes(crop, shape):
-    """Return a node for the window, computed like `geometry.crop_window` in the same order of float32 operations."""
-    height, width = shape[0], shape[1]
-    root = math.sqrt(height * width)
-    drawn_width, drawn_height = crop[0] * root, crop[1] * root
-    fit = math.min(math.min(width / drawn_width, height / drawn_height), 1.0)
-    crop_height = math.clamp(math.floor(drawn_height * fit + 0.5), 1.0, height)
-    crop_width = math.clamp(math.floor(drawn_width * fit + 0.5), 1.0, width)
-    left = math.min(math.floor(crop[2] * (width - crop_width + 1.0)), width - crop_width)
-    top = math.min(math.floor(crop[3] * (height - crop_height + 1.0)), height - crop_height)
-    return fn.stack(top, left, crop_height, crop_width)
-
-
-def source_window_nodes(crop, window):
-    """Return a node for the window, computed like `geometry.source_window` in the same order of float32 operations."""
-    top, left, height, width = (window[index] for index in range(4))
-    inner_width = math.clamp(math.floor(crop[0] * width + 0.5), 1.0, width)
-    inner_height = math.clamp(math.floor(crop[1] * height + 0.5), 1.0, height)
-    inner_left = math.min(math.floor(crop[2] * (width - inner_width + 1.0)), width - inner_width)
-    inner_top = math.min(math.floor(crop[3] * (height - inner_height + 1.0)), height - inner_height)
-    return fn.stack(top + inner_top, left + inner_left, inner_height, inner_width)
-
-
-def decode_window(encoded, window, settings):
-    """Return a node for the decoded pixels of the window; the rest of the image is not decoded if its format allows."""
-    corner = fn.cast(window[0:2], dtype=types.INT32)
-    extent = fn.cast(window[2:4], dtype=types.INT32)
+def decode_crop(data, settings):
+    """Return a node for the decoded pixels of the crop; the rest of the image is not decoded if its format allows."""
     options = {}
     if settings.device_id is not None:
         # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
@@ -211,7 +201,8 @@ def decode_window(encoded, window, settings):
             options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
     # DALI's "mixed" device takes encoded bytes on the CPU and returns pixels on the GPU.
     device = "cpu" if settings.device_id is None else "mixed"
-    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], device=device, **options)
+    window = {"start": data["corner"], "shape": data["extent"], "axes": [0, 1]}
+    return fn.decoders.image_slice(data["encoded"], **window, device=device, **options)
 
 
 def resize_to_square(pixels, size):
@@ -238,7 +229,7 @@ def solarize_nodes(pixels):
     return fn.cast(pixels + change, dtype=types.UINT8)
 
 
-def normalize_nodes(pixels):
+def normalize_nodes(pixels, settings):
     """Normalise pixels like `normalization.normalize_view`."""
-    mean, std = ([255 * value for value in values] for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = ([255 * value for value in values] for values in settings.normalization)
     return fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)

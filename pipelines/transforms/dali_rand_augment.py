@@ -19,18 +19,18 @@ from nvidia.dali.pipeline import Pipeline
 
 from iwm_fast.pipelines.config import RandAugmentConfig
 from iwm_fast.pipelines.transforms.dali_graph import (
+    CROP_INPUTS,
     GraphSettings,
-    crop_window_nodes,
-    decode_window,
+    crop_parameters,
+    decode_crop,
     input_nodes,
     normalize_nodes,
     resize_to_square,
 )
+from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, Draws
 
-_INPUTS = {
-    "encoded": (types.UINT8, 1),
-    "crop": (types.FLOAT, 1),
+_INPUTS = CROP_INPUTS | {
     "flip": (types.INT32, 0),
     "operation": (types.INT32, 1),
     "is_negated": (types.INT32, 1),
@@ -41,9 +41,9 @@ _NUM_MAGNITUDES, _MAX_SHIFT = 31, 100 / 224
 _FILL = 128
 
 
-def augment_parameters(draws: Draws, augment: AugmentDraws) -> tuple[np.ndarray, ...]:
+def augment_parameters(draws: Draws, windows: Windows, augment: AugmentDraws) -> tuple[np.ndarray, ...]:
     """Return the parameters of a batch in the order of the graph's inputs, which begin with the encoded images."""
-    return draws.crop, draws.flip.astype(np.int32), augment.operation, augment.is_negated
+    return *crop_parameters(windows), draws.flip.astype(np.int32), augment.operation, augment.is_negated
 
 
 def build_augment_graph(
@@ -51,7 +51,7 @@ def build_augment_graph(
 ) -> Pipeline:
     """Build the pipeline. It calls `next_inputs` once per batch, and may do so up to `prefetch` batches ahead.
 
-    Its outputs are the view twice, as source and target view, and its window twice.
+    Its outputs are the view twice, as source and target view.
     """
     # DALI's suite calls operators by their deprecated names. The warnings cannot be filtered by module, so they are
     # recorded, and all others are issued again.
@@ -68,9 +68,7 @@ def build_augment_graph(
 @no_type_check  # DALI compiles the function's source code again, which a wrapper would hide.
 def _augmented_view(next_inputs, settings, augment):
     data = input_nodes(_INPUTS, next_inputs)
-    window = crop_window_nodes(data["crop"], fn.peek_image_shape(data["encoded"], dtype=types.FLOAT))
-    pixels = decode_window(data["encoded"], window, settings)
-    view = fn.flip(resize_to_square(pixels, settings.views.size), horizontal=data["flip"])
+    view = fn.flip(resize_to_square(decode_crop(data, settings), settings.views.size), horizontal=data["flip"])
     suite = get_rand_augment_suite(max_translate_abs=round(settings.views.size * _MAX_SHIFT))
     assert len(suite) == NUM_OPERATIONS, f"this version of DALI has {len(suite)} RandAugment operations"
     for number in range(augment.num_operations):
@@ -83,5 +81,5 @@ def _augmented_view(next_inputs, settings, augment):
             fill_value=_FILL,
         )
     if settings.output == "normalized":
-        view = normalize_nodes(view)
-    return view, view, window, window
+        view = normalize_nodes(view, settings)
+    return view, view

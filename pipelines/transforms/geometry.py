@@ -1,9 +1,26 @@
 """Crop windows in pixels of the stored image, and the position of the source view in the target view."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float32
 
 from iwm_fast.pipelines.transforms.parameters import Draws
+
+
+class Windows(NamedTuple):
+    """The regions that the views of B images show: top, left, height and width, in pixels of the upright image."""
+
+    shared: Float32[np.ndarray, "B 4"]
+    """The crop that both views are rendered from; the target view shows all of it."""
+    source: Float32[np.ndarray, "B 4"]
+    """The region of the source view, inside the shared crop; the same without further crops of the source view."""
+
+
+def view_windows(draws: Draws, shape: np.ndarray) -> Windows:
+    """Return the windows of both views, for images whose (B, 2) heights and widths are `shape`."""
+    shared = crop_window(draws.crop, shape)
+    return Windows(shared=shared, source=source_window(draws.source_crop, shared))
 
 
 def crop_window(crop: Float32[np.ndarray, "B 4"], shape: np.ndarray) -> Float32[np.ndarray, "B 4"]:
@@ -12,7 +29,6 @@ def crop_window(crop: Float32[np.ndarray, "B 4"], shape: np.ndarray) -> Float32[
     A crop that does not fit into its image is shrunk and keeps its aspect. torchvision draws it again instead; here the
     window must be a function of a single draw.
     """
-    # `dali_graph.crop_window_nodes` repeats these operations in the same order, in float32: the windows are equal.
     height, width = shape[:, 0].astype(np.float32), shape[:, 1].astype(np.float32)
     root = np.sqrt(height * width)
     drawn_width, drawn_height = crop[:, 0] * root, crop[:, 1] * root
@@ -32,7 +48,6 @@ def source_window(
 
     `window` is the window of the shared crop.
     """
-    # `dali_graph.source_window_nodes` repeats these operations in the same order, in float32: the windows are equal.
     top, left, height, width = window.T
     inner_width = np.clip(np.floor(source_crop[:, 0] * width + np.float32(0.5)), 1, width)
     inner_height = np.clip(np.floor(source_crop[:, 1] * height + np.float32(0.5)), 1, height)

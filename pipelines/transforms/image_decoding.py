@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from iwm_fast.pipelines.image_header import PLUGINS, Encoded, ImageHeader, probe
 _PILLOW_WARNS_ABOVE = 89_478_485
 _limit_lock = Lock()
 
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,13 +43,20 @@ def decode_image(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor
 
 def _decode(encoded: Encoded, header: ImageHeader) -> UInt8[Tensor, "H W 3"]:
     content = _pixels_of_png(view_bytes(encoded)) if header.container == "PNG" else bytes(encoded)
+    opener = PLUGINS[header.container]
+    with naming_undecodable(header), pillow_limit_lifted(header), opener(io.BytesIO(content)) as image:
+        if header.container == "TIFF":
+            # Pillow turns a TIFF while it loads it; this would turn it only if it had not.
+            return upright_rgb(image)
+        turn = TURNS.get(header.orientation)
+        return _rgb(image if turn is None else image.transpose(turn))
+
+
+@contextmanager
+def naming_undecodable(header: ImageHeader) -> Iterator[None]:
+    """Turn what a decoder raises for broken pixels into `UndecodableImageError`."""
     try:
-        with pillow_limit_lifted(header), PLUGINS[header.container](io.BytesIO(content)) as image:
-            if header.container == "TIFF":
-                # Pillow turns a TIFF while it loads it; this would turn it only if it had not.
-                return upright_rgb(image)
-            turn = _TURNS.get(header.orientation)
-            return _rgb(image if turn is None else image.transpose(turn))
+        yield
     except MemoryError:
         raise
     # Pillow passes on what its decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
@@ -69,20 +77,33 @@ def _rgb(image: Image.Image) -> UInt8[Tensor, "H W 3"]:
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
-def dali_input(encoded: UInt8[np.ndarray, "_"], max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "_"]:
-    """Return the bytes that DALI is given to decode: the file itself, or for an uncommon one what Pillow makes of it.
+class DaliInput(NamedTuple):
+    """What DALI is given to decode."""
+
+    encoded: UInt8[np.ndarray, "_"]
+    """The bytes of an image file."""
+    shape: tuple[int, int]
+    """Height and width of the upright picture."""
+
+
+def dali_input(encoded: UInt8[np.ndarray, "_"], max_pixels: int = MAX_PIXELS) -> DaliInput:
+    """Return what DALI is given to decode: the file itself, or for an uncommon one what Pillow makes of it.
 
     Raises:
         UndecodableImageError: with the reason, if `probe` refuses the file or Pillow cannot decode an uncommon one.
     """
     header = probe(encoded, max_pixels)
-    return encoded if header.is_common else as_ppm(_decode(encoded, header))
+    if not header.is_common:
+        return as_ppm(_decode(encoded, header))
+    width, height = header.upright_size
+    return DaliInput(encoded, (height, width))
 
 
-def as_ppm(pixels: UInt8[Tensor, "H W 3"]) -> UInt8[np.ndarray, "_"]:
+def as_ppm(pixels: UInt8[Tensor, "H W 3"]) -> DaliInput:
     """Return pixels as a PPM file, which DALI decodes without a loss."""
     height, width, _ = pixels.shape
-    return np.frombuffer(b"P6 %d %d 255\n" % (width, height) + pixels.numpy().tobytes(), np.uint8)
+    encoded = np.frombuffer(b"P6 %d %d 255\n" % (width, height) + pixels.numpy().tobytes(), np.uint8)
+    return DaliInput(encoded, (height, width))
 
 
 def _pixels_of_png(data: memoryview) -> bytes:

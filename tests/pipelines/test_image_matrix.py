@@ -17,7 +17,7 @@ import torch
 from fixtures.image_matrix import HEIGHT, all_files, base_pixels
 from fixtures.tar_files import encode, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, ViewConfig
 from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.loader import build_loader
@@ -68,7 +68,7 @@ def pictures(shards: ShardSet, backend: str) -> dict[int, torch.Tensor]:
     """Return the pixels of all images that a loader renders, by number of the sample."""
     rendered = {}
     for batch in batches(evaluation_of(shards), shards, backend):
-        pixels = denormalize_view(batch.source_view).int()
+        pixels = denormalize_view(batch.source_view, IMAGENET).int()
         for scheduled, sample, picture in zip(batch.scheduled_sample, batch.sample, pixels, strict=True):
             if sample == scheduled:
                 rendered[int(sample)] = picture

@@ -6,7 +6,7 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, ViewConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
@@ -202,10 +202,10 @@ def assert_close(fast: Batch, plain: Batch) -> None:
         if not name.endswith("_view"):
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
     for view in ("source_view", "target_view"):
-        pixels = [denormalize_view(getattr(batch, view)).int() for batch in (fast, plain)]
+        pixels = [denormalize_view(getattr(batch, view), IMAGENET).int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float()
-        # JPEG decoders and antialiased resizing differ by a few grey levels at edges.
-        assert difference.mean() < 1.0 and difference.quantile(0.99) <= 12
+        # Decoding and resizing differ by up to one grey level each, which jitter enlarges.
+        assert difference.mean() < 0.5 and difference.quantile(0.99) <= 2 and difference.max() <= 6
 
 
 def test_a_further_source_crop_is_the_same_with_both_loaders(shards):
@@ -233,7 +233,7 @@ def test_keys_and_labels_belong_to_their_pixels(shards):
 
 def test_normalizing_is_invertible():
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-    assert torch.equal(denormalize_view(normalize_view(pixels)), pixels)
+    assert torch.equal(denormalize_view(normalize_view(pixels, IMAGENET), IMAGENET), pixels)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])

@@ -6,7 +6,7 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, FinetunePlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -66,7 +66,7 @@ def assert_close(fast: Batch, plain: Batch) -> None:
     assert torch.equal(fast.target.row.cpu(), plain.target.row)
     assert fast.source_view.device == fast.action.device == fast.context.patch.device == GPU
     for view in ("source_view", "target_view"):
-        pixels = [denormalize_view(getattr(batch, view)).cpu().int() for batch in (fast, plain)]
+        pixels = [denormalize_view(getattr(batch, view), IMAGENET).cpu().int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float()
         # Decoders and resizing differ by a few grey levels, which solarize enlarges for values near 128.
         assert difference.mean() < 1.5 and difference.quantile(0.98) <= 8, view
@@ -97,7 +97,9 @@ def test_resuming_gives_the_same_inputs_and_pixels(tmp_path):
     for first, second in zip(uninterrupted, resumed, strict=True):
         for name in EXACT:
             assert torch.equal(getattr(first, name), getattr(second, name)), name
-        difference = (denormalize_view(first.source_view).int() - denormalize_view(second.source_view).int()).abs()
+        difference = (
+            denormalize_view(first.source_view, IMAGENET).int() - denormalize_view(second.source_view, IMAGENET).int()
+        ).abs()
         # Which of the decoders takes an image varies from run to run.
         assert difference.float().mean() < 0.5
 
@@ -135,7 +137,7 @@ def test_rand_augment_is_the_same_on_a_gpu_and_on_the_cpu(tmp_path):
         views=ViewConfig(size=SIZE), augment=RandAugmentConfig(), seed=0, grid=8, stream=stream(shards)
     )
     for fast, plain in zip(*(take(finetuning, shards, 3, device) for device in (GPU, CPU)), strict=True):
-        pixels = [denormalize_view(batch.source_view).cpu().int() for batch in (fast, plain)]
+        pixels = [denormalize_view(batch.source_view, IMAGENET).cpu().int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float().mean(dim=(1, 2, 3)).numpy()
         # A posterised or solarized pixel may fall on either side of a threshold.
         assert np.median(difference) < 3 and difference.mean() < 8

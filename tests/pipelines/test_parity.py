@@ -19,7 +19,8 @@ from torchvision.transforms import functional as reference
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
-from iwm_fast.pipelines.transforms.image_decoding import decode_image
+from iwm_fast.pipelines.transforms.geometry import view_windows
+from iwm_fast.pipelines.transforms.image_decoding import dali_input, decode_image
 from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, identity_draws, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
 
@@ -114,9 +115,10 @@ def render_in_graph(encoded: list[np.ndarray], draws: Draws, size: int = SIZE) -
     settings = GraphSettings(
         views=ViewConfig(size=size), max_batch_size=len(encoded), num_threads=1, prefetch=1, device_id=None
     )
-    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, settings)))
-    source, target, window, *_ = (np.array(output.as_tensor()) for output in graph.run())
-    return Views(torch.from_numpy(source), torch.from_numpy(target), window)
+    windows = view_windows(draws, np.array([dali_input(content).shape for content in encoded]))
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, windows, settings)))
+    source, target = (np.array(output.as_tensor()) for output in graph.run())
+    return Views(torch.from_numpy(source), torch.from_numpy(target), windows.shared)
 
 
 def as_png(crops: Tensor) -> list[np.ndarray]:

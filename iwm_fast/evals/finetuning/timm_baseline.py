@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from jaxtyping import Float
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -18,31 +17,21 @@ from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.variants import Variant, VariantInputs
 from iwm_fast.models.heads import LinearHead
-from iwm_fast.pipelines.config import ViewConfig, require
-from iwm_fast.pipelines.transforms.normalization import PIXEL_MEAN, PIXEL_STD
+from iwm_fast.pipelines.config import IMAGENET, DataConfig, ViewConfig, require
 
 
 class TimmNetwork(nn.Module):
     """A ViT from timm and a linear head on the mean of its patch tokens, like the variant "encoder" of a run."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, vit: VisionTransformer, num_classes: int) -> None:
         super().__init__()
         self.vit: VisionTransformer = vit
         self.head: LinearHead = LinearHead(vit.embed_dim, num_classes)
-        pretrained_config: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
-        mean = torch.tensor(pretrained_config.get("mean", PIXEL_MEAN))
-        std = torch.tensor(pretrained_config.get("std", PIXEL_STD))
-        # Views are normalised with ImageNet's mean and deviation; other weights may expect other values.
-        self.register_buffer("scale", (torch.tensor(PIXEL_STD) / std)[:, None, None], persistent=False)
-        self.register_buffer("shift", ((torch.tensor(PIXEL_MEAN) - mean) / std)[:, None, None], persistent=False)
 
     def forward(self, inputs: VariantInputs) -> Float[Tensor, "B K"]:
         """Return the logit of each class."""
         assert inputs.view is not None
-        tokens = self.vit.forward_features(inputs.view * self.scale + self.shift)
+        tokens = self.vit.forward_features(inputs.view)
         return self.head(tokens[:, self.vit.num_prefix_tokens :])
 
 
@@ -92,7 +81,10 @@ def vit_run_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     encoder = EncoderConfig(dim=vit.embed_dim, depth=len(vit.blocks), num_heads=num_heads, patch_size=patch_size)
     accepted = f"be a multiple of the patch size {patch_size}"
     require(config.image_size % patch_size == 0, "image_size", config.image_size, accepted)
+    expected: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
+    mean, std = (tuple(expected.get(name, getattr(IMAGENET, name))) for name in ("mean", "std"))
     return RunConfig(
+        data=DataConfig(pixel_mean=mean, pixel_std=std),
         views=ViewConfig(size=config.image_size, blur_sigma=(0.1, 1.0)),
         model=ModelConfig(encoder=encoder, predictor=PredictorConfig(depth=0)),
     )

@@ -56,7 +56,8 @@ def draw_pairs(
     """
     for pixels, sample in clean_images(model, shards, samples):
         change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
-        source, target = (normalize_view(render(pixels[None], photometry)) for photometry in change)
+        rendered = (render(pixels[None], photometry) for photometry in change)
+        source, target = (normalize_view(view, model.config.data.normalization) for view in rendered)
         colour_spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
         has_colour = bool(colour_spread.mean() >= _MIN_COLOUR_SPREAD)
         (action,) = action_vector(*change, model.config.views)

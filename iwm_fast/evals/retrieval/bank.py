@@ -117,13 +117,14 @@ def max_sequences_per_forward(model: WorldModel) -> int:
 def encode_bank(model: WorldModel, bank: CandidateBank) -> Float[Tensor, "M ND"]:
     """Return the target tokens of each candidate, flattened."""
     chunks = bank.pixels.split(max_sequences_per_forward(model))
-    return torch.cat([model.encode_targets(normalize_view(pixels)).flatten(1) for pixels in chunks])
+    views = (normalize_view(pixels, model.config.data.normalization) for pixels in chunks)
+    return torch.cat([model.encode_targets(view).flatten(1) for view in views])
 
 
 @torch.no_grad()
 def predict_query(model: WorldModel, query: Query) -> Float[Tensor, "M ND"]:
     """Return the tokens predicted for each action from all patches of the source at all positions, flattened."""
-    tokens = model.encode(normalize_view(query.source[None]))
+    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
     chunks = query.action.split(max_sequences_per_forward(model))
     return torch.cat([model.predict_from(tokens.expand(len(chunk), -1, -1), chunk).flatten(1) for chunk in chunks])
 

@@ -180,7 +180,8 @@ def build_segmentation_job(
 
 
 def _load_figure_images(segmentation: SegmentationContext, samples: Int64[np.ndarray, "samples"]) -> FigureImages:
-    pixels = predict(lambda batch: denormalize_view(batch.source_view), segmentation.context, samples)
+    normalization = segmentation.context.model_config.data.normalization
+    pixels = predict(lambda batch: denormalize_view(batch.source_view, normalization), segmentation.context, samples)
     with segmentation.read_masks(segmentation.context.val) as masks:
         mask = predict(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
     return FigureImages(pixels=pixels.numpy(), mask=mask.numpy())

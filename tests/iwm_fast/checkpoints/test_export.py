@@ -26,7 +26,7 @@ from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.train import run
 
 
@@ -180,7 +180,7 @@ def test_standard_sizes_are_built_by_their_names_in_timm(size, patch_sizes):
     for patch_size in patch_sizes:
         config = EncoderConfig(dim=dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
         with torch.device("meta"):
-            description = timm_config(config, 224)
+            description = timm_config(config, 224, IMAGENET)
             model = timm.create_model(description["architecture"], num_classes=0, **description["model_args"])
             ours = Encoder(config, 224, REFERENCE)
         assert description["architecture"].endswith(f"_patch{patch_size}_224")
@@ -199,7 +199,7 @@ def test_standard_sizes_are_built_by_their_names_in_timm(size, patch_sizes):
 def test_timm_builds_named_and_unnamed_sizes_with_the_same_features(config):
     encoder = Encoder(config, 64, REFERENCE).eval()
     initialize_(encoder, torch.Generator().manual_seed(0))
-    description = timm_config(config, 64)
+    description = timm_config(config, 64, IMAGENET)
     model = timm.create_model(description["architecture"], num_classes=0, **description["model_args"]).eval()
     model.load_state_dict(encoder.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 64)

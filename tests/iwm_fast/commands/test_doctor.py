@@ -145,7 +145,7 @@ def test_dali_agrees_with_the_torch_loader_or_fails(monkeypatch):
     status, text, _ = run_check("DALI", subject())
     assert status == OK and "JPEGs rendered on cpu" in text
     views, denormalize = iter([0, 3]), normalization.denormalize_view
-    monkeypatch.setattr(normalization, "denormalize_view", lambda view: denormalize(view) // 2 + next(views))
+    monkeypatch.setattr(normalization, "denormalize_view", lambda *view: denormalize(*view) // 2 + next(views))
     assert_failed(run_check("DALI", subject()), "by 3.", "install DALI for the driver's CUDA version")
     monkeypatch.setattr(extras, "_is_installed", lambda name: name != "nvidia.dali")
     assert_failed(run_check("DALI", subject()), "nvidia.dali is not installed: pip install", "")
@@ -157,7 +157,9 @@ def test_the_generated_images_show_whether_views_are_mirrored_or_recoloured(monk
         order, denormalize = iter([lambda view: view, change]), normalization.denormalize_view
         with monkeypatch.context() as patched:
             patched.setattr(
-                normalization, "denormalize_view", lambda view, o=order, d=denormalize: next(o)(d(view)).to(torch.uint8)
+                normalization,
+                "denormalize_view",
+                lambda *view, o=order, d=denormalize: next(o)(d(*view)).to(torch.uint8),
             )
             assert run_check("DALI", subject()).status == FAILED
 

@@ -25,7 +25,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, read_rows, read_step
 from iwm_fast.pipelines.action_log.schema import column, read_metadata
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig, LoaderConfig
+from iwm_fast.pipelines.config import IMAGENET, DataConfig, LoaderConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.runtime import distributed
@@ -93,7 +93,8 @@ def test_rendered_views_equal_those_of_training_bit_for_bit(damaged_shards, tmp_
         assert path == tmp_path / "run" / f"replay-step-{step:08}.safetensors"
         tensors = load_file(path)
         for name in ("source_view", "target_view"):
-            assert torch.equal(tensors[name], torch.cat([denormalize_view(getattr(batch, name)) for batch in trained]))
+            pixels = [denormalize_view(getattr(batch, name), IMAGENET) for batch in trained]
+            assert torch.equal(tensors[name], torch.cat(pixels))
         for name in ("action", "slot", "sample"):
             assert torch.equal(tensors[name], torch.cat([getattr(batch, name) for batch in trained])), name
     assert not torch.equal(tensors["source_view"], tensors["target_view"])
@@ -130,7 +131,7 @@ def test_steps_before_a_restarted_epoch_are_rendered_with_old_settings(tiny_shar
     after = captured_run(changed)
     for step, trained in ((7, batches[7]), (8, after[0])):
         tensors = load_file(replay_step(ReplayConfig(run=config.output.folder, step=step, format="tensors")))
-        assert torch.equal(tensors["source_view"], denormalize_view(trained.source_view))
+        assert torch.equal(tensors["source_view"], denormalize_view(trained.source_view, IMAGENET))
         assert torch.equal(tensors["action"], trained.action)
 
 

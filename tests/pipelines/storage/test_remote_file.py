@@ -258,8 +258,16 @@ def test_an_address_with_credentials_is_refused_without_repeating_them(store, ad
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(ValueError, match="one of s3://, gs://, file://, got https://"):
-        find_shards("https://example.org/a.tar")
+    for spec, hint in {
+        "ftp://user:hush@example.org/a.tar": "got ftp:$",
+        "pipe:curl -u user:hush https://example.org/a.tar": "got pipe:; a command's output cannot be read by offsets",
+        "gcs://bucket/a.tar": "got gcs:; write gs://",
+        "az://container/a.tar": "got az:; serve the container at an https:// address, or mount it",
+    }.items():
+        accepted = "one of s3://, gs://, https://, http://, hf://, file://"
+        with pytest.raises(ValueError, match=f"{accepted}, {hint}") as caught:
+            find_shards(spec)
+        assert "hush" not in str(caught.value)
 
 
 def test_missing_files_and_buckets_are_named_after_a_single_request(store):

@@ -9,7 +9,7 @@ import torch
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
-from iwm_fast.pipelines.transforms.geometry import crop_window
+from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.parameters import Draws, draw, identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
@@ -23,16 +23,15 @@ def images() -> list[np.ndarray]:
     return [pixels[:height, 100 : 100 + width] for height, width in SHAPES]
 
 
-def run(
-    images: list[np.ndarray], draws: Draws, device_id: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def run(images: list[np.ndarray], draws: Draws, device_id: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
     settings = GraphSettings(
         views=ViewConfig(size=SIZE), max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id
     )
-    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, settings)))
-    source, target, window, _ = (np.array(as_cpu(output).as_tensor()) for output in graph.run())
-    return torch.from_numpy(source), torch.from_numpy(target), window
+    windows = view_windows(draws, np.array([image.shape[:2] for image in images]))
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, windows, settings)))
+    source, target = (np.array(as_cpu(output).as_tensor()) for output in graph.run())
+    return torch.from_numpy(source), torch.from_numpy(target)
 
 
 def as_cpu(output):
@@ -43,19 +42,28 @@ def with_neutral_geometry(draws: Draws) -> Draws:
     return replace(identity_draws(len(draws.flip)), source=draws.source, target=draws.target)
 
 
-def test_windows_equal_those_of_the_reference(images):
-    shapes = np.array([image.shape[:2] for image in images])
-    for step in range(8):
-        draws = draw(ViewConfig(size=SIZE), 0, step, np.arange(len(images)))
-        assert (run(images, draws)[2] == crop_window(draws.crop, shapes)).all()
+def test_decoded_crops_are_the_pixels_of_the_windows(images):
+    encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
+    settings = GraphSettings(
+        views=ViewConfig(size=SIZE), max_batch_size=len(images), num_threads=1, prefetch=1, device_id=None,
+        output="crops",
+    )  # fmt: skip
+    draws = [draw(settings.views, 0, step, np.arange(len(images))) for step in range(8)]
+    windows = [view_windows(drawn, np.array([image.shape[:2] for image in images])) for drawn in draws]
+    inputs = iter([(encoded, *graph_parameters(*step, settings)) for step in zip(draws, windows, strict=True)])
+    graph = build_graph(settings, lambda: next(inputs))
+    for step in windows:
+        (crops,) = graph.run()
+        for crop, image, (top, left, height, width) in zip(crops, images, step.shared.astype(int), strict=True):
+            assert (np.array(crop) == image[top : top + height, left : left + width]).all()
 
 
 def test_photometry_matches_the_reference_within_one_grey_level(images):
     config = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
     for step in range(4):
         draws = with_neutral_geometry(draw(config, 0, step, np.arange(len(images))))
-        source, target, _ = run(images, draws)
-        clean, _, _ = run(images, identity_draws(len(images)))
+        source, target = run(images, draws)
+        clean, _ = run(images, identity_draws(len(images)))
         for ours, parameters in ((source, draws.source), (target, draws.target)):
             theirs = render(clean, parameters)
             difference = (ours.int() - theirs.int()).abs()
@@ -68,15 +76,14 @@ def test_photometry_matches_the_reference_within_one_grey_level(images):
 
 def test_identity_parameters_leave_both_views_bit_equal_to_the_crop():
     pixels = photograph("coffee.png")[:SIZE, :SIZE]
-    source, target, window = run([pixels], identity_draws(1))
+    source, target = run([pixels], identity_draws(1))
     assert torch.equal(source[0], torch.from_numpy(pixels)) and torch.equal(target, source)
-    assert (window == [[0, 0, SIZE, SIZE]]).all()
 
 
 def test_flip_mirrors_both_views(images):
     clean = identity_draws(len(images))
-    source, target, _ = run(images, replace(clean, flip=np.ones(len(images), bool)))
-    straight, _, _ = run(images, clean)
+    source, target = run(images, replace(clean, flip=np.ones(len(images), bool)))
+    straight, _ = run(images, clean)
     assert torch.equal(source, straight.flip(2)) and torch.equal(target, straight.flip(2))
 
 
@@ -100,8 +107,8 @@ def test_contrast_scales_about_the_mean_of_the_view_itself():
         views=ViewConfig(size=SIZE, source_crop=(0.2, 0.5)), max_batch_size=1, num_threads=1, prefetch=1, device_id=None
     )
     encoded = [np.frombuffer(encode(pixels, "PNG"), np.uint8)]
-    parameters = graph_parameters(draws, settings)
-    source, target, *_ = build_graph(settings, lambda: (encoded, *parameters)).run()
+    parameters = graph_parameters(draws, view_windows(draws, np.array([[SIZE, SIZE]])), settings)
+    source, target = build_graph(settings, lambda: (encoded, *parameters)).run()
     assert set(np.unique(np.array(source.as_tensor()))) == {40}
     assert set(np.unique(np.array(target.as_tensor()))) == {80, 160}
 
@@ -112,7 +119,6 @@ def test_the_graph_renders_the_same_views_on_a_gpu_and_on_the_cpu(images):
     for step in range(4):
         draws = draw(config, 0, step, np.arange(len(images)))
         fast, plain = run(images, draws, device_id=0), run(images, draws)
-        assert (fast[2] == plain[2]).all()
-        for ours, theirs in zip(fast[:2], plain[:2], strict=True):
+        for ours, theirs in zip(fast, plain, strict=True):
             difference = (ours.int() - theirs.int()).abs().float()
             assert difference.mean() < 0.5 and difference.quantile(0.999) <= 4

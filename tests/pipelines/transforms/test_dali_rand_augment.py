@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import LoaderConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, SampleStream
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -13,6 +13,7 @@ from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
+from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, draw_augment, identity_draws
@@ -34,7 +35,8 @@ def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> 
         operation=np.array(operations, np.int32)[:, None], is_negated=np.full((count, 1), is_negated, np.int32)
     )
     encoded = [np.frombuffer(encode(photograph("coffee.png")[:SIZE, :SIZE], "PNG"), np.uint8)] * count
-    parameters = augment_parameters(identity_draws(count), draws)
+    neutral = identity_draws(count)
+    parameters = augment_parameters(neutral, view_windows(neutral, np.full((count, 2), SIZE)), draws)
     config = RandAugmentConfig(num_operations=1, magnitude=magnitude)
     return np.array(build_augment_graph(settings, config, lambda: (encoded, *parameters)).run()[0].as_tensor())
 
@@ -98,7 +100,7 @@ def test_finetuning_batches_have_one_augmented_view_and_a_zero_action(tiny_shard
     for batch in take(plan(shards), shards, 2):
         assert torch.equal(batch.source_view, batch.target_view) and (batch.action == 0).all()
         assert batch.context.total == 16 * 64 and (batch.label == batch.sample % 3).all()
-        pixels = denormalize_view(batch.source_view)
+        pixels = denormalize_view(batch.source_view, IMAGENET)
         assert len({image.numpy().tobytes() for image in pixels}) == 16
 
 
@@ -122,7 +124,7 @@ def test_without_randaugment_images_are_only_cropped_and_flipped(tiny_shards, ba
         pixels = decode_image(Reader(shards, num_threads=1).read(sample[None].numpy())[0])
         expected = resized_crop(pixels, window.numpy(), SIZE)
         expected = expected.flip(1) if flips[image] else expected
-        actual = denormalize_view(batch.source_view[image : image + 1])[0]
+        actual = denormalize_view(batch.source_view[image : image + 1], IMAGENET)[0]
         # Decoders and resizing differ by a few levels; changed colours would differ by many.
         assert (actual.int() - expected.int()).abs().float().mean() < (2.0 if backend == "dali" else 0.5)
 

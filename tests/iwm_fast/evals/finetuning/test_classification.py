@@ -29,7 +29,7 @@ from iwm_fast.evals.finetuning.classification import (
     evaluate_finetune,
 )
 from iwm_fast.evals.finetuning.run import open_context, predict, train_job
-from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit
+from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import VariantInputs, lr_scale
 from iwm_fast.evals.results import read_result
 from iwm_fast.monitoring.metrics import read_metrics
@@ -386,7 +386,8 @@ def test_views_are_normalised_as_the_timm_weights_expect(run, tmp_path):
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     timm_view = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     network = TimmNetwork(vit, 3)
-    view, action = normalize_view(pixels), torch.zeros(2, 7)
+    normalization = vit_run_config(timm_settings(run, tmp_path), vit).data.normalization
+    view, action = normalize_view(pixels, normalization), torch.zeros(2, 7)
     inputs = VariantInputs(view=view, tokens=None, action=action, patches=all_patches(2, 4))
     expected = network.head(vit.forward_features(timm_view)[:, 1:])
     torch.testing.assert_close(network(inputs), expected, rtol=1e-4, atol=1e-5)

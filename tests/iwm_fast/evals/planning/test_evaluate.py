@@ -19,7 +19,7 @@ from iwm_fast.evals.planning.evaluate import PlannedChange, evaluate_plan, measu
 from iwm_fast.evals.planning.image_pairs import draw_change, draw_pairs
 from iwm_fast.evals.planning.report import PlanningErrors, parameter_rows
 from iwm_fast.evals.results import read_result
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
@@ -128,11 +128,11 @@ def pairs_of(model, shards, samples, kind, config):
     flags = [change_from_action(pair.action[None], model.config.views) for pair in pairs]
     return [
         Pair(
-            source=denormalize_view(pair.source)[0],
+            source=denormalize_view(pair.source, IMAGENET)[0],
             clean=clean,
             flags=tuple(name for name in ("grayscale", "blur", "solarize") if flag[name][0] > 0.5),
         )
-        for pair, clean, flag in zip(pairs, denormalize_view(batch.source_view), flags, strict=True)
+        for pair, clean, flag in zip(pairs, denormalize_view(batch.source_view, IMAGENET), flags, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from iwm_fast.evals.retrieval.bank import (
     predict_query,
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.transforms.action import change_from_action
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
@@ -105,7 +105,8 @@ def test_a_prediction_uses_all_patches_and_its_own_action(model, pixels):
     action[1, 0] = 1.0
     predicted = predict_query(model, Query(source=pixels, action=action))
     assert predicted.shape == (2, 16 * 16) and not torch.allclose(predicted[0], predicted[1])
-    torch.testing.assert_close(model.predict(normalize_view(pixels[None]), action[:1]).flatten(1)[0], predicted[0])
+    expected = model.predict(normalize_view(pixels[None], IMAGENET), action[:1]).flatten(1)[0]
+    torch.testing.assert_close(expected, predicted[0])
 
 
 def test_predictions_that_exceed_one_forward_are_split_into_chunks(model, pixels, monkeypatch):

@@ -11,6 +11,7 @@ from fixtures.painted_shards import COLOURS, IGNORED, write_painted_shard
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.evals.segmentation.masks import MaskReader, count_classes
+from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -33,7 +34,7 @@ def config(tmp_path):
 
 def classes_in(view):
     """Return the class whose colour is nearest to each pixel, and whether the colour is close to it."""
-    distance = np.abs(denormalize_view(view).numpy()[..., None, :].astype(int) - COLOURS.astype(int)).sum(-1)
+    distance = np.abs(denormalize_view(view, IMAGENET).numpy()[..., None, :].astype(int) - COLOURS.astype(int)).sum(-1)
     return distance.argmin(-1), distance.min(-1) < 60
 
 
