@@ -1,4 +1,4 @@
-"""Reading, decoding, cropping and rendering two views: images per second of each stage beside the baselines."""
+"""Reading, decoding, cropping and rendering two views: CPU time and rate of each stage beside the baselines."""
 
 from benchmarks.harness import interleave
 from benchmarks.harness.interleave import Stream
@@ -42,6 +42,7 @@ def all_streams(workload: Workload) -> dict[Name, Stream]:
         (report.VIEWS, report.OURS): loader_stream(workload),
         (report.VIEWS, report.LOGGED): logged_stream(workload),
         (report.VIEWS, report.TORCH_LOADER): loader_stream(workload, "torch"),
+        (report.VIEWS, report.DALI_VIEWS): baselines.dali_views_stream(workload),
     }
     for style in STYLES:
         streams[report.VIEWS, f"{report.TORCHVISION}, {style}"] = baselines.torchvision_stream(workload, style)
