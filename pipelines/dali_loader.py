@@ -240,6 +240,7 @@ def graph_settings(plan: BatchPlan, config: LoaderConfig, device: torch.device) 
         num_threads=config.loader_threads,
         prefetch=config.prefetch,
         device_id=device.index or 0 if is_on_gpu else None,
+        decode=config.decode,
         hw_decoder_load=config.hw_decoder_load,
         preallocate=config.decoder_preallocate,
         # On a CPU the graph ends at the crops, because `CpuRenderer` is faster than DALI's CPU operators
