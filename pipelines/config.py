@@ -269,6 +269,7 @@ class LoaderConfig:
     prefetch: int
     read_ahead: int = 2
     max_bad_samples: float = 0.0
+    decode: Literal["gpu", "cpu"] = "gpu"
     hw_decoder_load: float | None = None
     decoder_preallocate: tuple[int, int] | None = None
 

@@ -249,6 +249,7 @@ def graph_settings(
         num_threads=config.loader_threads,
         prefetch=config.prefetch,
         device_id=device.index or 0 if is_on_gpu else None,
+        decode=config.decode,
         hw_decoder_load=config.hw_decoder_load,
         preallocate=config.decoder_preallocate,
         normalization=normalization,

@@ -37,16 +37,17 @@ def build_loader(
 
     The views are normalised with the given mean and standard deviation (data.pixel_mean and data.pixel_std).
 
-    With runtime.loader=dali and a GPU as the device, the GPU also decodes and renders the images.
+    With runtime.loader=dali and a GPU as the device, the GPU renders the images, and with runtime.decode=gpu it also
+    decodes them.
 
     Raises:
         ValueError: if a setting of the GPU decoder is set though no GPU decodes, or if the torch loader is to apply
             RandAugment.
     """
-    is_on_gpu = config.loader == "dali" and device.type == "cuda"
+    decodes_on_gpu = config.loader == "dali" and device.type == "cuda" and config.decode == "gpu"
     for name in ("hw_decoder_load", "decoder_preallocate"):
         value = getattr(config, name)
-        require(value is None or is_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
+        require(value is None or decodes_on_gpu, f"runtime.{name}", value, "be unset unless DALI decodes on a GPU")
     # The loaders are imported here so that the torch loader works where DALI is not installed.
     if config.loader == "torch":
         require(plan.augment is None, "runtime.loader", "torch", "be dali for RandAugment, or RandAugment be left out")

@@ -1,7 +1,8 @@
 """Time streams of batches in interleaved rounds: only one stream is open at a time, and the order alternates.
 
 Each round opens a stream, discards the batches prefetched while it was opening, and counts images until its time is
-over. The result is the rate at which a training loop that takes no time itself would receive images.
+over. The results are the CPU time per image of all processes that take part, which hardly depends on what else runs on
+the machine, and the rate at which a training loop that takes no time itself would receive images.
 """
 
 import gc
@@ -13,6 +14,7 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
 
+from benchmarks.harness.machine import cpu_time_s
 from benchmarks.harness.session import Case, Session
 from benchmarks.harness.timing import Failure, Name, first_line, interleaved_rounds, percentiles
 
@@ -54,6 +56,8 @@ class StreamRound(NamedTuple):
     images: int
     batch_s: list[float]
     """Seconds waited for each batch."""
+    cpu_s: float | None = None
+    """CPU time of this process and its workers during the round; None if it was not measured."""
 
     @property
     def images_per_s(self) -> float:
@@ -103,6 +107,7 @@ def run_round(stream: Stream, budget: StreamBudget, max_batches: int | None = No
     with stream.open() as batches:
         for batch in islice(batches, stream.prefetched):
             stream.consume(batch)
+        begin_cpu_s = cpu_time_s()
         begin = last = time.perf_counter()
         for batch in islice(batches, None if max_batches is None else max_batches - stream.prefetched):
             images += stream.consume(batch)
@@ -112,9 +117,10 @@ def run_round(stream: Stream, budget: StreamBudget, max_batches: int | None = No
             is_long_enough = now - begin >= budget.seconds and len(batch_s) >= budget.min_batches
             if is_long_enough and len(batch_s) % stream.burst == 0:
                 break
+        cpu_s = cpu_time_s() - begin_cpu_s
     if not batch_s:
         raise RuntimeError("all batches were prefetched: too little data for a round")
-    return StreamRound(images, batch_s)
+    return StreamRound(images, batch_s, cpu_s)
 
 
 def summarize(rounds: Sequence[StreamRound]) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def summarize(rounds: Sequence[StreamRound]) -> dict[str, Any]:
 
 
 def record(session: Session, case: Case, provider: str, result: list[StreamRound] | Failure, **figures: Any) -> None:
-    """Record milliseconds per batch over complete rounds, images per second, and the waiting time per batch."""
+    """Record milliseconds per batch over complete rounds, CPU time and rate of images, and waiting times."""
     if isinstance(result, Failure):
         session.record(case, provider, failure=result.message)
         return
@@ -138,4 +144,6 @@ def record(session: Session, case: Case, provider: str, result: list[StreamRound
         "batches": len(waits_ms),
         "images": sum(stream_round.images for stream_round in result),
     }
+    if cpu_ms := [1e3 * stream_round.cpu_s / stream_round.images for stream_round in result if stream_round.cpu_s]:
+        rates["cpu_ms_per_image"] = round(statistics.median(cpu_ms), 3)
     session.record(case, provider, **summarize(result), figures=rates | figures)

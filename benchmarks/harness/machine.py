@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,23 @@ def describe_in_words(description: dict[str, Any]) -> str:
     cpu = f", {description['cpu']}, {description['cores']} cores" if description.get("cpu") else ""
     processors, run = f"{description.get('gpu') or 'no GPU'}{cpu}", description.get("run")
     return f"{processors}: {ceilings}{versions}; {run}; `{description.get('command')}`"
+
+
+def cpu_time_s() -> float:
+    """Return the CPU time of this process and of all its descendants, these to a hundredth of a second."""
+    times: dict[int, tuple[int, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name of the program, in parentheses, may contain blanks.
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # The process has ended.
+        # Parent, and clock ticks: user and system time, with those of children that have ended.
+        times[int(path.parent.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    itself = os.getpid()
+    family = {itself}
+    while more := {child for child, (parent, _) in times.items() if parent in family} - family:
+        family |= more
+    ticks = sum(times[member][1] for member in family - {itself})
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,5 @@
-"""Baselines: DALI's webdataset reader, the webdataset library, and webdataset with torchvision in a DataLoader.
+"""Baselines: DALI's webdataset reader, alone and with DALI's operators, and the webdataset library, alone and with
+torchvision in a DataLoader.
 
 The last one follows good practice: one worker per core, batches collated in the workers, shards and samples shuffled.
 It runs with torchvision on tensors and on Pillow images; the faster one counts.
@@ -21,7 +22,7 @@ from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 
 from benchmarks.harness.interleave import Stream
-from benchmarks.pipelines.dali_baselines import read_graph, run_forever
+from benchmarks.pipelines.dali_baselines import read_graph, run_forever, views_graph
 from benchmarks.pipelines.streams import Workload, touch_pages
 from iwm_fast.pipelines.config import IMAGENET, ViewConfig
 from iwm_fast.pipelines.storage.shard_set import ShardSet, find_shards
@@ -43,6 +44,24 @@ def dali_reader_stream(workload: Workload) -> Stream:
             yield from numpy_batches(read_graph(paths, index_paths, batch_size=workload.batch_size, num_threads=1))
 
     return Stream(start, touch_pages, prefetched=4)
+
+
+def dali_views_stream(workload: Workload) -> Stream:
+    """Return pairs of views from DALI alone: its reader, its random operators and its photometry."""
+
+    def start() -> Iterator[list[Tensor]]:
+        with TemporaryDirectory() as folder:
+            paths, index_paths = write_indexes(workload.shards, Path(folder))
+            graph = views_graph(paths, index_paths, workload.views, workload.graph_settings)
+            for outputs in run_forever(graph):
+                yield [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def consume(views: list[Tensor]) -> int:
+        if workload.device.type == "cuda":
+            torch.cuda.synchronize(workload.device)
+        return len(views[0])
+
+    return Stream(start, consume, prefetched=4)
 
 
 def write_indexes(shards: ShardSet, folder: Path) -> tuple[list[str], list[str]]:

@@ -15,7 +15,9 @@ from benchmarks.pipelines.report import OURS
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import IMAGENET
+from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
+from iwm_fast.pipelines.transforms.parameters import draw
 
 MAX_MEAN_DIFFERENCE, MAX_P99_DIFFERENCE = 1.0, 12.0
 """Grey levels by which decoders and antialiased resizing may differ, on average and at the 99th percentile."""
@@ -79,14 +81,15 @@ def check_shapes(stream: Stream, name: str, workload: Workload) -> None:
 
 
 def check_stage(stage: str, stream: Stream, workload: Workload) -> None:
-    """Raise WrongResultError unless "decode" returns full images, and "crop" returns crops of the size of the views."""
+    """Raise WrongResultError unless "decode" returns full images, and "crop" returns the crops that are drawn."""
     (pixels,) = first_batch(stream)
-    size = workload.views.size
-    full_size = (workload.photographs.height, workload.photographs.width)
-    expected = (*(full_size if stage == "decode" else (size, size)), 3)
-    shapes = {tuple(shape) for shape in pixels.shape()}
-    if shapes != {expected} or len(pixels) != workload.batch_size:
-        raise WrongResultError(f"{stage}: {len(pixels)} images of {shapes}, not {workload.batch_size} of {expected}")
+    sizes = np.tile([workload.photographs.height, workload.photographs.width], (workload.batch_size, 1))
+    if stage == "crop":
+        draws = draw(workload.views, 0, 0, np.arange(workload.batch_size))
+        sizes = crop_window(draws.crop, sizes)[:, 2:].astype(int)
+    expected, shapes = [(*size, 3) for size in sizes.tolist()], [tuple(shape) for shape in pixels.shape()]
+    if shapes != expected:
+        raise WrongResultError(f"{stage}: {len(pixels)} images of {set(shapes)}, not of {set(expected)}")
 
 
 def first_batch(stream: Stream) -> Any:

@@ -1,20 +1,23 @@
-"""DALI graphs for comparison: DALI's reader and the first stages of our graph."""
+"""DALI graphs for comparison: DALI's reader, two views in DALI alone, and the first stages of our graph."""
 
 # DALI's enums and graph nodes are typed too loosely for pyright.
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportIndexIssue=false
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
-from nvidia.dali import fn
+from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
+from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import (
     CROP_INPUTS,
     GraphSettings,
     decode_crop,
     input_nodes,
+    normalize_nodes,
+    solarize_nodes,
 )
 
 Feed = Callable[[], tuple[Any, ...]]
@@ -28,19 +31,68 @@ def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) ->
     """Build DALI's reader, which shuffles as its documentation recommends and repeats the shards indefinitely."""
     graph = Pipeline(device_id=None, seed=0, **size)
     with graph:
-        encoded = fn.readers.webdataset(
-            paths=list(paths),
-            index_paths=list(index_paths),
-            ext=["jpg"],
-            missing_component_behavior="error",
-            random_shuffle=True,
-            initial_fill=BUFFER,
-            shuffle_after_epoch=True,
-            seed=1,
-        )
-        graph.set_outputs(encoded)
+        graph.set_outputs(_read(paths, index_paths))
     graph.build()
     return graph
+
+
+def _read(paths: Sequence[str], index_paths: Sequence[str]) -> Any:
+    """Return a node of DALI's reader."""
+    return fn.readers.webdataset(
+        paths=list(paths),
+        index_paths=list(index_paths),
+        ext=["jpg"],
+        missing_component_behavior="error",
+        random_shuffle=True,
+        initial_fill=BUFFER,
+        shuffle_after_epoch=True,
+        seed=1,
+    )
+
+
+def views_graph(
+    paths: Sequence[str], index_paths: Sequence[str], views: ViewConfig, settings: GraphSettings
+) -> Pipeline:
+    """Build a pipeline of DALI alone, as its documentation writes it: two normalised views with random operators.
+
+    Parameters are drawn by DALI in the ranges of `views` and are not returned.
+    """
+    graph = _two_views(paths, index_paths, views, seed=0, **settings.pipeline_arguments)
+    graph.build()
+    return graph
+
+
+@pipeline_def(enable_conditionals=True)
+@no_type_check  # DALI compiles the function's source code again, which a wrapper would hide.
+def _two_views(paths, index_paths, views):
+    device = "cpu" if Pipeline.current().device_id is None else "mixed"
+    crop = fn.decoders.image_random_crop(
+        _read(paths, index_paths), device=device, random_area=views.crop_scale, random_aspect_ratio=views.crop_aspect
+    )
+    crop = fn.resize(crop, size=[views.size, views.size], antialias=True)
+    crop = fn.flip(crop, horizontal=fn.random.coin_flip(probability=views.flip_probability))
+    source, target = crop, crop
+    if fn.random.coin_flip(probability=views.jitter_probability, dtype=types.BOOL):
+        source = _jitter(source, views)
+    if fn.random.coin_flip(probability=views.jitter_probability, dtype=types.BOOL):
+        target = _jitter(target, views)
+    if fn.random.coin_flip(probability=views.grayscale_probability, dtype=types.BOOL):
+        source = fn.saturation(source, saturation=0.0)
+    if fn.random.coin_flip(probability=views.blur_probability, dtype=types.BOOL):
+        source = fn.gaussian_blur(source, sigma=fn.random.uniform(range=views.blur_sigma))
+    if fn.random.coin_flip(probability=views.solarize_probability, dtype=types.BOOL):
+        source = solarize_nodes(source)
+    return normalize_nodes(source), normalize_nodes(target)
+
+
+def _jitter(pixels, views):
+    """Return a node for pixels with random brightness, contrast, saturation and hue."""
+    factors = {
+        name: fn.random.uniform(range=[1 - getattr(views, name), 1 + getattr(views, name)])
+        for name in ("brightness", "contrast", "saturation")
+    }
+    degrees = 360 * views.hue
+    return fn.color_twist(pixels, hue=fn.random.uniform(range=[-degrees, degrees]), **factors)
 
 
 def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:

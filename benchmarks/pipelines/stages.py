@@ -1,4 +1,4 @@
-"""Reading, decoding, cropping and rendering two views: images per second of each stage beside the baselines."""
+"""Reading, decoding, cropping and rendering two views: CPU time and rate of each stage beside the baselines."""
 
 from benchmarks.harness import interleave
 from benchmarks.harness.interleave import Stream
@@ -42,6 +42,7 @@ def all_streams(workload: Workload) -> dict[Name, Stream]:
         (report.VIEWS, report.OURS): loader_stream(workload),
         (report.VIEWS, report.LOGGED): logged_stream(workload),
         (report.VIEWS, report.TORCH_LOADER): loader_stream(workload, "torch"),
+        (report.VIEWS, report.DALI_VIEWS): baselines.dali_views_stream(workload),
     }
     for style in STYLES:
         streams[report.VIEWS, f"{report.TORCHVISION}, {style}"] = baselines.torchvision_stream(workload, style)
@@ -81,19 +82,22 @@ def measure_cold(session: Session, workload: Workload, streams: dict[Name, Strea
 
 
 def sweep_decoder(session: Session, workload: Workload) -> None:
-    """On a GPU, time our loader for several numbers of threads and shares of JPEGs for the hardware decoder."""
+    """On a GPU, time our loader for several numbers of threads and shares of JPEGs for the hardware decoder.
+
+    The threads also decode alone, with runtime.decode=cpu.
+    """
     if workload.device.type != "cuda":
         session.skipped.append("decoder sweep (there is no GPU)")
         return
     cores, budget = workload.threads, workload.budget
-    streams = {
-        (threads, load): loader_stream(workload, loader_threads=threads, hw_decoder_load=load)
-        for threads in sorted({max(cores // 2, 1), cores, 2 * cores})
-        for load in DECODER_LOADS
-    }
+    streams = {}
+    for threads in sorted({max(cores // 2, 1), cores, 2 * cores}):
+        for load in DECODER_LOADS:
+            streams[threads, str(load)] = loader_stream(workload, loader_threads=threads, hw_decoder_load=load)
+        streams[threads, "none, decode=cpu"] = loader_stream(workload, loader_threads=threads, decode="cpu")
     # There are many combinations, so each gets fewer and shorter rounds.
     budget = budget._replace(rounds=min(budget.rounds, 2), seconds=min(budget.seconds, 3.0))
     results = interleave.compare(streams, budget, deadline=session.deadline_of(SWEEP_SHARE))
     for (threads, load), result in results.items():
-        shape = workload.shape | {"threads": threads, "hw_decoder_load": str(load)}
+        shape = workload.shape | {"threads": threads, "hw_decoder_load": load}
         interleave.record(session, Case(report.SWEEP, shape), report.OURS, result)

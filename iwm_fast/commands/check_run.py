@@ -18,6 +18,7 @@ from torch import nn
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
+from iwm_fast.commands.decode_rate import measure_decode_rate
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.batch_size import accumulation_steps, describe_large_batch
 from iwm_fast.config.commands import CheckConfig
@@ -121,7 +122,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     if counts is not None:
         _report_work(report, config, counts)
         if shards is not None:
-            report.collect("time", lambda: report.add("time", _estimate_time(config, request, shards.num_samples)))
+            report.collect("time", lambda: _report_speed(report, config, request, shards))
     if counts is None or batch is None:
         return report, None
     gpu = gpu_memory(config, request)
@@ -269,30 +270,56 @@ def _report_work(report: Report, config: RunConfig, counts: PatchCounts) -> None
     report.add("GFLOP per image", f"{flops.total / 1e9:.4g} ({parts})")
 
 
-def _estimate_time(config: RunConfig, request: CheckConfig, num_samples: int) -> str:
-    """Return the duration of all epochs and the GPU-hours, as text.
+def _report_speed(report: Report, config: RunConfig, request: CheckConfig, shards: ShardSet) -> None:
+    """Add the duration of all epochs, and the CPU cores that decode images at this speed.
 
     Raises:
         ValueError: if neither peak nor memory of the requested GPU are known.
     """
-    ranks, images = _num_ranks(request), config.optim.epochs * num_samples
+    ranks, images = _num_ranks(request), config.optim.epochs * shards.num_samples
+    images_per_s, remark = _estimate_speed(config, request)
+    if images_per_s is None:
+        report.add("time", remark)
+        return
+    hours = images / images_per_s / 3600
+    hint = "" if request.images_per_s else "; set images_per_s=... to use a measured speed"
+    report.add("time", f"{_format_hours(hours)} at {remark}; {hours * ranks:,.3g} GPU-hours{hint}")
+    if config.runtime.loader == "dali":
+        report.collect("decoding", lambda: _report_decoding(report, config, shards, images_per_s, ranks))
+
+
+def _estimate_speed(config: RunConfig, request: CheckConfig) -> tuple[float | None, str]:
+    """Return the images per second over all ranks, None if they are not known, and where the number comes from.
+
+    Raises:
+        ValueError: if neither peak nor memory of the requested GPU are known.
+    """
     if request.images_per_s is not None:
-        hours = images / request.images_per_s / 3600
-        return f"{_format_hours(hours)} at {request.images_per_s:g} images/s; {hours * ranks:,.3g} GPU-hours"
+        return request.images_per_s, f"{request.images_per_s:g} images/s"
     local_gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     name = request.gpu or (local_gpu if gpu_peak_flops(local_gpu) else "H100")
     peak = gpu_peak_flops(name, config.optim.precision)
     if peak is None and request.gpu_memory_gb is None:
         raise ValueError(f"gpu must be {KNOWN_GPUS}, got {name!r}; or set gpu_memory_gb and images_per_s")
     if peak is None:
-        return f"not known, because the peak of {name} is not; set images_per_s"
+        return None, f"not known, because the peak of {name} is not; set images_per_s"
     images_per_s = _TYPICAL_UTILISATION * peak / training_flops(config).total
-    gpu_hours = images / images_per_s / 3600
-    return (
-        f"{_format_hours(gpu_hours / ranks)}, {gpu_hours:,.3g} GPU-hours, at {100 * _TYPICAL_UTILISATION:.0f} % of the "
-        f"{peak / 1e12:.0f} TFLOP/s of {name} ({images_per_s:,.0f} images/s per GPU); "
-        "set images_per_s=... to use a measured speed"
+    return _num_ranks(request) * images_per_s, (
+        f"{100 * _TYPICAL_UTILISATION:.0f} % of the {peak / 1e12:.0f} TFLOP/s of {name} "
+        f"({images_per_s:,.0f} images/s per GPU)"
     )
+
+
+def _report_decoding(report: Report, config: RunConfig, shards: ShardSet, images_per_s: float, ranks: int) -> None:
+    """Measure how fast a core decodes the run's images, and add how many of them keep up with training."""
+    rate = measure_decode_rate(config, shards)
+    report.add("decoding", rate.describe(images_per_s, ranks))
+    needed, threads = rate.cores_for(images_per_s / ranks), config.runtime.loader_threads
+    if config.runtime.decode == "cpu" and threads < needed:
+        report.warnings.append(
+            f"runtime.loader_threads = {threads} decode about {threads * rate.images_per_s:,.0f} images/s per rank, "
+            f"but {images_per_s / ranks:,.0f} are asked for; set runtime.loader_threads={needed}, or runtime.decode=gpu"
+        )
 
 
 def _format_hours(hours: float) -> str:

@@ -235,11 +235,16 @@ class RuntimeConfig:
     runtime.loader=dali."""
     read_ahead: int = 2
     """Micro-batches beyond prefetch whose bytes are already being read. Only for runtime.loader=dali."""
+    decode: Literal["gpu", "cpu"] = "gpu"
+    """Where a run on a GPU decodes images. gpu: on the GPU; cpu: runtime.loader_threads decode and crop them, and the
+    GPU resizes and transforms them, which suits machines with many cores and a busy GPU. `iwm check` says how many
+    cores that takes. Without a GPU, and with runtime.loader=torch, images are always decoded on the CPU."""
     hw_decoder_load: float | None = None
-    """Share of the JPEGs decoded by the GPU's hardware decoder, 0 to 1. Unset: DALI's default of 0.65. Only on GPUs."""
+    """Share of the JPEGs decoded by the GPU's hardware decoder, 0 to 1. Unset: DALI's default of 0.65. Only if a GPU
+    decodes."""
     decoder_preallocate: tuple[int, int] | None = None
     """Width and height in pixels of the largest expected image, for which the hardware decoder allocates memory at the
-    start. Unset: memory grows as larger images arrive. Only on GPUs."""
+    start. Unset: memory grows as larger images arrive. Only if a GPU decodes."""
     max_bad_samples: float = 0.02
     """Number of undecodable samples that a rank may replace by others of the same batch before the run ends; a value
     below 1 is a share of all samples."""

@@ -121,7 +121,11 @@ class RecycledMemory:
 
 
 class _View:
-    """The parameters of one view as Python numbers and matrices by image, and the memory for its pixels."""
+    """The parameters of one view by image, and the memory for its pixels.
+
+    Everything is split by image in advance, with few operations: each of torch's operations releases Python's lock, and
+    threads that take turns at it lose more time than a short operation takes.
+    """
 
     def __init__(
         self,
@@ -131,16 +135,20 @@ class _View:
         pixels: Float32[Tensor, "B 3 S S"],
     ) -> None:
         self.pixels = pixels
+        self.images = pixels.unbind()
         self.is_flipped: list[bool] = is_flipped.tolist()
         matrix, gain = color_matrix(photometry), gray_gain(photometry)
         self.is_recolored: list[bool] = ((matrix != np.eye(3)).any(axis=(1, 2)) | (gain != 0)).tolist()
         self.gain: list[float] = gain.tolist()
-        scale, shift = scale_and_shift(normalization)
         # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
         # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
-        self.matrix = torch.zeros(len(matrix), 4, 4)
-        self.matrix[:, :3, :3] = scale.view(3, 1) * torch.from_numpy(matrix)
-        self.matrix[:, :3, 3] = -shift.view(3)
+        padded = torch.zeros(len(matrix), 4, 4)
+        self.matrices = padded[:, :3].unbind()
+        scale, shift = (values.view(3, 1).numpy() for values in scale_and_shift(normalization))
+        padded.numpy()[:, :3] = np.concatenate(
+            [scale * matrix, np.broadcast_to(-shift, (len(matrix), 3, 1))], axis=2, dtype=np.float32
+        )
+        self.offsets: list[np.ndarray] = list(padded.numpy()[:, :3, 3])
         self.sigma: list[float | None] = [
             sigma if flag else None
             for flag, sigma in zip(photometry.blur.tolist(), photometry.blur_sigma.tolist(), strict=True)
@@ -157,39 +165,40 @@ class _Scratch:
         self._resized = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         # Red, green, blue and 1, so that one matrix product multiplies and adds.
         self._planes = torch.ones(4, size * size)
+        self._colors = self._planes[:3].view(3, size, size)
         self._recolored = torch.empty(3, size * size)
+        self._channels = self._recolored.view(3, size, size).unbind()
         self._gray_mean = 0.0
-        self._luma = torch.tensor(LUMA)
         self._scale, self._shift = scale_and_shift(normalization)
+        self._scale_of_channel = self._scale.flatten().numpy()
         # The values of black and white after normalisation, by channel.
-        self._black, self._white = -self._shift, 255 * self._scale - self._shift
-        self._limits = list(zip(self._black.flatten().tolist(), self._white.flatten().tolist(), strict=True))
+        black, white = -self._shift, 255 * self._scale - self._shift
+        self._limits = list(zip(black.flatten().tolist(), white.flatten().tolist(), strict=True))
+        self._black_and_white = black + white
 
     def load(self, crop: UInt8[Tensor, "_ _ 3"], *, is_flipped: bool) -> None:
         """Resize and flip a crop, and convert it to planes."""
-        # `interpolate`, which calls this operator, does not write to memory of the caller's.
+        # `interpolate`, which calls this operation, does not write to memory of the caller's.
         torch.ops.aten._upsample_bilinear2d_aa.out(crop.permute(2, 0, 1)[None], self._size, False, out=self._resized)
-        resized = self._resized[0].flip(2) if is_flipped else self._resized[0]
-        colors = self._planes[:3]
-        colors.view(3, *self._size).copy_(resized)
-        self._gray_mean = float(self._luma @ colors.mean(dim=1))
+        self._colors.copy_((self._resized.flip(3) if is_flipped else self._resized)[0])
+        means = self._colors.mean(dim=(1, 2)).tolist()
+        self._gray_mean = sum(weight * mean for weight, mean in zip(LUMA, means, strict=True))
 
     def render(self, view: _View, image: int) -> None:
         """Render the loaded crop with the parameters of an image and write the result to the view's memory."""
-        pixels = view.pixels[image]
+        pixels = view.images[image]
         if view.is_recolored[image]:
-            matrix = view.matrix[image, :3]
-            matrix[:, 3].add_(self._scale.view(3), alpha=view.gain[image] * self._gray_mean)
-            torch.mm(matrix, self._planes, out=self._recolored)
-            for plane, channel, limits in zip(self._recolored, pixels, self._limits, strict=True):
-                torch.clamp(plane.view_as(channel), *limits, out=channel)
+            view.offsets[image] += self._scale_of_channel * (view.gain[image] * self._gray_mean)
+            torch.mm(view.matrices[image], self._planes, out=self._recolored)
+            for plane, channel, limits in zip(self._channels, pixels.unbind(), self._limits, strict=True):
+                torch.clamp(plane, *limits, out=channel)
         else:
-            torch.mul(self._planes[:3].view_as(pixels), self._scale, out=pixels).sub_(self._shift)
+            torch.mul(self._colors, self._scale, out=pixels).sub_(self._shift)
         if (sigma := view.sigma[image]) is not None:
             _blur_(pixels, sigma)
         if view.is_solarized[image]:
             # Values above the middle are mirrored at it, which inverts 128 and above.
-            inverted = torch.sub(self._black + self._white, pixels, out=self._recolored.view_as(pixels))
+            inverted = torch.sub(self._black_and_white, pixels, out=self._recolored.view_as(pixels))
             torch.minimum(pixels, inverted, out=pixels)
 
 

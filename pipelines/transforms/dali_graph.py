@@ -61,6 +61,8 @@ class GraphSettings:
     """Number of batches that DALI computes ahead."""
     device_id: int | None
     """Number of the GPU; None runs the graph on the CPU."""
+    decode: Literal["gpu", "cpu"] = "gpu"
+    """Whether a graph on a GPU decodes there, or on the CPU and renders the crops on the GPU."""
     hw_decoder_load: float | None = None
     """Fraction of the JPEG images that the GPU's hardware decoder takes; None for DALI's default."""
     preallocate: tuple[int, int] | None = None
@@ -70,6 +72,11 @@ class GraphSettings:
     output: Literal["crops", "pixels", "normalized"] = "pixels"
     """Format of the views: "normalized" for the networks' input, (B, 3, H, W) float32; "pixels" for (B, H, W, 3) uint8.
     "crops" ends the graph at the decoded shared crops, (height, width, 3) uint8 in their own sizes."""
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether images are decoded on a GPU."""
+        return self.device_id is not None and self.decode == "gpu"
 
     @property
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -190,9 +197,12 @@ def input_nodes(inputs, next_inputs):
 
 
 def decode_crop(data, settings):
-    """Return a node for the decoded pixels of the crop; the rest of the image is not decoded if its format allows."""
+    """Return a node for the decoded pixels of the crop, on the device of the graph.
+
+    The rest of the image is not decoded if its format allows.
+    """
     options = {}
-    if settings.device_id is not None:
+    if settings.decodes_on_gpu:
         # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
         options["jpeg_fancy_upsampling"] = True
         if settings.hw_decoder_load is not None:
@@ -200,9 +210,10 @@ def decode_crop(data, settings):
         if settings.preallocate is not None:
             options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
     # DALI's "mixed" device takes encoded bytes on the CPU and returns pixels on the GPU.
-    device = "cpu" if settings.device_id is None else "mixed"
+    device = "mixed" if settings.decodes_on_gpu else "cpu"
     window = {"start": data["corner"], "shape": data["extent"], "axes": [0, 1]}
-    return fn.decoders.image_slice(data["encoded"], **window, device=device, **options)
+    pixels = fn.decoders.image_slice(data["encoded"], **window, device=device, **options)
+    return pixels if settings.device_id is None or settings.decodes_on_gpu else pixels.gpu()
 
 
 def resize_to_square(pixels, size):

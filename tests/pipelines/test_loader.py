@@ -142,9 +142,19 @@ def test_batches_are_bit_equal_for_any_ranks_and_micro_batches(shards, backend):
 
 def test_threads_and_prefetch_do_not_change_a_batch(shards):
     reference = take(training_plan(shards), shards, 3)
-    other = take(training_plan(shards), shards, 3, reader_threads=3, loader_threads=2, prefetch=1)
+    # Without a GPU, images are decoded on the CPU, whatever `decode` is.
+    other = take(training_plan(shards), shards, 3, reader_threads=3, loader_threads=2, prefetch=1, decode="cpu")
     for first, second in zip(reference, other, strict=True):
         assert_same_batch(first, second)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes"), [("cpu", {}), ("cuda", {"decode": "cpu"}), ("cuda", {"backend": "torch"})]
+)
+@pytest.mark.parametrize("setting", [{"hw_decoder_load": 0.5}, {"decoder_preallocate": (80, 60)}])
+def test_settings_of_the_gpus_decoder_are_refused_where_it_does_not_decode(shards, device, changes, setting):
+    with pytest.raises(ValueError, match=r"runtime\.\w+ must be unset unless DALI decodes on a GPU"):
+        build_loader(training_plan(shards), shards, settings(**changes, **setting), torch.device(device, 0))
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])

@@ -80,10 +80,11 @@ def test_batches_are_the_same_on_a_gpu_and_on_the_cpu(tmp_path, views):
         assert_close(*pair)
 
 
-def test_bad_images_are_replaced_like_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("decode", ["gpu", "cpu"])
+def test_bad_images_are_replaced_like_on_the_cpu(tmp_path, decode):
     bad = damaged()
     shards = shards_at(tmp_path, bad)
-    fast, plain = (take(plan(shards), shards, 6, device) for device in (GPU, CPU))
+    fast, plain = (take(plan(shards), shards, 6, device, decode=decode) for device in (GPU, CPU))
     for pair in zip(fast, plain, strict=True):
         assert_close(*pair)
     shown = torch.cat([batch.sample for batch in fast]).tolist()
@@ -124,19 +125,23 @@ def test_slow_training_reads_complete_batches(tmp_path):
     torch.testing.assert_close(torch.stack(sums), torch.stack(expected), rtol=1e-3, atol=50.0)
 
 
-@pytest.mark.parametrize("settings", [{"hw_decoder_load": 0.0}, {"hw_decoder_load": 1.0}, {"preallocate": (250, 200)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"hw_decoder_load": 0.0}, {"hw_decoder_load": 1.0}, {"decoder_preallocate": (250, 200)}, {"decode": "cpu"}],
+)
 def test_settings_of_the_decoder_do_not_change_the_batches(tmp_path, settings):
     shards = shards_at(tmp_path)
     for pair in zip(take(plan(shards), shards, 2, **settings), take(plan(shards), shards, 2, CPU), strict=True):
         assert_close(*pair)
 
 
-def test_rand_augment_is_the_same_on_a_gpu_and_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("decode", ["gpu", "cpu"])
+def test_rand_augment_is_the_same_on_a_gpu_and_on_the_cpu(tmp_path, decode):
     shards = shards_at(tmp_path)
     finetuning = FinetunePlan(
         views=ViewConfig(size=SIZE), augment=RandAugmentConfig(), seed=0, grid=8, stream=stream(shards)
     )
-    for fast, plain in zip(*(take(finetuning, shards, 3, device) for device in (GPU, CPU)), strict=True):
+    for fast, plain in zip(*(take(finetuning, shards, 3, device, decode=decode) for device in (GPU, CPU)), strict=True):
         pixels = [denormalize_view(batch.source_view, IMAGENET).cpu().int() for batch in (fast, plain)]
         difference = (pixels[0] - pixels[1]).abs().float().mean(dim=(1, 2, 3)).numpy()
         # A posterised or solarized pixel may fall on either side of a threshold.

@@ -1,5 +1,7 @@
 """Interleaved rounds: one open stream at a time, discarded batches, failures, percentiles, the time limit."""
 
+import subprocess
+import sys
 import time
 from itertools import count, repeat
 
@@ -97,6 +99,30 @@ def test_a_record_contains_rate_percentiles_and_waiting_times(tmp_path):
     assert ours.figures["batch_p50_ms"] == 100 and ours.figures["batch_p99_ms"] == 3100
     assert ours.figures["images"] == 240 and ours.figures["doubt"] == 0.5
     assert peer.failure == "no" and peer.median_ms is None
+    assert "cpu_ms_per_image" not in ours.figures, "it was not measured"
+
+
+def test_a_record_contains_the_median_cpu_time_per_image():
+    session = Session({"cores": 2}, budget=QUICK, device="cpu")
+    rounds = [StreamRound(100, [1.0], cpu_s) for cpu_s in (0.3, 0.2, 0.9)]
+    interleave.record(session, Case("read", {"B": 8}), "ours", rounds)
+    assert session.records[0].figures["cpu_ms_per_image"] == 3
+
+
+def test_the_cpu_time_of_a_round_includes_worker_processes():
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+
+    def start():
+        # The worker is a child of a child, as with a fork server, and takes its time while a batch is waited for.
+        worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+        with subprocess.Popen([sys.executable, "-c", worker]) as process:
+            yield 4
+            process.wait()
+            yield 4
+
+    once = StreamBudget(rounds=1, seconds=0.0, min_batches=2)
+    cpu_s = interleave.run_round(Stream(start, lambda batch: batch), once).cpu_s
+    assert cpu_s is not None and 0.45 < cpu_s < 5
 
 
 def test_all_percentiles_of_a_single_round_are_equal():

@@ -10,7 +10,9 @@ import pytest
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
+from iwm_fast.commands import decode_rate
 from iwm_fast.commands.check_run import inspect_run
+from iwm_fast.commands.decode_rate import DecodeRate
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.loading import build, save_config
 from iwm_fast.config.run import ModelConfig, OptimConfig, PredictorConfig, RunConfig
@@ -22,6 +24,11 @@ ONE_RANK = CheckConfig(ranks=1)
 @pytest.fixture
 def config(tiny_shards, tmp_path) -> RunConfig:
     return tiny_run(tiny_shards, tmp_path / "run", loader="torch")
+
+
+@pytest.fixture(autouse=True)
+def _short_measurement(monkeypatch):
+    monkeypatch.setattr(decode_rate, "SECONDS", 0.1)
 
 
 def rows(config: RunConfig, request: CheckConfig = ONE_RANK) -> dict[str, str]:
@@ -129,6 +136,43 @@ def test_hours_follow_from_the_speed_or_from_the_requested_gpu(config):
     assert "got 'T4'; or set gpu_memory_gb and images_per_s" in problems(config, CheckConfig(gpu="T4"))
     by_memory = CheckConfig(gpu="T4", gpu_memory_gb=16.0)
     assert problems(config, by_memory) == "" and "the peak of T4 is not" in rows(config, by_memory)["time"]
+
+
+def test_the_cores_that_decode_fast_enough_are_measured_on_the_shards(config, tmp_path):
+    assert "decoding" not in rows(config, CheckConfig(images_per_s=100.0)), "the torch loader renders in one thread"
+    by_dali = replace(config, runtime=replace(config.runtime, loader="dali", decode="cpu"))
+    slow, fast = (CheckConfig(ranks=2, images_per_s=speed) for speed in (1.0, 1e6))
+    report, _ = inspect_run(by_dali, slow)
+    text = dict(report.rows)["decoding"]
+    assert re.match(r"[\d,]+ images/s per core, measured on \d+ of these images; with runtime.decode=cpu, ", text)
+    assert "1 images/s need 2 cores (runtime.loader_threads=1 per rank); this machine has" in text
+    assert "loader_threads" not in str(report.warnings) and report.problems == []
+    (warning,) = [text for text in inspect_run(by_dali, fast)[0].warnings if "loader_threads" in text]
+    assert re.match(r"runtime.loader_threads = 2 decode about [\d,]+ images/s per rank, but 500,000 are asked", warning)
+    on_gpu = replace(by_dali, runtime=replace(by_dali.runtime, decode="gpu"))
+    assert "loader_threads" not in str(inspect_run(on_gpu, fast)[0].warnings)
+
+
+def test_bad_images_do_not_stop_the_measurement(config, tmp_path):
+    good = encode(photograph("coffee.png")[:60, :60])
+    flipped = bytearray(encode(photograph("coffee.png")[:60, :60], "PNG"))
+    flipped[len(flipped) // 2] ^= 0xFF
+    runtime = replace(config.runtime, loader="dali")
+    request = CheckConfig(ranks=1, images_per_s=1.0)
+    for name, images in {"some": [good] * 200 + [b"", bytes(flipped)], "all": [b"GIF89a", bytes(flipped)]}.items():
+        write_tar(tmp_path / f"{name}.tar", [(f"{n:03}.jpg", image) for n, image in enumerate(images)])
+        mixed = replace(config, runtime=runtime, data=replace(config.data, train=str(tmp_path / f"{name}.tar")))
+        assert ("none of" in problems(mixed, request)) == (name == "all")
+
+
+@pytest.mark.parametrize(
+    ("images_per_s", "ranks", "cores"), [(1000.0, 1, 1), (1001.0, 1, 2), (8000.0, 8, 8), (8001.0, 8, 16)]
+)
+def test_every_rank_has_whole_cores(images_per_s, ranks, cores):
+    rate = DecodeRate(images_per_s=1000.0, num_images=64)
+    assert f"need {cores} cores (runtime.loader_threads={cores // ranks} per rank)" in rate.describe(
+        images_per_s, ranks
+    )
 
 
 def test_a_run_for_another_gpu_needs_no_gpu_on_this_machine(config):

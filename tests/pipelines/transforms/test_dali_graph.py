@@ -8,12 +8,14 @@ import torch
 
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms import dali_graph
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.parameters import Draws, draw, identity_draws
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 SIZE = 64
+VIEWS = ViewConfig(size=SIZE)
 SHAPES = [(40, 300), (300, 40), (64, 64), (97, 131), (211, 59), (500, 333), (17, 23), (1, 90)]
 
 
@@ -23,10 +25,12 @@ def images() -> list[np.ndarray]:
     return [pixels[:height, 100 : 100 + width] for height, width in SHAPES]
 
 
-def run(images: list[np.ndarray], draws: Draws, device_id: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    images: list[np.ndarray], draws: Draws, device_id: int | None = None, views: ViewConfig = VIEWS, decode="gpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = [np.frombuffer(encode(image, "PNG"), np.uint8) for image in images]
     settings = GraphSettings(
-        views=ViewConfig(size=SIZE), max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id
+        views=views, max_batch_size=len(images), num_threads=1, prefetch=1, device_id=device_id, decode=decode
     )
     windows = view_windows(draws, np.array([image.shape[:2] for image in images]))
     graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, windows, settings)))
@@ -122,3 +126,38 @@ def test_the_graph_renders_the_same_views_on_a_gpu_and_on_the_cpu(images):
         for ours, theirs in zip(fast, plain, strict=True):
             difference = (ours.int() - theirs.int()).abs().float()
             assert difference.mean() < 0.5 and difference.quantile(0.999) <= 4
+
+
+def devices_of_nodes(decode: str, **views) -> dict[str, str]:
+    """Return the device of each operator's output in a graph for a GPU, by name, without building it."""
+    settings = GraphSettings(
+        views=ViewConfig(size=SIZE, **views), max_batch_size=2, num_threads=1, prefetch=1, device_id=0, decode=decode,
+        output="normalized",
+    )  # fmt: skip
+    graph = dali_graph._two_views(lambda: (), settings, **settings.pipeline_arguments)
+    graph._build_graph()
+    outputs = [output for operator in graph._ops for output in operator.outputs]
+    return {output.name: output.device for output in outputs if "ExternalSource" not in output.name}
+
+
+@pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8)}])
+def test_a_graph_for_a_gpu_decodes_where_it_is_told_and_renders_on_the_gpu(views):
+    by_gpu, by_cpu = (devices_of_nodes(decode, **views) for decode in ("gpu", "cpu"))
+    assert by_gpu.keys() == by_cpu.keys()
+    assert {name.split("_")[2] for name in by_gpu if by_gpu[name] != by_cpu[name]} == {"ImageSlice"}
+    for name, device in by_cpu.items():
+        operator = name.split("_")[2]
+        assert device == ("cpu" if operator == "ImageSlice" else "gpu") or operator in ("Split", "Merge"), name
+    assert "CropMirrorNormalize" in {name.split("_")[2] for name in by_cpu}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8)}])
+def test_pixels_decoded_on_the_cpu_are_rendered_on_the_gpu_like_those_decoded_there(images, views):
+    config = ViewConfig(size=SIZE, solarize_probability=0.0, **views)
+    for step in range(2):
+        draws = draw(config, 0, step, np.arange(len(images)))
+        decoded_there, decoded_here = (run(images, draws, 0, views=config, decode=decode) for decode in ("gpu", "cpu"))
+        for ours, theirs in zip(decoded_there, decoded_here, strict=True):
+            # The files are PNGs, which both decode alike.
+            assert torch.equal(ours, theirs)
