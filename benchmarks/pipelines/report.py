@@ -90,6 +90,7 @@ _FIGURES: dict[str, tuple[str, dict[str, Column]]] = {
             "images": shape("image"),
             "shorter side after": shape("shorter"),
             "shards": shape("shards"),
+            "two views, CPU ms per image": figure("cpu_ms_per_image", ".2f"),
             "two views, images/s": figure("images_per_s", ".0f"),
             "p20-p80": tables.image_rates(".0f"),
             "KB read per image": figure("kb_per_image", ".0f"),
