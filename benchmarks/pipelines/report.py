@@ -13,6 +13,7 @@ SAME_VIEWS = "same views"
 SWEEP = "two views, decoder sweep"
 LOGGING = "action log"
 SHUFFLING, MEMORY, OPENING = "shuffling", "memory", "opening shards"
+SMALLER = "smaller shards"
 
 OURS, LOGGED, TORCH_LOADER = "ours", "ours, action log", "plain twin"
 DALI_READER, WEBDATASET_READER = "DALI webdataset", "webdataset library"
@@ -82,6 +83,19 @@ _FIGURES: dict[str, tuple[str, dict[str, Column]]] = {
             "p20": time("p20_ms", ".2f", 1e3),
             "p80": time("p80_ms", ".2f", 1e3),
             "digest of keys and sizes, s": figure("digest_s", ".2f"),
+        },
+    ),
+    "Smaller shards": (
+        SMALLER,
+        {
+            "images": shape("image"),
+            "shorter side after": shape("shorter"),
+            "shards": shape("shards"),
+            "two views, CPU ms per image": figure("cpu_ms_per_image", ".2f"),
+            "two views, images/s": figure("images_per_s", ".0f"),
+            "p20-p80": tables.image_rates(".0f"),
+            "KB read per image": figure("kb_per_image", ".0f"),
+            "resized images per s and core": figure("resized_per_s_per_core", ".0f"),
         },
     ),
 }

@@ -30,9 +30,9 @@ from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, patch_counts, training_flops
 from iwm_fast.pipelines.errors import ShardError
-from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import choose_device
-from iwm_fast.training.loaders import open_training_shards
+from iwm_fast.training.loaders import open_named_shards, open_training_shards
 from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
 
@@ -102,7 +102,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     if shards is not None:
         report.add("training samples", _describe_shards(shards))
     if config.data.val:
-        val = report.collect("validation samples", lambda: open_shards(config.data.val, config.data.image))
+        val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
         if val is not None:
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:

@@ -245,7 +245,7 @@ def check_data(subject: Subject) -> Result:
     from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
 
     path = find_shards(config.data.train)[0]
-    shards = open_shards(path)
+    shards = open_shards(path, config.data.image, max_pixels=config.data.max_pixels)
     if "://" not in path:
         with open(path, "rb") as file:
             # Out of the page cache, so that the disk is measured.

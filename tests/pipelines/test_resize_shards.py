@@ -51,7 +51,9 @@ def picture(size: tuple[int, int], kind: str = "JPEG", **options) -> bytes:
 
 
 def mask_of(size: tuple[int, int], mode: str) -> bytes:
-    indices = (np.add.outer(np.arange(size[1]) // 16, np.arange(size[0]) // 16) % 3).astype(np.uint8)
+    # Far apart in grey, so that no mean of two of them is rounded to one of them.
+    step = 100 if mode == "L" else 1
+    indices = (np.add.outer(np.arange(size[1]) // 16, np.arange(size[0]) // 16) % 3 * step).astype(np.uint8)
     mask, content = Image.fromarray(indices), io.BytesIO()
     if mode == "P":
         mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])

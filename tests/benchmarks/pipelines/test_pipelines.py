@@ -26,6 +26,7 @@ from benchmarks.pipelines import (
     loader_memory,
     report,
     shuffle_quality,
+    smaller_shards,
     stages,
     startup,
 )
@@ -215,6 +216,18 @@ def test_opening_is_timed_with_cached_indexes(session, workload):
     assert record.shape == {"shards": 3, "samples": 15} and record.repeats == 5 and record.median_ms > 0
     (folder,) = workload.folder.glob("linked-*")
     assert len(list(folder.glob("*.index"))) == 3 and open_shards(str(folder)).num_samples == 15
+
+
+def test_views_from_smaller_shards_are_timed_beside_those_from_the_original_ones(session, workload, monkeypatch):
+    # One process, because others import torch first.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    smaller_shards.run(session, workload, sizes={(160, 120): 64})
+    before, after = session.records
+    assert [record.shape["shards"] for record in (before, after)] == ["before", "after"]
+    assert before.figures["kb_per_image"] > 2 * after.figures["kb_per_image"] > 0
+    assert all(record.figures["images_per_s"] > 0 for record in session.records)
+    with pytest.raises(WrongResultError, match="not all images are resized"):
+        smaller_shards.run(session, workload, sizes={(160, 120): 120})
 
 
 def test_the_command_reports_skipped_sections_and_goals(tmp_path, capsys):

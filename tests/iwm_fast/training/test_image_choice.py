@@ -1,23 +1,34 @@
 """`data.image` chooses the same images in training, evaluations, embeddings and replays."""
 
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 import iwm_fast
 from fixtures.tar_files import TinyShards, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.commands.check_run import inspect_run
+from iwm_fast.commands.check_shards import check_shards
+from iwm_fast.commands.doctor import OK, Subject, check_data
 from iwm_fast.commands.embed import embed
 from iwm_fast.commands.replay_step import replay_step
-from iwm_fast.config.commands import EmbedConfig, ReplayConfig
+from iwm_fast.commands.resize_shards import resize
+from iwm_fast.commands.show_batch import show_batch
+from iwm_fast.config.commands import CheckConfig, CheckShardsConfig, EmbedConfig, ReplayConfig
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.probing.knn import evaluate_knn
+from iwm_fast.pipelines.config import ResizeConfig
+from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.runtime.distributed import single_process
 from iwm_fast.train import run
 
 
@@ -72,3 +83,29 @@ def test_training_and_everything_after_it_read_the_chosen_image(pairs, tiny_shar
     assert len(pictures[0]) > 1000 and len(pictures[1]) > 1000
     with pytest.raises(CheckpointError, match=r"data\.image: left\.jpg -> right\.jpg"):
         run(replace(config_of(pairs, left, "right.jpg"), resume="auto"))
+
+
+def test_commands_before_training_read_the_chosen_image(pairs, tiny_shards, tmp_path):
+    pictures = []
+    for shards, image in ((tiny_shards, ""), (pairs, "left.jpg")):
+        config = config_of(shards, tmp_path / (image or "plain"), image)
+        report, _ = inspect_run(config, CheckConfig())
+        assert report.problems == []
+        # Its data are those of the first shard.
+        result = check_data(Subject(config, single_process("cpu")))
+        assert result.status == OK and "20 images of" in result.text
+        pictures.append(show_batch(config))
+    images = [np.asarray(Image.open(path)) for path in pictures]
+    # The titles name the shards.
+    assert np.array_equal(*(image[image.shape[0] // 8 :] for image in images))
+
+
+def test_smaller_shards_hold_the_chosen_image(pairs, tmp_path):
+    resize(pairs.pattern, tmp_path / "small", ResizeConfig(shorter=24, image="left.jpg"), num_processes=1)
+    for path in (tmp_path / "small").glob("*.tar"):
+        # The check waits until a shard is old enough for its index to be stored.
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    check_shards(str(tmp_path / "small"), CheckShardsConfig(image="left.jpg"), num_processes=1)
+    before, after = (open_shards(spec, "left.jpg") for spec in (pairs.pattern, str(tmp_path / "small")))
+    assert [shard.keys for shard in before.shards] == [shard.keys for shard in after.shards]
+    assert all((a.image_size <= b.image_size).all() for a, b in zip(after.shards, before.shards, strict=True))
