@@ -89,7 +89,8 @@ def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> 
         shards, problem = _try_to_open(lambda: pickle.loads(offer) if offer else open_training_shards(data))
     digests = distributed.gather_objects(shards and shards.content_digest)
     if any(digest != digests[0] for digest in digests):
-        problem = problem or _describe_difference(shards, rank_info.rank)
+        difference = _describe_difference(shards)
+        problem = problem or difference
     rank = f"data.train = {data.train!r} on rank {rank_info.rank}"
     report_first(distributed.gather_objects(problem and f"{rank}: {problem}; copy the shards of rank 0"))
     assert shards is not None, "otherwise there is a problem"
@@ -104,7 +105,7 @@ def _try_to_open(function: Callable[[], ShardSet]) -> tuple[ShardSet | None, str
         return None, str(error)
 
 
-def _describe_difference(shards: ShardSet | None, rank: int) -> str:
+def _describe_difference(shards: ShardSet | None) -> str:
     """Return how the shards of this rank differ from rank 0's; empty if their content is the same.
 
     Collective: every rank must call it, with None if it has no shards.
