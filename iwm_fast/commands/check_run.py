@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -170,8 +169,7 @@ def _format_ranks(count: int) -> str:
 
 
 def _describe_shards(shards: ShardSet) -> str:
-    # The label -1 marks a sample without a label.
-    labelled = float(np.mean(shards.labels(np.arange(shards.num_samples)) >= 0))
+    labelled = 1 - shards.num_unlabelled / shards.num_samples
     return f"{shards.num_samples:,} in {len(shards.shards):,} shards, {100 * labelled:.1f} % with a label"
 
 

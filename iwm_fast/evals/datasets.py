@@ -124,8 +124,7 @@ def require_readable(*selections: tuple[ShardSet, Int64[np.ndarray, "_"]]) -> No
 
 def _bad_headers(shards: ShardSet, samples: Int64[np.ndarray, "samples"]) -> Iterator[tuple[int, str]]:
     """Yield number and reason of each sample whose header is bad."""
-    is_unchecked = np.array([not shard.is_checked for shard in shards.shards])
-    samples = samples[is_unchecked[shards.locate(samples)[0]]]
+    samples = samples[~shards.is_checked[shards.locate(samples)[0]]]
     probe_header = error_as_value(partial(probe, max_pixels=shards.max_pixels))
     with Reader(shards, _READER_THREADS) as reader:
         for first in range(0, len(samples), _HEADERS_AT_A_TIME):

@@ -130,11 +130,10 @@ def _copy(parameters: Iterable[tuple[str, Tensor]], destination: dict[str, Tenso
 def _label_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
     """Return labelled samples for k-NN; None, with a log line, if some have no label."""
     for name, shards in (("data.train", train), ("data.val", val)):
-        num_missing = int((shards.labels(np.arange(shards.num_samples)) < 0).sum())
-        if num_missing:
+        if shards.num_unlabelled:
             log.info(
                 "output.evaluate_every measures MRR without k-NN, because %d of %d samples of %s have no class number",
-                num_missing, shards.num_samples, name,
+                shards.num_unlabelled, shards.num_samples, name,
             )  # fmt: skip
             return None
     return label_sets(train, val, _KNN.data.label, max_train=_KNN.max_train_samples, max_val=_MAX_VAL_SAMPLES)

@@ -1,5 +1,8 @@
 """Builds loaders from a run's settings: the pretraining stream, the finetuning stream, and evaluation passes."""
 
+import pickle
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from iwm_fast.pipelines.sampling.batch_plan import (
     TrainingPlan,
 )
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.dataset_index import ContentDigest
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
@@ -67,38 +71,53 @@ def open_training_shards(data: DataConfig) -> ShardSet:
 def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> ShardSet:
     """Open data.train on each machine, with the same content everywhere. Collective: every rank must call it.
 
-    Rank 0 indexes the shards, and other ranks take its index: many ranks would read the same headers from shared
-    storage. A rank opens them itself if its paths differ, or if it is the first one on another machine, where the same
-    paths may lead to other files.
+    The first rank of each machine looks at the shards, which may be others on another machine, and the machine's other
+    ranks map its index. A rank whose data.train differs, or that does not see that index, opens the shards itself.
 
     Raises:
         ValueError, FileNotFoundError, ShardError: if a shard is missing or cannot be used, or differs from rank 0's.
         PeerFailedError: on the other ranks.
     """
-    first_spec, first = distributed.broadcast_from_rank_zero(lambda: (data.train, open_training_shards(data)))
-    shards, problem = first, ""
-    if rank_info.rank > 0 and (rank_info.local_rank == 0 or data.train != first_spec):
-        try:
-            shards = open_training_shards(data)
-            problem = _describe_difference(first, shards)
-        # The errors of unusable shards, which rank 0 reports.
-        except (ValueError, OSError, ShardError) as error:
-            problem = str(error)
+    shards, problem = distributed.rank_zero_only(lambda: open_training_shards(data)), ""
+    if rank_info.rank > 0 and rank_info.local_rank == 0:
+        shards, problem = _try_to_open(lambda: open_training_shards(data))
+    place = (socket.gethostname(), data.train)
+    # Pickled, because a set that is received is mapped at once, and only those of its machine can be.
+    offers = distributed.gather_objects((place, shards and pickle.dumps(shards)))
+    if shards is None and not problem:
+        offer = next((content for origin, content in offers if content and origin == place), None)
+        shards, problem = _try_to_open(lambda: pickle.loads(offer) if offer else open_training_shards(data))
+    digests = distributed.gather_objects(shards and shards.content_digest)
+    if any(digest != digests[0] for digest in digests):
+        difference = _describe_difference(shards)
+        problem = problem or difference
     rank = f"data.train = {data.train!r} on rank {rank_info.rank}"
     report_first(distributed.gather_objects(problem and f"{rank}: {problem}; copy the shards of rank 0"))
+    assert shards is not None, "otherwise there is a problem"
     return shards
 
 
-def _describe_difference(first: ShardSet, other: ShardSet) -> str:
-    """Return how the shards of another rank differ from rank 0's; empty if their content is the same."""
-    if first.content_digest == other.content_digest:
+def _try_to_open(function: Callable[[], ShardSet]) -> tuple[ShardSet | None, str]:
+    """Return what a function opens, or None and what is wrong with the shards."""
+    try:
+        return function(), ""
+    except (ValueError, OSError, ShardError) as error:
+        return None, str(error)
+
+
+def _describe_difference(shards: ShardSet | None) -> str:
+    """Return how the shards of this rank differ from rank 0's; empty if their content is the same.
+
+    Collective: every rank must call it, with None if it has no shards.
+    """
+    own = [ContentDigest().add(shard).text() for shard in shards.shards] if shards else []
+    first = distributed.broadcast_from_rank_zero(lambda: own)
+    if shards is None or own == first:
         return ""
-    if len(first.shards) != len(other.shards):
-        return f"{len(other.shards)} shards, but {len(first.shards)} on rank 0"
-    for expected, actual in zip(first.shards, other.shards, strict=True):
-        if ShardSet(shards=(expected,)).content_digest != ShardSet(shards=(actual,)).content_digest:
-            return f"{actual.path} has other samples than {expected.path} on rank 0"
-    raise AssertionError("the digest of the set follows from those of its shards")
+    if len(own) != len(first):
+        return f"{len(own)} shards, but {len(first)} on rank 0"
+    number = next(number for number, digest in enumerate(own) if digest != first[number])
+    return f"{shards.shards[number].path} has other samples than shard {number + 1} of rank 0"
 
 
 def training_loader(
@@ -156,7 +175,7 @@ def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, st
     """Return this rank's part of the shuffled, endless sequence of training samples."""
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     return SampleStream(
-        order=SampleOrder([len(shard.keys) for shard in shards.shards], config.seed, config.data.shuffle_window),
+        order=SampleOrder(np.diff(shards.shard_bounds), config.seed, config.data.shuffle_window),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=micro_batch_size,
         rank=rank_info.rank,

@@ -102,8 +102,9 @@ def read_labels(shards: ShardSet, field: str, *, classes: Sequence[str] | None =
         listed = f"{', '.join(names[:_MAX_LISTED_CLASSES])}{more}"
         remedy = "remove the sample or name other classes"
         raise ShardError(f"{field} is {value}, which is not one of the classes {listed}", **address, remedy=remedy)
-    number = np.array([numbers[value.text] for value in values], np.int64)[codes]
-    return Labels(field=field, number=number, classes=names)
+    number = np.array([numbers[value.text] for value in values], np.int64)
+    is_numbered = np.array_equal(number, np.arange(len(number)))
+    return Labels(field=field, number=codes if is_numbered else number[codes], classes=names)
 
 
 def require_same_class_names(train: ShardSet, val: ShardSet) -> None:
@@ -115,7 +116,7 @@ def require_same_class_names(train: ShardSet, val: ShardSet) -> None:
     Raises:
         ShardError: naming the first number that has two names.
     """
-    folders = dict.fromkeys(os.path.dirname(shard.path) for shards in (train, val) for shard in shards.shards)
+    folders = dict.fromkeys(os.path.dirname(path) for shards in (train, val) for path in shards.paths)
     first: list[tuple[str, str]] = []
     for path in (os.path.join(folder, "classes.json") for folder in folders):
         names = _read_class_names(path)
@@ -156,7 +157,10 @@ def _first_invalid(
 def _cls_values(shards: ShardSet) -> tuple[list[_Value], Int64[np.ndarray, "samples"]]:
     """Return the distinct `.cls` labels, and for each sample the index of its label among them."""
     shards.require_labels("an evaluation on cls")
-    values, codes = np.unique(shards.labels(np.arange(shards.num_samples)), return_inverse=True)
+    values = np.unique(np.concatenate([np.unique(shard.label) for shard in shards.shards]))
+    # Numbers that already are 0 .. K - 1 stay in the index, whose memory processes share.
+    is_numbered = int(values[-1]) == len(values) - 1
+    codes = shards.all_labels if is_numbered else np.searchsorted(values, shards.all_labels)
     return [_Value("integer", value) for value in values.tolist()], codes
 
 

@@ -17,13 +17,13 @@ from iwm_fast.pipelines.counter_rng import random_bits
 class SampleOrder:
     """The endless shuffled order of the samples of a set of shards."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | Int64[np.ndarray, "shards"], seed: int, window: int) -> None:
         """Set the number of samples of each shard, the seed, and the number of shards in a window.
 
         Raises:
             ValueError: if there is no shard, a shard is empty, or the window is below 1.
         """
-        min_size = min(shard_sizes, default=0)
+        min_size = min(shard_sizes) if len(shard_sizes) else 0
         if min_size < 1:
             raise ValueError(f"shard_sizes must be at least 1 each and not be empty, got a minimum of {min_size}")
         if window < 1:

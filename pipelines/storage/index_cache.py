@@ -12,8 +12,9 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from safetensors.numpy import save
 from iwm_fast.pipelines.errors import EmptyShardError, printable
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.remote_file import file_info
-from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
+from iwm_fast.pipelines.storage.shard import INTEGER_FIELDS, Shard, StoredStrings, Unused, index_shard
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ FORMAT = 3
 # File systems record times in steps, at most 2 s in common ones (FAT). A shard that changed more recently than that may
 # change again without a new modification time, so its index is not stored yet.
 MIN_AGE_NS = 2_000_000_000
-_INTEGER_FIELDS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
 
 
 class FileVersion(NamedTuple):
@@ -85,8 +85,8 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
         OSError: if no index can be stored, so that the samples to leave out would still be drawn.
     """
     remaining = np.delete(np.arange(len(shard.keys)), positions)
-    arrays = {name: getattr(shard, name)[remaining] for name in _INTEGER_FIELDS}
-    keys = tuple(shard.keys[position] for position in remaining)
+    arrays = {name: getattr(shard, name)[remaining] for name in INTEGER_FIELDS}
+    keys = tuple(shard.keys[position] for position in remaining.tolist())
     # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
     time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     index_paths = _index_paths(shard.path, image)
@@ -113,14 +113,52 @@ def file_version(path: str) -> FileVersion:
     return FileVersion(status.st_size, status.st_mtime_ns)
 
 
+def cache_folder() -> Path:
+    """Return the folder for indexes that cannot lie next to their shards."""
+    return Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast") / "index"
+
+
+def real_paths(paths: Sequence[str]) -> list[str]:
+    """Return the paths of files without symbolic links; remote addresses stay as they are."""
+    # Most shards share their folder, and realpath looks at each part of a path.
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    real = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        is_simple = not os.path.islink(path) and name not in (".", "..")
+        real.append(
+            path if "://" in path else os.path.join(folders[folder], name) if is_simple else os.path.realpath(path)
+        )
+    return real
+
+
+def index_stamps(paths: Sequence[str], image: str) -> list[tuple[int, ...]]:
+    """Return, for each shard, what tells whether a stored index of it has been replaced; an empty tuple if it has none.
+
+    `iwm shards check` replaces the index of a shard that itself stays the same.
+    """
+    cache, stamps = str(cache_folder()), []
+    for path, real_path in zip(paths, real_paths(paths), strict=True):
+        stamp: list[int] = []
+        for index_path in _index_names(path, real_path, image, cache):
+            with suppress(OSError):
+                status = os.stat(index_path)
+                stamp += [status.st_size, status.st_mtime_ns, status.st_ino]
+        stamps.append(tuple(stamp))
+    return stamps
+
+
 def _index_paths(path: str, image: str) -> list[Path]:
     """Return the paths at which a shard's index may be stored, the preferred one first."""
+    return [Path(name) for name in _index_names(path, real_paths([path])[0], image, str(cache_folder()))]
+
+
+def _index_names(path: str, real_path: str, image: str, cache: str) -> list[str]:
     # Each choice of images has its own index, because other samples may be left out of it.
     ending = f".{image.lower()}.index" if image else ".index"
-    name = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast") / "index"
-    beside = [] if "://" in path else [Path(f"{path}{ending}")]
-    return [*beside, folder / f"{name}{ending}"]
+    name = hashlib.sha256(real_path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    beside = [] if "://" in path else [f"{path}{ending}"]
+    return [*beside, os.path.join(cache, f"{name}{ending}")]
 
 
 def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | None:
@@ -132,7 +170,7 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             if about.get("format") != FORMAT or tuple(about["stamp"]) != version:
                 return None
-            arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *_INTEGER_FIELDS)}
+            arrays = {name: file.get_tensor(name) for name in ("keys", "key_size", *INTEGER_FIELDS)}
             is_complete = about.pop("checksum") == _checksum(arrays, about)
             counts = {"num_left_out": int(about["num_left_out"]), "is_checked": bool(about["is_checked"])}
             unused = {kind: Unused(*entry) for kind, entry in about["unused"].items()}
@@ -142,19 +180,16 @@ def _read_index(index_path: Path, path: str, version: FileVersion) -> Shard | No
     if not is_complete:
         log.warning("%s is damaged; it is rebuilt", printable(str(index_path)))
         return None
-    bounds, text = [0, *arrays["key_size"].cumsum().tolist()], arrays["keys"].tobytes()
-    keys = (text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairwise(bounds))
-    integers = {name: arrays[name] for name in _INTEGER_FIELDS}
-    return Shard(path=path, size_bytes=version.size_bytes, keys=tuple(keys), unused=unused, **counts, **integers)
+    keys = StoredStrings(np.append(0, arrays["key_size"].cumsum()), arrays["keys"])
+    integers = {name: arrays[name] for name in INTEGER_FIELDS}
+    return Shard(path=path, size_bytes=version.size_bytes, keys=keys, unused=unused, **counts, **integers)
 
 
 def _write_index(shard: Shard, version: FileVersion, index_paths: list[Path]) -> None:
     """Write an index to the first of the paths that is writable; log a warning if none is."""
-    # Names in a tar are bytes. surrogateescape keeps those that are not UTF-8.
-    keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
-    arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in _INTEGER_FIELDS}
-    arrays["keys"] = np.frombuffer(b"".join(keys), np.uint8)
-    arrays["key_size"] = np.array([len(key) for key in keys], np.int64)
+    keys = StoredStrings.of(shard.keys)
+    arrays = {name: np.ascontiguousarray(getattr(shard, name)) for name in INTEGER_FIELDS}
+    arrays |= {"keys": keys.content, "key_size": keys.lengths}
     about = {
         "format": FORMAT,
         "stamp": version,

@@ -1,12 +1,12 @@
 """The samples of a shard, read from its tar headers: their keys, labels and the byte ranges of their files."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, overload
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
 from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
@@ -31,6 +31,61 @@ _UNUSED_KINDS = {
 }
 
 
+INTEGER_FIELDS = ("image_offset", "image_size", "label", "json_offset", "json_size", "mask_offset", "mask_size")
+"""Fields of `Shard` that hold an integer for each sample."""
+
+
+class StoredStrings(Sequence[str]):
+    """Strings that are stored one after the other as bytes and decoded when they are asked for.
+
+    Names in a tar are bytes. surrogateescape keeps those that are not UTF-8.
+    """
+
+    def __init__(self, bounds: Int64[np.ndarray, "bounds"], content: UInt8[np.ndarray, "_"]) -> None:
+        """Set where each string begins in `content`, followed by the end of the last one."""
+        self.bounds = bounds
+        self._content = content
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> "StoredStrings":
+        """Return the same strings, stored."""
+        if isinstance(texts, StoredStrings):
+            return texts
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        bounds = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return StoredStrings(bounds, np.frombuffer(b"".join(encoded), np.uint8))
+
+    @property
+    def content(self) -> UInt8[np.ndarray, "_"]:
+        """The bytes of all strings."""
+        return self._content[int(self.bounds[0]) : int(self.bounds[-1])]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "strings"]:
+        """Number of bytes of each string."""
+        return np.diff(self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "StoredStrings": ...
+    def __getitem__(self, index: int | slice) -> "str | StoredStrings":
+        if isinstance(index, slice):
+            begin, end, _ = index.indices(len(self))
+            return StoredStrings(self.bounds[begin : max(begin, end) + 1], self._content)
+        position = range(len(self))[index]
+        begin, end = self.bounds[position : position + 2].tolist()
+        return self._content[begin:end].tobytes().decode("utf-8", "surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
 class Unused(NamedTuple):
     """Members of one kind that no sample uses."""
 
@@ -45,7 +100,7 @@ class Shard:
 
     path: str
     size_bytes: int
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     """Key of each sample: the path of its members up to the first dot of the file name."""
     image_offset: Int64[np.ndarray, "samples"]
     """Offset of each encoded image in the archive, in bytes."""
@@ -142,9 +197,7 @@ def read_cls_member(shard: Shard, key: str) -> bytes | None:
 
 def limit_samples(shard: Shard, count: int) -> Shard:
     """Return a copy of the index that lists only the first `count` samples."""
-    of_the_shard = ("path", "size_bytes", "num_left_out", "unused", "is_checked")
-    per_sample = (entry.name for entry in fields(Shard) if entry.name not in of_the_shard)
-    return replace(shard, **{name: getattr(shard, name)[:count] for name in per_sample})
+    return replace(shard, **{name: getattr(shard, name)[:count] for name in ("keys", *INTEGER_FIELDS)})
 
 
 def require_unchanged(shard: Shard, file: ShardFile) -> None:

@@ -2,49 +2,81 @@
 
 import fnmatch
 import glob
-import hashlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from pyarrow.fs import FileType
 
 from iwm_fast.pipelines.config import MAX_PIXELS
-from iwm_fast.pipelines.errors import EmptyShardError, ShardError, printable
-from iwm_fast.pipelines.storage.index_cache import load_or_index
+from iwm_fast.pipelines.errors import ShardError, printable
+from iwm_fast.pipelines.storage.dataset_cache import open_index
+from iwm_fast.pipelines.storage.dataset_index import ContentDigest, DatasetIndex, map_index
+from iwm_fast.pipelines.storage.index_cache import real_paths
 from iwm_fast.pipelines.storage.remote_file import file_info, list_files
-from iwm_fast.pipelines.storage.shard import Shard, describe_unused, limit_samples, read_cls_member
+from iwm_fast.pipelines.storage.shard import Shard, limit_samples, read_cls_member
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardSet:
-    """Shards in a fixed order, whose samples are numbered consecutively from 0."""
+    """Shards in a fixed order, whose samples are numbered consecutively from 0.
 
-    shards: tuple[Shard, ...]
+    A set is pickled as the path of its index, which another process on this machine maps. On another machine, where
+    that file is not, the same names of shards are opened and must have the same content.
+    """
+
+    index: DatasetIndex
+    num_samples: int
+    """Number of samples in all shards: the first ones of the index."""
+    spec: str
+    """Pattern that names the shards."""
+    image: str = ""
+    """Extension of the member that is the image; empty: the usual extensions."""
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image or a segmentation map; larger ones are not decoded (data.max_pixels)."""
 
     @cached_property
     def shard_bounds(self) -> Int64[np.ndarray, "bounds"]:
         """Number of each shard's first sample, followed by the total number of samples."""
-        return np.cumsum([0, *(len(shard.keys) for shard in self.shards)], dtype=np.int64)
+        bounds = self.index.shard_bounds
+        if self.num_samples == bounds[-1]:
+            return bounds
+        return np.append(bounds[: np.searchsorted(bounds, self.num_samples)], self.num_samples)
 
     @property
-    def num_samples(self) -> int:
-        """Total number of samples in all shards."""
-        return int(self.shard_bounds[-1])
+    def shards(self) -> Sequence[Shard]:
+        """The shards, which are read from the index when they are asked for."""
+        return _Shards(self)
 
     @cached_property
-    def _label(self) -> Int64[np.ndarray, "samples"]:
-        return np.concatenate([shard.label for shard in self.shards])
+    def is_checked(self) -> Bool[np.ndarray, "shards"]:
+        """Whether `iwm shards check` has decoded all samples of each shard."""
+        return self.index.columns["is_checked"][: len(self.shard_bounds) - 1] > 0
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Path of each shard."""
+        return self.index.paths[: len(self.shard_bounds) - 1]
+
+    @property
+    def all_labels(self) -> Int64[np.ndarray, "samples"]:
+        """Class number of each sample, -1 for a sample without one; read-only, in memory that processes share."""
+        return self.index.columns["label"][: self.num_samples]
+
+    @cached_property
+    def num_unlabelled(self) -> int:
+        """Number of samples without a class number."""
+        is_complete = self.num_samples == self.index.shard_bounds[-1]
+        return self.index.num_unlabelled if is_complete else int((self.all_labels < 0).sum())
 
     def truncated(self, num_samples: int) -> "ShardSet":
         """Return the set of the first `num_samples` samples, in the order of the shards.
@@ -54,10 +86,7 @@ class ShardSet:
         """
         if not 1 <= num_samples <= self.num_samples:
             raise ValueError(f"num_samples must be in 1 .. {self.num_samples}, got {num_samples}")
-        num_shards = int(np.searchsorted(self.shard_bounds, num_samples))
-        *complete, last = self.shards[:num_shards]
-        last = limit_samples(last, num_samples - int(self.shard_bounds[num_shards - 1]))
-        return replace(self, shards=(*complete, last))
+        return replace(self, num_samples=num_samples)
 
     def locate(self, samples: Int64[np.ndarray, "B"]) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
         """Return each sample's shard number and its position within that shard.
@@ -93,7 +122,7 @@ class ShardSet:
 
     def labels(self, samples: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
         """Return the class numbers of samples, -1 for a sample without one."""
-        return self._label[samples]
+        return self.all_labels[samples]
 
     def require_labels(self, consumer: str) -> None:
         """Check that every sample has a label; the message names `consumer` as what needs them.
@@ -101,12 +130,11 @@ class ShardSet:
         Raises:
             ShardError: naming the first sample without one, and what its `.cls` member holds instead.
         """
-        missing = np.flatnonzero(self._label < 0)
-        if not len(missing):
+        if not self.num_unlabelled:
             return
-        shard, position = self.locate_one(int(missing[0]))
+        shard, position = self.locate_one(int((self.all_labels < 0).argmax()))
         content = read_cls_member(shard, shard.keys[position])
-        extent = f"which {consumer} needs ({len(missing)} of {self.num_samples} samples lack one)"
+        extent = f"which {consumer} needs ({self.num_unlabelled} of {self.num_samples} samples lack one)"
         if content is None:
             problem, remedy = f"has no label, {extent}", "add a .cls member with the class number to each sample"
         else:
@@ -117,19 +145,55 @@ class ShardSet:
     @cached_property
     def content_digest(self) -> str:
         """SHA-256 of keys, image sizes and labels in order; copies of the shards in other paths have the same one."""
-        digest = hashlib.sha256()
+        if self.num_samples == self.index.shard_bounds[-1]:
+            return self.index.content_digest
+        digest = ContentDigest()
         for shard in self.shards:
-            keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
-            # A fixed width and byte order give the same digest on all machines. The lengths come first, because joined
-            # keys alone would not tell ("ab", "c") from ("a", "bc").
-            for numbers in ([len(keys)], [len(key) for key in keys], shard.image_size, shard.label):
-                digest.update(np.asarray(numbers, "<i8").tobytes())
-            digest.update(b"".join(keys))
-        return digest.hexdigest()
+            digest.add(shard)
+        return digest.text()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        place = (self.index.path, self.index.stamp, self.content_digest)
+        return _reopen, (place, self.num_samples, self.spec, self.image, self.max_pixels)
+
+
+class _Shards(Sequence[Shard]):
+    """The shards of a set, of which the last one may be cut off."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._index = shards.index
+        self._bounds = shards.shard_bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        shard, size = self._index.shard(number), int(self._bounds[number + 1] - self._bounds[number])
+        return shard if size == len(shard.keys) else limit_samples(shard, size)
+
+
+def _reopen(place: tuple[str, str, str], num_samples: int, spec: str, image: str, max_pixels: int) -> ShardSet:
+    """Return a set that was pickled, perhaps on another machine.
+
+    Raises:
+        FileNotFoundError, ShardError: if the shards are missing here, or differ.
+    """
+    path, stamp, content_digest = place
+    index = map_index(path, stamp, is_checked=False)
+    if index is not None:
+        return ShardSet(index=index, num_samples=num_samples, spec=spec, image=image, max_pixels=max_pixels)
+    shards = open_shards(spec, image, max_pixels=max_pixels)
+    shards = shards.truncated(min(num_samples, shards.num_samples))
+    if shards.content_digest != content_digest:
+        raise ShardError(f"{spec} has other samples on this machine than on that of rank 0", remedy="copy its shards")
+    return shards
 
 
 def open_shards(spec: str, image: str = "", num_threads: int = 8, *, max_pixels: int = MAX_PIXELS) -> ShardSet:
-    """Find the shards that a pattern names, index them in threads and return those with images as one set.
+    """Find the shards that a pattern names and return those with images as one set, opened through its stored index.
 
     One warning for the complete set names shards without images, samples that are left out, and members that no sample
     uses.
@@ -145,31 +209,13 @@ def open_shards(spec: str, image: str = "", num_threads: int = 8, *, max_pixels:
         FileNotFoundError: if something it names does not exist or a folder holds no .tar file.
         ShardError: if a shard cannot be used, or none of them holds an image.
     """
-    paths = find_shards(spec)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
-        # Threads, because indexing mostly waits for reads.
-        results = list(pool.map(_load_or_error, paths, repeat(image)))
-    empty = [result for result in results if isinstance(result, EmptyShardError)]
-    shards = tuple(result for result in results if isinstance(result, Shard))
-    if not shards:
-        raise empty[0]
-    lines = describe_unused((shard.path, shard.unused) for shard in shards)
-    num_left_out = sum(shard.num_left_out for shard in shards)
-    if num_left_out:
-        lines.insert(0, f"{num_left_out} samples are left out because iwm shards check could not decode them")
-    if empty:
-        lines.insert(0, f"{len(empty)} of {len(paths)} shards are left out because they hold no image: {empty[0]}")
-    if lines:
-        log.warning("%s: %s", printable(spec), "\n  ".join(["", *lines] if len(lines) > 1 else lines))
-    return ShardSet(shards=shards, max_pixels=max_pixels)
-
-
-def _load_or_error(path: str, image: str) -> Shard | EmptyShardError:
-    """Return the index of a shard, or the error that it holds no image, which matters only if no other shard does."""
-    try:
-        return load_or_index(path, image)
-    except EmptyShardError as error:
-        return error
+    index = open_index(find_shards(spec), image, num_threads)
+    if index.remarks:
+        lines = ["", *index.remarks] if len(index.remarks) > 1 else index.remarks
+        log.warning("%s: %s", printable(spec), "\n  ".join(lines))
+    return ShardSet(
+        index=index, num_samples=int(index.shard_bounds[-1]), spec=spec, image=image, max_pixels=max_pixels
+    )  # fmt: skip
 
 
 def find_shards(spec: str) -> list[str]:
@@ -198,7 +244,7 @@ def find_shards(spec: str) -> list[str]:
     for path in paths:
         _require_file(path)
     # Links to the same file count as the same shard.
-    counts = Counter(path if "://" in path else os.path.realpath(path) for path in paths)
+    counts = Counter(real_paths(paths))
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(

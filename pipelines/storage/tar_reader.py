@@ -5,6 +5,7 @@ base-256 sizes) and PAX (`path` and `size` records). An archive in which an offs
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def tar_members(window: HeaderWindow) -> Iterator[TarMember]:
         else:
             records, next_records = global_records | next_records, {}
             # A sparse file is stored without its holes, so that its bytes are not at consecutive offsets.
-            if type_flag == b"S" or any(name.startswith("GNU.sparse") for name in records):
+            if type_flag == b"S" or (records and any(name.startswith("GNU.sparse") for name in records)):
                 raise window.error("holds sparse files", "write it without tar's --sparse")
             size = _pax_size(window, records["size"]) if "size" in records else size
             name = records["path"].rstrip("/") if "path" in records else _header_name(header)
@@ -186,11 +187,17 @@ def _read_header(window: HeaderWindow, offset: int) -> bytes | None:
         return None
     # The checksum field itself counts as eight spaces. Some old writers summed signed bytes, in which a byte above 127
     # counts 256 less.
-    unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    unsigned = _sum_bytes(header[:148]) + _sum_bytes(header[156:384]) + _sum_bytes(header[384:]) + 8 * ord(" ")
     num_high = 0 if header.isascii() else sum(byte > 127 for byte in header[:148] + header[156:])
     if _parse_number(window, header[148:156], "checksum") not in (unsigned, unsigned - 256 * num_high):
         raise window.error(f"is damaged or not a tar archive: wrong header checksum at byte {offset}")
     return header
+
+
+def _sum_bytes(content: bytes) -> int:
+    """Return the sum of at most 256 bytes, five times as fast as `sum`."""
+    # The lower half of Adler-32 is 1 plus the sum modulo 65521, which 256 bytes cannot reach.
+    return (zlib.adler32(content) & 0xFFFF) - 1
 
 
 def _parse_number(window: HeaderWindow, field: bytes, name: str) -> int:

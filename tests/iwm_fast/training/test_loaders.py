@@ -1,9 +1,16 @@
 """A run with data.max_samples uses only the first samples of its shards."""
 
+import os
+import shutil
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from fixtures.launchers import torchrun
+from fixtures.paths import WORKERS
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.commands.replay_step import replay_step
 from iwm_fast.config.commands import ReplayConfig
@@ -13,6 +20,7 @@ from iwm_fast.config.run import OptimConfig
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.pipelines.action_log.files import read_rows
 from iwm_fast.pipelines.config import DataConfig
+from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.train import run
 from iwm_fast.training.loaders import open_training_shards
 
@@ -51,3 +59,18 @@ def test_another_number_of_samples_changes_the_fingerprint(tiny_shards, tmp_path
     assert digests[0] != digests[1]
     assert fingerprint(config, digests[0])["data.max_samples"] is None
     assert fingerprint(few, digests[1])["data.max_samples"] == 24
+
+
+@pytest.mark.multi_rank
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["in memory", "on disk"])
+def test_the_first_rank_of_a_machine_looks_at_the_shards_and_the_others_map_its_index(tiny_shards, tmp_path, place):
+    copies = Path(shutil.copytree(tiny_shards.folder, tmp_path / "copies"))
+    in_an_hour = time.time() + 3600
+    for path in copies.glob("*.tar") if place == "in memory" else ():
+        os.utime(path, (in_an_hour, in_an_hour))
+    # The indexes of the shards, which the one of the data set is made of.
+    open_shards(str(copies))
+    command = torchrun("--nproc-per-node", "4", target=str(WORKERS / "ranks_shards.py"))
+    result = subprocess.run([*command, str(copies)], check=False, capture_output=True, text=True)
+    assert result.returncode == 0 and place in result.stdout, result.stderr
