@@ -13,7 +13,16 @@ import torch
 from benchmarks.harness import cli, interleave, machine, results
 from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.harness.session import Session
-from benchmarks.pipelines import action_log, loader_memory, report, shuffle_quality, smaller_shards, stages, startup
+from benchmarks.pipelines import (
+    action_log,
+    dataset_opening,
+    loader_memory,
+    report,
+    shuffle_quality,
+    smaller_shards,
+    stages,
+    startup,
+)
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.config import ViewConfig
 
@@ -25,6 +34,7 @@ SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "memory": loader_memory.run,
     "startup": startup.run,
     "smaller": smaller_shards.run,
+    "index": dataset_opening.run,
 }
 _FULL_BATCH, _QUICK_BATCH = 64, 16
 

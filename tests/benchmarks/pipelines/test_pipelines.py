@@ -23,6 +23,7 @@ from benchmarks.pipelines import (
 from benchmarks.pipelines import (
     action_log,
     checks,
+    dataset_opening,
     loader_memory,
     report,
     shuffle_quality,
@@ -238,3 +239,13 @@ def test_the_command_reports_skipped_sections_and_goals(tmp_path, capsys):
     assert benchmark.main(["--limit-s", "-1", "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert "skipped: streams" in capsys.readouterr().out
     assert list(tmp_path.glob("*.jsonl")) == []
+
+
+def test_data_sets_of_several_sizes_are_opened_on_ranks(session, workload, tmp_path):
+    workload = dataclasses.replace(workload, folder=tmp_path)
+    dataset_opening.run(session, workload, (3, 5), samples_per_shard=4, num_sources=2, num_ranks=2)
+    opened = [record for record in session.records if record.what == report.OPENING_ON_RANKS]
+    assert [record.shape["samples"] for record in opened] == [12, 20]
+    assert all(record.figures["private_mb"] > 0 and record.median_ms > 0 for record in opened)
+    assert "Each further million of samples takes" in report.sections(session.records)
+    assert report.speedup_of_processes(session.records) > 0
