@@ -3,7 +3,7 @@
 The result is that of `torch_renderer` and `normalization.normalize_view`, except for rounding: resizing in 8 bits gives
 at most one grey level more or less, and the photometric transformations are not rounded to levels in between.
 One image after the other is processed by a thread in memory that it uses again, so that the pixels stay in its cache.
-DALI's CPU operators for the same take four times as long (benchmarks/README.md). On a GPU the DALI graph does this.
+DALI's CPU operators take several times as long (benchmarks/README.md). On a GPU the DALI graph does this.
 """
 
 import threading
