@@ -3,7 +3,9 @@
 Importing this file must stay cheap (no torch), because the command line imports it to print its help.
 """
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Backend = Literal["dali", "torch"]
@@ -16,7 +18,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 
 MAX_PIXELS = 178_956_970
 """Default of data.max_pixels: Pillow's limit, above which 8 bits and 3 channels take more than half a GiB."""
-
 
 DEFAULT_QUALITY = 92
 """Quality of JPEGs that are written in a smaller size."""
@@ -31,6 +32,9 @@ class Normalization(NamedTuple):
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """Defaults of data.pixel_mean and data.pixel_std: the statistics of ImageNet, as in I-JEPA and timm."""
+
+INTERNAL = {"internal": True}
+"""Metadata of fields that are no settings of their own: neither YAML nor the command line can set them."""
 
 PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
 CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
@@ -94,12 +98,26 @@ def require_image_extension(name: str, value: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of the sources of samples that are mixed."""
+
+    name: str
+    """Name in log rows and messages."""
+    shards: str
+    """Its shards, written like those of a run without a mixture."""
+    weight: float
+    """Share of the samples that it gives, relative to the weights of the other sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples are read, and how far apart they are shuffled."""
 
     train: str = ""
     """Training shards: a path, a brace pattern, a folder, or an s3://, gs://, hf:// or https:// address; several as
-    'A::B' or a YAML list."""
+    'A::B' or a YAML list. A YAML list of {name, shards, weight} mixes sources in the ratio of their weights."""
+    mixture: tuple[SourceConfig, ...] = field(default=(), metadata=INTERNAL)
+    """The sources that `train` names, in this order; empty if it is no mixture."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
     image: str = ""
@@ -119,6 +137,7 @@ class DataConfig:
     """Resume a run even if seed, global batch size, shards, views or masks have changed; its current epoch restarts."""
 
     def __post_init__(self) -> None:
+        self._check_mixture()
         require_image_extension("data.image", self.image)
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "be at least 1")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "be at least 1")
@@ -133,6 +152,27 @@ class DataConfig:
     def normalization(self) -> Normalization:
         """Mean and standard deviation with which images are normalised."""
         return Normalization(self.pixel_mean, self.pixel_std)
+
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            return
+        names = [source.name for source in self.mixture]
+        for name in names:
+            is_name = bool(re.fullmatch(r"[A-Za-z0-9_-]+", name)) and names.count(name) == 1
+            accepted = "be a name of letters, digits, '-' and '_' that no other source has"
+            require(is_name, "name of a source in data.train", name, accepted)
+        for source in self.mixture:
+            accepted = "be above 0 and finite; leave out a source that is not to be drawn"
+            weight = f"weight of source {source.name!r} in data.train"
+            require(0 < source.weight < math.inf, weight, source.weight, accepted)
+            require(
+                bool(source.shards), f"shards of source {source.name!r} in data.train", source.shards, "name shards"
+            )
+        accepted = "be unset if data.train is a mixture: 'the first samples' would be those of its first source"
+        require(self.max_samples is None, "data.max_samples", self.max_samples, accepted)
+        train = "::".join(source.shards for source in self.mixture)
+        require(self.train in ("", train), "data.train", self.train, "name the shards of data.mixture if that is set")
+        object.__setattr__(self, "train", train)
 
 
 @dataclass(frozen=True, kw_only=True)

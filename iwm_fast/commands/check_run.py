@@ -31,7 +31,7 @@ from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, p
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import choose_device
-from iwm_fast.training.loaders import open_named_shards, open_training_shards
+from iwm_fast.training.loaders import mixed_order, open_training_shards
 from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
 
@@ -178,6 +178,8 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet, images
     per_epoch = shards.num_samples / config.optim.global_batch_size
     steps = total_steps(config.optim, shards.num_samples)
     report.add("steps", f"{per_epoch:,.1f} per epoch, {steps:,} in {config.optim.epochs:g} epochs")
+    if config.data.mixture:
+        report.add("sources", _describe_sources(config, shards, steps))
     warning = describe_large_batch("optim", config.optim.global_batch_size, shards.num_samples)
     if warning:
         report.warnings.append(warning)
@@ -186,6 +188,19 @@ def _report_progress(report: Report, config: RunConfig, shards: ShardSet, images
             f"the run has only {steps:,} steps; set more optim.epochs or a smaller optim.global_batch_size"
         )
     report.collect("run folder", lambda: _report_folder(report, config, shards, images_per_forward))
+
+
+def _describe_sources(config: RunConfig, shards: ShardSet, steps: int) -> str:
+    """Return, for each source of a mixture, its share of the samples that are drawn and how often it is seen."""
+    total = sum(source.weight for source in config.data.mixture)
+    order = mixed_order(config, shards)
+    epochs = order.epochs(steps * config.optim.global_batch_size)
+    pairs = zip(config.data.mixture, order.sources, strict=True)
+    return "\n".join(
+        f"{source.name}: {100 * source.weight / total:.1f} % of each batch from {part.order.num_samples:,} samples, "
+        f"seen {epochs[source.name]:.3g} times"
+        for source, part in pairs
+    )
 
 
 def _suggest_rates(report: Report, optim: OptimConfig) -> None:
@@ -215,7 +230,7 @@ def _report_folder(report: Report, config: RunConfig, shards: ShardSet, images_p
     is_used = saved is not None or (folder / "metrics.jsonl").exists()
     for path in damaged:
         report.add("damaged checkpoint", f"{path.name}; an older checkpoint is used instead")
-    current = fingerprint(config, shards.content_digest, images_per_forward=images_per_forward)
+    current = fingerprint(config, shards.sources_digest, images_per_forward=images_per_forward)
     # These rows come before the errors, so that a user whose run is refused still sees all settings that differ.
     if saved is not None:
         report.add("run folder", f"holds a run at step {saved.step:,}")

@@ -20,9 +20,9 @@ import yaml
 from iwm_fast.config.named_configs import find_config, read_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.shard_paths import absolute_shards
-from iwm_fast.config.strict_yaml import parse_yaml
+from iwm_fast.config.strict_yaml import parse_yaml, resolve
 from iwm_fast.config.values import convert, named_place
-from iwm_fast.pipelines.config import require
+from iwm_fast.pipelines.config import INTERNAL, SourceConfig, require
 
 Config = TypeVar("Config")
 
@@ -78,14 +78,16 @@ def build(config_class: type[Config], tree: dict[str, Any], overrides: Sequence[
 def _build_group(kind: Any, tree: Any, prefix: str, config_class: type) -> Any:
     """Build the dataclass of one group; `prefix` is its dotted name with a dot at the end, `config_class` the root."""
     require(isinstance(tree, dict), prefix.rstrip(".") or "the settings", tree, "hold settings as `key: value`")
-    settings = {setting.name: setting for setting in dataclasses.fields(kind)}
+    settings = {setting.name: setting for setting in dataclasses.fields(kind) if setting.metadata != INTERNAL}
     values: dict[str, Any] = {}
     for name, value in tree.items():
         with named_place(name):
             if name not in settings:
                 raise ValueError(_unknown_key_message(config_class, f"{prefix}{name}"))
         group = settings[name].type
-        if not dataclasses.is_dataclass(group):
+        if f"{prefix}{name}" == "data.train" and _is_mixture(value):
+            values["mixture"] = tuple(_build_source(number, source) for number, source in enumerate(value))
+        elif not dataclasses.is_dataclass(group):
             values[name] = convert(f"{prefix}{name}", group, _join_shards(f"{prefix}{name}", value))
         # In YAML, a group whose settings are all commented out is null.
         elif value is not None:
@@ -97,6 +99,20 @@ def _join_shards(name: str, value: Any) -> Any:
     """Return a YAML list of shards as one string, because the setting has one type on the command line, too."""
     is_list = name in ("data.train", "data.val") and isinstance(value, list)
     return "::".join(convert(name, tuple[str, ...], value)) if is_list else value
+
+
+def _is_mixture(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(source, dict) for source in value)
+
+
+def _build_source(number: int, tree: Any) -> SourceConfig:
+    """Build a source of the mixture in data.train."""
+    kinds: dict[str, Any] = {setting.name: setting.type for setting in dataclasses.fields(SourceConfig)}
+    place = f"data.train[{number}]"
+    accepted = f"have the keys {', '.join(kinds)} and no others, like all sources of a mixture"
+    require(isinstance(tree, dict) and tree.keys() == kinds.keys(), place, resolve(tree), accepted)
+    tree = tree | {"shards": _join_shards("data.train", tree["shards"])}
+    return SourceConfig(**{name: convert(f"{place}.{name}", kind, tree[name]) for name, kind in kinds.items()})
 
 
 def _apply_override(config_class: type, tree: dict[str, Any], override: str) -> None:
@@ -153,6 +169,8 @@ def iter_settings(config_class: Any) -> Iterator[tuple[str, str, Any, str]]:
 def _leaf_fields(config_class: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
     """Yield (dotted name, field, dataclass that has the field) of every setting, in order of declaration."""
     for item in dataclasses.fields(config_class):
+        if item.metadata == INTERNAL:
+            continue
         if dataclasses.is_dataclass(item.type):
             yield from _leaf_fields(item.type, f"{prefix}{item.name}.")
         else:
@@ -196,14 +214,22 @@ def _declared_field_docs(config_class: Any) -> dict[str, str]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as nested dicts and lists that YAML and JSON can represent."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    mixture = tree.get("data", {}).pop("mixture", ())
+    if mixture:
+        # As it is written in YAML.
+        tree["data"]["train"] = mixture
+    return tree
 
 
 def saved_tree(config: RunConfig) -> dict[str, Any]:
     """Return every setting as `save_config` writes it: shard paths are absolute, to hold from any working directory."""
     tree = config_to_dict(config)
-    for name in ("train", "val"):
-        tree["data"][name] = absolute_shards(tree["data"][name])
+    tree["data"]["val"] = absolute_shards(config.data.val)
+    if not config.data.mixture:
+        tree["data"]["train"] = absolute_shards(config.data.train)
+    for source in tree["data"]["train"] if config.data.mixture else ():
+        source["shards"] = absolute_shards(source["shards"])
     return tree
 
 

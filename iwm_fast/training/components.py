@@ -90,7 +90,7 @@ def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingCompone
         config=config,
         rank_info=rank_info,
         shards=shards,
-        fingerprint=fingerprint(config, shards.content_digest, images_per_forward=images_per_forward),
+        fingerprint=fingerprint(config, shards.sources_digest, images_per_forward=images_per_forward),
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),

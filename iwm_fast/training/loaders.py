@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 
 from iwm_fast.config.batch_size import accumulation_steps
 from iwm_fast.config.run import RunConfig, loader_config
 from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.pipelines.action_log.schema import LogMetadata
-from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, require
+from iwm_fast.pipelines.config import DataConfig, RandAugmentConfig, SourceConfig, require
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import (
@@ -24,12 +25,14 @@ from iwm_fast.pipelines.sampling.batch_plan import (
     StreamStart,
     TrainingPlan,
 )
+from iwm_fast.pipelines.sampling.mixture import MixedOrder, Source
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.dataset_index import ContentDigest
-from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.storage.shard_set import ShardSet, find_shards, open_shards
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.rank_agreement import report_first
+from iwm_fast.training.train_state import TrainState
 
 EVALUATION_BATCH_SIZE = 64
 """Images per forward pass in evaluations, where no activations are kept for a backward pass."""
@@ -61,11 +64,26 @@ def open_training_shards(data: DataConfig) -> ShardSet:
             "data.train must name the training shards, got ''; for example data.train='shards/{000..099}.tar'"
         )
     shards = open_named_shards("data.train", data.train, data)
+    if data.mixture:
+        return replace(shards, source_shards=tuple(_count_shards(source, shards) for source in data.mixture))
     if data.max_samples is None:
         return shards
     require(data.max_samples <= shards.num_samples, "data.max_samples", data.max_samples,
           f"be at most the {shards.num_samples} samples of data.train, or unset")  # fmt: skip
     return shards.truncated(data.max_samples)
+
+
+def _count_shards(source: SourceConfig, shards: ShardSet) -> int:
+    """Return how many of the shards of a mixture belong to a source.
+
+    Raises:
+        ValueError: if none of them holds an image.
+    """
+    paths = set(find_shards(source.shards))
+    count = sum(path in paths for path in shards.paths)
+    accepted = "hold samples; none of them holds an image. Correct it or leave the source out"
+    require(count > 0, f"shards of source {source.name!r} in data.train", source.shards, accepted)
+    return count
 
 
 def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> ShardSet:
@@ -81,16 +99,16 @@ def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> 
     shards, problem = distributed.rank_zero_only(lambda: open_training_shards(data)), ""
     if rank_info.rank > 0 and rank_info.local_rank == 0:
         shards, problem = _try_to_open(lambda: open_training_shards(data))
-    place = (socket.gethostname(), data.train)
+    place = (socket.gethostname(), data.train, data.mixture)
     # Pickled, because a set that is received is mapped at once, and only those of its machine can be.
     offers = distributed.gather_objects((place, shards and pickle.dumps(shards)))
     if shards is None and not problem:
         offer = next((content for origin, content in offers if content and origin == place), None)
         shards, problem = _try_to_open(lambda: pickle.loads(offer) if offer else open_training_shards(data))
-    digests = distributed.gather_objects(shards and shards.content_digest)
+    digests = distributed.gather_objects(shards and shards.sources_digest)
     if any(digest != digests[0] for digest in digests):
         difference = _describe_difference(shards)
-        problem = problem or difference
+        problem = problem or ("" if digests[rank_info.rank] == digests[0] else difference)
     rank = f"data.train = {data.train!r} on rank {rank_info.rank}"
     report_first(distributed.gather_objects(problem and f"{rank}: {problem}; copy the shards of rank 0"))
     assert shards is not None, "otherwise there is a problem"
@@ -106,17 +124,19 @@ def _try_to_open(function: Callable[[], ShardSet]) -> tuple[ShardSet | None, str
 
 
 def _describe_difference(shards: ShardSet | None) -> str:
-    """Return how the shards of this rank differ from rank 0's; empty if their content is the same.
+    """Return how the shards of this rank, whose digest is another one, differ from rank 0's.
 
     Collective: every rank must call it, with None if it has no shards.
     """
     own = [ContentDigest().add(shard).text() for shard in shards.shards] if shards else []
     first = distributed.broadcast_from_rank_zero(lambda: own)
-    if shards is None or own == first:
+    if shards is None:
         return ""
     if len(own) != len(first):
         return f"{len(own)} shards, but {len(first)} on rank 0"
-    number = next(number for number, digest in enumerate(own) if digest != first[number])
+    number = next((number for number, digest in enumerate(own) if digest != first[number]), None)
+    if number is None:
+        return "its sources have other numbers of shards than those of rank 0"
     return f"{shards.shards[number].path} has other samples than shard {number + 1} of rank 0"
 
 
@@ -175,13 +195,36 @@ def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, st
     """Return this rank's part of the shuffled, endless sequence of training samples."""
     micro_batch_size, _ = accumulation_steps(config, rank_info.world_size)
     return SampleStream(
-        order=SampleOrder(np.diff(shards.shard_bounds), config.seed, config.data.shuffle_window),
+        order=mixed_order(config, shards) if config.data.mixture else _order(config, np.diff(shards.shard_bounds)),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=micro_batch_size,
         rank=rank_info.rank,
         world_size=rank_info.world_size,
         start=start,
     )
+
+
+def mixed_order(config: RunConfig, shards: ShardSet) -> MixedOrder:
+    """Return the order of a run whose data.train is a mixture."""
+    bounds = np.cumsum([0, *shards.source_shards])
+    sources = []
+    for source, begin, end in zip(config.data.mixture, bounds[:-1], bounds[1:], strict=True):
+        own = shards.shard_bounds[begin : end + 1]
+        order = _order(config, np.diff(own), source.name)
+        sources.append(Source(name=source.name, weight=source.weight, order=order, first_sample=int(own[0])))
+    return MixedOrder(sources, config.seed)
+
+
+def _order(config: RunConfig, shard_sizes: Int64[np.ndarray, "shards"], name: str = "") -> SampleOrder:
+    return SampleOrder(shard_sizes, config.seed, config.data.shuffle_window, name=name)
+
+
+def source_epochs(config: RunConfig, shards: ShardSet, state: TrainState) -> dict[str, float]:
+    """Return how often the sources of a mixture have been seen, as metrics; none if data.train is no mixture."""
+    if not config.data.mixture:
+        return {}
+    position = state.start.position_of(state.step, config.optim.global_batch_size)
+    return {f"data/epochs_{name}": epochs for name, epochs in mixed_order(config, shards).epochs(position).items()}
 
 
 def log_metadata(config: RunConfig, shards: ShardSet) -> LogMetadata:

@@ -11,6 +11,7 @@ from iwm_fast.monitoring.collapse import collapse_monitors
 from iwm_fast.monitoring.step_timer import LOCAL_PHASES, PHASES, StepTimer
 from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
+from iwm_fast.training.loaders import source_epochs
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.step import StepReport
 from iwm_fast.training.task import TrainTask
@@ -134,6 +135,7 @@ class LogWindow:
             "data/wait_s": float(ranks["wait"].mean()) * num_steps,
             "data/wait_share": float(ranks["wait"].mean()) * num_steps / time_s,
             "data/replaced_samples": float(totals.replaced_samples),
+            **source_epochs(self._task.config, self._task.shards, state),
             "memory/used_mb": float(ranks["memory"].max()),
         }
         self._reset(LogTotals())

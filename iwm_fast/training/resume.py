@@ -120,7 +120,6 @@ def resumed_state(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, A
     if any(defines_sample_stream(name) for name in names):
         # The position in samples, counted with the sizes of the old run, gives the epoch; epochs keep their number.
         batch = saved.fingerprint["optim.global_batch_size"]
-        position = state.start.position + (saved.step - state.start.step) * batch
-        epoch = position // saved.counters["num_samples"]
+        epoch = state.start.position_of(saved.step, batch) // saved.counters["num_samples"]
         state.start = StreamStart(step=saved.step, position=epoch * num_samples)
     return state

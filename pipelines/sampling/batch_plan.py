@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from iwm_fast.pipelines.batch import RaggedIndex
 from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
 from iwm_fast.pipelines.sampling.masks import Masks, all_patches, draw_masks, ragged_index
+from iwm_fast.pipelines.sampling.mixture import MixedOrder
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, draw, draw_augment, identity_draws
 
@@ -51,6 +52,10 @@ class StreamStart:
     """First step with the present settings."""
     position: int = 0
     """Position of that step's first sample in the endless order: a multiple of the number of samples."""
+
+    def position_of(self, step: int, global_batch_size: int) -> int:
+        """Return the position of a step's first sample in the endless order."""
+        return self.position + (step - self.step) * global_batch_size
 
 
 BEGINNING = StreamStart()
@@ -97,10 +102,11 @@ class BatchPlan(Protocol):
 class SampleStream:
     """One rank's share of the endless order of samples.
 
-    Slot s of step t holds the sample at position `start.position + (t - start.step) * global_batch_size + s`.
+    Slot s of step t holds the sample at position `start.position_of(t, global_batch_size) + s`; in a mixture, the next
+    sample of the source that fills the slot.
     """
 
-    order: SampleOrder
+    order: SampleOrder | MixedOrder
     global_batch_size: int
     micro_batch_size: int
     rank: int
@@ -118,8 +124,9 @@ class SampleStream:
 
     def samples(self, step: int, slots: Int64[np.ndarray, "slots"]) -> Int64[np.ndarray, "slots"]:
         """Return the numbers of the samples in these slots of a step."""
-        first = self.start.position + (step - self.start.step) * self.global_batch_size
-        return self.order.samples_at(first + slots)
+        size = self.global_batch_size
+        position = self.start.position_of(step, size)
+        return self.order.batch_samples(slots, step=step, position=position, size=size)
 
 
 # All micro-batches of a step need the masks of its global batch. Two entries are enough, since a plan is read in order.

@@ -17,8 +17,12 @@ from iwm_fast.pipelines.counter_rng import random_bits
 class SampleOrder:
     """The endless shuffled order of the samples of a set of shards."""
 
-    def __init__(self, shard_sizes: Sequence[int] | Int64[np.ndarray, "shards"], seed: int, window: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int] | Int64[np.ndarray, "shards"], seed: int, window: int, *, name: str = ""
+    ) -> None:
         """Set the number of samples of each shard, the seed, and the number of shards in a window.
+
+        Orders with different names are independent of each other.
 
         Raises:
             ValueError: if there is no shard, a shard is empty, or the window is below 1.
@@ -31,6 +35,7 @@ class SampleOrder:
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._first_sample = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
+        self._suffix = f" of {name}" if name else ""
         self._window = window
         self.num_samples = int(self._sizes.sum())
         # A batch touches one or two windows. The caches hold a few more, since readers that share an order may be at
@@ -54,6 +59,12 @@ class SampleOrder:
             samples[in_epoch] = self._samples_in_epoch(int(epoch), epoch_positions[in_epoch])
         return samples
 
+    def batch_samples(
+        self, slots: Int64[np.ndarray, "slots"], *, step: int, position: int, size: int
+    ) -> Int64[np.ndarray, "slots"]:
+        """Return the samples in these slots of the batch whose first sample is at `position` of the stream."""
+        return self.samples_at(position + slots)
+
     def _samples_in_epoch(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Return the sample numbers at these positions, counted from the beginning of the epoch."""
         _, window_start = self._shard_permutation(epoch)
@@ -68,7 +79,9 @@ class SampleOrder:
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards, and the position in the epoch at which each window begins."""
         # Sorting by counter-based random keys permutes without a random generator, whose state would have to be saved.
-        order = np.argsort(random_bits(self._seed, "shard order", epoch, np.arange(len(self._sizes))), kind="stable")
+        order = np.argsort(
+            random_bits(self._seed, f"shard order{self._suffix}", epoch, np.arange(len(self._sizes))), kind="stable"
+        )
         sizes = self._sizes[order]
         return order, (np.cumsum(sizes) - sizes)[:: self._window]
 
@@ -78,4 +91,6 @@ class SampleOrder:
         shards = order[window * self._window : (window + 1) * self._window]
         ranges = [self._first_sample[shard] + np.arange(int(self._sizes[shard])) for shard in shards]
         samples = np.concatenate(ranges)
-        return samples[np.argsort(random_bits(self._seed, "sample order", epoch, samples), kind="stable")]
+        return samples[
+            np.argsort(random_bits(self._seed, f"sample order{self._suffix}", epoch, samples), kind="stable")
+        ]

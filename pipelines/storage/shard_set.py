@@ -2,6 +2,7 @@
 
 import fnmatch
 import glob
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -43,6 +44,8 @@ class ShardSet:
     """Extension of the member that is the image; empty: the usual extensions."""
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image or a segmentation map; larger ones are not decoded (data.max_pixels)."""
+    source_shards: tuple[int, ...] = ()
+    """Number of shards of each source of a mixture, one source after the other; empty if it is none."""
 
     @cached_property
     def shard_bounds(self) -> Int64[np.ndarray, "bounds"]:
@@ -152,9 +155,17 @@ class ShardSet:
             digest.add(shard)
         return digest.text()
 
+    @property
+    def sources_digest(self) -> str:
+        """Digest of the content, and in a mixture of which shards belong to which source."""
+        if not self.source_shards:
+            return self.content_digest
+        return hashlib.sha256(f"{self.content_digest} {self.source_shards}".encode()).hexdigest()
+
     def __reduce__(self) -> tuple[Any, ...]:
         place = (self.index.path, self.index.stamp, self.content_digest)
-        return _reopen, (place, self.num_samples, self.spec, self.image, self.max_pixels)
+        names = ("num_samples", "spec", "image", "max_pixels", "source_shards")
+        return _reopen, (place, {name: getattr(self, name) for name in names})
 
 
 class _Shards(Sequence[Shard]):
@@ -175,7 +186,7 @@ class _Shards(Sequence[Shard]):
         return shard if size == len(shard.keys) else limit_samples(shard, size)
 
 
-def _reopen(place: tuple[str, str, str], num_samples: int, spec: str, image: str, max_pixels: int) -> ShardSet:
+def _reopen(place: tuple[str, str, str], values: dict[str, Any]) -> ShardSet:
     """Return a set that was pickled, perhaps on another machine.
 
     Raises:
@@ -184,11 +195,12 @@ def _reopen(place: tuple[str, str, str], num_samples: int, spec: str, image: str
     path, stamp, content_digest = place
     index = map_index(path, stamp, is_checked=False)
     if index is not None:
-        return ShardSet(index=index, num_samples=num_samples, spec=spec, image=image, max_pixels=max_pixels)
-    shards = open_shards(spec, image, max_pixels=max_pixels)
-    shards = shards.truncated(min(num_samples, shards.num_samples))
+        return ShardSet(index=index, **values)
+    shards = open_shards(values["spec"], values["image"])
+    shards = replace(shards, **values | {"num_samples": min(values["num_samples"], shards.num_samples)})
     if shards.content_digest != content_digest:
-        raise ShardError(f"{spec} has other samples on this machine than on that of rank 0", remedy="copy its shards")
+        problem = f"{shards.spec} has other samples on this machine than on that of rank 0"
+        raise ShardError(problem, remedy="copy the shards of rank 0")
     return shards
 
 

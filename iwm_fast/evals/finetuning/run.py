@@ -152,7 +152,13 @@ def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: 
         seed=settings.seed,
         resume="auto",
         init_from="",
-        data=replace(model_config.data, train=settings.data.train or model_config.data.train, val=settings.data.val),
+        # Without the weights of a mixture: every sample is seen once per epoch.
+        data=replace(
+            model_config.data,
+            train=settings.data.train or model_config.data.train,
+            mixture=(),
+            val=settings.data.val,
+        ),
         views=replace(model_config.views, crop_scale=augment.crop_scale, flip_probability=augment.flip),
         optim=OptimConfig(
             global_batch_size=tune.global_batch_size,
