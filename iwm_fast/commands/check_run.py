@@ -31,7 +31,7 @@ from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, p
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import choose_device
-from iwm_fast.training.loaders import mixed_order, open_training_shards
+from iwm_fast.training.loaders import mixed_order, open_named_shards, open_training_shards
 from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
 
