@@ -42,8 +42,7 @@ def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: in
     """
     flat = dict(_flatten({name: value for name, value in config_to_dict(config).items() if name in FINGERPRINT_GROUPS}))
     del flat["data.val"], flat["data.restart_epoch"]
-    flat["data.mixture"] = _mixture(flat["data.train"])
-    flat["data.train"] = shards_digest
+    flat |= _mixture(flat["data.train"]) | {"data.train": shards_digest}
     # None equals a missing entry in comparisons, so checkpoints written before these settings existed can be resumed.
     flat["init_from"] = config.init_from or None
     flat["data.image"] = config.data.image or None
@@ -62,14 +61,18 @@ def flat_settings(config: Any) -> dict[str, Any]:
     and their contents once they are read.
     """
     flat = dict(_flatten(config_to_dict(config)))
-    if "data.train" in flat:
-        flat["data.mixture"] = _mixture(flat["data.train"])
-    return flat | {name: "set" if flat[name] else "unset" for name in _LOCAL_PATHS if name in flat}
+    return (
+        flat
+        | _mixture(flat.get("data.train"))
+        | {name: "set" if flat[name] else "unset" for name in _LOCAL_PATHS if name in flat}
+    )
 
 
-def _mixture(train: Any) -> list[list[Any]] | None:
-    """Return names and weights of the sources in a value of data.train, None if it is no mixture."""
-    return [[source["name"], source["weight"]] for source in train] if isinstance(train, list) else None
+def _mixture(train: Any) -> dict[str, Any]:
+    """Return the entry with names and weights of the sources in a value of data.train; none if it is no mixture."""
+    if not isinstance(train, list):
+        return {}
+    return {"data.mixture": [[source["name"], source["weight"]] for source in train]}
 
 
 def defines_sample_stream(name: str) -> bool:
