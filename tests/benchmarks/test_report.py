@@ -145,7 +145,7 @@ def test_loader_memory_and_opening_shards_have_goals():
     grown = Record(what="memory", provider="ours", shape={}, figures={"growth_percent": 2.5}, machine=CPU)
     opened = Record(what="opening shards", provider="ours", shape={}, median_ms=1200.0, machine=CPU)
     assert goal([grown], "growth") == ("at most 2", "2.50", "no")
-    assert goal([opened], "opening") == ("at most 5", "1.20", "yes")
+    assert goal([opened], "opening 1,000 shards") == ("at most 0.5", "1.20", "no")
 
 
 def test_each_machine_has_its_own_section():
