@@ -35,7 +35,7 @@ from iwm_fast.pipelines.transforms.action import action_from_change
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.image_decoding import decode_image, upright_rgb
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import identity_draws
+from iwm_fast.pipelines.transforms.operations.crop import full_crop
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 # Margin over the range of normalised pixels, for images that somebody changed after normalisation.
@@ -94,7 +94,7 @@ class WorldModel:
         pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
-        windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))
+        windows = crop_window(full_crop(len(pixels)), np.array([image.shape[:2] for image in pixels]))
         crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
         return normalize_view(torch.stack(crops), self.config.data.normalization).to(self.device)
 

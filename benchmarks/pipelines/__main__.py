@@ -15,7 +15,7 @@ from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.harness.session import Session
 from benchmarks.pipelines import action_log, loader_memory, report, shuffle_quality, stages, startup
 from benchmarks.pipelines.streams import Workload
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "streams": stages.run,

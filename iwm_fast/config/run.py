@@ -14,11 +14,11 @@ from iwm_fast.pipelines.config import (
     DataConfig,
     LoaderConfig,
     MaskConfig,
-    ViewConfig,
     require,
     require_range,
     require_seed,
 )
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 MAX_BATCH = 1_000_000
 _YEAR_S = 31_536_000

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
-from torch.nn import functional
 
-from iwm_fast.pipelines.config import Normalization, ViewConfig
+from iwm_fast.pipelines.config import Normalization
+from iwm_fast.pipelines.transforms.base import LUMA, ColorMap, Levels, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.normalization import scale_and_shift
-from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
+from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view, scale_and_shift
+from iwm_fast.pipelines.transforms.torch_renderer import recolor
 
 
 class CpuRenderer:
@@ -29,6 +30,7 @@ class CpuRenderer:
 
     def __init__(self, views: ViewConfig, num_threads: int, normalization: Normalization) -> None:
         self._size = views.size
+        self._steps = rendering_steps(views)
         self._has_source_geometry = views.has_source_geometry
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
@@ -41,8 +43,9 @@ class CpuRenderer:
     ) -> tuple[Float32[Tensor, "B 3 S S"], Float32[Tensor, "B 3 S S"]]:
         """Return source and target view; `crops` has the pixels of the shared crops in their own sizes."""
         shape = (len(crops), 3, self._size, self._size)
-        source = _View(draws.source, draws.flip ^ draws.source_flip, self._normalization, self._memory.take(shape))
-        target = _View(draws.target, draws.flip, self._normalization, self._memory.take(shape))
+        source_flip = draws.flip ^ draws.source_flip
+        source = _View(self._steps, draws.source, source_flip, self._normalization, pixels=self._memory.take(shape))
+        target = _View(self._steps, draws.target, draws.flip, self._normalization, pixels=self._memory.take(shape))
         # The region of the source view in the shared crop.
         regions = np.concatenate([windows.source[:, :2] - windows.shared[:, :2], windows.source[:, 2:]], axis=1)
         regions = regions.astype(int).tolist()
@@ -120,32 +123,67 @@ class RecycledMemory:
         return torch.from_numpy(lease)
 
 
+class _Recoloring:
+    """The colour maps of B images as maps to normalised pixels."""
+
+    def __init__(self, color_map: ColorMap, normalization: Normalization) -> None:
+        self.is_applied: list[bool] = color_map.is_applied.tolist()
+        self.gain: list[float] = color_map.gray_gain.tolist()
+        scale, shift = scale_and_shift(normalization)
+        # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
+        # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
+        self.matrix = torch.zeros(len(self.gain), 4, 4)
+        self.matrix[:, :3, :3] = scale.view(3, 1) * torch.from_numpy(color_map.matrix)
+        self.matrix[:, :3, 3] = -shift.view(3)
+
+
+class _Change:
+    """A step that changes normalised planes: the images that it is applied to, and its parameters by image."""
+
+    def __init__(self, step: tuple[PixelOperation, ...], parameters: Parameters, normalization: Normalization) -> None:
+        self._step = step
+        self._parameters = parameters
+        self._normalization = normalization
+        is_linear = step[0].is_linear
+        is_applied = fused_color_map(step, parameters).is_applied if is_linear else step[0].is_applied(parameters)
+        self.is_applied: list[bool] = is_applied.tolist()
+
+    def apply(self, planes: Float32[Tensor, "3 S S"], image: int, levels: Levels) -> None:
+        """Change the planes of an image in place."""
+        operation, parameters = self._step[0], self._parameters
+        if operation.is_fast_on_cpu:
+            own = {name: values[image].item() for name, values in parameters.items()}
+            operation.apply_planes(torch, planes, own, levels)
+            return
+        # What has no fast form is left to the reference.
+        alone = {name: values[image : image + 1] for name, values in parameters.items()}
+        pixels = denormalize_view(planes[None], self._normalization)
+        if operation.is_linear:
+            pixels = recolor(pixels, fused_color_map(self._step, alone))
+        else:
+            pixels = operation.apply(torch, pixels, alone)
+        planes.copy_(normalize_view(pixels, self._normalization)[0])
+
+
 class _View:
-    """The parameters of one view as Python numbers and matrices by image, and the memory for its pixels."""
+    """What is done to the images of one view, and the memory for its pixels."""
 
     def __init__(
         self,
-        photometry: Photometry,
+        steps: list[tuple[PixelOperation, ...]],
+        parameters: Parameters,
         is_flipped: Bool[np.ndarray, "B"],
         normalization: Normalization,
+        *,
         pixels: Float32[Tensor, "B 3 S S"],
     ) -> None:
         self.pixels = pixels
         self.is_flipped: list[bool] = is_flipped.tolist()
-        matrix, gain = color_matrix(photometry), gray_gain(photometry)
-        self.is_recolored: list[bool] = ((matrix != np.eye(3)).any(axis=(1, 2)) | (gain != 0)).tolist()
-        self.gain: list[float] = gain.tolist()
-        scale, shift = scale_and_shift(normalization)
-        # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
-        # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
-        self.matrix = torch.zeros(len(matrix), 4, 4)
-        self.matrix[:, :3, :3] = scale.view(3, 1) * torch.from_numpy(matrix)
-        self.matrix[:, :3, 3] = -shift.view(3)
-        self.sigma: list[float | None] = [
-            sigma if flag else None
-            for flag, sigma in zip(photometry.blur.tolist(), photometry.blur_sigma.tolist(), strict=True)
-        ]
-        self.is_solarized: list[bool] = photometry.solarize.tolist()
+        # A colour map that comes first is applied together with the normalisation.
+        is_first_linear = bool(steps) and steps[0][0].is_linear
+        color_map = fused_color_map(steps[0], parameters) if is_first_linear else None
+        self.recoloring = None if color_map is None else _Recoloring(color_map, normalization)
+        self.changes = [_Change(step, parameters, normalization) for step in steps[is_first_linear:]]
 
 
 class _Scratch:
@@ -161,9 +199,9 @@ class _Scratch:
         self._gray_mean = 0.0
         self._luma = torch.tensor(LUMA)
         self._scale, self._shift = scale_and_shift(normalization)
-        # The values of black and white after normalisation, by channel.
-        self._black, self._white = -self._shift, 255 * self._scale - self._shift
-        self._limits = list(zip(self._black.flatten().tolist(), self._white.flatten().tolist(), strict=True))
+        black, white = -self._shift, 255 * self._scale - self._shift
+        self._levels = Levels(black, white, scratch=self._recolored.view(3, size, size))
+        self._limits = list(zip(black.flatten().tolist(), white.flatten().tolist(), strict=True))
 
     def load(self, crop: UInt8[Tensor, "_ _ 3"], *, is_flipped: bool) -> None:
         """Resize and flip a crop, and convert it to planes."""
@@ -176,34 +214,15 @@ class _Scratch:
 
     def render(self, view: _View, image: int) -> None:
         """Render the loaded crop with the parameters of an image and write the result to the view's memory."""
-        pixels = view.pixels[image]
-        if view.is_recolored[image]:
-            matrix = view.matrix[image, :3]
-            matrix[:, 3].add_(self._scale.view(3), alpha=view.gain[image] * self._gray_mean)
+        pixels, recoloring = view.pixels[image], view.recoloring
+        if recoloring is not None and recoloring.is_applied[image]:
+            matrix = recoloring.matrix[image, :3]
+            matrix[:, 3].add_(self._scale.view(3), alpha=recoloring.gain[image] * self._gray_mean)
             torch.mm(matrix, self._planes, out=self._recolored)
             for plane, channel, limits in zip(self._recolored, pixels, self._limits, strict=True):
                 torch.clamp(plane.view_as(channel), *limits, out=channel)
         else:
             torch.mul(self._planes[:3].view_as(pixels), self._scale, out=pixels).sub_(self._shift)
-        if (sigma := view.sigma[image]) is not None:
-            _blur_(pixels, sigma)
-        if view.is_solarized[image]:
-            # Values above the middle are mirrored at it, which inverts 128 and above.
-            inverted = torch.sub(self._black + self._white, pixels, out=self._recolored.view_as(pixels))
-            torch.minimum(pixels, inverted, out=pixels)
-
-
-def _blur_(planes: Float32[Tensor, "3 S S"], sigma: float) -> None:
-    """Apply a Gaussian blur in place, one axis after the other."""
-    size, radius = planes.shape[-1], int(blur_radius(np.float32(sigma)))
-    offset = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    first, *weights = (kernel / kernel.sum()).tolist()
-    # Sums of shifted images; torch's convolutions of a single channel take four times as long.
-    padded = functional.pad(planes[None], (radius,) * 4, mode="reflect")[0]
-    rows = first * padded[:, :size]
-    for shift, weight in enumerate(weights, start=1):
-        rows.add_(padded[:, shift : shift + size], alpha=weight)
-    torch.mul(rows[..., :size], first, out=planes)
-    for shift, weight in enumerate(weights, start=1):
-        planes.add_(rows[..., shift : shift + size], alpha=weight)
+        for change in view.changes:
+            if change.is_applied[image]:
+                change.apply(pixels, image, self._levels)

@@ -153,7 +153,11 @@ def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: 
         resume="auto",
         init_from="",
         data=replace(model_config.data, train=settings.data.train or model_config.data.train, val=settings.data.val),
-        views=replace(model_config.views, crop_scale=augment.crop_scale, flip_probability=augment.flip),
+        views=replace(
+            model_config.views,
+            crop=replace(model_config.views.crop, scale=augment.crop_scale),
+            flip=replace(model_config.views.flip, probability=augment.flip),
+        ),
         optim=OptimConfig(
             global_batch_size=tune.global_batch_size,
             epochs=tune.epochs,

@@ -19,14 +19,17 @@ from iwm_fast.pipelines.action_log.files import ActionLogError, list_log_files, 
 from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_draws, read_metadata
 from iwm_fast.pipelines.action_log.writer import ActionLog
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 16, 4, 7
-VIEWS = ViewConfig(size=32, source_crop=(0.3, 0.9), source_flip_probability=0.5)
+VIEWS = ViewConfig(size=32, crop=Crop(source_scale=(0.3, 0.9)), flip=Flip(source_probability=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def test_rows_contain_the_values_of_the_batches(tmp_path, shards, backend):
     assert rows.column("key").to_pylist() == [key for batch in batches for key in batch.key]
     shard, _ = shards.locate(column(rows, "sample"))
     assert rows.column("shard").to_pylist() == [shards.shards[number].path for number in shard]
-    assert_same_draws(read_draws(rows), [batch.draws for batch in batches])
+    assert_same_draws(read_draws(rows, VIEWS), [batch.draws for batch in batches])
     assert (column(rows, "sample") != column(rows, "planned")).sum() == 2, (
         "the truncated image comes twice in 48 samples"
     )
