@@ -357,6 +357,9 @@ class RunConfig:
             self.views.size,
             f"be a multiple of model.encoder.patch_size = {patch}",
         )
+        plain = [f"views.{operation.name}" for operation in self.views.operations if operation.needs_plain_loader]
+        require(not plain or self.runtime.loader == "torch", "runtime.loader", self.runtime.loader,
+                f"be torch with these settings of {', '.join(plain)}")  # fmt: skip
 
     @property
     def grid(self) -> int:

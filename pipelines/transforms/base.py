@@ -1,41 +1,24 @@
 """What a transformation has to say about itself, so that no other part of the project needs to know it by name.
 
 A transformation is a frozen dataclass with its settings, in a file of its own in `operations`. `Transformation` is what
-all of them have; a `PixelOperation` also changes the pixels of a view. `composition` lists them in the order in which
-they are applied.
+all of them have; a `PixelOperation` also changes the pixels of a view. Most of these are a `SourceFlag`, such as
+blur, or a `ViewNumber`, such as gamma, which have answers to the questions that all of their kind answer alike.
+`composition` lists all transformations in the order in which they are applied.
 
 At module level, the file of a transformation imports NumPy only, because the command line imports it to print its help.
 Renderers hand `torch` or `nvidia.dali` into its methods.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float64
+
+from iwm_fast.pipelines.transforms.color_map import ColorMap
 
 Parameters = dict[str, np.ndarray]
 """Random parameters of the pixel operations of one view by name, or entries of actions by name; B values each."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in luma, from ITU-R BT.601."""
-
-
-class ColorMap(NamedTuple):
-    """An affine map of colours for each of B images: matrix times pixel, plus gain times the image's grey mean.
-
-    It keeps grey grey: the rows of a matrix have equal sums.
-    """
-
-    matrix: Float64[np.ndarray, "B 3 3"] | Float32[np.ndarray, "B 3 3"]
-    """Matrix by which a pixel, a column of red, green and blue, is multiplied."""
-    gray_gain: Float32[np.ndarray, "B"]
-    """Factor of the image's mean luma, which is added to all channels."""
-
-    @property
-    def is_applied(self) -> Bool[np.ndarray, "B"]:
-        """Whether the map changes the colours of an image."""
-        return (self.matrix != np.eye(3)).any(axis=(1, 2)) | (self.gray_gain != 0)
 
 
 class Levels(NamedTuple):
@@ -147,6 +130,11 @@ class PixelOperation(Transformation, Protocol):
         return False
 
     @property
+    def needs_plain_loader(self) -> bool:
+        """Whether the DALI graph cannot apply it."""
+        return False
+
+    @property
     def is_source_only(self) -> bool:
         """Whether it is applied to the source view only."""
         return self.family == "inverse"
@@ -168,18 +156,28 @@ class PixelOperation(Transformation, Protocol):
         """Return parameters that leave pixels bit-equal."""
         ...
 
-    def for_bank(self, strengths: str, default: "PixelOperation") -> "PixelOperation":
-        """Return the settings with which evaluations draw candidates, always with a change.
+    def for_bank(self, strengths: str) -> "PixelOperation":
+        """Return the settings with which evaluations draw candidates.
 
-        Args:
-            strengths: "run" for those of the run, "default" for those of `default`, "strong" for strong ones.
-            default: the default settings.
+        A lower probability than 1 would make several candidates tie, as the unchanged image. `strengths` is "run" for
+        those of the run, "default" for the default ones and "strong" for strong ones, where these differ.
         """
-        return self
+        return replace(self, probability=1.0)
 
-    def destroy(self, num_images: int) -> Parameters:
-        """Return the parameters of an inverse transformation with which evaluations destroy all images equally."""
-        return {}
+    def query_source(self, num_images: int) -> Parameters:
+        """Return the parameters of the source from which evaluations predict changed images.
+
+        They leave the image unchanged if the transformation is a forward one, and otherwise destroy all images equally.
+        """
+        return self.neutral(num_images)
+
+    def target(self, source: Parameters, change: Parameters) -> Parameters:
+        """Return the target's parameters, given the source's and entries of the action in natural units."""
+        return {
+            entry.name: source[entry.name] + change[entry.name]
+            for entry in self.entries
+            if entry.name in change and not entry.is_flag
+        }
 
     def caption(self, name: str, value: float) -> str:
         """Return the value of a parameter as the caption of a picture."""
@@ -198,20 +196,81 @@ class PixelOperation(Transformation, Protocol):
 
     def color_map(self, parameters: Parameters) -> ColorMap:
         """Return the colour map of a linear operation, in float64."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} is not linear")
 
     def apply(self, torch: Any, pixels: Any, parameters: Parameters) -> Any:
         """Return the changed (B, H, W, 3) uint8 pixels, for images that `is_applied` selects: the reference."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no reference of its own: its colour map is applied")
 
-    def dali_values(self, parameters: Parameters) -> dict[str, np.ndarray]:
-        """Return the values of `dali_inputs`."""
+    def dali_values(self, parameters: Parameters, size: int) -> dict[str, np.ndarray]:
+        """Return the values of `dali_inputs` for views of `size` x `size` pixels."""
         return {}
 
     def apply_dali(self, dali: Any, pixels: Any, inputs: dict[str, Any]) -> Any:
         """Return a node for the changed pixels. `dali` is the package; `inputs` has a node for each `dali_inputs`."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no DALI graph")
 
     def apply_planes(self, torch: Any, planes: Any, parameters: dict[str, float], levels: Levels) -> None:
         """Change normalised (3, S, S) float32 planes of one image in place, without rounding."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} is left to the reference")
+
+
+class SourceFlag(PixelOperation, Protocol):
+    """A pixel operation that destroys the source view with a probability; its entry of the action is a flag."""
+
+    family: ClassVar[Literal["forward", "inverse"]] = "inverse"
+    num_uniforms: ClassVar[int] = 1
+    undo: ClassVar[str]
+    """Words for what an action with the flag asks for."""
+    one_means: ClassVar[str]
+    """What the flag means, as a sentence without a full stop."""
+
+    def draw(self, uniform: Float64[np.ndarray, "B n"], *, is_source: bool) -> Parameters:
+        """Draw the flag, which is only set in the source (paper section 3)."""
+        return {self.name: (uniform[:, 0] < self.probability) & is_source}
+
+    def neutral(self, num_images: int) -> Parameters:
+        """Return flags that are not set."""
+        return {self.name: np.zeros(num_images, bool)}
+
+    def query_source(self, num_images: int) -> Parameters:
+        """Return flags that are set."""
+        return {self.name: np.ones(num_images, bool)}
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The flag of the source."""
+        return (Entry(name=self.name, undo=self.undo, one_means=self.one_means),)
+
+    def spread(self, name: str) -> tuple[float, float, float]:
+        """Return the probability of the flag."""
+        return self.probability, 0.0, 1.0
+
+    def is_applied(self, parameters: Parameters) -> Bool[np.ndarray, "B"]:
+        """Return the flags."""
+        return parameters[self.name]
+
+
+class ViewNumber(PixelOperation, Protocol):
+    """A pixel operation of both views with one parameter, uniform in [-strength, strength]; 0 changes nothing."""
+
+    family: ClassVar[Literal["forward", "inverse"]] = "forward"
+    num_uniforms: ClassVar[int] = 2
+    strength: float
+
+    def draw(self, uniform: Float64[np.ndarray, "B n"], *, is_source: bool) -> Parameters:
+        """Draw whether the image is changed, and the parameter."""
+        drawn = np.where(uniform[:, 0] < self.probability, self.strength * (2 * uniform[:, 1] - 1), 0)
+        return {self.name: drawn.astype(np.float32)}
+
+    def neutral(self, num_images: int) -> Parameters:
+        """Return zeros."""
+        return {self.name: np.zeros(num_images, np.float32)}
+
+    def spread(self, name: str) -> tuple[float, float, float]:
+        """Return the moments of the difference of two parameters, each of which has the variance probability / 3."""
+        return 0.0, (2 * self.probability / 3) ** 0.5, 2.0
+
+    def is_applied(self, parameters: Parameters) -> Bool[np.ndarray, "B"]:
+        """Return whether the parameter is not 0."""
+        return parameters[self.name] != 0

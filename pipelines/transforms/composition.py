@@ -15,12 +15,16 @@ from jaxtyping import Bool, Float32
 
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.counter_rng import uniforms
-from iwm_fast.pipelines.transforms.base import ColorMap, Entry, Parameters, PixelOperation, Transformation
+from iwm_fast.pipelines.transforms.base import Entry, Parameters, PixelOperation, Transformation
+from iwm_fast.pipelines.transforms.color_map import ColorMap
 from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.pipelines.transforms.operations.crop import Crop, full_crop
 from iwm_fast.pipelines.transforms.operations.flip import Flip
+from iwm_fast.pipelines.transforms.operations.gamma import Gamma
 from iwm_fast.pipelines.transforms.operations.grayscale import Grayscale
 from iwm_fast.pipelines.transforms.operations.jitter import Jitter
+from iwm_fast.pipelines.transforms.operations.posterize import Posterize
+from iwm_fast.pipelines.transforms.operations.rotation import Rotation
 from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 
 # Actions begin with the entries of version 0.1 in its order, so that its networks can be used. Those of further
@@ -41,8 +45,11 @@ class ViewConfig:
     flip: Flip = field(default_factory=Flip)
     jitter: Jitter = field(default_factory=Jitter)
     grayscale: Grayscale = field(default_factory=Grayscale)
+    gamma: Gamma = field(default_factory=Gamma)
     blur: Blur = field(default_factory=Blur)
     solarize: Solarize = field(default_factory=Solarize)
+    posterize: Posterize = field(default_factory=Posterize)
+    rotation: Rotation = field(default_factory=Rotation)
     action_entries: tuple[str, ...] | None = None
     """Entries of the action that the predictor receives, in this order; omit some for an ablation. Unset: all entries
     of the transformations that are on."""
@@ -204,6 +211,8 @@ _LAYOUT_OF_0_1 = {
     "source_crop": "crop.source_scale",
     "source_flip_probability": "flip.source_probability",
 }
+# Settings that version 0.1 did not have, with the values that correspond to what it did.
+_NEW_SINCE_0_1 = {"jitter": {"encoding": "difference", "source": "independent", "model": "linear"}}
 RENAMED = {f"views.{old}": f"views.{new}" for old, new in _LAYOUT_OF_0_1.items()}
 """Settings of version 0.1 with their present names."""
 
@@ -215,11 +224,28 @@ def upgraded_views(views: Any) -> Any:
     """
     if not isinstance(views, dict) or not views.keys() >= _LAYOUT_OF_0_1.keys():
         return views
-    upgraded: dict[str, Any] = {}
+    upgraded: dict[str, Any] = {group: dict(values) for group, values in _NEW_SINCE_0_1.items()}
     for name, value in views.items():
         group, _, leaf = _LAYOUT_OF_0_1.get(name, name).rpartition(".")
         (upgraded.setdefault(group, {}) if group else upgraded)[leaf] = value
     return upgraded
+
+
+def implied_settings(views: ViewConfig) -> set[str]:
+    """Return the dotted names of settings whose values correspond to what was done before they existed.
+
+    These are the settings of a transformation that is off, as long as none of them has been set, and those that
+    transformations have gained since version 0.1. A fingerprint has None for them, which equals a missing entry, so
+    that runs that began without them can be resumed.
+    """
+    groups = {item.name: getattr(views, item.name) for item in dataclasses.fields(views)}
+    off = {name: group for name, group in groups.items() if dataclasses.is_dataclass(group) and not group.is_on}
+    unset = {name: vars(group) for name, group in off.items() if group == type(group)()}
+    gained = {
+        name: [key for key, value in values.items() if getattr(groups[name], key) == value]
+        for name, values in _NEW_SINCE_0_1.items()
+    }
+    return {f"views.{name}.{key}" for part in (unset, gained) for name, keys in part.items() for key in keys}
 
 
 def views_from_json(content: dict[str, Any], views_class: type[ViewConfig] = ViewConfig) -> ViewConfig:

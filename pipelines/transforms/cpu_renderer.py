@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast.pipelines.config import Normalization
-from iwm_fast.pipelines.transforms.base import LUMA, ColorMap, Levels, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.base import Levels, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
 from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
 from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view, scale_and_shift

@@ -28,7 +28,8 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from iwm_fast.pipelines.config import IMAGENET, Normalization
-from iwm_fast.pipelines.transforms.base import LUMA, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.color_map import LUMA
 from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
 from iwm_fast.pipelines.transforms.geometry import Windows
 
@@ -91,6 +92,12 @@ def graph_parameters(draws: Draws, windows: Windows, settings: GraphSettings) ->
     corner, extent = crop_parameters(windows)
     if settings.output == "crops":
         return corner, extent
+    for operation in settings.views.operations:
+        # Evaluations of such a run change nothing, and may use the graph.
+        if operation.needs_plain_loader and any(
+            operation.is_applied(parameters).any() for parameters in (draws.source, draws.target)
+        ):
+            raise ValueError(f"these settings of views.{operation.name} need runtime.loader=torch, got dali")
     # `source_flip` is relative to the target view, but the graph flips both views from the stored image.
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
     source_corner, source_extent = _corner_and_extent(windows.source)
@@ -100,14 +107,15 @@ def graph_parameters(draws: Draws, windows: Windows, settings: GraphSettings) ->
         values
         for parameters, is_source in ((draws.target, False), (draws.source, True))
         for step in _steps(settings.views, is_source=is_source)
-        for values in _step_values(step, parameters)
+        for values in _step_values(step, parameters, settings.views.size)
     ]
     return (corner, extent, flip, *geometry, *changes)
 
 
 def _steps(views: ViewConfig, *, is_source: bool) -> list[tuple[PixelOperation, ...]]:
     """Return the steps of one view. A colour map is that of all its operations, with their parameters, in both."""
-    return [step for step in rendering_steps(views) if is_source or step[0].is_linear or not step[0].is_source_only]
+    steps = [step for step in rendering_steps(views) if not step[0].needs_plain_loader]
+    return [step for step in steps if is_source or step[0].is_linear or not step[0].is_source_only]
 
 
 def _step_inputs(step: tuple[PixelOperation, ...]) -> dict[str, tuple[Any, int]]:
@@ -118,13 +126,13 @@ def _step_inputs(step: tuple[PixelOperation, ...]) -> dict[str, tuple[Any, int]]
     return _IS_APPLIED | own
 
 
-def _step_values(step: tuple[PixelOperation, ...], parameters: Parameters) -> tuple[np.ndarray, ...]:
+def _step_values(step: tuple[PixelOperation, ...], parameters: Parameters, size: int) -> tuple[np.ndarray, ...]:
     """Return the values of `_step_inputs`."""
     operation = step[0]
     if operation.is_linear:
         color_map = fused_color_map(step, parameters)
         return color_map.is_applied, *color_map
-    values = operation.dali_values(parameters)
+    values = operation.dali_values(parameters, size)
     return operation.is_applied(parameters), *(values[name] for name in operation.dali_inputs)
 
 

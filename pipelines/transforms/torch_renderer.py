@@ -6,7 +6,8 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.pipelines.transforms.base import LUMA, ColorMap, Parameters
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
 from iwm_fast.pipelines.transforms.composition import ViewConfig, fused_color_map, rendering_steps
 
 

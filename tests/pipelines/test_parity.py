@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms import functional as reference
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.transforms.base import LUMA, Parameters
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.color_map import LUMA
 from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, identity_draws, identity_parameters
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows

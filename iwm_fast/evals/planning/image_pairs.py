@@ -74,7 +74,7 @@ def draw_change(
     source = draw_view(source_views, seed, f"{purpose} source", sample, np.arange(1), is_source=True)
     for operation in views.operations:
         if operation not in destroying:
-            source |= operation.neutral(1)
+            source |= operation.query_source(1) if operation.family == "forward" else operation.neutral(1)
     target_views = bank_views(views, "run")
     return source, draw_view(target_views, seed, f"{purpose} target", sample, np.arange(1), is_source=False)
 

@@ -64,9 +64,8 @@ def with_untrained_predictor(model: WorldModel, seed: int) -> WorldModel:
 
 def bank_views(views: ViewConfig, strengths: str) -> ViewConfig:
     """Return the settings a bank is drawn with; `strengths` is "default", "strong" or "run"."""
-    defaults = type(views)()
     forward = [operation for operation in views.operations if operation.family == "forward"]
-    return replace(views, **{item.name: item.for_bank(strengths, getattr(defaults, item.name)) for item in forward})
+    return replace(views, **{item.name: item.for_bank(strengths) for item in forward})
 
 
 def default_families(views: ViewConfig) -> tuple[str, ...]:
@@ -112,7 +111,7 @@ def render_bank(pixels: UInt8[Tensor, "H W 3"], parameters: Parameters, model: W
 def source_parameters(family: str, views: ViewConfig, num_images: int = 1) -> Parameters:
     """Return the parameters of a family's source: no change, or one destructive transformation."""
     operation: PixelOperation = getattr(views, family)
-    return identity_parameters(views, num_images) | operation.destroy(num_images)
+    return identity_parameters(views, num_images) | operation.query_source(num_images)
 
 
 def make_query(pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, family: str, model: WorldModel) -> Query:

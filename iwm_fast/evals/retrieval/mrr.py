@@ -139,7 +139,8 @@ def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: Mr
     views = model.config.views
     drawn = bank_views(views, config.bank)
     banks = dict.fromkeys(bank_family(family, views) for family in families)
-    destroyed = [getattr(views, family).destroy(1) for family in families]
+    inverse = [item for item in views.operations if item.name in families and item.family == "inverse"]
+    destroyed = [item.query_source(1) for item in inverse]
     name = name_with_step(f"mrr_{config.bank}", config.checkpoint, model.step)
     details = {
         "bank_strengths": {entry.name: entry.strength for name in banks for entry in getattr(drawn, name).entries},

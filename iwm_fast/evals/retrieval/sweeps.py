@@ -18,9 +18,11 @@ from iwm_fast.evals.retrieval.bank import (
     mean_squared_distances,
     predict_query,
     render_bank,
+    source_parameters,
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
 from iwm_fast.pipelines.transforms.action import describe_action
+from iwm_fast.pipelines.transforms.base import PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_parameters
 from iwm_fast.rendering.image_grid import ImageGrid, Panel
 from iwm_fast.world_model import WorldModel
@@ -120,9 +122,10 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     """
     views = model.config.views
     values = sweep_values(entry, num_values, bank_views(views, strengths))
-    swept = render_bank(image.pixels, identity_parameters(views, num_values) | {entry: values}, model)
+    family = _owner(entry, views).name
+    swept = render_bank(image.pixels, source_parameters(family, views, num_values) | {entry: values}, model)
     target = torch.cat([encode_bank(model, swept), image.target])
-    query = make_query(image.pixels, swept, bank_family("", views), model)
+    query = make_query(image.pixels, swept, family, model)
     distance = mean_squared_distances(predict_query(model, query), target)
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
     candidate_values = np.concatenate([values, image.bank.parameters[entry]])
@@ -156,5 +159,9 @@ def sweep_values(entry: str, num_values: int, views: ViewConfig) -> Float32[np.n
 
 def _format_value(name: str, value: float, views: ViewConfig) -> str:
     """Return a parameter's value as a caption."""
-    owner = next(item for item in views.operations if name in {entry.name for entry in item.entries})
-    return "unchanged" if value == views.all_entries[name].neutral else owner.caption(name, value)
+    return "unchanged" if value == views.all_entries[name].neutral else _owner(name, views).caption(name, value)
+
+
+def _owner(name: str, views: ViewConfig) -> PixelOperation:
+    """Return the transformation that an entry belongs to."""
+    return next(item for item in views.operations if name in {entry.name for entry in item.entries})

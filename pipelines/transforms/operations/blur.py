@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Float32, Float64
 
 from iwm_fast.pipelines.config import require, require_range
-from iwm_fast.pipelines.transforms.base import Entry, Levels, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.base import Levels, Parameters, SourceFlag
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blur(PixelOperation):
+class Blur(SourceFlag):
     """Gaussian blur of the source view."""
 
     probability: float = 0.2
@@ -20,12 +20,13 @@ class Blur(PixelOperation):
     """Range of the blur's standard deviation in pixels."""
 
     name: ClassVar[str] = "blur"
-    family: ClassVar = "inverse"
     num_uniforms: ClassVar[int] = 2
     first_column: ClassVar[int | None] = 6
     is_fast_on_cpu: ClassVar[bool] = True
-    undone: ClassVar[str] = "Blur undone"
     dali_inputs: ClassVar = {"sigma": ("FLOAT", 0), "window": ("INT32", 0)}
+    undo: ClassVar[str] = "sharpen"
+    undone: ClassVar[str] = "Blur undone"
+    one_means: ClassVar[str] = "the source is blurred, the target is not"
 
     def __post_init__(self) -> None:
         require(0 <= self.probability <= 1, "views.blur.probability", self.probability, "be between 0 and 1")
@@ -36,34 +37,18 @@ class Blur(PixelOperation):
         require_range("views.blur.sigma", self.sigma, 0.01, (size - 2) / 3)
 
     def draw(self, uniform: Float64[np.ndarray, "B n"], *, is_source: bool) -> Parameters:
-        """Draw whether the source is blurred (paper section 3), and the standard deviation."""
+        """Draw whether the source is blurred, and the standard deviation."""
         low, high = self.sigma
-        return {
-            "blur": (uniform[:, 0] < self.probability) & is_source,
-            "blur_sigma": (low + (high - low) * uniform[:, 1]).astype(np.float32),
-        }
+        sigma = (low + (high - low) * uniform[:, 1]).astype(np.float32)
+        return super().draw(uniform, is_source=is_source) | {"blur_sigma": sigma}
 
     def neutral(self, num_images: int) -> Parameters:
         """Return no blur; the standard deviation has no effect then."""
-        return {"blur": np.zeros(num_images, bool), "blur_sigma": np.ones(num_images, np.float32)}
+        return super().neutral(num_images) | {"blur_sigma": np.ones(num_images, np.float32)}
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The flag of the source."""
-        return (Entry(name="blur", undo="sharpen", one_means="the source is blurred, the target is not"),)
-
-    def destroy(self, num_images: int) -> Parameters:
+    def query_source(self, num_images: int) -> Parameters:
         """Return a blur with the middle of the range."""
-        sigma = np.full(num_images, sum(self.sigma) / 2, np.float32)
-        return {"blur": np.ones(num_images, bool), "blur_sigma": sigma}
-
-    def spread(self, name: str) -> tuple[float, float, float]:
-        """Return the probability of the flag."""
-        return self.probability, 0.0, 1.0
-
-    def is_applied(self, parameters: Parameters) -> Bool[np.ndarray, "B"]:
-        """Return the flag."""
-        return parameters["blur"]
+        return super().query_source(num_images) | {"blur_sigma": np.full(num_images, sum(self.sigma) / 2, np.float32)}
 
     def apply(self, torch: Any, pixels: Any, parameters: Parameters) -> Any:
         """Blur each image by two convolutions."""
@@ -73,7 +58,7 @@ class Blur(PixelOperation):
         ]
         return torch.stack(blurred)
 
-    def dali_values(self, parameters: Parameters) -> dict[str, np.ndarray]:
+    def dali_values(self, parameters: Parameters, size: int) -> dict[str, np.ndarray]:
         """Return the standard deviation and the width of the kernel."""
         sigma = parameters["blur_sigma"]
         return {"sigma": sigma, "window": np.asarray(2 * blur_radius(sigma) + 1, np.int32)}

@@ -1,32 +1,19 @@
-"""Colour jitter: brightness, contrast, saturation and hue, as one affine colour map.
+"""Colour jitter: brightness, contrast, saturation and hue, as one affine colour map (`transforms.color_map`)."""
 
-Brightness b scales the pixels, contrast c scales them about the image's grey mean g, and saturation s and hue h scale
-and rotate the chroma plane of the YIQ colour space:
-
-    out = b * (c * T x + (1 - c) * g),   T = G + s * (cos(2 pi h) * (I - G) + sin(2 pi h) * R)
-
-G is the projection on grey and R rotates the chroma by 90 degrees. T keeps the grey mean, so the four operations
-commute except for the clamp at the end, and four numbers describe a view without an order. Hue therefore differs from
-torchvision's HSV hue, which changes luma. Neutral parameters give T = I exactly, and leave uint8 pixels bit-equal.
-"""
-
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
 from iwm_fast.pipelines.config import require
-from iwm_fast.pipelines.transforms.base import LUMA, ColorMap, Entry, Parameters, PixelOperation
-
-# The I and Q axes of NTSC's YIQ. Each row sums to zero, so grey has no chroma.
-_CHROMA = np.array([[0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-_GRAY = np.outer(np.ones(3), LUMA)
-_FROM_CHROMA = np.linalg.inv(np.vstack([LUMA, _CHROMA]))[:, 1:]
-# Positive angles turn red to yellow and green, the direction of hue in HSV.
-_QUARTER_TURN = _FROM_CHROMA @ np.array([[0.0, 1.0], [-1.0, 0.0]]) @ _CHROMA
+from iwm_fast.pipelines.transforms.base import Entry, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.color_map import ColorMap, jitter_map
 
 _NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+# Floor of factors in logarithms: 13 of 255 grey levels of a white pixel.
+_MIN_FACTOR = 0.05
 # Strong jitter. The strengths are ours, because those of the paper are not known.
 _STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 
@@ -46,6 +33,16 @@ class Jitter(PixelOperation):
     hue: float = 0.1
     """Strength h, at most 0.5: the hue turns (in YIQ) by a share of the full circle, uniform in [-h, h]."""
 
+    encoding: Literal["difference", "log_ratio"] = "difference"
+    """What the action says of brightness, contrast and saturation. difference: target minus source, as in the paper;
+    log_ratio: log(target / source), which is what has to be done whatever the source has already suffered, and adds up
+    over several actions. Factors below 0.05 count as 0.05. Hue is a difference in both."""
+    source: Literal["independent", "on_target"] = "independent"
+    """How the source view is jittered. independent: both views jitter the shared crop; on_target: the source is
+    jittered on top of the target's jitter. The action describes what each view has in all."""
+    model: Literal["linear", "torchvision"] = "linear"
+    """torchvision: its four functions one after the other, for comparison; needs runtime.loader=torch."""
+
     name: ClassVar[str] = "jitter"
     family: ClassVar = "forward"
     num_uniforms: ClassVar[int] = 5
@@ -61,11 +58,13 @@ class Jitter(PixelOperation):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a colour map."""
-        return True
+        return self.model == "linear"
+
+    @property
+    def needs_plain_loader(self) -> bool:
+        return self.model == "torchvision"
 
     def draw(self, uniform: Float64[np.ndarray, "B n"], *, is_source: bool) -> Parameters:
-        """Draw whether the image is jittered, then four parameters."""
         is_jittered = uniform[:, 0] < self.probability
         parameters = {}
         for column, (name, neutral) in enumerate(_NEUTRAL.items(), start=1):
@@ -73,55 +72,79 @@ class Jitter(PixelOperation):
             parameters[name] = np.where(is_jittered, drawn, neutral).astype(np.float32)
         return parameters
 
+    def compose(self, source: Parameters, target: Parameters) -> Parameters:
+        names = () if self.source == "independent" else _NEUTRAL
+        return {name: (np.add if name == "hue" else np.multiply)(source[name], target[name]) for name in names}
+
     def neutral(self, num_images: int) -> Parameters:
-        """Return factors of 1 and no rotation."""
         return {name: np.full(num_images, value, np.float32) for name, value in _NEUTRAL.items()}
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The four differences, target minus source, divided by their strengths. Source: paper section 3."""
-        return tuple(self._entry(name, neutral) for name, neutral in _NEUTRAL.items())
+        return tuple(self._entry(name) for name in _NEUTRAL)
 
-    def _entry(self, name: str, neutral: float) -> Entry:
-        # With a strength of 0 the difference is always 0, and any divisor will do.
-        scale = getattr(self, name) or 1.0
-        one_means = f"the target's {name} factor is {scale:g} above the source's"
+    def _entry(self, name: str) -> Entry:
+        strength: float = getattr(self, name)
+        if self._is_log(name):
+            # Half the range of the logarithm. With a strength of 0 the change is always 0, and any divisor will do.
+            scale = math.log((1 + strength) / max(1 - strength, _MIN_FACTOR)) / 2 or 1.0
+            one_means = f"the target's {name} factor is {math.exp(scale):.3g} times the source's"
+        else:
+            scale, one_means = strength or 1.0, f"the target's {name} factor is {strength or 1.0:g} above the source's"
         if name == "hue":
             one_means = f"the target's hue is turned by {scale:g} of a full circle against the source's"
         return Entry(
-            name=name, one_means=one_means, scale=scale, neutral=neutral, strength=getattr(self, name),
+            name=name, one_means=one_means, scale=scale, neutral=_NEUTRAL[name], strength=strength,
             needs_color=name in ("saturation", "hue"),
         )  # fmt: skip
 
-    def describe(self, change: dict[str, float]) -> list[str]:
-        """Return the changes that are not displayed as 0.00."""
-        asked = {name: change[name] for name in _NEUTRAL if abs(change.get(name, 0)) > 5e-3}
-        return [f"hue {x * 360:+.0f}°" if name == "hue" else f"{name} {x:+.2f}" for name, x in asked.items()]
+    def _is_log(self, name: str) -> bool:
+        return self.encoding == "log_ratio" and name != "hue"
 
-    def caption(self, name: str, value: float) -> str:
-        """Return degrees for hue and a factor for the others."""
-        return f"{value * 360:+.0f}°" if name == "hue" else f"× {value:.2f}"
+    def change(self, source: Parameters, target: Parameters) -> Parameters:
+        return {name: self._encoded(name, target[name]) - self._encoded(name, source[name]) for name in _NEUTRAL}
+
+    def _encoded(self, name: str, value: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(value, np.float32(_MIN_FACTOR))) if self._is_log(name) else value
+
+    def target(self, source: Parameters, change: Parameters) -> Parameters:
+        return {
+            name: source[name] * np.exp(change[name]) if self._is_log(name) else source[name] + change[name]
+            for name in _NEUTRAL.keys() & change.keys()
+        }
 
     def spread(self, name: str) -> tuple[float, float, float]:
-        """Return the moments of a difference of two parameters."""
-        # A parameter is uniform in [-1, 1] about neutral, in units of the strength, with probability p, and otherwise
-        # neutral, so its variance is p / 3.
-        return 0.0, (2 * self.probability / 3) ** 0.5, 2.0
+        entry = self._entry(name)
+        # Both ends of the range, then Gauss's nodes for its mean. With the rest of the probability, it is neutral.
+        nodes, weight = np.polynomial.legendre.leggauss(32)
+        drawn = dict.fromkeys(_NEUTRAL, entry.neutral + entry.strength * np.array([-1, 1, *nodes, 0]))
+        weight = np.array([0, 0, *(self.probability * weight / 2), 1 - self.probability])
+        target = {key: values[:, None] for key, values in drawn.items()}
+        change = self.change(drawn | self.compose(drawn, target), target)[name] / entry.scale
+        mean = round(float(weight @ change @ weight), 12)
+        return mean, float(weight @ (change - mean) ** 2 @ weight) ** 0.5, float(np.abs(change).max())
 
-    def for_bank(self, strengths: str, default: PixelOperation) -> "Jitter":
-        """Return settings with a probability of 1, because several candidates could tie as the unchanged image."""
-        configured = self if strengths == "run" else default
-        values = _STRONG if strengths == "strong" else {name: getattr(configured, name) for name in _NEUTRAL}
-        return replace(self, probability=1.0, **values)
+    def describe(self, change: dict[str, float]) -> list[str]:
+        phrases = []
+        for name, value in ((name, change[name]) for name in _NEUTRAL if abs(change.get(name, 0)) > 5e-3):
+            number = f"× {math.exp(value):.2f}" if self._is_log(name) else f"{value:+.2f}"
+            phrases.append(f"{name} {value * 360:+.0f}°" if name == "hue" else f"{name} {number}")
+        return phrases
+
+    def caption(self, name: str, value: float) -> str:
+        return f"{value * 360:+.0f}°" if name == "hue" else f"× {value:.2f}"
+
+    def for_bank(self, strengths: str) -> "Jitter":
+        defaults = {name: getattr(Jitter(), name) for name in _NEUTRAL}
+        return replace(self, probability=1.0, **{"run": {}, "default": defaults, "strong": _STRONG}[strengths])
 
     def is_applied(self, parameters: Parameters) -> Bool[np.ndarray, "B"]:
-        """Return whether a parameter is not neutral."""
         return np.any([parameters[name] != value for name, value in _NEUTRAL.items()], axis=0)
 
     def color_map(self, parameters: Parameters) -> ColorMap:
-        """Return b * c * T and b * (1 - c)."""
-        b, c, saturation, hue = (parameters[name].astype(np.float64)[:, None, None] for name in _NEUTRAL)
-        angle = 2 * np.pi * hue
-        turned = np.cos(angle) * (np.eye(3) - _GRAY) + np.sin(angle) * _QUARTER_TURN
-        gain = parameters["brightness"] * (1 - parameters["contrast"])
-        return ColorMap(b * c * (_GRAY + saturation * turned), gain)
+        return jitter_map(*(parameters[name] for name in _NEUTRAL))
+
+    def apply(self, torch: Any, pixels: Any, parameters: Parameters) -> Any:
+        from iwm_fast.pipelines.transforms.torchvision_jitter import torchvision_jitter
+
+        return torchvision_jitter(pixels, parameters)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from fixtures.tar_files import photograph
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action, describe_action
-from iwm_fast.pipelines.transforms.base import LUMA, ColorMap, Parameters
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
 from iwm_fast.pipelines.transforms.composition import ViewConfig, draw, fused_color_map, identity_parameters
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_geometry, source_window
 from iwm_fast.pipelines.transforms.operations.blur import Blur
