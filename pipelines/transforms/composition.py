@@ -249,12 +249,19 @@ def implied_settings(views: ViewConfig) -> set[str]:
 
 
 def views_from_json(content: dict[str, Any], views_class: type[ViewConfig] = ViewConfig) -> ViewConfig:
-    """Return settings that were saved as JSON, where tuples have become lists, by this or an earlier version."""
-    content, values = upgraded_views(content), {}
-    for item in dataclasses.fields(views_class):
-        if item.name in content:
-            value = content[item.name]
-            values[item.name] = item.type(**with_tuples(value)) if isinstance(value, dict) else value
+    """Return settings that were saved as JSON, where tuples have become lists, by this or an earlier version.
+
+    Raises:
+        ValueError: if there is a setting that this version does not know.
+    """
+    kinds: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(views_class)}
+    values = {}
+    for name, value in upgraded_views(content).items():
+        is_group = isinstance(value, dict)
+        known = {item.name for item in dataclasses.fields(kinds[name])} if is_group and name in kinds else set()
+        is_known = name in kinds and (not is_group or value.keys() <= known)
+        require(is_known, f"views.{name}", value, "be known to this version; use the version that wrote it")
+        values[name] = kinds[name](**with_tuples(value)) if is_group else value
     return views_class(**with_tuples(values))
 
 
