@@ -63,8 +63,8 @@ class MrrConfig(EvalConfig):
     """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
     it: 0.024 for 256, 0.074 for 64."""
     bank: Literal["default", "strong", "run"] = "default"
-    """Strengths of the changes in banks. default: the defaults of views.jitter; strong: the paper's strong jitter, of
-    unknown strengths (ours are in docs/method.md); run: the strengths the run was trained with."""
+    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
+    the strengths the run was trained with."""
     families: tuple[str, ...] | None = None
     """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
     member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
@@ -195,8 +195,8 @@ class ImagineConfig(EvalConfig):
     bank_size: int = 64
     """Jittered versions of an image that the prediction is looked up in."""
     bank: Literal["default", "strong", "run"] = "default"
-    """Strengths of the changes in banks. default: the defaults of views.jitter; strong: the paper's strong jitter, of
-    unknown strengths (ours are in docs/method.md); run: the strengths the run was trained with."""
+    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
+    the strengths the run was trained with."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""

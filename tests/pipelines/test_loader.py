@@ -106,10 +106,12 @@ def join(batches: list[Batch]) -> Batch:
 
 
 def join_draws(parts: list) -> object:
-    """Concatenate nested dataclasses of arrays."""
+    """Concatenate nested dataclasses and dicts of arrays."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)
+    if isinstance(first, dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in first}
     return type(first)(**{name: join_draws([getattr(part, name) for part in parts]) for name in vars(first)})
 
 

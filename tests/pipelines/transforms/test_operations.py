@@ -112,6 +112,29 @@ def test_renderers_agree_on_operations_of_both_views(crops, name):
     assert difference(dali, plain).max() <= 1 and difference(cpu, plain).max() <= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gamma", "posterize", "rotation"])
+def test_the_graph_renders_optional_operations_alike_on_a_gpu_and_on_the_cpu(crops, name):
+    views = views_with(name)
+    draws, windows = (
+        draw(views, 0, 0, np.arange(COUNT)),
+        view_windows(identity_draws(views, COUNT), np.full((COUNT, 2), SIZE)),
+    )
+    encoded = [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
+    outputs = []
+    for device_id in (0, None):
+        settings = GraphSettings(views=views, max_batch_size=COUNT, num_threads=1, prefetch=1, device_id=device_id)
+        parameters = graph_parameters(replace(clean, source=draws.source, target=draws.target), windows, settings)
+        graph = build_graph(settings, lambda parameters=parameters: (encoded, *parameters))
+        outputs.append(
+            [np.array(view.as_tensor().as_cpu() if device_id == 0 else view.as_tensor()) for view in graph.run()]
+        )
+    for ours, theirs in zip(*outputs, strict=True):
+        error = difference(torch.from_numpy(ours), torch.from_numpy(theirs))
+        # A level on the other side of a threshold of solarize or posterize is far from it.
+        assert error.mean() < 0.5 and error.quantile(0.99) <= 2
+
+
 def test_the_square_of_rotated_views_is_never_empty(crops):
     white = torch.full_like(crops, 255)
     framed = torch.nn.functional.pad(white[:, 1:-1, 1:-1], (0, 0, 1, 1, 1, 1))
