@@ -1,5 +1,6 @@
-"""Write docs/configuration.md and docs/command_line.md from the dataclasses of the settings."""
+"""Write docs/configuration.md, docs/command_line.md and docs/transformations.md from the code."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,10 @@ from iwm_fast.cli import COMMANDS, RUN_CONFIG
 from iwm_fast.config.loading import iter_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evaluate import import_object
+from iwm_fast.pipelines.transforms.base import PixelOperation, Transformation
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
 
 DOCS = Path(__file__).parent
 GENERATED = "*Generated from the code by `python docs/generate.py`.*"
@@ -39,6 +44,52 @@ def command_line() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def transformations() -> str:
+    """Return the page of all transformations and their entries of the action."""
+    # With the settings that add entries.
+    views = ViewConfig(crop=Crop(source_scale=(0.3, 1.0)), flip=Flip(source_probability=0.5))
+    groups = [getattr(views, item.name) for item in dataclasses.fields(views)]
+    known = [group for group in groups if isinstance(group, Transformation)]
+    introduction = (
+        "Transformations are applied in this order; neighbouring colour maps are applied in one pass. Settings are in "
+        "[Configuration](configuration.md); [Extending](extending.md) shows how to add one. The action that the "
+        "predictor receives has the entries of those that are on. All entries are 0 where nothing changes. "
+        "`model.action(brightness=0.5)` takes natural units, which the vector divides by the scale."
+    )
+    head = "| transformation | applied to | default | retrieval and planning |\n| --- | --- | --- | --- |"
+    rows = [
+        f"| `views.{item.name}` | {_place(item)} | {'on' if item.is_on else 'off'} | {_role(item)} |" for item in known
+    ]
+    entries = [(entry, item) for item in known for entry in item.entries]
+    entry_head = (
+        "| entry | of | asked for as | scale | a value of 1 in the vector means |\n| --- | --- | --- | --- | --- |"
+    )
+    entry_rows = [
+        f"| `{entry.name}` | `views.{item.name}` | {', '.join(item.describe({entry.name: entry.scale}))} | "
+        f"{entry.scale:.3g} | {entry.one_means} |"
+        for entry, item in entries
+    ]
+    tables = ["\n".join([head, *rows]), "## Entries of the action", "With the default strengths, "
+              "`views.crop.source_scale=[0.3,1.0]` and `views.flip.source_probability=0.5`:",
+              "\n".join([entry_head, *entry_rows])]  # fmt: skip
+    return "\n\n".join(["# Transformations", introduction, GENERATED, *tables]) + "\n"
+
+
+def _place(transformation: Transformation) -> str:
+    if not isinstance(transformation, PixelOperation):
+        return "both views alike; the source's own is part of the action"
+    return "source" if transformation.is_source_only else "each view on its own"
+
+
+def _role(transformation: Transformation) -> str:
+    if not isinstance(transformation, PixelOperation):
+        return "not evaluated"
+    return {
+        "forward": "a changed image is predicted from the clean one",
+        "inverse": "another version of an image is predicted from the destroyed one",
+    }[transformation.family]
+
+
 def _sentence(summary: str) -> str:
     return f"{summary[0].upper()}{summary[1:]}."
 
@@ -52,7 +103,7 @@ def _row(name: str, type_name: str, default: Any, explanation: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-PAGES = {"configuration.md": configuration, "command_line.md": command_line}
+PAGES = {"configuration.md": configuration, "command_line.md": command_line, "transformations.md": transformations}
 
 
 def main() -> None:

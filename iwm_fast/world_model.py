@@ -2,7 +2,7 @@
 
 model = iwm_fast.load("runs/demo")                # a run, or an export; checkpoint=1500 for an earlier step
 tokens = model.encode("photo.jpg")                # (1, N, D): tokens of all patches
-action = model.action(brightness=0.5, hue=0.1)    # (1, A): 50 % brighter, a tenth of a turn of hue
+action = model.action(brightness=0.5)             # (1, A): 50 % brighter; docs/method.md lists all entries
 predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens of the changed image
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
@@ -35,7 +35,7 @@ from iwm_fast.pipelines.transforms.action import action_from_change
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.image_decoding import decode_image, upright_rgb
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import identity_draws
+from iwm_fast.pipelines.transforms.operations.crop import full_crop
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 # Margin over the range of normalised pixels, for images that somebody changed after normalisation.
@@ -94,15 +94,15 @@ class WorldModel:
         pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
         if not pixels:
             raise ValueError("images must not be an empty list")
-        windows = crop_window(identity_draws(len(pixels)).crop, np.array([image.shape[:2] for image in pixels]))
+        windows = crop_window(full_crop(len(pixels)), np.array([image.shape[:2] for image in pixels]))
         crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
         return normalize_view(torch.stack(crops), self.config.data.normalization).to(self.device)
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.
 
-        Brightness, contrast and saturation are differences of factors, so 0.5 changes a factor of 1 to 1.5. Hue is a
-        share of a full turn. Blur, grayscale and solarize are 1 if the source has the effect and the target does not.
+        Brightness, for instance, is a difference of factors, so 0.5 changes a factor of 1 to 1.5. Flags such as blur
+        are 1 if the source has the effect and the target does not. docs/method.md lists all entries with their units.
 
         Raises:
             ValueError: for a name that is not an entry of the run's actions.

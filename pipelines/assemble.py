@@ -7,10 +7,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.sampling.batch_plan import Request
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.geometry import Windows, source_geometry
 
 

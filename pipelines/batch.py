@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from iwm_fast.pipelines.transforms.parameters import Draws
+from iwm_fast.pipelines.transforms.composition import Draws
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of the data pipeline: shards, views, masks and loading.
+"""Settings of the data pipeline: shards, masks and loading. `transforms.composition` has those of the views.
 
 Importing this file must stay cheap (no torch), because the command line imports it to print its help.
 """
@@ -35,11 +35,6 @@ IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 INTERNAL = {"internal": True}
 """Metadata of fields that are no settings of their own: neither YAML nor the command line can set them."""
-
-PHOTOMETRIC_ENTRIES = ("brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize")
-CROP_ENTRIES = ("crop_x", "crop_y", "crop_width", "crop_height")
-FLIP_ENTRY = "flip"
-ACTION_ENTRIES = (*PHOTOMETRIC_ENTRIES, *CROP_ENTRIES, FLIP_ENTRY)
 
 # Characters of a refused value in its message.
 _MAX_SHOWN = 200
@@ -173,91 +168,6 @@ class DataConfig:
         train = "::".join(source.shards for source in self.mixture)
         require(self.train in ("", train), "data.train", self.train, "name the shards of data.mixture if that is set")
         object.__setattr__(self, "train", train)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewConfig:
-    """How the two views of a sample are rendered, and which of their parameters form the action."""
-
-    size: int = 224
-    """Side of both views in pixels; a multiple of model.encoder.patch_size."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Range of the share of the image's area that the shared crop covers."""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Range of the shared crop's aspect ratio (width / height), whose logarithm is drawn uniformly."""
-    flip_probability: float = 0.5
-    """Probability of the shared horizontal flip."""
-    jitter_probability: float = 0.8
-    """Probability that a view's colours are jittered, drawn separately for each view."""
-    brightness: float = 0.4
-    """Jitter strength s: the brightness factor is uniform in [max(0, 1 - s), 1 + s]."""
-    contrast: float = 0.4
-    """Jitter strength s of the contrast factor, relative to the mean grey level of the image."""
-    saturation: float = 0.2
-    """Jitter strength s of the saturation factor."""
-    hue: float = 0.1
-    """Jitter strength h, at most 0.5: the hue turns (in YIQ) by a share of the full circle, uniform in [-h, h]."""
-    grayscale_probability: float = 0.2
-    """Probability that the source view is converted to grey."""
-    blur_probability: float = 0.2
-    """Probability that the source view is blurred."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation in pixels."""
-    solarize_probability: float = 0.2
-    """Probability that the source view is solarised: values of 128 and more are inverted."""
-    source_crop: tuple[float, float] | None = None
-    """If set, the source view is a further crop that covers this share of the shared crop and is part of the action."""
-    source_flip_probability: float = 0.0
-    """Probability that the source view is mirrored relative to the target view, which is part of the action."""
-    action_entries: tuple[str, ...] | None = None
-    """Entries of the action that the predictor receives, in this order; omit some for an ablation. Unset: brightness,
-    contrast, saturation, hue, blur, grayscale, solarize; with views.source_crop also crop_x, crop_y, crop_width,
-    crop_height; with views.source_flip_probability also flip."""
-
-    def __post_init__(self) -> None:
-        require(8 <= self.size <= 8192, "views.size", self.size, "be between 8 and 8192 pixels")
-        require_range("views.crop_scale", self.crop_scale, 1e-3, 1.0)
-        require_range("views.crop_aspect", self.crop_aspect, 0.1, 10.0)
-        if self.source_crop is not None:
-            require_range("views.source_crop", self.source_crop, 1e-3, 1.0)
-        for name in ("flip", "source_flip", "jitter", "grayscale", "blur", "solarize"):
-            value = getattr(self, f"{name}_probability")
-            require(0 <= value <= 1, f"views.{name}_probability", value, "be between 0 and 1")
-        # A hue rotation by more than half a circle equals a smaller one in the opposite direction.
-        for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-            value = getattr(self, name)
-            require(0 <= value <= limit, f"views.{name}", value, f"be between 0 and {limit:g}")
-        # The largest blur kernel reaches 3 sigma to each side, and reflection at the border needs that many pixels.
-        require_range("views.blur_sigma", self.blur_sigma, 0.01, (self.size - 2) / 3)
-        self._check_entries()
-
-    def _check_entries(self) -> None:
-        entries = self.action_entries
-        if entries is None:
-            return
-        unknown = [name for name in entries if name not in ACTION_ENTRIES]
-        require(not unknown, "views.action_entries", unknown, f"name entries of {ACTION_ENTRIES}")
-        is_distinct = len(set(entries)) == len(entries) > 0
-        require(is_distinct, "views.action_entries", entries, "be non-empty and name no entry twice")
-        # An entry that never varies would be an input without any effect.
-        constant = [name for name in entries if name not in self._all_entries]
-        remedy = "be left out while views.source_crop is unset (crop_*) or views.source_flip_probability is 0 (flip)"
-        require(not constant, "entries of views.action_entries", constant, remedy)
-
-    @property
-    def _all_entries(self) -> tuple[str, ...]:
-        crop = CROP_ENTRIES if self.source_crop is not None else ()
-        return (*PHOTOMETRIC_ENTRIES, *crop, *([FLIP_ENTRY] if self.source_flip_probability > 0 else []))
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        """Entries of the action that the predictor receives, in order."""
-        return self._all_entries if self.action_entries is None else self.action_entries
-
-    @property
-    def has_source_geometry(self) -> bool:
-        """Whether the source view may be cropped or mirrored relative to the target view."""
-        return self.source_crop is not None or self.source_flip_probability > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,8 @@ class TorchLoader:
         if self._views.has_source_geometry:
             source = self._crop(images, windows.source, draws.flip ^ draws.source_flip)
         return RenderedViews(
-            source_view=normalize_view(render(source, draws.source), self._normalization),
-            target_view=normalize_view(render(target, draws.target), self._normalization),
+            source_view=normalize_view(render(source, draws.source, self._views), self._normalization),
+            target_view=normalize_view(render(target, draws.target, self._views), self._normalization),
             windows=windows,
         )
 

@@ -147,6 +147,25 @@ def test_no_file_refers_to_documents_outside_the_repository():
     assert offenders == []
 
 
+def test_no_other_part_knows_the_transformations_by_name():
+    # What is done to pixels is defined in pipelines/transforms, which everything else reads from the composition.
+    words = re.compile("solari[sz]e|posteri[sz]e|gr[ae]yscale|\\bhue|saturation", re.IGNORECASE)
+    # The demo's labels, and torchvision's transforms that benchmarks are compared with.
+    allowed = ("pipelines/transforms/", "pipelines/demo_data.py", "benchmarks/pipelines/baselines.py")
+    files = [path for path in python_files() if not name_of(path).startswith(allowed)]
+    assert [name_of(path) for path in files if words.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_files_of_transformations_are_short_and_import_numpy_only():
+    folder = PROJECT / "pipelines" / "transforms" / "operations"
+    for path in folder.glob("*.py"):
+        assert path.read_text(encoding="utf-8").count("\n") <= 150, name_of(path)
+        imports = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        modules = names | {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+        assert {module.partition(".")[0] for module in modules} & {"torch", "nvidia", "torchvision"} == set()
+
+
 def test_files_named_in_the_documentation_exist():
     pattern = re.compile(r"`((?:iwm_fast|kernels|pipelines|benchmarks|tests|examples|docs)/[\w./-]*)`")
     pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]

@@ -29,8 +29,9 @@ from iwm_fast.evals.datasets import LabelledSamples, evaluation_batches
 from iwm_fast.evals.probing.extraction import FeatureKind
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.pipelines.annotations.labels import read_labels
-from iwm_fast.pipelines.config import DataConfig, ViewConfig
+from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import EVALUATION_BATCH_SIZE
 from iwm_fast.world_model import WorldModel

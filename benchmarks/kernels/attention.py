@@ -24,7 +24,8 @@ from iwm_fast.kernels.attention.op import HEAD_DIMS
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.launch import architecture
 from iwm_fast.kernels.ops import FUSED, REFERENCE
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import MaskConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 NUM_HEADS = 12
 IMAGES = 256

@@ -24,7 +24,7 @@ from benchmarks.pipelines import (
     startup,
 )
 from benchmarks.pipelines.streams import Workload
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "streams": stages.run,

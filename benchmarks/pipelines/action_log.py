@@ -17,7 +17,7 @@ from benchmarks.pipelines.report import LOGGED, LOGGING
 from benchmarks.pipelines.streams import Workload, loader_stream
 from iwm_fast.pipelines.action_log.writer import GROUP_ROWS, ActionLog
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.transforms.parameters import draw
+from iwm_fast.pipelines.transforms.composition import draw
 from iwm_fast.training.loaders import log_metadata
 
 NUM_ROWS = 4 * GROUP_ROWS

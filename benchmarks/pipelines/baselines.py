@@ -24,8 +24,9 @@ from webdataset.compat import WebDataset
 from benchmarks.harness.interleave import Stream
 from benchmarks.pipelines.dali_baselines import read_graph, run_forever, views_graph
 from benchmarks.pipelines.streams import Workload, touch_pages
-from iwm_fast.pipelines.config import IMAGENET, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.storage.shard_set import ShardSet, find_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 STYLES = ("tensors", "Pillow", "tensors, normalised last")
 BLUR_WINDOW = 23
@@ -137,20 +138,20 @@ class TwoViews:
     """
 
     def __init__(self, views: ViewConfig, style: str) -> None:
-        strengths = (views.brightness, views.contrast, views.saturation, views.hue)
+        strengths = tuple(entry.strength for entry in views.jitter.entries)
         normalize = [] if style == STYLES[2] else [_normalize()]
         # Each call draws new parameters, so both views can share the module.
-        jitter = v2.RandomApply([v2.ColorJitter(*strengths)], views.jitter_probability)
+        jitter = v2.RandomApply([v2.ColorJitter(*strengths)], views.jitter.probability)
         degrade = [
-            v2.RandomGrayscale(views.grayscale_probability),
-            v2.RandomApply([v2.GaussianBlur(BLUR_WINDOW, views.blur_sigma)], views.blur_probability),
-            v2.RandomSolarize(128, views.solarize_probability),
+            v2.RandomGrayscale(views.grayscale.probability),
+            v2.RandomApply([v2.GaussianBlur(BLUR_WINDOW, views.blur.sigma)], views.blur.probability),
+            v2.RandomSolarize(128, views.solarize.probability),
         ]
         self._decode = decode_pillow if style == STYLES[1] else decode_tensor
         self._crop = v2.Compose(
             [
-                v2.RandomResizedCrop(views.size, views.crop_scale, views.crop_aspect, antialias=True),
-                v2.RandomHorizontalFlip(views.flip_probability),
+                v2.RandomResizedCrop(views.size, views.crop.scale, views.crop.aspect, antialias=True),
+                v2.RandomHorizontalFlip(views.flip.probability),
             ]
         )
         self._source = v2.Compose([jitter, *degrade, *normalize])

@@ -15,9 +15,9 @@ from benchmarks.pipelines.report import OURS
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import IMAGENET
+from iwm_fast.pipelines.transforms.composition import draw
 from iwm_fast.pipelines.transforms.geometry import crop_window
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.pipelines.transforms.parameters import draw
 
 MAX_MEAN_DIFFERENCE, MAX_P99_DIFFERENCE = 1.0, 12.0
 """Grey levels by which decoders and antialiased resizing may differ, on average and at the 99th percentile."""

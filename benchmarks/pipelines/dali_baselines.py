@@ -7,17 +7,17 @@
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, no_type_check
 
+import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.dali_graph import (
     CROP_INPUTS,
     GraphSettings,
     decode_crop,
     input_nodes,
     normalize_nodes,
-    solarize_nodes,
 )
 
 Feed = Callable[[], tuple[Any, ...]]
@@ -57,41 +57,41 @@ def views_graph(
 
     Parameters are drawn by DALI in the ranges of `views` and are not returned.
     """
-    graph = _two_views(paths, index_paths, views, seed=0, **settings.pipeline_arguments)
+    graph = _two_views(paths, index_paths, views, settings, seed=0, **settings.pipeline_arguments)
     graph.build()
     return graph
 
 
 @pipeline_def(enable_conditionals=True)
 @no_type_check  # DALI compiles the function's source code again, which a wrapper would hide.
-def _two_views(paths, index_paths, views):
+def _two_views(paths, index_paths, views, settings):
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
     crop = fn.decoders.image_random_crop(
-        _read(paths, index_paths), device=device, random_area=views.crop_scale, random_aspect_ratio=views.crop_aspect
+        _read(paths, index_paths), device=device, random_area=views.crop.scale, random_aspect_ratio=views.crop.aspect
     )
     crop = fn.resize(crop, size=[views.size, views.size], antialias=True)
-    crop = fn.flip(crop, horizontal=fn.random.coin_flip(probability=views.flip_probability))
+    crop = fn.flip(crop, horizontal=fn.random.coin_flip(probability=views.flip.probability))
     source, target = crop, crop
-    if fn.random.coin_flip(probability=views.jitter_probability, dtype=types.BOOL):
-        source = _jitter(source, views)
-    if fn.random.coin_flip(probability=views.jitter_probability, dtype=types.BOOL):
-        target = _jitter(target, views)
-    if fn.random.coin_flip(probability=views.grayscale_probability, dtype=types.BOOL):
+    if fn.random.coin_flip(probability=views.jitter.probability, dtype=types.BOOL):
+        source = _jitter(source, views.jitter)
+    if fn.random.coin_flip(probability=views.jitter.probability, dtype=types.BOOL):
+        target = _jitter(target, views.jitter)
+    if fn.random.coin_flip(probability=views.grayscale.probability, dtype=types.BOOL):
         source = fn.saturation(source, saturation=0.0)
-    if fn.random.coin_flip(probability=views.blur_probability, dtype=types.BOOL):
-        source = fn.gaussian_blur(source, sigma=fn.random.uniform(range=views.blur_sigma))
-    if fn.random.coin_flip(probability=views.solarize_probability, dtype=types.BOOL):
-        source = solarize_nodes(source)
-    return normalize_nodes(source), normalize_nodes(target)
+    if fn.random.coin_flip(probability=views.blur.probability, dtype=types.BOOL):
+        source = fn.gaussian_blur(source, sigma=fn.random.uniform(range=views.blur.sigma))
+    if fn.random.coin_flip(probability=views.solarize.probability, dtype=types.BOOL):
+        source = views.solarize.apply_dali(nvidia.dali, source, {})
+    return normalize_nodes(source, settings), normalize_nodes(target, settings)
 
 
-def _jitter(pixels, views):
+def _jitter(pixels, jitter):
     """Return a node for pixels with random brightness, contrast, saturation and hue."""
     factors = {
-        name: fn.random.uniform(range=[1 - getattr(views, name), 1 + getattr(views, name)])
+        name: fn.random.uniform(range=[1 - getattr(jitter, name), 1 + getattr(jitter, name)])
         for name in ("brightness", "contrast", "saturation")
     }
-    degrees = 360 * views.hue
+    degrees = 360 * jitter.hue
     return fn.color_twist(pixels, hue=fn.random.uniform(range=[-degrees, degrees]), **factors)
 
 

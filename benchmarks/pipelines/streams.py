@@ -17,14 +17,14 @@ from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.pipelines.dali_baselines import build_stage, run_forever
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import Backend, DataConfig, ViewConfig
+from iwm_fast.pipelines.config import Backend, DataConfig
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, crop_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import dali_input
-from iwm_fast.pipelines.transforms.parameters import draw
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.training.loaders import training_loader
 

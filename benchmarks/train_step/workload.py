@@ -11,8 +11,9 @@ from benchmarks.harness.masks import masked_batch
 from benchmarks.train_step.report import BASE, SMALL
 from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig, RuntimeConfig
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import DataConfig, ViewConfig
-from iwm_fast.pipelines.transforms.parameters import identity_draws
+from iwm_fast.pipelines.config import DataConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_draws
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.runtime.distributed import RankInfo
 
 NUM_BATCHES = 4
@@ -84,7 +85,7 @@ class StepWorkload:
             slot=number,
             key=("noise",) * count,
             step=step,
-            draws=identity_draws(count),
+            draws=identity_draws(self.views, count),
         )
 
 
@@ -102,7 +103,7 @@ def build_workload(device: torch.device, quick: bool) -> StepWorkload:
                 predictor=PredictorConfig(dim=32, depth=1, num_heads=1),
             ),
             precision="fp32",
-            views=ViewConfig(size=16, blur_sigma=(0.1, 1.0)),
+            views=ViewConfig(size=16, blur=Blur(sigma=(0.1, 1.0))),
             with_compile=False,
         )
     if device.type == "cuda":

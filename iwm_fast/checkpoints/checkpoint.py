@@ -32,6 +32,7 @@ from iwm_fast.config.loading import save_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import Engine
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
+from iwm_fast.pipelines.transforms.composition import RENAMED
 from iwm_fast.runtime.json_lines import STARTED_FILE, read_starts
 
 log = logging.getLogger(__name__)
@@ -269,6 +270,8 @@ def read(folder: Path) -> Checkpoint:
             "out of the folder"
         )
     require_undamaged(folder, (MODEL, CONFIG))
+    if isinstance(state.get("fingerprint"), dict):
+        state["fingerprint"] = {RENAMED.get(name, name): value for name, value in state["fingerprint"].items()}
     tensors = read_tensors(folder / MODEL)
     teacher = {name: tensor for name, tensor in tensors.items() if name.startswith(TEACHER_PREFIX)}
     with naming_file(folder / STATE):

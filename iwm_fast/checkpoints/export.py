@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,9 +32,9 @@ from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, config_to_dict, load_config
 from iwm_fast.config.run import EncoderConfig, RunConfig
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.pipelines.config import IMAGENET, Normalization, ViewConfig, require
+from iwm_fast.pipelines.config import IMAGENET, Normalization, require
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
-from iwm_fast.pipelines.transforms.action import change_from_action
+from iwm_fast.pipelines.transforms.composition import ViewConfig, upgraded_views
 
 FORMAT = 2
 ENCODER, TRAINED_ENCODER, PREDICTOR = "model.safetensors", "trained_encoder.safetensors", "predictor.safetensors"
@@ -167,24 +166,8 @@ def timm_config(config: EncoderConfig, image_size: int, normalization: Normaliza
 
 def describe_action_entries(views: ViewConfig) -> list[dict[str, Any]]:
     """Return the name of each entry of the action vector, in order, and the meaning of a value of 1."""
-    ones = np.ones((1, len(views.entries)), np.float32)
-    differences = change_from_action(ones, views)
-    return [{"name": name, "one_means": _describe_one(name, float(scale[0]))} for name, scale in differences.items()]
-
-
-def _describe_one(name: str, scale: float) -> str:
-    texts = {
-        "hue": f"the target's hue is turned by {scale:g} of a full circle against the source's",
-        "blur": "the source is blurred, the target is not",
-        "grayscale": "the source has lost its colours, the target has not",
-        "solarize": "the source is solarized, the target is not",
-        "crop_x": f"the source's centre lies {scale:g} target widths to the right of the target's",
-        "crop_y": f"the source's centre lies {scale:g} target heights below the target's",
-        "crop_width": f"log(source width / target width) is {scale:g}",
-        "crop_height": f"log(source height / target height) is {scale:g}",
-        "flip": "the source is mirrored against the target",
-    }
-    return texts.get(name, f"the target's {name} factor is {scale:g} above the source's")
+    entries = views.all_entries
+    return [{"name": name, "one_means": entries[name].one_means} for name in views.entries]
 
 
 def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
@@ -230,7 +213,8 @@ def _read_networks(folder: Path, description_path: Path, encoder_path: Path) -> 
         require(isinstance(description["step"], int), "step", description["step"], "be an integer")
         # The folder has no other settings of data: they name paths.
         data = {name: description.get(name, default) for name, default in _NORMALIZATION.items()}
-        config = build(RunConfig, {**description["settings"], "data": data})
+        settings = description["settings"]
+        config = build(RunConfig, {**settings, "views": upgraded_views(settings["views"]), "data": data})
     encoder_state, predictor_state = read_tensors(encoder_path), {}
     if description["predictor"] is not None:
         require_undamaged(folder, (PREDICTOR,))

@@ -97,8 +97,6 @@ def _action_table(entries: list[dict[str, Any]]) -> str:
 def _training_table(description: dict[str, Any]) -> str:
     settings, data = description["settings"], description["data"]
     optim, views, mask = (settings[name] for name in ("optim", "views", "mask"))
-    jitter = "/".join(f"{views[name]:g}" for name in ("brightness", "contrast", "saturation", "hue"))
-    probabilities = "/".join(f"{views[f'{name}_probability']:g}" for name in ("grayscale", "blur", "solarize"))
     rows = {
         "images": f"{data['num_samples']:,}, content SHA-256 {data['content_digest']}",
         "epochs, global batch": f"{optim['epochs']:g}, {optim['global_batch_size']}",
@@ -107,14 +105,19 @@ def _training_table(description: dict[str, Any]) -> str:
         "weight decay, EMA": " and ".join(f"{optim[name][0]:g} to {optim[name][1]:g}" for name in
                                           ("weight_decay", "teacher_momentum")),
         "precision": optim["precision"],
-        "jitter (brightness/contrast/saturation/hue)": f"{jitter} with probability {views['jitter_probability']:g}",
-        "probabilities on the source view only (grayscale/blur/solarize)": probabilities,
+        **{f"views.{name}": _settings(group) for name, group in views.items() if isinstance(group, dict)},
         "target patches": f"{mask['num_target_blocks']} blocks of {100 * mask['block_scale'][0]:g}-"
         f"{100 * mask['block_scale'][1]:g} % of the patches",
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"`iwm.json` lists all settings.\n\n| setting | value |\n| --- | --- |\n{table}"
+
+
+def _settings(group: dict[str, Any]) -> str:
+    texts = {name: "to".join(f" {x:g} " for x in value).strip() if isinstance(value, list) else value
+             for name, value in group.items() if value is not None}  # fmt: skip
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in texts.items())
 
 
 def _results_table(step: int, evaluations: dict[str, dict[str, Any]], last_row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from iwm_fast.models.student import build_student, choose_ops, compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.sampling.masks import ragged_index
-from iwm_fast.pipelines.transforms.parameters import identity_draws
+from iwm_fast.pipelines.transforms.composition import identity_draws
 from iwm_fast.runtime import distributed
 from iwm_fast.training.teacher import Teacher
 
@@ -73,5 +73,5 @@ def random_batch(
         slot=number,
         key=("noise",) * NUM_IMAGES,
         step=0,
-        draws=identity_draws(NUM_IMAGES),
+        draws=identity_draws(config.views, NUM_IMAGES),
     )

@@ -14,9 +14,9 @@ from iwm_fast.pipelines.bad_samples import error_as_value
 from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.composition import draw
 from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import DaliInput, dali_input
-from iwm_fast.pipelines.transforms.parameters import draw
 
 SECONDS = 3.0
 """Duration of the measurement."""

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
-
-Family = Literal["jitter", "grayscale", "blur", "solarize"]
+from iwm_fast.pipelines.transforms.composition import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +63,22 @@ class MrrConfig(EvalConfig):
     """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
     it: 0.024 for 256, 0.074 for 64."""
     bank: Literal["default", "strong", "run"] = "default"
-    """Jitter strengths (brightness, contrast, saturation, hue) that banks are drawn with. default: 0.4, 0.4, 0.2, 0.1;
-    strong: 0.8, 0.8, 0.8, 0.2; run: the strengths the run was trained with."""
-    families: tuple[Family, ...] = ("jitter", "grayscale", "blur", "solarize")
-    """Transformations to test. jitter: predict a bank member from the clean image; grayscale, blur, solarize: predict
-    it from the corrupted image, because training applies these to the source view only."""
+    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
+    the strengths the run was trained with."""
+    families: tuple[str, ...] | None = None
+    """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
+    member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
-        require(
-            len(set(self.families)) == len(self.families) > 0,
-            "families",
-            self.families,
-            "name one or more families, without repetition",
-        )
+        if self.families is not None:
+            is_distinct = len(set(self.families)) == len(self.families) > 0
+            require(is_distinct, "families", self.families, "name one or more families, without repetition")
+            unknown = [family for family in self.families if family not in FAMILIES]
+            require(not unknown, "families", unknown, f"name transformations of {', '.join(FAMILIES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +195,8 @@ class ImagineConfig(EvalConfig):
     bank_size: int = 64
     """Jittered versions of an image that the prediction is looked up in."""
     bank: Literal["default", "strong", "run"] = "default"
-    """Jitter strengths (brightness, contrast, saturation, hue) that banks are drawn with. default: 0.4, 0.4, 0.2, 0.1;
-    strong: 0.8, 0.8, 0.8, 0.2; run: the strengths the run was trained with."""
+    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
+    the strengths the run was trained with."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""

@@ -8,6 +8,7 @@ from typing import Any
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig
 from iwm_fast.pipelines.config import IMAGENET, MAX_PIXELS
+from iwm_fast.pipelines.transforms.composition import implied_settings
 
 FINGERPRINT_GROUPS = ("seed", "data", "views", "mask", "model", "objective", "optim")
 # Names and prefixes of the entries that determine which samples are drawn, and not the networks.
@@ -44,6 +45,7 @@ def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: in
     del flat["data.val"], flat["data.restart_epoch"]
     flat |= _mixture(flat["data.train"]) | {"data.train": shards_digest}
     # None equals a missing entry in comparisons, so checkpoints written before these settings existed can be resumed.
+    flat |= dict.fromkeys(implied_settings(config.views))
     flat["init_from"] = config.init_from or None
     flat["data.image"] = config.data.image or None
     flat["data.max_pixels"] = None if config.data.max_pixels == MAX_PIXELS else config.data.max_pixels

@@ -23,6 +23,7 @@ from iwm_fast.config.shard_paths import absolute_shards
 from iwm_fast.config.strict_yaml import parse_yaml, resolve
 from iwm_fast.config.values import convert, named_place
 from iwm_fast.pipelines.config import INTERNAL, SourceConfig, require
+from iwm_fast.pipelines.transforms.composition import RENAMED
 
 Config = TypeVar("Config")
 
@@ -142,6 +143,8 @@ def _parse_override(name: str, text: str) -> Any:
 
 
 def _unknown_key_message(config_class: type, name: str) -> str:
+    if name in RENAMED and config_class is RunConfig:
+        return f"{name!r} is now named {RENAMED[name]!r}"
     settings = [setting for setting, _, _ in _leaf_fields(config_class)]
     members = [setting for setting in settings if setting.startswith(f"{name}.")]
     if members:

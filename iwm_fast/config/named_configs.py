@@ -6,6 +6,7 @@ from typing import Any
 
 from iwm_fast.config.strict_yaml import read_yaml, resolve
 from iwm_fast.pipelines.config import require
+from iwm_fast.pipelines.transforms.composition import upgraded_views
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -59,6 +60,8 @@ def read_settings(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, An
         raise ValueError(f"base must not lead back to the same file, got {' -> '.join(map(str, files))}; remove one")
     tree = read_yaml(path) or {}
     require(isinstance(tree, dict), str(path), resolve(tree), "hold `group:` and `key: value` lines")
+    if "views" in tree:
+        tree["views"] = upgraded_views(tree["views"])
     if "base" not in tree:
         return tree
     base = tree.pop("base")

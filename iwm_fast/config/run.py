@@ -14,11 +14,11 @@ from iwm_fast.pipelines.config import (
     DataConfig,
     LoaderConfig,
     MaskConfig,
-    ViewConfig,
     require,
     require_range,
     require_seed,
 )
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 MAX_BATCH = 1_000_000
 _YEAR_S = 31_536_000
@@ -362,6 +362,9 @@ class RunConfig:
             self.views.size,
             f"be a multiple of model.encoder.patch_size = {patch}",
         )
+        plain = [f"views.{operation.name}" for operation in self.views.operations if operation.needs_plain_loader]
+        require(not plain or self.runtime.loader == "torch", "runtime.loader", self.runtime.loader,
+                f"be torch with these settings of {', '.join(plain)}")  # fmt: skip
 
     @property
     def grid(self) -> int:

@@ -7,9 +7,9 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from iwm_fast.pipelines.action_log.schema import LogMetadata, column, read_draws
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.sampling.batch_plan import EndOfPlanError, Request
 from iwm_fast.pipelines.sampling.masks import draw_masks, ragged_index
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 MAX_BATCH_SIZE = 64
 
@@ -50,7 +50,7 @@ class ReplayPlan:
             slots=slots,
             samples=column(rows, "sample"),
             scheduled_samples=column(rows, "planned"),
-            draws=read_draws(rows),
+            draws=read_draws(rows, self.views),
             context=ragged_index(masks.context[slots], int(masks.context.sum())),
             target=ragged_index(masks.target[slots], int(masks.target.sum())),
         )

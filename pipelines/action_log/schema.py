@@ -15,7 +15,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +22,26 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import MAX_PIXELS, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import MAX_PIXELS, MaskConfig
 from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.composition import (
+    Draws,
+    ViewConfig,
+    identity_draws,
+    identity_parameters,
+    views_from_json,
+    with_tuples,
+)
 from iwm_fast.pipelines.transforms.geometry import source_geometry
-from iwm_fast.pipelines.transforms.parameters import Draws, Photometry, identity_draws
 
 FORMAT = 1
 
 _METADATA_KEY = "action_log"
 _VIEWS = ("source", "target")
 _GEOMETRY = ("crop", "flip", "source_crop", "source_flip")
-_PHOTOMETRY = tuple(field.name for field in dataclasses.fields(Photometry))
 _TENSORS = ("slot", "sample", "scheduled_sample", "label", "crop_window", "source_window")
 
 
@@ -124,7 +130,9 @@ class RowBuilder:
 
 def row_schema(metadata: LogMetadata) -> pa.Schema:
     """Return the schema of the rows, which carries the metadata as JSON."""
-    draws_types = {name: _to_arrow(values).type for name, values in _flatten_draws(identity_draws(1)).items()}
+    draws_types = {
+        name: _to_arrow(values).type for name, values in _flatten_draws(identity_draws(metadata.views, 1)).items()
+    }
     window = pa.list_(pa.float32(), 4)
     columns = {
         **dict.fromkeys(("step", "slot", "rank"), pa.int32()),
@@ -142,7 +150,7 @@ def row_schema(metadata: LogMetadata) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata={_METADATA_KEY: json.dumps(content)})
 
 
-def read_metadata(schema: pa.Schema) -> LogMetadata:
+def read_metadata(schema: pa.Schema, views_class: type[ViewConfig] = ViewConfig) -> LogMetadata:
     """Return the metadata that the schema of a file or table carries.
 
     Raises:
@@ -156,14 +164,9 @@ def read_metadata(schema: pa.Schema) -> LogMetadata:
             "use the version that wrote the log"
         )
     del content["action_entries"]
-    views = ViewConfig(**_lists_to_tuples(content.pop("views")))
-    mask = MaskConfig(**_lists_to_tuples(content.pop("mask")))
+    views = views_from_json(content.pop("views"), views_class)
+    mask = MaskConfig(**with_tuples(content.pop("mask")))
     return LogMetadata(views=views, mask=mask, **content)
-
-
-def _lists_to_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Restore the tuples of settings, which JSON stores as lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def column(rows: pa.Table, name: str) -> Shaped[np.ndarray, "rows *entries"]:
@@ -174,26 +177,27 @@ def column(rows: pa.Table, name: str) -> Shaped[np.ndarray, "rows *entries"]:
     return np.array(values)
 
 
-def read_draws(rows: pa.Table) -> Draws:
+def read_draws(rows: pa.Table, views: ViewConfig) -> Draws:
     """Return the random parameters of these rows, bit for bit as they were drawn."""
-    source, target = (Photometry(**{name: column(rows, f"{view}_{name}") for name in _PHOTOMETRY}) for view in _VIEWS)
+    names = identity_parameters(views, 0)
+    source, target = ({name: column(rows, f"{view}_{name}") for name in names} for view in _VIEWS)
     return Draws(**{name: column(rows, name) for name in _GEOMETRY}, source=source, target=target)
 
 
 def _flatten_draws(draws: Draws) -> dict[str, np.ndarray]:
     geometry = {name: getattr(draws, name) for name in _GEOMETRY}
-    photometry = {f"{view}_{name}": value for view in _VIEWS for name, value in vars(getattr(draws, view)).items()}
+    photometry = {f"{view}_{name}": value for view in _VIEWS for name, value in getattr(draws, view).items()}
     return geometry | photometry
 
 
 def _concatenate_draws(batches: list[Draws]) -> Draws:
     geometry = {name: np.concatenate([getattr(draws, name) for draws in batches]) for name in _GEOMETRY}
-    source, target = (_concatenate_photometry([getattr(draws, view) for draws in batches]) for view in _VIEWS)
+    source, target = (_concatenate_parameters([getattr(draws, view) for draws in batches]) for view in _VIEWS)
     return Draws(**geometry, source=source, target=target)
 
 
-def _concatenate_photometry(views: list[Photometry]) -> Photometry:
-    return Photometry(**{name: np.concatenate([getattr(view, name) for view in views]) for name in _PHOTOMETRY})
+def _concatenate_parameters(batches: list[Parameters]) -> Parameters:
+    return {name: np.concatenate([parameters[name] for parameters in batches]) for name in batches[0]}
 
 
 def _to_arrow(values: Shaped[np.ndarray, "rows *entries"]) -> pa.Array:

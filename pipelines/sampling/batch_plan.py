@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from iwm_fast.pipelines.batch import RaggedIndex
-from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import MaskConfig, RandAugmentConfig
 from iwm_fast.pipelines.sampling.masks import Masks, all_patches, draw_masks, ragged_index
 from iwm_fast.pipelines.sampling.mixture import MixedOrder
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
-from iwm_fast.pipelines.transforms.parameters import AugmentDraws, Draws, draw, draw_augment, identity_draws
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, draw, identity_draws
+from iwm_fast.pipelines.transforms.rand_augment import AugmentDraws, draw_augment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ class FinetunePlan(_EndlessPlan):
             slots,
             self.stream.samples(step, slots),
             self.grid,
-            draws=replace(identity_draws(len(slots)), crop=drawn.crop, flip=drawn.flip),
+            draws=replace(identity_draws(self.views, len(slots)), crop=drawn.crop, flip=drawn.flip),
             augment=None if self.augment is None else draw_augment(self.augment, self.seed, step, slots),
         )
 
@@ -230,7 +231,7 @@ class EvaluationPlan:
         slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
-        return _unmasked_request(0, slots, self.samples[slots], self.grid, draws=identity_draws(len(slots)))
+        return _unmasked_request(0, slots, self.samples[slots], self.grid, draws=identity_draws(self.views, len(slots)))
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return the samples that follow if bad ones are left out, otherwise none.

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
-from torch.nn import functional
 
-from iwm_fast.pipelines.config import Normalization, ViewConfig
+from iwm_fast.pipelines.config import Normalization
+from iwm_fast.pipelines.transforms.base import Levels, Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.normalization import scale_and_shift
-from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
+from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view, scale_and_shift
+from iwm_fast.pipelines.transforms.torch_renderer import recolor
 
 
 class CpuRenderer:
@@ -29,6 +31,7 @@ class CpuRenderer:
 
     def __init__(self, views: ViewConfig, num_threads: int, normalization: Normalization) -> None:
         self._size = views.size
+        self._steps = rendering_steps(views)
         self._has_source_geometry = views.has_source_geometry
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
@@ -41,8 +44,9 @@ class CpuRenderer:
     ) -> tuple[Float32[Tensor, "B 3 S S"], Float32[Tensor, "B 3 S S"]]:
         """Return source and target view; `crops` has the pixels of the shared crops in their own sizes."""
         shape = (len(crops), 3, self._size, self._size)
-        source = _View(draws.source, draws.flip ^ draws.source_flip, self._normalization, self._memory.take(shape))
-        target = _View(draws.target, draws.flip, self._normalization, self._memory.take(shape))
+        source_flip = draws.flip ^ draws.source_flip
+        source = _View(self._steps, draws.source, source_flip, self._normalization, pixels=self._memory.take(shape))
+        target = _View(self._steps, draws.target, draws.flip, self._normalization, pixels=self._memory.take(shape))
         # The region of the source view in the shared crop.
         regions = np.concatenate([windows.source[:, :2] - windows.shared[:, :2], windows.source[:, 2:]], axis=1)
         regions = regions.astype(int).tolist()
@@ -120,8 +124,53 @@ class RecycledMemory:
         return torch.from_numpy(lease)
 
 
+class _Recoloring:
+    """The colour maps of B images as maps to normalised pixels, split by image."""
+
+    def __init__(self, color_map: ColorMap, normalization: Normalization) -> None:
+        self.is_applied: list[bool] = color_map.is_applied.tolist()
+        self.gain: list[float] = color_map.gray_gain.tolist()
+        # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
+        # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
+        padded = torch.zeros(len(self.gain), 4, 4)
+        self.matrices = padded[:, :3].unbind()
+        scale, shift = (values.view(3, 1).numpy() for values in scale_and_shift(normalization))
+        padded.numpy()[:, :3] = np.concatenate(
+            [scale * color_map.matrix, np.broadcast_to(-shift, (len(padded), 3, 1))], axis=2, dtype=np.float32
+        )
+        self.offsets: list[np.ndarray] = list(padded.numpy()[:, :3, 3])
+
+
+class _Change:
+    """A step that changes normalised planes: the images that it is applied to, and its parameters by image."""
+
+    def __init__(self, step: tuple[PixelOperation, ...], parameters: Parameters, normalization: Normalization) -> None:
+        self._step = step
+        self._parameters = parameters
+        self._normalization = normalization
+        is_linear = step[0].is_linear
+        is_applied = fused_color_map(step, parameters).is_applied if is_linear else step[0].is_applied(parameters)
+        self.is_applied: list[bool] = is_applied.tolist()
+
+    def apply(self, planes: Float32[Tensor, "3 S S"], image: int, levels: Levels) -> None:
+        """Change the planes of an image in place."""
+        operation, parameters = self._step[0], self._parameters
+        if operation.is_fast_on_cpu:
+            own = {name: values[image].item() for name, values in parameters.items()}
+            operation.apply_planes(torch, planes, own, levels)
+            return
+        # What has no fast form is left to the reference.
+        alone = {name: values[image : image + 1] for name, values in parameters.items()}
+        pixels = denormalize_view(planes[None], self._normalization)
+        if operation.is_linear:
+            pixels = recolor(pixels, fused_color_map(self._step, alone))
+        else:
+            pixels = operation.apply(torch, pixels, alone)
+        planes.copy_(normalize_view(pixels, self._normalization)[0])
+
+
 class _View:
-    """The parameters of one view by image, and the memory for its pixels.
+    """What is done to the images of one view, and the memory for its pixels.
 
     Everything is split by image in advance, with few operations: each of torch's operations releases Python's lock, and
     threads that take turns at it lose more time than a short operation takes.
@@ -129,31 +178,21 @@ class _View:
 
     def __init__(
         self,
-        photometry: Photometry,
+        steps: list[tuple[PixelOperation, ...]],
+        parameters: Parameters,
         is_flipped: Bool[np.ndarray, "B"],
         normalization: Normalization,
+        *,
         pixels: Float32[Tensor, "B 3 S S"],
     ) -> None:
         self.pixels = pixels
         self.images = pixels.unbind()
         self.is_flipped: list[bool] = is_flipped.tolist()
-        matrix, gain = color_matrix(photometry), gray_gain(photometry)
-        self.is_recolored: list[bool] = ((matrix != np.eye(3)).any(axis=(1, 2)) | (gain != 0)).tolist()
-        self.gain: list[float] = gain.tolist()
-        # Maps red, green, blue and 1 to normalised red, green and blue, but for the grey mean. The fourth row is not
-        # used: it puts the matrices of all images at addresses of equal alignment, so that they are multiplied alike.
-        padded = torch.zeros(len(matrix), 4, 4)
-        self.matrices = padded[:, :3].unbind()
-        scale, shift = (values.view(3, 1).numpy() for values in scale_and_shift(normalization))
-        padded.numpy()[:, :3] = np.concatenate(
-            [scale * matrix, np.broadcast_to(-shift, (len(matrix), 3, 1))], axis=2, dtype=np.float32
-        )
-        self.offsets: list[np.ndarray] = list(padded.numpy()[:, :3, 3])
-        self.sigma: list[float | None] = [
-            sigma if flag else None
-            for flag, sigma in zip(photometry.blur.tolist(), photometry.blur_sigma.tolist(), strict=True)
-        ]
-        self.is_solarized: list[bool] = photometry.solarize.tolist()
+        # A colour map that comes first is applied together with the normalisation.
+        is_first_linear = bool(steps) and steps[0][0].is_linear
+        color_map = fused_color_map(steps[0], parameters) if is_first_linear else None
+        self.recoloring = None if color_map is None else _Recoloring(color_map, normalization)
+        self.changes = [_Change(step, parameters, normalization) for step in steps[is_first_linear:]]
 
 
 class _Scratch:
@@ -171,10 +210,9 @@ class _Scratch:
         self._gray_mean = 0.0
         self._scale, self._shift = scale_and_shift(normalization)
         self._scale_of_channel = self._scale.flatten().numpy()
-        # The values of black and white after normalisation, by channel.
         black, white = -self._shift, 255 * self._scale - self._shift
+        self._levels = Levels(black, white, scratch=self._recolored.view(3, size, size))
         self._limits = list(zip(black.flatten().tolist(), white.flatten().tolist(), strict=True))
-        self._black_and_white = black + white
 
     def load(self, crop: UInt8[Tensor, "_ _ 3"], *, is_flipped: bool) -> None:
         """Resize and flip a crop, and convert it to planes."""
@@ -186,33 +224,14 @@ class _Scratch:
 
     def render(self, view: _View, image: int) -> None:
         """Render the loaded crop with the parameters of an image and write the result to the view's memory."""
-        pixels = view.images[image]
-        if view.is_recolored[image]:
-            view.offsets[image] += self._scale_of_channel * (view.gain[image] * self._gray_mean)
-            torch.mm(view.matrices[image], self._planes, out=self._recolored)
+        pixels, recoloring = view.images[image], view.recoloring
+        if recoloring is not None and recoloring.is_applied[image]:
+            recoloring.offsets[image] += self._scale_of_channel * (recoloring.gain[image] * self._gray_mean)
+            torch.mm(recoloring.matrices[image], self._planes, out=self._recolored)
             for plane, channel, limits in zip(self._channels, pixels.unbind(), self._limits, strict=True):
                 torch.clamp(plane, *limits, out=channel)
         else:
             torch.mul(self._colors, self._scale, out=pixels).sub_(self._shift)
-        if (sigma := view.sigma[image]) is not None:
-            _blur_(pixels, sigma)
-        if view.is_solarized[image]:
-            # Values above the middle are mirrored at it, which inverts 128 and above.
-            inverted = torch.sub(self._black_and_white, pixels, out=self._recolored.view_as(pixels))
-            torch.minimum(pixels, inverted, out=pixels)
-
-
-def _blur_(planes: Float32[Tensor, "3 S S"], sigma: float) -> None:
-    """Apply a Gaussian blur in place, one axis after the other."""
-    size, radius = planes.shape[-1], int(blur_radius(np.float32(sigma)))
-    offset = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    first, *weights = (kernel / kernel.sum()).tolist()
-    # Sums of shifted images; torch's convolutions of a single channel take four times as long.
-    padded = functional.pad(planes[None], (radius,) * 4, mode="reflect")[0]
-    rows = first * padded[:, :size]
-    for shift, weight in enumerate(weights, start=1):
-        rows.add_(padded[:, shift : shift + size], alpha=weight)
-    torch.mul(rows[..., :size], first, out=planes)
-    for shift, weight in enumerate(weights, start=1):
-        planes.add_(rows[..., shift : shift + size], alpha=weight)
+        for change in view.changes:
+            if change.is_applied[image]:
+                change.apply(pixels, image, self._levels)

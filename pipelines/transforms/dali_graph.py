@@ -18,32 +18,27 @@ running it for all samples with neutral parameters, and the pixels are equal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, no_type_check
 
 import numpy as np
 from jaxtyping import Float32, Int32
+from nvidia import dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from iwm_fast.pipelines.config import IMAGENET, Normalization, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, Normalization
+from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.color_map import LUMA
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, blur_radius, color_matrix, gray_gain
 
 # The inputs of the graph by name: type and number of dimensions per sample.
-_COLOR = {"is_recolored": (types.BOOL, 0), "matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
-_SOURCE_ONLY = {
-    "is_blurred": (types.BOOL, 0),
-    "blur_sigma": (types.FLOAT, 0),
-    "blur_window": (types.INT32, 0),
-    "is_solarized": (types.BOOL, 0),
-}
 CROP_INPUTS = {"encoded": (types.UINT8, 1), "corner": (types.INT32, 1), "extent": (types.INT32, 1)}
 """The inputs that `decode_crop` needs: encoded images, then top and left, height and width of the crops in pixels."""
 _FLIP = {"flip": (types.INT32, 0)}
-_PHOTOMETRY = {
-    **{f"target_{name}": kind for name, kind in _COLOR.items()},
-    **{f"source_{name}": kind for name, kind in (_COLOR | _SOURCE_ONLY).items()},
-}
+_IS_APPLIED = {"is_applied": (types.BOOL, 0)}
+_COLOR_MAP = {"matrix": (types.FLOAT, 2), "gain": (types.FLOAT, 0)}
 # Inputs only if `ViewConfig.has_source_geometry`.
 _GEOMETRY = {"source_corner": (types.INT32, 1), "source_extent": (types.INT32, 1), "source_flip": (types.INT32, 0)}
 
@@ -104,23 +99,48 @@ def graph_parameters(draws: Draws, windows: Windows, settings: GraphSettings) ->
     corner, extent = crop_parameters(windows)
     if settings.output == "crops":
         return corner, extent
-    source = draws.source
+    for operation in settings.views.operations:
+        # Evaluations of such a run change nothing, and may use the graph.
+        if operation.needs_plain_loader and any(
+            operation.is_applied(parameters).any() for parameters in (draws.source, draws.target)
+        ):
+            raise ValueError(f"these settings of views.{operation.name} need runtime.loader=torch, got dali")
     # `source_flip` is relative to the target view, but the graph flips both views from the stored image.
     flip, source_flip = (flags.astype(np.int32) for flags in (draws.flip, draws.flip ^ draws.source_flip))
     source_corner, source_extent = _corner_and_extent(windows.source)
     # The source crop is cut out of the shared crop, which is decoded already.
     geometry = (source_corner - corner, source_extent, source_flip) if settings.views.has_source_geometry else ()
-    blur_window = np.asarray(2 * blur_radius(source.blur_sigma) + 1, np.int32)
-    source_only = (source.blur, source.blur_sigma, blur_window, source.solarize)
-    color = (*_color_parameters(draws.target), *_color_parameters(source))
-    return (corner, extent, flip, *geometry, *color, *source_only)
+    changes = [
+        values
+        for parameters, is_source in ((draws.target, False), (draws.source, True))
+        for step in _steps(settings.views, is_source=is_source)
+        for values in _step_values(step, parameters, settings.views.size)
+    ]
+    return (corner, extent, flip, *geometry, *changes)
 
 
-def _color_parameters(photometry: Photometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the values of the `_COLOR` inputs."""
-    matrix, gain = color_matrix(photometry), gray_gain(photometry)
-    is_recolored = (matrix != np.eye(3, dtype=np.float32)).any(axis=(1, 2)) | (gain != 0)
-    return is_recolored, matrix, gain
+def _steps(views: ViewConfig, *, is_source: bool) -> list[tuple[PixelOperation, ...]]:
+    """Return the steps of one view. A colour map is that of all its operations, with their parameters, in both."""
+    steps = [step for step in rendering_steps(views) if not step[0].needs_plain_loader]
+    return [step for step in steps if is_source or step[0].is_linear or not step[0].is_source_only]
+
+
+def _step_inputs(step: tuple[PixelOperation, ...]) -> dict[str, tuple[Any, int]]:
+    """Return the inputs of a step: type and number of dimensions by name."""
+    if step[0].is_linear:
+        return _IS_APPLIED | _COLOR_MAP
+    own = {name: (getattr(types, kind), dimensions) for name, (kind, dimensions) in step[0].dali_inputs.items()}
+    return _IS_APPLIED | own
+
+
+def _step_values(step: tuple[PixelOperation, ...], parameters: Parameters, size: int) -> tuple[np.ndarray, ...]:
+    """Return the values of `_step_inputs`."""
+    operation = step[0]
+    if operation.is_linear:
+        color_map = fused_color_map(step, parameters)
+        return color_map.is_applied, *color_map
+    values = operation.dali_values(parameters, size)
+    return operation.is_applied(parameters), *(values[name] for name in operation.dali_inputs)
 
 
 def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Pipeline:
@@ -145,24 +165,19 @@ def _decoded_crops(next_inputs, settings):
 # jaxtyping's hook, would hide the code; `no_type_check` keeps them away.
 @no_type_check
 def _two_views(next_inputs, settings):
-    is_gpu, has_geometry = settings.device_id is not None, settings.views.has_source_geometry
     data = input_nodes(view_inputs(settings), next_inputs)
     source_view, target_view = crop_nodes(data, settings)
     # Contrast scales about the mean of what the view shows, so views of the same region share one mean.
-    target_gray = gray_mean_nodes(target_view, is_gpu=is_gpu)
-    source_gray = gray_mean_nodes(source_view, is_gpu=is_gpu) if has_geometry else target_gray
-    # `coord_transform` takes its matrix from the CPU, but arithmetic needs the gains on the device of the pixels.
-    gains = [data["target_gain"], data["source_gain"]]
-    target_gain, source_gain = [gain.gpu() for gain in gains] if is_gpu else gains
-    if data["target_is_recolored"]:
-        target_view = recolor_nodes(target_view, data["target_matrix"], target_gain * target_gray)
-    if data["source_is_recolored"]:
-        source_view = recolor_nodes(source_view, data["source_matrix"], source_gain * source_gray)
-    if data["source_is_blurred"]:
-        sigma, width = data["source_blur_sigma"], data["source_blur_window"]
-        source_view = fn.gaussian_blur(source_view, sigma=sigma, window_size=width)
-    if data["source_is_solarized"]:
-        source_view = solarize_nodes(source_view)
+    target_gray = source_gray = None
+    if has_gray_gain(settings):
+        target_gray = gray_mean_nodes(target_view, settings)
+        source_gray = gray_mean_nodes(source_view, settings) if settings.views.has_source_geometry else target_gray
+    for condition, change in change_nodes(data, settings, target_gray, is_source=False):
+        if condition:
+            target_view = change(target_view)
+    for condition, change in change_nodes(data, settings, source_gray, is_source=True):
+        if condition:
+            source_view = change(source_view)
     if settings.output == "normalized":
         source_view, target_view = [normalize_nodes(view, settings) for view in (source_view, target_view)]
     return source_view, target_view
@@ -172,7 +187,40 @@ def _two_views(next_inputs, settings):
 @do_not_convert
 def view_inputs(settings):
     """Return the inputs that two views need: type and number of dimensions by name."""
-    return CROP_INPUTS | _FLIP | (_GEOMETRY if settings.views.has_source_geometry else {}) | _PHOTOMETRY
+    inputs = CROP_INPUTS | _FLIP | (_GEOMETRY if settings.views.has_source_geometry else {})
+    for is_source in (False, True):
+        for number, step in enumerate(_steps(settings.views, is_source=is_source)):
+            inputs |= {_input_name(name, number, is_source): kind for name, kind in _step_inputs(step).items()}
+    return inputs
+
+
+def _input_name(name: str, number: int, is_source: bool) -> str:
+    return f"{'source' if is_source else 'target'}_{number}_{name}"
+
+
+@do_not_convert
+def has_gray_gain(settings):
+    """Return whether the first step of the views needs the grey mean of the crops."""
+    steps = rendering_steps(settings.views)
+    return bool(steps) and steps[0][0].is_linear and steps[0][0].has_gray_gain
+
+
+@do_not_convert
+def change_nodes(data, settings, gray, *, is_source):
+    """Return for each step of a view the node of its condition and a function that changes pixels."""
+    changes = []
+    for number, step in enumerate(_steps(settings.views, is_source=is_source)):
+        inputs = {name: data[_input_name(name, number, is_source)] for name in _step_inputs(step)}
+        # Arithmetic needs its operands on the device of the pixels; other arguments are taken from the CPU.
+        on_device = ("gain",) if step[0].is_linear else step[0].dali_device_inputs
+        if settings.device_id is not None:
+            inputs |= {name: inputs[name].gpu() for name in on_device}
+        if step[0].is_linear:
+            change = partial(recolor_nodes, inputs=inputs, gray=gray if number == 0 else None, settings=settings)
+        else:
+            change = partial(step[0].apply_dali, dali, inputs=inputs)
+        changes.append((inputs["is_applied"], do_not_convert(change)))
+    return changes
 
 
 def crop_nodes(data, settings):
@@ -221,23 +269,18 @@ def resize_to_square(pixels, size):
     return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
-def gray_mean_nodes(pixels, *, is_gpu):
+def gray_mean_nodes(pixels, settings):
     """Return a node for the mean luma of each image."""
     channel_means = fn.reductions.mean(pixels, axes=[0, 1], dtype=types.FLOAT)
-    return fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device="gpu" if is_gpu else "cpu"))
+    device = "cpu" if settings.device_id is None else "gpu"
+    return fn.reductions.sum(channel_means * types.Constant(np.float32(LUMA), device=device))
 
 
-def recolor_nodes(pixels, matrix, offset):
-    """Apply an affine colour map: matrix times pixel plus offset."""
+def recolor_nodes(pixels, *, inputs, gray, settings):
+    """Apply an affine colour map: matrix times pixel plus gain times grey mean, which is computed if it is None."""
+    offset = inputs["gain"] * (gray_mean_nodes(pixels, settings) if gray is None else gray)
     # The cast from float to uint8 rounds and clamps.
-    return fn.cast(fn.coord_transform(pixels, M=matrix, dtype=types.FLOAT) + offset, dtype=types.UINT8)
-
-
-def solarize_nodes(pixels):
-    """Invert values of 128 and above."""
-    # DALI has no element-wise selection, so x becomes x + (x >= 128) * (255 - 2 x), in integers.
-    change = (pixels >= 128) * (255 - 2 * fn.cast(pixels, dtype=types.INT32))
-    return fn.cast(pixels + change, dtype=types.UINT8)
+    return fn.cast(fn.coord_transform(pixels, M=inputs["matrix"], dtype=types.FLOAT) + offset, dtype=types.UINT8)
 
 
 def normalize_nodes(pixels, settings):

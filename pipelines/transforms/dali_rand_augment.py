@@ -18,6 +18,7 @@ from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.pipeline import Pipeline
 
 from iwm_fast.pipelines.config import RandAugmentConfig
+from iwm_fast.pipelines.transforms.composition import Draws
 from iwm_fast.pipelines.transforms.dali_graph import (
     CROP_INPUTS,
     GraphSettings,
@@ -28,7 +29,7 @@ from iwm_fast.pipelines.transforms.dali_graph import (
     resize_to_square,
 )
 from iwm_fast.pipelines.transforms.geometry import Windows
-from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, Draws
+from iwm_fast.pipelines.transforms.rand_augment import NUM_OPERATIONS, AugmentDraws
 
 _INPUTS = CROP_INPUTS | {
     "flip": (types.INT32, 0),

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from iwm_fast.pipelines.transforms.parameters import Draws
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.composition import Draws
 
 
 class Windows(NamedTuple):
@@ -58,7 +59,7 @@ def source_window(
 
 def source_geometry(
     draws: Draws, window: Float32[np.ndarray, "B 4"], source_window: Float32[np.ndarray, "B 4"]
-) -> Float32[np.ndarray, "B 5"]:
+) -> Parameters:
     """Return the position of the source view in the target view: centre x and y, log width, log height, and mirrored.
 
     The centre is relative to the target view's centre, in units of the target view's width and height, with x to the
@@ -68,6 +69,12 @@ def source_geometry(
     inner_top, inner_left, inner_height, inner_width = source_window.T.astype(np.float64)
     right = (inner_left + inner_width / 2 - left - width / 2) / width
     down = (inner_top + inner_height / 2 - top - height / 2) / height
-    size = (np.log(inner_width / width), np.log(inner_height / height))
-    # Windows refer to the stored image, of which the target view may be a mirror image.
-    return np.stack((np.where(draws.flip, -right, right), down, *size, draws.source_flip), axis=1).astype(np.float32)
+    position = {
+        # Windows refer to the stored image, of which the target view may be a mirror image.
+        "crop_x": np.where(draws.flip, -right, right),
+        "crop_y": down,
+        "crop_width": np.log(inner_width / width),
+        "crop_height": np.log(inner_height / height),
+        "flip": draws.source_flip,
+    }
+    return {name: values.astype(np.float32) for name, values in position.items()}

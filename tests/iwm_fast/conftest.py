@@ -5,8 +5,8 @@ import torch
 
 from iwm_fast.config.run import EncoderConfig, ModelConfig, OptimConfig, PredictorConfig, RunConfig
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.parameters import identity_draws
+from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_draws
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 
 GRID, PATCH = 4, 4
 
@@ -36,7 +36,7 @@ def _batch(context, target, seed=0):
         crop_window=torch.zeros(num_images, 4),
         source_window=torch.zeros(num_images, 4),
         scheduled_sample=number,
-        draws=identity_draws(num_images),
+        draws=identity_draws(ViewConfig(), num_images),
         label=number,
         sample=number,
         slot=number,
@@ -50,7 +50,7 @@ def _config(*, conditioning="feature", predictor_depth=2, precision="fp32", seed
     predictor = PredictorConfig(dim=8, depth=predictor_depth, num_heads=2, conditioning=conditioning)
     return RunConfig(
         seed=seed,
-        views=ViewConfig(size=GRID * PATCH, blur_sigma=(0.1, 1.0)),
+        views=ViewConfig(size=GRID * PATCH, blur=Blur(sigma=(0.1, 1.0))),
         model=ModelConfig(encoder=encoder, predictor=predictor),
         optim=OptimConfig(precision=precision),
     )

@@ -34,7 +34,7 @@ def run_yaml(tmp_path, tiny_shards):
     def write(**data) -> str:
         settings = {
             "data": {"train": tiny_shards.pattern, **data},
-            "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+            "views": {"size": 16, "blur": {"sigma": [0.1, 1.0]}},
             "model": {"encoder": {"dim": 16, "depth": 1, "num_heads": 1, "patch_size": 4},
                       "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
             "optim": {"global_batch_size": 16, "epochs": 1, "warmup_epochs": 0, "precision": "fp32"},

@@ -9,7 +9,7 @@ from fixtures.tar_files import encode, photograph
 from iwm_fast.config.loading import load_run_config
 
 TINY = {
-    "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+    "views": {"size": 16, "blur": {"sigma": [0.1, 1.0]}},
     "model": {
         "encoder": {"dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4},
         "predictor": {"dim": 8, "depth": 1, "num_heads": 2},

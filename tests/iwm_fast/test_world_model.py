@@ -15,12 +15,11 @@ from fixtures.tar_files import encode, photograph, samples_of, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.evals.datasets import evaluation_batches
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
-from iwm_fast.pipelines.transforms.parameters import draw_photometry, identity_photometry
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.train import run
 
 
@@ -82,21 +81,20 @@ def test_a_missing_file_or_one_that_is_not_an_image_is_refused(model, tmp_path):
 
 
 def test_an_action_by_name_equals_the_action_in_training(tiny_config):
-    views = replace(tiny_config().views, brightness=0.8, hue=0.2)
+    views = replace(tiny_config().views, jitter=replace(tiny_config().views.jitter, brightness=0.8, hue=0.2))
     model = world_model.build_untrained(replace(tiny_config(), views=views))
-    numbers = (uniforms(0, name, 0, np.arange(1), 9) for name in ("source", "target"))
-    source, target = (draw_photometry(views, values, is_source=values is not None) for values in numbers)
+    source, target = (draw_view(views, 0, name, 0, np.arange(1), is_source=True) for name in ("source", "target"))
     expected = action_vector(source, target, views)
     change = {name: float(value[0]) for name, value in change_from_action(expected, views).items()}
     torch.testing.assert_close(model.action(**change), torch.from_numpy(expected))
     assert model.action(brightness=0.4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
     assert model.action(grayscale=1.0)[0].tolist() == [0, 0, 0, 0, 0, 1, 0]
-    neutral = action_vector(identity_photometry(1), identity_photometry(1), views)
+    neutral = action_vector(identity_parameters(views, 1), identity_parameters(views, 1), views)
     assert torch.equal(model.action(), torch.from_numpy(neutral)) and not model.action().any()
 
 
 def test_an_unknown_action_entry_is_refused_and_the_valid_ones_are_named(tiny_config):
-    views = ViewConfig(size=16, blur_sigma=(0.1, 1.0), action_entries=("hue", "blur"))
+    views = ViewConfig(size=16, blur=Blur(sigma=(0.1, 1.0)), action_entries=("hue", "blur"))
     model = world_model.build_untrained(replace(tiny_config(), views=views))
     assert model.action(hue=0.1).shape == (1, 2)
     with pytest.raises(

@@ -10,12 +10,13 @@ from PIL import Image
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 
 GLOBAL_BATCH = 8

@@ -17,12 +17,13 @@ import torch
 from fixtures.image_matrix import HEIGHT, all_files, base_pixels
 from fixtures.tar_files import encode, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig
 from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.validate import validate_shard

@@ -6,14 +6,16 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
-from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
-from iwm_fast.pipelines.transforms.parameters import Draws
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
 
 VIEWS = ViewConfig(size=32)
 GLOBAL_BATCH = 32
@@ -65,7 +67,7 @@ def flatten_batch(batch: Batch) -> dict[str, torch.Tensor | tuple | int]:
 
 def flatten_draws(draws, prefix: str) -> dict[str, torch.Tensor]:
     values = {}
-    for name, value in vars(draws).items():
+    for name, value in (draws if isinstance(draws, dict) else vars(draws)).items():
         is_array = isinstance(value, np.ndarray)
         path = f"{prefix}.{name}"
         values |= {path: torch.from_numpy(value)} if is_array else flatten_draws(value, path)
@@ -104,10 +106,12 @@ def join(batches: list[Batch]) -> Batch:
 
 
 def join_draws(parts: list) -> object:
-    """Concatenate nested dataclasses of arrays."""
+    """Concatenate nested dataclasses and dicts of arrays."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)
+    if isinstance(first, dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in first}
     return type(first)(**{name: join_draws([getattr(part, name) for part in parts]) for name in vars(first)})
 
 
@@ -219,7 +223,7 @@ def assert_close(fast: Batch, plain: Batch) -> None:
 
 
 def test_a_further_source_crop_is_the_same_with_both_loaders(shards):
-    views = ViewConfig(size=32, source_crop=(0.2, 0.8), source_flip_probability=0.5)
+    views = ViewConfig(size=32, crop=Crop(source_scale=(0.2, 0.8)), flip=Flip(source_probability=0.5))
     fast, plain = (
         take(training_plan(shards, views=views), shards, 2, backend=backend) for backend in ("dali", "torch")
     )

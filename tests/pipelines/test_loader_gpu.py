@@ -6,12 +6,15 @@ import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, RandAugmentConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, FinetunePlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +75,7 @@ def assert_close(fast: Batch, plain: Batch) -> None:
         assert difference.mean() < 1.5 and difference.quantile(0.98) <= 8, view
 
 
-@pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8), "source_flip_probability": 0.5}])
+@pytest.mark.parametrize("views", [{}, {"crop": Crop(source_scale=(0.2, 0.8)), "flip": Flip(source_probability=0.5)}])
 def test_batches_are_the_same_on_a_gpu_and_on_the_cpu(tmp_path, views):
     shards = shards_at(tmp_path)
     fast, plain = (take(plan(shards, **views), shards, 4, device) for device in (GPU, CPU))

@@ -19,13 +19,14 @@ from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.datasets import require_readable, training_shards, validation_shards
 from iwm_fast.pipelines.annotations.segmentation import read_mask
-from iwm_fast.pipelines.config import MAX_PIXELS, DataConfig, LoaderConfig, ViewConfig
+from iwm_fast.pipelines.config import MAX_PIXELS, DataConfig, LoaderConfig
 from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms import image_decoding
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 
 NUM_PIXELS = WIDTH * HEIGHT
@@ -126,7 +127,7 @@ def tiny(config: RunConfig) -> RunConfig:
     predictor = replace(config.model.predictor, dim=16, depth=1, num_heads=1)
     return replace(
         config, model=replace(config.model, encoder=encoder, predictor=predictor),
-        views=replace(config.views, blur_sigma=(0.1, 1.0)),
+        views=replace(config.views, blur=replace(config.views.blur, sigma=(0.1, 1.0))),
     )  # fmt: skip
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from torchvision.transforms import functional as reference
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.color_map import LUMA
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, identity_draws, identity_parameters
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import dali_input, decode_image
-from iwm_fast.pipelines.transforms.parameters import LUMA, Draws, Photometry, identity_draws, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
 
 SIZE = 224
@@ -94,12 +95,9 @@ def crops() -> Tensor:
     return torch.from_numpy(np.stack(pixels))
 
 
-def change(**values: float | bool | np.ndarray) -> Photometry:
-    neutral = vars(identity_photometry(len(PHOTOGRAPHS)))
-    changed = {
-        name: np.broadcast_to(values.get(name, old), old.shape).astype(old.dtype) for name, old in neutral.items()
-    }
-    return Photometry(**changed)
+def change(**values: float | bool | np.ndarray) -> Parameters:
+    neutral = identity_parameters(ViewConfig(), len(PHOTOGRAPHS))
+    return {name: np.broadcast_to(values.get(name, old), old.shape).astype(old.dtype) for name, old in neutral.items()}
 
 
 class Views(NamedTuple):
@@ -125,10 +123,10 @@ def as_png(crops: Tensor) -> list[np.ndarray]:
     return [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
 
 
-def photometric(crops: Tensor, photometry: Photometry) -> tuple[Tensor, Tensor]:
+def photometric(crops: Tensor, photometry: Parameters) -> tuple[Tensor, Tensor]:
     """Return the crops as rendered by the graph and by the reference renderer."""
-    draws = replace(identity_draws(len(crops)), source=photometry)
-    return render_in_graph(as_png(crops), draws).source, render(crops, photometry)
+    draws = replace(identity_draws(ViewConfig(), len(crops)), source=photometry)
+    return render_in_graph(as_png(crops), draws).source, render(crops, photometry, ViewConfig())
 
 
 def by_reference(crops: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -167,12 +165,14 @@ def test_operators_match_the_reference_renderer_and_torchvision(crops, name):
 )
 def test_both_views_are_recoloured_alike(crops, name):
     photometry = change(**OPERATORS[name].change)
-    views = render_in_graph(as_png(crops), replace(identity_draws(len(crops)), source=photometry, target=photometry))
+    views = render_in_graph(
+        as_png(crops), replace(identity_draws(ViewConfig(), len(crops)), source=photometry, target=photometry)
+    )
     assert torch.equal(views.source, views.target)
 
 
 def test_flips_match_torchvision(crops):
-    draws = replace(identity_draws(len(crops)), flip=np.arange(len(crops)) % 2 == 0)
+    draws = replace(identity_draws(ViewConfig(), len(crops)), flip=np.arange(len(crops)) % 2 == 0)
     views = render_in_graph(as_png(crops), draws)
     theirs = by_reference(crops, reference.hflip)
     theirs[1::2] = crops[1::2]
@@ -182,7 +182,7 @@ def test_flips_match_torchvision(crops):
 @pytest.mark.parametrize("size", [224, 96, 64])
 @pytest.mark.parametrize("crop", [(0.8, 0.6, 0.3, 0.7), (0.4, 0.5, 0.9, 0.1), (1.0, 1.0, 0.5, 0.5)])
 def test_resized_crops_match_the_reference_renderer_and_torchvision(crops, crop, size):
-    draws = replace(identity_draws(len(crops)), crop=np.tile(np.float32(crop), (len(crops), 1)))
+    draws = replace(identity_draws(ViewConfig(), len(crops)), crop=np.tile(np.float32(crop), (len(crops), 1)))
     graph = render_in_graph(as_png(crops), draws, size)
     plain = torch.stack([resized_crop(image, window, size) for image, window in zip(crops, graph.window, strict=True)])
     windows = graph.window.astype(int).tolist()
@@ -255,7 +255,7 @@ def as_jpeg(crops: Tensor, mode: str = "RGB", **options) -> list[np.ndarray]:
 def test_jpegs_are_decoded_like_by_pillow_completely_and_in_part(crops, kind):
     encoded = as_jpeg(crops, **JPEGS[kind])
     decoded = torch.stack([decode_image(content) for content in encoded])
-    clean = identity_draws(len(crops))
+    clean = identity_draws(ViewConfig(), len(crops))
     assert_within(render_in_graph(encoded, clean).source, decoded, JPEG)
     # The corner of this crop lies inside one of the blocks of pixels that share a chroma value.
     half = render_in_graph(

@@ -159,7 +159,11 @@ def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: 
             mixture=(),
             val=settings.data.val,
         ),
-        views=replace(model_config.views, crop_scale=augment.crop_scale, flip_probability=augment.flip),
+        views=replace(
+            model_config.views,
+            crop=replace(model_config.views.crop, scale=augment.crop_scale),
+            flip=replace(model_config.views.flip, probability=augment.flip),
+        ),
         optim=OptimConfig(
             global_batch_size=tune.global_batch_size,
             epochs=tune.epochs,

@@ -17,7 +17,9 @@ from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.variants import Variant, VariantInputs
 from iwm_fast.models.heads import LinearHead
-from iwm_fast.pipelines.config import IMAGENET, DataConfig, ViewConfig, require
+from iwm_fast.pipelines.config import IMAGENET, DataConfig, require
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 
 
 class TimmNetwork(nn.Module):
@@ -85,7 +87,7 @@ def vit_run_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     mean, std = (tuple(expected.get(name, getattr(IMAGENET, name))) for name in ("mean", "std"))
     return RunConfig(
         data=DataConfig(pixel_mean=mean, pixel_std=std),
-        views=ViewConfig(size=config.image_size, blur_sigma=(0.1, 1.0)),
+        views=ViewConfig(size=config.image_size, blur=Blur(sigma=(0.1, 1.0))),
         model=ModelConfig(encoder=encoder, predictor=PredictorConfig(depth=0)),
     )
 

@@ -1,7 +1,7 @@
 """The cross-entropy method over actions: draw candidates, keep the best, and fit the next distribution to them.
 
-Jitter entries are drawn from normal distributions, which start with the mean and standard deviation of training's
-actions, and flags from Bernoulli distributions. Candidates are clipped to the range of actions that training can show.
+Numbers, such as jitter, are drawn from normal distributions, which start with the mean and standard deviation of
+training's actions, and flags from Bernoulli distributions. Candidates are clipped to the range of training's actions.
 Draws are a function of seed, sample and round, and forwards never mix images, so the result for an image depends
 neither on the rank that searches it nor on the other images.
 """
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
 from iwm_fast.evals.retrieval.bank import max_sequences_per_forward
-from iwm_fast.pipelines.config import ViewConfig, require
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.counter_rng import uniforms
-from iwm_fast.pipelines.transforms.parameters import JITTER
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.world_model import WorldModel
 
-FLAGS = ("grayscale", "blur", "solarize")
 # A flag that no elite candidate has keeps this probability, so that the search can return to it.
 _MIN_FLAG_PROBABILITY = 0.02
 
@@ -34,11 +33,11 @@ class Prior:
     """Initial distribution of the actions, in units of the predictor; entries that are not searched are always 0."""
 
     mean: Float64[np.ndarray, "A"]
-    """Mean of a jitter entry, probability of a flag."""
+    """Mean of a number, probability of a flag."""
     std: Float64[np.ndarray, "A"]
-    """Standard deviation of a jitter entry, 0 for a flag."""
+    """Standard deviation of a number, 0 for a flag."""
     limit: Float64[np.ndarray, "A"]
-    """Largest value of an entry; the smallest is its negative for jitter and 0 for a flag."""
+    """Largest value of an entry; the smallest is its negative for a number and 0 for a flag."""
     is_flag: Bool[np.ndarray, "A"]
 
 
@@ -52,9 +51,9 @@ class SearchResult:
 
 
 def searched_entries(views: ViewConfig) -> tuple[str, ...]:
-    """Return the photometric entries of the action that training varies."""
-    varied = [name for name in FLAGS if getattr(views, f"{name}_probability") > 0]
-    varied += [name for name in JITTER if views.jitter_probability > 0 and getattr(views, name) > 0]
+    """Return the entries of the action that describe pixels and that training varies."""
+    entries = [entry for operation in views.operations if operation.is_trained for entry in operation.entries]
+    varied = {entry.name for entry in entries if entry.is_flag or entry.strength > 0}
     return tuple(name for name in views.entries if name in varied)
 
 
@@ -62,24 +61,17 @@ def training_prior(views: ViewConfig) -> Prior:
     """Return the distribution of the actions that training shows.
 
     Raises:
-        ValueError: if the run's actions have no photometric entry that training varies.
+        ValueError: if the run's actions have no entry that describes pixels and that training varies.
     """
     searched = searched_entries(views)
+    names = ", ".join(entry.name for operation in views.operations for entry in operation.entries)
     require(bool(searched), "run", views.entries,
-          "have actions with an entry to search for: brightness, contrast, saturation, hue, blur, grayscale or "
-          "solarize, and be trained with it")  # fmt: skip
-    is_flag = np.array([name in FLAGS for name in views.entries])
-    is_searched = np.array([name in searched for name in views.entries])
-    # A jitter entry is the difference of two factors, in units of the strength. A factor is uniform in [-1, 1] about
-    # neutral with probability p, otherwise neutral, so its variance is p / 3, and the difference is at most 2.
-    std, limit = (2 * views.jitter_probability / 3) ** 0.5, 2.0
-    probability = [getattr(views, f"{name}_probability") if name in FLAGS else 0.0 for name in views.entries]
-    return Prior(
-        mean=np.array(probability) * is_searched,
-        std=np.where(is_flag, 0.0, std) * is_searched,
-        limit=np.where(is_flag, 1.0, limit) * is_searched,
-        is_flag=is_flag,
-    )
+          f"have actions with an entry to search for: {names}; and be trained with it")  # fmt: skip
+    spread = {entry.name: item.spread(entry.name) for item in views.operations for entry in item.entries}
+    # Crop and flip are not searched for.
+    mean, std, limit = np.array([spread[name] if name in searched else (0.0, 0.0, 0.0) for name in views.entries]).T
+    is_flag = np.array([views.all_entries[name].is_flag for name in views.entries])
+    return Prior(mean=mean, std=std, limit=limit, is_flag=is_flag)
 
 
 def search(distance: DistanceFunction, prior: Prior, config: PlanConfig, sample: int) -> SearchResult:
@@ -107,9 +99,9 @@ def _draw(
 ) -> Float32[np.ndarray, "P A"]:
     # A uniform number of 0 would become minus infinity, and NaN where the standard deviation is 0.
     normal = torch.special.ndtri(torch.from_numpy(np.maximum(uniform, 1e-12))).numpy()
-    jitter = np.clip(mean + std * normal, -prior.limit, prior.limit)
+    numbers = np.clip(mean + std * normal, -prior.limit, prior.limit)
     flags = (uniform < np.clip(mean, _MIN_FLAG_PROBABILITY, 1 - _MIN_FLAG_PROBABILITY)) * prior.limit
-    return np.where(prior.is_flag, flags, jitter).astype(np.float32)
+    return np.where(prior.is_flag, flags, numbers).astype(np.float32)
 
 
 def distance_to(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import PlanConfig
 from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, require_readable, training_shards, validation_shards
-from iwm_fast.evals.planning.cem import FLAGS, distance_to, search, searched_entries, training_prior
+from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
 from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
 from iwm_fast.evals.planning.ridge import ridge
@@ -28,7 +28,6 @@ from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predi
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import change_from_action, describe_action
-from iwm_fast.pipelines.transforms.parameters import JITTER
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
@@ -54,8 +53,10 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     broadcast_from_rank_zero(lambda: require_readable(*selected))
     searched = searched_entries(model.config.views)
     rows: list[Row] = []
-    for kind, entries in zip(SOURCE_KINDS, (JITTER, FLAGS), strict=True):
-        reported = [name for name in searched if name in entries]
+    for kind in SOURCE_KINDS:
+        # Flags say how a source was destroyed, the other entries how a target differs from a clean source.
+        is_flag = kind == "destroyed"
+        reported = [name for name in searched if model.config.views.all_entries[name].is_flag == is_flag]
         if reported:
             errors = measure(model, train, val, kind, config, rank_info=rank_info)
             rows += parameter_rows(errors, reported, model.config, config.seed)
@@ -119,7 +120,7 @@ class PlannedChange:
     """The change that leads from one image file to another according to the world model."""
 
     change: dict[str, float]
-    """The entries that were searched: differences of factors, hue in turns, 1 for a flag of the source."""
+    """The entries that were searched, in natural units."""
     description: str
     """The change in English."""
     distance_before: float

@@ -10,14 +10,13 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from iwm_fast.evals.datasets import clean_images
-from iwm_fast.evals.planning.cem import FLAGS, searched_entries
+from iwm_fast.evals.planning.cem import searched_entries
 from iwm_fast.evals.retrieval.bank import bank_views
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import Photometry, draw_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
 
@@ -38,7 +37,7 @@ class ImagePair:
     target: Float[Tensor, "1 3 H W"]
     action: Float32[np.ndarray, "A"]
     has_colour: bool
-    """Whether the photograph has colours; without them, saturation and hue change nothing."""
+    """Whether the photograph has colours; without them, some changes cannot be seen."""
 
 
 def draw_pairs(
@@ -56,7 +55,7 @@ def draw_pairs(
     """
     for pixels, sample in clean_images(model, shards, samples):
         change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
-        rendered = (render(pixels[None], photometry) for photometry in change)
+        rendered = (render(pixels[None], parameters, model.config.views) for parameters in change)
         source, target = (normalize_view(view, model.config.data.normalization) for view in rendered)
         colour_spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
         has_colour = bool(colour_spread.mean() >= _MIN_COLOUR_SPREAD)
@@ -66,14 +65,18 @@ def draw_pairs(
 
 def draw_change(
     views: ViewConfig, sample: int, *, kind: SourceKind, split: str, seed: int
-) -> tuple[Photometry, Photometry]:
+) -> tuple[Parameters, Parameters]:
     """Draw the parameters that render source and target from a clean image."""
-    searched = searched_entries(views)
-    flags = {f"{name}_probability": 0.5 if kind == "destroyed" and name in searched else 0.0 for name in FLAGS}
-    source_views, target_views = replace(views, jitter_probability=0.0, **flags), bank_views(views, "run")
-    numbers = [uniforms(seed, f"plan {split} {kind} {view}", sample, np.arange(1), 9) for view in ("source", "target")]
-    source = draw_photometry(source_views, numbers[0], is_source=True)
-    return source, draw_photometry(target_views, numbers[1], is_source=False)
+    searched, purpose = set(searched_entries(views)), f"plan {split} {kind}"
+    inverse = [item for item in views.operations if item.family == "inverse" and kind == "destroyed"]
+    destroying = [item for item in inverse if {entry.name for entry in item.entries} & searched]
+    source_views = replace(views, **{item.name: replace(item, probability=0.5) for item in destroying})
+    source = draw_view(source_views, seed, f"{purpose} source", sample, np.arange(1), is_source=True)
+    for operation in views.operations:
+        if operation not in destroying:
+            source |= operation.query_source(1) if operation.family == "forward" else operation.neutral(1)
+    target_views = bank_views(views, "run")
+    return source, draw_view(target_views, seed, f"{purpose} target", sample, np.arange(1), is_source=False)
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evals.planning.cem import FLAGS
 from iwm_fast.evals.planning.image_pairs import SourceKind
 from iwm_fast.evals.results import Row, mean_row
-from iwm_fast.pipelines.transforms.action import change_from_action
+from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
+from iwm_fast.pipelines.transforms.composition import identity_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +36,23 @@ class PlanningErrors:
 def parameter_rows(errors: PlanningErrors, entries: Sequence[str], config: RunConfig, seed: int) -> list[Row]:
     """Return the errors of search, regression and no change for each entry of the action.
 
-    The error of a jitter entry is the mean absolute difference in natural units, that of a flag the share of wrong
-    answers. If some photographs have no colour, saturation and hue get a further row for those that have.
+    The error of a number is the mean absolute difference in natural units, that of a flag the share of wrong answers.
+    If some photographs have no colour, entries that need colours get a further row for those that have.
     """
     has_colour, num_tuned = errors.has_colour > 0, 3 * config.model.encoder.dim + 1
-    rows = []
-    for name in entries:
-        metric = "wrong" if name in FLAGS else "error"
+    rows, described = [], [config.views.all_entries[name] for name in entries]
+    for name, entry in zip(entries, described, strict=True):
+        metric = "wrong" if entry.is_flag else "error"
         rows += [
             _search_row(errors, name, metric, config, seed),
             mean_row(name, f"{metric}_of_regression", _error(errors, errors.regressed, name, config), seed,
                      num_tuned=num_tuned),
             mean_row(name, f"{metric}_of_no_change", _error(errors, 0 * errors.true, name, config), seed),
         ]  # fmt: skip
-        if name in ("saturation", "hue") and 0 < has_colour.sum() < len(errors):
+        if entry.needs_color and 0 < has_colour.sum() < len(errors):
             coloured = PlanningErrors(**{field: values[has_colour] for field, values in vars(errors).items()})
             rows.append(_search_row(coloured, name, f"{metric}_with_colour", config, seed))
-    if {"saturation", "hue"} & set(entries):
+    if any(entry.needs_color for entry in described):
         share = float(1 - has_colour.mean())
         rows.append(Row(subject="photographs", metric="share_without_colour", value=share, num_samples=len(errors)))
     return rows
@@ -70,18 +70,24 @@ def _error(
     errors: PlanningErrors, estimate: Float[np.ndarray, "images A"], name: str, config: RunConfig
 ) -> Float[np.ndarray, "images"]:
     true, estimated = (change_from_action(action, config.views)[name] for action in (errors.true, estimate))
-    if name in FLAGS:
+    if config.views.all_entries[name].is_flag:
         return ((estimated > 0.5) != (true > 0.5)).astype(np.float64)
     return np.abs(estimated - true).astype(np.float64)
 
 
 def _error_of_guess(errors: PlanningErrors, name: str, config: RunConfig) -> Float[np.ndarray, "images"]:
     """Return the expected error, for each image, of guessing from the distribution the true change was drawn from."""
-    if name in FLAGS:
+    entry = config.views.all_entries[name]
+    if entry.is_flag:
         return np.full(len(errors), 0.5)
-    # The mean of |u - x| for u uniform in [-s, s] and |x| <= s is (s^2 + x^2) / 2s.
-    true, strength = change_from_action(errors.true, config.views)[name].astype(np.float64), getattr(config.views, name)
-    return (strength**2 + true**2) / (2 * strength)
+    # Changes from an unchanged image that are equally likely: the parameter is uniform about its neutral value.
+    neutral = identity_parameters(config.views, 1000)
+    values = entry.neutral + entry.strength * np.linspace(-0.999, 0.999, 1000)
+    guesses = action_vector(neutral, neutral | {name: values}, config.views)
+    guess, true = (
+        change_from_action(action, config.views)[name].astype(np.float64) for action in (guesses, errors.true)
+    )
+    return np.abs(guess - true[:, None]).mean(axis=1)
 
 
 def distance_rows(errors: PlanningErrors, kind: SourceKind, seed: int) -> list[Row]:

@@ -1,7 +1,8 @@
-"""Candidate banks: jittered versions of one image, among which the prediction of a change is looked up.
+"""Candidate banks: changed versions of one image, among which the prediction of a change is looked up.
 
-All families of transformations share the same candidates and differ in the query. `jitter` predicts a candidate from
-the clean image; `grayscale`, `blur` and `solarize` predict it from the image they have destroyed.
+Each transformation is a family of queries. One that both views have, such as jitter, predicts a candidate, which it has
+changed, from the clean image. One that only the source has, such as blur, predicts a jittered candidate from the image
+that it has destroyed.
 """
 
 from dataclasses import dataclass, replace
@@ -12,28 +13,23 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import Family
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.transforms.action import action_vector
+from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import JITTER, Photometry, draw_photometry, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.world_model import WorldModel
 
 # The reference attention stores all scores of a forward. This many numbers take a few hundred MB with their softmax.
 _MAX_ATTENTION_SCORES = 2**26
 
-STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
-"""Strong jitter. The strengths are ours, because those of the paper are not known."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateBank:
-    """M jittered versions of an image."""
+    """M changed versions of an image."""
 
     pixels: UInt8[Tensor, "M H W 3"]
-    photometry: Photometry
+    parameters: Parameters
     """Parameters that rendered each candidate from the clean image."""
 
     def __len__(self) -> int:
@@ -68,42 +64,61 @@ def with_untrained_predictor(model: WorldModel, seed: int) -> WorldModel:
 
 def bank_views(views: ViewConfig, strengths: str) -> ViewConfig:
     """Return the settings a bank is drawn with; `strengths` is "default", "strong" or "run"."""
-    configured = views if strengths == "run" else ViewConfig()
-    jitter = STRONG_JITTER if strengths == "strong" else {name: getattr(configured, name) for name in JITTER}
-    # With a lower probability, several candidates could be the unchanged image and would tie.
-    return replace(views, jitter_probability=1.0, **jitter)
+    forward = [operation for operation in views.operations if operation.family == "forward"]
+    return replace(views, **{item.name: item.for_bank(strengths) for item in forward})
+
+
+def default_families(views: ViewConfig) -> tuple[str, ...]:
+    """Return the names of all transformations that change pixels and are on."""
+    return tuple(operation.name for operation in views.operations)
+
+
+def bank_family(family: str, views: ViewConfig) -> str:
+    """Return the transformation that makes a family's candidates: the first forward one, unless the family is one."""
+    forward = [operation.name for operation in views.operations if operation.family == "forward"]
+    return family if family in forward else forward[0]
 
 
 def draw_bank(
-    pixels: UInt8[Tensor, "H W 3"], sample: int, size: int, *, model: WorldModel, strengths: str, seed: int
+    pixels: UInt8[Tensor, "H W 3"],
+    sample: int,
+    size: int,
+    *,
+    model: WorldModel,
+    strengths: str,
+    seed: int,
+    family: str = "",
 ) -> CandidateBank:
-    """Render `size` jittered versions of a clean image; the draws depend on seed and sample number only."""
+    """Render `size` changed versions of a clean image; the draws depend on seed and sample number only.
+
+    `family` is that of the queries; unset, candidates are those of the families that share them.
+    """
     views = bank_views(model.config.views, strengths)
-    photometry = draw_photometry(views, uniforms(seed, "bank", sample, np.arange(size), 9), is_source=False)
-    return render_bank(pixels, photometry, model)
+    parameters = draw_view(views, seed, "bank", sample, np.arange(size), is_source=False)
+    for operation in views.operations:
+        if operation.family == "forward" and operation.name != bank_family(family, views):
+            parameters |= operation.neutral(size)
+    return render_bank(pixels, parameters, model)
 
 
-def render_bank(pixels: UInt8[Tensor, "H W 3"], photometry: Photometry, model: WorldModel) -> CandidateBank:
+def render_bank(pixels: UInt8[Tensor, "H W 3"], parameters: Parameters, model: WorldModel) -> CandidateBank:
     """Render a clean image once for each set of parameters."""
-    copies = pixels.to(model.device)[None].expand(len(photometry), -1, -1, -1)
-    return CandidateBank(pixels=render(copies, photometry), photometry=photometry)
+    num_candidates = len(next(iter(parameters.values())))
+    copies = pixels.to(model.device)[None].expand(num_candidates, -1, -1, -1)
+    return CandidateBank(pixels=render(copies, parameters, model.config.views), parameters=parameters)
 
 
-def source_photometry(family: Family, views: ViewConfig, num_images: int = 1) -> Photometry:
+def source_parameters(family: str, views: ViewConfig, num_images: int = 1) -> Parameters:
     """Return the parameters of a family's source: no change, or one destructive transformation."""
-    neutral = identity_photometry(num_images)
-    if family == "jitter":
-        return neutral
-    # Blur uses the middle of its range, so that all images are blurred equally.
-    sigma = np.full(num_images, sum(views.blur_sigma) / 2, np.float32)
-    return replace(neutral, blur_sigma=sigma, **{family: np.ones(num_images, bool)})
+    operation: PixelOperation = getattr(views, family)
+    return identity_parameters(views, num_images) | operation.query_source(num_images)
 
 
-def make_query(pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, family: Family, model: WorldModel) -> Query:
+def make_query(pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, family: str, model: WorldModel) -> Query:
     """Return the source of a family and the actions to all candidates, with the run's own entries and scales."""
     views = model.config.views
-    source = render(pixels.to(model.device)[None], source_photometry(family, views))[0]
-    action = action_vector(source_photometry(family, views, len(bank)), bank.photometry, views)
+    source = render(pixels.to(model.device)[None], source_parameters(family, views), views)[0]
+    action = action_vector(source_parameters(family, views, len(bank)), bank.parameters, views)
     return Query(source=source, action=torch.from_numpy(action))
 
 

@@ -1,20 +1,20 @@
-"""Mean reciprocal rank (MRR) of the correct image when a predicted change is looked up in a bank of jittered images.
+"""Mean reciprocal rank (MRR) of the correct image when a predicted change is looked up in a bank of changed images.
 
 The predictor gets a source image and the action that leads to one candidate of the image's bank. All candidates are
 ranked by the squared distance of their tokens to the prediction, and each candidate is the correct answer once.
 
-Jitter is predicted from the clean image. Grayscale, blur and solarize are predicted from the destroyed image with their
-flag set, because training applies them to source views only: no predictor learns the way from a clean to a destroyed
-image. Ties get their mean rank, so a predictor that ignores the action scores close to chance instead of 0. Source:
-paper section 4; the directions of the families are ours.
+Transformations of both views are predicted from the clean image. Those of the source view only are predicted from the
+destroyed image with their flag set: no predictor learns the way from a clean to a destroyed image. Ties get their mean
+rank, so a predictor that ignores the action scores close to chance instead of 0. Source: paper section 4; the
+directions of the families are ours.
 
 Images are processed one at a time and leave only their ranks, so memory grows with the bank (two token maps per
 candidate) but not with the number of images. With several ranks, each processes its share of the images.
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,9 @@ from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_r
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
     Query,
+    bank_family,
     bank_views,
+    default_families,
     diagonal_ranks,
     draw_bank,
     encode_bank,
@@ -37,14 +39,13 @@ from iwm_fast.evals.retrieval.bank import (
     mean_squared_distances,
     open_world_model,
     predict_query,
-    source_photometry,
     with_untrained_predictor,
 )
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
-from iwm_fast.pipelines.transforms.parameters import JITTER
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
@@ -58,21 +59,23 @@ Ranks = Float32[np.ndarray, "images families M"]
 def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result:
     """Measure MRR and recall beside chance and an untrained predictor on the same encoder, and save `mrr_<bank>`.
 
-    The ranks of all queries are saved in `mrr_<bank>_ranks.parquet`. Families that training did not apply, or whose
-    flag is missing from the run's actions, are measured with a warning. Collective: every rank must call it.
+    The ranks of all queries are saved in `mrr_<bank>_ranks.parquet`. Transformations that training did not
+    apply, or whose flag is missing from the run's actions, are measured with a warning. Collective: every rank must
+    call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
-        ValueError: if the run's predictor is the identity.
+        ValueError: if the run's predictor is the identity, or a family is off in the run.
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
         model = open_world_model(config.run, rank_info.device, config.checkpoint)
+        config = replace(config, families=_families(config, model.config.views))
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
     broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
     models = [model, with_untrained_predictor(model, config.seed)]
-    shape = len(models), len(config.families), config.bank_size
+    shape = len(models), len(config.families or ()), config.bank_size
 
     def rank_share(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
         return map(torch.from_numpy, rank_images(models, shards, local, config))
@@ -88,21 +91,28 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
 def rank_images(
     models: list[WorldModel], shards: ShardSet, samples: Int64[np.ndarray, "images"], config: MrrConfig
 ) -> Iterator[Float32[np.ndarray, "models families M"]]:
-    """Yield for each image the ranks of the correct answers, in the same bank for all models and families.
+    """Yield for each image the ranks of the correct answers, in the same bank for all models.
 
     The models must share their encoder; only the predictors are compared. Not collective.
     """
+    views = models[0].config.views
+    families = _families(config, views)
     for pixels, sample in clean_images(models[0], shards, samples):
-        bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank, seed=config.seed)
-        yield ranks_in_bank(models, pixels, bank, config)
+        ranks: dict[str, Float32[np.ndarray, "models M"]] = {}
+        for name in dict.fromkeys(bank_family(family, views) for family in families):
+            bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank,
+                             seed=config.seed, family=name)  # fmt: skip
+            sharing = [family for family in families if bank_family(family, views) == name]
+            ranks |= zip(sharing, ranks_in_bank(models, pixels, bank, sharing).swapaxes(0, 1), strict=True)
+        yield np.stack([ranks[family] for family in families], axis=1)
 
 
 def ranks_in_bank(
-    models: list[WorldModel], pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, config: MrrConfig
+    models: list[WorldModel], pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, families: Sequence[str]
 ) -> Float32[np.ndarray, "models families M"]:
     """Return the ranks of the correct answers in the bank of one clean image."""
     target = encode_bank(models[0], bank)
-    queries = [make_query(pixels, bank, family, models[0]) for family in config.families]
+    queries = [make_query(pixels, bank, family, models[0]) for family in families]
 
     def ranks(model: WorldModel, query: Query) -> Float32[np.ndarray, "M"]:
         return diagonal_ranks(mean_squared_distances(predict_query(model, query), target))
@@ -123,15 +133,20 @@ def mean_reciprocal_rank(rank: Float32[np.ndarray, "images *rest M"]) -> float:
 
 def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: MrrConfig) -> Result:
     rows: list[Row] = []
-    for index, family in enumerate(config.families):
+    families = _families(config, model.config.views)
+    for index, family in enumerate(families):
         rows += _family_rows(family, rank[:, index], control_rank[:, index], config.seed)
     views = model.config.views
-    strengths = bank_views(views, config.bank)
+    drawn = bank_views(views, config.bank)
+    banks = dict.fromkeys(bank_family(family, views) for family in families)
+    inverse = [item for item in views.operations if item.name in families and item.family == "inverse"]
+    destroyed = [item.query_source(1) for item in inverse]
     name = name_with_step(f"mrr_{config.bank}", config.checkpoint, model.step)
     details = {
-        "bank_strengths": {name: getattr(strengths, name) for name in JITTER},
-        "blur_sigma": float(source_photometry("blur", views).blur_sigma[0]),
-        **_unsupported_families(config, views),
+        "bank_strengths": {entry.name: entry.strength for name in banks for entry in getattr(drawn, name).entries},
+        # Parameters of the destroyed sources that are not flags.
+        **{name: float(value[0]) for item in destroyed for name, value in item.items() if value.dtype != bool},
+        **_unsupported_families(families, views),
         "ranks": f"{name}_ranks.parquet",
     }
     return Result(
@@ -157,11 +172,19 @@ def _family_rows(
     ]  # fmt: skip
 
 
-def _unsupported_families(config: MrrConfig, views: ViewConfig) -> dict[str, list[str]]:
+def _families(config: MrrConfig, views: ViewConfig) -> tuple[str, ...]:
+    known = default_families(views)
+    families = known if config.families is None else config.families
+    unknown = [family for family in families if family not in known]
+    require(not unknown, "families", unknown, f"name transformations that are on in the run: {', '.join(known)}")
+    return families
+
+
+def _unsupported_families(families: Sequence[str], views: ViewConfig) -> dict[str, list[str]]:
     """Return and log the families that the run cannot be expected to handle."""
-    flags = [family for family in config.families if family != "jitter"]
-    not_encoded = [family for family in flags if family not in views.entries]
-    not_trained = [family for family in flags if getattr(views, f"{family}_probability") == 0]
+    flags = [item for item in views.operations if item.name in families and item.family == "inverse"]
+    not_encoded = [item.name for item in flags if not {entry.name for entry in item.entries} & set(views.entries)]
+    not_trained = [item.name for item in flags if not item.is_trained]
     reasons = ((not_encoded, "which the run's actions do not encode"), (not_trained, "which training did not apply"))
     for names, reason in reasons:
         if names:

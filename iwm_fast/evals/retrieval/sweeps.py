@@ -1,4 +1,4 @@
-"""What a prediction retrieves from a bank: a jittered image, one action entry swept over its range, the clean image."""
+"""What a prediction retrieves from a bank: a changed image, one action entry swept over its range, the clean image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from iwm_fast.config.evaluation import Family
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
+    bank_family,
     bank_views,
     diagonal_ranks,
     encode_bank,
@@ -18,15 +18,15 @@ from iwm_fast.evals.retrieval.bank import (
     mean_squared_distances,
     predict_query,
     render_bank,
+    source_parameters,
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import describe_action
-from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
+from iwm_fast.pipelines.transforms.base import PixelOperation
+from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_parameters
 from iwm_fast.rendering.image_grid import ImageGrid, Panel
 from iwm_fast.world_model import WorldModel
 
-FLAGS: tuple[Family, ...] = ("grayscale", "blur", "solarize")
 # More columns do not fit on a screen.
 _MAX_COLUMNS = 8
 
@@ -52,27 +52,32 @@ class RetrievalCase:
 
 
 def swept_entries(views: ViewConfig, strengths: str) -> tuple[str, ...]:
-    """Return the jitter entries of the action that both training and the bank vary."""
-    drawn = bank_views(views, strengths)
-    return tuple(name for name in JITTER if name in views.entries and getattr(drawn, name) and getattr(views, name))
+    """Return the entries of the action whose parameter both training and the bank vary."""
+    drawn = bank_views(views, strengths).all_entries
+    return tuple(
+        name
+        for name, entry in views.all_entries.items()
+        if name in views.entries and entry.strength and drawn[name].strength
+    )
 
 
-def trained_flags(views: ViewConfig) -> tuple[Family, ...]:
+def trained_flags(views: ViewConfig) -> tuple[str, ...]:
     """Return the destructive transformations that the action encodes and training applies."""
-    return tuple(name for name in FLAGS if name in views.entries and getattr(views, f"{name}_probability") > 0)
+    inverse = [item for item in views.operations if item.family == "inverse" and item.is_trained]
+    return tuple(item.name for item in inverse if {entry.name for entry in item.entries} & set(views.entries))
 
 
 def retrieve_first(image: BankedImage, model: WorldModel) -> RetrievalCase:
     """Predict the first candidate of the bank from the clean image, and retrieve it from the bank."""
-    query = make_query(image.pixels, image.bank, "jitter", model)
+    query = make_query(image.pixels, image.bank, bank_family("", model.config.views), model)
     distance = mean_squared_distances(predict_query(model, query), image.target)[:1]
     change = describe_action(query.action[0].numpy(), model.config.views)
     return _make_case(query.source, image.bank.pixels, distance, change)
 
 
-def retrieve_clean(flag: Family, image: BankedImage, model: WorldModel) -> RetrievalCase:
+def retrieve_clean(flag: str, image: BankedImage, model: WorldModel) -> RetrievalCase:
     """Predict the clean image from the destroyed one, and retrieve it from among its jittered versions."""
-    clean = render_bank(image.pixels, identity_photometry(1), model)
+    clean = render_bank(image.pixels, identity_parameters(model.config.views, 1), model)
     query = make_query(image.pixels, clean, flag, model)
     target = torch.cat([encode_bank(model, clean), image.target])
     candidates = torch.cat([clean.pixels, image.bank.pixels])
@@ -111,29 +116,31 @@ def _summarize(rank: Sequence[float], num_candidates: int, retrieved: Sequence[P
 
 
 def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> ImageGrid:
-    """Predict `num_values` values of a jitter entry over its range, the other entries being neutral.
+    """Predict `num_values` values of a parameter of the target over its range, the other ones being neutral.
 
     The candidates are the renderings of these values and the bank of the image.
     """
-    values = sweep_values(entry, num_values, bank_views(model.config.views, strengths))
-    swept = render_bank(image.pixels, replace(identity_photometry(num_values), **{entry: values}), model)
+    views = model.config.views
+    values = sweep_values(entry, num_values, bank_views(views, strengths))
+    family = _owner(entry, views).name
+    swept = render_bank(image.pixels, source_parameters(family, views, num_values) | {entry: values}, model)
     target = torch.cat([encode_bank(model, swept), image.target])
-    query = make_query(image.pixels, swept, "jitter", model)
+    query = make_query(image.pixels, swept, family, model)
     distance = mean_squared_distances(predict_query(model, query), target)
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
-    candidate_values = np.concatenate([values, getattr(image.bank.photometry, entry)])
+    candidate_values = np.concatenate([values, image.bank.parameters[entry]])
     nearest, rank = distance.argmin(dim=1).cpu().numpy(), diagonal_ranks(distance)
     requested, retrieved = [], []
     for index, candidate in enumerate(nearest):
-        requested.append(Panel(pixels=images[index], caption=_format_value(entry, float(values[index]))))
+        requested.append(Panel(pixels=images[index], caption=_format_value(entry, float(values[index]), views)))
         # Pixels are compared because clipping and rounding can make two values render the same image.
         is_correct = bool((images[candidate] == images[index]).all())
-        value = _format_value(entry, float(candidate_values[candidate]))
+        value = _format_value(entry, float(candidate_values[candidate]), views)
         origin = " of a bank image" if candidate >= num_values else ""
         caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank[index]:g}"
         retrieved.append(Panel(pixels=images[candidate], caption=caption, is_correct=is_correct))
     error = np.abs(candidate_values[nearest] - values).mean()
-    error_of_no_change = np.abs(getattr(identity_photometry(1), entry) - values).mean()
+    error_of_no_change = np.abs(views.all_entries[entry].neutral - values).mean()
     return ImageGrid(
         title=f"{entry.capitalize()} of the first image, from the minimum to the maximum",
         labels=("asked for", "retrieved"),
@@ -144,14 +151,17 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
 
 
 def sweep_values(entry: str, num_values: int, views: ViewConfig) -> Float32[np.ndarray, "num_values"]:
-    """Return equally spaced values of a parameter over the range that jitter draws from."""
-    middle, strength = getattr(identity_photometry(1), entry)[0], getattr(views, entry)
+    """Return equally spaced values of a parameter over the range that it is drawn from."""
+    middle, strength = views.all_entries[entry].neutral, views.all_entries[entry].strength
     # Without rounding, the middle value could miss the neutral one by a bit and change the image.
     return np.round(np.linspace(middle - strength, middle + strength, num_values), 6).astype(np.float32)
 
 
-def _format_value(entry: str, value: float) -> str:
-    """Return a parameter's value as a caption, in degrees for hue and as a factor for the others."""
-    if value == float(getattr(identity_photometry(1), entry)[0]):
-        return "unchanged"
-    return f"{value * 360:+.0f}°" if entry == "hue" else f"× {value:.2f}"
+def _format_value(name: str, value: float, views: ViewConfig) -> str:
+    """Return a parameter's value as a caption."""
+    return "unchanged" if value == views.all_entries[name].neutral else _owner(name, views).caption(name, value)
+
+
+def _owner(name: str, views: ViewConfig) -> PixelOperation:
+    """Return the transformation that an entry belongs to."""
+    return next(item for item in views.operations if name in {entry.name for entry in item.entries})

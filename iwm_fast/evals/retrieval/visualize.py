@@ -28,8 +28,6 @@ from iwm_fast.rendering.imagine_page import write_imagine_page
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
-_TITLES = {"grayscale": "Colours restored", "blur": "Blur undone", "solarize": "Solarize undone"}
-
 
 def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     """Write a sheet, the sweeps of the run's action entries, if any, and a page with both, and return their files.
@@ -73,7 +71,7 @@ def _draw_sections(model: WorldModel, config: ImagineConfig) -> tuple[list[Image
         for flag in trained_flags(views):
             clean_cases[flag].append(retrieve_clean(flag, image, model))
     for flag, cases in clean_cases.items():
-        sweeps += make_sections(f"{_TITLES[flag]}, the images of the sheet", cases)
+        sweeps += make_sections(f"{getattr(views, flag).undone}, the images of the sheet", cases)
     return make_sections("The first version of each image's bank", first_cases), sweeps
 
 

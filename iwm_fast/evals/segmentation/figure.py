@@ -10,8 +10,8 @@ from jaxtyping import Int64, Integer, UInt8
 from iwm_fast.evals.segmentation.mean_iou import pixel_accuracy
 from iwm_fast.rendering.image_grid import Panel, save_image_grid
 
-# Steps of the golden ratio around the colour circle keep the hues of any number of classes far apart.
-_HUE_STEP = 0.618
+# Steps of the golden ratio around the colour circle keep the colours of any number of classes far apart.
+_TURN = 0.618
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ def _accuracy_caption(counts: Int64[np.ndarray, "3 K"]) -> str:
 
 def colourise(classes: Integer[np.ndarray, "B H W"], ignore_index: int | None = None) -> UInt8[np.ndarray, "B H W 3"]:
     """Return class maps in colour. A class has the same colour in all figures; ignored pixels are black."""
-    hues = (np.arange(256) * _HUE_STEP) % 1.0
-    # Three levels of brightness also distinguish classes whose hues are similar.
-    colours = [colorsys.hsv_to_rgb(hue, 0.65, 0.95 - 0.2 * (number % 3)) for number, hue in enumerate(hues)]
+    turns = (np.arange(256) * _TURN) % 1.0
+    # Three levels of brightness also distinguish classes whose turns are similar.
+    colours = [colorsys.hsv_to_rgb(turn, 0.65, 0.95 - 0.2 * (number % 3)) for number, turn in enumerate(turns)]
     table = np.round(np.array(colours) * 255).astype(np.uint8)
     if ignore_index is not None:
         table[ignore_index] = 0

@@ -34,8 +34,8 @@ from benchmarks.pipelines import (
 from benchmarks.pipelines.report import DALI_VIEWS, LOGGED, OURS, STAGES, TORCH_LOADER, TORCHVISION, VIEWS
 from benchmarks.pipelines.shuffle_quality import SortedShards
 from benchmarks.pipelines.streams import Workload, loader_stream, reader_stream, stage_stream
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 SMALL = PhotographShards(num_shards=3, samples_per_shard=8, width=80, height=60)
 ONCE = StreamBudget(rounds=1, seconds=0.0, min_batches=1)

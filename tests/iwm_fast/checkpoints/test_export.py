@@ -26,7 +26,11 @@ from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
-from iwm_fast.pipelines.config import IMAGENET, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
 from iwm_fast.train import run
 
 
@@ -127,7 +131,9 @@ def test_the_model_card_has_training_settings_and_results(exported, trained):
 
 
 def test_all_action_entries_have_a_description():
-    views = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5, brightness=0.8)
+    views = ViewConfig(
+        crop=Crop(source_scale=(0.25, 1.0)), flip=Flip(source_probability=0.5), jitter=Jitter(brightness=0.8)
+    )
     entries = describe_action_entries(views)
     assert tuple(entry["name"] for entry in entries) == views.entries
     assert len({entry["one_means"] for entry in entries}) == 12

@@ -22,7 +22,8 @@ from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, Run
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student
-from iwm_fast.pipelines.config import ViewConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import build_components
@@ -158,7 +159,7 @@ def timm_model(image_size: int = 32, **arguments) -> torch.nn.Module:
 def tiny_vit(**changes) -> RunConfig:
     encoder = EncoderConfig(**{"dim": 192, "depth": 12, "num_heads": 3} | changes)
     predictor = PredictorConfig(dim=16, depth=1, num_heads=1)
-    views = ViewConfig(size=32, blur_sigma=(0.1, 1.0))
+    views = ViewConfig(size=32, blur=Blur(sigma=(0.1, 1.0)))
     return RunConfig(views=views, model=ModelConfig(encoder=encoder, predictor=predictor))
 
 

@@ -78,7 +78,7 @@ SETTINGS = {
     "conditioning": (setting("model.predictor.conditioning", "none"), "the predictor that it describes needs mixer"),
     "action": (setting("views.action_entries", ["hue"]), r"needs mixer\.layers\.0\.weight of shape \(16, 17\)"),
     "wrong type": (setting("model.encoder.dim", "wide"), "dim"),
-    "out of range": (setting("views.crop_scale", [2.0, 3.0]), r"views\.crop_scale"),
+    "out of range": (setting("views.crop.scale", [2.0, 3.0]), r"views\.crop\.scale"),
     "unknown": (setting("model.encoder.width", 3), "width"),
     "group that is a list": (setting("model", [1, 2]), "model"),
 }  # fmt: skip

@@ -20,8 +20,9 @@ from iwm_fast.commands.doctor import CHECKS, FAILED, OK, SKIPPED, Result, Subjec
 from iwm_fast.config.run import OutputConfig, RunConfig, RuntimeConfig
 from iwm_fast.engines import deepspeed_engine
 from iwm_fast.models import kernel_check, student
-from iwm_fast.pipelines.config import DataConfig, ViewConfig
+from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.pipelines.transforms import normalization
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.runtime import extras
 from iwm_fast.runtime.distributed import RankInfo
 

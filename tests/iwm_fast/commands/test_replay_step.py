@@ -59,7 +59,14 @@ def logged_run(shards, folder: Path, **runtime) -> RunConfig:
 
 
 def with_source_geometry(config: RunConfig) -> RunConfig:
-    return replace(config, views=replace(config.views, source_crop=(0.3, 0.9), source_flip_probability=0.5))
+    return replace(
+        config,
+        views=replace(
+            config.views,
+            crop=replace(config.views.crop, source_scale=(0.3, 0.9)),
+            flip=replace(config.views.flip, source_probability=0.5),
+        ),
+    )
 
 
 def captured_run(config: RunConfig) -> list[Batch]:
@@ -125,7 +132,7 @@ def test_steps_before_a_restarted_epoch_are_rendered_with_old_settings(tiny_shar
         config,
         seed=5,
         data=replace(config.data, restart_epoch=True),
-        views=replace(config.views, hue=0.3),
+        views=replace(config.views, jitter=replace(config.views.jitter, hue=0.3)),
         optim=replace(config.optim, global_batch_size=8),
     )
     after = captured_run(changed)

@@ -22,9 +22,9 @@ def run_yaml(tmp_path):
 
 
 def test_overrides_take_precedence_over_yaml_and_yaml_over_defaults(run_yaml):
-    config = load_config(run_yaml, ["optim.lr=0.1", "views.crop_scale=[0.2, 1]", "optim.clip_norm=null"])
+    config = load_config(run_yaml, ["optim.lr=0.1", "views.crop.scale=[0.2, 1]", "optim.clip_norm=null"])
     assert config.data.train == "a.tar::b-{000..001}.tar"
-    assert (config.optim.lr, config.views.crop_scale, config.optim.clip_norm) == (0.1, (0.2, 1.0), None)
+    assert (config.optim.lr, config.views.crop.scale, config.optim.clip_norm) == (0.1, (0.2, 1.0), None)
     assert load_config(run_yaml).optim.lr == 2e-3 and config.optim.epochs == RunConfig().optim.epochs
 
 

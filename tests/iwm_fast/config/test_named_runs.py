@@ -12,7 +12,8 @@ from iwm_fast.config.run import OptimConfig
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import build_student
 from iwm_fast.monitoring.flops import training_flops
-from iwm_fast.pipelines.config import MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import MaskConfig
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 CONFIGS = Path(iwm_fast.__file__).parent / "configs"
 
@@ -60,10 +61,8 @@ def test_views_and_masks_are_the_papers_except_for_the_baseline(name):
         assert (config.views, config.mask) == (ViewConfig(), MaskConfig())
         return
     views = config.views
-    probabilities = [
-        getattr(views, f"{kind}_probability") for kind in ("flip", "jitter", "grayscale", "blur", "solarize")
-    ]
-    assert probabilities == [0.0] * 5 and views.crop_scale == (0.3, 1.0) and not views.has_source_geometry
+    probabilities = [getattr(views, kind).probability for kind in ("flip", "jitter", "grayscale", "blur", "solarize")]
+    assert probabilities == [0.0] * 5 and views.crop.scale == (0.3, 1.0) and not views.has_source_geometry
     assert config.mask == MaskConfig(context_scale=(0.85, 1.0))
 
 

@@ -21,7 +21,7 @@ def write(tmp_path):
         tree = {
             "folder": str(tmp_path / "lab"),
             "base": str(tmp_path / "base.yaml"),
-            "settings": {"optim.epochs": 2, "views.crop_scale": [0.3, 1.0]},
+            "settings": {"optim.epochs": 2, "views.crop.scale": [0.3, 1.0]},
             "seeds": [3, 4],
             "cells": {"a": {}, "b": {"model.predictor.conditioning": "none"}},
             "evaluations": [{"task": "mrr", "cells": ["a"], "settings": {"bank_size": 8}}, {"task": "knn"}],
@@ -40,7 +40,7 @@ def read(path):
 
 def test_a_lab_is_read(write):
     lab = read(write())
-    assert lab.settings == ("optim.epochs=2", "views.crop_scale=[0.3, 1.0]") and lab.seeds == (3, 4)
+    assert lab.settings == ("optim.epochs=2", "views.crop.scale=[0.3, 1.0]") and lab.seeds == (3, 4)
     assert lab.cells == {"a": (), "b": ("model.predictor.conditioning=none",)}
     assert [(evaluation.task, evaluation.cells, evaluation.settings) for evaluation in lab.evaluations] == [
         ("mrr", ("a",), ("bank_size=8",)),
@@ -113,7 +113,7 @@ def test_a_lab_inherits_from_another_what_it_does_not_set(write, tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(changes))
     first, other = read(write()), read(tmp_path / "other.yaml")
     assert (str(other.folder), other.workers) == ("elsewhere", 6)
-    assert other.settings == ("optim.epochs=4", "views.crop_scale=[0.3, 1.0]")
+    assert other.settings == ("optim.epochs=4", "views.crop.scale=[0.3, 1.0]")
     assert (other.cells, other.evaluations, other.claims) == (first.cells, first.evaluations, first.claims)
 
 

@@ -17,7 +17,7 @@ from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.run_status import read_status
 
 BASE = {
-    "views": {"size": 16, "blur_sigma": [0.1, 1.0]},
+    "views": {"size": 16, "blur": {"sigma": [0.1, 1.0]}},
     "model": {"encoder": {"dim": 16, "depth": 1, "num_heads": 1, "patch_size": 4},
               "predictor": {"dim": 16, "depth": 1, "num_heads": 1}},
     "optim": {"global_batch_size": 16, "epochs": 1, "warmup_epochs": 0, "precision": "fp32"},

@@ -46,7 +46,7 @@ def compare(*settings: dict) -> list[Exception | None]:
         (RunConfig, "runtime.rank_timeout_s=9", "runtime.rank_timeout_s is 3600.0 on rank 0 and 9.0 on rank 1"),
         (RunConfig, "runtime.device=cpu", "runtime.device is 'auto' on rank 0 and 'cpu' on rank 1"),
         (RunConfig, "runtime.loader=torch", "runtime.loader is 'dali' on rank 0 and 'torch' on rank 1"),
-        (RunConfig, "views.crop_scale=[0.2, 1]", r"views.crop_scale is \[0.3, 1.0\] on rank 0 and \[0.2, 1.0\] on"),
+        (RunConfig, "views.crop.scale=[0.2, 1]", r"views.crop.scale is \[0.3, 1.0\] on rank 0 and \[0.2, 1.0\] on"),
         (RunConfig, "runtime.deepspeed.dump_state=true", "runtime.deepspeed.dump_state is None on rank 0 and True on"),
         (RunConfig, "init_from=weights.pth", "init_from is 'unset' on rank 0 and 'set' on rank 1"),
         (RunConfig, "resume=auto", "resume is 'never' on rank 0 and 'auto' on rank 1"),

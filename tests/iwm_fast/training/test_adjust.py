@@ -39,7 +39,7 @@ REFUSED = {
     "seed": "1",
     "data.shuffle_window": "3",
     "data.max_samples": "32",
-    "views.brightness": "0.1",
+    "views.jitter.brightness": "0.1",
     "mask.num_target_blocks": "3",
     "model.predictor.conditioning": "sequence",
     "model.encoder.depth": "3",

@@ -46,7 +46,9 @@ def restarted(config: RunConfig) -> RunConfig:
 
 CHANGES = {
     "seed": lambda config: replace(config, seed=3),
-    "views.brightness": lambda config: replace(config, views=replace(config.views, brightness=0.1)),
+    "views.jitter.brightness": lambda config: replace(
+        config, views=replace(config.views, jitter=replace(config.views.jitter, brightness=0.1))
+    ),
     "mask.num_target_blocks": lambda config: replace(config, mask=replace(config.mask, num_target_blocks=3)),
     "data.shuffle_window": lambda config: replace(config, data=replace(config.data, shuffle_window=3)),
     "optim.global_batch_size": lambda config: replace(config, optim=replace(config.optim, global_batch_size=8)),

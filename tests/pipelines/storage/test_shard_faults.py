@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import LoaderConfig, MaskConfig, ViewConfig
+from iwm_fast.pipelines.config import LoaderConfig, MaskConfig
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.loader import Loader, build_loader
 from iwm_fast.pipelines.sampling.batch_plan import SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.blur import Blur
 
 BACKENDS = ["dali", "torch"]
 
@@ -30,7 +32,7 @@ def loader_of(shards: ShardSet, backend: str, max_bad: float = 0.0) -> Loader:
         global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,
     )  # fmt: skip
     plan = TrainingPlan(
-        views=ViewConfig(size=16, blur_sigma=(0.1, 1.0)), mask=MaskConfig(), seed=0, grid=4, stream=stream
+        views=ViewConfig(size=16, blur=Blur(sigma=(0.1, 1.0))), mask=MaskConfig(), seed=0, grid=4, stream=stream
     )
     settings = LoaderConfig(
         loader=backend, reader_threads=2, loader_threads=1, prefetch=1, read_ahead=1,

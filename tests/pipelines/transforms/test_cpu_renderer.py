@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 
 from fixtures.tar_files import photograph
-from iwm_fast.pipelines.config import IMAGENET, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, draw, identity_draws
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer, RecycledMemory
 from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view
-from iwm_fast.pipelines.transforms.parameters import Draws, draw, identity_draws
+from iwm_fast.pipelines.transforms.operations.blur import Blur
+from iwm_fast.pipelines.transforms.operations.grayscale import Grayscale
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
+from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 from iwm_fast.pipelines.transforms.torch_renderer import render, resized_crop
 
 SIZE = 64
-MANY = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
-ZOOM = replace(MANY, source_crop=(0.2, 0.8), source_flip_probability=0.5)
+MANY = ViewConfig(
+    size=SIZE,
+    jitter=Jitter(hue=0.3),
+    grayscale=Grayscale(probability=0.3),
+    blur=Blur(probability=0.5),
+    solarize=Solarize(probability=0.3),
+)
+ZOOM = replace(MANY, crop=replace(MANY.crop, source_scale=(0.2, 0.8)), flip=replace(MANY.flip, source_probability=0.5))
 # One grey level after normalisation, for the channel with the smallest standard deviation.
 LEVEL = 1 / (255 * 0.224)
 COUNT = 16
@@ -67,9 +77,9 @@ def test_photometry_is_within_a_grey_level_of_the_reference(crops, renderer):
         views = renderer.views(crops, whole(crops), draws)
         flipped = mirrored(torch.stack(crops), draws.flip)
         for ours, parameters in zip(views, (draws.source, draws.target), strict=True):
-            difference = (ours - normalize_view(render(flipped, parameters), IMAGENET)).abs()
+            difference = (ours - normalize_view(render(flipped, parameters, MANY), IMAGENET)).abs()
             # The reference rounds to whole levels after recolouring and after blurring.
-            limit = torch.from_numpy(np.where(parameters.blur, 1.01, 0.51).astype(np.float32))
+            limit = torch.from_numpy(np.where(parameters["blur"], 1.01, 0.51).astype(np.float32))
             assert (difference <= limit[:, None, None, None] * LEVEL).all()
 
 
@@ -78,7 +88,7 @@ def test_resized_crops_are_within_a_grey_level_of_the_reference(large_crops, ren
         resized_crop(crop, window, SIZE) for crop, window in zip(large_crops, whole(large_crops).shared, strict=True)
     ])  # fmt: skip
     for flip in (False, True):
-        draws = replace(identity_draws(COUNT), flip=np.full(COUNT, flip))
+        draws = replace(identity_draws(ViewConfig(), COUNT), flip=np.full(COUNT, flip))
         for view in renderer.views(large_crops, whole(large_crops), draws):
             expected = mirrored(reference, draws.flip)
             difference = (denormalize_view(view, IMAGENET).int() - expected.int()).abs().float()
@@ -87,7 +97,7 @@ def test_resized_crops_are_within_a_grey_level_of_the_reference(large_crops, ren
 
 
 def test_neutral_parameters_leave_both_views_bit_equal_to_the_crop(crops, renderer):
-    source, target = renderer.views(crops, whole(crops), identity_draws(COUNT))
+    source, target = renderer.views(crops, whole(crops), identity_draws(ViewConfig(), COUNT))
     assert torch.equal(source, normalize_view(torch.stack(crops), IMAGENET)) and torch.equal(target, source)
     assert source.data_ptr() != target.data_ptr()
 

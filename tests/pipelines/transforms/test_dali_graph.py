@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms import dali_graph
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, draw, identity_draws
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
-from iwm_fast.pipelines.transforms.parameters import Draws, draw, identity_draws
+from iwm_fast.pipelines.transforms.operations.blur import Blur
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.grayscale import Grayscale
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
+from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 SIZE = 64
@@ -43,7 +47,7 @@ def as_cpu(output):
 
 
 def with_neutral_geometry(draws: Draws) -> Draws:
-    return replace(identity_draws(len(draws.flip)), source=draws.source, target=draws.target)
+    return replace(identity_draws(ViewConfig(), len(draws.flip)), source=draws.source, target=draws.target)
 
 
 def test_decoded_crops_are_the_pixels_of_the_windows(images):
@@ -63,29 +67,35 @@ def test_decoded_crops_are_the_pixels_of_the_windows(images):
 
 
 def test_photometry_matches_the_reference_within_one_grey_level(images):
-    config = ViewConfig(size=SIZE, hue=0.3, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.3)
+    config = ViewConfig(
+        size=SIZE,
+        jitter=Jitter(hue=0.3),
+        grayscale=Grayscale(probability=0.3),
+        blur=Blur(probability=0.5),
+        solarize=Solarize(probability=0.3),
+    )
     for step in range(4):
         draws = with_neutral_geometry(draw(config, 0, step, np.arange(len(images))))
         source, target = run(images, draws)
-        clean, _ = run(images, identity_draws(len(images)))
+        clean, _ = run(images, identity_draws(ViewConfig(), len(images)))
         for ours, parameters in ((source, draws.source), (target, draws.target)):
-            theirs = render(clean, parameters)
+            theirs = render(clean, parameters, ViewConfig())
             difference = (ours.int() - theirs.int()).abs()
             # A difference of one level before solarize may lie on both sides of 128, and be large afterwards.
-            is_split = torch.from_numpy(parameters.solarize)[:, None, None, None] & (difference > 250)
-            allowed = torch.where(torch.from_numpy(parameters.grayscale | parameters.blur), 2, 1)
+            is_split = torch.from_numpy(parameters["solarize"])[:, None, None, None] & (difference > 250)
+            allowed = torch.where(torch.from_numpy(parameters["grayscale"] | parameters["blur"]), 2, 1)
             assert ((difference <= allowed[:, None, None, None]) | is_split).all()
             assert (difference > 0).float().mean() < 0.01
 
 
 def test_identity_parameters_leave_both_views_bit_equal_to_the_crop():
     pixels = photograph("coffee.png")[:SIZE, :SIZE]
-    source, target = run([pixels], identity_draws(1))
+    source, target = run([pixels], identity_draws(ViewConfig(), 1))
     assert torch.equal(source[0], torch.from_numpy(pixels)) and torch.equal(target, source)
 
 
 def test_flip_mirrors_both_views(images):
-    clean = identity_draws(len(images))
+    clean = identity_draws(ViewConfig(), len(images))
     source, target = run(images, replace(clean, flip=np.ones(len(images), bool)))
     straight, _ = run(images, clean)
     assert torch.equal(source, straight.flip(2)) and torch.equal(target, straight.flip(2))
@@ -104,11 +114,15 @@ def test_contrast_scales_about_the_mean_of_the_view_itself():
     # The left half is dark and the right half bright; the source view shows only the left quarter.
     pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
     pixels[:, SIZE // 2 :] = 200
-    clean = identity_draws(1)
-    halved = replace(clean.source, contrast=np.array([0.5], np.float32))
+    clean = identity_draws(ViewConfig(), 1)
+    halved = clean.source | {"contrast": np.array([0.5], np.float32)}
     draws = replace(clean, source_crop=np.array([[0.25, 1, 0, 0]], np.float32), source=halved, target=halved)
     settings = GraphSettings(
-        views=ViewConfig(size=SIZE, source_crop=(0.2, 0.5)), max_batch_size=1, num_threads=1, prefetch=1, device_id=None
+        views=ViewConfig(size=SIZE, crop=Crop(source_scale=(0.2, 0.5))),
+        max_batch_size=1,
+        num_threads=1,
+        prefetch=1,
+        device_id=None,
     )
     encoded = [np.frombuffer(encode(pixels, "PNG"), np.uint8)]
     parameters = graph_parameters(draws, view_windows(draws, np.array([[SIZE, SIZE]])), settings)
@@ -119,7 +133,9 @@ def test_contrast_scales_about_the_mean_of_the_view_itself():
 
 @pytest.mark.gpu
 def test_the_graph_renders_the_same_views_on_a_gpu_and_on_the_cpu(images):
-    config = ViewConfig(size=SIZE, grayscale_probability=0.3, blur_probability=0.5, solarize_probability=0.0)
+    config = ViewConfig(
+        size=SIZE, grayscale=Grayscale(probability=0.3), blur=Blur(probability=0.5), solarize=Solarize(probability=0.0)
+    )
     for step in range(4):
         draws = draw(config, 0, step, np.arange(len(images)))
         fast, plain = run(images, draws, device_id=0), run(images, draws)

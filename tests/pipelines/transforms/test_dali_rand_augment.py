@@ -5,18 +5,20 @@ import pytest
 import torch
 
 from fixtures.tar_files import encode, photograph
-from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, RandAugmentConfig, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, RandAugmentConfig
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import FinetunePlan, SampleStream
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
+from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_draws
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
 from iwm_fast.pipelines.transforms.geometry import view_windows
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.pipelines.transforms.parameters import NUM_OPERATIONS, AugmentDraws, draw_augment, identity_draws
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.rand_augment import NUM_OPERATIONS, AugmentDraws, draw_augment
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 SIZE = 64
@@ -35,7 +37,7 @@ def augmented(operations: list[int], *, magnitude: int, is_negated: int = 0) -> 
         operation=np.array(operations, np.int32)[:, None], is_negated=np.full((count, 1), is_negated, np.int32)
     )
     encoded = [np.frombuffer(encode(photograph("coffee.png")[:SIZE, :SIZE], "PNG"), np.uint8)] * count
-    neutral = identity_draws(count)
+    neutral = identity_draws(ViewConfig(), count)
     parameters = augment_parameters(neutral, view_windows(neutral, np.full((count, 2), SIZE)), draws)
     config = RandAugmentConfig(num_operations=1, magnitude=magnitude)
     return np.array(build_augment_graph(settings, config, lambda: (encoded, *parameters)).run()[0].as_tensor())
@@ -82,7 +84,7 @@ def plan(
         order=SampleOrder([len(shard.keys) for shard in shards.shards], 0, 2),
         global_batch_size=16, micro_batch_size=16 // world_size, rank=rank, world_size=world_size,
     )  # fmt: skip
-    views = ViewConfig(size=SIZE, crop_scale=(0.5, 1.0))
+    views = ViewConfig(size=SIZE, crop=Crop(scale=(0.5, 1.0)))
     return FinetunePlan(views=views, augment=augment, seed=0, grid=8, stream=stream)
 
 

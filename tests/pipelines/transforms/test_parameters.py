@@ -5,19 +5,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.tar_files import photograph
-from iwm_fast.pipelines.config import ViewConfig
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action, describe_action
+from iwm_fast.pipelines.transforms.base import Parameters
+from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw, fused_color_map, identity_parameters
 from iwm_fast.pipelines.transforms.geometry import crop_window, source_geometry, source_window
-from iwm_fast.pipelines.transforms.parameters import JITTER, LUMA, color_matrix, draw, gray_gain, identity_photometry
+from iwm_fast.pipelines.transforms.operations.blur import Blur
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.flip import Flip
+from iwm_fast.pipelines.transforms.operations.grayscale import Grayscale
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
+from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 from iwm_fast.pipelines.transforms.torch_renderer import resized_crop
 
 CONFIG = ViewConfig()
+JITTER = tuple(entry.name for entry in CONFIG.jitter.entries)
+
+
+def color_map(parameters: Parameters) -> ColorMap:
+    """Return the map of jitter and grayscale."""
+    return fused_color_map((CONFIG.jitter, CONFIG.grayscale), parameters)
 
 
 def test_neutral_parameters_give_the_exact_identity_matrix():
-    neutral = identity_photometry(3)
-    assert (color_matrix(neutral) == np.eye(3, dtype=np.float32)).all()
-    assert (gray_gain(neutral) == 0).all()
+    neutral = color_map(identity_parameters(CONFIG, 3))
+    assert (neutral.matrix == np.eye(3, dtype=np.float32)).all()
+    assert (neutral.gray_gain == 0).all() and not neutral.is_applied.any()
 
 
 @given(st.integers(0, 10_000))
@@ -26,21 +39,23 @@ def test_the_action_contains_the_drawn_differences_and_flags(step: int):
     drawn = draw(CONFIG, 0, step, np.arange(16))
     difference = change_from_action(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
     for name in JITTER:
-        expected = getattr(drawn.target, name) - getattr(drawn.source, name)
+        expected = drawn.target[name] - drawn.source[name]
         np.testing.assert_allclose(difference[name], expected, atol=1e-6)
     for name in ("blur", "grayscale", "solarize"):
-        assert (difference[name].astype(bool) == getattr(drawn.source, name)).all()
+        assert (difference[name].astype(bool) == drawn.source[name]).all()
 
 
 def test_the_action_of_no_change_is_zero():
-    neutral = identity_photometry(2)
+    neutral = identity_parameters(CONFIG, 2)
     assert (action_vector(neutral, neutral, CONFIG) == 0).all()
     assert describe_action(np.zeros(7, np.float32), CONFIG) == "no change"
 
 
 def test_entries_are_of_order_one_for_any_strength():
     for strength in (0.05, 0.8):
-        config = ViewConfig(brightness=strength, contrast=strength, saturation=strength, hue=strength / 2)
+        config = ViewConfig(
+            jitter=Jitter(brightness=strength, contrast=strength, saturation=strength, hue=strength / 2)
+        )
         drawn = draw(config, 0, 0, np.arange(4000))
         spread = action_vector(drawn.source, drawn.target, config)[:, :4].std(axis=0)
         assert (spread > 0.5).all() and (spread < 1).all()
@@ -57,45 +72,53 @@ def test_the_action_has_the_configured_entries_in_order():
 
 def test_only_the_source_loses_information():
     drawn = draw(
-        ViewConfig(grayscale_probability=1.0, blur_probability=1.0, solarize_probability=1.0), 0, 0, np.arange(64)
+        ViewConfig(
+            grayscale=Grayscale(probability=1.0), blur=Blur(probability=1.0), solarize=Solarize(probability=1.0)
+        ),
+        0,
+        0,
+        np.arange(64),
     )
     for name in ("grayscale", "blur", "solarize"):
-        assert getattr(drawn.source, name).all() and not getattr(drawn.target, name).any()
+        assert drawn.source[name].all() and not drawn.target[name].any()
 
 
 def test_flips_blurs_and_jitters_have_their_probabilities():
     drawn = draw(CONFIG, 0, 0, np.arange(20_000))
     assert abs(drawn.flip.mean() - 0.5) < 0.015
-    assert abs(drawn.source.blur.mean() - 0.2) < 0.012
-    assert abs((drawn.target.brightness == 1).mean() - 0.2) < 0.012
-    both = (drawn.source.brightness == 1) & (drawn.target.brightness == 1)
+    assert abs(drawn.source["blur"].mean() - 0.2) < 0.012
+    assert abs((drawn.target["brightness"] == 1).mean() - 0.2) < 0.012
+    both = (drawn.source["brightness"] == 1) & (drawn.target["brightness"] == 1)
     assert abs(both.mean() - 0.04) < 0.006  # the views are jittered independently
 
 
 def test_saturation_and_hue_keep_luma():
-    config = ViewConfig(brightness=0.0, contrast=0.0, saturation=1.0, hue=0.5, jitter_probability=1.0)
-    matrix = color_matrix(draw(config, 0, 0, np.arange(64)).source)
+    config = ViewConfig(jitter=Jitter(brightness=0.0, contrast=0.0, saturation=1.0, hue=0.5, probability=1.0))
+    matrix = color_map(draw(config, 0, 0, np.arange(64)).source).matrix
     np.testing.assert_allclose(np.array(LUMA) @ matrix, np.tile(LUMA, (64, 1)), atol=1e-6)
 
 
 def test_grayscale_is_the_color_map_without_chroma():
-    drawn = draw(ViewConfig(grayscale_probability=1.0, jitter_probability=1.0), 0, 0, np.arange(64)).source
-    factor = (drawn.brightness * drawn.contrast)[:, None, None]
-    np.testing.assert_allclose(color_matrix(drawn), factor * np.tile(LUMA, (64, 3, 1)), atol=1e-6)
+    drawn = draw(
+        ViewConfig(grayscale=Grayscale(probability=1.0), jitter=Jitter(probability=1.0)), 0, 0, np.arange(64)
+    ).source
+    factor = (drawn["brightness"] * drawn["contrast"])[:, None, None]
+    np.testing.assert_allclose(color_map(drawn).matrix, factor * np.tile(LUMA, (64, 3, 1)), atol=1e-6)
 
 
 def test_a_full_turn_of_hue_is_two_half_turns():
     config = ViewConfig(
-        brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, jitter_probability=1.0, grayscale_probability=0.0
+        jitter=Jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, probability=1.0),
+        grayscale=Grayscale(probability=0.0),
     )
     turned = draw(config, 0, 0, np.arange(8)).source
-    half = turned.__class__(**{**vars(turned), "hue": np.full(8, 0.5, np.float32)})
-    np.testing.assert_allclose(color_matrix(half) @ color_matrix(half), np.tile(np.eye(3), (8, 1, 1)), atol=1e-5)
+    half = color_map(turned | {"hue": np.full(8, 0.5, np.float32)}).matrix
+    np.testing.assert_allclose(half @ half, np.tile(np.eye(3), (8, 1, 1)), atol=1e-5)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 1000))
 def test_the_crop_lies_inside_the_image(height: int, width: int, step: int):
-    crop = draw(ViewConfig(crop_scale=(0.01, 1.0)), 0, step, np.arange(32)).crop
+    crop = draw(ViewConfig(crop=Crop(scale=(0.01, 1.0))), 0, step, np.arange(32)).crop
     top, left, crop_height, crop_width = crop_window(crop, np.tile([height, width], (32, 1))).T
     assert (top >= 0).all() and (left >= 0).all() and (crop_height >= 1).all() and (crop_width >= 1).all()
     assert (top + crop_height <= height).all() and (left + crop_width <= width).all()
@@ -111,7 +134,7 @@ def test_crops_have_areas_in_range_and_reach_every_border():
     assert (top == 0).any() and (top + height == 400).any() and (left == 0).any() and (left + width == 400).any()
 
 
-ZOOM = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+ZOOM = ViewConfig(crop=Crop(source_scale=(0.25, 1.0)), flip=Flip(source_probability=0.5))
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 1000))
@@ -160,7 +183,7 @@ def test_geometry_locates_the_source_view_in_the_target_view():
 
 def test_crop_entries_are_of_order_one_and_zero_without_a_source_crop():
     for low in (0.1, 0.6):
-        config = ViewConfig(source_crop=(low, 1.0), source_flip_probability=0.5)
+        config = ViewConfig(crop=Crop(source_scale=(low, 1.0)), flip=Flip(source_probability=0.5))
         drawn = draw(config, 0, 0, np.arange(4000))
         window = np.tile(np.array([0, 0, 900, 900], np.float32), (4000, 1))
         geometry = source_geometry(drawn, window, source_window(drawn.source_crop, window))
@@ -169,32 +192,38 @@ def test_crop_entries_are_of_order_one_and_zero_without_a_source_crop():
     drawn = draw(CONFIG, 0, 0, np.arange(8))
     window = crop_window(drawn.crop, np.tile([333, 500], (8, 1)))
     assert (source_window(drawn.source_crop, window) == window).all()
-    assert (source_geometry(drawn, window, window) == 0).all()
+    assert all((values == 0).all() for values in source_geometry(drawn, window, window).values())
 
 
 def test_an_action_is_described_in_english():
-    config = ViewConfig(source_crop=(0.25, 1.0), source_flip_probability=0.5)
+    config = ViewConfig(crop=Crop(source_scale=(0.25, 1.0)), flip=Flip(source_probability=0.5))
     action = np.zeros(12, np.float32)
     action[[0, 7, 9, 10, 11]] = 0.5, 0.4, 0.5, 1.0, 1.0
     assert describe_action(action, config) == "brightness +0.20, mirror, from a crop of 1.41 x 2.00 at +0.10, +0.00"
 
 
 @pytest.mark.parametrize(
-    ("settings_", "message"),
+    ("build", "message"),
     [
-        ({"crop_scale": (0.9, 0.2)}, r"views.crop_scale must satisfy 0.001 <= low <= high <= 1, got \(0.9, 0.2\)"),
-        ({"blur_probability": 1.5}, "views.blur_probability must be between 0 and 1, got 1.5"),
-        ({"hue": 0.6}, "views.hue must be between 0 and 0.5, got 0.6"),
-        ({"action_entries": ("brightness", "gamma")}, "views.action_entries must name entries of .*got \\['gamma'\\]"),
-        ({"action_entries": ("hue", "hue")}, "views.action_entries must be non-empty and name no entry twice"),
+        (lambda: Crop(scale=(0.9, 0.2)), r"views.crop.scale must satisfy 0.001 <= low <= high <= 1, got \(0.9, 0.2\)"),
+        (lambda: Blur(probability=1.5), "views.blur.probability must be between 0 and 1, got 1.5"),
+        (lambda: Jitter(hue=0.6), "views.jitter.hue must be between 0 and 0.5, got 0.6"),
         (
-            {"action_entries": ("hue", "crop_x")},
-            "must be left out while views.source_crop is unset .*got \\['crop_x'\\]",
+            lambda: ViewConfig(action_entries=("brightness", "fade")),
+            "views.action_entries must name entries of .*got \\['fade'\\]",
         ),
-        ({"source_crop": (0.5, 1.5)}, "views.source_crop must satisfy 0.001 <= low <= high <= 1"),
-        ({"size": 8, "blur_sigma": (0.1, 4.0)}, "views.blur_sigma must satisfy"),
+        (
+            lambda: ViewConfig(action_entries=("hue", "hue")),
+            "views.action_entries must be non-empty and name no entry twice",
+        ),
+        (
+            lambda: ViewConfig(action_entries=("hue", "crop_x")),
+            "crop_\\* need views.crop.source_scale, .*got \\['crop_x'\\]",
+        ),
+        (lambda: Crop(source_scale=(0.5, 1.5)), "views.crop.source_scale must satisfy 0.001 <= low <= high <= 1"),
+        (lambda: ViewConfig(size=8, blur=Blur(sigma=(0.1, 4.0))), "views.blur.sigma must satisfy"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_with_name_value_and_range(settings_, message):
+def test_a_setting_out_of_range_is_refused_with_name_value_and_range(build, message):
     with pytest.raises(ValueError, match=message):
-        ViewConfig(**settings_)
+        build()

@@ -319,7 +319,9 @@ def test_the_configuration_has_the_run_s_networks_and_the_new_training(tiny_shar
     run = tiny_run(tiny_shards, tmp_path)
     config = build_run_config(task, run, tmp_path / "job")
     assert config.model == run.model and config.grid == run.grid
-    assert config.views == replace(run.views, crop_scale=(0.5, 1.0), flip_probability=0.0)
+    assert config.views == replace(
+        run.views, crop=replace(run.views.crop, scale=(0.5, 1.0)), flip=replace(run.views.flip, probability=0.0)
+    )
     assert (config.seed, config.optim.global_batch_size, config.optim.lr_end) == (3, 8, 0.0)
     assert config.output.folder == str(tmp_path / "job")
     assert task_folder("runs/a", "finetune", "weak").as_posix() == "runs/a/evaluations/finetune_weak"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fixtures.exact_predictor import Pair, exact, ignore_action
+from fixtures.exact_predictor import JITTER, Pair, exact, ignore_action
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
@@ -19,12 +19,14 @@ from iwm_fast.evals.planning.evaluate import PlannedChange, evaluate_plan, measu
 from iwm_fast.evals.planning.image_pairs import draw_change, draw_pairs
 from iwm_fast.evals.planning.report import PlanningErrors, parameter_rows
 from iwm_fast.evals.results import read_result
-from iwm_fast.pipelines.config import IMAGENET, ViewConfig
-from iwm_fast.pipelines.counter_rng import uniforms
+from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
+from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.pipelines.transforms.parameters import JITTER, draw_photometry
+from iwm_fast.pipelines.transforms.operations.blur import Blur
+from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.train import run
@@ -94,7 +96,11 @@ def test_a_search_depends_on_seed_and_sample_and_improves_with_rounds(model):
 
 
 def test_candidates_are_actions_that_training_could_show(model):
-    views = replace(model.config.views, hue=0.0, grayscale_probability=0.0)
+    views = replace(
+        model.config.views,
+        jitter=replace(model.config.views.jitter, hue=0.0),
+        grayscale=replace(model.config.views.grayscale, probability=0.0),
+    )
     candidates = []
 
     def distance(actions):
@@ -111,10 +117,8 @@ def test_candidates_are_actions_that_training_could_show(model):
 
 
 def test_the_search_starts_with_mean_and_spread_of_training_actions():
-    views, slots = ViewConfig(brightness=0.8, jitter_probability=0.6), np.arange(20_000)
-    source, target = (
-        draw_photometry(views, uniforms(0, name, 0, slots, 9), is_source=name == "a") for name in ("a", "b")
-    )
+    views, slots = ViewConfig(jitter=Jitter(brightness=0.8, probability=0.6)), np.arange(20_000)
+    source, target = (draw_view(views, 0, name, 0, slots, is_source=name == "a") for name in ("a", "b"))
     drawn, prior = action_vector(source, target, views), training_prior(views)
     np.testing.assert_allclose(drawn.std(axis=0)[:4], prior.std[:4], rtol=0.02)
     np.testing.assert_allclose(drawn.mean(axis=0), prior.mean, atol=0.02)
@@ -176,7 +180,7 @@ def test_rows_have_the_errors_of_search_baselines_and_chance(folder):
 
 
 def test_chance_is_the_mean_error_of_many_guesses():
-    config = world_config(brightness=0.5)
+    config = world_config(jitter=Jitter(brightness=0.5))
     true = np.zeros((400, 7), np.float32)
     true[:, 0] = np.linspace(-1, 1, 400)
     errors = errors_of_true_actions(true)
@@ -224,27 +228,29 @@ def test_a_photograph_without_colour_is_recognised(model, tmp_path):
 
 
 def test_changes_depend_on_kind_split_seed_and_image(tiny_config):
-    views = replace(tiny_config().views, blur_probability=0.0)
+    views = replace(tiny_config().views, blur=replace(tiny_config().views.blur, probability=0.0))
     changes = [draw_change(views, sample, kind="destroyed", split="val", seed=0) for sample in range(200)]
     sources = [source for source, _ in changes]
-    assert not any(source.blur[0] for source in sources)
-    assert 70 < sum(source.grayscale[0] for source in sources) < 130
-    assert all(source.brightness[0] == 1 and source.hue[0] == 0 for source in sources)
-    assert len({float(target.brightness[0]) for _, target in changes}) == 200
-    assert not any(flag[0] for _, target in changes for flag in (target.grayscale, target.blur, target.solarize))
+    assert not any(source["blur"][0] for source in sources)
+    assert 70 < sum(source["grayscale"][0] for source in sources) < 130
+    assert all(source["brightness"][0] == 1 and source["hue"][0] == 0 for source in sources)
+    assert len({float(target["brightness"][0]) for _, target in changes}) == 200
+    assert not any(
+        flag[0] for _, target in changes for flag in (target["grayscale"], target["blur"], target["solarize"])
+    )
     clean, _ = draw_change(views, 0, kind="clean", split="val", seed=0)
-    assert not clean.grayscale[0] and not clean.solarize[0]
+    assert not clean["grayscale"][0] and not clean["solarize"][0]
     for other in ({"split": "train", "seed": 0}, {"split": "val", "seed": 1}):
         _, target = draw_change(views, 0, kind="destroyed", **other)
-        assert target.brightness[0] != changes[0][1].brightness[0]
+        assert target["brightness"][0] != changes[0][1]["brightness"][0]
 
 
 def test_only_entries_that_training_varies_are_searched():
     assert searched_entries(ViewConfig()) == ViewConfig().entries
-    views = ViewConfig(hue=0.0, blur_probability=0.0, source_crop=(0.5, 1.0))
+    views = ViewConfig(jitter=Jitter(hue=0.0), blur=Blur(probability=0.0), crop=Crop(source_scale=(0.5, 1.0)))
     assert searched_entries(views) == ("brightness", "contrast", "saturation", "grayscale", "solarize")
     with pytest.raises(ValueError, match=r"run must have actions with an entry to search for: brightness"):
-        training_prior(ViewConfig(source_crop=(0.5, 1.0), action_entries=("crop_x",)))
+        training_prior(ViewConfig(crop=Crop(source_scale=(0.5, 1.0)), action_entries=("crop_x",)))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +258,7 @@ def files(tmp_path_factory) -> tuple[str, str]:
     """Return files of a photograph and of a version with changed brightness, both larger than the views."""
     folder, pixels = tmp_path_factory.mktemp("files"), torch.from_numpy(photograph("coffee.png")[:90, :120].copy())
     source, target = draw_change(ViewConfig(), 0, kind="clean", split="val", seed=0)
-    changed = render(pixels[None], replace(target, **{name: getattr(source, name) for name in JITTER[1:]}))[0]
+    changed = render(pixels[None], target | {name: source[name] for name in JITTER[1:]}, ViewConfig())[0]
     for name, image in (("source.jpg", pixels), ("target.png", changed)):
         (folder / name).write_bytes(encode(image.numpy(), "PNG" if name.endswith("png") else "JPEG"))
     return str(folder / "source.jpg"), str(folder / "target.png")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.exact_predictor import FLAGS
+from fixtures.exact_predictor import FLAGS, JITTER
 from iwm_fast.evals.retrieval.bank import (
     Query,
     bank_views,
@@ -19,10 +19,10 @@ from iwm_fast.evals.retrieval.bank import (
     predict_query,
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
-from iwm_fast.pipelines.config import IMAGENET, ViewConfig
+from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.transforms.action import change_from_action
+from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_parameters
 from iwm_fast.pipelines.transforms.normalization import normalize_view
-from iwm_fast.pipelines.transforms.parameters import JITTER, identity_photometry
 from iwm_fast.pipelines.transforms.torch_renderer import render
 
 
@@ -48,7 +48,7 @@ def test_distances_are_accurate_though_tokens_share_a_large_offset():
 
 def test_a_bank_is_a_pure_function_of_seed_and_sample(model, pixels):
     bank, again = bank_of(model, pixels, sample=3), bank_of(model, pixels, sample=3)
-    assert torch.equal(bank.pixels, again.pixels) and np.array_equal(bank.photometry.hue, again.photometry.hue)
+    assert torch.equal(bank.pixels, again.pixels) and np.array_equal(bank.parameters["hue"], again.parameters["hue"])
     for changed in ({"sample": 4}, {"sample": 3, "seed": 1}):
         assert not torch.equal(bank.pixels, bank_of(model, pixels, **changed).pixels)
     assert torch.equal(bank_of(model, pixels, size=3, sample=3).pixels, bank.pixels[:3])
@@ -59,11 +59,11 @@ def test_all_candidates_of_a_bank_differ(model, pixels):
 
 
 def test_bank_strengths_are_the_defaults_strong_or_those_of_the_run(tiny_config):
-    views = replace(tiny_config().views, brightness=0.8)
-    assert bank_views(views, "default").brightness == 0.4 and bank_views(views, "run").brightness == 0.8
-    assert bank_views(views, "run").jitter_probability == 1.0
-    strong = bank_views(ViewConfig(), "strong")
-    assert [getattr(strong, name) for name in JITTER] == [0.8, 0.8, 0.8, 0.2] and strong.jitter_probability == 1.0
+    views = replace(tiny_config().views, jitter=replace(tiny_config().views.jitter, brightness=0.8))
+    assert bank_views(views, "default").jitter.brightness == 0.4 and bank_views(views, "run").jitter.brightness == 0.8
+    assert bank_views(views, "run").jitter.probability == 1.0
+    strong = bank_views(ViewConfig(), "strong").jitter
+    assert [getattr(strong, name) for name in JITTER] == [0.8, 0.8, 0.8, 0.2] and strong.probability == 1.0
 
 
 def test_a_jitter_query_has_the_clean_image_and_the_changes_from_it(model, pixels):
@@ -72,21 +72,20 @@ def test_a_jitter_query_has_the_clean_image_and_the_changes_from_it(model, pixel
     assert torch.equal(query.source, pixels)
     change = change_from_action(query.action.numpy(), model.config.views)
     for name in JITTER:
-        neutral = getattr(identity_photometry(1), name)[0]
-        np.testing.assert_allclose(neutral + change[name], getattr(bank.photometry, name), atol=1e-6)
+        neutral = model.config.views.all_entries[name].neutral
+        np.testing.assert_allclose(neutral + change[name], bank.parameters[name], atol=1e-6)
     assert not any(change[name].any() for name in FLAGS)
 
 
 @pytest.mark.parametrize("family", FLAGS)
 def test_other_queries_have_the_destroyed_image_and_its_flag(model, pixels, family):
-    bank = bank_of(model, pixels)
+    bank, views = bank_of(model, pixels), model.config.views
     clean, destroyed = (make_query(pixels, bank, name, model) for name in ("jitter", family))
     # The middle of the run's range (0.1, 1.0).
-    photometry = {"blur_sigma": np.array([0.55], np.float32), family: np.array([True])}
-    assert torch.equal(destroyed.source, render(pixels[None], replace(identity_photometry(1), **photometry))[0])
+    destruction = {"blur_sigma": np.array([0.55], np.float32), family: np.array([True])}
+    assert torch.equal(destroyed.source, render(pixels[None], identity_parameters(views, 1) | destruction, views)[0])
     assert not torch.equal(destroyed.source, pixels)
-    entries = model.config.views.entries
-    is_flag = torch.tensor([name == family for name in entries])
+    is_flag = torch.tensor([name == family for name in views.entries])
     assert torch.equal(destroyed.action[:, ~is_flag], clean.action[:, ~is_flag])
     assert (destroyed.action[:, is_flag] == 1).all()
 

@@ -18,7 +18,7 @@ from iwm_fast.evals.results import read_result
 from iwm_fast.evals.retrieval.bank import CandidateBank, draw_bank, make_query
 from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr, rank_images, ranks_in_bank
 from iwm_fast.pipelines.storage.shard_set import open_shards
-from iwm_fast.pipelines.transforms.parameters import Photometry
+from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 from iwm_fast.train import run
 
 FAMILIES = ("jitter", *FLAGS)
@@ -97,7 +97,7 @@ def test_an_exact_predictor_ranks_first_and_one_without_action_at_chance(model, 
     sources = {flag: make_query(pixels, bank, flag, model).source for flag in FLAGS}
     destroyed = [Pair(source=source, clean=pixels, flags=(flag,)) for flag, source in sources.items()]
     models = [exact(model, Pair(source=pixels, clean=pixels), *destroyed), ignore_action(model)]
-    exact_ranks, other_ranks = ranks_in_bank(models, pixels, bank, small("x"))
+    exact_ranks, other_ranks = ranks_in_bank(models, pixels, bank, FAMILIES)
     assert exact_ranks.shape == (4, 12) and (exact_ranks == 1).all()
     assert (1 / other_ranks).mean(axis=1) == pytest.approx([chance_mrr(12)] * 4, abs=1e-6)
 
@@ -114,9 +114,9 @@ def test_without_conditioning_mrr_is_chance_to_three_digits(tiny_config, tiny_sh
 def test_the_order_of_the_bank_does_not_matter(model, pixels):
     bank = draw_bank(pixels, 0, 16, model=model, strengths="default", seed=0)
     order = np.random.default_rng(0).permutation(16)
-    photometry = Photometry(**{name: values[order] for name, values in vars(bank.photometry).items()})
-    shuffled = CandidateBank(pixels=bank.pixels[torch.from_numpy(order)], photometry=photometry)
-    ranks, shuffled_ranks = (ranks_in_bank([model], pixels, candidates, small("x")) for candidates in (bank, shuffled))
+    parameters = {name: values[order] for name, values in bank.parameters.items()}
+    shuffled = CandidateBank(pixels=bank.pixels[torch.from_numpy(order)], parameters=parameters)
+    ranks, shuffled_ranks = (ranks_in_bank([model], pixels, candidates, FAMILIES) for candidates in (bank, shuffled))
     np.testing.assert_array_equal(ranks[..., order], shuffled_ranks)
     assert len(np.unique(ranks)) > 4
 
@@ -133,7 +133,7 @@ def test_the_bank_of_an_image_is_freed_after_ranking(tiny_config, tiny_shards):
 
 def test_unsupported_families_are_measured_with_a_warning(tiny_shards, tmp_path, caplog):
     entries = ("brightness", "contrast", "saturation", "hue", "grayscale", "solarize")
-    folder = trained(tiny_shards, tmp_path / "run", action_entries=entries, solarize_probability=0.0)
+    folder = trained(tiny_shards, tmp_path / "run", action_entries=entries, solarize=Solarize(probability=0.0))
     with caplog.at_level("WARNING"):
         result = evaluate_mrr(small(folder))
     assert result.details["not_in_action"] == ["blur"] and result.details["not_in_training"] == ["solarize"]

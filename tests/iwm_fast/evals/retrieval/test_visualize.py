@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixtures.exact_predictor import Pair, exact, ignore_action
+from fixtures.exact_predictor import JITTER, Pair, exact, ignore_action
 from fixtures.tar_files import photograph
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
@@ -25,8 +25,9 @@ from iwm_fast.evals.retrieval.sweeps import (
     trained_flags,
 )
 from iwm_fast.evals.retrieval.visualize import imagine
-from iwm_fast.pipelines.config import ViewConfig
-from iwm_fast.pipelines.transforms.parameters import JITTER
+from iwm_fast.pipelines.transforms.composition import ViewConfig
+from iwm_fast.pipelines.transforms.operations.blur import Blur
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
 from iwm_fast.rendering.image_grid import ImageGrid, Panel, save_image_grids
 from iwm_fast.rendering.imagine_page import write_imagine_page
 from iwm_fast.train import run
@@ -95,7 +96,7 @@ def test_an_unwritable_picture_is_refused_before_the_run_is_loaded(tmp_path):
 
 
 def test_a_sweep_covers_the_range_of_jitter_around_the_unchanged_image():
-    views = ViewConfig(brightness=0.8, hue=0.2)
+    views = ViewConfig(jitter=Jitter(brightness=0.8, hue=0.2))
     assert sweep_values("brightness", 5, views).tolist() == pytest.approx([0.2, 0.6, 1.0, 1.4, 1.8])
     assert sweep_values("hue", 3, views).tolist() == pytest.approx([-0.2, 0.0, 0.2])
     for name in JITTER:
@@ -104,7 +105,9 @@ def test_a_sweep_covers_the_range_of_jitter_around_the_unchanged_image():
 
 def test_only_entries_that_training_varies_are_swept_or_undone():
     views = ViewConfig(
-        saturation=0.0, blur_probability=0.0, action_entries=("brightness", "saturation", "blur", "solarize")
+        jitter=Jitter(saturation=0.0),
+        blur=Blur(probability=0.0),
+        action_entries=("brightness", "saturation", "blur", "solarize"),
     )
     assert swept_entries(views, "run") == ("brightness",) and trained_flags(views) == ("solarize",)
     assert swept_entries(ViewConfig(), "default") == JITTER
