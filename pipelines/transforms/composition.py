@@ -8,6 +8,7 @@ then also contains the position of the source view in the target view, and wheth
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ class ViewConfig:
     """Entries of the action that the predictor receives, in this order; omit some for an ablation. Unset: all entries
     of the transformations that are on."""
 
+    # What follows from the settings is computed once, because loaders ask for it for every batch.
+
     def __post_init__(self) -> None:
         require(8 <= self.size <= 8192, "views.size", self.size, "be between 8 and 8192 pixels")
         for transformation in self.transformations:
@@ -72,18 +75,33 @@ class ViewConfig:
         is_distinct = len(set(entries)) == len(entries) > 0
         require(is_distinct, "views.action_entries", entries, "be non-empty and name no entry twice")
 
-    @property
+    @cached_property
     def transformations(self) -> tuple[Transformation, ...]:
         """The transformations that are on, in the order in which they are applied."""
         groups = (getattr(self, item.name) for item in dataclasses.fields(self) if dataclasses.is_dataclass(item.type))
         return tuple(group for group in groups if group.is_on)
 
-    @property
+    @cached_property
     def operations(self) -> tuple[PixelOperation, ...]:
         """Those of the transformations that change the pixels of a view."""
         return tuple(group for group in self.transformations if isinstance(group, PixelOperation))
 
-    @property
+    @cached_property
+    def steps(self) -> tuple[tuple[PixelOperation, ...], ...]:
+        """The pixel operations in order, with neighbouring linear ones together: renderers apply them in one pass.
+
+        An operation whose colour map depends on the grey mean begins a new step, because the mean is that of the pixels
+        before the step.
+        """
+        steps: list[tuple[PixelOperation, ...]] = []
+        for operation in self.operations:
+            if steps and steps[-1][0].is_linear and operation.is_linear and not operation.has_gray_gain:
+                steps[-1] += (operation,)
+            else:
+                steps.append((operation,))
+        return tuple(steps)
+
+    @cached_property
     def all_entries(self) -> dict[str, Entry]:
         """All entries that the action may have, by name, in the order that it has by default."""
         entries = {entry.name: entry for transformation in self.transformations for entry in transformation.entries}
@@ -167,21 +185,6 @@ def identity_draws(views: ViewConfig, num_images: int) -> Draws:
     crop, unflipped = full_crop(num_images), np.zeros(num_images, bool)
     neutral = identity_parameters(views, num_images)
     return Draws(crop=crop, flip=unflipped, source_crop=crop, source_flip=unflipped, source=neutral, target=neutral)
-
-
-def rendering_steps(views: ViewConfig) -> list[tuple[PixelOperation, ...]]:
-    """Return the pixel operations in order, with neighbouring linear ones together: renderers apply them in one pass.
-
-    An operation whose colour map depends on the grey mean begins a new step, because the mean is that of the pixels
-    before the step.
-    """
-    steps: list[tuple[PixelOperation, ...]] = []
-    for operation in views.operations:
-        if steps and steps[-1][0].is_linear and operation.is_linear and not operation.has_gray_gain:
-            steps[-1] += (operation,)
-        else:
-            steps.append((operation,))
-    return steps
 
 
 def fused_color_map(step: tuple[PixelOperation, ...], parameters: Parameters) -> ColorMap:

@@ -20,7 +20,7 @@ from torch import Tensor
 from iwm_fast.pipelines.config import Normalization
 from iwm_fast.pipelines.transforms.base import Levels, Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
-from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map
 from iwm_fast.pipelines.transforms.geometry import Windows
 from iwm_fast.pipelines.transforms.normalization import denormalize_view, normalize_view, scale_and_shift
 from iwm_fast.pipelines.transforms.torch_renderer import recolor
@@ -31,7 +31,7 @@ class CpuRenderer:
 
     def __init__(self, views: ViewConfig, num_threads: int, normalization: Normalization) -> None:
         self._size = views.size
-        self._steps = rendering_steps(views)
+        self._steps = views.steps
         self._has_source_geometry = views.has_source_geometry
         self._pool = _single_threaded_pool(num_threads)
         self._num_threads = num_threads
@@ -178,7 +178,7 @@ class _View:
 
     def __init__(
         self,
-        steps: list[tuple[PixelOperation, ...]],
+        steps: tuple[tuple[PixelOperation, ...], ...],
         parameters: Parameters,
         is_flipped: Bool[np.ndarray, "B"],
         normalization: Normalization,

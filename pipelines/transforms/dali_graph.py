@@ -30,7 +30,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from iwm_fast.pipelines.config import IMAGENET, Normalization
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.color_map import LUMA
-from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map, rendering_steps
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, fused_color_map
 from iwm_fast.pipelines.transforms.geometry import Windows
 
 # The inputs of the graph by name: type and number of dimensions per sample.
@@ -121,7 +121,7 @@ def graph_parameters(draws: Draws, windows: Windows, settings: GraphSettings) ->
 
 def _steps(views: ViewConfig, *, is_source: bool) -> list[tuple[PixelOperation, ...]]:
     """Return the steps of one view. A colour map is that of all its operations, with their parameters, in both."""
-    steps = [step for step in rendering_steps(views) if not step[0].needs_plain_loader]
+    steps = [step for step in views.steps if not step[0].needs_plain_loader]
     return [step for step in steps if is_source or step[0].is_linear or not step[0].is_source_only]
 
 
@@ -201,7 +201,7 @@ def _input_name(name: str, number: int, is_source: bool) -> str:
 @do_not_convert
 def has_gray_gain(settings):
     """Return whether the first step of the views needs the grey mean of the crops."""
-    steps = rendering_steps(settings.views)
+    steps = settings.views.steps
     return bool(steps) and steps[0][0].is_linear and steps[0][0].has_gray_gain
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from iwm_fast.pipelines.transforms.base import Parameters
 from iwm_fast.pipelines.transforms.color_map import LUMA, ColorMap
-from iwm_fast.pipelines.transforms.composition import ViewConfig, fused_color_map, rendering_steps
+from iwm_fast.pipelines.transforms.composition import ViewConfig, fused_color_map
 
 
 def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"], size: int) -> UInt8[Tensor, "S S 3"]:
@@ -22,7 +22,7 @@ def resized_crop(image: UInt8[Tensor, "H W 3"], window: Float32[np.ndarray, "4"]
 def render(crop: UInt8[Tensor, "B H W 3"], parameters: Parameters, views: ViewConfig) -> UInt8[Tensor, "B H W 3"]:
     """Apply the pixel operations of `views` with the parameters of a view."""
     pixels = crop
-    for operation, *others in rendering_steps(views):
+    for operation, *others in views.steps:
         if operation.is_linear:
             pixels = recolor(pixels, fused_color_map((operation, *others), parameters))
             continue

@@ -21,7 +21,7 @@ model:
   encoder: {dim: 32, depth: 1, num_heads: 2, patch_size: 4}
   predictor: {dim: 16, depth: 1, num_heads: 1}
 optim: {global_batch_size: 16, epochs: 2, precision: fp32}
-runtime: {loader_threads: 1, reader_threads: 1, device: cpu, engine: plain}
+runtime: {loader_threads: 1, reader_threads: 1, device: cpu}
 """
 
 
