@@ -156,7 +156,7 @@ def devices_of_nodes(decode: str, **views) -> dict[str, str]:
     return {output.name: output.device for output in outputs if "ExternalSource" not in output.name}
 
 
-@pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8)}])
+@pytest.mark.parametrize("views", [{}, {"crop": Crop(source_scale=(0.2, 0.8))}])
 def test_a_graph_for_a_gpu_decodes_where_it_is_told_and_renders_on_the_gpu(views):
     by_gpu, by_cpu = (devices_of_nodes(decode, **views) for decode in ("gpu", "cpu"))
     assert by_gpu.keys() == by_cpu.keys()
@@ -168,9 +168,9 @@ def test_a_graph_for_a_gpu_decodes_where_it_is_told_and_renders_on_the_gpu(views
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("views", [{}, {"source_crop": (0.2, 0.8)}])
+@pytest.mark.parametrize("views", [{}, {"crop": Crop(source_scale=(0.2, 0.8))}])
 def test_pixels_decoded_on_the_cpu_are_rendered_on_the_gpu_like_those_decoded_there(images, views):
-    config = ViewConfig(size=SIZE, solarize_probability=0.0, **views)
+    config = ViewConfig(size=SIZE, solarize=Solarize(probability=0), **views)
     for step in range(2):
         draws = draw(config, 0, step, np.arange(len(images)))
         decoded_there, decoded_here = (run(images, draws, 0, views=config, decode=decode) for decode in ("gpu", "cpu"))

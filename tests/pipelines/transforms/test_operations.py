@@ -116,10 +116,8 @@ def test_renderers_agree_on_operations_of_both_views(crops, name):
 @pytest.mark.parametrize("name", ["gamma", "posterize", "rotation"])
 def test_the_graph_renders_optional_operations_alike_on_a_gpu_and_on_the_cpu(crops, name):
     views = views_with(name)
-    draws, windows = (
-        draw(views, 0, 0, np.arange(COUNT)),
-        view_windows(identity_draws(views, COUNT), np.full((COUNT, 2), SIZE)),
-    )
+    draws, clean = draw(views, 0, 0, np.arange(COUNT)), identity_draws(views, COUNT)
+    windows = view_windows(clean, np.full((COUNT, 2), SIZE))
     encoded = [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
     outputs = []
     for device_id in (0, None):
