@@ -170,7 +170,7 @@ def test_a_run_stops_cleanly_in_any_phase_whichever_process_is_signalled(start, 
     reason = "the launcher ended" if case[:3] in KILLED else passed_on.name
     if case[:3] in NOT_PASSED_ON:
         run.wait_for_steps(len(read_metrics(run.folder)) + 3)
-        assert read_status(run.folder)["state"] == "running" and run.process.poll() == -number
+        assert run.process.wait(timeout=60) == -number and read_status(run.folder)["state"] == "running"
         os.killpg(run.process.pid, TERM)
         reason = "SIGTERM"
     # deepspeed ignores the signal that killed its launch process, and may exit with 0.
