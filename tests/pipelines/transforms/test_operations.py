@@ -160,6 +160,14 @@ def test_an_operation_that_is_off_takes_no_part():
         ViewConfig(action_entries=("brightness", "gamma"))
 
 
+def test_operations_draw_independently_of_each_other_and_of_the_other_view():
+    drawn = draw(ALL_ON, 0, 0, np.arange(4000))
+    numbers = [view[name] for view in (drawn.source, drawn.target) for name in ("brightness", "gamma", "rotation")]
+    flags = [drawn.source[name] for name in ("grayscale", "blur", "solarize", "posterize")]
+    correlation = np.corrcoef([*numbers, *flags])
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.06
+
+
 @pytest.mark.parametrize("views", ENCODINGS)
 def test_the_change_leads_from_the_source_to_the_target(views):
     drawn = draw(views, 0, 0, np.arange(256))
