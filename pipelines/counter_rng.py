@@ -34,10 +34,8 @@ def random_bits(seed: int, purpose: str, *counters: int | np.ndarray) -> UInt64[
     return state
 
 
-def uniforms(
-    seed: int, purpose: str, step: int, slots: np.ndarray, count: int, *, first: int = 0
-) -> Float64[np.ndarray, "B count"]:
-    """Return `count` uniform random numbers in [0, 1) for each slot of a step, from number `first` of the stream on."""
-    bits = random_bits(seed, purpose, step, np.asarray(slots)[:, None], np.arange(first, first + count)[None, :])
+def uniforms(seed: int, purpose: str, step: int, slots: np.ndarray, count: int) -> Float64[np.ndarray, "B count"]:
+    """Return `count` uniform random numbers in [0, 1) for each slot of a step."""
+    bits = random_bits(seed, purpose, step, np.asarray(slots)[:, None], np.arange(count)[None, :])
     # The upper 53 bits fill the mantissa of a float64, so the result never rounds up to 1.
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -105,13 +105,18 @@ def _training_table(description: dict[str, Any]) -> str:
         "weight decay, EMA": " and ".join(f"{optim[name][0]:g} to {optim[name][1]:g}" for name in
                                           ("weight_decay", "teacher_momentum")),
         "precision": optim["precision"],
-        **{f"views.{name}": _settings(group) for name, group in views.items() if isinstance(group, dict)},
+        **{f"views.{name}": _settings(group) for name, group in views.items() if _is_on(group)},
         "target patches": f"{mask['num_target_blocks']} blocks of {100 * mask['block_scale'][0]:g}-"
         f"{100 * mask['block_scale'][1]:g} % of the patches",
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"`iwm.json` lists all settings.\n\n| setting | value |\n| --- | --- |\n{table}"
+
+
+def _is_on(group: Any) -> bool:
+    """Return whether these are the settings of a transformation that training applied."""
+    return isinstance(group, dict) and group.get("probability", 1) > 0
 
 
 def _settings(group: dict[str, Any]) -> str:

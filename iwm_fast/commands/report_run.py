@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +184,9 @@ def _changed_settings(config: RunConfig) -> str:
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return dotted setting names with their values, in order."""
-    # Only groups of settings are flattened. A setting may itself be a dict, such as runtime.deepspeed.
-    groups = {field.name for field in fields(RunConfig)} | {"encoder", "predictor"}
     flat: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        is_group = isinstance(value, dict) and name in groups
+        # All dicts are groups of settings, but for this setting.
+        is_group = isinstance(value, dict) and name != "deepspeed"
         flat += _flatten(value, f"{prefix}{name}.") if is_group else [(f"{prefix}{name}", value)]
     return flat

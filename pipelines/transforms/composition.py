@@ -36,6 +36,10 @@ _FIRST_ENTRIES = (
 )  # fmt: skip
 
 
+# Number of columns in the random stream of a view that transformations of version 0.1 share.
+_NUM_COLUMNS = 9
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
     """How the two views of a sample are rendered, and which of their parameters form the action."""
@@ -163,11 +167,13 @@ def draw_view(
 ) -> Parameters:
     """Draw the parameters of the pixel operations of one view; `purpose` names the random stream of the view."""
     parameters: Parameters = {}
+    columns = uniforms(seed, purpose, step, slots, _NUM_COLUMNS)
     for operation in views.operations:
-        first, stream = operation.first_column, purpose
+        first, count = operation.first_column, operation.num_uniforms
         if first is None:
-            first, stream = 0, f"{purpose} {operation.name}"
-        uniform = uniforms(seed, stream, step, slots, operation.num_uniforms, first=first)
+            uniform = uniforms(seed, f"{purpose} {operation.name}", step, slots, count)
+        else:
+            uniform = columns[:, first : first + count]
         parameters |= operation.draw(uniform, is_source=is_source)
     return parameters
 
@@ -191,10 +197,11 @@ def fused_color_map(step: tuple[PixelOperation, ...], parameters: Parameters) ->
     """Return the colour maps of a step's linear operations as one map, in float32."""
     matrix, gain = step[0].color_map(parameters)
     for operation in step[1:]:
-        outer = operation.color_map(parameters).matrix
-        matrix = outer @ matrix
-        # The map keeps grey grey, and each row says by which factor.
-        gain = gain * outer[:, 0].sum(axis=1)
+        if operation.is_applied(parameters).any():
+            outer = operation.color_map(parameters).matrix
+            matrix = outer @ matrix
+            # The map keeps grey grey, and each row says by which factor.
+            gain = gain * outer[:, 0].sum(axis=1)
     return ColorMap(matrix.astype(np.float32), gain.astype(np.float32))
 
 

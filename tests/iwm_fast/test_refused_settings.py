@@ -52,6 +52,11 @@ def refused(capsys, *arguments: str) -> str:
         ("runtime.rank_timeout_s=.inf", "runtime.rank_timeout_s must be a finite number, got '.inf'"),
         ("runtime.rank_timeout_s=1e12", "runtime.rank_timeout_s must be above 0 and at most 31536000 (a year)"),
         ("optim.lr=null", "optim.lr must be a finite number, got None"),
+        ("views.jitter.encoding=ratio", "views.jitter.encoding must be one of difference, log_ratio, got 'ratio'"),
+        ("views.gamma.strength=0", "views.gamma.strength must be above 0 and at most 3, got 0.0"),
+        ("views.rotation.strength=60", "views.rotation.strength must be above 0 and at most 45 degrees, got 60.0"),
+        ("views.posterize.bits=8", "views.posterize.bits must be between 1 and 7, got 8"),
+        ("views.brightness=0.5", "'views.brightness' is now named 'views.jitter.brightness'"),
         ("optim.clip_norm=", "optim.clip_norm must have a value after the equals sign; null means unset, got ''"),
         ("seed=1.0", "seed must be a whole number, got 1.0"),
         ("seed=true", "seed must be a whole number, got True"),
@@ -169,6 +174,12 @@ def test_folders_that_exist_or_can_be_made_are_accepted(folder, path):
     (folder / "here").mkdir()
     require_writable("output.folder", path)
     assert {item.name for item in folder.iterdir()} == {"run.yaml", "here"}
+
+
+def test_torchvisions_jitter_is_refused_with_the_dali_loader(capsys, folder):
+    settings = ["views.jitter.model=torchvision", "runtime.loader=dali"]
+    message = refused(capsys, "train", "run.yaml", *settings)
+    assert "runtime.loader must be torch with these settings of views.jitter, got 'dali'" in message
 
 
 def test_a_batch_above_the_data_set_is_a_warning(tiny_shards, folder, caplog):

@@ -14,7 +14,7 @@ candidate) but not with the number of images. With several ranks, each processes
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -70,12 +70,12 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
         model = open_world_model(config.run, rank_info.device, config.checkpoint)
-        config = replace(config, families=_families(config, model.config.views))
+        families = _families(config, model.config.views)
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
     broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
     models = [model, with_untrained_predictor(model, config.seed)]
-    shape = len(models), len(config.families or ()), config.bank_size
+    shape = len(models), len(families), config.bank_size
 
     def rank_share(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
         return map(torch.from_numpy, rank_images(models, shards, local, config))
@@ -143,6 +143,7 @@ def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: Mr
     destroyed = [item.query_source(1) for item in inverse]
     name = name_with_step(f"mrr_{config.bank}", config.checkpoint, model.step)
     details = {
+        "families": list(families),
         "bank_strengths": {entry.name: entry.strength for name in banks for entry in getattr(drawn, name).entries},
         # Parameters of the destroyed sources that are not flags.
         **{name: float(value[0]) for item in destroyed for name, value in item.items() if value.dtype != bool},
@@ -197,7 +198,7 @@ def _save(result: Result, keys: list[str], rank: Ranks, control_rank: Ranks) -> 
     _, num_families, size = rank.shape
     columns = {
         "key": np.repeat(keys, num_families * size),
-        "family": np.tile(np.repeat(result.settings["families"], size), len(keys)),
+        "family": np.tile(np.repeat(result.details["families"], size), len(keys)),
         "member": np.tile(np.arange(size, dtype=np.int32), len(keys) * num_families),
         "rank": rank.ravel(),
         "rank_untrained": control_rank.ravel(),

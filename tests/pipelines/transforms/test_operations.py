@@ -1,6 +1,5 @@
 """Each pixel operation in all renderers, and what all operations have in common."""
 
-import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from torchvision.transforms.v2 import functional as reference
 from fixtures.tar_files import encode, photograph
 from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action, describe_action
-from iwm_fast.pipelines.transforms.composition import ViewConfig, draw, identity_draws, identity_parameters
+from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, draw, identity_draws, identity_parameters
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
@@ -50,18 +49,29 @@ def rendered(crops: Tensor, views: ViewConfig, changed: dict[str, np.ndarray]) -
     """Return the source view as each of the renderers makes it."""
     draws = identity_draws(views, COUNT)
     draws = replace(draws, source=draws.source | changed)
-    windows = view_windows(draws, np.full((COUNT, 2), SIZE))
-    settings = GraphSettings(views=views, max_batch_size=COUNT, num_threads=1, prefetch=1, device_id=None)
-    encoded = [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
-    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, windows, settings)))
+    windows = view_windows(draws, crops_shape())
     renderer = CpuRenderer(views, 1, IMAGENET)
     on_cpu, _ = renderer.views(list(crops), windows, draws)
     renderer.close()
     return {
         "reference": render(crops, draws.source, views),
-        "dali": torch.from_numpy(np.array(graph.run()[0].as_tensor())),
+        "dali": graph_outputs(crops, draws, views)[0],
         "cpu": denormalize_view(on_cpu, IMAGENET),
     }
+
+
+def graph_outputs(crops: Tensor, draws: Draws, views: ViewConfig, device_id: int | None = None) -> list[Tensor]:
+    """Return source and target view as the DALI graph makes them."""
+    windows = view_windows(draws, crops_shape())
+    settings = GraphSettings(views=views, max_batch_size=COUNT, num_threads=1, prefetch=1, device_id=device_id)
+    encoded = [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
+    graph = build_graph(settings, lambda: (encoded, *graph_parameters(draws, windows, settings)))
+    outputs = [view if device_id is None else view.as_cpu() for view in graph.run()]
+    return [torch.from_numpy(np.array(view.as_tensor())) for view in outputs]
+
+
+def crops_shape() -> np.ndarray:
+    return np.full((COUNT, 2), SIZE)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -116,19 +126,11 @@ def test_renderers_agree_on_operations_of_both_views(crops, name):
 @pytest.mark.parametrize("name", ["gamma", "posterize", "rotation"])
 def test_the_graph_renders_optional_operations_alike_on_a_gpu_and_on_the_cpu(crops, name):
     views = views_with(name)
-    draws, clean = draw(views, 0, 0, np.arange(COUNT)), identity_draws(views, COUNT)
-    windows = view_windows(clean, np.full((COUNT, 2), SIZE))
-    encoded = [np.frombuffer(encode(crop.numpy(), "PNG"), np.uint8) for crop in crops]
-    outputs = []
-    for device_id in (0, None):
-        settings = GraphSettings(views=views, max_batch_size=COUNT, num_threads=1, prefetch=1, device_id=device_id)
-        parameters = graph_parameters(replace(clean, source=draws.source, target=draws.target), windows, settings)
-        graph = build_graph(settings, lambda parameters=parameters: (encoded, *parameters))
-        outputs.append(
-            [np.array(view.as_tensor().as_cpu() if device_id == 0 else view.as_tensor()) for view in graph.run()]
-        )
-    for ours, theirs in zip(*outputs, strict=True):
-        error = difference(torch.from_numpy(ours), torch.from_numpy(theirs))
+    clean, drawn = identity_draws(views, COUNT), draw(views, 0, 0, np.arange(COUNT))
+    draws = replace(clean, source=drawn.source, target=drawn.target)
+    on_gpu, on_cpu = (graph_outputs(crops, draws, views, device_id) for device_id in (0, None))
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        error = difference(ours, theirs)
         # A level on the other side of a threshold of solarize or posterize is far from it.
         assert error.mean() < 0.5 and error.quantile(0.99) <= 2
 
@@ -156,6 +158,14 @@ def test_an_operation_that_is_off_takes_no_part():
         assert len(np.unique(after.source[name])) > 1
     with pytest.raises(ValueError, match=r"views.action_entries must name entries .*got \['gamma'\]"):
         ViewConfig(action_entries=("brightness", "gamma"))
+
+
+def test_operations_draw_independently_of_each_other_and_of_the_other_view():
+    drawn = draw(ALL_ON, 0, 0, np.arange(4000))
+    numbers = [view[name] for view in (drawn.source, drawn.target) for name in ("brightness", "gamma", "rotation")]
+    flags = [drawn.source[name] for name in ("grayscale", "blur", "solarize", "posterize")]
+    correlation = np.corrcoef([*numbers, *flags])
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.06
 
 
 @pytest.mark.parametrize("views", ENCODINGS)
@@ -228,6 +238,10 @@ def test_torchvisions_jitter_replaces_the_colour_map(crops):
     assert action_vector(neutral, turned, views).tolist() == action_vector(neutral, turned, linear).tolist()
 
 
-def test_settings_of_operations_are_explained_and_begin_with_a_name():
-    for transformation in ALL_ON.transformations:
-        assert dataclasses.is_dataclass(transformation) and getattr(ALL_ON, transformation.name) is transformation
+def test_the_graph_refuses_what_it_cannot_apply_but_renders_unchanged_images(crops):
+    views = ViewConfig(size=SIZE, jitter=Jitter(model="torchvision", probability=1.0))
+    settings = GraphSettings(views=views, max_batch_size=COUNT, num_threads=1, prefetch=1, device_id=None)
+    drawn, windows = draw(views, 0, 0, np.arange(COUNT)), view_windows(identity_draws(views, COUNT), crops_shape())
+    with pytest.raises(ValueError, match=r"these settings of views\.jitter need runtime\.loader=torch, got dali"):
+        graph_parameters(drawn, windows, settings)
+    assert torch.equal(rendered(crops, views, {})["dali"], crops)

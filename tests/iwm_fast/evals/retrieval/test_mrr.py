@@ -15,9 +15,19 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig, MrrConfig, PlanConfig
 from iwm_fast.evals.results import read_result
-from iwm_fast.evals.retrieval.bank import CandidateBank, draw_bank, make_query
+from iwm_fast.evals.retrieval.bank import (
+    CandidateBank,
+    bank_family,
+    default_families,
+    draw_bank,
+    encode_bank,
+    make_query,
+)
 from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr, rank_images, ranks_in_bank
+from iwm_fast.evals.retrieval.sweeps import BankedImage, sweep, swept_entries
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.operations.gamma import Gamma
+from iwm_fast.pipelines.transforms.operations.rotation import Rotation
 from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 from iwm_fast.train import run
 
@@ -100,6 +110,35 @@ def test_an_exact_predictor_ranks_first_and_one_without_action_at_chance(model, 
     exact_ranks, other_ranks = ranks_in_bank(models, pixels, bank, FAMILIES)
     assert exact_ranks.shape == (4, 12) and (exact_ranks == 1).all()
     assert (1 / other_ranks).mean(axis=1) == pytest.approx([chance_mrr(12)] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gamma", "rotation"])
+def test_a_transformation_of_both_views_has_a_bank_and_a_sweep_of_its_own(tiny_config, pixels, family):
+    views = replace(tiny_config().views, gamma=Gamma(probability=0.5), rotation=Rotation(probability=0.5))
+    model = world_model.build_untrained(replace(tiny_config(), views=views))
+    assert default_families(views) == ("jitter", "grayscale", "gamma", "blur", "solarize", "rotation")
+    bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0, family=family)
+    assert len(np.unique(bank.parameters[family])) == 12 and (bank.parameters["brightness"] == 1).all()
+    of_jitter = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0, family="blur")
+    assert (of_jitter.parameters[family] == 0).all() and len(np.unique(of_jitter.parameters["brightness"])) == 12
+    source = make_query(pixels, bank, family, model).source
+    unchanged = getattr(views, family).query_source(1)
+    models = [exact(model, Pair(source=source, clean=pixels, unchanged=unchanged)), ignore_action(model)]
+    exact_ranks, other_ranks = ranks_in_bank(models, pixels, bank, [family])
+    assert (exact_ranks == 1).all() and (1 / other_ranks).mean() == pytest.approx(chance_mrr(12), abs=1e-6)
+    assert family in swept_entries(views, "default")
+    image = BankedImage(pixels=pixels, bank=of_jitter, target=encode_bank(model, of_jitter))
+    requested, retrieved = sweep(family, image, 5, models[0], "default").rows
+    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and requested[2].caption == "unchanged"
+    # The candidates of an image come from two banks.
+    assert {bank_family(name, views) for name in default_families(views)} == {"jitter", "gamma", "rotation"}
+
+
+def test_a_family_that_is_off_in_the_run_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match=r"families must name transformations that are on in the run: jitter, gr"):
+        evaluate_mrr(small(tiny_folder, families=("jitter", "gamma")))
+    with pytest.raises(ValueError, match=r"families must name transformations of jitter, .*got \['jiter'\]"):
+        small("x", families=("jiter",))
 
 
 def test_without_conditioning_mrr_is_chance_to_three_digits(tiny_config, tiny_shards):
