@@ -26,7 +26,9 @@ from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.pipelines.transforms.operations.crop import Crop
+from iwm_fast.pipelines.transforms.operations.gamma import Gamma
 from iwm_fast.pipelines.transforms.operations.jitter import Jitter
+from iwm_fast.pipelines.transforms.operations.rotation import Rotation
 from iwm_fast.pipelines.transforms.torch_renderer import render
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.train import run
@@ -152,6 +154,26 @@ def test_an_exact_predictor_recovers_the_changes_of_real_images(model, tiny_shar
     np.testing.assert_array_equal(errors.searched[:, 4:], errors.true[:, 4:])
     # The true action is exact up to the rounding of pixels, and no change is far worse than the searched action.
     assert (errors.distance[:, 1] < 1e-3).all() and (errors.distance[:, 2] > 10 * errors.distance[:, 0]).all()
+
+
+def test_numbers_of_other_transformations_are_searched_too(tiny_config, tiny_shards):
+    views = replace(tiny_config().views, gamma=Gamma(probability=0.5), rotation=Rotation(probability=0.5))
+    config = replace(tiny_config(), views=views)
+    model = world_model.build_untrained(replace(config, runtime=replace(config.runtime, loader="torch")))
+    source, target = draw_change(views, 0, kind="clean", split="val", seed=0)
+    assert source["rotation"] == 0 != target["rotation"] and source["rotation_side"] == target["rotation_side"] < 1
+    shards, settings = open_shards(tiny_shards.pattern), small(population=64, rounds=4)
+    (pair,) = pairs_of(model, shards, np.array([0]), "clean", settings)
+    unchanged = views.rotation.query_source(1)
+    known = replace(pair, unchanged=unchanged)
+    (drawn,) = draw_pairs(model, shards, np.array([0]), kind="clean", split="val", seed=0)
+    distance = distance_to(exact(model, known), drawn.source, drawn.target)
+    columns = [views.entries.index(name) for name in ("gamma", "rotation")]
+    without = [np.where(np.arange(len(drawn.action)) == column, 0, drawn.action) for column in columns]
+    exactly, *others = distance(np.stack([drawn.action, *without]).astype(np.float32))
+    assert exactly < 1e-3 and min(others) > 10 * exactly
+    found = search(distance, training_prior(views), settings, 0)
+    assert found.distance < max(others) / 10 and all(found.action[columns] != 0)
 
 
 def test_a_predictor_that_ignores_the_action_has_the_errors_of_a_guess(model, tiny_shards):
