@@ -110,14 +110,16 @@ def test_a_record_contains_the_median_cpu_time_per_image():
 
 
 def test_the_cpu_time_of_a_round_includes_worker_processes():
-    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    busy = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
 
     def start():
-        # The worker is a child of a child, as with a fork server, and takes its time while a batch is waited for.
+        # The worker is a child of a child, as with a fork server, and is still alive at the end of the round.
         worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
-        with subprocess.Popen([sys.executable, "-c", worker]) as process:
+        command = [sys.executable, "-c", worker]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             yield 4
-            process.wait()
+            assert process.stdout is not None
+            process.stdout.readline()
             yield 4
 
     once = StreamBudget(rounds=1, seconds=0.0, min_batches=2)
