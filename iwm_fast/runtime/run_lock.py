@@ -1,5 +1,6 @@
 """Locks on folders: one training run at a time in a run folder, one writer at a time in other folders."""
 
+import errno
 import fcntl
 import logging
 from pathlib import Path
@@ -27,9 +28,13 @@ def lock_folder(folder: Path, *, wait: bool) -> IO[str]:
         BlockingIOError: if another process holds the lock and `wait` is false.
         DiskError: if the folder cannot be written.
     """
-    with name_disk_errors(folder / _LOCK_FILE):
+    path = folder / _LOCK_FILE
+    with name_disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK_FILE).open("a", encoding="ascii")
+        # Opening a pipe would wait for a reader.
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        file = path.open("a", encoding="ascii")
     try:
         # The kernel releases the lock however the process ends, so a killed run leaves no stale lock.
         try:
