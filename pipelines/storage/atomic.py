@@ -220,6 +220,9 @@ def verify_manifest(folder: Path, names: tuple[str, ...]) -> None:
         OSError: naming the first file that is missing or differs, or the manifest if that is damaged.
     """
     path = folder / MANIFEST
+    # Reading a pipe would wait for a writer.
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} cannot be read (it is no regular file)")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         expected = {name: manifest[name] for name in names}
