@@ -136,7 +136,7 @@ def parse_step(folder: Path) -> int:
 
 
 def list_checkpoint_folders(run_folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints in order of step, without checking that they are undamaged.
+    """Return the folders of a run's checkpoints in order of step, without checking them for damage.
 
     Raises:
         CheckpointError: if there is something in the place of the folder `checkpoints` that cannot be listed.

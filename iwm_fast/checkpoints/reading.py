@@ -76,7 +76,7 @@ def require_networks_fit(
     Raises:
         CheckpointError: naming the first difference, and `origin` as where the settings come from.
     """
-    # Wrong settings may describe networks that nobody could build, so that depth and positions are compared first.
+    # Wrong settings may describe networks too large to build, so that depth and positions are compared first.
     states = {"encoder": encoder_state, "predictor": predictor_state}
     for name, state in states.items():
         depth = 1 + max((int(block[1]) for key in state if (block := _BLOCK.match(key))), default=-1)

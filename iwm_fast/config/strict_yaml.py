@@ -82,7 +82,7 @@ def resolve(node: Any) -> Any:
 
 
 def parse_int(text: str) -> int | None:
-    """Return the whole number that a text denotes in decimal notation, None for any other text."""
+    """Return the integer that a text is in decimal notation, None for any other text."""
     return int(text) if _INT.fullmatch(text) else None
 
 

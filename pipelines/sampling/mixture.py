@@ -38,7 +38,7 @@ class MixedOrder:
         """Set the sources and the seed."""
         self.sources: Sequence[Source] = sources
         self._seed = seed
-        # As whole numbers, so that counts are exact however long a run is. Weights count as they were written: 0.1 is
+        # As integers, so that counts are exact however long a run is. Weights count as they were written: 0.1 is
         # a tenth, which no float is.
         weights = [Fraction(str(source.weight)) for source in sources]
         scale = lcm(*(weight.denominator for weight in weights))

@@ -105,7 +105,7 @@ def _view_shard(columns: dict[str, np.ndarray], number: int) -> Shard:
 
 
 class ContentDigest:
-    """SHA-256 of keys, image sizes and labels in order; copies of the shards in other paths have the same one."""
+    """SHA-256 of keys, image sizes and labels in order; copies of the shards under other paths have the same digest."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()

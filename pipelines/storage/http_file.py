@@ -27,7 +27,7 @@ class HttpInfo(NamedTuple):
 
     size_bytes: int
     changed_ns: int | None
-    """Time of modification, or a number that stands for the version; None if the server tells neither."""
+    """Time of modification, or a number derived from the version's tag; None if the server sends neither."""
 
 
 class HttpFile:
@@ -162,5 +162,5 @@ def _version_of(headers: Any) -> int | None:
 
 
 def version_number(tag: str) -> int:
-    """Return a number that stands for the version of a file, in place of its time of modification."""
+    """Return a number derived from the tag of a file's version, in place of its time of modification."""
     return int(sha256(re.sub(r"^W/", "", tag).encode()).hexdigest(), 16) % _MAX_TAG
