@@ -41,7 +41,8 @@ TRAILERS = {
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_whatever_follows_the_image_does_not_make_it_look_truncated(kind, name):
     header = probe(encode(base_pixels(), kind) + TRAILERS[name])
-    assert header == ImageHeader(kind, WIDTH, HEIGHT) and header.is_common
+    # DALI reads beyond the end of a damaged WebP, so that Pillow decodes a WebP that something follows.
+    assert header == ImageHeader(kind, WIDTH, HEIGHT, is_common=kind != "WEBP")
 
 
 @pytest.mark.parametrize("length", [*range(60, 67), *range((1 << 16) + 60, (1 << 16) + 67)])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.image_matrix import HEIGHT, all_files, base_pixels
+from fixtures.image_matrix import HEIGHT, all_files, base_pixels, randomly_damaged
 from fixtures.tar_files import encode, write_tar
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import IMAGENET, LoaderConfig
@@ -92,6 +92,16 @@ def test_loaders_and_check_agree_on_every_file(container, tmp_path, caplog):
     resized = {"jpeg: arithmetic"}
     assert {name: levels for name, levels in difference.items() if levels > (3 if name in resized else 1)} == {}
     assert {names[int(bad.key)] for bad in validate_shard(str(path)).bad} == left_out
+
+
+@pytest.mark.parametrize("num_files", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_loaders_agree_on_randomly_damaged_files(num_files, tmp_path):
+    files = randomly_damaged(num_files, seed=num_files) | {"replacement": encode(base_pixels())}
+    names, shards = list(files), shard_of(files, tmp_path / "damaged.tar")
+    by_dali, by_torch = pictures(shards, "dali"), pictures(shards, "torch")
+    assert {names[number] for number in set(by_dali) ^ set(by_torch)} == set(), "drawn by one loader only"
+    differing = [names[number] for number in by_dali if (by_dali[number] - by_torch[number]).abs().max() > 1]
+    assert differing == [] and num_files / 4 < len(by_dali) < num_files
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
