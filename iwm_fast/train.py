@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,7 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         _record_failed_start(folder, str(error))
         raise
     try:
-        with same_error_on_all_ranks():
+        with _recorded_unless_shared(folder), same_error_on_all_ranks():
             components = build_components(config, rank_info)
         online = OnlineEvaluation(config, components.shards, rank_info)
         evaluators = [online] if config.output.evaluate_every else []
@@ -134,7 +134,22 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
 def _require_writable_folder_and_packages(config: RunConfig) -> None:
     with same_error_on_all_ranks():
         require_writable("output.folder", config.output.folder)
-    require_training_packages(config.runtime.loader, config.runtime.engine)
+    with _recorded_unless_shared(Path(config.output.folder)), same_error_on_all_ranks():
+        require_training_packages(config.runtime.loader, config.runtime.engine)
+
+
+@contextmanager
+def _recorded_unless_shared(folder: Path) -> Iterator[None]:
+    """Write the status of a run that fails because of a rank's own error, such as a file missing on its machine.
+
+    The launcher then ends rank 0 with a signal. Without this, rank 0 would report that the run was preempted.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("RANK", "0") != "0":
+            _record_failed_start(folder, str(error))
+        raise
 
 
 def _record_memory_error(folder: Path, earlier: dict[str, Any], error: RuntimeError) -> None:

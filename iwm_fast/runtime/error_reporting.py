@@ -64,17 +64,17 @@ def user_facing_errors() -> Iterator[None]:
 
 @contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """Let rank 0 report errors in settings and files, which all ranks of a launch usually encounter alike.
+    """Let rank 0 report errors in settings, files and installations, which all ranks usually encounter alike.
 
     The other ranks give the launcher time to end them, because rank 0 has failed. If they are still there, the error
     is theirs alone, for instance because a file is missing on their machine, and they raise it, too.
 
     Raises:
-        ValueError, OSError: as they were raised, after a while on ranks other than 0.
+        ValueError, OSError, ImportError: as they were raised, after a while on ranks other than 0.
     """
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, ImportError):
         if os.environ.get("RANK", "0") != "0":
             _await_termination(_SHARED_GRACE_S)
         raise

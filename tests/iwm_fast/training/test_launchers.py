@@ -124,6 +124,25 @@ def test_invalid_settings_give_one_message_under_the_launcher(run_yaml, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+WITHOUT_TENSORBOARD_ON_RANK_1 = """
+import os, sys
+if os.environ["RANK"] == "1":
+    sys.modules["tensorboard"] = None
+from iwm_fast.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_package_that_one_rank_lacks_makes_the_run_fail_and_not_preempted(run_yaml, tmp_path):
+    script, folder = tmp_path / "train.py", tmp_path / "run"
+    script.write_text(WITHOUT_TENSORBOARD_ON_RANK_1)
+    done = start(torchrun(target=str(script)), run_yaml, f"output.folder={folder}", "runtime.zero_stage=1")
+    assert done.returncode != 0 and done.stderr.count("error (rank 1)") == 1, done.stderr
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "tensorboard" in status["reason"], done.stderr
+
+
 def test_two_ranks_train_although_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
     jpeg = [encode(photograph("coffee.png")[number : number + 64, number : number + 64]) for number in range(100)]
     jpeg[17], jpeg[60] = jpeg[17][: len(jpeg[17]) // 2], b"<html>not found</html>"
