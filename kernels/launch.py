@@ -18,6 +18,9 @@ from triton import knobs
 IS_INTERPRETING = bool(knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter; fixed when `kernels` is imported."""
 
+# Tests of the gradients by finite differences need float64, which only the interpreter multiplies.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if IS_INTERPRETING else ())
+
 
 class Launch(NamedTuple):
     """One start of one kernel."""
@@ -132,10 +135,8 @@ def check_dtype(name: str, tensor: Tensor) -> None:
     Raises:
         TypeError: if the dtype is not bfloat16, float16 or float32 (or, in the interpreter, float64).
     """
-    # Tests of the gradients by finite differences need float64, which only the interpreter multiplies.
-    accepted = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if IS_INTERPRETING else ())
-    if tensor.dtype not in accepted:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+    if tensor.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
