@@ -1,19 +1,26 @@
-"""The demonstration shards: crops of photographs from installed packages, with labels and segmentation maps."""
+"""The demonstration shards: parts of photographs pasted onto others, with labels and segmentation maps.
+
+The photographs come with installed packages.
+"""
 
 import importlib.util
 import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageFilter
+from jaxtyping import Float64, UInt8
+from PIL import Image
 
 from iwm_fast.pipelines.counter_rng import random_bits, uniforms
+from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.pipelines.storage.shard_writer import make_sample, publish_folder, write_shards
+
+log = logging.getLogger(__name__)
 
 # Colour photographs first, then grey textures and scenes. Not used: diagrams, near duplicates, and pictures of the
 # packages that are blurred or almost empty.
@@ -23,6 +30,9 @@ DEMO_PHOTOGRAPHS = (
     *(f"sklearn/datasets/images/{name}.jpg" for name in ("china", "flower")),
     *(f"skimage/data/{name}.png" for name in ("brick", "camera", "coins", "grass", "gravel", "moon", "page")),
 )
+# Every image shows one of these, so that a change of hue or saturation is visible in it. The sky of hubble_deep_field
+# is almost black.
+DEMO_BACKGROUNDS = tuple(number for number in range(10) if "hubble" not in DEMO_PHOTOGRAPHS[number])
 # Width of the photographs in pixels. The validation region, the right two fifths, just holds the largest crop, so that
 # both regions have crops of the same sizes. At twice this width, many crops would be smooth patches of one colour.
 DEMO_WIDTH = 240
@@ -30,17 +40,18 @@ DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
 """Smallest and largest side of the square crops, in pixels."""
 DEMO_CROPS = {"train": 240, "val": 60}
-"""Number of crops of each photograph."""
+"""Number of images into which each photograph is pasted."""
 DEMO_SHARDS = {"train": 8, "val": 2}
 DEMO_JPEG_QUALITY = 90
-# Below this mean chroma (of 255), a crop looks grey and its hue is noise.
+# Version of everything that determines the images, for the manifest: to be raised when the same seed gives others.
+DEMO_RECIPE = 2
+# Of the outline: range of its centre and of its mean radius as shares of the image's side, and the largest amplitudes
+# of its waves as shares of the radius, by their number in a turn.
+OUTLINE_CENTRE = (0.3, 0.7)
+OUTLINE_RADIUS = (0.25, 0.36)
+OUTLINE_WAVES = {2: 0.22, 3: 0.16, 5: 0.1}
+# Below this mean chroma (of 255), an image looks grey and its hue is noise.
 GREY_CHROMA = 6.0
-# The same for a single pixel, whose JPEG noise is not averaged out.
-GREY_PIXEL_CHROMA = 12.0
-REGIONS = ("shadow", "grey", "light", "brown", "warm", "green", "blue")
-"""Classes of the segmentation maps, in the order of their numbers."""
-# Standard deviation in pixels. The blur removes texture, so that regions follow objects.
-REGION_BLUR = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +73,14 @@ class DemoShards:
 def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
     """Write the demonstration set, unless it already exists with the same parameters.
 
-    Training crops come from the left three fifths of each photograph, validation crops from the rest. `.json` members
-    hold the name of the photograph, `hue_bin` (the crop's mean hue, 1 to 7, or 0 for grey), `quadrant` (the quarter of
-    the region that contains the crop's centre), `size` (side of the crop in pixels), and `x` and `y` (centre of the
-    crop as a share of the region's width and height). `.seg.png` members hold the same crop of `region_map`.
+    Each image is a crop of a colour photograph, the background, onto which a part of another photograph is pasted. The
+    part has an irregular outline. Training images show the left three fifths of the photographs, validation images the
+    rest. `.cls` members hold the number of the pasted photograph. `.json` members hold the names `photograph`, which is
+    pasted, and `background`; `hue_bin` (the image's mean hue, 1 to 7, or 0 for grey); `size` (side of the image in
+    pixels); `x` and `y` (centre of the pasted part as a share of the side); and `quadrant` (the quarter of the image
+    that contains this centre). `.seg.png` members hold, for each pixel, the number of the photograph that it shows.
+
+    A set that another version has written with this seed is renamed, with a warning.
 
     Raises:
         FileExistsError: if the destination holds anything else.
@@ -80,37 +95,33 @@ def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
         num_val=num_samples["val"],
         classes=names,
     )
-    manifest = _demo_manifest(demo, seed)
-    if _holds_demo(destination, manifest):
+    # Without the path, so that the folder may be moved.
+    counts = {"num_train": demo.num_train, "num_val": demo.num_val, "num_shards": DEMO_SHARDS}
+    manifest = {"recipe": DEMO_RECIPE, "seed": seed, **counts, "classes": list(names)}
+    existing = _read_manifest(destination)
+    is_complete = len(list(destination.glob("*.tar"))) == sum(DEMO_SHARDS.values())
+    if is_complete and existing == manifest:
         return demo
+    photographs = [load_photograph(path) for path in DEMO_PHOTOGRAPHS]
+    if existing != manifest and existing.get("seed") == seed:
+        old = set_aside(destination.resolve(), "old")
+        problem = "%s holds the images of another version of the demo. They are now in %s, which may be deleted"
+        log.warning(problem + "; new images are being written", destination, old)
     with publish_folder(destination) as staging:
-        photographs = [load_photograph(path) for path in DEMO_PHOTOGRAPHS]
         for split, num_shards in DEMO_SHARDS.items():
             samples = _demo_samples(photographs, names, split, seed)
             write_shards(staging / split, samples, num_samples[split] // num_shards)
-        (staging / "demo.json").write_text(manifest)
+        (staging / "demo.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return demo
 
 
-def _demo_manifest(demo: DemoShards, seed: int) -> str:
-    """Return a description of the set as JSON, without its path, so that the folder may be moved."""
-    recipe = {
-        "seed": seed,
-        "width": DEMO_WIDTH,
-        "train_share": DEMO_TRAIN_SHARE,
-        "crop_side": DEMO_CROP_SIDE,
-        "jpeg_quality": DEMO_JPEG_QUALITY,
-        "regions": REGIONS,
-        "region_blur": REGION_BLUR,
-    }
-    counts = {"num_train": demo.num_train, "num_val": demo.num_val, "num_shards": DEMO_SHARDS}
-    return json.dumps({**recipe, **counts, "classes": demo.classes}, indent=1) + "\n"
-
-
-def _holds_demo(folder: Path, manifest: str) -> bool:
-    path = folder / "demo.json"
-    is_complete = len(list(folder.glob("*.tar"))) == sum(DEMO_SHARDS.values())
-    return is_complete and path.exists() and path.read_text() == manifest
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the description of the set in a folder, empty if there is none."""
+    try:
+        manifest = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
@@ -140,75 +151,94 @@ def split_columns(width: int, split: str) -> range:
     return range(border) if split == "train" else range(border, width)
 
 
-def _chroma(rgb: np.ndarray) -> Any:
-    """Return I and Q of YIQ, computed over the last axis. The hue transform rotates in the plane that they span."""
-    red, green, blue = np.moveaxis(rgb.astype(np.float64), -1, 0)
-    return 0.596 * red - 0.274 * green - 0.321 * blue, 0.211 * red - 0.523 * green + 0.311 * blue
+def hue_bin(image: UInt8[np.ndarray, "H W 3"]) -> int:
+    """Return the seventh of the hue circle, 1 .. 7, that contains an image's mean hue, or 0 if the image is grey.
 
-
-def hue_bin(crop: UInt8[np.ndarray, "H W 3"]) -> int:
-    """Return the seventh of the hue circle, 1 .. 7, that contains a crop's mean hue, or 0 if the crop is grey.
-
-    Angles count from +I (orange), so that the many warm photographs lie on both sides of a border between two bins
-    instead of in a single bin.
+    Angles count from +I (orange), so that the many warm images lie on both sides of a border between two bins instead
+    of in a single bin.
     """
-    in_phase, quadrature = _chroma(crop.reshape(-1, 3).mean(axis=0))
+    red, green, blue = image.reshape(-1, 3).mean(axis=0)
+    # I and Q of YIQ: the hue transform rotates in the plane that they span.
+    in_phase, quadrature = 0.596 * red - 0.274 * green - 0.321 * blue, 0.211 * red - 0.523 * green + 0.311 * blue
     if np.hypot(in_phase, quadrature) < GREY_CHROMA:
         return 0
     return 1 + int(np.arctan2(quadrature, in_phase) % (2 * np.pi) / (2 * np.pi) * 7)
 
 
-def region_map(photograph: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-    """Return the number in `REGIONS` of each pixel of a photograph, computed after a blur.
-
-    A grey pixel is shadow, grey or light, depending on its third of the brightness range. The hue makes other pixels
-    brown or warm (purple to yellow, below and above half brightness), green or blue. The map needs no annotation, and
-    its quality can be judged by eye.
-    """
-    blurred = np.asarray(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(REGION_BLUR)))
-    in_phase, quadrature = _chroma(blurred)
-    angle = np.degrees(np.arctan2(quadrature, in_phase)) % 360
-    brightness = blurred.mean(axis=-1)
-    # Angles in degrees from +I (orange) towards purple: blue from 95, green from 190 (near cyan), yellow from 290.
-    is_warm = (angle > 290) | (angle < 95)
-    colour = np.select([is_warm & (brightness < 128), is_warm, angle > 190], [3, 4, 5], 6)
-    is_grey = np.hypot(in_phase, quadrature) < GREY_PIXEL_CHROMA
-    return np.where(is_grey, np.minimum(brightness // 85, 2), colour).astype(np.uint8)
-
-
 def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: str, seed: int) -> Iterator[dict]:
-    """Yield the samples of a split in random order, so that each shard holds crops of all photographs."""
+    """Yield the samples of a split in random order, so that each shard holds images of all classes."""
     count = DEMO_CROPS[split]
     numbers = np.arange(count * len(names))
-    draws = uniforms(seed, f"demo {split}", 0, numbers, 3)
+    draws = uniforms(seed, f"demo {split}", 0, numbers, 16)
     order = np.argsort(random_bits(seed, f"demo order {split}", numbers), kind="stable")
-    regions = [region_map(photograph) for photograph in photographs]
+    regions = [photograph[:, split_columns(photograph.shape[1], split)] for photograph in photographs]
     for position, number in enumerate(order):
-        label = int(number) // count
-        photograph = photographs[label]
-        columns = split_columns(photograph.shape[1], split)
-        window, location = _crop_window((len(photograph), len(columns)), draws[number])
-        crop, mask = (array[:, columns.start : columns.stop][window] for array in (photograph, regions[label]))
-        metadata = {"photograph": names[label], "hue_bin": hue_bin(crop), **location}
-        images = {"jpg": _encode(crop, "JPEG", quality=DEMO_JPEG_QUALITY), "seg.png": _encode(mask, "PNG")}
+        label, draw = int(number) // count, draws[number]
+        backgrounds = [background for background in DEMO_BACKGROUNDS if background != label]
+        background = backgrounds[int(draw[0] * len(backgrounds))]
+        behind = draw_crop(regions[background], draw[1:4])
+        inside, (x, y) = draw_outline(len(behind), draw[7:])
+        image = paste(draw_crop(regions[label], draw[4:7]), behind, inside)
+        metadata = {
+            "photograph": names[label],
+            "background": names[background],
+            "hue_bin": hue_bin(image),
+            "size": len(image),
+            "x": x,
+            "y": y,
+            "quadrant": 2 * int(y >= 0.5) + int(x >= 0.5),
+        }
+        mask = np.where(inside >= 0.5, label, background).astype(np.uint8)
+        images = {"jpg": _encode(image, "JPEG", quality=DEMO_JPEG_QUALITY), "seg.png": _encode(mask, "PNG")}
         yield make_sample(f"{split}_{position:06d}", label, metadata, images)
 
 
-def _crop_window(region: tuple[int, int], draw: np.ndarray) -> tuple[tuple[slice, slice], dict[str, int | float]]:
-    """Return a square crop as slices and its entries of the `.json` member.
-
-    Args:
-        region: height and width of the region in pixels.
-        draw: three uniform numbers in [0, 1), which determine area, top and left.
-    """
+def draw_crop(region: UInt8[np.ndarray, "H W 3"], draw: np.ndarray) -> UInt8[np.ndarray, "side side 3"]:
+    """Return a square crop; three uniform numbers in [0, 1) determine its area, top and left."""
     min_side, max_side = DEMO_CROP_SIDE
     # The area is uniform, not the side.
     side = round(float(np.sqrt(min_side**2 + draw[0] * (max_side**2 - min_side**2))))
-    height, width = region
-    top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
-    x, y = (left + side / 2) / width, (top + side / 2) / height
-    location = {"size": side, "x": x, "y": y, "quadrant": 2 * int(y >= 0.5) + int(x >= 0.5)}
-    return (slice(top, top + side), slice(left, left + side)), location
+    top, left = (int(share * (length - side + 1)) for share, length in zip(draw[1:], region.shape, strict=False))
+    return region[top : top + side, left : left + side]
+
+
+def draw_outline(side: int, draw: np.ndarray) -> tuple[Float64[np.ndarray, "side side"], tuple[float, float]]:
+    """Return how much of each pixel lies inside of a random smooth outline, 0 to 1, and the outline's centre.
+
+    Args:
+        side: side of the image in pixels.
+        draw: nine uniform numbers in [0, 1), which determine centre, mean radius, and the waves' amplitudes and phases.
+
+    Returns:
+        The shares, and x and y of the centre as shares of the side.
+    """
+    x, y = (OUTLINE_CENTRE[0] + float(uniform) * (OUTLINE_CENTRE[1] - OUTLINE_CENTRE[0]) for uniform in draw[:2])
+    radius = side * (OUTLINE_RADIUS[0] + draw[2] * (OUTLINE_RADIUS[1] - OUTLINE_RADIUS[0]))
+    rows, columns = np.mgrid[:side, :side] + 0.5
+    down, right = rows - y * side, columns - x * side
+    angle = np.arctan2(down, right)
+    reach = np.full_like(angle, radius)
+    for (num_waves, most), amplitude, phase in zip(OUTLINE_WAVES.items(), draw[3:6], draw[6:], strict=True):
+        reach += radius * most * amplitude * np.cos(num_waves * angle + 2 * np.pi * phase)
+    # A pixel that the outline crosses lies inside of it in part, so that no steps are visible.
+    return np.clip(reach - np.hypot(down, right) + 0.5, 0, 1), (x, y)
+
+
+def paste(
+    part: UInt8[np.ndarray, "_ _ 3"],
+    background: UInt8[np.ndarray, "side side 3"],
+    inside: Float64[np.ndarray, "side side"],
+) -> UInt8[np.ndarray, "side side 3"]:
+    """Return the background with a square part, scaled to the size of the outline, where pixels are inside of it."""
+    rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+    height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    scaled = Image.fromarray(part).resize((max(height, width),) * 2, Image.Resampling.LANCZOS)
+    window = np.ix_(rows, columns)
+    image = background.copy()
+    weight = inside[window][..., None]
+    blend = weight * np.asarray(scaled)[:height, :width] + (1 - weight) * background[window]
+    image[window] = np.round(blend).astype(np.uint8)
+    return image
 
 
 def _encode(pixels: np.ndarray, format_name: str, **options: int) -> bytes:

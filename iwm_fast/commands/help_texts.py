@@ -5,9 +5,10 @@ from pathlib import Path
 _CONFIGS = Path(__file__).parents[1] / "configs"
 
 _DEMO = """\
-Cuts small images out of photographs that scikit-image and scikit-learn contain, writes them as shards, trains a world
-model on them under the DeepSpeed launcher (one rank per GPU, two ranks without a GPU), evaluates it by mean reciprocal
-rank and k-NN, draws pictures, and prints a table. Nothing is downloaded. It takes about 5 minutes on two CPU cores.
+Pastes parts of photographs that scikit-image and scikit-learn contain onto others, writes the images as shards, trains
+a world model on them under the DeepSpeed launcher (one rank per GPU, two ranks without a GPU), evaluates it by mean
+reciprocal rank and k-NN, draws pictures, and prints a table. Nothing is downloaded. It takes about 5 minutes on two CPU
+cores.
 
 Files, in the current folder:
   data/demo/                shards: 8 for training, 2 for validation
@@ -17,7 +18,8 @@ Files, in the current folder:
   runs/demo/summary.json    the numbers of the table
 
 The same command resumes a demo that was stopped, and prints the table of a finished one at once. To start from
-scratch, delete runs/demo and data/demo (`make clean-demo`).
+scratch, delete runs/demo and data/demo (`make clean-demo`). Images that another version has written are renamed to
+data/demo.old, and a run that was trained on them is refused.
 
 Settings are those of a run, as key=value; `iwm train --help` explains them. They replace values of the file below.
 Settings that differ from those of an earlier demo need another folder:
