@@ -1,5 +1,6 @@
-"""The demonstration shards: counts, labels, disjoint regions of training and validation, and matching masks."""
+"""The demonstration shards: counts, labels, disjoint regions of training and validation, and maps that match."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -11,20 +12,20 @@ from PIL import Image
 from fixtures.tar_files import digests, samples_of
 from iwm_fast.pipelines import demo_data
 from iwm_fast.pipelines.annotations.labels import read_labels
-from iwm_fast.pipelines.annotations.segmentation import read_mask
+from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.demo_data import (
+    DEMO_BACKGROUNDS,
     DEMO_CROP_SIDE,
     DEMO_PHOTOGRAPHS,
     DEMO_WIDTH,
-    REGIONS,
     DemoShards,
+    draw_outline,
     hue_bin,
     load_photograph,
-    region_map,
+    paste,
     split_columns,
     write_demo_shards,
 )
-from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import open_shards
 
 # One process draws the demo's images once for all tests.
@@ -34,6 +35,9 @@ pytestmark = pytest.mark.xdist_group("demo_data")
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> DemoShards:
     return write_demo_shards(tmp_path_factory.mktemp("demo") / "shards")
+
+
+cached_photograph = functools.cache(load_photograph)
 
 
 def folder_of(demo: DemoShards) -> Path:
@@ -59,6 +63,9 @@ def test_the_json_members_hold_several_labels(demo):
     assert names == [demo.classes[number] for number in read_labels(train, "cls").number]
     hue = read_labels(val, "json.hue_bin", classes=read_labels(train, "json.hue_bin").classes)
     assert set(hue.classes) <= set("01234567") and (hue.counts > 0).sum() >= 5
+    backgrounds = read_labels(train, "json.background")
+    assert set(backgrounds.classes) == {demo.classes[number] for number in DEMO_BACKGROUNDS}
+    assert backgrounds.counts.min() > 300 and read_labels(train, "json.quadrant").counts.min() > 800
 
 
 def test_a_folder_with_other_files_is_not_changed(tmp_path):
@@ -78,6 +85,7 @@ def test_an_existing_demo_is_not_written_again(demo, monkeypatch):
 @pytest.fixture
 def small_demo(monkeypatch):
     monkeypatch.setattr(demo_data, "DEMO_CROPS", {"train": 8, "val": 2})
+    monkeypatch.setattr(demo_data, "load_photograph", cached_photograph)
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -97,6 +105,40 @@ def test_an_incomplete_demo_is_refused(tmp_path):
     assert demo.num_train == 8 * 17
 
 
+@pytest.mark.usefixtures("small_demo")
+@pytest.mark.parametrize("is_link", [False, True])
+def test_images_of_another_version_are_kept_under_another_name(tmp_path, caplog, is_link):
+    real = tmp_path / ("disk" if is_link else "demo")
+    if is_link:
+        (tmp_path / "demo").symlink_to(real)
+    for version in (1, 0):
+        for path in real.iterdir() if real.exists() else []:
+            path.unlink()
+        real.mkdir(exist_ok=True)
+        (real / "demo.json").write_text(json.dumps({"seed": 0, "width": version}))
+        (real / "train-000000.tar").write_text("old")
+        caplog.clear()
+        demo = write_demo_shards(tmp_path / "demo")
+        old = real.with_name(f"{real.name}.old" + ("" if version else "-2"))
+        assert f"{tmp_path / 'demo'} holds the images of another version" in caplog.text and str(old) in caplog.text
+        assert json.loads((old / "demo.json").read_text())["width"] == version
+        assert (old / "train-000000.tar").read_text() == "old" and (tmp_path / "demo").is_symlink() == is_link
+        assert open_shards(demo.train).num_samples == demo.num_train
+    caplog.clear()
+    assert write_demo_shards(tmp_path / "demo") == demo and not caplog.text
+
+
+@pytest.mark.usefixtures("small_demo")
+@pytest.mark.parametrize("manifest", ['{"seed": 1}', "[0]", "{", '{"recipe": 1}'])
+def test_a_folder_with_another_manifest_is_not_touched(tmp_path, manifest):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "demo.json").write_text(manifest)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        write_demo_shards(folder)
+    assert (folder / "demo.json").read_text() == manifest and list(tmp_path.iterdir()) == [folder]
+
+
 def test_training_and_validation_columns_are_disjoint_and_complete():
     for width in (DEMO_WIDTH, 5, 101):
         train, val = split_columns(width, "train"), split_columns(width, "val")
@@ -104,42 +146,70 @@ def test_training_and_validation_columns_are_disjoint_and_complete():
     assert len(split_columns(DEMO_WIDTH, "val")) >= DEMO_CROP_SIDE[1]
 
 
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_demo_crops_show_the_pixels_of_their_region(demo, split):
-    photographs = {Path(path).stem: load_photograph(path) for path in DEMO_PHOTOGRAPHS}
-    for sample in samples_of({"train": demo.train, "val": demo.val}[split])[::5]:
-        metadata = json.loads(sample["json"])
-        photograph, size = photographs[metadata["photograph"]], metadata["size"]
-        assert demo.classes[int(sample["cls"])] == metadata["photograph"]
-        columns = split_columns(photograph.shape[1], split)
-        left = columns.start + round(metadata["x"] * len(columns) - size / 2)
-        top = round(metadata["y"] * len(photograph) - size / 2)
-        assert columns.start <= left and left + size <= columns.stop
-        image = np.asarray(Image.open(io.BytesIO(sample["jpg"])))
-        assert image.shape == (size, size, 3) and DEMO_CROP_SIDE[0] <= size <= DEMO_CROP_SIDE[1]
-        expected = photograph[top : top + size, left : left + size]
-        # JPEG of quality 90 with subsampled chroma stays this close; another part of a texture does not.
-        assert np.abs(image.astype(float) - expected).mean() < 8
-        assert metadata["hue_bin"] == hue_bin(expected)
-        assert metadata["quadrant"] == 2 * (metadata["y"] >= 0.5) + (metadata["x"] >= 0.5)
+def test_images_show_two_photographs_where_their_map_says_so_and_only_their_split(tmp_path, monkeypatch, split):
+    def paint(path: str) -> np.ndarray:
+        """Return a photograph whose red is its number and whose green is its split."""
+        photograph = np.zeros((120, DEMO_WIDTH, 3), np.uint8)
+        photograph[..., 0] = 15 * DEMO_PHOTOGRAPHS.index(path)
+        photograph[:, split_columns(DEMO_WIDTH, "val"), 1] = 200
+        return photograph
+
+    monkeypatch.setattr(demo_data, "load_photograph", paint)
+    demo = write_demo_shards(tmp_path / "shards")
+    for sample in samples_of({"train": demo.train, "val": demo.val}[split]):
+        metadata, label = json.loads(sample["json"]), int(sample["cls"])
+        image = np.asarray(Image.open(io.BytesIO(sample["jpg"]))).astype(float)
         mask = np.asarray(Image.open(io.BytesIO(sample["seg.png"])))
-        assert np.array_equal(mask, region_map(photograph)[top : top + size, left : left + size])
+        background = demo.classes.index(metadata["background"])
+        assert demo.classes[label] == metadata["photograph"] and set(np.unique(mask)) == {label, background}
+        assert background in DEMO_BACKGROUNDS and background != label
+        assert image.shape == (metadata["size"], metadata["size"], 3)
+        assert DEMO_CROP_SIDE[0] <= metadata["size"] <= DEMO_CROP_SIDE[1]
+        # Chroma of a JPEG is subsampled, so that colours mix for a few pixels around the outline.
+        assert np.median(np.abs(image[..., 0] - 15.0 * mask)) < 5
+        assert np.abs(image[..., 1] - (200 if split == "val" else 0)).max() < 60
+        # The pasted part lies around its centre, and it covers neither everything nor nothing.
+        y, x = np.argwhere(mask == label).mean(axis=0) / len(mask)
+        assert abs(x - metadata["x"]) < 0.15 and abs(y - metadata["y"]) < 0.15
+        assert 0.08 < (mask == label).mean() < 0.6
+        assert metadata["quadrant"] == 2 * (metadata["y"] >= 0.5) + (metadata["x"] >= 0.5)
 
 
-def test_the_masks_are_valid_segmentation_maps_and_show_all_classes(demo):
-    shards, files = open_shards(demo.val), FileCache()
-    masks = [read_mask(shards, files, sample) for sample in range(0, shards.num_samples, 7)]
-    files.close()
-    assert set(np.concatenate([mask.ravel() for mask in masks])) == set(range(len(REGIONS)))
+def test_almost_all_images_are_colourful(demo):
+    grey, coloured = set(demo.classes[10:]), []
+    shown = []
+    for sample in samples_of(demo.val)[::3]:
+        pixels = np.asarray(Image.open(io.BytesIO(sample["jpg"]))).astype(int)
+        coloured.append((np.ptp(pixels, axis=-1) > 30).mean())
+        shown += [json.loads(sample["json"])[name] for name in ("photograph", "background")]
+    assert np.mean(np.array(coloured) > 0.1) > 0.9 and np.median(coloured) > 0.4
+    assert np.mean([name in grey for name in shown]) < 0.25
 
 
-def test_regions_follow_brightness_and_colour():
-    colours = {
-        "shadow": (20, 20, 20), "grey": (120, 120, 120), "light": (240, 240, 240), "brown": (120, 60, 20),
-        "warm": (250, 140, 60), "green": (40, 160, 40), "blue": (40, 60, 200),
-    }  # fmt: skip
-    for name, colour in colours.items():
-        assert (region_map(np.full((9, 9, 3), colour, np.uint8)) == REGIONS.index(name)).all(), name
+def test_an_outline_is_closed_smooth_and_antialiased():
+    for draw in uniforms(0, "outlines", 0, np.arange(20), 9):
+        inside, (x, y) = draw_outline(64, draw)
+        assert inside[int(64 * y), int(64 * x)] == 1 and inside.min() == 0
+        # Between outside and inside lies one pixel on average, where a polygon of whole pixels would have none.
+        is_border = (inside > 0) & (inside < 1)
+        assert 0.4 < is_border.sum() / (np.abs(np.diff(inside > 0.5, axis=0)).sum() * 2) < 2
+        # Rays from the centre cross the outline once.
+        rows = (inside > 0.5)[int(64 * y)]
+        assert np.abs(np.diff(rows.astype(int))).sum() <= 2
+
+
+def test_a_part_is_scaled_to_its_outline_and_blended_on_it():
+    inside = np.zeros((20, 20))
+    inside[4:12, 6:16], inside[4, 6:16] = 1, 0.25
+    gradient = np.repeat(np.linspace(0, 200, 40).astype(np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2)
+    image = paste(gradient, np.full((20, 20, 3), 240, np.uint8), inside)
+    assert (image[inside == 0] == 240).all()
+    column = image[4:12, 10, 0].astype(float)
+    # A quarter of the part's dark edge, then the gradient, stretched over ten pixels of which eight are seen.
+    assert column[0] == pytest.approx(0.75 * 240, abs=5) and column[1] < 50
+    assert np.diff(column[1:]) == pytest.approx(20, abs=6)
 
 
 def test_hue_bins_separate_colours_and_grey():
