@@ -19,6 +19,7 @@ from PIL import Image
 from iwm_fast.pipelines.counter_rng import random_bits, uniforms
 from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.pipelines.storage.shard_writer import make_sample, publish_folder, write_shards
+from iwm_fast.pipelines.transforms.color_map import LUMA
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,32 @@ DEMO_PHOTOGRAPHS = (
     *(f"sklearn/datasets/images/{name}.jpg" for name in ("china", "flower")),
     *(f"skimage/data/{name}.png" for name in ("brick", "camera", "coins", "grass", "gravel", "moon", "page")),
 )
-# Every image shows one of these, so that a change of hue or saturation is visible in it. The sky of hubble_deep_field
-# is almost black.
-DEMO_BACKGROUNDS = tuple(number for number in range(10) if "hubble" not in DEMO_PHOTOGRAPHS[number])
+# Colours (red, green, blue) in which grey photographs are toned, because a change of hue or saturation does not change
+# grey. The page stays grey.
+DEMO_TONES = {
+    "brick": (205, 95, 65),
+    "camera": (190, 140, 90),
+    "coins": (200, 150, 60),
+    "grass": (110, 170, 60),
+    "gravel": (190, 150, 110),
+    "moon": (90, 130, 200),
+}
+# Not used as backgrounds: what is black, or has few colours and little structure.
+DEMO_BACKGROUNDS = tuple(
+    number
+    for number, path in enumerate(DEMO_PHOTOGRAPHS)
+    if Path(path).stem not in ("hubble_deep_field", "camera", "moon", "page")
+)
+DEMO_SATURATION = 1.5
+"""Factor of the colour photographs' saturation."""
 # Width of the photographs in pixels. The validation region, the right two fifths, just holds the largest crop, so that
 # both regions have crops of the same sizes. At twice this width, many crops would be smooth patches of one colour.
 DEMO_WIDTH = 240
 DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
 """Smallest and largest side of the square crops, in pixels."""
+# Of so many random crops, the most colourful one is used.
+DEMO_CANDIDATES = 4
 DEMO_CROPS = {"train": 240, "val": 60}
 """Number of images into which each photograph is pasted."""
 DEMO_SHARDS = {"train": 8, "val": 2}
@@ -73,9 +91,11 @@ class DemoShards:
 def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
     """Write the demonstration set, unless it already exists with the same parameters.
 
-    Each image is a crop of a colour photograph, the background, onto which a part of another photograph is pasted. The
-    part has an irregular outline. Training images show the left three fifths of the photographs, validation images the
-    rest. `.cls` members hold the number of the pasted photograph. `.json` members hold the names `photograph`, which is
+    Each image is a crop of a photograph, the background, onto which a part of another photograph is pasted. The part
+    has an irregular outline. `enrich_colours` and `draw_crop` make both colourful. Training images show the left three
+    fifths of the photographs, validation images the rest.
+
+    `.cls` members hold the number of the pasted photograph. `.json` members hold the names `photograph`, which is
     pasted, and `background`; `hue_bin` (the image's mean hue, 1 to 7, or 0 for grey); `size` (side of the image in
     pixels); `x` and `y` (centre of the pasted part as a share of the side); and `quadrant` (the quarter of the image
     that contains this centre). `.seg.png` members hold, for each pixel, the number of the photograph that it shows.
@@ -102,7 +122,7 @@ def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
     is_complete = len(list(destination.glob("*.tar"))) == sum(DEMO_SHARDS.values())
     if is_complete and existing == manifest:
         return demo
-    photographs = [load_photograph(path) for path in DEMO_PHOTOGRAPHS]
+    photographs = [enrich_colours(load_photograph(path), DEMO_TONES.get(Path(path).stem)) for path in DEMO_PHOTOGRAPHS]
     if existing != manifest and existing.get("seed") == seed:
         old = set_aside(destination.resolve(), "old")
         problem = "%s holds the images of another version of the demo. They are now in %s, which may be deleted"
@@ -145,6 +165,16 @@ def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
         return np.asarray(image.convert("RGB").resize((DEMO_WIDTH, height), Image.Resampling.LANCZOS))
 
 
+def enrich_colours(
+    photograph: UInt8[np.ndarray, "H W 3"], tone: tuple[int, int, int] | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a photograph with more saturated colours, or a grey one in shades of a tone (red, green, blue)."""
+    luma = (photograph @ np.array(LUMA))[..., None]
+    in_colour = photograph if tone is None else luma * tone / np.dot(tone, LUMA)
+    saturation = DEMO_SATURATION if tone is None else 1
+    return np.clip(np.round(luma + saturation * (in_colour - luma)), 0, 255).astype(np.uint8)
+
+
 def split_columns(width: int, split: str) -> range:
     """Return the columns of a photograph that belong to a split: "train" is the left three fifths, "val" the rest."""
     border = round(width * DEMO_TRAIN_SHARE)
@@ -169,16 +199,21 @@ def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: 
     """Yield the samples of a split in random order, so that each shard holds images of all classes."""
     count = DEMO_CROPS[split]
     numbers = np.arange(count * len(names))
-    draws = uniforms(seed, f"demo {split}", 0, numbers, 16)
+    draws = uniforms(seed, f"demo {split}", 0, numbers, 10)
+    part_draws, background_draws = (
+        uniforms(seed, f"demo {role} {split}", 0, numbers, 3 * DEMO_CANDIDATES) for role in ("part", "background")
+    )
     order = np.argsort(random_bits(seed, f"demo order {split}", numbers), kind="stable")
     regions = [photograph[:, split_columns(photograph.shape[1], split)] for photograph in photographs]
+    chromas = [np.ptp(region, axis=-1) for region in regions]
     for position, number in enumerate(order):
         label, draw = int(number) // count, draws[number]
         backgrounds = [background for background in DEMO_BACKGROUNDS if background != label]
         background = backgrounds[int(draw[0] * len(backgrounds))]
-        behind = draw_crop(regions[background], draw[1:4])
-        inside, (x, y) = draw_outline(len(behind), draw[7:])
-        image = paste(draw_crop(regions[label], draw[4:7]), behind, inside)
+        part = regions[label][draw_crop(chromas[label], part_draws[number])]
+        behind = regions[background][draw_crop(chromas[background], background_draws[number])]
+        inside, (x, y) = draw_outline(len(behind), draw[1:])
+        image = paste(part, behind, inside)
         metadata = {
             "photograph": names[label],
             "background": names[background],
@@ -193,13 +228,21 @@ def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: 
         yield make_sample(f"{split}_{position:06d}", label, metadata, images)
 
 
-def draw_crop(region: UInt8[np.ndarray, "H W 3"], draw: np.ndarray) -> UInt8[np.ndarray, "side side 3"]:
-    """Return a square crop; three uniform numbers in [0, 1) determine its area, top and left."""
+def draw_crop(chroma: UInt8[np.ndarray, "H W"], draw: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and columns of the square crop with the most colour among some random ones.
+
+    Args:
+        chroma: for each pixel, the difference between its largest and its smallest channel.
+        draw: three uniform numbers in [0, 1) for each of the crops, which determine its area, top and left.
+    """
+    crops = []
     min_side, max_side = DEMO_CROP_SIDE
-    # The area is uniform, not the side.
-    side = round(float(np.sqrt(min_side**2 + draw[0] * (max_side**2 - min_side**2))))
-    top, left = (int(share * (length - side + 1)) for share, length in zip(draw[1:], region.shape, strict=False))
-    return region[top : top + side, left : left + side]
+    for area, *place in draw.reshape(-1, 3):
+        # The area is uniform, not the side.
+        side = round(float(np.sqrt(min_side**2 + area * (max_side**2 - min_side**2))))
+        top, left = (int(share * (length - side + 1)) for share, length in zip(place, chroma.shape, strict=True))
+        crops.append((slice(top, top + side), slice(left, left + side)))
+    return max(crops, key=lambda crop: chroma[crop].mean())
 
 
 def draw_outline(side: int, draw: np.ndarray) -> tuple[Float64[np.ndarray, "side side"], tuple[float, float]]:

@@ -15,11 +15,14 @@ from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.counter_rng import uniforms
 from iwm_fast.pipelines.demo_data import (
     DEMO_BACKGROUNDS,
+    DEMO_CANDIDATES,
     DEMO_CROP_SIDE,
     DEMO_PHOTOGRAPHS,
     DEMO_WIDTH,
     DemoShards,
+    draw_crop,
     draw_outline,
+    enrich_colours,
     hue_bin,
     load_photograph,
     paste,
@@ -65,7 +68,7 @@ def test_the_json_members_hold_several_labels(demo):
     assert set(hue.classes) <= set("01234567") and (hue.counts > 0).sum() >= 5
     backgrounds = read_labels(train, "json.background")
     assert set(backgrounds.classes) == {demo.classes[number] for number in DEMO_BACKGROUNDS}
-    assert backgrounds.counts.min() > 300 and read_labels(train, "json.quadrant").counts.min() > 800
+    assert backgrounds.counts.min() > 200 and read_labels(train, "json.quadrant").counts.min() > 800
 
 
 def test_a_folder_with_other_files_is_not_changed(tmp_path):
@@ -157,6 +160,7 @@ def test_images_show_two_photographs_where_their_map_says_so_and_only_their_spli
         return photograph
 
     monkeypatch.setattr(demo_data, "load_photograph", paint)
+    monkeypatch.setattr(demo_data, "enrich_colours", lambda photograph, _: photograph)
     demo = write_demo_shards(tmp_path / "shards")
     for sample in samples_of({"train": demo.train, "val": demo.val}[split]):
         metadata, label = json.loads(sample["json"]), int(sample["cls"])
@@ -178,14 +182,32 @@ def test_images_show_two_photographs_where_their_map_says_so_and_only_their_spli
 
 
 def test_almost_all_images_are_colourful(demo):
-    grey, coloured = set(demo.classes[10:]), []
-    shown = []
+    coloured = []
     for sample in samples_of(demo.val)[::3]:
         pixels = np.asarray(Image.open(io.BytesIO(sample["jpg"]))).astype(int)
         coloured.append((np.ptp(pixels, axis=-1) > 30).mean())
-        shown += [json.loads(sample["json"])[name] for name in ("photograph", "background")]
-    assert np.mean(np.array(coloured) > 0.1) > 0.9 and np.median(coloured) > 0.4
-    assert np.mean([name in grey for name in shown]) < 0.25
+    assert np.mean(np.array(coloured) > 0.1) > 0.95 and np.median(coloured) > 0.6
+
+
+def test_colours_are_enriched_without_a_change_of_brightness_and_grey_gets_a_tone():
+    luma = np.array([0.299, 0.587, 0.114])
+    colour, grey = np.full((2, 2, 3), (120, 100, 90), np.uint8), np.full((2, 2, 3), 110, np.uint8)
+    enriched, toned = enrich_colours(colour), enrich_colours(grey, (205, 95, 65))
+    assert np.ptp(enriched[0, 0]) == 45 and enriched[0, 0] @ luma == pytest.approx(colour[0, 0] @ luma, abs=1)
+    assert toned[0, 0] / toned[0, 0].max() == pytest.approx(np.array([205, 95, 65]) / 205, abs=0.01)
+    assert toned[0, 0] @ luma == pytest.approx(110, abs=1)
+    assert (enrich_colours(grey) == grey).all()
+
+
+def test_the_crop_with_the_most_colour_is_used():
+    chroma = np.zeros((120, 144), np.uint8)
+    chroma[:, 100:] = 50
+    draws = uniforms(0, "crops", 0, np.arange(200), 3 * DEMO_CANDIDATES)
+    chosen, first = ([draw_crop(chroma, draw[:count]) for draw in draws] for count in (None, 3))
+    assert np.mean([chroma[crop].mean() for crop in chosen]) > 2 * np.mean([chroma[crop].mean() for crop in first])
+    for rows, columns in chosen:
+        assert rows.stop <= 120 and columns.stop <= 144
+        assert DEMO_CROP_SIDE[0] <= rows.stop - rows.start == columns.stop - columns.start <= DEMO_CROP_SIDE[1]
 
 
 def test_an_outline_is_closed_smooth_and_antialiased():
