@@ -19,12 +19,11 @@ from typing import Any
 from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.lab.claims import ClaimVerdict, judge, num_tuned_of, values_by_seed
 from iwm_fast.lab.config import LabConfig, parse_claim, read_lab
-from iwm_fast.lab.report import format_difference, format_means
+from iwm_fast.lab.report import format_difference, format_means, save_lab_figure
 
 PROJECT = Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 PAGES = (PROJECT / "README.md", DOCS / "reproduction.md")
-FIGURE = "claims.png"
 _VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
 
 
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lab = read_lab(path, set(EVALUATIONS))
         tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
+        save_lab_figure(DOCS / f"{path.stem}.png", judge_outcomes(tree))
     for page in PAGES:
         page.write_text(update_sections(page.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Charts drawn by matplotlib: as SVG elements in the colours of the surrounding page, or as PNG files."""
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,12 +52,31 @@ def _style(colours: Palette) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DotSeries:
-    """A labelled line of a dot plot."""
+class ForestRow:
+    """One comparison of a forest plot: a mean difference with its interval, and the differences that it is the mean of.
+
+    The ends of the interval may be infinite.
+    """
 
     label: str
-    values: Sequence[float]
-    """One value per seed; may be empty."""
+    mean: float
+    low: float
+    high: float
+    differences: Sequence[float]
+    """One value per seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForestGroup:
+    """The comparisons of one claim, as `save_forest_plot` draws them."""
+
+    title: str
+    verdict: str
+    note: str
+    """Text below the title, in a soft colour."""
+    bound: float
+    """Where the intervals have to lie above; marked if it is not zero."""
+    rows: Sequence[ForestRow]
 
 
 @contextmanager
@@ -115,55 +135,88 @@ def draw_waterfall_chart(parts: Mapping[str, float], *, unit: str) -> str:
         return _to_svg(figure)
 
 
-def draw_dot_plot(rows: Sequence[DotSeries], *, unit: str) -> str:
-    """Draw rows of dots, one per seed, with a vertical line at the mean of each row; return an SVG element."""
+def draw_forest_plot(rows: Sequence[ForestRow], *, bound: float, unit: str) -> str:
+    """Draw differences with their intervals, zero and the bound marked, and return an SVG element.
+
+    Args:
+        rows: from top to bottom.
+        bound: where the intervals have to lie above.
+        unit: label of the x axis.
+    """
     with _canvas(4.6, 0.7 + 0.36 * len(rows)) as (figure, axis):
-        _draw_dots(axis, rows, unit, _PLACEHOLDERS)
+        places = [float(number) for number in range(len(rows))]
+        _draw_intervals(axis, rows, places, bound, _PLACEHOLDERS)
+        axis.set_xlim(*_limits(rows))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_yticks(places, [row.label for row in rows])
+        axis.set_xlabel(unit)
+        axis.locator_params(axis="x", nbins=5)
         return _to_svg(figure)
 
 
-def _draw_dots(axis: Axes, rows: Sequence[DotSeries], unit: str, colours: Palette) -> None:
-    for y, row in enumerate(rows):
-        if row.values:
-            mean = sum(row.values) / len(row.values)
-            axis.plot(row.values, [y] * len(row.values), "o", color=colours.series[0], markersize=5, alpha=0.75)
-            axis.vlines(mean, y - 0.3, y + 0.3, color=colours.ink, linewidth=1.6)
-    axis.set_yticks(range(len(rows)), [row.label for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(unit)
-    axis.locator_params(axis="x", nbins=5)
+def _draw_intervals(
+    axis: Axes, rows: Sequence[ForestRow], places: Sequence[float], bound: float, colours: Palette
+) -> None:
+    """Draw a line of each row at its height in `places`, in a colour for above, below or across the bound."""
+    axis.axvline(0, color=colours.ink, linewidth=0.8)
+    if bound and places:
+        axis.vlines(bound, min(places) - 0.45, max(places) + 0.45, color=colours.ink, linewidth=0.8, linestyle=":")
+    left, right = _limits(rows)
+    for row, y in zip(rows, places, strict=True):
+        above, below, across = colours.series[2], colours.series[1], colours.soft
+        colour = above if row.low > bound else below if row.high < bound else across
+        # An interval of one seed is infinite; it ends at the border of the plot.
+        axis.hlines(y, max(row.low, left), min(row.high, right), color=colour, linewidth=2)
+        axis.plot(row.differences, [y + 0.22] * len(row.differences), "o", color=colour, markersize=2.5, alpha=0.7)
+        axis.plot([row.mean], [y], "s", color=colour, markersize=6)
     axis.grid(axis="x", linewidth=0.6)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DotPlot:
-    """A dot plot with its title, as `save_dot_plots` draws it."""
-
-    title: str
-    note: str
-    """Text between title and plot, in a soft colour."""
-    unit: str
-    """Label of the x axis."""
-    rows: Sequence[DotSeries]
+def _limits(rows: Sequence[ForestRow]) -> tuple[float, float]:
+    """Return the ends of an x axis that shows zero, all differences and all finite ends of intervals."""
+    values = [0.0, *(value for row in rows for value in (row.low, row.high, *row.differences) if math.isfinite(value))]
+    margin = 0.06 * (max(values) - min(values) or 1.0)
+    return min(values) - margin, max(values) + margin
 
 
-def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
-    """Write dot plots as one PNG file in light colours, in up to two columns; the taller of two sets their height."""
-    num_columns = min(2, len(plots))
-    pairs = [plots[first : first + num_columns] for first in range(0, len(plots), num_columns)]
-    heights = [1.4 + 0.34 * max(len(plot.rows) for plot in pair) for pair in pairs]
-    with matplotlib.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
-        figure = Figure(figsize=(6.2 * num_columns, sum(heights)), layout="constrained")
-        axes = figure.subplots(len(pairs), num_columns, squeeze=False, height_ratios=heights)
-        for axis in axes.flat[len(plots) :]:
-            axis.set_visible(False)
-        for axis, plot in zip(axes.flat, plots, strict=False):
-            _draw_dots(axis, plot.rows, plot.unit, _LIGHT)
-            # The note takes no part in the layout, or it would squeeze the plot; the title's padding makes room for it.
-            note = textwrap.fill(plot.note, 64)
-            axis.set_title(plot.title, fontsize=10, loc="left", pad=9 + 10 * len(note.splitlines()))
-            axis.annotate(
-                note, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7.5, color=_LIGHT.soft, va="bottom"
-            ).set_in_layout(False)
+def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) -> None:
+    """Write a forest plot of all groups, on one axis and in light colours, as a PNG file of 1,200 pixels' width."""
+    width, line_height = 10.9, 0.27
+    notes = [textwrap.wrap(group.note, 120) for group in groups]
+    titles = [textwrap.wrap(group.title, 95) for group in groups]
+    num_lines = sum(
+        len(title) + len(note) + len(group.rows) + 0.7 for title, note, group in zip(titles, notes, groups, strict=True)
+    )
+    height = line_height * num_lines + 0.7
+    rows = [row for group in groups for row in group.rows]
+    with matplotlib.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff", "axes.spines.left": False}):
+        figure = Figure(figsize=(width, height))
+        axis = figure.add_axes((0.33, 0.55 / height, 0.44, 1 - 0.65 / height))
+        axis.set_xlim(*_limits(rows))
+        axis.set_ylim(num_lines, -0.3)
+        axis.set_yticks([])
+        axis.set_xlabel(unit)
+        # Texts stand beside the axis: x in widths of the axis, y in lines.
+        beside = axis.get_yaxis_transform()
+        y = 0.0
+        for group, title, note in zip(groups, titles, notes, strict=True):
+            axis.text(1.02, y, group.verdict, transform=beside, va="center", fontweight="bold")
+            for line, weight, size, colour in (
+                *((text, "bold", 9, _LIGHT.ink) for text in title),
+                *((text, "normal", 8, _LIGHT.soft) for text in note),
+            ):
+                # On white, because the lines of the axis pass behind the text.
+                axis.text(
+                    -0.73, y, line, transform=beside, va="center", backgroundcolor="#ffffff",
+                    fontweight=weight, fontsize=size, color=colour,
+                )  # fmt: skip
+                y += 1
+            places = [y + number for number in range(len(group.rows))]
+            for row, place in zip(group.rows, places, strict=True):
+                axis.text(-0.02, place, row.label, transform=beside, va="center", ha="right", fontsize=8)
+                ends = f"  ({row.low:+.3f} to {row.high:+.3f})" if math.isfinite(row.low) else "  (one seed)"
+                axis.text(1.02, place, f"{row.mean:+.3f}{ends}", transform=beside, va="center", fontsize=8)
+            _draw_intervals(axis, group.rows, places, group.bound, _LIGHT)
+            y += len(group.rows) + 0.7
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
