@@ -115,7 +115,8 @@ def draw_line_chart(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
         axis.set_ylabel(unit)
         axis.grid(axis="y", linewidth=0.6)
         if len(lines) > 1:
-            axis.legend(fontsize=8)
+            # Above the axes, where it covers no curve.
+            figure.legend(loc="outside upper left", fontsize=8)
         return _to_svg(figure)
 
 

@@ -104,6 +104,18 @@ def test_a_damaged_row_of_metrics_is_left_out(report, tmp_path):
     assert len(PageParser(write_run_report(folder).read_text()).text) > 1000
 
 
+def test_results_have_a_column_for_each_arm_and_a_curve_over_checkpoints(report, tmp_path):
+    folder = shutil.copytree(report.parent, tmp_path / "evaluated")
+    for step, name in ((4, "finetune-step-00000004"), (12, "finetune")):
+        rows = [Row(subject=arm, metric="accuracy", value=step / 100, control=0.01, num_tuned=num_tuned)
+                for arm, num_tuned in (("predictor", 1234), ("encoder", 0))]  # fmt: skip
+        save_result(folder, Result(task="finetune", name=name, rows=tuple(rows), step=step, seed=0, settings={}))
+    text = write_run_report(folder).read_text()
+    assert re.search(r"<th[^>]*></th><th[^>]*>predictor</th><th[^>]*>encoder</th>", text)
+    assert re.search(r"<td[^>]*>trained parameters</td><td[^>]*>1,234</td><td[^>]*></td>", text)
+    assert text.count("finetune of several checkpoints") == 1
+
+
 def test_a_setting_out_of_range_names_the_run(report, tmp_path):
     folder = shutil.copytree(report.parent, tmp_path / "changed")
     config = folder / "config.yaml"
