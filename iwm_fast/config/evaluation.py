@@ -6,6 +6,11 @@ from typing import Literal
 from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
 from iwm_fast.pipelines.transforms.composition import FAMILIES
 
+Readout = Literal["absolute", "difference"]
+"""How the tokens of a changed image are read out of the predictor. absolute: its prediction for the action, as in the
+paper; difference: the prediction for the action, minus that for no action, plus the source's own target tokens."""
+READOUTS: tuple[Readout, ...] = ("absolute", "difference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig:
@@ -173,6 +178,9 @@ class PlanConfig(EvalConfig):
     """Rounds of the search; time grows in proportion."""
     elite_share: float = 0.1
     """Share of best candidates per round, which the next round's distribution is fitted to, between 0 and 1."""
+    readout: Readout = "absolute"
+    """What is compared with the target's tokens. absolute: the prediction for a candidate action; difference: that
+    prediction, minus the prediction for no action, plus the source's own tokens. The result is then plan_difference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
