@@ -6,6 +6,11 @@ from typing import Literal
 from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
 from iwm_fast.pipelines.transforms.composition import FAMILIES
 
+Readout = Literal["absolute", "difference"]
+"""How the tokens of a changed image are read out of the predictor. absolute: its prediction for the action, as in the
+paper; difference: the prediction for the action, minus that for no action, plus the source's own target tokens."""
+READOUTS: tuple[Readout, ...] = ("absolute", "difference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig:
@@ -54,31 +59,56 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MrrConfig(EvalConfig):
-    """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
+class BankConfig(EvalConfig):
+    """Settings shared by the evaluations that look predictions up in banks of changed images."""
 
     num_images: int = 256
     """Number of validation images, evenly spaced over the data set; each has its own bank."""
-    bank_size: int = 256
-    """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
-    it: 0.024 for 256, 0.074 for 64."""
+    bank_size: int = 64
+    """Jittered versions of an image that its predictions are looked up in."""
     bank: Literal["default", "strong", "run"] = "default"
     """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
     the strengths the run was trained with."""
-    families: tuple[str, ...] | None = None
-    """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
-    member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MrrConfig(BankConfig):
+    """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
+
+    bank_size: int = 256
+    """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
+    it: 0.024 for 256, 0.074 for 64."""
+    families: tuple[str, ...] | None = None
+    """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
+    member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.families is not None:
             is_distinct = len(set(self.families)) == len(self.families) > 0
             require(is_distinct, "families", self.families, "name one or more families, without repetition")
             unknown = [family for family in self.families if family not in FAMILIES]
             require(not unknown, "families", unknown, f"name transformations of {', '.join(FAMILIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(BankConfig):
+    """How far the world model carries: several actions in a row, compared with one action that does the same."""
+
+    num_images: int = 64
+    """Number of validation images, evenly spaced over the data set; each has its own bank."""
+    max_actions: int = 5
+    """Largest number of actions in a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(2 <= self.max_actions <= 100, "max_actions", self.max_actions, "be between 2 and 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +203,9 @@ class PlanConfig(EvalConfig):
     """Rounds of the search; time grows in proportion."""
     elite_share: float = 0.1
     """Share of best candidates per round, which the next round's distribution is fitted to, between 0 and 1."""
+    readout: Readout = "absolute"
+    """What is compared with the target's tokens. absolute: the prediction for a candidate action; difference: that
+    prediction, minus the prediction for no action, plus the source's own tokens. The result is then plan_difference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,16 +220,11 @@ class PlanConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagineConfig(EvalConfig):
+class ImagineConfig(BankConfig):
     """A picture of predictions: source image, requested change, its true rendering, and the retrieved image."""
 
     num_images: int = 6
     """Number of validation images, one per column."""
-    bank_size: int = 64
-    """Jittered versions of an image that the prediction is looked up in."""
-    bank: Literal["default", "strong", "run"] = "default"
-    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
-    the strengths the run was trained with."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""
@@ -205,9 +233,6 @@ class ImagineConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
-        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
         require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
         require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")

@@ -36,6 +36,7 @@ def test_every_evaluation_has_documented_settings():
 
 QUICK = {
     "mrr": ["num_images=2", "bank_size=4", "families=[jitter]"],
+    "rollout": ["num_images=2", "bank_size=4", "max_actions=2"],
     "knn": [],
     "linear": ["epochs=2"],
     "attentive": ["epochs=1", "lrs=[1e-3]"],

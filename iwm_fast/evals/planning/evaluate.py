@@ -34,7 +34,9 @@ from iwm_fast.world_model import WorldModel
 
 
 def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Result:
-    """Measure how well known changes are recovered, and save `plan`. Collective: every rank must call it.
+    """Measure how well known changes are recovered, and save `plan`, or `plan_difference` with that readout.
+
+    Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -61,8 +63,9 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             errors = measure(model, train, val, kind, config, rank_info=rank_info)
             rows += parameter_rows(errors, reported, model.config, config.seed)
             rows += distance_rows(errors, kind, config.seed)
+    name = "plan" if config.readout == "absolute" else f"plan_{config.readout}"
     result = Result(
-        task="plan", name=name_with_step("plan", config.checkpoint, model.step), rows=tuple(rows), step=model.step,
+        task="plan", name=name_with_step(name, config.checkpoint, model.step), rows=tuple(rows), step=model.step,
         seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
@@ -105,9 +108,10 @@ def measure(
 def _search(model: WorldModel, control: WorldModel, pair: ImagePair, config: PlanConfig) -> Float[Tensor, "columns"]:
     """Return, joined: actions (true, searched, by the control), distances (searched, true, no change), `has_colour`."""
     prior = training_prior(model.config.views)
-    distance = distance_to(model, pair.source, pair.target)
-    searched = search(distance, prior, config, pair.sample)
-    untrained = search(distance_to(control, pair.source, pair.target), prior, config, pair.sample)
+    distance, control_distance = (
+        distance_to(network, pair.source, pair.target, config.readout) for network in (model, control)
+    )
+    searched, untrained = (search(function, prior, config, pair.sample) for function in (distance, control_distance))
     other_distances = distance(np.stack([pair.action, np.zeros_like(pair.action)]))
     numbers = [searched.distance, *other_distances, pair.has_colour]
     return torch.from_numpy(
@@ -144,9 +148,9 @@ def plan_images(config: PlanConfig) -> PlannedChange:
     require(bool(config.source), "source and target", (config.source, config.target), "both name image files")
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
-    distance = distance_to(
-        model, *(model.load_image(path, max_pixels=config.data.max_pixels) for path in (config.source, config.target))
-    )
+    paths = config.source, config.target
+    source, target = (model.load_image(path, max_pixels=config.data.max_pixels) for path in paths)
+    distance = distance_to(model, source, target, config.readout)
     result = search(distance, prior, config, sample=0)
     (distance_before,) = distance(np.zeros((1, len(result.action)), np.float32))
     change = change_from_action(result.action[None], views)

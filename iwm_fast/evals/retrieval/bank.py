@@ -5,6 +5,7 @@ changed, from the clean image. One that only the source has, such as blur, predi
 that it has destroyed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
+from iwm_fast.config.evaluation import Readout
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
@@ -141,7 +143,23 @@ def predict_query(model: WorldModel, query: Query) -> Float[Tensor, "M ND"]:
     """Return the tokens predicted for each action from all patches of the source at all positions, flattened."""
     tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
     chunks = query.action.split(max_sequences_per_forward(model))
-    return torch.cat([model.predict_from(tokens.expand(len(chunk), -1, -1), chunk).flatten(1) for chunk in chunks])
+    return torch.cat([model.predict_from(tokens, chunk).flatten(1) for chunk in chunks])
+
+
+@torch.no_grad()
+def query_distances(
+    model: WorldModel, query: Query, target: Float[Tensor, "M ND"], readouts: Sequence[Readout]
+) -> Float[Tensor, "readouts Q M"]:
+    """Return the mean squared differences of each prediction of a query and each target, for each readout."""
+    predicted = predict_query(model, query)
+    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
+    offsets = (model.readout_offset(tokens, readout).flatten(1) for readout in readouts)
+    return torch.stack([mean_squared_distances(predicted + offset, target) for offset in offsets])
+
+
+def metric_name(metric: str, readout: Readout) -> str:
+    """Return the name of a metric of predictions, which is the metric's own for the absolute readout."""
+    return metric if readout == "absolute" else f"{metric}_{readout}_readout"
 
 
 def mean_squared_distances(predicted: Float[Tensor, "Q ND"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "Q M"]:

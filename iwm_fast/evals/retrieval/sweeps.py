@@ -1,13 +1,17 @@
-"""What a prediction retrieves from a bank: a changed image, one action entry swept over its range, the clean image."""
+"""What a prediction retrieves from a bank: a changed image, one action entry swept over its range, the clean image.
+
+Everything is retrieved with each readout, side by side.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
+from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
     bank_family,
@@ -15,8 +19,7 @@ from iwm_fast.evals.retrieval.bank import (
     diagonal_ranks,
     encode_bank,
     make_query,
-    mean_squared_distances,
-    predict_query,
+    query_distances,
     render_bank,
     source_parameters,
 )
@@ -29,6 +32,7 @@ from iwm_fast.world_model import WorldModel
 
 # More columns do not fit on a screen.
 _MAX_COLUMNS = 8
+_RETRIEVED = ("retrieved", "retrieved by difference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,9 @@ class RetrievalCase:
     """A query and what its prediction retrieved; a column of a section."""
 
     panels: tuple[Panel, ...]
-    """Source, correct answer and retrieved candidate."""
-    rank: float
-    """Rank of the correct answer among the candidates."""
+    """Source, correct answer and the candidate that each readout retrieves."""
+    ranks: tuple[float, ...]
+    """Rank of the correct answer among the candidates for each readout."""
     num_candidates: int
 
 
@@ -70,7 +74,7 @@ def trained_flags(views: ViewConfig) -> tuple[str, ...]:
 def retrieve_first(image: BankedImage, model: WorldModel) -> RetrievalCase:
     """Predict the first candidate of the bank from the clean image, and retrieve it from the bank."""
     query = make_query(image.pixels, image.bank, bank_family("", model.config.views), model)
-    distance = mean_squared_distances(predict_query(model, query), image.target)[:1]
+    distance = query_distances(model, query, image.target, READOUTS)[:, :1]
     change = describe_action(query.action[0].numpy(), model.config.views)
     return _make_case(query.source, image.bank.pixels, distance, change)
 
@@ -81,19 +85,23 @@ def retrieve_clean(flag: str, image: BankedImage, model: WorldModel) -> Retrieva
     query = make_query(image.pixels, clean, flag, model)
     target = torch.cat([encode_bank(model, clean), image.target])
     candidates = torch.cat([clean.pixels, image.bank.pixels])
-    return _make_case(query.source, candidates, mean_squared_distances(predict_query(model, query), target), "")
+    return _make_case(query.source, candidates, query_distances(model, query, target, READOUTS), "")
 
 
 def _make_case(
-    source: UInt8[Tensor, "H W 3"], candidates: UInt8[Tensor, "M H W 3"], distance: Float[Tensor, "1 M"], change: str
+    source: UInt8[Tensor, "H W 3"],
+    candidates: UInt8[Tensor, "M H W 3"],
+    distance: Float[Tensor, "readouts 1 M"],
+    change: str,
 ) -> RetrievalCase:
-    """Return source, first candidate, which is the correct answer, and nearest candidate as a column."""
-    (rank,) = diagonal_ranks(distance).tolist()
-    images, nearest = candidates.cpu().numpy(), int(distance.argmin())
-    panels = (Panel(pixels=source.cpu().numpy()), Panel(pixels=images[0], caption=change))
-    caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
-    retrieved = Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0)
-    return RetrievalCase(panels=(*panels, retrieved), rank=rank, num_candidates=len(images))
+    """Return source, first candidate, which is the correct answer, and nearest candidates as a column."""
+    ranks = [float(diagonal_ranks(of_readout)[0]) for of_readout in distance]
+    images = candidates.cpu().numpy()
+    panels = [Panel(pixels=source.cpu().numpy()), Panel(pixels=images[0], caption=change)]
+    for nearest, rank in zip(distance[:, 0].argmin(dim=1).tolist(), ranks, strict=True):
+        caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
+        panels.append(Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0))
+    return RetrievalCase(panels=tuple(panels), ranks=tuple(ranks), num_candidates=len(images))
 
 
 def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[ImageGrid]:
@@ -101,24 +109,31 @@ def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[ImageGrid]
     sections = []
     for first in range(0, len(cases), _MAX_COLUMNS):
         rows = tuple(zip(*(case.panels for case in cases[first : first + _MAX_COLUMNS]), strict=True))
-        sections.append(ImageGrid(title=title, labels=("source", "asked for", "retrieved"), rows=rows))
+        sections.append(ImageGrid(title=title, labels=("source", "asked for", *_RETRIEVED), rows=rows))
         title = ""
-    retrieved = [case.panels[-1] for case in cases]
-    numbers = _summarize([case.rank for case in cases], cases[0].num_candidates, retrieved)
+    retrieved = zip(*(case.panels[-len(READOUTS) :] for case in cases), strict=True)
+    numbers = _summarize(np.array([case.ranks for case in cases]).T, cases[0].num_candidates, list(retrieved))
     return [replace(sections[0], numbers=numbers), *sections[1:]]
 
 
-def _summarize(rank: Sequence[float], num_candidates: int, retrieved: Sequence[Panel]) -> dict[str, str]:
-    num_correct = sum(panel.is_correct for panel in retrieved)
-    chance = f"{chance_mrr(num_candidates):.3f} by chance among {num_candidates} versions"
-    reciprocal = (1 / np.array(rank)).mean()
-    return {"correct": f"{num_correct} of {len(retrieved)}", "mean reciprocal rank": f"{reciprocal:.3f}, {chance}"}
+def _summarize(
+    ranks: Shaped[np.ndarray, "readouts queries"], num_candidates: int, retrieved: Sequence[Sequence[Panel]]
+) -> dict[str, str]:
+    num_correct = [f"{sum(panel.is_correct for panel in row)} of {len(row)}" for row in retrieved]
+    reciprocal = [f"{value:.3f}" for value in (1 / ranks).mean(axis=1)]
+    chance = f"by chance {chance_mrr(num_candidates):.3f} among {num_candidates} versions"
+    return {"correct": _by_readout(num_correct), "mean reciprocal rank": f"{_by_readout(reciprocal)}; {chance}"}
+
+
+def _by_readout(values: Sequence[str]) -> str:
+    return "; ".join(f"{value} by {readout} readout" for value, readout in zip(values, READOUTS, strict=True))
 
 
 def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> ImageGrid:
     """Predict `num_values` values of a parameter of the target over its range, the other ones being neutral.
 
-    The candidates are the renderings of these values and the bank of the image.
+    The candidates are the renderings of these values and the bank of the image. Rows are what was asked for, and what
+    each readout retrieves.
     """
     views = model.config.views
     values = sweep_values(entry, num_values, bank_views(views, strengths))
@@ -126,27 +141,32 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     swept = render_bank(image.pixels, source_parameters(family, views, num_values) | {entry: values}, model)
     target = torch.cat([encode_bank(model, swept), image.target])
     query = make_query(image.pixels, swept, family, model)
-    distance = mean_squared_distances(predict_query(model, query), target)
+    distance = query_distances(model, query, target, READOUTS)
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
     candidate_values = np.concatenate([values, image.bank.parameters[entry]])
-    nearest, rank = distance.argmin(dim=1).cpu().numpy(), diagonal_ranks(distance)
-    requested, retrieved = [], []
-    for index, candidate in enumerate(nearest):
-        requested.append(Panel(pixels=images[index], caption=_format_value(entry, float(values[index]), views)))
+    nearest, ranks = distance.argmin(dim=2).cpu().numpy(), np.stack([diagonal_ranks(rows) for rows in distance])
+    requested = [Panel(pixels=images[index], caption=_format_value(entry, float(value), views))
+                 for index, value in enumerate(values)]  # fmt: skip
+
+    def retrieved(index: int, candidate: int, rank: float) -> Panel:
         # Pixels are compared because clipping and rounding can make two values render the same image.
         is_correct = bool((images[candidate] == images[index]).all())
         value = _format_value(entry, float(candidate_values[candidate]), views)
         origin = " of a bank image" if candidate >= num_values else ""
-        caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank[index]:g}"
-        retrieved.append(Panel(pixels=images[candidate], caption=caption, is_correct=is_correct))
-    error = np.abs(candidate_values[nearest] - values).mean()
+        caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank:g}"
+        return Panel(pixels=images[candidate], caption=caption, is_correct=is_correct)
+
+    rows = [
+        tuple(map(retrieved, range(num_values), *row)) for row in zip(nearest.tolist(), ranks.tolist(), strict=True)
+    ]
+    errors = [f"{error:.3f}" for error in np.abs(candidate_values[nearest] - values).mean(axis=1)]
     error_of_no_change = np.abs(views.all_entries[entry].neutral - values).mean()
     return ImageGrid(
         title=f"{entry.capitalize()} of the first image, from the minimum to the maximum",
-        labels=("asked for", "retrieved"),
-        rows=(tuple(requested), tuple(retrieved)),
-        numbers=_summarize(rank.tolist(), len(images), retrieved)
-        | {"mean error of the retrieved value": f"{error:.3f}, of no change {error_of_no_change:.3f}"},
+        labels=("asked for", *_RETRIEVED),
+        rows=(tuple(requested), *rows),
+        numbers=_summarize(ranks, len(images), rows)
+        | {"mean error of the retrieved value": f"{_by_readout(errors)}; of no change {error_of_no_change:.3f}"},
     )
 
 

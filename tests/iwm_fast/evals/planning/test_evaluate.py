@@ -84,7 +84,7 @@ def test_the_search_finds_the_action_that_produced_the_target_tokens(model):
 
 def test_a_search_depends_on_seed_and_sample_and_improves_with_rounds(model):
     view = torch.randn(2, 1, 3, 16, 16)
-    prior, distance = training_prior(model.config.views), distance_to(model, *view)
+    prior, distance = training_prior(model.config.views), distance_to(model, *view, "absolute")
 
     def run_search(sample=0, **settings):
         return search(distance, prior, small(**settings), sample)
@@ -167,7 +167,7 @@ def test_numbers_of_other_transformations_are_searched_too(tiny_config, tiny_sha
     unchanged = views.rotation.query_source(1)
     known = replace(pair, unchanged=unchanged)
     (drawn,) = draw_pairs(model, shards, np.array([0]), kind="clean", split="val", seed=0)
-    distance = distance_to(exact(model, known), drawn.source, drawn.target)
+    distance = distance_to(exact(model, known), drawn.source, drawn.target, "absolute")
     columns = [views.entries.index(name) for name in ("gamma", "rotation")]
     without = [np.where(np.arange(len(drawn.action)) == column, 0, drawn.action) for column in columns]
     exactly, *others = distance(np.stack([drawn.action, *without]).astype(np.float32))
@@ -199,6 +199,17 @@ def test_rows_have_the_errors_of_search_baselines_and_chance(folder):
     for kind in ("clean", "destroyed"):
         assert {f"{kind} sources"} == {row.subject for row in result.rows if row.subject.startswith(kind)}
     assert by_name["photographs", "share_without_colour"].value == 0
+
+
+def test_the_difference_readout_has_a_result_of_its_own_and_starts_from_the_source(folder):
+    result = evaluate_plan(small(folder, readout="difference"))
+    assert result.name == "plan_difference"
+    model = world_model.load(folder)
+    shards = open_shards(model.config.data.val)
+    samples = evenly_spaced(shards.num_samples, 3)
+    pairs = draw_pairs(model, shards, samples, kind="clean", split="val", seed=0)
+    own = [(model.encode_targets(pair.source) - model.encode_targets(pair.target)).square().mean() for pair in pairs]
+    assert result.value("clean sources", "distance_of_no_change") == pytest.approx(np.mean(own), rel=1e-4)
 
 
 def test_chance_is_the_mean_error_of_many_guesses():

@@ -66,14 +66,14 @@ def test_sheet_sweeps_and_a_self_contained_page_are_written(folder):
             assert opened.format == "PNG"
     text = page.read_text()
     sources = re.findall(r'<img[^>]* src="([^"]*)"', text)
-    # 3 images in 3 rows; 4 entries with 2 rows of 5 values; 3 destroyed versions of 3 images in 3 rows.
-    assert len(sources) == 3 * 3 + 4 * 2 * 5 + 3 * 3 * 3
+    # 3 images in 4 rows; 4 entries with 3 rows of 5 values; 3 destroyed versions of 3 images in 4 rows.
+    assert len(sources) == 3 * 4 + 4 * 3 * 5 + 3 * 3 * 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|<script|<link|url\(", text)
     assert "prefers-color-scheme: dark" in text and "max-width: 600px" in text
     titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize"]
     assert re.findall(r"<h2>(\w+)", text) == titles
-    assert text.count("by chance among") == 8
+    assert len(re.findall(r"by absolute readout; \d\.\d+ by difference readout; by chance 0\.\d+ among", text)) == 8
 
 
 def test_pictures_are_a_pure_function_of_run_and_settings(folder, tmp_path):
@@ -117,17 +117,23 @@ def test_only_entries_that_training_varies_are_swept_or_undone():
 @pytest.mark.parametrize("entry", JITTER)
 def test_an_exact_predictor_retrieves_each_value_of_a_sweep(model, image, entry):
     section = sweep(entry, image, 5, exact(model, Pair(source=image.pixels, clean=image.pixels)), "default")
-    requested, retrieved = section.rows
-    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and all(panel.is_correct for panel in retrieved)
-    assert all(np.array_equal(*(panel.pixels for panel in column)) for column in zip(requested, retrieved, strict=True))
+    requested, *by_readout = section.rows
+    for retrieved in by_readout:
+        assert [(panel.caption, panel.is_correct) for panel in retrieved] == [("correct", True)] * 5
+        for asked, found in zip(requested, retrieved, strict=True):
+            assert np.array_equal(asked.pixels, found.pixels)
+    assert len(by_readout) == 2
     assert np.array_equal(requested[2].pixels, image.pixels.numpy()) and requested[2].caption == "unchanged"
-    assert section.numbers["correct"] == "5 of 5" and section.numbers["mean reciprocal rank"].startswith("1.000, ")
-    assert section.numbers["mean error of the retrieved value"].startswith("0.000, of no change 0.")
+    assert section.numbers["correct"] == "5 of 5 by absolute readout; 5 of 5 by difference readout"
+    assert section.numbers["mean reciprocal rank"].startswith("1.000 by absolute readout; 1.000 by difference readout;")
+    errors = "0.000 by absolute readout; 0.000 by difference readout; of no change 0."
+    assert section.numbers["mean error of the retrieved value"].startswith(errors)
 
 
 def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
-    requested, retrieved = sweep("brightness", image, 5, ignore_action(model), "default").rows
-    assert [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved)] == [5, 1]
+    requested, retrieved, by_difference = sweep("brightness", image, 5, ignore_action(model), "default").rows
+    num_distinct = [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved, by_difference)]
+    assert num_distinct == [5, 1, 1]
     assert sum(panel.is_correct for panel in retrieved) <= 1
     wrong = next(panel for panel in retrieved if not panel.is_correct)
     assert re.fullmatch(r"(unchanged|× \d\.\d\d)( of a bank image)?; correct answer at rank \d+", wrong.caption)
@@ -137,11 +143,13 @@ def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
 def test_an_exact_predictor_retrieves_the_clean_image(model, image, flag):
     source = make_query(image.pixels, image.bank, flag, model).source
     case = retrieve_clean(flag, image, exact(model, Pair(source=source, clean=image.pixels, flags=(flag,))))
-    shown, correct, retrieved = case.panels
+    shown, correct, retrieved, by_difference = case.panels
     assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(correct.pixels, image.pixels.numpy())
-    assert retrieved.is_correct and retrieved.caption == "correct" and case.rank == 1 and case.num_candidates == 13
+    assert retrieved.is_correct and retrieved.caption == "correct" and case.num_candidates == 13
+    # Without the flag, the exact predictor is wrong about the source. So its difference readout is wrong as well.
+    assert case.ranks[0] == 1 and by_difference.is_correct == (case.ranks[1] == 1)
     case = retrieve_clean(flag, image, ignore_action(model))
-    assert case.panels[2].is_correct == (case.rank == 1) == (case.panels[2].caption == "correct")
+    assert case.panels[2].is_correct == (case.ranks[0] == 1) == (case.panels[2].caption == "correct")
 
 
 def test_the_sheet_shows_the_first_candidate_of_the_bank(model, image):
@@ -154,7 +162,7 @@ def test_many_images_are_split_into_sections_with_common_numbers(model, image):
     case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
     first, second = make_sections("Many", [case] * 11)
     assert len(first.rows[0]) == 8 and len(second.rows[0]) == 3 and second.title == ""
-    assert first.numbers["correct"] == "11 of 11" and not second.numbers
+    assert first.numbers["correct"].startswith("11 of 11 by absolute readout; 11 of 11 by") and not second.numbers
 
 
 def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
