@@ -30,7 +30,8 @@ class EvalDataConfig:
         require(limit is None or limit >= 1, "data.max_pixels", limit, "be at least 1 or unset")
 
 
-def _check_no_label(data: EvalDataConfig) -> None:
+def check_no_label(data: EvalDataConfig) -> None:
+    """Check that the label is left unset, for an evaluation that uses none."""
     require(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
 
 
@@ -71,7 +72,7 @@ class MrrConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         if self.families is not None:
@@ -176,7 +177,7 @@ class PlanConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
               "both name image files, or both be unset")  # fmt: skip
         for name in ("num_images", "rounds"):
@@ -205,7 +206,7 @@ class ImagineConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
