@@ -76,6 +76,8 @@ EVALUATIONS = {
                             f"{_EVALS}.multitask.evaluate:evaluate_multitask", f"{_TRAINING}:MultitaskConfig", True),
     "segment": Evaluation("segmentation from encoder or predictor tokens by a linear head, mean IoU",
                           f"{_EVALS}.segmentation.evaluate:evaluate_segment", f"{_TRAINING}:SegmentConfig", True),
+    "decode": Evaluation("train a decoder from tokens to pixels, to look at them; PSNR and SSIM beside its controls",
+                         f"{_EVALS}.decoding.evaluate:evaluate_decode", f"{_TRAINING}:DecodeConfig", True),
 }  # fmt: skip
 """Evaluations by name."""
 

@@ -35,7 +35,8 @@ class EvalDataConfig:
         require(limit is None or limit >= 1, "data.max_pixels", limit, "be at least 1 or unset")
 
 
-def _check_no_label(data: EvalDataConfig) -> None:
+def check_no_label(data: EvalDataConfig) -> None:
+    """Check that the label is left unset, for an evaluation that uses none."""
     require(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
 
 
@@ -72,7 +73,7 @@ class BankConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
         require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
 
@@ -209,7 +210,7 @@ class PlanConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
               "both name image files, or both be unset")  # fmt: skip
         for name in ("num_images", "rounds"):
@@ -236,3 +237,25 @@ class ImagineConfig(BankConfig):
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
         require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
         require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig(BankConfig):
+    """A page with sliders: what the world model imagines for any change of an image."""
+
+    num_images: int = 6
+    """Number of validation images, evenly spaced over the data set, to choose from."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 127.0.0.1: only this machine can open the page. With 0.0.0.0 everyone in the network can,
+    without a password."""
+    port: int = 8765
+    """Port to listen on; 0: any free one."""
+    to: str = ""
+    """HTML file NAME.html to write instead of serving a page: it needs no server, and shows one entry of the action at
+    a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.port <= 65535, "port", self.port, "be between 0 and 65535")
+        require(bool(self.host), "host", self.host, "be an address, such as 127.0.0.1")
+        require(not self.to or self.to.endswith(".html"), "to", self.to, "end with .html")
