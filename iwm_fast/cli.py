@@ -182,6 +182,10 @@ COMMANDS = {
     "imagine": Command(
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",
         "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
+    "play": Command(
+        "run=DIR [to=FILE.html] [key=value ...]",
+        "serve a page with sliders that shows what the world model imagines, or write it to a file",
+        "iwm_fast.evals.playing.play:play", "iwm_fast.config.evaluation:PlayConfig"),
     "plan": Command(
         "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", EVALUATIONS["plan"].summary,
         _plan, EVALUATIONS["plan"].config),

@@ -7,6 +7,7 @@ predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens 
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,26 @@ class WorldModel:
         size = self.config.views.size
         if isinstance(images, Tensor):
             return _require_normalised(images, size, self.config.data.normalization).to(self.device, torch.float32)
+        crops = self.crop_images(images if isinstance(images, list | tuple) else [images], max_pixels)
+        return normalize_view(crops, self.config.data.normalization).to(self.device)
+
+    def crop_images(self, images: Sequence[Any], max_pixels: int | None = None) -> UInt8[Tensor, "B S S 3"]:
+        """Read images, crop the largest centred squares and resize them to the run's size S.
+
+        Args:
+            images: paths, PIL images or uint8 arrays (H, W, 3).
+            max_pixels: see `load_image`.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: if an image cannot be used, as in `load_image`.
+        """
         limit = max_pixels or self.config.data.max_pixels
-        pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
+        pixels = [_read_pixels(image, limit) for image in images]
         if not pixels:
             raise ValueError("images must not be an empty list")
         windows = crop_window(full_crop(len(pixels)), np.array([image.shape[:2] for image in pixels]))
-        crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
-        return normalize_view(torch.stack(crops), self.config.data.normalization).to(self.device)
+        size = self.config.views.size
+        return torch.stack([resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)])
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.

@@ -79,13 +79,14 @@ def _example(panels: Sequence[Panel], labels: Sequence[str]) -> str:
 
 def _figure(panel: Panel, label: str) -> str:
     image_class = ' class="small"' if len(panel.pixels) <= _MAX_PNG_HEIGHT else ""
-    image = f'<img{image_class} src="{_data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
+    image = f'<img{image_class} src="{data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
     caption = f'<span class="role">{escape(label)}</span><span class="caption">{escape(panel.caption)}</span>'
     figure_class = ' class="right"' if panel.is_correct else ""
     return f"<figure{figure_class}>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
+def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
+    """Return an image as an address that contains it: a small one as PNG, a large one as JPEG."""
     image_format = "PNG" if len(pixels) <= _MAX_PNG_HEIGHT else "JPEG"
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **({"quality": 90} if image_format == "JPEG" else {}))

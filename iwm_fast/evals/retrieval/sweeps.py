@@ -145,13 +145,13 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
     candidate_values = np.concatenate([values, image.bank.parameters[entry]])
     nearest, ranks = distance.argmin(dim=2).cpu().numpy(), np.stack([diagonal_ranks(rows) for rows in distance])
-    requested = [Panel(pixels=images[index], caption=_format_value(entry, float(value), views))
+    requested = [Panel(pixels=images[index], caption=format_value(entry, float(value), views))
                  for index, value in enumerate(values)]  # fmt: skip
 
     def retrieved(index: int, candidate: int, rank: float) -> Panel:
         # Pixels are compared because clipping and rounding can make two values render the same image.
         is_correct = bool((images[candidate] == images[index]).all())
-        value = _format_value(entry, float(candidate_values[candidate]), views)
+        value = format_value(entry, float(candidate_values[candidate]), views)
         origin = " of a bank image" if candidate >= num_values else ""
         caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank:g}"
         return Panel(pixels=images[candidate], caption=caption, is_correct=is_correct)
@@ -177,7 +177,7 @@ def sweep_values(entry: str, num_values: int, views: ViewConfig) -> Float32[np.n
     return np.round(np.linspace(middle - strength, middle + strength, num_values), 6).astype(np.float32)
 
 
-def _format_value(name: str, value: float, views: ViewConfig) -> str:
+def format_value(name: str, value: float, views: ViewConfig) -> str:
     """Return a parameter's value as a caption."""
     return "unchanged" if value == views.all_entries[name].neutral else _owner(name, views).caption(name, value)
 

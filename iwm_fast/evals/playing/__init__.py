@@ -1,0 +1,1 @@
+"""A page with sliders: what a world model imagines for any change of an image."""
