@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Tensor | int | None]
     """Values that may change from call to call; None stands for an absent tensor.
 
     Kernels list their integers in `do_not_specialize`, because Triton otherwise compiles separate binaries for 1, for
