@@ -23,7 +23,7 @@ from benchmarks.kernels.attention import HEAD_DIMS, IMAGES, NUM_HEADS, make_prov
 from iwm_fast.kernels.attention import kernels
 from iwm_fast.kernels.attention.kernels import LaunchConfig, backward_launches, build_launches, forward_launches
 from iwm_fast.kernels.attention.sequences import Sequences
-from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, as_constexpr, power_of_two_tiles
+from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, as_constexpr
 from iwm_fast.kernels.launch import upcast_for_interpreter as upcast
 
 SHIPPED = "shipped"
@@ -66,6 +66,16 @@ def candidate_configs(length: int) -> list[LaunchConfig]:
     splits |= {split for split in ((128,), (256,), (128, 128)) if sum(split) - split[-1] < length <= sum(split)}
     grid = itertools.product(sorted(splits), (16, 32, 64), (4, 8), (1, 2, 3))
     return [LaunchConfig((split,), *rest) for split, *rest in grid]
+
+
+def power_of_two_tiles(length: int, min_tile: int) -> tuple[int, ...]:
+    """Return at most three powers of two, largest first, that cover a length; the last may extend beyond it."""
+    tiles: list[int] = []
+    while (remaining := length - sum(tiles)) > 0:
+        tile = 1 << (remaining.bit_length() - 1)
+        must_cover = len(tiles) == 2 and tile < remaining
+        tiles.append(max(2 * tile if must_cover else tile, min_tile))
+    return tuple(tiles)
 
 
 def name_of(config: LaunchConfig) -> str:

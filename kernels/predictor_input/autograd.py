@@ -13,7 +13,7 @@ from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_laun
 def combine_rows(
     by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, num_images: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return relu(by_patch[patch] + by_image[image]) for each entry of `patch_row`.
+    """Return relu(by_patch[patch] + by_image[image]), (T, P) in `dtype`, for each entry of `patch_row`.
 
     Args:
         by_patch: (N, P) float32 or wider, one row per patch position.
@@ -21,9 +21,6 @@ def combine_rows(
         patch_row: (T,) int64, image * N + patch; no entry occurs twice.
         num_images: number of images, B.
         dtype: dtype of the result.
-
-    Returns:
-        (T, P).
     """
     return _CombineRows.apply(by_patch, by_image, patch_row, num_images, dtype)
 
@@ -31,18 +28,14 @@ def combine_rows(
 def place_rows(
     values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return packed rows: those of the first values with their positions added, and all others as they are.
+    """Return packed rows (L, P): those of the first values with their positions added, and all others as they are.
 
     Args:
         values: the first is (C, P) and gets positions[patch] added; more, each (any number, P), may follow.
-        packed_rows: for each of the values, int64, the packed row of each of its rows. Together they are a permutation
-            of all packed rows.
+        packed_rows: for each of the values, int64, the packed row of each of its rows; together a permutation of all L.
         positions: (N, P), constant.
         patch_row: (C,) int64, image * N + patch of the rows of the first values.
         dtype: dtype of the result.
-
-    Returns:
-        (L, P), where L is the number of all rows.
     """
     return _PlaceRows.apply(packed_rows, positions, patch_row, dtype, *values)
 
@@ -158,11 +151,6 @@ class _PlaceRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (d_packed,) = d_outputs
-        gradients = [
-            _gather_op(d_packed, packed_row, dtype) if is_needed else None
-            for packed_row, dtype, is_needed in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[4:], strict=True
-            )
-        ]
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[4:], strict=True)
+        gradients = (_gather_op(*d_outputs, rows, dtype) if is_needed else None for rows, dtype, is_needed in saved)
         return None, None, None, None, *gradients

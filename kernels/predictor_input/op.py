@@ -25,14 +25,15 @@ Gradient: that of the formula, with `positions` constant. Those of U and V are s
 image. There are no atomics, so the bits are the same in every run.
 """
 
-from functools import reduce
+from collections.abc import Mapping
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, check_contiguous, check_dtype
+from iwm_fast.kernels.launch import Launch, check_tensor
 from iwm_fast.kernels.predictor_input.autograd import combine_rows, place_rows
 from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_launch, group_sum_launch, scatter_launch
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
@@ -63,19 +64,9 @@ def predictor_input_reference(
     action_tokens: Tensor | None = None,
     mixer: FeatureMixer | None = None,
 ) -> Tensor:
-    """Assemble the packed input of the predictor in plain PyTorch.
+    """Assemble the packed input (L, P) of the predictor in plain PyTorch, in the widest dtype of what is packed.
 
-    Args:
-        context: (C, P), embedded tokens of the visible patches.
-        mask_token: (P,), the learned token that stands for a patch to predict.
-        positions: (N, P), position embeddings; they get no gradient.
-        patches: the patch of each context and target row.
-        layout: the packed row of each token, from `packed_layout`.
-        action_tokens: (B, k, P), or None. Not together with `mixer`.
-        mixer: actions and the MLP that mixes them into the mask tokens, or None to leave mask tokens unconditioned.
-
-    Returns:
-        (L, P), in the widest dtype of what is packed.
+    The arguments are those of `predictor_input`, on any device and with any width P.
 
     Raises:
         ValueError: if shapes do not fit or both action_tokens and mixer are passed.
@@ -124,7 +115,9 @@ def predictor_input(
         RuntimeError: if tensors are not on a GPU and kernels are not interpreted.
     """
     _check_shapes(context, mask_token, positions, patches, layout, action_tokens=action_tokens, mixer=mixer)
-    _check_inputs(context, mask_token, positions, action_tokens, mixer)
+    weights = {} if mixer is None else {f"mixer.{name}": value for name, value in mixer._asdict().items()}
+    inputs = {"context": context, "mask_token": mask_token, "positions": positions, "action_tokens": action_tokens}
+    _check_fused(context.shape[1], inputs | weights)
     device_type, num_images = context.device.type, len(layout.offsets) - 1
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     sum_dtype = torch.promote_types(mask_token.dtype, torch.float32)
@@ -148,11 +141,7 @@ def predictor_input(
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Return launches that together use every tile size, by name, on tensors of the meta device.
-
-    Args:
-        architecture: compute capability times ten; so far all architectures have the same tile sizes.
-    """
+    """Return launches that together use every tile size, by name, on meta tensors; all architectures have the same."""
     half, single = torch.bfloat16, torch.float32
     launches = {}
     for width, dtype in ((384, half), (384, single), (192, half), (208, half), (208, single)):
@@ -162,16 +151,14 @@ def shipped_launches(architecture: int) -> dict[str, Launch]:
 
 
 def _launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    new = partial(torch.empty, device="meta")
     # A grid of 14 x 14 patches: with a power of two, the division by N would take fewer registers.
-    table, packed = new(196, width), new(16, width)
+    table, packed, by_image = new(196, width), new(16, width), new(2, width)
     row, values = new(8, dtype=torch.int64), new(8, width, dtype=dtype)
     members = new(2, 196, dtype=torch.int32).t()
     # Committed benchmark results are stored under these names.
     return {
-        "combine": combine_launch(values, table, new(2, width), row),
+        "combine": combine_launch(values, table, by_image, row),
         "combine without images": combine_launch(values, table, None, row),
         "place with positions": scatter_launch(packed, row, values, table, row),
         "place": scatter_launch(packed, row, values),
@@ -217,20 +204,11 @@ def _check_shapes(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
-def _check_inputs(
-    context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: FeatureMixer | None
-) -> None:
-    reason = why_unsupported(context.shape[1])
-    if reason:
-        raise ValueError(f"fused predictor_input {reason}; set runtime.ops=reference")
-    inputs = {"context": context, "mask_token": mask_token, "positions": positions, "action_tokens": action_tokens}
-    inputs |= {} if mixer is None else {f"mixer.{name}": value for name, value in mixer._asdict().items()}
+def _check_fused(width: int, inputs: Mapping[str, Tensor | None]) -> None:
+    if width % 16 != 0:
+        raise ValueError(
+            f"fused predictor_input supports widths that are multiples of 16, got {width}; set runtime.ops=reference"
+        )
     for name, tensor in inputs.items():
         if tensor is not None:
-            check_dtype(name, tensor)
-            check_contiguous(name, tensor)
-
-
-def why_unsupported(width: int) -> str:
-    """Return why there is no kernel for this width, as a sentence without its subject; empty if there is one."""
-    return "" if width % 16 == 0 else f"supports widths that are multiples of 16, got {width}"
+            check_tensor(name, tensor)
