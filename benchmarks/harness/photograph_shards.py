@@ -28,9 +28,6 @@ JPEG_QUALITY, NOISE = 96, 6.0
 MIN_CROP_SCALE = 0.6
 """Minimum width of a crop relative to the widest one that fits."""
 
-OLD_MTIME_S = 1_700_000_000
-"""A modification time in November 2023."""
-
 Sample = dict[str, str | bytes]
 
 
@@ -89,21 +86,6 @@ def write_numbered_shards(folder: Path, num_shards: int, samples_per_shard: int)
     numbers = range(num_shards * samples_per_shard)
     samples = ({"__key__": f"{number:08}", "jpg": str(number).encode()} for number in numbers)
     return write_once(folder / f"numbers-{num_shards}x{samples_per_shard}", samples, samples_per_shard)
-
-
-def write_hardlinked_shards(folder: Path, num_shards: int, samples_per_shard: int) -> str:
-    """Write one shard of tiny samples and hard-link it many times, so that all shards take the space of one."""
-    samples = ({"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in range(samples_per_shard))
-    shard = Path(find_shards(write_once(folder / f"bytes-{samples_per_shard}", samples, samples_per_shard))[0])
-    # The index of a shard is cached only if the shard is at least two seconds old.
-    os.utime(shard, (OLD_MTIME_S, OLD_MTIME_S))
-    path = folder / f"linked-{num_shards}x{samples_per_shard}"
-    path.mkdir(exist_ok=True)
-    for number in range(num_shards):
-        link = path / f"{number:06}.tar"
-        if not link.exists():
-            link.hardlink_to(shard)
-    return str(path)
 
 
 def write_once(path: Path, samples: Iterable[Sample], samples_per_shard: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import records, timing
-from benchmarks.harness.providers import Function, Provider, compiled
+from benchmarks.harness.providers import Function, Provider
 from benchmarks.harness.records import PASSES, Record, Shape
 from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.timing import Failure, TimingBudget
@@ -127,7 +127,9 @@ class Session:
         names = [*d_outputs, *(f"d_{name}" for name in inputs)]
         is_right = self.check(case, names, fused=fused, plain=plain, exact=exact)
         if is_timed:
-            baselines = [plain, plain._replace(name="compiled", function=compiled(plain.function))]
+            # Specialised for each shape.
+            compiled = plain._replace(name="compiled", function=torch.compile(plain.function, dynamic=False))
+            baselines = [plain, compiled]
             self.measure(case, [fused, *baselines] if is_right else baselines)
 
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +38,9 @@ SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 def run(session: Session) -> None:
     """Time the teacher, the predictor and the encoder of the default settings, then other lengths."""
     count, heads = (2, 1) if session.device == "cpu" else (IMAGES, NUM_HEADS)
-    slots = np.arange(count)
-    contexts = masked_batch(slots, count).context.lengths
-    cropped = masked_batch(slots, count, mask=MaskConfig(context_scale=(0.85, 1.0))).joint_lengths
+    contexts = masked_batch(count)[0].lengths
+    context, target = masked_batch(count, mask=MaskConfig(context_scale=(0.85, 1.0)))
+    cropped = [sum(pair) for pair in zip(context.lengths, target.lengths, strict=True)]
     teacher, predictor = ([GRID**2] * count, 64, ""), ([GRID**2] * count, 32, "")
     cases = [teacher, predictor, (contexts, 64, CONTEXTS), (cropped, 32, CROPPED)]
     if not session.quick:

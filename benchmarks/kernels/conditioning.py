@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +56,7 @@ def measure(
 
 def masked_patches(images: int, grid: int, num_tokens: int, device: str) -> tuple[PatchIndex, PackedLayout]:
     """Draw masks; return the patches of context and targets, and the layout of the packed rows."""
-    context, target = (index.to(torch.device(device)) for index in masked_batch(np.arange(images), images, grid=grid))
+    context, target = (index.to(torch.device(device)) for index in masked_batch(images, grid=grid))
     sizes = {"num_context": len(context.row), "num_targets": len(target.row)}
     return PatchIndex(context.row, target.row), packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
 

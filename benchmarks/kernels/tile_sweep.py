@@ -6,11 +6,11 @@ does not fit or computes a wrong result is not timed.
 
 import itertools
 import os
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -32,8 +32,9 @@ SWEEP = "attention sweep"
 
 def run(session: Session) -> None:
     """Time all candidates for the teacher's and the predictor's length, the median context, and a grid of 16 x 16."""
-    context = int(np.median(masked_batch(np.arange(IMAGES), IMAGES).context.lengths))
-    for length, head_dim, pass_ in itertools.product((GRID**2, context, 256), HEAD_DIMS[::-1], (BACKWARD, FORWARD)):
+    context, _ = masked_batch(IMAGES)
+    lengths = (GRID**2, int(statistics.median(context.lengths)), 256)
+    for length, head_dim, pass_ in itertools.product(lengths, HEAD_DIMS[::-1], (BACKWARD, FORWARD)):
         case = Case(SWEEP, {"N": length, "d": head_dim, "H": NUM_HEADS, "B": IMAGES})
         if not session.is_measured(case, pass_) and session.has_time(f"{case} {pass_}"):
             sweep(session, case, pass_, candidate_configs(length))

@@ -27,9 +27,9 @@ BUFFER = 1024
 """Size of the shuffle buffer of DALI's reader in samples, its default."""
 
 
-def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) -> Pipeline:
+def read_graph(paths: Sequence[str], index_paths: Sequence[str], batch_size: int) -> Pipeline:
     """Build DALI's reader, which shuffles as its documentation recommends and repeats the shards indefinitely."""
-    graph = Pipeline(device_id=None, seed=0, **size)
+    graph = Pipeline(device_id=None, seed=0, batch_size=batch_size, num_threads=1)
     with graph:
         graph.set_outputs(_read(paths, index_paths))
     graph.build()

@@ -53,7 +53,7 @@ def figures(architecture: int, extent: str) -> None:
     """
     committed = {
         record.shape["launch"]: record.figures
-        for record in results.read_committed(results.offline(triton.__version__).stem)
+        for record in results.read(results.offline(triton.__version__).stem)
         if record.what == "launch" and record.shape["arch"] == architecture
     }
     for number, (name, launch) in enumerate(shipped_launches(architecture).items()):
