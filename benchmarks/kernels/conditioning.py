@@ -38,14 +38,12 @@ def measure(
 ) -> None:
     """Check "feature" or "sequence" conditioning of images with random masks, and time it."""
     num_tokens = NUM_ACTIONS if kind == "sequence" else 0
-    case = Case(f"{kind} conditioning", {"P": width, "B": images}, dtype)
-    if not session.has_time(case):
-        return
     # The interpreter takes seconds for a hundred rows.
     grid = 4 if session.device == "cpu" else GRID
     patches, layout = masked_patches(images, grid, num_tokens, session.device)
     rows = len(patches.context), len(patches.targets), images * num_tokens
-    case = case._replace(costs=conditioning_costs(rows, width, has_mixer=kind == "feature"))
+    costs = conditioning_costs(rows, width, has_mixer=kind == "feature")
+    case = Case(f"{kind} conditioning", {"P": width, "B": images}, dtype, costs)
     inputs = make_inputs(kind, (images, width), rows[0], dtype, session.device)
     positions = torch.randn(grid**2, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)

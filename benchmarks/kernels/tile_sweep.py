@@ -43,8 +43,9 @@ def run(session: Session) -> None:
 def sweep(session: Session, case: Case, pass_: str, configs: Sequence[LaunchConfig]) -> None:
     """Time candidates for sequences of equal length beside the shipped launches, all on the same tensors."""
     length, head_dim, num_heads, images = (int(case.shape[name]) for name in ("N", "d", "H", "B"))
-    _, _, (qkv,), (d_out,) = make_provider(length * images, num_heads, head_dim, session.device)
-    qkv, d_out, sequences = upcast(qkv.detach()), upcast(d_out), Sequences.of_equal_length(length)
+    sequences, kind = Sequences.of_equal_length(length), (num_heads, head_dim, case.dtype)
+    _, _, (qkv,), (d_out,) = make_provider(sequences, length * images, kind, session.device)
+    qkv, d_out = upcast(qkv.detach()), upcast(d_out)
     out, lse = torch.empty_like(d_out), torch.empty(num_heads, len(qkv), device=session.device)
     arch, d_qkv = architecture(qkv.device), torch.empty_like(qkv)
     forward = forward_launches(arch, qkv, sequences, out, lse)

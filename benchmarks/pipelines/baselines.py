@@ -125,12 +125,7 @@ def torchvision_stream(workload: Workload, style: str) -> Stream:
 
 
 class TwoViews:
-    """Renders source and target view of an encoded sample with torchvision.
-
-    Args:
-        views: ranges and probabilities of the transformations.
-        style: one of STYLES.
-    """
+    """Renders source and target view of an encoded sample with torchvision; style is one of STYLES."""
 
     def __init__(self, views: ViewConfig, style: str) -> None:
         strengths = tuple(entry.strength for entry in views.jitter.entries)
@@ -143,12 +138,8 @@ class TwoViews:
             v2.RandomSolarize(128, views.solarize.probability),
         ]
         self._decode = decode_pillow if style == STYLES[1] else decode_tensor
-        self._crop = v2.Compose(
-            [
-                v2.RandomResizedCrop(views.size, views.crop.scale, views.crop.aspect, antialias=True),
-                v2.RandomHorizontalFlip(views.flip.probability),
-            ]
-        )
+        crop = v2.RandomResizedCrop(views.size, views.crop.scale, views.crop.aspect, antialias=True)
+        self._crop = v2.Compose([crop, v2.RandomHorizontalFlip(views.flip.probability)])
         self._source = v2.Compose([jitter, *degrade, *normalize])
         self._target = v2.Compose([jitter, *normalize])
 

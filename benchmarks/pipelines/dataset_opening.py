@@ -40,9 +40,8 @@ def run(
 ) -> None:
     """Index the source shards, and open data sets of several sizes on all ranks; the first one also in this process."""
     folder = workload.folder / f"sources-{num_sources}x{samples_per_shard}"
-    samples = (
-        {"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in range(num_sources * samples_per_shard)
-    )
+    numbers = range(num_sources * samples_per_shard)
+    samples = ({"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in numbers)
     sources = find_shards(write_once(folder, samples, samples_per_shard))
     for path in sources:
         os.utime(path, (_OLD_MTIME_S, _OLD_MTIME_S))
@@ -117,11 +116,9 @@ def _link(folder: Path, sources: Sequence[str], count: int) -> str:
 def _open_on_ranks(spec: str, num_ranks: int) -> list[tuple[float, int]]:
     """Return, for each repetition, the time until all ranks have a batch, and how many bytes the largest has grown."""
     command = [sys.executable, "-m", "benchmarks.pipelines.opening_rank"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(num_ranks)
-        ]
+        ranks = [stack.enter_context(subprocess.Popen(command, text=True, **pipes)) for _ in range(num_ranks)]
         for rank in ranks:
             _answer(rank)
         results = []

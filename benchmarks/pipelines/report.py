@@ -39,9 +39,9 @@ def sections(records: Sequence[Record], level: str = "###") -> str:
     texts = {"Goals": goal_table(GOALS, records), "CPU time and images per second": streams(records)}
     for heading, (what, columns) in _FIGURES.items():
         selected = [record for record in records if record.what == what]
-        caption = f"\n\n{describe(selected[0].shape)}." if selected and what == SHUFFLING else ""
-        caption += _extrapolate(selected) if what == OPENING_ON_RANKS else ""
-        texts[heading] = record_table(selected, columns) + caption
+        captions = [describe(record.shape) for record in selected] if what == SHUFFLING else ()
+        extrapolated = _extrapolate(selected) if what == OPENING_ON_RANKS else ""
+        texts[heading] = record_table(selected, columns, captions) + extrapolated
     return tables.sections(texts, records, level)
 
 
@@ -117,8 +117,6 @@ def streams(records: Sequence[Record]) -> str:
     CPU time comes first, because it depends least on what else runs on the machine.
     """
     timed = [record for record in records if record.what in _STREAMS and record.failure is None]
-    if not timed:
-        return ""
     columns = {
         "stage": _stage,
         "from": _source,
@@ -131,8 +129,8 @@ def streams(records: Sequence[Record]) -> str:
         "wait p99, ms": figure("batch_p99_ms", ".1f"),
     }
     names = ("B", "image", "view")
-    shapes = dict.fromkeys(describe({name: record.shape[name] for name in names}) for record in timed)
-    return f"{record_table(timed, columns)}\n\n{'; '.join(shapes)}.{_difference(records)}"
+    shapes = [describe({name: record.shape[name] for name in names}) for record in timed]
+    return record_table(timed, columns, shapes) + (_difference(records) if timed else "")
 
 
 def _stage(record: Record) -> str:

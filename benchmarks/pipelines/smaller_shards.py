@@ -47,11 +47,8 @@ def run(session: Session, workload: Workload, sizes: dict[tuple[int, int], int] 
             return
         size = {"num_shards": _NUM_SHARDS, "samples_per_shard": _SAMPLES_PER_SHARD, "width": width, "height": height}
         photographs = {"before": PhotographShards(**size), "after": SmallerPhotographs(**size, shorter=shorter)}
-        batch_size = min(_BATCH, workload.batch_size)
-        workloads = {
-            shards: dataclasses.replace(workload, photographs=each, batch_size=batch_size)
-            for shards, each in photographs.items()
-        }
+        small = dataclasses.replace(workload, batch_size=min(_BATCH, workload.batch_size))
+        workloads = {shards: dataclasses.replace(small, photographs=each) for shards, each in photographs.items()}
         rate = _resizing_rate(workloads["before"], shorter)
         _check(name, workloads)
         for each in workloads.values():
@@ -60,7 +57,7 @@ def run(session: Session, workload: Workload, sizes: dict[tuple[int, int], int] 
         results = interleave.compare(streams, workload.budget, deadline=session.deadline_of(0.5))
         for shards, each in workloads.items():
             num_bytes = np.concatenate([shard.image_size for shard in each.shards.shards]).mean()
-            shape = {"B": batch_size, "image": f"{width}x{height}", "shorter": shorter, "shards": shards}
+            shape = {"B": each.batch_size, "image": f"{width}x{height}", "shorter": shorter, "shards": shards}
             figures = {"kb_per_image": round(float(num_bytes) / 1e3, 1), "resized_per_s_per_core": rate}
             interleave.record(session, Case(SMALLER, shape), OURS, results[shards], **figures)
 
