@@ -80,9 +80,8 @@ def describe_in_words(description: dict[str, Any]) -> str:
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
     names = ("driver", *PACKAGES, "torch", "triton", "cuda", "cudnn", "python", "commit")
     versions = ", ".join(f"{name} {description[name]}" for name in names if description.get(name) is not None)
-    cpu = f", {description['cpu']}, {description['cores']} cores" if description.get("cpu") else ""
-    processors, run = f"{description.get('gpu') or 'no GPU'}{cpu}", description.get("run")
-    return f"{processors}: {ceilings}{versions}; {run}; `{description.get('command')}`"
+    processors = ("" if description.get("gpu") else "no GPU, ") + processor_name(description)
+    return f"{processors}: {ceilings}{versions}; {description.get('run')}; `{description.get('command')}`"
 
 
 def cpu_time_s() -> float:

@@ -10,14 +10,13 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from iwm_fast.pipelines.counter_rng import uniforms
-from iwm_fast.pipelines.demo_data import DEMO_PHOTOGRAPHS
+from iwm_fast.pipelines.demo_data import DEMO_PHOTOGRAPHS, load_photograph
 from iwm_fast.pipelines.storage.shard_set import find_shards
 from iwm_fast.pipelines.storage.shard_writer import publish_folder, write_shards
 
@@ -52,7 +51,7 @@ class PhotographShards:
         return write_once(path, self._samples(), self.samples_per_shard)
 
     def _samples(self) -> Iterator[Sample]:
-        photographs = [load_photograph(path) for path in DEMO_PHOTOGRAPHS[:NUM_PHOTOGRAPHS]]
+        photographs = [Image.fromarray(load_photograph(path, None)) for path in DEMO_PHOTOGRAPHS[:NUM_PHOTOGRAPHS]]
         noise = np.random.default_rng(0).normal(0, NOISE, (2 * self.height, 2 * self.width, 3)).astype(np.float32)
         for number, draw in enumerate(uniforms(0, "benchmark", 0, np.arange(self.num_samples), 5)):
             pixels = self._crop(photographs[number % NUM_PHOTOGRAPHS], noise, draw)
@@ -72,13 +71,6 @@ class PhotographShards:
         y, x = (noise_offset * (self.height, self.width)).astype(int)
         noisy = np.asarray(pixels) + noise[y : y + self.height, x : x + self.width]
         return noisy.round().clip(0, 255).astype(np.uint8)
-
-
-def load_photograph(path: str) -> Image.Image:
-    """Load a photograph of an installed package at full size; the path is package/folders/file."""
-    package, resource = path.split("/", 1)
-    with resources.files(package).joinpath(resource).open("rb") as file:
-        return Image.open(file).convert("RGB")
 
 
 def write_numbered_shards(folder: Path, num_shards: int, samples_per_shard: int) -> str:
@@ -104,13 +96,10 @@ def evict_from_page_cache(paths: Iterable[str]) -> float:
     """
     shares = []
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with open(path, "rb") as file:
             # The kernel does not evict dirty pages.
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         shares.append(page_cache_share(path))
     return float(np.mean(shares))
 
