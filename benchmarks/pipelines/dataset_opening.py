@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness.machine import num_cores
@@ -116,9 +117,9 @@ def _link(folder: Path, sources: Sequence[str], count: int) -> str:
 def _open_on_ranks(spec: str, num_ranks: int) -> list[tuple[float, int]]:
     """Return, for each repetition, the time until all ranks have a batch, and how many bytes the largest has grown."""
     command = [sys.executable, "-m", "benchmarks.pipelines.opening_rank"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    start = partial(subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with ExitStack() as stack:
-        ranks = [stack.enter_context(subprocess.Popen(command, text=True, **pipes)) for _ in range(num_ranks)]
+        ranks = [stack.enter_context(start()) for _ in range(num_ranks)]
         for rank in ranks:
             _answer(rank)
         results = []
