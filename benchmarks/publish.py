@@ -94,14 +94,10 @@ def collect_values(lab: LabConfig) -> dict[str, Any]:
     measured = {name: by_seed for name, by_seed in values.items() if by_seed}
     tuned = {name: num_tuned_of(numbers[name], rows) for name in measured}
     claims = {
-        claim.name: {
-            "text": claim.text,
-            "paper": claim.paper,
-            "margin": claim.margin,
-            "compare": [[str(number) for number in pair] for pair in claim.compare],
-        }
+        claim.name: {"text": claim.text, "paper": claim.paper, "margin": claim.margin,
+                     "compare": [[str(number) for number in pair] for pair in claim.compare]}
         for claim in lab.claims
-    }
+    }  # fmt: skip
     provenance = {name: results[name] for name in ("machine", "commit")}
     return provenance | {"claims": claims, "tuned": tuned, "values": measured}
 
@@ -140,23 +136,16 @@ def render_claims(tree: dict[str, Any]) -> str:
         "| claim | here, mean over seeds | difference, 95 % interval | the paper | |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_line(outcome, tree["tuned"]) for outcome in judge_outcomes(tree)]
+    for outcome in judge_outcomes(tree):
+        claim, comparisons = outcome.claim, outcome.comparisons
+        means = "; ".join(format_means(comparison, claim, tree["tuned"]) for comparison in comparisons)
+        differences = "; ".join(map(format_difference, comparisons))
+        verdict = _VERDICTS.get(outcome.verdict, outcome.verdict)
+        lines.append(f"| {' | '.join((claim.text, means, differences, claim.paper, verdict))} |")
     seeds = {seed for values in tree["values"].values() for seed in values}
     provenance = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
     run = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}"
     return "\n".join([*lines, "", f"{run}; {provenance}. Student's interval, seeds paired.", ""])
-
-
-def _line(outcome: ClaimVerdict, tuned: dict[str, int]) -> str:
-    claim = outcome.claim
-    cells = (
-        claim.text,
-        "; ".join(format_means(comparison, claim, tuned) for comparison in outcome.comparisons),
-        "; ".join(format_difference(comparison) for comparison in outcome.comparisons),
-        claim.paper,
-        _VERDICTS.get(outcome.verdict, outcome.verdict),
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
