@@ -73,7 +73,8 @@ def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 def _to_svg(figure: Figure) -> str:
     """Return a figure as an SVG element in the colours of the page, without a size of its own."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Without the metadata, which are longer than the marks of a small chart and change with the date.
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for placeholder, name in zip((*_PLACEHOLDERS[:3], *_PLACEHOLDERS.series), _CSS_VARIABLES, strict=True):
@@ -219,7 +220,7 @@ def save_plots(path: Path, plots: Sequence[Plot], title: str) -> None:
             axis.set_visible(False)
         for axis, plot in zip(axes.flat, plots, strict=False):
             _draw_plot(axis, plot, _LIGHT)
-            _set_title(axis, plot.title, plot.note, 64)
+            _set_title(axis, plot.title, plot.note, 70)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -230,7 +231,11 @@ def _draw_plot(axis: Axes, plot: Plot, colours: Palette) -> None:
     else:
         _draw_histogram(axis, plot, colours)
     axis.grid(linewidth=0.6)
-    axis.legend(fontsize=8)
+    axis.set_axisbelow(True)
+    # Below the axes, where it covers no points.
+    axis.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, columnspacing=1.2, handlelength=1.6
+    )
 
 
 def _draw_recovery(axis: Axes, plot: RecoveryPlot, colours: Palette) -> None:
