@@ -232,6 +232,7 @@ def _draw_plot(axis: Axes, plot: Plot, colours: Palette) -> None:
         _draw_histogram(axis, plot, colours)
     axis.grid(linewidth=0.6)
     axis.set_axisbelow(True)
+    axis.locator_params(axis="x", nbins=7)
     # Below the axes, where it covers no points.
     axis.legend(
         fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, columnspacing=1.2, handlelength=1.6
