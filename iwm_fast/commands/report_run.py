@@ -42,6 +42,7 @@ _PICTURES = {
     "imagine_sweeps.png": "Retrieval: sweeps over single entries of the action",
     "imagine_plots.png": "Recovered parameters and ranks",
     "evaluations/plan.png": "Planning: true and recovered changes",
+    "evaluations/plan_difference.png": "Planning by the difference readout: true and recovered changes",
     "evaluations/segment.png": "Segmentation",
 }
 

@@ -169,7 +169,7 @@ def save_dot_plots(path: Path, plots: Sequence[DotPlot]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryPlot:
-    """Asked-for against recovered values of a parameter, with the identity line and the line of no change."""
+    """Asked-for, or true, against recovered values, with the identity line and the line of no change."""
 
     title: str
     note: str
@@ -178,6 +178,8 @@ class RecoveryPlot:
     """Range of the parameter."""
     no_change: float
     """Value that changes nothing."""
+    x_label: str
+    """Name of the values on the x axis."""
     asked: Float32[np.ndarray, "images"]
     recovered: Mapping[str, Float32[np.ndarray, "images"]]
     """Recovered values by the name of the series; at most four."""
@@ -220,7 +222,7 @@ def save_plots(path: Path, plots: Sequence[Plot], title: str) -> None:
             axis.set_visible(False)
         for axis, plot in zip(axes.flat, plots, strict=False):
             _draw_plot(axis, plot, _LIGHT)
-            _set_title(axis, plot.title, plot.note, 70)
+            _set_title(axis, plot.title, plot.note, 64)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -240,13 +242,13 @@ def _draw_plot(axis: Axes, plot: Plot, colours: Palette) -> None:
 
 
 def _draw_recovery(axis: Axes, plot: RecoveryPlot, colours: Palette) -> None:
-    axis.axline((plot.no_change, plot.no_change), slope=1, color=colours.ink, linewidth=1.0, label="as asked for")
+    axis.axline((plot.no_change, plot.no_change), slope=1, color=colours.ink, linewidth=1.0, label="identity")
     axis.axhline(plot.no_change, color=colours.ink, linewidth=1.0, linestyle="--", label="no change")
     for (name, values), colour in zip(plot.recovered.items(), colours.series, strict=False):
         axis.plot(plot.asked, values, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0, label=name)
     margin = 0.05 * (plot.limits[1] - plot.limits[0])
     limits = plot.limits[0] - margin, plot.limits[1] + margin
-    axis.set(xlim=limits, ylim=limits, xlabel="asked for", ylabel="recovered")
+    axis.set(xlim=limits, ylim=limits, xlabel=plot.x_label, ylabel="recovered")
 
 
 def _draw_histogram(axis: Axes, plot: RankHistogram, colours: Palette) -> None:

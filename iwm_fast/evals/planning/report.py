@@ -115,6 +115,7 @@ def recovery_plots(errors: PlanningErrors, entries: Sequence[str], config: RunCo
                 note=f"{len(true)} images; mean error: {'; '.join(texts)}; no change {np.abs(true).mean():.3f}",
                 limits=(float(ends.min()), float(ends.max())),
                 no_change=0.0,
+                x_label="true change",
                 asked=true,
                 recovered=series,
             )

@@ -82,6 +82,7 @@ def recovery_plots(recovery: Recovery, views: ViewConfig, strengths: str) -> lis
                 note=f"{images}; mean error: {errors}; no change {no_change:.3f}; any version {guess:.3f}",
                 limits=(entry.neutral - entry.strength, entry.neutral + entry.strength),
                 no_change=entry.neutral,
+                x_label="asked for",
                 asked=asked,
                 recovered=dict(zip(READOUTS, recovered, strict=True)),
             )

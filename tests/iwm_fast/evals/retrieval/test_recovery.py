@@ -77,8 +77,8 @@ def test_the_histogram_has_all_queries_of_each_readout():
 @pytest.mark.parametrize("num_candidates", [4, 256, 100_000])
 def test_plots_are_drawn_with_axes_names_and_series(num_candidates, tmp_path):
     values = np.linspace(0, 1, 5, dtype=np.float32)
-    recovery = RecoveryPlot(title="Hue", note="5 images", limits=(0.0, 1.0), no_change=0.0, asked=values,
-                            recovered={"absolute": values, "difference": values})  # fmt: skip
+    recovery = RecoveryPlot(title="Hue", note="5 images", limits=(0.0, 1.0), no_change=0.0, x_label="asked for",
+                            asked=values, recovered={"absolute": values, "difference": values})  # fmt: skip
     ranks = np.array([1, 1.5, num_candidates], np.float32)
     histogram = RankHistogram(title="Rank", note="x", num_candidates=num_candidates, ranks={"absolute": ranks})
     for plot, texts in ((recovery, ("asked for", "recovered", "no change", "difference")),
