@@ -64,8 +64,10 @@ def render_demo(summary: dict[str, Any]) -> str:
     rows = [
         (f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter} as trained",
          f"**{summary['mrr']:.3f}** (95 %: {low:.3f} to {high:.3f})", f"{chance} {summary['mrr_untrained']:.3f}"),
+        *_difference_row(summary, "mrr_difference", chance),
         ("MRR, weaker jitter 0.4/0.4/0.2/0.1",
          f"**{summary['mrr_default_bank']:.3f}**", f"{chance} {summary['mrr_default_bank_untrained']:.3f}"),
+        *_difference_row(summary, "mrr_default_bank_difference", chance),
         ("k-NN accuracy, 17 photographs, disjoint regions", f"**{summary['knn']:.3f}**",
          f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"),
         ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s", ""),
@@ -76,6 +78,13 @@ def render_demo(summary: dict[str, Any]) -> str:
     lines = ["| seed 0 | world model | control |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
     provenance = f"{summary['machine']}, 2 cores, commit {summary['commit']}. The interval is over images."
     return "\n".join([*lines, "", provenance, ""])
+
+
+def _difference_row(summary: dict[str, Any], key: str, chance: str) -> list[tuple[str, str, str]]:
+    """Return the row of a difference readout, if the demo has measured it."""
+    if key not in summary:
+        return []
+    return [("the same, difference readout", f"**{summary[key]:.3f}**", f"{chance} {summary[f'{key}_untrained']:.3f}")]
 
 
 def collect_values(lab: LabConfig) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="default", families=("jitter",))
     )
     mrr, weak_mrr = result.row("jitter", "mrr"), weak_result.row("jitter", "mrr")
+    difference, weak_difference = (item.row("jitter", "mrr_difference_readout") for item in (result, weak_result))
     _announce(4, "k-NN accuracy of the encoder")
     knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
     _announce(5, "pictures of predictions")
@@ -110,9 +111,13 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         "mrr_interval": [mrr.low, mrr.high],
         "mrr_chance": mrr.chance,
         "mrr_untrained": mrr.control,
+        "mrr_difference": difference.value,
+        "mrr_difference_untrained": difference.control,
         "mrr_bank": {"size": BANK_SIZE, "jitter": result.details["bank_strengths"]},
         "mrr_default_bank": weak_mrr.value,
         "mrr_default_bank_untrained": weak_mrr.control,
+        "mrr_default_bank_difference": weak_difference.value,
+        "mrr_default_bank_difference_untrained": weak_difference.control,
         "knn": knn.value,
         "knn_untrained": knn.control,
         "knn_chance": knn.chance,
@@ -149,12 +154,14 @@ def training_speed(run: str) -> dict[str, float]:
 
 
 def read_summary(folder: Path, identity: str) -> dict[str, Any] | None:
-    """Return the summary of an earlier demo, or None if it belongs to other settings or an older checkpoint."""
+    """Return the summary of an earlier demo, or None if it belongs to other settings, checkpoints or versions."""
     path, newest = folder / "summary.json", checkpoints.find_newest_folder(folder)
     if not path.is_file() or newest is None:
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    is_current = summary["settings"] == identity and newest.name == f"step-{summary['step']:08d}"
+    # Earlier versions did not measure the difference readout.
+    is_current = summary["settings"] == identity and "mrr_difference" in summary
+    is_current &= newest.name == f"step-{summary['step']:08d}"
     return summary if is_current else None
 
 
@@ -169,8 +176,13 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         "{:.3f} (95 %: {:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
         chance + f"{summary['mrr_untrained']:.3f}",
     )
-    weak = f"{summary['mrr_default_bank']:.3f}"
-    table.add_row("MRR, jitter 0.4/0.4/0.2/0.1", weak, chance + f"{summary['mrr_default_bank_untrained']:.3f}")
+    # By name: the readout or the bank, and the key of its MRR.
+    for name, key in (
+        ("the same, difference readout", "mrr_difference"),
+        ("MRR, jitter 0.4/0.4/0.2/0.1", "mrr_default_bank"),
+        ("the same, difference readout", "mrr_default_bank_difference"),
+    ):
+        table.add_row(name, f"{summary[key]:.3f}", chance + f"{summary[f'{key}_untrained']:.3f}")
     control = f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"
     table.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
     table.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in total")

@@ -40,6 +40,9 @@ _PICTURES = {
     "show.png": "Training samples: views, masks and actions",
     "imagine.png": "Retrieval: source, requested change and retrieved image",
     "imagine_sweeps.png": "Retrieval: sweeps over single entries of the action",
+    "imagine_plots.png": "Recovered parameters and ranks",
+    "evaluations/plan.png": "Planning: true and recovered changes",
+    "evaluations/plan_difference.png": "Planning by the difference readout: true and recovered changes",
     "evaluations/segment.png": "Segmentation",
 }
 

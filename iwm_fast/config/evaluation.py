@@ -226,14 +226,17 @@ class ImagineConfig(BankConfig):
 
     num_images: int = 6
     """Number of validation images, one per column."""
+    num_plotted: int = 64
+    """Number of validation images of the plots of recovered parameters and ranks, evenly spaced over the data set."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""
-    """PNG file NAME.png to write; NAME_sweeps.png and the page NAME.html are written beside it. Unset: imagine.png in
-    the run folder."""
+    """PNG file NAME.png to write; NAME_sweeps.png, NAME_plots.png and the page NAME.html are written beside it. Unset:
+    imagine.png in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.num_plotted >= 1, "num_plotted", self.num_plotted, "be at least 1")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
         require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
         require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
+from jaxtyping import Float32
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -91,7 +93,8 @@ def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 def _to_svg(figure: Figure) -> str:
     """Return a figure as an SVG element in the colours of the page, without a size of its own."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Without the metadata, which are longer than the marks of a small chart and change with the date.
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for placeholder, name in zip((*_PLACEHOLDERS[:3], *_PLACEHOLDERS.series), _CSS_VARIABLES, strict=True):
@@ -221,3 +224,107 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
             y += len(group.rows) + 0.7
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryPlot:
+    """Asked-for, or true, against recovered values, with the identity line and the line of no change."""
+
+    title: str
+    note: str
+    """Text above the plot, in a soft colour."""
+    limits: tuple[float, float]
+    """Range of the parameter."""
+    no_change: float
+    """Value that changes nothing."""
+    x_label: str
+    """Name of the values on the x axis."""
+    asked: Float32[np.ndarray, "images"]
+    recovered: Mapping[str, Float32[np.ndarray, "images"]]
+    """Recovered values by the name of the series; at most four."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankHistogram:
+    """How often the correct answer has each rank, with the share that each rank has by chance."""
+
+    title: str
+    note: str
+    """Text above the plot, in a soft colour."""
+    num_candidates: int
+    """The last rank."""
+    ranks: Mapping[str, Float32[np.ndarray, "queries"]]
+    """Ranks, from 1, by the name of the series; at most four."""
+
+
+Plot = RecoveryPlot | RankHistogram
+# More bars could not be told apart.
+_MAX_BINS = 64
+
+
+def draw_plot(plot: Plot) -> str:
+    """Return a plot as an SVG element, without its title and note."""
+    with _canvas(4.6, 3.4) as (figure, axis):
+        _draw_plot(axis, plot, _PLACEHOLDERS)
+        return _to_svg(figure)
+
+
+def save_plots(path: Path, plots: Sequence[Plot], title: str) -> None:
+    """Write plots as one PNG file in light colours, in up to three columns."""
+    num_columns = min(3, len(plots))
+    num_rows = -(-len(plots) // num_columns)
+    with matplotlib.rc_context(_style(_LIGHT) | {"figure.facecolor": "#ffffff"}):
+        figure = Figure(figsize=(4.4 * num_columns, 0.4 + 4.2 * num_rows), layout="constrained")
+        figure.suptitle(textwrap.fill(title, 58 * num_columns), fontsize=10.5)
+        axes = figure.subplots(num_rows, num_columns, squeeze=False)
+        for axis in axes.flat[len(plots) :]:
+            axis.set_visible(False)
+        for axis, plot in zip(axes.flat, plots, strict=False):
+            _draw_plot(axis, plot, _LIGHT)
+            _set_title(axis, plot.title, plot.note, 64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+
+
+def _draw_plot(axis: Axes, plot: Plot, colours: Palette) -> None:
+    if isinstance(plot, RecoveryPlot):
+        _draw_recovery(axis, plot, colours)
+    else:
+        _draw_histogram(axis, plot, colours)
+    axis.grid(linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.locator_params(axis="x", nbins=7)
+    # Below the axes, where it covers no points.
+    axis.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, columnspacing=1.2, handlelength=1.6
+    )
+
+
+def _draw_recovery(axis: Axes, plot: RecoveryPlot, colours: Palette) -> None:
+    axis.axline((plot.no_change, plot.no_change), slope=1, color=colours.ink, linewidth=1.0, label="identity")
+    axis.axhline(plot.no_change, color=colours.ink, linewidth=1.0, linestyle="--", label="no change")
+    for (name, values), colour in zip(plot.recovered.items(), colours.series, strict=False):
+        axis.plot(plot.asked, values, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0, label=name)
+    margin = 0.05 * (plot.limits[1] - plot.limits[0])
+    limits = plot.limits[0] - margin, plot.limits[1] + margin
+    axis.set(xlim=limits, ylim=limits, xlabel=plot.x_label, ylabel="recovered")
+
+
+def _draw_histogram(axis: Axes, plot: RankHistogram, colours: Palette) -> None:
+    # Ranks from first + 1/2 to last + 1/2 share a bin; a tie may give half a rank, which counts as the next one.
+    edges = np.unique(np.linspace(0, plot.num_candidates, min(plot.num_candidates, _MAX_BINS) + 1).round()) + 0.5
+    for (name, ranks), colour in zip(plot.ranks.items(), colours.series, strict=False):
+        counts, _ = np.histogram(ranks, edges)
+        axis.stairs(counts / len(ranks) / np.diff(edges), edges, color=colour, linewidth=1.6, label=name)
+    axis.axhline(1 / plot.num_candidates, color=colours.ink, linewidth=1.0, linestyle="--", label="by chance")
+    axis.set(xlabel=f"rank among {plot.num_candidates}", ylabel="share of queries", ylim=(0, None))
+
+
+def _set_title(axis: Axes, title: str, note: str, width: int) -> None:
+    """Write a title above a plot, and between them a note in a soft colour, broken into lines of `width` characters."""
+    # The note takes no part in the layout, or it would squeeze the plot; the title's padding makes room for it.
+    note = textwrap.fill(note, width)
+    axis.set_title(title, fontsize=10, loc="left", pad=9 + 10 * len(note.splitlines()))
+    axis.annotate(
+        note, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7.5, color=_LIGHT.soft, va="bottom"
+    ).set_in_layout(False)

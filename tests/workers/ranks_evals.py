@@ -1,4 +1,4 @@
-"""A rank of test_evaluation_ranks.py, `python ranks_evals.py RUN MRR ROLLOUT PLAN` with settings as JSON: prints the rows."""
+"""A rank of test_evaluation_ranks.py, `python ranks_evals.py RUN MRR ROLLOUT PLAN` with JSON: prints the rows."""
 
 import json
 import sys

@@ -9,7 +9,7 @@ from frozen features, fitted to training images. No choice is made on the valida
 Crop and flip entries are not searched for, because source and target show the same region.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,13 +21,14 @@ from iwm_fast.config.evaluation import PlanConfig
 from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, require_readable, training_shards, validation_shards
 from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
-from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
+from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows, recovery_plots
 from iwm_fast.evals.planning.ridge import ridge
 from iwm_fast.evals.results import Result, Row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import change_from_action, describe_action
+from iwm_fast.rendering.charts import RecoveryPlot, save_plots
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
@@ -36,7 +37,7 @@ from iwm_fast.world_model import WorldModel
 def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Result:
     """Measure how well known changes are recovered, and save `plan`, or `plan_difference` with that readout.
 
-    Collective: every rank must call it.
+    A picture beside the result shows the true and the recovered numbers. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -55,6 +56,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     broadcast_from_rank_zero(lambda: require_readable(*selected))
     searched = searched_entries(model.config.views)
     rows: list[Row] = []
+    plots: list[RecoveryPlot] = []
     for kind in SOURCE_KINDS:
         # Flags say how a source was destroyed, the other entries how a target differs from a clean source.
         is_flag = kind == "destroyed"
@@ -63,14 +65,21 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             errors = measure(model, train, val, kind, config, rank_info=rank_info)
             rows += parameter_rows(errors, reported, model.config, config.seed)
             rows += distance_rows(errors, kind, config.seed)
+            plots += recovery_plots(errors, reported, model.config)
     name = "plan" if config.readout == "absolute" else f"plan_{config.readout}"
     result = Result(
         task="plan", name=name_with_step(name, config.checkpoint, model.step), rows=tuple(rows), step=model.step,
         seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
-    rank_zero_only(lambda: save_result(config.run, result))
+    rank_zero_only(lambda: _save(result, plots))
     return result
+
+
+def _save(result: Result, plots: Sequence[RecoveryPlot]) -> None:
+    path = save_result(result.settings["run"], result).with_suffix(".png")
+    if plots:
+        save_plots(path, plots, f"Changes between pairs of images, {result.name}, step {result.step}")
 
 
 def measure(

@@ -24,6 +24,8 @@ from iwm_fast.world_model import WorldModel
 
 # The reference attention stores all scores of a forward. This many numbers take a few hundred MB with their softmax.
 _MAX_ATTENTION_SCORES = 2**26
+# Of 255. The channels of a photograph without colour differ by no more than rounding and compression make them differ.
+_MIN_COLOUR_SPREAD = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,12 @@ def source_parameters(family: str, views: ViewConfig, num_images: int = 1) -> Pa
     """Return the parameters of a family's source: no change, or one destructive transformation."""
     operation: PixelOperation = getattr(views, family)
     return identity_parameters(views, num_images) | operation.query_source(num_images)
+
+
+def has_colour(pixels: UInt8[Tensor, "H W 3"]) -> bool:
+    """Return whether a photograph has colours; without them, some changes cannot be seen."""
+    spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
+    return bool(spread.mean() >= _MIN_COLOUR_SPREAD)
 
 
 def make_query(pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, family: str, model: WorldModel) -> Query:

@@ -186,6 +186,8 @@ def test_the_demo_runs_in_one_command_and_does_not_train_twice(tmp_path):
         "mrr",
         "mrr_chance",
         "mrr_untrained",
+        "mrr_difference",
+        "mrr_default_bank_difference_untrained",
         "knn",
         "knn_untrained",
         "images_per_s",

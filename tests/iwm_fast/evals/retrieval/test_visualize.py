@@ -59,9 +59,10 @@ def small(folder, **more):
 
 
 def test_sheet_sweeps_and_a_self_contained_page_are_written(folder):
-    sheet, sweeps, page = imagine(small(folder, steps=5))
-    assert [path.name for path in (sheet, sweeps, page)] == ["imagine.png", "imagine_sweeps.png", "imagine.html"]
-    for picture in (sheet, sweeps):
+    *pictures, page = imagine(small(folder, steps=5, num_plotted=4))
+    assert [path.name for path in pictures] == ["imagine.png", "imagine_sweeps.png", "imagine_plots.png"]
+    assert page.name == "imagine.html"
+    for picture in pictures:
         with Image.open(picture) as opened:
             assert opened.format == "PNG"
     text = page.read_text()
@@ -69,10 +70,13 @@ def test_sheet_sweeps_and_a_self_contained_page_are_written(folder):
     # 3 images in 4 rows; 4 entries with 3 rows of 5 values; 3 destroyed versions of 3 images in 4 rows.
     assert len(sources) == 3 * 4 + 4 * 3 * 5 + 3 * 3 * 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"https?:|<script|<link|url\(", text)
+    # SVG names its own namespaces and parts.
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|url\(#\w+\)', "", text)
+    assert not re.search(r"https?:|<script|<link|url\(", without_names)
     assert "prefers-color-scheme: dark" in text and "max-width: 600px" in text
-    titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize"]
+    titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize", "Over"]
     assert re.findall(r"<h2>(\w+)", text) == titles
+    assert re.findall(r"<h3>(\w+)", text) == ["Rank", "Brightness", "Contrast", "Saturation", "Hue"]
     assert len(re.findall(r"by absolute readout; \d\.\d+ by difference readout; by chance 0\.\d+ among", text)) == 8
 
 
@@ -167,7 +171,7 @@ def test_many_images_are_split_into_sections_with_common_numbers(model, image):
 
 def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
     panel = Panel(pixels=np.zeros((128, 128, 3), np.uint8), caption="<b>")
-    write_imagine_page(tmp_path / "page.html", [ImageGrid(labels=("a",), rows=((panel,),))], "title", "a&b")
+    write_imagine_page(tmp_path / "page.html", [ImageGrid(labels=("a",), rows=((panel,),))], [], "title", run="a&b")
     text = (tmp_path / "page.html").read_text()
     assert "data:image/jpeg;base64," in text and "&lt;b&gt;" in text and "a&amp;b" in text
 
