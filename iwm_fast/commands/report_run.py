@@ -41,6 +41,7 @@ _PICTURES = {
     "imagine.png": "Retrieval: source, requested change and retrieved image",
     "imagine_sweeps.png": "Retrieval: sweeps over single entries of the action",
     "evaluations/segment.png": "Segmentation",
+    "evaluations/decode.png": "Decoded tokens",
 }
 
 
