@@ -26,6 +26,7 @@ from iwm_fast.pipelines.transforms.normalization import to_unit_range
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.run_status import read_status
+from iwm_fast.training.loaders import open_training_shards, training_loader
 
 ARMS = ("decoder", "linear", "untrained_encoder")
 
@@ -105,8 +106,11 @@ def test_a_decoder_with_other_settings_is_kept(run_folder, changes, named):
     assert named in str(refused.value) and "set name=OTHER to keep both results" in str(refused.value)
 
 
-def train(run, rank_info, name, stop_at=None):
-    """Train a decoder for six steps, and return its weights; `stop_at` is a step in which it is asked to stop."""
+def train(run, rank_info, name, stop_at=None, watch=lambda batch: None):
+    """Train a decoder for six steps, and return its weights.
+
+    `stop_at` is a step in which it is asked to stop; `watch` is called with each batch.
+    """
     model, preemption = world_model.load(run), Preemption()
     context = open_context("decode", settings(run, steps=6, name=name), model, rank_info, preemption)
     arm = build_arm(DECODER, model, context)
@@ -114,6 +118,7 @@ def train(run, rank_info, name, stop_at=None):
     def prepare(batch):
         if batch.step == stop_at:
             preemption.reason = "SIGTERM"
+        watch(batch)
         return arm.job.prepare(batch)
 
     train_job(replace(arm.job, prepare=prepare), context)
@@ -127,6 +132,19 @@ def test_a_stopped_decoder_resumes_bit_equal(run_folder, rank_info):
     assert read_status(run_folder / "evaluations" / "decode_stopped" / DECODER)["step"] == 4
     resumed = train(run_folder, rank_info, "stopped")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_it_learns_from_the_views_that_pretraining_would_see(run_folder, rank_info):
+    seen = []
+    train(run_folder, rank_info, "watched", watch=seen.append)
+    config = world_model.load(run_folder).config
+    config = replace(config, optim=replace(config.optim, global_batch_size=8))
+    loader = training_loader(config, open_training_shards(config.data), rank_info)
+    assert [batch.step for batch in seen] == list(range(6))
+    for batch, expected in zip(seen, loader, strict=False):
+        assert torch.equal(batch.source_view, expected.source_view)
+        assert torch.equal(batch.target_view, expected.target_view) and batch.action.any()
+    loader.close()
 
 
 def test_the_command_stops_with_code_75(run_folder, capsys):
