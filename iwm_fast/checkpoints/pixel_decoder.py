@@ -103,11 +103,7 @@ def _naming_remedy(path: Path) -> Iterator[None]:
     """Name the file of a decoder, and what can be done, in the errors that its content causes in the `with` block."""
     try:
         with naming_file(path):
-            try:
-                yield
-            # torch reports weights that do not fit.
-            except RuntimeError as error:
-                raise ValueError(str(error)) from error
+            yield
     except CheckpointError as error:
         error.add_note("delete it and run `iwm decode` again, which takes the trained decoder if that is complete")
         raise

@@ -18,7 +18,7 @@ from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.finetuning import DecodeConfig, DecoderTuneConfig, PixelDecoderConfig
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.decoding.evaluate import VIEWS, evaluate_decode, render_views
-from iwm_fast.evals.decoding.training import DECODER, build_arm
+from iwm_fast.evals.decoding.training import DECODER, build_arm, target_tokens
 from iwm_fast.evals.finetuning.run import open_context, predict, train_job
 from iwm_fast.evals.results import read_result
 from iwm_fast.evaluate import evaluate
@@ -86,6 +86,13 @@ def test_the_saved_decoder_decodes_as_it_was_measured(run_folder, rank_info):
     # Every image is changed, and in the same way each time.
     assert (views[:, 0] - views[:, 1]).abs().amax((1, 2, 3)).min() > 0.05
     assert torch.equal(views, predict(lambda batch: render_views(batch, context), context))
+
+
+def test_a_decoder_sees_the_tokens_that_a_predictor_predicts(run_folder):
+    model, view = world_model.load(run_folder), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        model.encoder.norm.weight.mul_(3)
+    assert torch.equal(target_tokens(model.encode, view), model.encode_targets(view))
 
 
 def test_a_finished_decoder_is_not_trained_again(run_folder):
