@@ -7,20 +7,22 @@ The file's header holds the `PixelDecoderSpec`, so that sizes and weights cannot
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
-from iwm_fast.checkpoints.reading import naming_file, read_tensors
+from iwm_fast.checkpoints.reading import naming_file
 from iwm_fast.config.loading import build, config_to_dict
 from iwm_fast.models.pixel_decoder import PixelDecoder, PixelDecoderSpec
 from iwm_fast.pipelines.storage.atomic import replace_file
 
-EXPORTED_DECODER = "pixel_decoder.safetensors"
+EXPORTED_DECODER, DECODERS = "pixel_decoder.safetensors", "decoder"
 _HEADER = "pixel_decoder"
 
 
@@ -30,7 +32,7 @@ def save_pixel_decoder(run: str | Path, decoder: PixelDecoder) -> Path:
     Raises:
         DiskError: if it cannot be written.
     """
-    path = Path(run) / "decoder" / f"step-{decoder.spec.step:08d}.safetensors"
+    path = Path(run) / DECODERS / f"step-{decoder.spec.step:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in decoder.state_dict().items()}
     metadata = {"format": "pt", _HEADER: json.dumps(config_to_dict(decoder.spec))}
@@ -49,7 +51,7 @@ def find_pixel_decoder(folder: str | Path, step: int | None = None) -> Path:
         FileNotFoundError: if there is none.
     """
     folder = Path(folder)
-    found = {path: int(path.stem[5:]) for path in folder.glob("decoder/step-" + "[0-9]" * 8 + ".safetensors")}
+    found = {path: int(path.stem[5:]) for path in folder.glob(f"{DECODERS}/step-" + "[0-9]" * 8 + ".safetensors")}
     exported = folder / EXPORTED_DECODER
     if exported.is_file():
         found[exported] = read_spec(exported).step
@@ -69,7 +71,7 @@ def read_spec(path: Path) -> PixelDecoderSpec:
     Raises:
         CheckpointError: if the file is cut off, damaged, or holds no decoder.
     """
-    with naming_file(path), safe_open(path, "pt") as file:
+    with _naming_remedy(path), safe_open(path, "pt") as file:
         tree: Any = json.loads((file.metadata() or {})[_HEADER])
         return build(PixelDecoderSpec, tree)
 
@@ -80,7 +82,7 @@ def load_pixel_decoder(folder: str | Path, step: int | None = None, device: str 
     Args:
         folder: folder of the run or export.
         step: optimiser steps of the checkpoint whose tokens are to be decoded, `WorldModel.step`; a decoder of another
-            checkpoint would show something else. None: the latest decoder.
+            checkpoint would show something else. None: the latest that has a decoder.
         device: device to load it onto.
 
     Raises:
@@ -91,8 +93,17 @@ def load_pixel_decoder(folder: str | Path, step: int | None = None, device: str 
     if path.name == EXPORTED_DECODER:
         require_undamaged(path.parent, (EXPORTED_DECODER,))
     decoder = PixelDecoder(read_spec(path))
-    try:
-        decoder.load_state_dict(read_tensors(path))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    with _naming_remedy(path):
+        decoder.load_state_dict(load_file(path))
     return decoder.requires_grad_(False).eval().to(device)
+
+
+@contextmanager
+def _naming_remedy(path: Path) -> Iterator[None]:
+    """Name the file of a decoder, and what can be done, in the errors that its content causes in the `with` block."""
+    try:
+        with naming_file(path):
+            yield
+    except CheckpointError as error:
+        error.add_note("delete it and run `iwm decode` again, which takes the trained decoder if that is complete")
+        raise

@@ -44,6 +44,7 @@ _PICTURES = {
     "evaluations/plan.png": "Planning: true and recovered changes",
     "evaluations/plan_difference.png": "Planning by the difference readout: true and recovered changes",
     "evaluations/segment.png": "Segmentation",
+    "evaluations/decode.png": "Decoded tokens",
 }
 
 

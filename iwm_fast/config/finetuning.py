@@ -328,7 +328,7 @@ class DecodeConfig(TrainedEvalConfig):
     tune: DecoderTuneConfig = field(default_factory=DecoderTuneConfig)
     controls: bool = True
     """Whether a linear decoder, and a decoder of an untrained encoder's tokens, are trained alike for comparison, which
-    takes about twice as long again."""
+    more than doubles the time."""
     num_images: int = 1024
     """Largest number of validation images to measure on, evenly spaced over the data set."""
 

@@ -41,6 +41,7 @@ from iwm_fast.runtime.preemption import Preemption
 
 log = logging.getLogger(__name__)
 
+VIEWS = ("clean", "changed")
 METRICS = {"psnr_db": psnr, "ssim": ssim}
 _NUM_SHOWN = 8
 
@@ -86,12 +87,6 @@ def evaluate_decode(
     return result
 
 
-def view_names(context: Context) -> tuple[str, ...]:
-    """Return the names of the views that are measured; without jitter or the like in the run, nothing is changed."""
-    has_change = any(operation.family == "forward" for operation in context.model_config.views.operations)
-    return ("clean", "changed") if has_change else ("clean",)
-
-
 def render_views(batch: Batch, context: Context) -> Float[Tensor, "B views 3 H W"]:
     """Return normalised views of validation images: as they are, and jittered with the strengths of the run.
 
@@ -102,7 +97,7 @@ def render_views(batch: Batch, context: Context) -> Float[Tensor, "B views 3 H W
     parameters = draw_view(views, context.settings.seed, "decode", 0, batch.sample.numpy(), is_source=False)
     pixels = render(denormalize_view(clean, config.data.normalization), parameters, views)
     changed = normalize_view(pixels, config.data.normalization)
-    return torch.stack([clean, changed][: len(view_names(context))], dim=1)
+    return torch.stack([clean, changed], dim=1)
 
 
 def _measure(
@@ -142,7 +137,7 @@ def _rows(trained: dict[str, TrainedVariant], context: Context) -> list[Row]:
     """Return a row for each metric, view and decoder; the control of the decoder is that of an untrained encoder."""
     rows = []
     for number, metric in enumerate(METRICS):
-        for place, view in enumerate(view_names(context)):
+        for place, view in enumerate(VIEWS):
             values = {name: variant.per_image[:, place, number] for name, variant in trained.items()}
             for name, variant in trained.items():
                 control = values.get(UNTRAINED) if name == DECODER else None
@@ -155,7 +150,7 @@ def _save(result: Result, pictures: dict[str, UInt8[np.ndarray, "images views H 
     """Save the result, and a figure with each image above what the decoders make of it; return the figure's path."""
     save_result(context.settings.run, result)
     labels, rows = [], []
-    for place, view in enumerate(view_names(context)):
+    for place, view in enumerate(VIEWS):
         for name, pixels in pictures.items():
             quality = "" if name == "image" else f", {result.value(f'{name}, {view}', 'psnr_db'):.1f} dB"
             labels.append(f"{view} {name}{quality}".replace("_", " "))
