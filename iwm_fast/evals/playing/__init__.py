@@ -1,1 +1,1 @@
-"""A page with sliders: what a world model imagines for any change of an image."""
+"""What does the world model say to a change that I choose myself? A page with sliders."""

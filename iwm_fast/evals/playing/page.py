@@ -58,28 +58,10 @@ def build_page(
         images: addresses of the images to choose from.
         has_decoder: whether imagined pictures are shown.
         can_upload: whether a server takes further images.
-        answers: for a page without a server, what `static_answers` returned; then one control is moved at a time.
+        answers: for a page without a server, answers by image and control, and their pictures; then one control is
+            moved at a time.
     """
-    shown = {
-        name: words for name, words in _PICTURES.items() if has_decoder or name in ("source", "asked for", "retrieved")
-    }
-    settings = {
-        "controls": [
-            {"name": item.name, "low": item.low, "neutral": item.neutral, "high": item.high, "step": item.step,
-             "isSwitch": item.is_switch}
-            for item in controls
-        ],
-        "images": list(images),
-        "answers": answers,
-    }  # fmt: skip
-    figures = "".join(
-        f'<figure class="card"><img data-picture="{name}" alt="{title}"><figcaption><b>{title}</b>'
-        f'<span class="soft" data-caption="{name}">{explanation}</span></figcaption></figure>'
-        for name, (title, explanation) in shown.items()
-    )
-    upload = (
-        '<label class="small">your own: <input type="file" id="upload" accept="image/*"></label>' if can_upload else ""
-    )
+    upload = '<label class="small">your own: <input type="file" id="upload" accept="image/*"></label>'
     note = "" if has_decoder else f"Imagined pictures need a decoder: <code>iwm decode run={escape(run)}</code>."
     if answers is not None:
         note += " Answers were computed beforehand, for one control at a time."
@@ -87,17 +69,38 @@ def build_page(
         f"<h1>What the world model of {escape(run)} imagines</h1>",
         f'<p class="soft">Move a slider: from the tokens of the source and the change, the predictor computes the '
         f"tokens of the changed image. {note}</p>",
-        f'<div id="images">{upload}</div><div id="controls">{"".join(map(_control, controls))}</div>',
-        f'<div id="pictures">{figures}</div>',
+        f'<div id="images">{upload if can_upload else ""}</div>',
+        f'<div id="controls">{"".join(map(_control, controls))}</div>',
+        f'<div id="pictures">{_figures(has_decoder)}</div>',
         '<section class="card"><h3>Distance to the tokens of the image asked for</h3><div id="distances"></div>'
         '<p class="small soft">Mean squared difference per number. "No change" are the tokens of the source.</p>'
         "</section>",
         '<p id="message" role="status"></p>',
-        # Nothing in the data may end the element early.
-        f'<script type="application/json" id="data">{json.dumps(settings).replace("<", chr(92) + "u003c")}</script>',
+        f'<script type="application/json" id="data">{_script_data(controls, images, answers)}</script>',
         f"<script>{_SCRIPT.read_text(encoding='utf-8')}</script>",
     ]
     return page(f"{run}: play", body, _STYLE)
+
+
+def _figures(has_decoder: bool) -> str:
+    """Return empty frames for the pictures, with their titles."""
+    imagined = () if has_decoder else ("absolute", "difference")
+    return "".join(
+        f'<figure class="card"><img data-picture="{name}" alt="{title}"><figcaption><b>{title}</b>'
+        f'<span class="soft" data-caption="{name}">{explanation}</span></figcaption></figure>'
+        for name, (title, explanation) in _PICTURES.items()
+        if name not in imagined
+    )
+
+
+def _script_data(controls: Sequence[Control], images: Sequence[str], answers: dict[str, Any] | None) -> str:
+    """Return what the script reads, as JSON in which nothing ends its element early."""
+    sliders = [
+        {"name": item.name, "low": item.low, "neutral": item.neutral, "high": item.high, "isSwitch": item.is_switch}
+        for item in controls
+    ]
+    text = json.dumps({"controls": sliders, "images": list(images), "answers": answers})
+    return text.replace("<", "\\u003c")
 
 
 def _control(control: Control) -> str:

@@ -143,6 +143,7 @@ def test_a_package_that_one_rank_lacks_makes_the_run_fail_and_not_preempted(run_
     assert status["state"] == "failed" and "tensorboard" in status["reason"], done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_train_although_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
     jpeg = [encode(photograph("coffee.png")[number : number + 64, number : number + 64]) for number in range(100)]
     jpeg[17], jpeg[60] = jpeg[17][: len(jpeg[17]) // 2], b"<html>not found</html>"

@@ -95,6 +95,7 @@ def test_a_decoder_sees_the_tokens_that_a_predictor_predicts(run_folder):
     assert torch.equal(target_tokens(model.encode, view), model.encode_targets(view))
 
 
+@pytest.mark.slow
 def test_a_finished_decoder_is_not_trained_again(run_folder):
     before = read_result(run_folder / "evaluations" / "decode.json").rows
     # Equal durations show that it was not.
