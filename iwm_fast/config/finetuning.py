@@ -340,7 +340,7 @@ class DecodeConfig(TrainedEvalConfig):
     def optim(self, num_samples: int) -> OptimConfig:
         """Return the optimisation in the form that engines and schedules accept."""
         tune = self.tune
-        # Half a step less, because epochs are rounded up to whole steps.
+        # Half a step less, because the number of steps is rounded up.
         epochs = (tune.steps - 0.5) * tune.global_batch_size / num_samples
         return OptimConfig(
             global_batch_size=tune.global_batch_size,

@@ -209,7 +209,7 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
                 *((text, "bold", 9, _LIGHT.ink) for text in title),
                 *((text, "normal", 8, _LIGHT.soft) for text in note),
             ):
-                # On white, because the lines of the axis pass behind the text.
+                # The white background hides the grid lines behind the text.
                 axis.text(
                     -0.73, y, line, transform=beside, va="center", backgroundcolor="#ffffff",
                     fontweight=weight, fontsize=size, color=colour,

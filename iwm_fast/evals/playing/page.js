@@ -91,7 +91,8 @@ async function upload(file) {
   const reply = await fetch("image", { method: "POST", body: file });
   const answer = await reply.json();
   if (!reply.ok) { find("#message").textContent = answer.error; return; }
-  if (!find(`[data-image="${answer.image}"]`)) addImage(answer.address, answer.image);
+  const known = find(`[data-image="${answer.image}"]`);
+  if (known) known.firstChild.src = answer.address; else addImage(answer.address, answer.image);
   choose(answer.image);
 }
 

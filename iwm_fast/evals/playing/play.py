@@ -51,7 +51,6 @@ def play(config: PlayConfig) -> tuple[Path, ...]:
         path = Path(config.to)
         replace_file(path, lambda draft: draft.write_text(_page_without_server(player, subjects, run), "utf-8"))
         return (path,)
-    # One thread for the model, however many connections there are.
     with PlayServer(player, subjects, run, config.host, config.port) as server:
         others = "; everyone in the network can open it" if server.is_open_to_others else ""
         print(f"{server.address} shows what {run} imagines{others}. Ctrl-C ends it.", flush=True)
