@@ -33,6 +33,7 @@ from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.provenance import current_commit
 from iwm_fast.training.loaders import open_training_shards
+from iwm_fast.training.resume import require_same_shards
 
 CONFIG = CONFIGS / "demo.yaml"
 BANK_SIZE = 64
@@ -50,6 +51,7 @@ def demo(overrides: Sequence[str]) -> None:
     require_writable("output.folder", config.output.folder)
     folder = Path(config.output.folder)
     write_demo_shards(Path(config.data.train).parent)
+    require_same_shards(config)
     identity = fingerprint_digest(fingerprint(config, open_training_shards(config.data).content_digest))
     summary = read_summary(folder, identity)
     if summary is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
@@ -23,7 +23,8 @@ _MAX_IMAGES = 8
 def show_batch(config: RunConfig) -> Path:
     """Write `show_batch.png` into the run folder and return its path.
 
-    The picture shows the first images of training, a column each: views, visible patches and patches to predict.
+    The picture shows the first images of training, a column each: views, visible patches and patches to predict. Lines
+    separate the patches.
     """
     require_writable("output.folder", config.output.folder)
     device = choose_device(config.runtime.device)
@@ -53,12 +54,18 @@ def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
         columns.append(
             [
                 Panel(pixels=sources[image], caption=printable(batch.key[image])),
-                Panel(pixels=shade(sources[image], ~context), caption=f"{context.sum()} of {context.size} patches"),
+                _masked_panel(sources[image], context),
                 Panel(pixels=targets[image], caption=f"action: {action}"),
-                Panel(pixels=shade(targets[image], ~target), caption=f"{target.sum()} of {target.size} patches"),
+                _masked_panel(targets[image], target),
             ]
         )
     return columns
+
+
+def _masked_panel(pixels: UInt8[np.ndarray, "H W 3"], is_selected: Bool[np.ndarray, "grid grid"]) -> Panel:
+    """Return a panel of the selected patches, with lines between all patches."""
+    caption = f"{is_selected.sum()} of {is_selected.size} patches"
+    return Panel(pixels=shade(pixels, ~is_selected), caption=caption, grid=len(is_selected))
 
 
 def _patch_mask(index: RaggedIndex, image: int, grid: int) -> Bool[np.ndarray, "grid grid"]:

@@ -27,6 +27,7 @@ import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.config.loading import config_to_dict, load_config, saved_tree
+from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import EVALUATIONS, read_settings
@@ -37,6 +38,7 @@ from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.pipelines.storage.atomic import replace_file, write_json
 from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
+from iwm_fast.training.resume import require_same_shards
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +93,19 @@ def iter_commands(lab: LabConfig, cell: Cell) -> Iterator[LabCommand]:
             yield LabCommand(cell=cell, name=evaluation.task, arguments=("evaluate", evaluation.task, *arguments))
 
 
+def training_config(command: LabCommand) -> RunConfig:
+    """Return the settings of a command that trains a cell."""
+    _, base, *overrides = command.arguments
+    return load_config(base, overrides)
+
+
 def is_done(command: LabCommand) -> bool:
     """Return whether the command has finished with the same settings and, if an evaluation, on the last checkpoint."""
     folder = command.cell.folder
     if command.name == "train":
         if read_status(folder).get("state") != "finished":
             return False
-        _, base, *overrides = command.arguments
-        configs = load_config(base, overrides), load_config(folder / "config.yaml")
+        configs = training_config(command), load_config(folder / "config.yaml")
         requested, saved = (saved_tree(config) for config in configs)
         # Settings in `runtime` and `output` do not affect the result.
         return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
@@ -218,7 +225,7 @@ def run_lab(path: Path) -> Path:
     """Run the commands of a lab that are not done, judge its claims, and return the path of the report page.
 
     Raises:
-        ValueError: if the file is invalid or its folder cannot be written.
+        ValueError: if the file is invalid, its folder cannot be written, or cells were trained on other images.
         RuntimeError: if a command failed, after the commands of all other cells.
         LabStoppedError: if the lab was asked to stop; calling this again resumes.
     """
@@ -228,6 +235,10 @@ def run_lab(path: Path) -> Path:
     (lab.folder / LAB).write_bytes(path.read_bytes())
     if lab.has_demo_data:
         write_demo_shards(Path(load_config(lab.base, lab.settings).data.train).parent)
+        # Cells that another version of the demo has trained on its images must not be compared with new ones.
+        for cell in list_cells(lab):
+            if cell.folder.exists():
+                require_same_shards(training_config(next(iter_commands(lab, cell))))
     failures: list[str] = []
     try:
         failures = WorkerPool(lab).run()

@@ -1,5 +1,6 @@
 """Grids of captioned images, with labelled rows and optional titles, written as PNG files."""
 
+import math
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Lengths in inches: the margin of the page, the width of row labels, the gaps between panels and between sections, and
 # the height of a line of a caption.
 _MARGIN, _LABEL_WIDTH, _GAP, _SECTION_GAP, _LINE_HEIGHT = 0.2, 0.95, 0.12, 0.3, 0.145
 _TITLE_LINE_HEIGHT = 0.2
+_LEGEND_ENTRY_WIDTH = 0.9
 # For text of 7.5 points. Lines are broken by counting characters, as a text's width is known only after drawing it.
 _CHARACTERS_PER_INCH = 15.5
 _INK, _SOFT, _GREEN = "#1b1f24", "#5b6570", "#1a7f37"
@@ -28,6 +31,8 @@ class Panel:
     caption: str = ""
     is_correct: bool = False
     """Whether the image is a correct answer, which is marked by a green frame and a green caption."""
+    grid: int = 1
+    """Number of patches in each row and column of the image, between which lines are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ class ImageGrid:
     title: str = ""
     numbers: dict[str, str] = field(default_factory=dict)
     """Measurements on these panels, by name, with their units."""
+    legend: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Names of colours (red, green, blue; 0 to 255), which are explained below the panels."""
 
 
 def save_image_grid(path: Path, labels: Sequence[str], rows: Sequence[Sequence[Panel]], title: str) -> None:
@@ -72,7 +79,12 @@ def save_image_grids(path: Path, sections: Sequence[ImageGrid], title: str, pane
 
 def _section_height(section: ImageGrid, panel_inches: float, width: float) -> float:
     rows_height = sum(panel_inches + _caption_height(row, panel_inches) for row in section.rows)
-    return rows_height + _heading_height(section, width) + _SECTION_GAP
+    legend_height = _TITLE_LINE_HEIGHT * math.ceil(len(section.legend) / _entries_per_line(width))
+    return rows_height + _heading_height(section, width) + legend_height + _SECTION_GAP
+
+
+def _entries_per_line(width: float) -> int:
+    return int((width - 2 * _MARGIN) / _LEGEND_ENTRY_WIDTH)
 
 
 def _heading_height(section: ImageGrid, width: float) -> float:
@@ -103,12 +115,25 @@ def _draw_section(figure: Figure, section: ImageGrid, top: float, panel_inches: 
             colour = _GREEN if panel.is_correct else _SOFT
             _write(figure, left, top + panel_inches + 0.04, _wrap(panel.caption, panel_inches), color=colour)
         top += panel_inches + _caption_height(row, panel_inches)
+    for number, (name, colour) in enumerate(section.legend.items()):
+        line, column = divmod(number, _entries_per_line(width))
+        left, entry_top = _MARGIN + column * _LEGEND_ENTRY_WIDTH, top + line * _TITLE_LINE_HEIGHT
+        swatch = _add_axes(figure, left, entry_top, 0.12)
+        swatch.set_axis_off()
+        swatch.add_patch(Rectangle((0, 0), 1, 1, color=np.divide(colour, 255)))
+        _write(figure, left + 0.17, entry_top, [name])
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
     axis.imshow(panel.pixels, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
+    borders = np.arange(1, panel.grid) * len(panel.pixels) / panel.grid - 0.5
+    # A light line on a wider dark one is visible on any image.
+    for linewidth, colour in ((1.2, "#00000080"), (0.5, "#ffffffd0")):
+        for border in borders:
+            axis.axhline(border, linewidth=linewidth, color=colour)
+            axis.axvline(border, linewidth=linewidth, color=colour)
     for spine in axis.spines.values():
         spine.set(color=_GREEN if panel.is_correct else "#c9d0d6", linewidth=2.5 if panel.is_correct else 0.6)
 

@@ -19,6 +19,7 @@ from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.json_lines import STARTED_FILE
 from iwm_fast.runtime.run_status import STATUS_FILE, read_status
+from iwm_fast.training.loaders import open_training_shards
 from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, have_diverged
 from iwm_fast.training.train_state import TrainState
 
@@ -94,6 +95,23 @@ def set_aside_unusable_files(folder: Path) -> None:
         unusable += [path] if os.path.lexists(path) and not path.is_file() else []
     for path in unusable:
         log.warning("%s cannot be used; it was renamed to %s", path, set_aside(path))
+
+
+def require_same_shards(config: RunConfig) -> None:
+    """Check that the run in `output.folder`, if there is one, was trained on the samples that `data.train` has now.
+
+    Raises:
+        ValueError: if it was trained on others, unless `data.restart_epoch` allows that.
+        FileNotFoundError, ShardError, CheckpointError: if shards or checkpoints cannot be read.
+    """
+    saved, _ = checkpoints.read_newest(Path(config.output.folder))
+    if saved is None or config.data.restart_epoch:
+        return
+    if saved.fingerprint["data.train"] != open_training_shards(config.data).sources_digest:
+        raise ValueError(
+            f"the run in {config.output.folder} was trained on other images than {config.data.train} has now; remove "
+            "this folder, or choose another one for new runs"
+        )
 
 
 def resumed_state(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], num_samples: int) -> TrainState:

@@ -188,10 +188,10 @@ def remove_folder(folder: Path) -> None:
     _remove(folder.rename(folder.parent / f"{_TEMPORARY}removing-{folder.name}"))
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a refused file or folder to the first unused NAME.refused, NAME.refused-2, ... and return the new path."""
+def set_aside(path: Path, why: str = "refused") -> Path:
+    """Rename a file or folder to the first unused NAME.WHY, NAME.WHY-2, ... and return the new path."""
     endings = chain([""], (f"-{number}" for number in count(2)))
-    candidates = (path.with_name(f"{path.name}.refused{ending}") for ending in endings)
+    candidates = (path.with_name(f"{path.name}.{why}{ending}") for ending in endings)
     # A link to a missing file does not "exist", but renaming would replace it.
     new_path = next(candidate for candidate in candidates if not os.path.lexists(candidate))
     path.rename(new_path)

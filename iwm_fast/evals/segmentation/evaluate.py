@@ -121,7 +121,7 @@ def open_segmentation(
 
 
 def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray, "samples"]:
-    """Return the validation images to show, those with the most classes among evenly spaced candidates.
+    """Return the validation images to show, chosen among evenly spaced candidates: many classes, and different ones.
 
     A class counts if it covers more than a twentieth of the image. Collective: every rank must call it.
     """
@@ -134,9 +134,14 @@ def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray
             return count_pixels(mask, mask, segmentation.num_classes, segmentation.config.ignore_index)[:, 2]
 
         sizes = predict(class_sizes, context, candidates).numpy()
-    num_classes = (sizes > context.model_config.views.size**2 / 20).sum(axis=1)
-    order = np.argsort(-num_classes, kind="stable")
-    return np.sort(candidates[order[:num_shown]])
+    occurs = sizes > context.model_config.views.size**2 / 20
+    chosen: list[int] = []
+    for _ in range(min(num_shown, len(candidates))):
+        # The second image with a class counts half for it, the third one a third.
+        gain = (occurs / (1 + occurs[chosen].sum(axis=0))).sum(axis=1)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+    return np.sort(candidates[chosen])
 
 
 def _train_variant(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from iwm_fast.evals.segmentation.mean_iou import pixel_accuracy
-from iwm_fast.rendering.image_grid import Panel, save_image_grid
+from iwm_fast.rendering.image_grid import ImageGrid, Panel, save_image_grids
 
 # Steps of the golden ratio around the colour circle keep the colours of any number of classes far apart.
 _TURN = 0.618
@@ -36,17 +36,35 @@ class SegmentedImages:
 def save_figure(
     path: Path, images: FigureImages, segmented: dict[str, SegmentedImages], ignore_index: int, title: str
 ) -> None:
-    """Draw a column for each image: the image, its map, and the classes and pixel accuracy of each variant."""
+    """Draw a column for each image: the image, its map, and the classes and pixel accuracy of each variant.
+
+    A legend explains the colours of all classes that the figure shows.
+    """
     rows = [
-        [Panel(pixels=pixels) for pixels in images.pixels],
-        [Panel(pixels=pixels) for pixels in colourise(images.mask, ignore_index)],
+        tuple(Panel(pixels=pixels) for pixels in images.pixels),
+        tuple(Panel(pixels=pixels) for pixels in colourise(images.mask, ignore_index)),
     ]
     labels = ["image", "map"]
     for name, variant in segmented.items():
         labels.append(f"{name.replace('_', ' ')}, mean IoU {variant.mean_iou:.2f}")
         pairs = zip(colourise(variant.classes), variant.counts, strict=True)
-        rows.append([Panel(pixels=pixels, caption=_accuracy_caption(counts)) for pixels, counts in pairs])
-    save_image_grid(path, labels, rows, title)
+        rows.append(tuple(Panel(pixels=pixels, caption=_accuracy_caption(counts)) for pixels, counts in pairs))
+    legend = make_legend(images.mask, [variant.classes for variant in segmented.values()], ignore_index)
+    save_image_grids(path, [ImageGrid(labels=tuple(labels), rows=tuple(rows), legend=legend)], title)
+
+
+def make_legend(
+    mask: UInt8[np.ndarray, "B H W"], predicted: list[np.ndarray], ignore_index: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the colour of each class that the maps or the predictions contain, and of ignored pixels if there are any.
+
+    Classes are named by their numbers, because segmentation maps hold no names.
+    """
+    is_ignored = mask == ignore_index
+    numbers = np.unique(np.concatenate([mask[~is_ignored], *(classes.ravel() for classes in predicted)]))
+    colours = colourise(numbers.astype(np.uint8)[None, None])[0, 0].tolist()
+    legend = {f"class {number}": tuple(colour) for number, colour in zip(numbers, colours, strict=True)}
+    return legend | ({"ignored": (0, 0, 0)} if is_ignored.any() else {})
 
 
 def _accuracy_caption(counts: Int64[np.ndarray, "3 K"]) -> str:

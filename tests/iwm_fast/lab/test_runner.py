@@ -1,6 +1,7 @@
 """A lab runs only commands that are not done, can be stopped and extended, and reports failures."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 import pytest
 import yaml
 
+from fixtures.paths import TESTS
 from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.lab.config import read_lab
 from iwm_fast.lab.runner import is_done, iter_commands, list_cells, report_lab, run_lab
 from iwm_fast.monitoring.metrics import read_metrics
+from iwm_fast.pipelines import demo_data
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.run_status import read_status
 
@@ -83,6 +86,16 @@ def test_a_lab_is_run_judged_not_repeated_and_extended(write, tmp_path):
                   evaluations=[MRR, {"task": "knn", "cells": ["a"]}]))  # fmt: skip
     assert count_commands(folder) == {"a-seed0": 3, "b-seed0": 2, "c-seed0": 2}
     assert report_lab(folder) == page and "knn" in page.read_text()
+
+
+def test_cells_that_were_trained_on_other_images_are_refused(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_data, "DEMO_CROPS", {"train": 8, "val": 2})
+    folder = tmp_path / "lab" / "cells" / "b-seed0"
+    shutil.copytree(TESTS / "fixtures" / "run_e678dd7" / "run", folder)
+    settings = {"data.train": f"{tmp_path}/data/train-{{000000..000007}}.tar"}
+    with pytest.raises(ValueError, match=f"the run in {folder} was trained on other images than {tmp_path}/data/train"):
+        run_lab(write(demo_data=True, settings=settings))
+    assert not count_commands(tmp_path / "lab")
 
 
 @pytest.mark.launcher

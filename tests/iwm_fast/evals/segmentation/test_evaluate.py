@@ -24,7 +24,7 @@ from iwm_fast.evals.segmentation.evaluate import (
     evaluate_segment,
     open_segmentation,
 )
-from iwm_fast.evals.segmentation.figure import colourise
+from iwm_fast.evals.segmentation.figure import colourise, make_legend
 from iwm_fast.evals.segmentation.network import classify_pixels, pixel_loss, upsample_logits
 from iwm_fast.models.heads import PatchHead
 from iwm_fast.pipelines.config import RandAugmentConfig
@@ -84,6 +84,15 @@ def test_colours_distinguish_classes_and_ignored_pixels_are_black():
     assert distance.min() > 20
 
 
+def test_the_legend_names_the_classes_that_the_figure_shows():
+    mask = np.array([[[0, 2], [255, 2]]], np.uint8)
+    predicted = [np.array([[[0, 0], [4, 2]]])]
+    legend = make_legend(mask, predicted, 255)
+    assert list(legend) == ["class 0", "class 2", "class 4", "ignored"]
+    assert [list(legend[f"class {number}"]) for number in (0, 2)] == colourise(mask)[0, 0].tolist()
+    assert legend["ignored"] == (0, 0, 0) and "ignored" not in make_legend(mask, predicted, 7)
+
+
 def test_variants_learn_the_maps_and_are_reported_with_their_controls(rank_info, run_folder):
     config = SegmentConfig(run=run_folder, **finetune_settings(epochs=8.0), num_shown=3)
     result = evaluate_segment(config)
@@ -124,6 +133,18 @@ def test_the_figure_shows_images_with_several_classes(rank_info, run_folder, tmp
     config = SegmentConfig(run=run_folder, data=data, num_shown=3, **finetune_settings())
     segmentation = open_segmentation(config, rank_info)
     assert choose_figure_samples(segmentation).tolist() == [0, 3, 8]
+
+
+def test_the_figure_shows_images_with_different_classes(rank_info, run_folder, tmp_path):
+    content = []
+    # Three images have classes 0 and 1, later ones have 2 and 3.
+    for number, first in enumerate((0, 0, 0, 2, 2)):
+        mask = np.tile(np.repeat(np.arange(first, first + 2, dtype=np.uint8), 20), (40, 1))
+        content += [(f"{number}.jpg", encode(COLOURS[mask])), (f"{number}.seg.png", encode(mask, "PNG"))]
+    write_tar(tmp_path / "val.tar", content)
+    data = EvalDataConfig(val=str(tmp_path / "val.tar"))
+    config = SegmentConfig(run=run_folder, data=data, num_shown=2, **finetune_settings())
+    assert choose_figure_samples(open_segmentation(config, rank_info)).tolist() == [0, 3]
 
 
 def test_micro_batches_do_not_change_the_result(rank_info, run_folder):
