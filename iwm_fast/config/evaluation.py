@@ -222,20 +222,25 @@ class PlanConfig(EvalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagineConfig(BankConfig):
-    """A picture of predictions: source image, requested change, its true rendering, and the retrieved image."""
+    """Pictures of predictions: source image, requested change, what was imagined (after `iwm decode`) and retrieved."""
 
     num_images: int = 6
-    """Number of validation images, one per column."""
+    """Number of validation images, one per column; colourful and different ones are chosen."""
+    image: str = ""
+    """Image file of your own, which is shown instead of validation images, with a column for each of num_images
+    changes. There are no plots then."""
     num_plotted: int = 64
     """Number of validation images of the plots of recovered parameters and ranks, evenly spaced over the data set."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""
     """PNG file NAME.png to write; NAME_sweeps.png, NAME_plots.png and the page NAME.html are written beside it. Unset:
-    imagine.png in the run folder."""
+    imagine.png, or imagine_NAME.png for an image of your own, in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        no_shards = not (self.image and self.data.val)
+        require(no_shards, "image and data.val", (self.image, self.data.val), "not both be set: one of them is shown")
         require(self.num_plotted >= 1, "num_plotted", self.num_plotted, "be at least 1")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
         require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
@@ -247,7 +252,7 @@ class PlayConfig(BankConfig):
     """A page with sliders: what the world model imagines for any change of an image."""
 
     num_images: int = 6
-    """Number of validation images, evenly spaced over the data set, to choose from."""
+    """Number of validation images to choose from; colourful and different ones are chosen."""
     host: str = "127.0.0.1"
     """Address to listen on. 127.0.0.1: only this machine can open the page. With 0.0.0.0 everyone in the network can,
     without a password."""

@@ -45,7 +45,9 @@ figcaption { margin-top: 4px; font-size: 0.78rem; line-height: 1.35; overflow-wr
 """
 _INTRODUCTION = """<p>From the tokens of the <b>source</b> image and the change <b>asked for</b>, the predictor computes
 the tokens of the changed image. The version of the image whose tokens are nearest to them is <b>retrieved</b>. A green
-frame marks a correct retrieval. The images are spaced evenly over the validation set, not selected.</p>
+frame marks a correct retrieval. What the pixel decoder, if there is one, makes of the predicted tokens is
+<b>imagined</b>; the decoder invents nothing, so blur and grey are what the tokens leave open. Images are chosen for
+their colours, not for what was predicted.</p>
 <p>The <b>absolute</b> readout takes the prediction as it is. The <b>difference</b> readout takes the prediction for the
 change, minus the prediction for no change, plus the tokens of the source itself.</p>"""
 
@@ -56,8 +58,8 @@ def write_imagine_page(
     """Write the page of a run as one HTML file with embedded images; `title` is the sentence below its heading."""
     head = [f"<h1>What the world model of {escape(run)} imagines</h1>", f'<p class="soft">{escape(title)}.</p>']
     cards = [card(plot.title, f'<p class="soft small">{escape(plot.note)}</p>', draw_plot(plot)) for plot in plots]
-    grid = section("Over many images", '<div class="grid">', *cards, "</div>")
-    body = [*head, _INTRODUCTION, *map(_section, sections), grid]
+    grids = [section("Over many images", '<div class="grid">', *cards, "</div>")] if cards else []
+    body = [*head, _INTRODUCTION, *map(_section, sections), *grids]
     text = page(f"{run}: what the world model imagines", body, _STYLE)
     replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 

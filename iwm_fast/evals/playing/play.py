@@ -1,27 +1,23 @@
 """`iwm play`: serve the page of a run, or write it as a file that needs no server."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from iwm_fast.checkpoints.pixel_decoder import load_pixel_decoder
 from iwm_fast.config.evaluation import PlayConfig
-from iwm_fast.evals.datasets import clean_images, evenly_spaced, require_readable, validation_shards
+from iwm_fast.evals.datasets import clean_images, validation_shards
 from iwm_fast.evals.playing.page import build_page
 from iwm_fast.evals.playing.player import Player, Subject
 from iwm_fast.evals.playing.server import PlayServer
 from iwm_fast.evals.retrieval.bank import open_world_model
-from iwm_fast.models.pixel_decoder import PixelDecoder
+from iwm_fast.evals.retrieval.choice import choose_shown
+from iwm_fast.evals.retrieval.imagined import find_decoder
 from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.imagine_page import data_uri
 from iwm_fast.runtime.distributed import single_process
-from iwm_fast.world_model import WorldModel
-
-log = logging.getLogger(__name__)
 
 MAX_PAGE_BYTES = 5_000_000
 """Largest page that needs no server. If it would be larger, its pictures get smaller."""
@@ -38,12 +34,11 @@ def play(config: PlayConfig) -> tuple[Path, ...]:
         OSError: if the page cannot be written, or the address is in use.
     """
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
-    player = Player(model, _find_decoder(config, model), config)
+    player = Player(model, find_decoder(config.run, model), config)
     if not player.controls:
         raise ValueError(f"run must have trained with changes of colour, but the views of {config.run!r} have none")
     shards = validation_shards(model, config.data)
-    samples = evenly_spaced(shards.num_samples, config.num_images)
-    require_readable((shards, samples))
+    samples = choose_shown(model, shards, config.num_images)
     images = track_progress(clean_images(model, shards, samples), len(samples), "images prepared")
     subjects = [player.open(pixels.to(model.device), number) for pixels, number in images]
     run = Path(config.run).resolve().name
@@ -59,16 +54,6 @@ def play(config: PlayConfig) -> tuple[Path, ...]:
         except KeyboardInterrupt:
             print()
     return ()
-
-
-def _find_decoder(config: PlayConfig, model: WorldModel) -> PixelDecoder | None:
-    try:
-        return load_pixel_decoder(config.run, model.step, model.device)
-    except FileNotFoundError:
-        log.warning(
-            "no decoder of this checkpoint, so no imagined pictures: `iwm decode run=%s` trains one", config.run
-        )
-        return None
 
 
 def _page_without_server(player: Player, subjects: list[Subject], run: str) -> str:

@@ -17,6 +17,7 @@ from iwm_fast.evals.retrieval.bank import (
     encode_bank,
     mean_squared_distances,
 )
+from iwm_fast.evals.retrieval.imagined import decode_pixels
 from iwm_fast.evals.retrieval.sweeps import format_value, sweep_values, swept_entries, trained_flags
 from iwm_fast.models.pixel_decoder import PixelDecoder
 from iwm_fast.pipelines.transforms.action import action_vector
@@ -129,16 +130,16 @@ class Player:
         nearest = int(distance["absolute"].argmin())
         (rank,) = diagonal_ranks(distance["absolute"]).tolist()
         found = asked_pixels[0] if nearest == 0 else subject.bank.pixels[nearest - 1]
-        pictures = {"source": source_pixels[0], "asked for": asked_pixels[0], "retrieved": found}
+        shown = {"source": source_pixels[0], "asked for": asked_pixels[0], "retrieved": found}
+        pictures = {name: pixels.cpu().numpy() for name, pixels in shown.items()}
         if self.decoder is not None:
-            for name, predicted in imagined.items():
-                colours = self.decoder.decode(predicted)[0].permute(1, 2, 0)
-                pictures[name] = (colours * 255).round().to(torch.uint8)
+            decoded = decode_pixels(self.decoder, torch.cat([*imagined.values()]).flatten(1))
+            pictures |= dict(zip(imagined, decoded, strict=True))
         captions = {name: format_value(name, value, views) for name, value in values.items()}
         is_correct = nearest == 0
         captions["retrieved"] = "the image asked for" if is_correct else f"the image asked for is at rank {rank:g}"
         return Answer(
-            pictures={name: pixels.cpu().numpy() for name, pixels in pictures.items()},
+            pictures=pictures,
             captions=captions,
             distances={name: float(row[0, 0]) for name, row in distance.items()},
         )

@@ -5,7 +5,7 @@ changed, from the clean image. One that only the source has, such as blur, predi
 that it has destroyed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import Readout
+from iwm_fast.config.evaluation import READOUTS, Readout
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
@@ -155,14 +155,21 @@ def predict_query(model: WorldModel, query: Query) -> Float[Tensor, "M ND"]:
 
 
 @torch.no_grad()
+def read_out(
+    model: WorldModel, query: Query, readouts: Sequence[Readout] = READOUTS
+) -> Iterator[Float[Tensor, "Q ND"]]:
+    """Yield the tokens that each readout gives for all actions of a query, flattened."""
+    predicted = predict_query(model, query)
+    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
+    for readout in readouts:
+        yield predicted + model.readout_offset(tokens, readout).flatten(1)
+
+
 def query_distances(
     model: WorldModel, query: Query, target: Float[Tensor, "M ND"], readouts: Sequence[Readout]
 ) -> Float[Tensor, "readouts Q M"]:
     """Return the mean squared differences of each prediction of a query and each target, for each readout."""
-    predicted = predict_query(model, query)
-    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
-    offsets = (model.readout_offset(tokens, readout).flatten(1) for readout in readouts)
-    return torch.stack([mean_squared_distances(predicted + offset, target) for offset in offsets])
+    return torch.stack([mean_squared_distances(tokens, target) for tokens in read_out(model, query, readouts)])
 
 
 def metric_name(metric: str, readout: Readout) -> str:

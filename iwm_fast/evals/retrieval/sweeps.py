@@ -1,6 +1,7 @@
-"""What a prediction retrieves from a bank: a changed image, one action entry swept over its range, the clean image.
+"""What a prediction shows: a changed image, one action entry swept over its range, or the clean image.
 
-Everything is retrieved with each readout, side by side.
+Each readout's prediction retrieves a candidate from a bank and, if there is a pixel decoder, is also decoded, which is
+called imagined.
 """
 
 from collections.abc import Sequence
@@ -14,16 +15,20 @@ from torch import Tensor
 from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
+    Query,
     bank_family,
     bank_views,
     diagonal_ranks,
     encode_bank,
     make_query,
-    query_distances,
+    mean_squared_distances,
+    read_out,
     render_bank,
     source_parameters,
 )
+from iwm_fast.evals.retrieval.imagined import decode_pixels
 from iwm_fast.evals.retrieval.mrr import chance_mrr
+from iwm_fast.models.pixel_decoder import PixelDecoder
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.base import PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_parameters
@@ -33,6 +38,7 @@ from iwm_fast.world_model import WorldModel
 # More columns do not fit on a screen.
 _MAX_COLUMNS = 8
 _RETRIEVED = ("retrieved", "retrieved by difference")
+_IMAGINED = ("imagined", "imagined by difference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class BankedImage:
 class RetrievalCase:
     """A query and what its prediction retrieved; a column of a section."""
 
-    panels: tuple[Panel, ...]
-    """Source, correct answer and the candidate that each readout retrieves."""
+    panels: dict[str, Panel]
+    """Source, correct answer, what each readout imagines if there is a decoder, and what it retrieves; by row label."""
     ranks: tuple[float, ...]
     """Rank of the correct answer among the candidates for each readout."""
     num_candidates: int
@@ -71,48 +77,66 @@ def trained_flags(views: ViewConfig) -> tuple[str, ...]:
     return tuple(item.name for item in inverse if {entry.name for entry in item.entries} & set(views.entries))
 
 
-def retrieve_first(image: BankedImage, model: WorldModel) -> RetrievalCase:
-    """Predict the first candidate of the bank from the clean image, and retrieve it from the bank."""
+def retrieve_version(image: BankedImage, number: int, model: WorldModel, decoder: PixelDecoder | None) -> RetrievalCase:
+    """Predict a candidate of the bank from the clean image, and retrieve it from the bank."""
     query = make_query(image.pixels, image.bank, bank_family("", model.config.views), model)
-    distance = query_distances(model, query, image.target, READOUTS)[:, :1]
+    query = replace(query, action=query.action[number : number + 1])
+    # The correct answer comes first.
+    order = torch.arange(len(image.bank)).roll(-number)
     change = describe_action(query.action[0].numpy(), model.config.views)
-    return _make_case(query.source, image.bank.pixels, distance, change)
+    return _make_case(query, image.bank.pixels[order], image.target[order], change=change, model=model, decoder=decoder)
 
 
-def retrieve_clean(flag: str, image: BankedImage, model: WorldModel) -> RetrievalCase:
+def retrieve_clean(flag: str, image: BankedImage, model: WorldModel, decoder: PixelDecoder | None) -> RetrievalCase:
     """Predict the clean image from the destroyed one, and retrieve it from among its jittered versions."""
     clean = render_bank(image.pixels, identity_parameters(model.config.views, 1), model)
     query = make_query(image.pixels, clean, flag, model)
     target = torch.cat([encode_bank(model, clean), image.target])
     candidates = torch.cat([clean.pixels, image.bank.pixels])
-    return _make_case(query.source, candidates, query_distances(model, query, target, READOUTS), "")
+    return _make_case(query, candidates, target, change="", model=model, decoder=decoder)
 
 
 def _make_case(
-    source: UInt8[Tensor, "H W 3"],
+    query: Query,
     candidates: UInt8[Tensor, "M H W 3"],
-    distance: Float[Tensor, "readouts 1 M"],
+    target: Float[Tensor, "M ND"],
+    *,
     change: str,
+    model: WorldModel,
+    decoder: PixelDecoder | None,
 ) -> RetrievalCase:
-    """Return source, first candidate, which is the correct answer, and nearest candidates as a column."""
-    ranks = [float(diagonal_ranks(of_readout)[0]) for of_readout in distance]
+    """Return a query of one action as a column; the correct answer is the first candidate."""
+    predicted = list(read_out(model, query))
+    distance = torch.cat([mean_squared_distances(tokens, target) for tokens in predicted])
     images = candidates.cpu().numpy()
-    panels = [Panel(pixels=source.cpu().numpy()), Panel(pixels=images[0], caption=change)]
-    for nearest, rank in zip(distance[:, 0].argmin(dim=1).tolist(), ranks, strict=True):
+    panels = {"source": Panel(pixels=query.source.cpu().numpy()), "asked for": Panel(pixels=images[0], caption=change)}
+    panels |= {label: row[0] for label, row in imagined_rows(predicted, decoder).items()}
+    ranks = [float(diagonal_ranks(row[None])[0]) for row in distance]
+    for label, nearest, rank in zip(_RETRIEVED, distance.argmin(dim=1).tolist(), ranks, strict=True):
         caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
-        panels.append(Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0))
-    return RetrievalCase(panels=tuple(panels), ranks=tuple(ranks), num_candidates=len(images))
+        panels[label] = Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0)
+    return RetrievalCase(panels=panels, ranks=tuple(ranks), num_candidates=len(images))
+
+
+def imagined_rows(
+    predicted: Sequence[Float[Tensor, "Q ND"]], decoder: PixelDecoder | None
+) -> dict[str, tuple[Panel, ...]]:
+    """Return the decoded predictions of each readout by row label; none without a decoder."""
+    if decoder is None:
+        return {}
+    rows = (tuple(Panel(pixels=pixels) for pixels in decode_pixels(decoder, tokens)) for tokens in predicted)
+    return dict(zip(_IMAGINED, rows, strict=True))
 
 
 def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[ImageGrid]:
     """Return the cases as columns of one or more sections; the first section has the title and the numbers of all."""
     sections = []
     for first in range(0, len(cases), _MAX_COLUMNS):
-        rows = tuple(zip(*(case.panels for case in cases[first : first + _MAX_COLUMNS]), strict=True))
-        sections.append(ImageGrid(title=title, labels=("source", "asked for", *_RETRIEVED), rows=rows))
+        rows = tuple(zip(*(case.panels.values() for case in cases[first : first + _MAX_COLUMNS]), strict=True))
+        sections.append(ImageGrid(title=title, labels=tuple(cases[0].panels), rows=rows))
         title = ""
-    retrieved = zip(*(case.panels[-len(READOUTS) :] for case in cases), strict=True)
-    numbers = _summarize(np.array([case.ranks for case in cases]).T, cases[0].num_candidates, list(retrieved))
+    retrieved = [[case.panels[label] for case in cases] for label in _RETRIEVED]
+    numbers = _summarize(np.array([case.ranks for case in cases]).T, cases[0].num_candidates, retrieved)
     return [replace(sections[0], numbers=numbers), *sections[1:]]
 
 
@@ -130,11 +154,19 @@ def by_readout(values: Sequence[str]) -> str:
     return "; ".join(f"{value} by {readout} readout" for value, readout in zip(values, READOUTS, strict=True))
 
 
-def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> ImageGrid:
+def sweep(
+    entry: str,
+    image: BankedImage,
+    num_values: int,
+    model: WorldModel,
+    *,
+    strengths: str,
+    decoder: PixelDecoder | None = None,
+) -> ImageGrid:
     """Predict `num_values` values of a parameter of the target over its range, the other ones being neutral.
 
     The candidates are the renderings of these values and the bank of the image. Rows are what was asked for, and what
-    each readout retrieves.
+    each readout imagines, if there is a decoder, and retrieves.
     """
     views = model.config.views
     values = sweep_values(entry, num_values, bank_views(views, strengths))
@@ -142,7 +174,8 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     swept = render_bank(image.pixels, source_parameters(family, views, num_values) | {entry: values}, model)
     target = torch.cat([encode_bank(model, swept), image.target])
     query = make_query(image.pixels, swept, family, model)
-    distance = query_distances(model, query, target, READOUTS)
+    predicted = list(read_out(model, query))
+    distance = torch.stack([mean_squared_distances(tokens, target) for tokens in predicted])
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
     candidate_values = np.concatenate([values, image.bank.parameters[entry]])
     nearest, ranks = distance.argmin(dim=2).cpu().numpy(), np.stack([diagonal_ranks(rows) for rows in distance])
@@ -157,6 +190,7 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
         caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank:g}"
         return Panel(pixels=images[candidate], caption=caption, is_correct=is_correct)
 
+    imagined = imagined_rows(predicted, decoder)
     rows = [
         tuple(map(retrieved, range(num_values), *row)) for row in zip(nearest.tolist(), ranks.tolist(), strict=True)
     ]
@@ -164,8 +198,8 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     error_of_no_change = np.abs(views.all_entries[entry].neutral - values).mean()
     return ImageGrid(
         title=f"{entry.capitalize()} of the first image, from the minimum to the maximum",
-        labels=("asked for", *_RETRIEVED),
-        rows=(tuple(requested), *rows),
+        labels=("asked for", *imagined, *_RETRIEVED),
+        rows=(tuple(requested), *imagined.values(), *rows),
         numbers=_summarize(ranks, len(images), rows)
         | {"mean error of the retrieved value": f"{by_readout(errors)}; of no change {error_of_no_change:.3f}"},
     )
