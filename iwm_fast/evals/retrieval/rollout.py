@@ -25,13 +25,15 @@ from iwm_fast.evals.retrieval.bank import (
     draw_bank,
     encode_bank,
     make_query,
-    max_sequences_per_forward,
     mean_squared_distances,
     metric_name,
     open_world_model,
     with_untrained_predictor,
 )
+from iwm_fast.evals.retrieval.imagined import find_decoder
 from iwm_fast.evals.retrieval.mrr import chance_mrr
+from iwm_fast.evals.retrieval.repeated_actions import roll_out
+from iwm_fast.evals.retrieval.rollout_strips import save_strips
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import normalize_view
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
@@ -42,7 +44,7 @@ _METRICS = ("distance", "mrr")
 
 
 def evaluate_rollout(config: RolloutConfig, rank_info: RankInfo | None = None) -> Result:
-    """Measure predictions after 1 to `max_actions` actions, and save `rollout_<bank>`.
+    """Measure predictions after 1 to `max_actions` actions, and save `rollout_<bank>`, with strips if they are decoded.
 
     Metrics are the distance to the target's tokens and the mean reciprocal rank among all targets of the image, beside
     an untrained predictor and the distance of the unchanged source. Collective: every rank must call it.
@@ -68,8 +70,15 @@ def evaluate_rollout(config: RolloutConfig, rank_info: RankInfo | None = None) -
         task="rollout", name=name_with_step(f"rollout_{config.bank}", config.checkpoint, model.step),
         rows=tuple(_rows(measured, config)), step=model.step, seed=config.seed, settings=asdict(config),
     )  # fmt: skip
-    rank_zero_only(lambda: save_result(config.run, result))
+    rank_zero_only(lambda: _save(result, model, shards, config))
     return result
+
+
+def _save(result: Result, model: WorldModel, shards: ShardSet, config: RolloutConfig) -> None:
+    path = save_result(config.run, result)
+    decoder = find_decoder(config.run, model)
+    if decoder is not None:
+        save_strips(path.with_suffix(".png"), model, decoder, shards, config)
 
 
 @torch.no_grad()
@@ -98,30 +107,6 @@ def measure_images(
             ])
             for network in models
         ])  # fmt: skip
-
-
-def roll_out(
-    model: WorldModel, tokens: Float[Tensor, "1 N D"], action: Float[Tensor, "M A"], num_actions: int, *, readout: str
-) -> Float[Tensor, "M N D"]:
-    """Return the target tokens predicted after `num_actions` equal actions in a row, whose sum is `action`.
-
-    Args:
-        model: its predictor is applied `num_actions` times.
-        tokens: the encoder's tokens of the source image.
-        action: M actions, each of which starts from the source.
-        num_actions: number of equal parts that each action is divided into.
-        readout: as in `WorldModel.predict`; it is applied after each part.
-    """
-    # Target tokens have lost the mean and the spread that the encoder gives to its tokens, which the predictor expects.
-    # Those of the source at the same position replace them.
-    mean, std = tokens.mean(dim=-1, keepdim=True), tokens.std(dim=-1, correction=0, keepdim=True)
-    rolled_out = []
-    for part in (action / num_actions).split(max_sequences_per_forward(model)):
-        predicted = model.predict_from(tokens, part, readout=readout)
-        for _ in range(num_actions - 1):
-            predicted = model.predict_from(mean + std * predicted, part, readout=readout)
-        rolled_out.append(predicted)
-    return torch.cat(rolled_out)
 
 
 def _score(predicted: Float[Tensor, "M N D"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "2"]:

@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from fixtures.exact_predictor import ignore_action
+from fixtures.exact_predictor import Pair, exact, ignore_action
 from fixtures.tiny_pretraining import tiny_run
+from fixtures.untrained_decoder import untrained_decoder
 from iwm_fast import world_model
+from iwm_fast.checkpoints.pixel_decoder import save_pixel_decoder
 from iwm_fast.config.evaluation import READOUTS, MrrConfig, RolloutConfig
 from iwm_fast.evals.datasets import clean_images, evenly_spaced
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank
 from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr
-from iwm_fast.evals.retrieval.rollout import evaluate_rollout, roll_out
+from iwm_fast.evals.retrieval.repeated_actions import roll_out
+from iwm_fast.evals.retrieval.rollout import evaluate_rollout
+from iwm_fast.evals.retrieval.rollout_strips import draw_strip
 from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.normalization import normalize_view
@@ -55,14 +59,33 @@ def test_a_predictor_that_ignores_the_action_never_leaves_the_source(model, read
     torch.testing.assert_close(rolled_out, model.encode_targets(view).expand(4, -1, -1), atol=1e-4, rtol=1e-4)
 
 
+def test_a_strip_shows_each_part_of_the_change_beside_its_rendering(model, pixels):
+    exact_model = exact(model, Pair(source=pixels, clean=pixels))
+    config = RolloutConfig(run="x", bank="strong", max_actions=3)
+    strip = draw_strip(pixels, 4, exact_model, untrained_decoder(model), config)
+    rendered, at_once, *_ = strip.rows
+    assert strip.labels[:3] == ("rendered", "in one action, absolute", "an action per part, absolute")
+    assert {len(row) for row in strip.rows} == {4} and len(strip.rows) == 5
+    bank = draw_bank(pixels, 4, 1, model=model, strengths="strong", seed=0)
+    assert np.array_equal(rendered[0].pixels, pixels.numpy())
+    # Parts of the action are added up, which rounds.
+    assert np.abs(rendered[3].pixels.astype(int) - bank.pixels[0].numpy()).max() <= 1
+    assert [panel.caption for panel in at_once] == ["the source's own tokens", *["distance 0.000"] * 3]
+    no_change = [float(panel.caption.rpartition(" ")[2]) for panel in rendered[1:]]
+    assert no_change == sorted(no_change) and no_change[0] > 0 and "1/3; no change" in rendered[1].caption
+
+
 def test_rows_compare_several_actions_with_one_and_with_no_change(tiny_shards, tmp_path):
     folder = str(tmp_path / "run")
     config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
     optim = replace(config.optim, epochs=1.0, warmup_epochs=0.0)
     run(replace(config, data=replace(config.data, val=tiny_shards.pattern), optim=optim))
     shared = {"run": folder, "num_images": 3, "bank_size": 6, "bank": "strong", "device": "cpu"}
+    picture = tmp_path / "run" / "evaluations" / "rollout_strong.png"
     result = evaluate_rollout(RolloutConfig(**shared, max_actions=3))
-    assert result.name == "rollout_strong"
+    assert result.name == "rollout_strong" and not picture.exists()
+    save_pixel_decoder(folder, untrained_decoder(world_model.load(folder)))
+    assert evaluate_rollout(RolloutConfig(**shared, max_actions=3)) == result and picture.exists()
     metrics = ("distance", "mrr", "distance_difference_readout", "mrr_difference_readout")
     counts = ("1 action", "2 actions", "3 actions")
     rows = [(row.subject, row.metric) for row in result.rows]

@@ -11,10 +11,10 @@ from PIL import Image
 from fixtures.exact_predictor import JITTER, Pair, exact, ignore_action
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
+from fixtures.untrained_decoder import untrained_decoder
 from iwm_fast import world_model
 from iwm_fast.checkpoints.pixel_decoder import save_pixel_decoder
 from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig
-from iwm_fast.config.finetuning import PixelDecoderConfig
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, make_query, read_out
 from iwm_fast.evals.retrieval.choice import choose_shown
 from iwm_fast.evals.retrieval.imagined import decode_pixels
@@ -29,7 +29,6 @@ from iwm_fast.evals.retrieval.sweeps import (
     trained_flags,
 )
 from iwm_fast.evals.retrieval.visualize import imagine
-from iwm_fast.models.pixel_decoder import PixelDecoderSpec, build_pixel_decoder
 from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.operations.blur import Blur
@@ -58,16 +57,6 @@ def folder(tiny_shards, tmp_path_factory):
     optim = replace(config.optim, epochs=1.0, warmup_epochs=0.0)
     run(replace(config, data=replace(config.data, val=tiny_shards.pattern), optim=optim))
     return folder
-
-
-def untrained_decoder(model):
-    config = model.config
-    spec = PixelDecoderSpec(
-        decoder=PixelDecoderConfig(dim=32, depth=1, num_heads=2), step=model.step, token_dim=config.model.encoder.dim,
-        grid=config.grid, patch_size=config.model.encoder.patch_size,
-        pixel_mean=config.data.pixel_mean, pixel_std=config.data.pixel_std,
-    )  # fmt: skip
-    return build_pixel_decoder(spec, 0)
 
 
 def small(folder, **more):
