@@ -70,6 +70,7 @@ def render_demo(summary: dict[str, Any]) -> str:
         *_difference_row(summary, "mrr_default_bank_difference", chance),
         ("k-NN accuracy, 17 photographs, disjoint regions", f"**{summary['knn']:.3f}**",
          f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"),
+        *_decoded_row(summary),
         ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s", ""),
         ("share of that time spent waiting for data", f"{100 * summary['wait_share']:.1f} %", ""),
         ("minutes of training; of evaluation and pictures",
@@ -85,6 +86,15 @@ def _difference_row(summary: dict[str, Any], key: str, chance: str) -> list[tupl
     if key not in summary:
         return []
     return [("the same, difference readout", f"**{summary[key]:.3f}**", f"{chance} {summary[f'{key}_untrained']:.3f}")]
+
+
+def _decoded_row(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the row of the pixel decoder, if the demo has trained one."""
+    psnr_db = summary.get("psnr_db")
+    if not psnr_db:
+        return []
+    values = f"{psnr_db['clean']:.1f} dB; {psnr_db['changed']:.1f} dB"
+    return [("PSNR of images decoded from the teacher's tokens: clean; changed", values, "")]
 
 
 def collect_values(lab: LabConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.evals.probing.knn import evaluate_knn
+from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.monitoring.metrics import read_metrics
@@ -37,7 +38,7 @@ from iwm_fast.training.resume import require_same_shards
 
 CONFIG = CONFIGS / "demo.yaml"
 BANK_SIZE = 64
-_NUM_EVALUATIONS = 5
+_NUM_EVALUATIONS = 6
 
 
 def demo(overrides: Sequence[str]) -> None:
@@ -70,6 +71,21 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
     Raises:
         RuntimeError: if training fails; the launcher has printed the reason.
     """
+    _launch("iwm_fast.train", str(CONFIG), *overrides, "resume=auto")
+
+
+def train_decoder(run: str, num_steps: int) -> Result:
+    """Train the pixel decoder of a run for a number of steps on as many ranks, and return how well it decodes.
+
+    Raises:
+        RuntimeError: if training fails; the launcher has printed the reason.
+    """
+    length = f"tune.steps={num_steps}", "tune.global_batch_size=32"
+    _launch("iwm_fast.evaluate", "decode", f"run={run}", *length, "controls=false")
+    return read_result(Path(run) / "evaluations" / "decode.json")
+
+
+def _launch(module: str, *arguments: str) -> None:
     num_ranks = torch.cuda.device_count() or 2
     # DeepSpeed's default port is the same for all jobs of a machine. A free one lets several demos run side by side.
     with socket.socket() as probe:
@@ -79,7 +95,7 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
     # At its default level, the launcher prints a dozen lines about its processes.
     launcher += ["--log_level", "warning"]
-    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "resume=auto"]
+    command = [*launcher, "--module", module, *arguments]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:
@@ -106,7 +122,9 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
     difference, weak_difference = (item.row("jitter", "mrr_difference_readout") for item in (result, weak_result))
     _announce(4, "k-NN accuracy of the encoder")
     knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
-    _announce(5, "pictures of predictions")
+    _announce(5, "a decoder from tokens to pixels, which is trained")
+    decoded = train_decoder(run, result.step)
+    _announce(6, "pictures of predictions")
     picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK_SIZE, bank="run"))
     return {
         "mrr": mrr.value,
@@ -123,6 +141,7 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         "knn": knn.value,
         "knn_untrained": knn.control,
         "knn_chance": knn.chance,
+        "psnr_db": {view: decoded.value(f"decoder, {view}", "psnr_db") for view in ("clean", "changed")},
         **training_speed(run),
         "evaluation_s": time.perf_counter() - start,
         "picture": str(picture),
@@ -161,8 +180,8 @@ def read_summary(folder: Path, identity: str) -> dict[str, Any] | None:
     if not path.is_file() or newest is None:
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    # Earlier versions did not measure the difference readout.
-    is_current = summary["settings"] == identity and "mrr_difference" in summary
+    # Earlier versions trained no decoder.
+    is_current = summary["settings"] == identity and "psnr_db" in summary
     is_current &= newest.name == f"step-{summary['step']:08d}"
     return summary if is_current else None
 
@@ -187,6 +206,8 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         table.add_row(name, f"{summary[key]:.3f}", chance + f"{summary[f'{key}_untrained']:.3f}")
     control = f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"
     table.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
+    decoded = ", ".join(f"{value:.1f} dB {view}" for view, value in summary["psnr_db"].items())
+    table.add_row("pixels decoded from tokens, PSNR", decoded, "")
     table.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in total")
     is_loader_bound = summary["wait_share"] >= 0.05
     advice = "above 5 %: the loader is too slow; raise runtime.loader_threads or add cores" if is_loader_bound else ""

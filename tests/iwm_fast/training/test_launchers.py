@@ -194,7 +194,9 @@ def test_the_demo_runs_in_one_command_and_does_not_train_twice(tmp_path):
         "images_per_s",
         "wait_share",
     } <= summary.keys()
+    assert summary["psnr_db"].keys() == {"clean", "changed"} and min(summary["psnr_db"].values()) > 10
+    assert list((tmp_path / "run" / "decoder").glob("*.safetensors"))
     second = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "--module" in first.stdout and "--module" not in second.stdout
-    assert "[INFO]" not in first.stdout + first.stderr and "evaluation 5 of 5: " in first.stdout
+    assert "[INFO]" not in first.stdout + first.stderr and "evaluation 6 of 6: " in first.stdout
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
