@@ -66,9 +66,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--part", type=parts_of, default="check,time,step,suite,engine", help="parts, with commas between"
-    )
+    default = "check,time,step,suite,engine"
+    parser.add_argument("--part", type=parts_of, default=default, help="parts, with commas between")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), required="OUT" not in os.environ)
     parser.add_argument("--limit-s", type=float, default=480.0, help="time limit of each part")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
@@ -90,7 +89,8 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
     if part == "suite":
         # A process compiles its kernels one after the other.
         command += ["-n", "1", "-k", "launches"] if options.quick else ["-n", str(min(8, os.cpu_count() or 1))]
-        return [*command, *(f"--deselect={name}" for name in passed_tests(options.out))]
+        outcomes = test_outcomes(options.out).items()
+        return [*command, *(f"--deselect={name}" for name, outcome in outcomes if outcome == "PASSED")]
     command += ["--out", str(options.out), "--limit-s", str(options.limit_s - _GRACE_S)]
     command += ["--quick"] * options.quick + (["--commit", options.commit] if options.commit else [])
     return command
@@ -122,11 +122,6 @@ def run(command: list[str], log: Path, limit_s: float) -> int:
     return 0 if "pytest" in command and status == 5 else status
 
 
-def passed_tests(folder: Path) -> list[str]:
-    """Return the tests that have passed in earlier runs of the suite."""
-    return [name for name, outcome in test_outcomes(folder).items() if outcome == "PASSED"]
-
-
 def test_outcomes(folder: Path) -> dict[str, str]:
     """Return the last outcome of every test of the suite."""
     path = log_of("suite", folder)
@@ -136,14 +131,8 @@ def test_outcomes(folder: Path) -> dict[str, str]:
 
 def summary(folder: Path) -> str:
     """Return the tables of everything in a folder of results."""
-    by_suffix = {
-        suffix: records.latest(each for path in sorted(folder.glob(f"*{suffix}.jsonl")) for each in records.read(path))
-        for suffix in (results.KERNELS, results.STEPS)
-    }
-    texts = [
-        kernels_report.sections(by_suffix[results.KERNELS], "##"),
-        train_step_report.sections(by_suffix[results.STEPS], "##"),
-    ]
+    reports = {results.KERNELS: kernels_report, results.STEPS: train_step_report}
+    texts = [report.sections(records.latest(results.read(suffix, folder)), "##") for suffix, report in reports.items()]
     outcomes = test_outcomes(folder)
     bad = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
     texts.append("\n".join([f"## Tests\n\n{len(outcomes)} tests, {len(bad)} failed", *(f"- {name}" for name in bad)]))

@@ -19,12 +19,11 @@ from typing import Any
 from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.lab.claims import ClaimVerdict, judge, num_tuned_of, values_by_seed
 from iwm_fast.lab.config import LabConfig, parse_claim, read_lab
-from iwm_fast.lab.report import format_difference, format_means
+from iwm_fast.lab.report import format_difference, format_means, save_lab_figure
 
 PROJECT = Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 PAGES = (PROJECT / "README.md", DOCS / "reproduction.md")
-FIGURE = "claims.png"
 _VERDICTS = {"holds": "**holds**", "fails": "**fails**"}
 
 
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lab = read_lab(path, set(EVALUATIONS))
         tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(lab.folder / FIGURE, DOCS / f"{path.stem}.png")
+        save_lab_figure(DOCS / f"{path.stem}.png", judge_outcomes(tree))
     for page in PAGES:
         page.write_text(update_sections(page.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -65,10 +64,13 @@ def render_demo(summary: dict[str, Any]) -> str:
     rows = [
         (f"MRR in a bank of {summary['mrr_bank']['size']}, jitter {jitter} as trained",
          f"**{summary['mrr']:.3f}** (95 %: {low:.3f} to {high:.3f})", f"{chance} {summary['mrr_untrained']:.3f}"),
+        *_difference_row(summary, "mrr_difference", chance),
         ("MRR, weaker jitter 0.4/0.4/0.2/0.1",
          f"**{summary['mrr_default_bank']:.3f}**", f"{chance} {summary['mrr_default_bank_untrained']:.3f}"),
+        *_difference_row(summary, "mrr_default_bank_difference", chance),
         ("k-NN accuracy, 17 photographs, disjoint regions", f"**{summary['knn']:.3f}**",
          f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"),
+        *_decoded_row(summary),
         ("training on 2 ranks, ZeRO-1, DALI on the CPU", f"{summary['images_per_s']:.0f} images/s", ""),
         ("share of that time spent waiting for data", f"{100 * summary['wait_share']:.1f} %", ""),
         ("minutes of training; of evaluation and pictures",
@@ -77,6 +79,22 @@ def render_demo(summary: dict[str, Any]) -> str:
     lines = ["| seed 0 | world model | control |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
     provenance = f"{summary['machine']}, 2 cores, commit {summary['commit']}. The interval is over images."
     return "\n".join([*lines, "", provenance, ""])
+
+
+def _difference_row(summary: dict[str, Any], key: str, chance: str) -> list[tuple[str, str, str]]:
+    """Return the row of a difference readout, if the demo has measured it."""
+    if key not in summary:
+        return []
+    return [("the same, difference readout", f"**{summary[key]:.3f}**", f"{chance} {summary[f'{key}_untrained']:.3f}")]
+
+
+def _decoded_row(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the row of the pixel decoder, if the demo has trained one."""
+    psnr_db = summary.get("psnr_db")
+    if not psnr_db:
+        return []
+    values = f"{psnr_db['clean']:.1f} dB; {psnr_db['changed']:.1f} dB"
+    return [("PSNR of images decoded from the teacher's tokens: clean; changed", values, "")]
 
 
 def collect_values(lab: LabConfig) -> dict[str, Any]:
@@ -95,14 +113,10 @@ def collect_values(lab: LabConfig) -> dict[str, Any]:
     measured = {name: by_seed for name, by_seed in values.items() if by_seed}
     tuned = {name: num_tuned_of(numbers[name], rows) for name in measured}
     claims = {
-        claim.name: {
-            "text": claim.text,
-            "paper": claim.paper,
-            "margin": claim.margin,
-            "compare": [[str(number) for number in pair] for pair in claim.compare],
-        }
+        claim.name: {"text": claim.text, "paper": claim.paper, "margin": claim.margin,
+                     "compare": [[str(number) for number in pair] for pair in claim.compare]}
         for claim in lab.claims
-    }
+    }  # fmt: skip
     provenance = {name: results[name] for name in ("machine", "commit")}
     return provenance | {"claims": claims, "tuned": tuned, "values": measured}
 
@@ -141,23 +155,16 @@ def render_claims(tree: dict[str, Any]) -> str:
         "| claim | here, mean over seeds | difference, 95 % interval | the paper | |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_line(outcome, tree["tuned"]) for outcome in judge_outcomes(tree)]
+    for outcome in judge_outcomes(tree):
+        claim, comparisons = outcome.claim, outcome.comparisons
+        means = "; ".join(format_means(comparison, claim, tree["tuned"]) for comparison in comparisons)
+        differences = "; ".join(map(format_difference, comparisons))
+        verdict = _VERDICTS.get(outcome.verdict, outcome.verdict)
+        lines.append(f"| {' | '.join((claim.text, means, differences, claim.paper, verdict))} |")
     seeds = {seed for values in tree["values"].values() for seed in values}
     provenance = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
     run = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}"
     return "\n".join([*lines, "", f"{run}; {provenance}. Student's interval, seeds paired.", ""])
-
-
-def _line(outcome: ClaimVerdict, tuned: dict[str, int]) -> str:
-    claim = outcome.claim
-    cells = (
-        claim.text,
-        "; ".join(format_means(comparison, claim, tuned) for comparison in outcome.comparisons),
-        "; ".join(format_difference(comparison) for comparison in outcome.comparisons),
-        claim.paper,
-        _VERDICTS.get(outcome.verdict, outcome.verdict),
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

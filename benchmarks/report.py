@@ -33,7 +33,7 @@ def main() -> None:
 def committed_readme() -> str:
     """Return the README for the committed results."""
     suffixes = (results.KERNELS, results.PIPELINES, results.STEPS, results.FEATURES)
-    return render(*map(results.read_committed, suffixes), offline=results.read_committed("offline-*"))
+    return render(*map(results.read, suffixes), offline=results.read("offline-*"))
 
 
 def render(
@@ -72,18 +72,18 @@ def _offline_sections(offline: Sequence[Record]) -> dict[str, str]:
     """Return the template's sections about figures that need no GPU."""
     launches = compiler_report.launch_tables(offline, ARCH)
     machines = {record.machine.get("triton"): record.machine for record in offline}
+
+    def collapsed(table: str) -> str:
+        return f"<details><summary>{table.count(chr(10)) - 1} launches</summary>\n\n{table}\n\n</details>"
+
     return {
         "machine": "\n".join(f"- {describe_in_words(each)}" for _, each in sorted(machines.items()))
         or f"Offline figures: {NOT_MEASURED}.",
         "spills": compiler_report.spill_summary(offline),
-        "launches": tables.sections({heading: _collapsed(text) for heading, text in launches.items()}, [], "###"),
+        "launches": tables.sections({heading: collapsed(text) for heading, text in launches.items()}, [], "###"),
         "tile_waste": compiler_report.waste_table(ARCH),
         "floors": compiler_report.floor_table(),
     }
-
-
-def _collapsed(table: str) -> str:
-    return f"<details><summary>{table.count(chr(10)) - 1} launches</summary>\n\n{table}\n\n</details>"
 
 
 if __name__ == "__main__":

@@ -5,14 +5,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iwm_fast.checkpoints.pixel_decoder import load_pixel_decoder
     from iwm_fast.train import pretrain
     from iwm_fast.world_model import WorldModel, load
 
     __version__: str
 
-__all__ = ["WorldModel", "load", "pretrain"]
+__all__ = ["WorldModel", "load", "load_pixel_decoder", "pretrain"]
 
-_MODULES = {"WorldModel": "world_model", "load": "world_model", "pretrain": "train"}
+_MODULES = {
+    "WorldModel": "world_model",
+    "load": "world_model",
+    "load_pixel_decoder": "checkpoints.pixel_decoder",
+    "pretrain": "train",
+}
 
 
 def __getattr__(name: str) -> Any:

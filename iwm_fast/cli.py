@@ -169,7 +169,7 @@ COMMANDS = {
         "look at GPUs, packages, kernels, DALI, ranks and disk of a new machine or cluster, alone or under a launcher",
         _doctor),
     **{f"evaluate {name}": Command(_EVALUATION_USAGE, evaluation.summary, evaluate, evaluation.config)
-       for name, evaluation in EVALUATIONS.items() if name != "plan"},
+       for name, evaluation in EVALUATIONS.items() if name not in ("plan", "decode")},
     "embed": Command(
         "run=DIR [data.val=SHARDS | images=FOLDER] to=FILE [key=value ...]",
         "write the features of images to a Parquet or NumPy file, one row per image",
@@ -178,9 +178,14 @@ COMMANDS = {
         "run=DIR to=DIR [key=value ...]",
         "write encoder, world model and a model card to a folder that others can load",
         "iwm_fast.checkpoints.export:export", "iwm_fast.config.commands:ExportConfig"),
+    "decode": Command(_EVALUATION_USAGE, EVALUATIONS["decode"].summary, evaluate, EVALUATIONS["decode"].config),
     "imagine": Command(
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",
         "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
+    "play": Command(
+        "run=DIR [to=FILE.html] [key=value ...]",
+        "serve a page with sliders that shows what the world model imagines, or write it to a file",
+        "iwm_fast.evals.playing.play:play", "iwm_fast.config.evaluation:PlayConfig"),
     "plan": Command(
         "run=DIR [source=IMAGE target=IMAGE] [key=value ...]", EVALUATIONS["plan"].summary,
         _plan, EVALUATIONS["plan"].config),
@@ -233,8 +238,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Signal handlers are installed before the slow imports, so that a signal during start-up is not lost.
         preemption = watch_signals() if is_process else None
         action = partial(import_object("iwm_fast.train:train"), words[1:], preemption)
-    elif name.startswith("evaluate "):
-        action = partial(evaluate, words[1:], watch_signals_if_training(words) if is_process else None)
+    elif COMMANDS[name].target is evaluate:
+        action = partial(
+            evaluate, words[words[0] == "evaluate" :], watch_signals_if_training(words) if is_process else None
+        )
     else:
         action = partial(_run, COMMANDS[name], words[len(name.split()) :])
     if is_process:

@@ -59,6 +59,8 @@ _TRAINING = "iwm_fast.config.finetuning"
 EVALUATIONS = {
     "mrr": Evaluation("mean reciprocal rank of the world model, compared with chance and an untrained predictor",
                       f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
+    "rollout": Evaluation("several actions in a row, compared with one action that does the same",
+                          f"{_EVALS}.retrieval.rollout:evaluate_rollout", f"{_QUICK}:RolloutConfig"),
     "knn": Evaluation("k nearest neighbours on frozen features, compared with an untrained encoder",
                       f"{_EVALS}.probing.knn:evaluate_knn", f"{_QUICK}:KnnConfig"),
     "linear": Evaluation("linear probe on frozen features, compared with an untrained encoder",
@@ -74,6 +76,8 @@ EVALUATIONS = {
                             f"{_EVALS}.multitask.evaluate:evaluate_multitask", f"{_TRAINING}:MultitaskConfig", True),
     "segment": Evaluation("segmentation from encoder or predictor tokens by a linear head, mean IoU",
                           f"{_EVALS}.segmentation.evaluate:evaluate_segment", f"{_TRAINING}:SegmentConfig", True),
+    "decode": Evaluation("train a decoder from tokens to pixels, to look at them; PSNR and SSIM beside its controls",
+                         f"{_EVALS}.decoding.evaluate:evaluate_decode", f"{_TRAINING}:DecodeConfig", True),
 }  # fmt: skip
 """Evaluations by name."""
 

@@ -146,7 +146,8 @@ def _recorded_unless_shared(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    # Those errors that `same_error_on_all_ranks` expects; a gone rank is none of them.
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("RANK", "0") != "0":
             _record_failed_start(folder, str(error))
         raise

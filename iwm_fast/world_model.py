@@ -7,6 +7,7 @@ predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens 
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import is_export, read_export
 from iwm_fast.checkpoints.reading import naming_file, require_networks_fit
+from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import build_student
-from iwm_fast.pipelines.config import Normalization
+from iwm_fast.pipelines.config import Normalization, require
 from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.transforms.action import action_from_change
@@ -90,13 +92,26 @@ class WorldModel:
         size = self.config.views.size
         if isinstance(images, Tensor):
             return _require_normalised(images, size, self.config.data.normalization).to(self.device, torch.float32)
+        crops = self.crop_images(images if isinstance(images, list | tuple) else [images], max_pixels)
+        return normalize_view(crops, self.config.data.normalization).to(self.device)
+
+    def crop_images(self, images: Sequence[Any], max_pixels: int | None = None) -> UInt8[Tensor, "B S S 3"]:
+        """Read images, crop the largest centred squares and resize them to the run's size S.
+
+        Args:
+            images: paths, PIL images or uint8 arrays (H, W, 3).
+            max_pixels: see `load_image`.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: if an image cannot be used, as in `load_image`.
+        """
         limit = max_pixels or self.config.data.max_pixels
-        pixels = [_read_pixels(image, limit) for image in (images if isinstance(images, list | tuple) else [images])]
+        pixels = [_read_pixels(image, limit) for image in images]
         if not pixels:
             raise ValueError("images must not be an empty list")
         windows = crop_window(full_crop(len(pixels)), np.array([image.shape[:2] for image in pixels]))
-        crops = [resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)]
-        return normalize_view(torch.stack(crops), self.config.data.normalization).to(self.device)
+        size = self.config.views.size
+        return torch.stack([resized_crop(image, window, size) for image, window in zip(pixels, windows, strict=True)])
 
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.
@@ -126,32 +141,58 @@ class WorldModel:
         tokens = self.encoder(view, None)
         return tokens.unflatten(0, (len(view), -1))
 
-    def predict(self, images: Images, action: Float[Tensor, "actions A"]) -> Float[Tensor, "B N D"]:
+    def predict(
+        self, images: Images, action: Float[Tensor, "actions A"], *, readout: str = "absolute"
+    ) -> Float[Tensor, "predictions N D"]:
         """Return the predicted tokens of the changed images at all positions; `encode_targets` returns the actual ones.
 
-        There is one action per image, or one for all of them.
+        There is one action per image, or one image or one action for all of the others.
+
+        Args:
+            images: see `Images`.
+            action: as `action` returns it; several are concatenated.
+            readout: "absolute" returns the prediction for the action, as in the paper. "difference" returns the effect
+                of the action on the source: the prediction for the action, minus the prediction for no action, plus the
+                source's own target tokens. What the predictor gets wrong whatever the action is cancels.
 
         Raises:
-            ValueError: if the run's predictor is the identity.
+            ValueError: if the run's predictor is the identity, or `readout` is neither of these.
             FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
         """
         self.require_predictor()
-        tokens = self.encode(images)
-        return self.predict_from(tokens, action.expand(len(tokens), -1) if len(action) == 1 else action)
+        return self.predict_from(self.encode(images), action, readout=readout)
 
     @torch.no_grad()
-    def predict_from(self, tokens: Float[Tensor, "B N D"], action: Float[Tensor, "B A"]) -> Float[Tensor, "B N D"]:
-        """Return the predicted tokens of changed images from the tokens that `encode` returned for the sources.
+    def predict_from(
+        self, tokens: Float[Tensor, "images N D"], action: Float[Tensor, "actions A"], *, readout: str = "absolute"
+    ) -> Float[Tensor, "predictions N D"]:
+        """Return what `predict` returns, from the tokens that `encode` returned for the sources.
 
         Raises:
-            ValueError: if the run's predictor is the identity.
+            ValueError: if the run's predictor is the identity, or `readout` is unknown.
         """
         self.require_predictor()
-        num_images, num_patches, _ = tokens.shape
+        num_predictions, num_patches = max(len(tokens), len(action)), tokens.shape[1]
+        sources = tokens.expand(num_predictions, -1, -1).flatten(0, 1)
         # The image is visible and predicted at every position, so both indices are all patches.
-        patches = all_patches(num_images, num_patches).to(self.device)
-        predicted = self.predictor(tokens.flatten(0, 1), action.to(self.device), patches, patches)
-        return predicted.unflatten(0, (num_images, num_patches))
+        patches = all_patches(num_predictions, num_patches).to(self.device)
+        predicted = self.predictor(sources, action.expand(num_predictions, -1).to(self.device), patches, patches)
+        return predicted.unflatten(0, (num_predictions, num_patches)) + self.readout_offset(tokens, readout)
+
+    @torch.no_grad()
+    def readout_offset(self, tokens: Float[Tensor, "images N D"], readout: str) -> Float[Tensor, "images N D"]:
+        """Return what a readout adds to any prediction from these tokens of sources: nothing if it is absolute.
+
+        Otherwise it is the source's own target tokens minus the prediction for no action. It does not depend on the
+        action, so it is computed once for many actions.
+
+        Raises:
+            ValueError: if `readout` is unknown.
+        """
+        require(readout in READOUTS, "readout", readout, f"be {' or '.join(READOUTS)}")
+        if readout == "absolute":
+            return torch.zeros_like(tokens)
+        return _normalized(tokens) - self.predict_from(tokens, self.action())
 
     def encode_targets(self, images: Images) -> Float[Tensor, "B N D"]:
         """Return the tokens that the predictor was trained to predict: layer-normalised without parameters.
@@ -159,8 +200,7 @@ class WorldModel:
         Raises:
             FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
         """
-        tokens = self.encode(images)
-        return functional.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
+        return _normalized(self.encode(images))
 
     def require_predictor(self) -> None:
         """Check that the run has a predictor.
@@ -173,6 +213,10 @@ class WorldModel:
                 "run must have a predictor, not the identity (model.predictor.depth=0); evaluate its encoder with knn, "
                 "linear, attentive or finetune arms=encoder, or train with model.predictor.depth above 0"
             )
+
+
+def _normalized(tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    return functional.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
 
 
 def _read_pixels(image: Any, max_pixels: int) -> UInt8[Tensor, "H W 3"]:

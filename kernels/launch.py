@@ -6,7 +6,7 @@ takes CPU tensors and is exact in float64, float32 and float16. Its bfloat16 ari
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Tensor | int | None]
     """Values that may change from call to call; None stands for an absent tensor.
 
     Kernels list their integers in `do_not_specialize`, because Triton otherwise compiles separate binaries for 1, for
@@ -37,6 +37,13 @@ class Launch(NamedTuple):
     """Values of the kernel's `tl.constexpr` parameters; each new combination is compiled."""
     num_warps: int
     num_stages: int = 1
+
+    @classmethod
+    def of(
+        cls, kernel: Any, grid: tuple[int, ...], values: Iterable[Any], constants: dict[str, Any], *, num_warps: int
+    ) -> "Launch":
+        """Return a launch with these values of the kernel's first parameters, in their order."""
+        return cls(kernel, grid, dict(zip(kernel.arg_names, values, strict=False)), constants, num_warps)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -129,47 +136,18 @@ def upcast_for_interpreter(tensor: Tensor) -> Tensor:
     return tensor.float() if IS_INTERPRETING and tensor.dtype == torch.bfloat16 else tensor
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose dtype no kernel supports.
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that no kernel can read.
 
     Raises:
         TypeError: if the dtype is not bfloat16, float16 or float32 (or, in the interpreter, float64).
+        ValueError: if the tensor is not contiguous, since kernels compute the addresses of its rows from its shape.
     """
     if tensor.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def check_contiguous(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is not contiguous, since kernels compute the addresses of its rows from its shape.
-
-    Raises:
-        ValueError: if the tensor is not contiguous.
-    """
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}; "
             "pass tensor.contiguous()"
         )
-
-
-def power_of_two_tiles(width: int, min_tile: int, max_tiles: int = 3) -> tuple[int, ...]:
-    """Return tile sizes that cover `width`, largest first; only the last tile may extend beyond it.
-
-    The sides of Triton's tiles are powers of two. Several tiles waste less than one: 384 columns become 256 + 128
-    instead of 512, and 208 keys become 128 + 64 + 16 instead of 256.
-
-    Args:
-        width: number of rows or columns to cover, at least 1.
-        min_tile: smallest tile size, a power of two.
-        max_tiles: largest number of tiles; if it is reached, the last tile is rounded up.
-    """
-    tiles: list[int] = []
-    remaining = width
-    while remaining > 0:
-        tile = 1 << (remaining.bit_length() - 1)
-        if tile < remaining and len(tiles) == max_tiles - 1:
-            tile *= 2
-        tiles.append(max(tile, min_tile))
-        remaining -= tiles[-1]
-    return tuple(tiles)

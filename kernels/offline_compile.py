@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -49,8 +50,24 @@ class CompilationReport(NamedTuple):
 
 
 def source_digest(launch: Launch, architecture: int) -> str:
-    """Return a digest of all that determines the compiled code: source, types, constants, options, Triton's version."""
-    inputs = (_ast_source(launch).hash(), architecture, sorted(launch.options.items()), triton.__version__)
+    """Return a digest of all that determines the compiled code: source, types, constants, options, Triton's version.
+
+    The source is all device code of the kernel's file. Triton's own hash would also change with the line that it is on.
+    """
+    globals_of_kernel = launch.kernel.__globals__.values()
+    source = [value.src for value in globals_of_kernel if isinstance(value, triton.JITFunction)]
+    source += [str(value) for value in globals_of_kernel if isinstance(value, tl.constexpr)]
+    ast = _ast_source(launch)
+    inputs = (
+        source,
+        ast.name,
+        ast.signature,
+        ast.constants,
+        ast.attrs,
+        architecture,
+        launch.options,
+        triton.__version__,
+    )
     return hashlib.sha256(str(inputs).encode()).hexdigest()[:16]
 
 
@@ -74,17 +91,15 @@ def _ast_source(launch: Launch) -> ASTSource:
     absent = {name: None for name, value in launch.arguments.items() if value is None}
     constants = as_constexpr(launch.constants) | absent
     names = launch.kernel.arg_names
-    signature = {name: _signature_type(arguments[name]) if name in arguments else "constexpr" for name in names}
+    signature = {name: _type_of(arguments[name]) if name in arguments else "constexpr" for name in names}
     # PyTorch's allocator aligns tensors to 256 bytes, so pointers are declared divisible by 16. A view that is not
     # aligned would be compiled once more, with slower loads; that variant is not examined here.
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
     return ASTSource(launch.kernel, signature, constants, aligned)
 
 
-def _signature_type(value: Tensor | int | float | None) -> str:
-    if isinstance(value, Tensor):
-        return _POINTER_TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+def _type_of(value: Tensor | int) -> str:
+    return _POINTER_TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

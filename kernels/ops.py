@@ -9,7 +9,6 @@ from iwm_fast.kernels import residual_norm as norm
 from iwm_fast.kernels.attention import op as attention
 from iwm_fast.kernels.attention.reference import ragged_attention_reference
 from iwm_fast.kernels.attention.sequences import Sequences
-from iwm_fast.kernels.launch import Launch
 from iwm_fast.kernels.predictor_input import op as predictor_inputs
 
 
@@ -30,12 +29,3 @@ REFERENCE = Ops(ragged_attention_reference, predictor_inputs.predictor_input_ref
 
 FUSED = Ops(attention.ragged_attention, predictor_inputs.predictor_input, norm.residual_norm)
 """Triton kernels: run on NVIDIA GPUs and, slowly, in Triton's interpreter."""
-
-
-def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Return every launch configuration used on an architecture, by name, on tensors without memory."""
-    return (
-        attention.shipped_launches(architecture)
-        | predictor_inputs.shipped_launches(architecture)
-        | norm.shipped_launches(architecture)
-    )

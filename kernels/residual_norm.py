@@ -31,28 +31,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iwm_fast.kernels.launch import (
-    Launch,
-    architecture,
-    check_contiguous,
-    check_dtype,
-    register_op,
-    upcast_for_interpreter,
-)
+from iwm_fast.kernels.launch import Launch, architecture, check_tensor, register_op, upcast_for_interpreter
 
 
 def residual_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x + residual (M, D) and its LayerNorm (M, D), in plain PyTorch.
-
-    Args:
-        x: (M, D), output of a block.
-        residual: (M, D), the residual stream that the block's output is added to.
-        weight: (D,).
-        bias: (D,).
-        eps: added to the variance.
-    """
+    """Return x + residual (M, D) and its LayerNorm (M, D) with weight and bias (D,), in plain PyTorch."""
     total = x + residual
     return total, F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
 
@@ -180,10 +165,6 @@ _TILE_SIZES = {512: {"BLOCK_N": 128, "BLOCK_M": 8}, 1536: {"BLOCK_N": 512, "BLOC
 # of its 132 multiprocessors. The number is the same on all GPUs so that the order of the sums is the same, too.
 _MAX_PROGRAMS = 264
 
-# Names of the kernels' parameters without the constants.
-_FORWARD_ARGUMENTS = _norm_forward.arg_names[:8]
-_BACKWARD_ARGUMENTS = _norm_backward.arg_names[:9]
-
 
 @functools.cache
 def _tile_sizes(width: int) -> dict[str, int]:
@@ -201,15 +182,13 @@ def _forward_launch(inputs: Sequence[Tensor], outputs: Sequence[Tensor], eps: fl
     """Return the launch that computes sum, norm and statistics from x, residual, weight and bias."""
     num_rows, width = inputs[0].shape
     sizes = _tile_sizes(width)
-    # In the order of the kernel's parameters.
-    arguments: dict[str, Any] = dict(zip(_FORWARD_ARGUMENTS, (*inputs, *outputs, num_rows), strict=True))
     grid = (-(-num_rows // sizes["BLOCK_M"]),)
-    return Launch(_norm_forward, grid, arguments, sizes | {"EPS": eps}, num_warps=8)
+    return Launch.of(_norm_forward, grid, (*inputs, *outputs, num_rows), sizes | {"EPS": eps}, num_warps=8)
 
 
-def _empty_gradients(total: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> list[Tensor]:
+def _empty_gradients(total: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     """Return an uninitialised gradient of x and, if it has a different dtype, one of residual."""
-    return [torch.empty_like(total, dtype=dtype) for dtype in dict.fromkeys((x_dtype, residual_dtype))]
+    return [torch.empty_like(total, dtype=dtype) for dtype in dict.fromkeys(dtypes)]
 
 
 def _backward_launch(
@@ -225,8 +204,7 @@ def _backward_launch(
     partial = stats.new_empty(2, num_programs, width)
     d_x, d_residual = (*gradients, None)[:2]
     values = (*inputs, partial, d_x, d_residual, num_rows)
-    arguments: dict[str, Any] = dict(zip(_BACKWARD_ARGUMENTS, values, strict=True))
-    return Launch(_norm_backward, (num_programs,), arguments, sizes, num_warps=8), partial
+    return Launch.of(_norm_backward, (num_programs,), values, sizes, num_warps=8), partial
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
@@ -255,8 +233,7 @@ def _check_inputs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> 
     ):  # fmt: skip
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)} to fit x, got {tuple(tensor.shape)}")
-        check_dtype(name, tensor)
-        check_contiguous(name, tensor)
+        check_tensor(name, tensor)
 
 
 def why_unsupported(width: int) -> str:
@@ -277,25 +254,17 @@ def _forward(inputs: Sequence[Tensor], eps: float, normed_dtype: torch.dtype | N
     return total.to(outputs[0].dtype), normed.to(outputs[1].dtype), stats
 
 
-def _backward(
-    d_total: Tensor | None,
-    d_normed: Tensor,
-    saved: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> list[Tensor]:
+def _backward(d_total: Tensor | None, d_normed: Tensor, saved: Sequence[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
     """Return the gradients (2, D) of weight and bias, of x and, if its dtype is different, of residual.
 
-    `saved` are sum, statistics and weight; `d_total` is None if the sum is not used.
+    `saved` are sum, statistics and weight; `d_total` is None if the sum is not used; `dtypes` are of x and residual.
     """
     total, stats, _ = saved
-    gradients = _empty_gradients(total, x_dtype, residual_dtype)
+    gradients = _empty_gradients(total, *dtypes)
     kernel_gradients = [upcast_for_interpreter(gradient) for gradient in gradients]
     # Autograd may pass any layout: the gradient of a sum is expanded, that of a transposition strided.
-    inputs = [
-        None if tensor is None else upcast_for_interpreter(tensor.contiguous())
-        for tensor in (d_total, d_normed, *saved)
-    ]
+    tensors = (d_total, d_normed, *saved)
+    inputs = [None if each is None else upcast_for_interpreter(each.contiguous()) for each in tensors]
     launch, partial = _backward_launch(inputs, stats, kernel_gradients)
     launch.run()
     return [partial.sum(1), *(value.to(like.dtype) for value, like in zip(kernel_gradients, gradients, strict=True))]

@@ -144,11 +144,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
-    """Load a photograph from an installed package and resize it to a width of `DEMO_WIDTH` pixels.
+def load_photograph(path: str, width: int | None = DEMO_WIDTH) -> UInt8[np.ndarray, "H W 3"]:
+    """Load a photograph from an installed package and resize it.
 
     Args:
         path: package and path of the file within it, as in "skimage/data/coffee.png".
+        width: in pixels; None keeps the size of the file.
 
     Raises:
         FileNotFoundError: if the package is not installed or does not contain the file.
@@ -161,8 +162,8 @@ def load_photograph(path: str) -> UInt8[np.ndarray, "H W 3"]:
     if file is None:
         raise FileNotFoundError(f"photograph {path} is not installed: pip install 'iwm-fast[demo]'")
     with Image.open(file) as image:
-        height = round(image.height * DEMO_WIDTH / image.width)
-        return np.asarray(image.convert("RGB").resize((DEMO_WIDTH, height), Image.Resampling.LANCZOS))
+        size = (width, round(image.height * width / image.width)) if width else image.size
+        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
 
 def enrich_colours(

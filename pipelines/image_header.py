@@ -247,7 +247,7 @@ def _probe_webp(data: memoryview) -> ImageHeader:
     if len(data) < end:
         raise UndecodableImageError(f"is truncated: WebP announces {end} bytes, it has {len(data)}")
     kind, first = bytes(data[12:16]), data[20:30]
-    # DALI reads damaged pixels on into bytes behind the announced ones, Pillow does not.
+    # If pixels are damaged, DALI reads past the announced size; Pillow does not.
     is_common = len(data) == end
     if kind == b"VP8 ":
         # 14 bits each; the upper two ask for scaling, which decoders leave to the viewer.

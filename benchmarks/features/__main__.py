@@ -51,18 +51,10 @@ class Workload:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the extractions that the command line selects; return the exit status."""
     options = cli.build_parser("features", __doc__, KINDS).parse_args(arguments)
-    session = cli.open_session(options, suffix=results.FEATURES)
-    if session.device == "cpu":
-        # As in an evaluation, so that the threads of DALI and PyTorch do not compete for the same cores.
-        torch.set_num_threads(1)
+    session = cli.open_session(options, results.FEATURES)
     kinds: dict[str, FeatureKind] = {name: kind for name, kind in KINDS.items() if name in (options.only or KINDS)}
     workload = build_workload(options.data, session.device, options.quick)
-    sections = {"features": lambda session: measure(session, workload, kinds)}
-    return cli.run_and_report(
-        session,
-        lambda: cli.run_sections(session, sections, None),
-        lambda records: report.sections(records, level="##"),
-    )
+    return cli.run(session, {"features": measure}, None, report, workload, kinds)
 
 
 def build_workload(folder: Path, device: str, quick: bool) -> Workload:

@@ -27,8 +27,6 @@ GOALS = (Goal("overhead of an extraction over the encoder's forward, %", 10.0, m
 
 def _speeds(records: Sequence[Record]) -> str:
     timed = [record for record in records if record.what == FEATURES and record.failure is None]
-    if not timed:
-        return ""
     columns = {
         "provider": tables.provider,
         "images/s": figure("images_per_s", ".2f"),
@@ -36,5 +34,4 @@ def _speeds(records: Sequence[Record]) -> str:
         "p20-p80": lambda record: "-".join(time(name, ".2f", 1e3)(record) for name in ("p20_ms", "p80_ms")),
         "overhead, %": figure("over_percent", ".1f"),
     }
-    shapes = dict.fromkeys(describe(record.shape) for record in timed)
-    return f"{record_table(timed, columns)}\n\n{'; '.join(shapes)}."
+    return record_table(timed, columns, [describe(record.shape) for record in timed])

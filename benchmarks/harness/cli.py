@@ -3,14 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import machine, results, timing
-from benchmarks.harness.records import Record
 from benchmarks.harness.session import Case, Session, WrongResultError
 
 
@@ -36,43 +35,47 @@ def build_parser(
     return parser
 
 
-def open_session(options: argparse.Namespace, *, suffix: str, excluded: Sequence[str] = ()) -> Session:
+def open_session(options: argparse.Namespace, suffix: str) -> Session:
     """Return a session with the parsed options, on a GPU if there is one; `suffix` ends the name of its file."""
-    description = machine.describe(options.commit)
+    description, has_gpu = machine.describe(options.commit), torch.cuda.is_available()
+    if not has_gpu:
+        # As in a training run, so that the threads of DALI and PyTorch do not compete for the same cores.
+        torch.set_num_threads(1)
     return Session(
         description,
         budget=timing.QUICK if options.quick else timing.FULL,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if has_gpu else "cpu",
         out=options.out / f"{machine.slug(machine.processor_name(description))}{suffix}.jsonl",
         limit_s=options.limit_s,
-        excluded=excluded,
     )
 
 
-def run_sections(
-    session: Session, sections: Mapping[str, Callable[..., None]], only: Sequence[str] | None, *arguments: Any
-) -> None:
-    """Call all sections, or only some, with the session and the arguments while there is time."""
-    for name, section in sections.items():
-        case = Case("section", {"section": name}, dtype="")
-        if name not in (only or sections) or session.is_measured(case) or not session.has_time(name):
-            continue
-        num_skipped = len(session.skipped)
-        section(session, *arguments)
-        if len(session.skipped) == num_skipped:
-            session.record(case, "")
+def run(
+    session: Session,
+    sections: Mapping[str, Callable[..., None]],
+    only: Container[str] | None,
+    report: Any,
+    *arguments: Any,
+) -> int:
+    """Call all sections, or only some, with session and arguments while there is time; print the tables of `report`.
 
-
-def run_and_report(session: Session, measure: Callable[[], None], tables: Callable[[list[Record]], str]) -> int:
-    """Measure, print the tables, and return the exit status: 1 if a provider computed a wrong result."""
+    Return the exit status: 1 if a provider computed a wrong result.
+    """
     print(machine.describe_in_words(session.machine))
     if session.records:
         print(f"{len(session.records)} earlier records of {session.out} are kept; another --out measures again")
     try:
-        measure()
+        for name, section in sections.items():
+            case = Case("section", {"section": name}, dtype="")
+            if name not in (only or sections) or session.is_measured(case) or not session.has_time(name):
+                continue
+            num_skipped = len(session.skipped)
+            section(session, *arguments)
+            if len(session.skipped) == num_skipped:
+                session.record(case, "")
     except WrongResultError as error:
         session.wrong.append(str(error))
-    print(f"\n{tables(session.records)}\n")
+    print(f"\n{report.sections(session.records, level='##')}\n")
     for label in session.skipped:
         print(f"skipped: {label}")
     for message in session.wrong:

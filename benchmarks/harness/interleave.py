@@ -75,12 +75,8 @@ def compare(
 ) -> dict[Name, list[StreamRound] | Failure]:
     """Measure all streams in interleaved rounds; a stream that raises becomes a failure and the others continue.
 
-    Args:
-        streams: streams by name.
-        budget: number and duration of the rounds.
-        prepare: called before a stream is opened.
-        max_batches: maximum number of batches per round, including discarded ones.
-        deadline: time on the monotonic clock after which no further round starts.
+    `prepare` is called before a stream is opened. A round has at most `max_batches`, including discarded ones, and does
+    not start after `deadline`, a time on the monotonic clock.
     """
     failures: dict[Name, Failure] = {}
     rounds: dict[Name, list[StreamRound]] = {name: [] for name in streams}

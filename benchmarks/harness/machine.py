@@ -1,6 +1,5 @@
 """Description of the machine, command and commit that every record carries."""
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -16,9 +15,7 @@ import torch
 import triton
 
 from iwm_fast.runtime import provenance
-from iwm_fast.runtime.provenance import cpu_name
 
-PROJECT = Path(__file__).parents[2]
 PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy", "deepspeed")
 
 
@@ -32,14 +29,14 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "gpu": properties.name if properties else None,
         "multiprocessors": properties.multi_processor_count if properties else None,
         "driver": _driver_version() if properties else None,
-        "cpu": cpu_name(),
+        "cpu": provenance.cpu_name(),
         "cores": num_cores(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **provenance.installed_versions(PACKAGES),
         "commit": commit or provenance.current_commit(),
         # The original arguments include -m, which sys.argv does not. The interpreter's folder is left out.
         "command": " ".join(["python", *sys.orig_argv[1:]]),
@@ -58,13 +55,6 @@ def num_cores() -> int:
     affinity, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
     quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
     return affinity if quota == "max" else min(affinity, max(math.floor(int(quota) / int(period)), 1))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _driver_version() -> str | None:
@@ -90,9 +80,8 @@ def describe_in_words(description: dict[str, Any]) -> str:
         ceilings = f"copies {copy:.2f} TB/s, multiplies {product:.0f} TFLOP/s; "
     names = ("driver", *PACKAGES, "torch", "triton", "cuda", "cudnn", "python", "commit")
     versions = ", ".join(f"{name} {description[name]}" for name in names if description.get(name) is not None)
-    cpu = f", {description['cpu']}, {description['cores']} cores" if description.get("cpu") else ""
-    processors, run = f"{description.get('gpu') or 'no GPU'}{cpu}", description.get("run")
-    return f"{processors}: {ceilings}{versions}; {run}; `{description.get('command')}`"
+    processors = ("" if description.get("gpu") else "no GPU, ") + processor_name(description)
+    return f"{processors}: {ceilings}{versions}; {description.get('run')}; `{description.get('command')}`"
 
 
 def cpu_time_s() -> float:

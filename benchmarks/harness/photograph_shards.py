@@ -10,14 +10,13 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from iwm_fast.pipelines.counter_rng import uniforms
-from iwm_fast.pipelines.demo_data import DEMO_PHOTOGRAPHS
+from iwm_fast.pipelines.demo_data import DEMO_PHOTOGRAPHS, load_photograph
 from iwm_fast.pipelines.storage.shard_set import find_shards
 from iwm_fast.pipelines.storage.shard_writer import publish_folder, write_shards
 
@@ -27,9 +26,6 @@ JPEG_QUALITY, NOISE = 96, 6.0
 """Quality and standard deviation of the noise in grey levels; with these, 500 x 375 pixels take 110 KB on average."""
 MIN_CROP_SCALE = 0.6
 """Minimum width of a crop relative to the widest one that fits."""
-
-OLD_MTIME_S = 1_700_000_000
-"""A modification time in November 2023."""
 
 Sample = dict[str, str | bytes]
 
@@ -55,7 +51,7 @@ class PhotographShards:
         return write_once(path, self._samples(), self.samples_per_shard)
 
     def _samples(self) -> Iterator[Sample]:
-        photographs = [load_photograph(path) for path in DEMO_PHOTOGRAPHS[:NUM_PHOTOGRAPHS]]
+        photographs = [Image.fromarray(load_photograph(path, None)) for path in DEMO_PHOTOGRAPHS[:NUM_PHOTOGRAPHS]]
         noise = np.random.default_rng(0).normal(0, NOISE, (2 * self.height, 2 * self.width, 3)).astype(np.float32)
         for number, draw in enumerate(uniforms(0, "benchmark", 0, np.arange(self.num_samples), 5)):
             pixels = self._crop(photographs[number % NUM_PHOTOGRAPHS], noise, draw)
@@ -77,33 +73,11 @@ class PhotographShards:
         return noisy.round().clip(0, 255).astype(np.uint8)
 
 
-def load_photograph(path: str) -> Image.Image:
-    """Load a photograph of an installed package at full size; the path is package/folders/file."""
-    package, resource = path.split("/", 1)
-    with resources.files(package).joinpath(resource).open("rb") as file:
-        return Image.open(file).convert("RGB")
-
-
 def write_numbered_shards(folder: Path, num_shards: int, samples_per_shard: int) -> str:
     """Write shards whose samples contain only their number as text, in order; return the pattern of the shards."""
     numbers = range(num_shards * samples_per_shard)
     samples = ({"__key__": f"{number:08}", "jpg": str(number).encode()} for number in numbers)
     return write_once(folder / f"numbers-{num_shards}x{samples_per_shard}", samples, samples_per_shard)
-
-
-def write_hardlinked_shards(folder: Path, num_shards: int, samples_per_shard: int) -> str:
-    """Write one shard of tiny samples and hard-link it many times, so that all shards take the space of one."""
-    samples = ({"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in range(samples_per_shard))
-    shard = Path(find_shards(write_once(folder / f"bytes-{samples_per_shard}", samples, samples_per_shard))[0])
-    # The index of a shard is cached only if the shard is at least two seconds old.
-    os.utime(shard, (OLD_MTIME_S, OLD_MTIME_S))
-    path = folder / f"linked-{num_shards}x{samples_per_shard}"
-    path.mkdir(exist_ok=True)
-    for number in range(num_shards):
-        link = path / f"{number:06}.tar"
-        if not link.exists():
-            link.hardlink_to(shard)
-    return str(path)
 
 
 def write_once(path: Path, samples: Iterable[Sample], samples_per_shard: int) -> str:
@@ -122,13 +96,10 @@ def evict_from_page_cache(paths: Iterable[str]) -> float:
     """
     shares = []
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with open(path, "rb") as file:
             # The kernel does not evict dirty pages.
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         shares.append(page_cache_share(path))
     return float(np.mean(shares))
 

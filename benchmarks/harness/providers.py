@@ -1,12 +1,12 @@
 """Providers: implementations that are compared, each a differentiable function with its inputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.records import BACKWARD, BOTH, FORWARD
+from benchmarks.harness.records import BACKWARD, FORWARD
 from benchmarks.harness.timing import TimedFunction
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
@@ -38,22 +38,14 @@ class Provider(NamedTuple):
 
     def timed_pass(self, pass_: str) -> TimedFunction:
         """Return one of PASSES to time; a backward pass gets a fresh, untimed forward, as no graph is retained."""
-        passes: dict[str, TimedFunction] = {
-            FORWARD: TimedFunction(lambda _: self.outputs()),
-            BACKWARD: TimedFunction(self.gradients, self.outputs),
-            BOTH: TimedFunction(lambda _: self.gradients(self.outputs())),
-        }
-        return passes[pass_]
+        if pass_ == BACKWARD:
+            return TimedFunction(self.gradients, self.outputs)
+        return TimedFunction(lambda _: self.outputs() if pass_ == FORWARD else self.gradients(self.outputs()))
 
     def in_float64(self, function: Function) -> "Provider":
         """Return a function on the same values in float64, from which errors are measured."""
         inputs = tuple(tensor.detach().double().requires_grad_() for tensor in self.inputs)
         return Provider("float64", function, inputs, tuple(tensor.double() for tensor in self.d_outputs))
-
-
-def compiled(function: Any) -> Any:
-    """Return a function through torch.compile in its default mode, specialised for each shape."""
-    return torch.compile(function, dynamic=False)
 
 
 def random_leaf(*shape: int, device: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -15,6 +15,6 @@ def offline(triton: str) -> Path:
     return RESULTS / f"offline-triton-{triton}.jsonl"
 
 
-def read_committed(pattern: str) -> list[Record]:
+def read(pattern: str, folder: Path = RESULTS) -> list[Record]:
     """Return the records of all files whose names without ".jsonl" end in a suffix, or match a glob pattern."""
-    return [record for path in sorted(RESULTS.glob(f"*{pattern}.jsonl")) for record in records.read(path)]
+    return [record for path in sorted(folder.glob(f"*{pattern}.jsonl")) for record in records.read(path)]

@@ -13,11 +13,6 @@ H200_BYTES_PER_S = 4.3e12
 H200_FLOPS_PER_S = 790e12
 """Rate of an 8192 x 8192 x 8192 bfloat16 product measured on an H200."""
 
-# A multiprocessor has four quarters, each with its own scheduler and registers.
-_REGISTERS_PER_QUARTER = 16 * 1024
-_WARPS_PER_QUARTER = 16
-_MAX_PROGRAMS = 32
-
 
 class Cost(NamedTuple):
     """Minimum traffic of device memory (inputs read once, results written once) and number of operations."""
@@ -34,8 +29,7 @@ def _by_pass(forward: Cost, backward: Cost) -> dict[str, Cost]:
 def attention_costs(lengths: Sequence[int], num_heads: int, head_dim: int, itemsize: int = 2) -> dict[str, Cost]:
     """Return the costs of attention by pass, from a packed qkv to its packed gradient.
 
-    With u bytes per (rows, H, d) tensor, forward moves 4u plus 4 bytes per row and head for the log-sum-exp; backward
-    moves 7u plus the same 4 bytes (the output need not be read). Operations: 4 H d N^2 forward, 10 H d N^2 backward.
+    Bytes are explained in `iwm_fast.kernels.attention.op`. Operations: 4 H d N^2 forward, 10 H d N^2 backward.
     """
     rows, squares = sum(lengths), sum(length**2 for length in lengths)
     unit, logarithms, products = rows * num_heads * head_dim * itemsize, 4 * rows * num_heads, num_heads * head_dim
@@ -49,12 +43,7 @@ def conditioning_costs(rows: tuple[int, int, int], width: int, *, has_mixer: boo
     Forward reads the context and writes all packed rows; a mixer also writes its second layer, which backward needs.
     Backward reads the packed gradient and that layer, and writes the context's gradient. A mixer takes two products of
     width x width per target forward and four backward. The first layer's products, once per patch and once per image,
-    are too few to count. Weights and indices are not counted.
-
-    Args:
-        rows: numbers of context rows, target rows and action tokens.
-        width: width of the predictor.
-        has_mixer: whether targets pass through the mixer.
+    are too few to count. Weights and indices are not counted. `rows` are context rows, target rows and action tokens.
     """
     context, targets, tokens = rows
     packed, hidden = 4 * width * sum(rows), 2 * width * targets * has_mixer
@@ -65,17 +54,14 @@ def conditioning_costs(rows: tuple[int, int, int], width: int, *, has_mixer: boo
 
 
 def norm_costs(rows: int, width: int) -> dict[str, Cost]:
-    """Return the costs of residual + LayerNorm with a bfloat16 update and a float32 stream.
-
-    Forward moves 12 bytes per element, backward 16; both move mean and reciprocal deviation per row.
-    """
+    """Return the costs of residual + LayerNorm with a bfloat16 update and a float32 stream, as its file explains."""
     statistics = 8 * rows
     return _by_pass(Cost(12 * rows * width + statistics, 0), Cost(16 * rows * width + statistics, 0))
 
 
 def square_tile_waste(length: int, tile: int) -> float:
     """Return scores computed per score needed with square tiles of queries and keys."""
-    return (math.ceil(length / tile) * tile / length) ** 2
+    return (_round_up(length, tile) / length) ** 2
 
 
 def launch_waste(launches: Sequence[Launch], length: int) -> float:
@@ -97,14 +83,13 @@ def _round_up(length: int, tile: int) -> int:
 
 
 def programs_per_multiprocessor(registers: int, shared_bytes: int, num_warps: int, arch: int) -> int:
-    """Return how many programs run at the same time, limited by registers, shared memory and warps (4, 8, ...).
+    """Return how many programs run at the same time, limited by registers, shared memory and warps; at most 32.
 
-    A multiprocessor has 64 K registers and 64 warps in four quarters; a thread gets registers in units of eight. Each
-    program takes 1 KB more shared memory than it requests, and 1 KB exists beyond the most that one may request.
-
-    Source: CUDA C++ Programming Guide, technical specifications per compute capability; CUDA occupancy calculator.
+    A multiprocessor has four quarters, each with 16 K registers and 16 warps; a thread gets registers in units of
+    eight. Each program takes 1 KB more shared memory than it requests, and 1 KB exists beyond the most that one may
+    request. Source: CUDA C++ Programming Guide, technical specifications; CUDA occupancy calculator.
     """
-    by_registers = _REGISTERS_PER_QUARTER // (32 * _round_up(max(registers, 1), 8))
-    by_warps = 4 * min(by_registers, _WARPS_PER_QUARTER) // num_warps
+    by_registers = 16 * 1024 // (32 * _round_up(max(registers, 1), 8))
+    by_warps = 4 * min(by_registers, 16) // num_warps
     by_shared = (MAX_SHARED_BYTES[arch] + 1024) // (shared_bytes + 1024)
-    return min(by_warps, by_shared, _MAX_PROGRAMS)
+    return min(by_warps, by_shared, 32)

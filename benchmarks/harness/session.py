@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import records, timing
-from benchmarks.harness.providers import Function, Provider, compiled
+from benchmarks.harness.providers import Function, Provider
 from benchmarks.harness.records import PASSES, Record, Shape
 from benchmarks.harness.rooflines import Cost
 from benchmarks.harness.timing import Failure, TimingBudget
@@ -34,6 +34,10 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     costs: dict[str, Cost] | None = None
     """Minimum bytes and operations by pass, if they are known."""
+
+    def group(self, pass_: str = "") -> tuple[Any, ...]:
+        """Return what records of this case and pass have in common, as `Record.group` does."""
+        return self.what, tuple(self.shape.items()), self.dtype, pass_
 
     def __str__(self) -> str:
         return " ".join([self.what, *(f"{name}={value}" for name, value in self.shape.items()), self.dtype]).strip()
@@ -87,7 +91,7 @@ class Session:
 
     def is_measured(self, case: Case, pass_: str = "") -> bool:
         """Return whether an earlier run has recorded this already."""
-        return _group(case, pass_) in self._measured
+        return case.group(pass_) in self._measured
 
     def record(self, case: Case, provider: str, pass_: str = "", **values: Any) -> None:
         """Keep one record, and append it to the file."""
@@ -112,22 +116,22 @@ class Session:
         *,
         is_timed: bool = True,
     ) -> None:
-        """Check the fused operation, then time it beside the plain and the compiled one.
+        """Check the fused operation, then time it beside the plain and the compiled one, while there is time.
 
-        Args:
-            case: operation and shape.
-            operation: maps `Ops` to the function of the inputs; with exact=True for float64 without autocast.
-            inputs: inputs by name.
-            d_outputs: the gradient of each output by name.
-            is_timed: whether to time at all.
+        `operation` maps `Ops` to the function of the inputs, with exact=True to that for float64 without autocast.
+        Inputs, and gradients of the outputs, are by name.
         """
+        if not self.has_time(case):
+            return
         fused = Provider("fused", operation(FUSED), tuple(inputs.values()), tuple(d_outputs.values()))
         plain = fused._replace(name="eager", function=operation(REFERENCE))
         exact = fused.in_float64(operation(REFERENCE, exact=True))
         names = [*d_outputs, *(f"d_{name}" for name in inputs)]
         is_right = self.check(case, names, fused=fused, plain=plain, exact=exact)
         if is_timed:
-            baselines = [plain, plain._replace(name="compiled", function=compiled(plain.function))]
+            # Specialised for each shape.
+            compiled = plain._replace(name="compiled", function=torch.compile(plain.function, dynamic=False))
+            baselines = [plain, compiled]
             self.measure(case, [fused, *baselines] if is_right else baselines)
 
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:
@@ -161,21 +165,13 @@ class Session:
     def check(self, case: Case, names: Sequence[str], *, fused: Provider, plain: Provider, exact: Provider) -> bool:
         """Run the fused operation twice, record its errors and the plain operation's, and return whether it is right.
 
-        The bits of both runs must be equal. The error of each tensor relative to float64 may not exceed twice the plain
-        operation's, or its largest error of any tensor. Otherwise a failure is recorded, and the run continues. Memory
-        that the operation does not write is NaN.
-
-        Args:
-            case: operation and shape.
-            names: names of the outputs, then of the inputs.
-            fused: the fused operation.
-            plain: the reference in the same precision.
-            exact: the reference in float64.
+        The bits of both runs must be equal. The error of each tensor relative to `exact`, the reference in float64, may
+        not exceed twice the plain operation's, or its largest error of any tensor. Otherwise a failure is recorded, and
+        the run continues. Memory that the operation does not write is NaN. Names are of outputs, then of gradients.
         """
         error_case = Case(f"{case.what} error", case.shape, case.dtype)
         if self.is_measured(error_case):
-            group = _group(error_case)
-            return not any(record.failure for record in self.records if record.group == group)
+            return not any(record.failure for record in self.records if record.group == error_case.group())
         expected = exact.outputs_and_gradients()
         limits = dict(zip(names, map(relative_error, plain.outputs_and_gradients(), expected), strict=True))
         try:
@@ -197,10 +193,6 @@ class Session:
         self.record(error_case, "plain", figures=limits)
         self.wrong += [message] if message else []
         return not wrong
-
-
-def _group(case: Case, pass_: str = "") -> tuple[Any, ...]:
-    return Record(what=case.what, provider="", shape=case.shape, dtype=case.dtype, pass_=pass_).group
 
 
 @contextlib.contextmanager

@@ -26,10 +26,11 @@ def _is_number(column: Iterable[str]) -> bool:
     return bool(cells) and all(cell[0].isdigit() for cell in cells)
 
 
-def record_table(records: Sequence[Record], columns: Mapping[str, Column]) -> str:
-    """Return a table with a row per record and the columns under their headings; "" without records."""
+def record_table(records: Sequence[Record], columns: Mapping[str, Column], captions: Iterable[str] = ()) -> str:
+    """Return a table with a row per record, its columns under their headings, and captions; "" without records."""
     rows = [[column(record) for column in columns.values()] for record in records]
-    return table(list(columns), rows) if rows else ""
+    caption = "; ".join(dict.fromkeys(captions))
+    return table(list(columns), rows) + (f"\n\n{caption}." if caption else "") if rows else ""
 
 
 def shape(name: str) -> Column:
@@ -69,11 +70,8 @@ def describe(shape: Shape) -> str:
 
 def failures(records: Sequence[Record]) -> list[str]:
     """Return a line per provider that raised, without duplicates."""
-    failed = [record for record in records if record.failure is not None]
-    lines = [
-        f"{record.what} {describe(record.shape)} {record.pass_}, {record.provider}: {record.failure}"
-        for record in failed
-    ]
+    failed = (record for record in records if record.failure is not None)
+    lines = (f"{each.what} {describe(each.shape)} {each.pass_}, {each.provider}: {each.failure}" for each in failed)
     return list(dict.fromkeys(lines))
 
 

@@ -12,13 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-FLUSH_BYTES = 256 * 2**20
-"""Bytes read between repeats to empty the L2 cache, which has 50 MB on an H100 and 60 MB on an H200."""
-COPY_BYTES = 2 * 2**30
-"""Size of the tensor whose copy measures the memory bandwidth."""
-MATRIX_SIDE = 8192
-"""Side of the matrices whose product measures the rate of matrix instructions."""
-
 # torch.cuda._sleep counts clock cycles. At 2 GHz, above the clock of an H100 or H200, the wait is never too short.
 _CYCLES_PER_MS = 2_000_000
 _MAX_SPIN_MS = 50.0
@@ -166,17 +159,19 @@ def _time_once(function: TimedFunction, spin_ms: float) -> tuple[float, float]:
 
 @functools.cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.ones(FLUSH_BYTES // 4, device="cuda")
+    # 256 MB: the L2 cache has 50 MB on an H100 and 60 MB on an H200.
+    return torch.ones(2**26, device="cuda")
 
 
-def copy_bandwidth(device: str, *, num_bytes: int = COPY_BYTES, budget: TimingBudget = FULL) -> float:
+def copy_bandwidth(device: str, *, num_bytes: int = 2 * 2**30, budget: TimingBudget = FULL) -> float:
     """Return bytes per second of a copy within device memory, counting bytes read and bytes written."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / (1e-3 * measure(lambda: target.copy_(source), budget=budget).median_ms)
 
 
-def matrix_rate(device: str, *, side: int = MATRIX_SIDE, budget: TimingBudget = FULL) -> float:
+def matrix_rate(device: str, *, budget: TimingBudget = FULL) -> float:
     """Return bfloat16 FLOP/s of a large product of random matrices (products of zeros run faster)."""
+    side = 8192
     left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     return 2 * side**3 / (1e-3 * measure(lambda: left @ right, budget=budget).median_ms)

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report_offline(options)
     # Poisoned memory needs PyTorch's deterministic mode, and that needs this before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    session = cli.open_session(options, suffix=results.KERNELS, excluded=options.without)
+    session = cli.open_session(options, results.KERNELS)
+    session.excluded = options.without
     if not has_gpu:
         # In few rows, one ReLU that rounding turns off or on is a large error. A fixed seed has none.
         torch.manual_seed(0)
@@ -53,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         session.machine["copy_bytes_per_s"] = timing.copy_bandwidth("cuda", budget=session.budget)
         session.machine["matrix_flops_per_s"] = timing.matrix_rate("cuda", budget=session.budget)
-    return cli.run_and_report(
-        session,
-        lambda: cli.run_sections(session, SECTIONS, options.only or DEFAULT),
-        lambda records: report.sections(records, level="##"),
-    )
+    return cli.run(session, SECTIONS, options.only or DEFAULT, report)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,7 +83,7 @@ def report_offline(options: argparse.Namespace) -> int:
     print(f"\n{compiler_report.sections(session.records, options.arch)}")
     if not torch.cuda.is_available():
         print("\nThere is no GPU on this machine; the goals beside the committed times:\n")
-        print(goal_table(report.GOALS, records.latest(results.read_committed(results.KERNELS))))
+        print(goal_table(report.GOALS, records.latest(results.read(results.KERNELS))))
     return 0
 
 

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +38,9 @@ SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 def run(session: Session) -> None:
     """Time the teacher, the predictor and the encoder of the default settings, then other lengths."""
     count, heads = (2, 1) if session.device == "cpu" else (IMAGES, NUM_HEADS)
-    slots = np.arange(count)
-    contexts = masked_batch(slots, count).context.lengths
-    cropped = masked_batch(slots, count, mask=MaskConfig(context_scale=(0.85, 1.0))).joint_lengths
+    contexts = masked_batch(count)[0].lengths
+    context, target = masked_batch(count, mask=MaskConfig(context_scale=(0.85, 1.0)))
+    cropped = [sum(pair) for pair in zip(context.lengths, target.lengths, strict=True)]
     teacher, predictor = ([GRID**2] * count, 64, ""), ([GRID**2] * count, 32, "")
     cases = [teacher, predictor, (contexts, 64, CONTEXTS), (cropped, 32, CROPPED)]
     if not session.quick:
@@ -59,8 +58,7 @@ def compare(session: Session, lengths: Sequence[int], head_dim: int, name: str, 
     if not session.has_time(case):
         return
     sequences = sequences_of(lengths, session.device)
-    fused = make_provider(sum(lengths), num_heads, head_dim, session.device)
-    fused = fused._replace(function=lambda qkv: FUSED.ragged_attention(qkv, sequences))
+    fused = make_provider(sequences, sum(lengths), (num_heads, head_dim, "bfloat16"), session.device)
     plain = fused._replace(name="varlen_attn", function=lambda qkv: REFERENCE.ragged_attention(qkv, sequences))
     peers = [plain]
     if sequences.offsets is None:
@@ -69,10 +67,12 @@ def compare(session: Session, lengths: Sequence[int], head_dim: int, name: str, 
     session.measure(case, [fused, *peers] if is_right else peers)
 
 
-def make_provider(rows: int, num_heads: int, head_dim: int, device: str, dtype: str = "bfloat16") -> Provider:
-    """Return a provider with a random qkv and gradient of the output; its function is still to be replaced."""
+def make_provider(sequences: Sequences, rows: int, kind: tuple[int, int, str], device: str) -> Provider:
+    """Return the fused attention of random rows with a random gradient; `kind` is heads, head size and dtype."""
+    num_heads, head_dim, dtype = kind
     qkv = random_leaf(rows, 3, num_heads, head_dim, device=device, dtype=getattr(torch, dtype))
-    return Provider("fused", lambda qkv: qkv[:, 0], (qkv,), (torch.randn_like(qkv[:, 0]).contiguous(),))
+    d_out = torch.randn_like(qkv[:, 0]).contiguous()
+    return Provider("fused", lambda qkv: FUSED.ragged_attention(qkv, sequences), (qkv,), (d_out,))
 
 
 def sequences_of(lengths: Sequence[int], device: str) -> Sequences:
@@ -119,14 +119,12 @@ def length_groups(head_dim: int, device: str) -> list[tuple[int, int]]:
 
 def check_lengths(session: Session, name: str, lengths: Sequence[int], kind: tuple[int, int, str]) -> None:
     """Compare with PyTorch's attention of one sequence after the other; `kind` is heads, head size and dtype."""
-    num_heads, head_dim, dtype = kind
+    _, head_dim, dtype = kind
     case = Case("attention at drawn lengths", {"N": name, "d": head_dim}, dtype)
     if session.is_measured(case._replace(what=f"{case.what} error")) or not session.has_time(case):
         return
-    sequences = sequences_of(lengths, session.device)
-    fused = make_provider(sum(lengths), num_heads, head_dim, session.device, dtype)
+    fused = make_provider(sequences_of(lengths, session.device), sum(lengths), kind, session.device)
     plain = fused._replace(name="plain", function=lambda qkv: one_by_one(qkv, lengths))
-    fused = fused._replace(function=lambda qkv: FUSED.ragged_attention(qkv, sequences))
     exact = fused.in_float64(plain.function)
     if not session.check(case, ("out", "d_qkv"), fused=fused, plain=plain, exact=exact):
         session.record(case, "lengths", figures={"lengths": list(lengths)})

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.harness import rooflines, tables
@@ -121,15 +120,14 @@ def dense_launches(arch: int, length: int, head_dim: int) -> tuple[list[Launch],
 
 def floor_table() -> str:
     """Return bytes, operations and the time that each of them takes on an H200, for the shapes that are timed."""
-    masked = masked_batch(np.arange(IMAGES), IMAGES)
-    contexts, targets = (sum(index.lengths) for index in masked)
+    context, target = masked_batch(IMAGES)
     costs: dict[tuple[str, str], dict[str, Cost]] = {}
     for head_dim in (64, 32):
-        for name, lengths in ((str(GRID**2), [GRID**2] * IMAGES), ("contexts", list(masked.context.lengths))):
+        for name, lengths in ((str(GRID**2), [GRID**2] * IMAGES), ("contexts", list(context.lengths))):
             shape = f"N={name} d={head_dim} H={NUM_HEADS} B={IMAGES}"
             costs["attention", shape] = rooflines.attention_costs(lengths, NUM_HEADS, head_dim)
     for kind, num_tokens in (("feature", 0), ("sequence", NUM_ACTIONS * IMAGES)):
-        rows = (contexts, targets, num_tokens)
+        rows = (sum(context.lengths), sum(target.lengths), num_tokens)
         cost = rooflines.conditioning_costs(rows, WIDTH, has_mixer=kind == "feature")
         costs[f"{kind} conditioning", f"P={WIDTH} B={IMAGES}"] = cost
     for width in WIDTHS:

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,14 +38,12 @@ def measure(
 ) -> None:
     """Check "feature" or "sequence" conditioning of images with random masks, and time it."""
     num_tokens = NUM_ACTIONS if kind == "sequence" else 0
-    case = Case(f"{kind} conditioning", {"P": width, "B": images}, dtype)
-    if not session.has_time(case):
-        return
     # The interpreter takes seconds for a hundred rows.
     grid = 4 if session.device == "cpu" else GRID
     patches, layout = masked_patches(images, grid, num_tokens, session.device)
     rows = len(patches.context), len(patches.targets), images * num_tokens
-    case = case._replace(costs=conditioning_costs(rows, width, has_mixer=kind == "feature"))
+    costs = conditioning_costs(rows, width, has_mixer=kind == "feature")
+    case = Case(f"{kind} conditioning", {"P": width, "B": images}, dtype, costs)
     inputs = make_inputs(kind, (images, width), rows[0], dtype, session.device)
     positions = torch.randn(grid**2, width, device=session.device)
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
@@ -57,7 +54,7 @@ def measure(
 
 def masked_patches(images: int, grid: int, num_tokens: int, device: str) -> tuple[PatchIndex, PackedLayout]:
     """Draw masks; return the patches of context and targets, and the layout of the packed rows."""
-    context, target = (index.to(torch.device(device)) for index in masked_batch(np.arange(images), images, grid=grid))
+    context, target = (index.to(torch.device(device)) for index in masked_batch(images, grid=grid))
     sizes = {"num_context": len(context.row), "num_targets": len(target.row)}
     return PatchIndex(context.row, target.row), packed_layout(context.offsets, target.offsets, num_tokens, **sizes)
 

@@ -1,10 +1,10 @@
 """Report of the fused operations: goals and tables."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import tables
-from benchmarks.harness.goals import Goal, goal_table
+from benchmarks.harness.goals import Goal, Metric, goal_table
 from benchmarks.harness.records import BACKWARD, BOTH, FORWARD, Record, Shape
 from benchmarks.harness.session import ROUNDING_ERROR
 from benchmarks.harness.tables import describe
@@ -92,54 +92,46 @@ def worst_error(records: Sequence[Record]) -> float | None:
     return max(ratios, default=None)
 
 
-Value = Callable[[dict[str, Record]], float | None]
-
-
-def _goal(text: str, target: float, select: tuple[str, Shape, str], value: Value, expected: str, **bound: bool) -> Goal:
-    """Return a goal for a value of the records, by provider, selected by `what`, part of the shape, and pass."""
-    what, shape, pass_ = select
+def _metric(what: str, shape: Shape, pass_: str, peer: str) -> Metric:
+    """Return the ratio of a peer's median to that of the fused operation; without a peer, the share of the floor."""
 
     def metric(records: Sequence[Record]) -> float | None:
         # The selected entries identify one shape, and records.latest() leaves one run of it.
-        by_provider = {
-            record.provider: record
-            for record in records
-            if (record.what, record.pass_) == (what, pass_) and shape.items() <= record.shape.items()
-        }
-        return value(by_provider) if "fused" in by_provider else None
+        selected = [each for each in records if (each.what, each.pass_) == (what, pass_)]
+        group = {each.provider: each for each in selected if shape.items() <= each.shape.items()}
+        if not {"fused", peer or "fused"} <= group.keys():
+            return None
+        return (
+            (group[peer].median_ms or 0.0) / (group["fused"].median_ms or 1.0)
+            if peer
+            else group["fused"].share_of_floor
+        )
 
-    return Goal(text, target, metric, pass_=pass_, expected=expected, **bound)
-
-
-def _over_fused(peer: str) -> Value:
-    """Return a function that divides the median of a peer by that of the fused operation."""
-    return lambda group: (group[peer].median_ms or 0.0) / (group["fused"].median_ms or 1.0) if peer in group else None
+    return metric
 
 
-def _share(group: dict[str, Record]) -> float | None:
-    return group["fused"].share_of_floor
+_TARGETS = (
+    ("attention N=196 d=64: cuDNN / fused", "attention", {"N": 196, "d": 64, "B": 256}, "cuDNN",
+     {FORWARD: (1.3, "35 %"), BACKWARD: (1.3, "55-60 %")}),
+    ("attention N=196 d=32: cuDNN / fused", "attention", {"N": 196, "d": 32, "B": 256}, "cuDNN",
+     {FORWARD: (1.3, "50 %"), BACKWARD: (1.3, "55-60 %")}),
+    ("attention N=256 d=64: cuDNN / fused", "attention", {"N": 256, "d": 64, "B": 256}, "cuDNN",
+     {FORWARD: (1.0, ""), BACKWARD: (1.2, "")}),
+    ("attention N=256 d=32: cuDNN / fused", "attention", {"N": 256, "d": 32, "B": 256}, "cuDNN",
+     {FORWARD: (1.0, ""), BACKWARD: (1.2, "")}),
+    ("attention of contexts d=64: varlen_attn / fused", "packed attention", {"N": "contexts", "d": 64}, "varlen_attn",
+     {FORWARD: (1.5, "55 %"), BACKWARD: (1.8, "45 %")}),
+    ("attention N=196 d=64: share of copy bandwidth", "attention", {"N": 196, "d": 64, "B": 256}, "",
+     {FORWARD: (0.71, "25 %"), BACKWARD: (0.59, "below 10 %")}),
+    ("feature conditioning: eager / fused", "feature conditioning", {"B": 256}, "eager",
+     {BOTH: (2.5, "bytes allow 2.5")}),
+    ("residual norm D=384: share of copy bandwidth", "residual norm", {"D": 384}, "",
+     {FORWARD: (0.7, "85 %"), BACKWARD: (0.6, "70 %")}),
+)  # fmt: skip
+"""Text; `what`, part of the shape and peer of the records; by pass, the lower bound and the odds of reaching it."""
 
-
-def _goals() -> Iterator[Goal]:
-    for length, forward, backward in ((196, 1.3, 1.3), (256, 1.0, 1.2)):
-        for head_dim in (64, 32):
-            for pass_, target in ((FORWARD, forward), (BACKWARD, backward)):
-                odds = "55-60 %" if pass_ == BACKWARD else "35 %" if head_dim == 64 else "50 %"
-                select = "attention", {"N": length, "d": head_dim, "B": 256}, pass_
-                text = f"attention N={length} d={head_dim}: cuDNN / fused"
-                yield _goal(text, target, select, _over_fused("cuDNN"), odds if length == 196 else "")
-    for pass_, target, odds in ((FORWARD, 1.5, "55 %"), (BACKWARD, 1.8, "45 %")):
-        select = "packed attention", {"N": "contexts", "d": 64}, pass_
-        yield _goal("attention of contexts d=64: varlen_attn / fused", target, select, _over_fused("varlen_attn"), odds)
-    for pass_, target, odds in ((FORWARD, 0.71, "25 %"), (BACKWARD, 0.59, "below 10 %")):
-        select = "attention", {"N": 196, "d": 64, "B": 256}, pass_
-        yield _goal("attention N=196 d=64: share of copy bandwidth", target, select, _share, odds)
-    select = "feature conditioning", {"B": 256}, BOTH
-    yield _goal("feature conditioning: eager / fused", 2.5, select, _over_fused("eager"), "bytes allow 2.5")
-    for pass_, target, odds in ((FORWARD, 0.7, "85 %"), (BACKWARD, 0.6, "70 %")):
-        select = "residual norm", {"D": 384}, pass_
-        yield _goal("residual norm D=384: share of copy bandwidth", target, select, _share, odds)
-    yield Goal("largest error against float64: fused / plain", 2, worst_error, is_at_most=True)
-
-
-GOALS = (*_goals(),)
+GOALS = (
+    *(Goal(text, target, _metric(what, shape, pass_, peer), pass_=pass_, expected=odds)
+      for text, what, shape, peer, targets in _TARGETS for pass_, (target, odds) in targets.items()),
+    Goal("largest error against float64: fused / plain", 2, worst_error, is_at_most=True),
+)  # fmt: skip

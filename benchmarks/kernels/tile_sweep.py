@@ -6,11 +6,11 @@ does not fit or computes a wrong result is not timed.
 
 import itertools
 import os
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -23,7 +23,7 @@ from benchmarks.kernels.attention import HEAD_DIMS, IMAGES, NUM_HEADS, make_prov
 from iwm_fast.kernels.attention import kernels
 from iwm_fast.kernels.attention.kernels import LaunchConfig, backward_launches, build_launches, forward_launches
 from iwm_fast.kernels.attention.sequences import Sequences
-from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, as_constexpr, power_of_two_tiles
+from iwm_fast.kernels.launch import IS_INTERPRETING, Launch, architecture, as_constexpr
 from iwm_fast.kernels.launch import upcast_for_interpreter as upcast
 
 SHIPPED = "shipped"
@@ -32,8 +32,9 @@ SWEEP = "attention sweep"
 
 def run(session: Session) -> None:
     """Time all candidates for the teacher's and the predictor's length, the median context, and a grid of 16 x 16."""
-    context = int(np.median(masked_batch(np.arange(IMAGES), IMAGES).context.lengths))
-    for length, head_dim, pass_ in itertools.product((GRID**2, context, 256), HEAD_DIMS[::-1], (BACKWARD, FORWARD)):
+    context, _ = masked_batch(IMAGES)
+    lengths = (GRID**2, int(statistics.median(context.lengths)), 256)
+    for length, head_dim, pass_ in itertools.product(lengths, HEAD_DIMS[::-1], (BACKWARD, FORWARD)):
         case = Case(SWEEP, {"N": length, "d": head_dim, "H": NUM_HEADS, "B": IMAGES})
         if not session.is_measured(case, pass_) and session.has_time(f"{case} {pass_}"):
             sweep(session, case, pass_, candidate_configs(length))
@@ -42,8 +43,9 @@ def run(session: Session) -> None:
 def sweep(session: Session, case: Case, pass_: str, configs: Sequence[LaunchConfig]) -> None:
     """Time candidates for sequences of equal length beside the shipped launches, all on the same tensors."""
     length, head_dim, num_heads, images = (int(case.shape[name]) for name in ("N", "d", "H", "B"))
-    _, _, (qkv,), (d_out,) = make_provider(length * images, num_heads, head_dim, session.device)
-    qkv, d_out, sequences = upcast(qkv.detach()), upcast(d_out), Sequences.of_equal_length(length)
+    sequences, kind = Sequences.of_equal_length(length), (num_heads, head_dim, case.dtype)
+    _, _, (qkv,), (d_out,) = make_provider(sequences, length * images, kind, session.device)
+    qkv, d_out = upcast(qkv.detach()), upcast(d_out)
     out, lse = torch.empty_like(d_out), torch.empty(num_heads, len(qkv), device=session.device)
     arch, d_qkv = architecture(qkv.device), torch.empty_like(qkv)
     forward = forward_launches(arch, qkv, sequences, out, lse)
@@ -66,6 +68,16 @@ def candidate_configs(length: int) -> list[LaunchConfig]:
     splits |= {split for split in ((128,), (256,), (128, 128)) if sum(split) - split[-1] < length <= sum(split)}
     grid = itertools.product(sorted(splits), (16, 32, 64), (4, 8), (1, 2, 3))
     return [LaunchConfig((split,), *rest) for split, *rest in grid]
+
+
+def power_of_two_tiles(length: int, min_tile: int) -> tuple[int, ...]:
+    """Return at most three powers of two, largest first, that cover a length; the last may extend beyond it."""
+    tiles: list[int] = []
+    while (remaining := length - sum(tiles)) > 0:
+        tile = 1 << (remaining.bit_length() - 1)
+        must_cover = len(tiles) == 2 and tile < remaining
+        tiles.append(max(2 * tile if must_cover else tile, min_tile))
+    return tuple(tiles)
 
 
 def name_of(config: LaunchConfig) -> str:

@@ -21,7 +21,6 @@ from benchmarks.pipelines import (
     shuffle_quality,
     smaller_shards,
     stages,
-    startup,
 )
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.transforms.composition import ViewConfig
@@ -32,7 +31,6 @@ SECTIONS: dict[str, Callable[[Session, Workload], None]] = {
     "log": action_log.run,
     "shuffle": shuffle_quality.run,
     "memory": loader_memory.run,
-    "startup": startup.run,
     "smaller": smaller_shards.run,
     "index": dataset_opening.run,
 }
@@ -41,24 +39,11 @@ _FULL_BATCH, _QUICK_BATCH = 64, 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections that the command line selects; return the exit status."""
-    options = parse(arguments)
-    session = cli.open_session(options, suffix=results.PIPELINES)
-    if session.device == "cpu":
-        # As in a training run, so that the threads of DALI and PyTorch do not compete for the same cores.
-        torch.set_num_threads(1)
-    workload = workload_of(options, session.device)
-    return cli.run_and_report(
-        session,
-        lambda: cli.run_sections(session, SECTIONS, options.only, workload),
-        lambda records: report.sections(records, level="##"),
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
     parser = cli.build_parser("pipelines", __doc__, SECTIONS)
     parser.add_argument("--batch-size", type=int, help=f"images per batch: {_FULL_BATCH}, with --quick {_QUICK_BATCH}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    session = cli.open_session(options, results.PIPELINES)
+    return cli.run(session, SECTIONS, options.only, report, workload_of(options, session.device))
 
 
 def workload_of(options: argparse.Namespace, device: str) -> Workload:

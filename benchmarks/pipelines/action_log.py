@@ -55,14 +55,8 @@ def _synthetic_batches(workload: Workload, count: int) -> list[Batch]:
     for step in range(count):
         window = 1 + (500 * torch.rand(workload.batch_size, 4, generator=generator)).floor()
         sample = torch.randint(0, last, (workload.batch_size,), generator=generator)
-        draws = draw(workload.views, 0, step, slots)
-        fields = {
-            "draws": draws,
-            "crop_window": window,
-            "source_window": window,
-            "sample": sample,
-            "scheduled_sample": sample,
-        }
+        fields = {"draws": draw(workload.views, 0, step, slots), "crop_window": window, "source_window": window}
+        fields |= {"sample": sample, "scheduled_sample": sample}
         key = tuple(workload.shards.key(number) for number in sample.tolist())
         batches.append(dataclasses.replace(template, step=step, key=key, **fields))
     return batches

@@ -8,6 +8,7 @@ It runs with torchvision on tensors and on Pillow images; the faster one counts.
 import io
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,10 +40,8 @@ def dali_reader_stream(workload: Workload) -> Stream:
     """Return DALI's reader alone."""
 
     def start() -> Iterator[Any]:
-        with TemporaryDirectory() as folder:
-            paths, index_paths = write_indexes(workload.shards, Path(folder))
-            # Without index files the reader would read all shards completely when it is built.
-            yield from numpy_batches(read_graph(paths, index_paths, batch_size=workload.batch_size, num_threads=1))
+        with indexed_files(workload.shards) as files:
+            yield from numpy_batches(read_graph(*files, workload.batch_size))
 
     return Stream(start, touch_pages, prefetched=4)
 
@@ -51,27 +50,28 @@ def dali_views_stream(workload: Workload) -> Stream:
     """Return pairs of views from DALI alone: its reader, its random operators and its photometry."""
 
     def start() -> Iterator[list[Tensor]]:
-        with TemporaryDirectory() as folder:
-            paths, index_paths = write_indexes(workload.shards, Path(folder))
-            graph = views_graph(paths, index_paths, workload.views, workload.graph_settings)
-            for outputs in run_forever(graph):
+        with indexed_files(workload.shards) as files:
+            for outputs in run_forever(views_graph(*files, workload.views, workload.graph_settings)):
                 yield [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def consume(views: list[Tensor]) -> int:
         if workload.device.type == "cuda":
+            # DALI computes in a stream of its own.
             torch.cuda.synchronize(workload.device)
         return len(views[0])
 
     return Stream(start, consume, prefetched=4)
 
 
-def write_indexes(shards: ShardSet, folder: Path) -> tuple[list[str], list[str]]:
-    """Write index files as DALI's wds2idx does; return the paths of the shards and of their indexes."""
-    for number, shard in enumerate(shards.shards):
-        images = zip(shard.image_offset.tolist(), shard.image_size.tolist(), shard.keys, strict=True)
-        lines = [f"jpg {offset} {size} {key}.jpg" for offset, size, key in images]
-        (folder / f"{number:06}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
-    return [shard.path for shard in shards.shards], sorted(str(path) for path in folder.iterdir())
+@contextmanager
+def indexed_files(shards: ShardSet) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the paths of shards, and of index files as wds2idx writes them, which save DALI reading all shards."""
+    with TemporaryDirectory() as folder:
+        for number, shard in enumerate(shards.shards):
+            images = zip(shard.image_offset.tolist(), shard.image_size.tolist(), shard.keys, strict=True)
+            lines = [f"jpg {offset} {size} {key}.jpg" for offset, size, key in images]
+            Path(folder, f"{number:06}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
+        yield [shard.path for shard in shards.shards], sorted(str(path) for path in Path(folder).iterdir())
 
 
 def numpy_batches(graph: Any) -> Iterator[list[np.ndarray]]:
@@ -101,7 +101,7 @@ def _as_arrays(samples: list[tuple[bytes]]) -> list[np.ndarray]:
 
 def torchvision_stream(workload: Workload, style: str) -> Stream:
     """Return pairs of views from the webdataset library and torchvision; style is one of STYLES."""
-    is_on_gpu, workers = workload.device.type == "cuda", workload.threads
+    workers = workload.threads
 
     def start() -> Iterator[list[Tensor]]:
         # Forking a process with DALI's threads may deadlock. The fork server is clean, and preloads the imports.
@@ -113,7 +113,7 @@ def torchvision_stream(workload: Workload, style: str) -> Stream:
             batch_size=workload.batch_size,
             num_workers=workers,
             prefetch_factor=_PREFETCH,
-            pin_memory=is_on_gpu,
+            pin_memory=workload.device.type == "cuda",
             multiprocessing_context=context,
         )
         # Closing this generator drops the last reference to the loader's iterator, which stops the workers.
@@ -121,21 +121,11 @@ def torchvision_stream(workload: Workload, style: str) -> Stream:
             on_device = [view.to(workload.device, non_blocking=True) for view in views]
             yield [normalize(view) if view.dtype == torch.uint8 else view for view in on_device]
 
-    def consume(views: list[Tensor]) -> int:
-        if is_on_gpu:
-            torch.cuda.current_stream(workload.device).synchronize()
-        return len(views[0])
-
-    return Stream(start, consume, prefetched=_PREFETCH * workers, burst=workers)
+    return Stream(start, lambda views: workload.complete(views[0]), prefetched=_PREFETCH * workers, burst=workers)
 
 
 class TwoViews:
-    """Renders source and target view of an encoded sample with torchvision.
-
-    Args:
-        views: ranges and probabilities of the transformations.
-        style: one of STYLES.
-    """
+    """Renders source and target view of an encoded sample with torchvision; style is one of STYLES."""
 
     def __init__(self, views: ViewConfig, style: str) -> None:
         strengths = tuple(entry.strength for entry in views.jitter.entries)
@@ -148,12 +138,8 @@ class TwoViews:
             v2.RandomSolarize(128, views.solarize.probability),
         ]
         self._decode = decode_pillow if style == STYLES[1] else decode_tensor
-        self._crop = v2.Compose(
-            [
-                v2.RandomResizedCrop(views.size, views.crop.scale, views.crop.aspect, antialias=True),
-                v2.RandomHorizontalFlip(views.flip.probability),
-            ]
-        )
+        crop = v2.RandomResizedCrop(views.size, views.crop.scale, views.crop.aspect, antialias=True)
+        self._crop = v2.Compose([crop, v2.RandomHorizontalFlip(views.flip.probability)])
         self._source = v2.Compose([jitter, *degrade, *normalize])
         self._target = v2.Compose([jitter, *normalize])
 

@@ -46,9 +46,9 @@ def check_views(ours: Batch, twin: Batch) -> dict[str, float]:
         WrongResultError: if samples or actions differ, or pixels by more than decoders may.
     """
     is_same = ours.key == twin.key and torch.equal(ours.action.cpu(), twin.action.cpu())
-    differences = {name: _difference(ours, twin, name) for name in ("source_view", "target_view")}
-    figures = {"mean_difference": round(max(float(pixels.mean()) for pixels in differences.values()), 3)}
-    figures["p99_difference"] = max(float(np.percentile(pixels, 99)) for pixels in differences.values())
+    differences = [pixel_difference(ours, twin, name) for name in ("source_view", "target_view")]
+    figures = {"mean_difference": round(max(float(pixels.mean()) for pixels in differences), 3)}
+    figures["p99_difference"] = max(float(np.percentile(pixels, 99)) for pixels in differences)
     if not is_same:
         raise WrongResultError("two views: our loader and its twin return different samples or different actions")
     # The negated comparison is also true for NaN.
@@ -60,9 +60,10 @@ def check_views(ours: Batch, twin: Batch) -> dict[str, float]:
     return figures
 
 
-def _difference(ours: Batch, twin: Batch, name: str) -> np.ndarray:
-    pixels = [denormalize_view(getattr(batch, name), IMAGENET).cpu().numpy().astype(np.int16) for batch in (ours, twin)]
-    return np.abs(pixels[0] - pixels[1])
+def pixel_difference(first: Batch, second: Batch, view: str) -> np.ndarray:
+    """Return by how many grey levels the pixels of "source_view" or "target_view" of two batches differ."""
+    views = (denormalize_view(getattr(batch, view), IMAGENET) for batch in (first, second))
+    return np.abs(np.subtract(*(pixels.cpu().numpy().astype(np.int16) for pixels in views)))
 
 
 def check_shapes(stream: Stream, name: str, workload: Workload) -> None:

@@ -27,9 +27,9 @@ BUFFER = 1024
 """Size of the shuffle buffer of DALI's reader in samples, its default."""
 
 
-def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) -> Pipeline:
+def read_graph(paths: Sequence[str], index_paths: Sequence[str], batch_size: int) -> Pipeline:
     """Build DALI's reader, which shuffles as its documentation recommends and repeats the shards indefinitely."""
-    graph = Pipeline(device_id=None, seed=0, **size)
+    graph = Pipeline(device_id=None, seed=0, batch_size=batch_size, num_threads=1)
     with graph:
         graph.set_outputs(_read(paths, index_paths))
     graph.build()
@@ -39,15 +39,9 @@ def read_graph(paths: Sequence[str], index_paths: Sequence[str], **size: Any) ->
 def _read(paths: Sequence[str], index_paths: Sequence[str]) -> Any:
     """Return a node of DALI's reader."""
     return fn.readers.webdataset(
-        paths=list(paths),
-        index_paths=list(index_paths),
-        ext=["jpg"],
-        missing_component_behavior="error",
-        random_shuffle=True,
-        initial_fill=BUFFER,
-        shuffle_after_epoch=True,
-        seed=1,
-    )
+        paths=list(paths), index_paths=list(index_paths), ext=["jpg"], missing_component_behavior="error",
+        random_shuffle=True, initial_fill=BUFFER, shuffle_after_epoch=True, seed=1,
+    )  # fmt: skip
 
 
 def views_graph(
@@ -87,12 +81,10 @@ def _two_views(paths, index_paths, views, settings):
 
 def _jitter(pixels, jitter):
     """Return a node for pixels with random brightness, contrast, saturation and hue."""
-    factors = {
-        name: fn.random.uniform(range=[1 - getattr(jitter, name), 1 + getattr(jitter, name)])
-        for name in ("brightness", "contrast", "saturation")
-    }
-    degrees = 360 * jitter.hue
-    return fn.color_twist(pixels, hue=fn.random.uniform(range=[-degrees, degrees]), **factors)
+    ranges = {name: (1, getattr(jitter, name)) for name in ("brightness", "contrast", "saturation")}
+    ranges["hue"] = 0, 360 * jitter.hue
+    factors = {name: fn.random.uniform(range=[mean - delta, mean + delta]) for name, (mean, delta) in ranges.items()}
+    return fn.color_twist(pixels, **factors)
 
 
 def build_stage(stage: str, settings: GraphSettings, feed: Feed) -> Pipeline:

@@ -1,4 +1,4 @@
-"""Time and memory to open a data set on the ranks of a machine, by its number of samples; and to index new shards.
+"""Time and memory to open a data set in a process and on all ranks of a machine, by its size; and to index new shards.
 
 Source shards of tiny samples are linked under many names, each with its index, so that only the number of samples is
 large. Memory is what a process holds itself; pages of the index that it maps belong to the page cache.
@@ -12,19 +12,22 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness.machine import num_cores
-from benchmarks.harness.photograph_shards import OLD_MTIME_S, write_once
+from benchmarks.harness.photograph_shards import write_once
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import percentiles
-from benchmarks.pipelines.report import INDEXING, OPENING_ON_RANKS, OURS, THREADS
+from benchmarks.pipelines.report import INDEXING, OPENING, OPENING_ON_RANKS, OURS, THREADS
 from benchmarks.pipelines.streams import Workload
 from iwm_fast.pipelines.storage.index_cache import load_or_index
 from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
 
 NUM_SHARDS, SAMPLES_PER_SHARD, NUM_SOURCES, NUM_RANKS = (1000, 10_000), 1281, 200, 8
 _REPEATS = 5
+_OLD_MTIME_S = 1_700_000_000
+"""A modification time in November 2023: a shard's index is stored only if the shard is at least two seconds old."""
 
 
 def run(
@@ -36,15 +39,13 @@ def run(
     num_sources: int = NUM_SOURCES,
     num_ranks: int = NUM_RANKS,
 ) -> None:
-    """Index the source shards, and open data sets of several sizes on all ranks."""
+    """Index the source shards, and open data sets of several sizes on all ranks; the first one also in this process."""
     folder = workload.folder / f"sources-{num_sources}x{samples_per_shard}"
-    samples = (
-        {"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in range(num_sources * samples_per_shard)
-    )
+    numbers = range(num_sources * samples_per_shard)
+    samples = ({"__key__": f"n{number:08}", "jpg": b"x", "cls": b"0"} for number in numbers)
     sources = find_shards(write_once(folder, samples, samples_per_shard))
-    # A shard's index is stored only if the shard is at least two seconds old.
     for path in sources:
-        os.utime(path, (OLD_MTIME_S, OLD_MTIME_S))
+        os.utime(path, (_OLD_MTIME_S, _OLD_MTIME_S))
     _index(session, str(folder), sources, samples_per_shard)
     for count in num_shards:
         spec = _link(workload.folder / f"dataset-{count}x{samples_per_shard}", sources, count)
@@ -53,11 +54,27 @@ def run(
         figures = {"build_s": round(time.perf_counter() - begin, 2)}
         if shards.num_samples != count * samples_per_shard or shards.index.path.startswith("/proc"):
             raise WrongResultError(f"{OPENING_ON_RANKS}: {shards.num_samples} samples, index {shards.index.path}")
+        if count == num_shards[0]:
+            _open_here(session, spec, figures["build_s"])
         figures["index_mb"] = round(os.path.getsize(shards.index.path) / 1e6, 1)
         results = _open_on_ranks(spec, num_ranks)
         figures["private_mb"] = round(max(grown for _, grown in results) / 1e6, 2)
         case = Case(OPENING_ON_RANKS, {"shards": count, "samples": shards.num_samples, "ranks": num_ranks})
         session.record(case, OURS, **percentiles([1e3 * seconds for seconds, _ in results]), figures=figures)
+
+
+def _open_here(session: Session, spec: str, first_s: float) -> None:
+    """Time opening a data set that has an index, and the digest of its keys and sizes, in this process."""
+    times_ms = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        shards = open_shards(spec)
+        times_ms.append(1e3 * (time.perf_counter() - begin))
+    begin = time.perf_counter()
+    _ = shards.content_digest
+    figures = {"first_s": first_s, "digest_s": round(time.perf_counter() - begin, 3)}
+    case = Case(OPENING, {"shards": len(shards.shards), "samples": shards.num_samples})
+    session.record(case, OURS, **percentiles(times_ms), figures=figures)
 
 
 def _index(session: Session, folder: str, sources: Sequence[str], samples_per_shard: int) -> None:
@@ -100,11 +117,9 @@ def _link(folder: Path, sources: Sequence[str], count: int) -> str:
 def _open_on_ranks(spec: str, num_ranks: int) -> list[tuple[float, int]]:
     """Return, for each repetition, the time until all ranks have a batch, and how many bytes the largest has grown."""
     command = [sys.executable, "-m", "benchmarks.pipelines.opening_rank"]
+    start = partial(subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(num_ranks)
-        ]
+        ranks = [stack.enter_context(start()) for _ in range(num_ranks)]
         for rank in ranks:
             _answer(rank)
         results = []

@@ -1,6 +1,6 @@
 """Report of the data pipeline: names of the records, goals and tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.harness import tables
 from benchmarks.harness.goals import Goal, Metric, goal_table
@@ -39,93 +39,61 @@ def sections(records: Sequence[Record], level: str = "###") -> str:
     texts = {"Goals": goal_table(GOALS, records), "CPU time and images per second": streams(records)}
     for heading, (what, columns) in _FIGURES.items():
         selected = [record for record in records if record.what == what]
-        caption = f"\n\n{describe(selected[0].shape)}." if selected and what == SHUFFLING else ""
-        caption += _extrapolate(selected) if what == OPENING_ON_RANKS else ""
-        texts[heading] = record_table(selected, columns) + caption
+        captions = [describe(record.shape) for record in selected] if what == SHUFFLING else ()
+        extrapolated = _extrapolate(selected) if what == OPENING_ON_RANKS else ""
+        texts[heading] = record_table(selected, columns, captions) + extrapolated
     return tables.sections(texts, records, level)
 
 
+_SETS = {"shards": shape("shards"), "samples": shape("samples")}
+_SECONDS = {"median s": time("median_ms", ".2f", 1e3), "p20": time("p20_ms", ".2f", 1e3),
+            "p80": time("p80_ms", ".2f", 1e3)}  # fmt: skip
+
 _FIGURES: dict[str, tuple[str, dict[str, Column]]] = {
-    "Action log": (
-        LOGGING,
-        {
-            "rows": figure("rows"),
-            "CPU time, us per image": figure("cpu_us_per_image"),
-            "elapsed, us per image": figure("us_per_image"),
-            "bytes per image": figure("bytes_per_image"),
-        },
-    ),
-    "Shuffling sorted shards": (
-        SHUFFLING,
-        {
-            "order": tables.provider,
-            "effective shards per batch": figure("effective_shards"),
-            "relative to a full shuffle": figure("of_full_shuffle"),
-            "repeated pairs, relative to chance": figure("pairs_again"),
-            "files read at once": figure("files"),
-            "samples buffered": figure("buffered_samples"),
-        },
-    ),
-    "Memory of the loader": (
-        MEMORY,
-        {
-            "batches": figure("batches"),
-            "warm-up batches": figure("settled"),
-            "MB after warm-up": figure("first_mb"),
-            "MB at the end": figure("last_mb"),
-            "growth, %": figure("growth_percent"),
-            "bytes per batch": figure("slope_bytes_per_batch"),
-        },
-    ),
-    "Opening shards": (
-        OPENING,
-        {
-            "shards": shape("shards"),
-            "samples": shape("samples"),
-            "median s": time("median_ms", ".2f", 1e3),
-            "p20": time("p20_ms", ".2f", 1e3),
-            "p80": time("p80_ms", ".2f", 1e3),
-            "digest of keys and sizes, s": figure("digest_s", ".2f"),
-        },
-    ),
-    "Smaller shards": (
-        SMALLER,
-        {
-            "images": shape("image"),
-            "shorter side after": shape("shorter"),
-            "shards": shape("shards"),
-            "two views, CPU ms per image": figure("cpu_ms_per_image", ".2f"),
-            "two views, images/s": figure("images_per_s", ".0f"),
-            "p20-p80": tables.image_rates(".0f"),
-            "KB read per image": figure("kb_per_image", ".0f"),
-            "resized images per s and core": figure("resized_per_s_per_core", ".0f"),
-        },
-    ),
-    "Opening a data set on all ranks of a machine": (
-        OPENING_ON_RANKS,
-        {
-            "shards": shape("shards"),
-            "samples": shape("samples"),
-            "ranks": shape("ranks"),
-            "median s": time("median_ms", ".2f", 1e3),
-            "p20": time("p20_ms", ".2f", 1e3),
-            "p80": time("p80_ms", ".2f", 1e3),
-            "memory of a rank, MB": figure("private_mb", ".1f"),
-            "index, MB": figure("index_mb", ".0f"),
-            "made in, s": figure("build_s", ".1f"),
-        },
-    ),
-    "Indexing new shards": (
-        INDEXING,
-        {
-            "shards": shape("shards"),
-            "samples": shape("samples"),
-            "provider": tables.provider,
-            "samples/s": figure("samples_per_s", ".0f"),
-            "per s of CPU time of the busiest process": figure("samples_per_cpu_s", ".0f"),
-        },
-    ),
-}
+    "Action log": (LOGGING, {
+        "rows": figure("rows"),
+        "CPU time, us per image": figure("cpu_us_per_image"),
+        "elapsed, us per image": figure("us_per_image"),
+        "bytes per image": figure("bytes_per_image"),
+    }),
+    "Shuffling sorted shards": (SHUFFLING, {
+        "order": tables.provider,
+        "effective shards per batch": figure("effective_shards"),
+        "relative to a full shuffle": figure("of_full_shuffle"),
+        "repeated pairs, relative to chance": figure("pairs_again"),
+        "files read at once": figure("files"),
+        "samples buffered": figure("buffered_samples"),
+    }),
+    "Memory of the loader": (MEMORY, {
+        "batches": figure("batches"),
+        "warm-up batches": figure("settled"),
+        "MB after warm-up": figure("first_mb"),
+        "MB at the end": figure("last_mb"),
+        "growth, %": figure("growth_percent"),
+        "bytes per batch": figure("slope_bytes_per_batch"),
+    }),
+    "Opening shards": (OPENING, _SETS | _SECONDS | {"digest of keys and sizes, s": figure("digest_s", ".2f")}),
+    "Smaller shards": (SMALLER, {
+        "images": shape("image"),
+        "shorter side after": shape("shorter"),
+        "shards": shape("shards"),
+        "two views, CPU ms per image": figure("cpu_ms_per_image", ".2f"),
+        "two views, images/s": figure("images_per_s", ".0f"),
+        "p20-p80": tables.image_rates(".0f"),
+        "KB read per image": figure("kb_per_image", ".0f"),
+        "resized images per s and core": figure("resized_per_s_per_core", ".0f"),
+    }),
+    "Opening a data set on all ranks of a machine": (OPENING_ON_RANKS, _SETS | {"ranks": shape("ranks")} | _SECONDS | {
+        "memory of a rank, MB": figure("private_mb", ".1f"),
+        "index, MB": figure("index_mb", ".0f"),
+        "made in, s": figure("build_s", ".1f"),
+    }),
+    "Indexing new shards": (INDEXING, _SETS | {
+        "provider": tables.provider,
+        "samples/s": figure("samples_per_s", ".0f"),
+        "per s of CPU time of the busiest process": figure("samples_per_cpu_s", ".0f"),
+    }),
+}  # fmt: skip
 """Tables by heading: `what` of their records, and their columns."""
 
 
@@ -149,8 +117,6 @@ def streams(records: Sequence[Record]) -> str:
     CPU time comes first, because it depends least on what else runs on the machine.
     """
     timed = [record for record in records if record.what in _STREAMS and record.failure is None]
-    if not timed:
-        return ""
     columns = {
         "stage": _stage,
         "from": _source,
@@ -163,8 +129,8 @@ def streams(records: Sequence[Record]) -> str:
         "wait p99, ms": figure("batch_p99_ms", ".1f"),
     }
     names = ("B", "image", "view")
-    shapes = dict.fromkeys(describe({name: record.shape[name] for name in names}) for record in timed)
-    return f"{record_table(timed, columns)}\n\n{'; '.join(shapes)}.{_difference(records)}"
+    shapes = [describe({name: record.shape[name] for name in names}) for record in timed]
+    return record_table(timed, columns, shapes) + (_difference(records) if timed else "")
 
 
 def _stage(record: Record) -> str:
@@ -187,23 +153,21 @@ def _difference(records: Sequence[Record]) -> str:
     return f" Ours and its plain twin differ by {mean} grey levels on average, {p99:.0f} at the 99th percentile."
 
 
-def cpu_ms(records: Sequence[Record]) -> float | None:
-    """Return our CPU milliseconds per image for two views from memory, on a machine without a GPU."""
-    return _cpu_ms_of(records, OURS)
-
-
 def cpu_ratio(baseline: str) -> Metric:
     """Return a metric: CPU time per image of a baseline over ours; the fastest if several names begin with this one."""
 
     def ratio(records: Sequence[Record]) -> float | None:
-        ours, theirs = _cpu_ms_of(records, OURS), _cpu_ms_of(records, baseline)
+        ours, theirs = cpu_ms(records), cpu_ms(records, baseline)
         return theirs / ours if ours and theirs else None
 
     return ratio
 
 
-def _cpu_ms_of(records: Sequence[Record], provider: str) -> float | None:
-    """Return the least CPU time of the providers whose name is this one or begins with it and a comma."""
+def cpu_ms(records: Sequence[Record], provider: str = OURS) -> float | None:
+    """Return the CPU milliseconds per image for two views from memory, on a machine without a GPU.
+
+    It is the least time of the baselines whose name is this one or begins with it and a comma.
+    """
     times = [
         record.figures["cpu_ms_per_image"]
         for record in _warm_views(records)
@@ -231,13 +195,17 @@ def on_gpu(records: Sequence[Record]) -> float | None:
     return max((record.figures["images_per_s"] for record in on_machine), default=None)
 
 
-def _first(what: str, value: Callable[[Record], float]) -> Metric:
-    return lambda records: next((value(record) for record in records if record.what == what), None)
+def _last(records: Sequence[Record], what: str) -> Record | None:
+    """Return the last record, which is that of the largest data set."""
+    return next((record for record in reversed(records) if record.what == what), None)
 
 
-def _largest(value: Callable[[Record], float]) -> Metric:
-    """Return the value of the largest data set that was opened on all ranks."""
-    return lambda records: next((value(record) for record in [*records][::-1] if record.what == OPENING_ON_RANKS), None)
+def _figure(what: str, name: str) -> Metric:
+    return lambda records: (last := _last(records, what)) and last.figures[name]
+
+
+def _seconds(what: str) -> Metric:
+    return lambda records: (last := _last(records, what)) and (last.median_ms or 0.0) / 1e3
 
 
 def speedup_of_processes(records: Sequence[Record]) -> float | None:
@@ -254,29 +222,13 @@ GOALS = (
     Goal("two views: CPU time of DALI's webdataset pipeline / ours", 2.2, cpu_ratio(DALI_VIEWS)),
     Goal("two views: CPU time of the fastest webdataset + torchvision / ours", 3.5, cpu_ratio(TORCHVISION)),
     Goal("action log: share of the cores' time, %", 1.0, log_share, is_at_most=True),
+    Goal("growth of memory over 2,000 batches, %", 2.0, _figure(MEMORY, "growth_percent"), is_at_most=True),
+    Goal("opening 1,000 shards of 1.28 million samples, s", 0.5, _seconds(OPENING), is_at_most=True),
     Goal(
-        "growth of memory over 2,000 batches, %",
-        2.0,
-        _first(MEMORY, lambda record: record.figures["growth_percent"]),
-        is_at_most=True,
+        "opening 10,000 shards of 12.8 million samples on 8 ranks, s", 3.0, _seconds(OPENING_ON_RANKS), is_at_most=True
     ),
     Goal(
-        "opening 1,000 shards of 1.28 million samples, s",
-        0.5,
-        _first(OPENING, lambda record: (record.median_ms or 0.0) / 1e3),
-        is_at_most=True,
-    ),
-    Goal(
-        "opening 10,000 shards of 12.8 million samples on 8 ranks, s",
-        3.0,
-        _largest(lambda record: (record.median_ms or 0.0) / 1e3),
-        is_at_most=True,
-    ),
-    Goal(
-        "memory of a rank for 12.8 million samples, MB",
-        30.0,
-        _largest(lambda record: record.figures["private_mb"]),
-        is_at_most=True,
+        "memory of a rank for 12.8 million samples, MB", 30.0, _figure(OPENING_ON_RANKS, "private_mb"), is_at_most=True
     ),
     Goal("indexing new shards: processes / threads, samples per s of the busiest process", 1.7, speedup_of_processes),
     Goal(f"two views on a GPU with {CORES} cores, images/s", 9000.0, on_gpu),

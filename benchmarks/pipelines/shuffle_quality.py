@@ -5,8 +5,6 @@ the entropy), and how often two samples of the same batch are in the same batch 
 """
 
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +13,7 @@ from scipy.stats import entropy
 from benchmarks.harness.photograph_shards import write_numbered_shards
 from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.pipelines import dali_baselines
-from benchmarks.pipelines.baselines import BUFFER, numpy_batches, shuffled_dataset, write_indexes
+from benchmarks.pipelines.baselines import BUFFER, indexed_files, numpy_batches, shuffled_dataset
 from benchmarks.pipelines.report import DALI_READER, OURS, SHUFFLING, WEBDATASET_READER
 from benchmarks.pipelines.streams import READ_AHEAD, Workload
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -91,10 +89,9 @@ def our_order(layout: SortedShards, window: int) -> SampleSequence:
 
 def dali_order(shards: ShardSet, layout: SortedShards) -> SampleSequence:
     """Return the order of DALI's reader, which permutes shards in each epoch and shuffles samples in a buffer."""
-    with TemporaryDirectory() as folder:
-        paths, index_paths = write_indexes(shards, Path(folder))
-        graph = dali_baselines.read_graph(paths, index_paths, batch_size=layout.batch_size, num_threads=1)
-        numbers = (int(bytes(content)) for batch in numpy_batches(graph) for content in batch)
+    with indexed_files(shards) as files:
+        batches = numpy_batches(dali_baselines.read_graph(*files, layout.batch_size))
+        numbers = (int(bytes(content)) for batch in batches for content in batch)
         epochs = np.fromiter(islice(numbers, 2 * layout.num_samples), np.int64).reshape(2, -1)
         return SampleSequence(epochs, 1, dali_baselines.BUFFER)
 

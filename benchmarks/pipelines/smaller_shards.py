@@ -11,14 +11,12 @@ import numpy as np
 from benchmarks.harness import interleave
 from benchmarks.harness.photograph_shards import PhotographShards, load_into_page_cache
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.pipelines.checks import first_batch
+from benchmarks.pipelines.checks import first_batch, pixel_difference
 from benchmarks.pipelines.report import OURS, SMALLER
 from benchmarks.pipelines.streams import Workload, loader_stream
-from iwm_fast.pipelines.batch import Batch
-from iwm_fast.pipelines.config import IMAGENET, ResizeConfig
+from iwm_fast.pipelines.config import ResizeConfig
 from iwm_fast.pipelines.resize_shards import ResizedShard, resize_shards
 from iwm_fast.pipelines.storage.shard_set import find_shards
-from iwm_fast.pipelines.transforms.normalization import denormalize_view
 
 SIZES = {(4000, 3000): 384, (2048, 1536): 384, (500, 375): 256}
 """Shorter side after resizing, by width and height before."""
@@ -49,11 +47,8 @@ def run(session: Session, workload: Workload, sizes: dict[tuple[int, int], int] 
             return
         size = {"num_shards": _NUM_SHARDS, "samples_per_shard": _SAMPLES_PER_SHARD, "width": width, "height": height}
         photographs = {"before": PhotographShards(**size), "after": SmallerPhotographs(**size, shorter=shorter)}
-        batch_size = min(_BATCH, workload.batch_size)
-        workloads = {
-            shards: dataclasses.replace(workload, photographs=each, batch_size=batch_size)
-            for shards, each in photographs.items()
-        }
+        small = dataclasses.replace(workload, batch_size=min(_BATCH, workload.batch_size))
+        workloads = {shards: dataclasses.replace(small, photographs=each) for shards, each in photographs.items()}
         rate = _resizing_rate(workloads["before"], shorter)
         _check(name, workloads)
         for each in workloads.values():
@@ -62,7 +57,7 @@ def run(session: Session, workload: Workload, sizes: dict[tuple[int, int], int] 
         results = interleave.compare(streams, workload.budget, deadline=session.deadline_of(0.5))
         for shards, each in workloads.items():
             num_bytes = np.concatenate([shard.image_size for shard in each.shards.shards]).mean()
-            shape = {"B": batch_size, "image": f"{width}x{height}", "shorter": shorter, "shards": shards}
+            shape = {"B": each.batch_size, "image": f"{width}x{height}", "shorter": shorter, "shards": shards}
             figures = {"kb_per_image": round(float(num_bytes) / 1e3, 1), "resized_per_s_per_core": rate}
             interleave.record(session, Case(SMALLER, shape), OURS, results[shards], **figures)
 
@@ -86,9 +81,8 @@ def _require_all_resized(shards: list[ResizedShard]) -> None:
 
 def _check(name: str, workloads: dict[str, Workload]) -> None:
     """Raise WrongResultError if the views of the same samples differ."""
-    batches: list[Batch] = [first_batch(loader_stream(workload)) for workload in workloads.values()]
-    pixels = [denormalize_view(batch.target_view, IMAGENET).cpu().numpy().astype(int) for batch in batches]
-    difference = float(np.abs(pixels[0] - pixels[1]).mean())
+    before, after = (first_batch(loader_stream(workload)) for workload in workloads.values())
+    difference = float(pixel_difference(before, after, "target_view").mean())
     # The negated comparison is also true for NaN.
-    if batches[0].key != batches[1].key or not difference < _MAX_DIFFERENCE:
+    if before.key != after.key or not difference < _MAX_DIFFERENCE:
         raise WrongResultError(f"{name}: views of the resized images differ by {difference:.1f} grey levels on average")

@@ -1,7 +1,7 @@
 """Streams of the stages of our data pipeline, from encoded images to two views."""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,6 @@ from benchmarks.harness.interleave import Stream, StreamBudget
 from benchmarks.harness.photograph_shards import PhotographShards
 from benchmarks.pipelines.dali_baselines import build_stage, run_forever
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
-from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import Backend, DataConfig
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
 from iwm_fast.pipelines.storage.reader import Reader
@@ -74,6 +73,12 @@ class Workload:
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
         )
 
+    def complete(self, images: Sized) -> int:
+        """Wait until the GPU has computed a batch, which loaders return earlier; return its number of images."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return len(images)
+
     def config(self, **runtime: Any) -> RunConfig:
         """Return the default settings of a training run, with one decoding thread per core."""
         batches = max(OptimConfig().global_batch_size // self.batch_size, 1)
@@ -90,15 +95,12 @@ def loader_stream(workload: Workload, backend: Backend = "dali", **runtime: Any)
     """Return the loader as a training run builds it."""
     config = workload.config(loader=backend, **runtime)
     prefetched = config.runtime.prefetch + config.runtime.read_ahead if backend == "dali" else 1
-
-    def consume(batch: Batch) -> int:
-        if workload.device.type == "cuda":
-            # The loader returns before the GPU has computed the batch.
-            torch.cuda.current_stream(workload.device).synchronize()
-        return len(batch.key)
-
     process = single_process(workload.device.type)
-    return Stream(lambda: training_loader(config, workload.shards, process), consume, prefetched)
+    return Stream(
+        lambda: training_loader(config, workload.shards, process),
+        lambda batch: workload.complete(batch.key),
+        prefetched,
+    )
 
 
 def encoded_batches(workload: Workload, depth: int = READ_AHEAD) -> Generator[list[np.ndarray]]:

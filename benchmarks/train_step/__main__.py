@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: DeepSpeed is not installed; pip install deepspeed, or choose --engine plain", file=sys.stderr)
         return 2
     rank_info = distributed.start("cuda" if torch.cuda.is_available() else "cpu")
-    session = cli.open_session(options, suffix=results.STEPS)
+    session = cli.open_session(options, results.STEPS)
     if rank_info.rank > 0:
         session.out = None
     workload = build_workload(rank_info.device, options.quick)
@@ -57,11 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.synthetic:
         del sections["loader"]
     try:
-        return cli.run_and_report(
-            session,
-            lambda: cli.run_sections(session, sections, options.only, workload, rank_info),
-            lambda records: report.sections(records, level="##"),
-        )
+        return cli.run(session, sections, options.only, report, workload, rank_info)
     finally:
         distributed.stop()
 

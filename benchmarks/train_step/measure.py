@@ -120,13 +120,7 @@ def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision
 
 
 def record(
-    session: Session,
-    workload: StepWorkload,
-    case: Case,
-    comparison: Comparison,
-    *,
-    baseline: str,
-    rank_info: RankInfo,
+    session: Session, workload: StepWorkload, case: Case, comparison: Comparison, *, baseline: str, rank_info: RankInfo
 ) -> None:
     """Record time per step, images per second, parts, memory, losses, profile, and the overhead over the baseline."""
     throughput_meter = build_throughput_meter(workload.config(), rank_info)

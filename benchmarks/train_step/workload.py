@@ -69,14 +69,14 @@ class StepWorkload:
 
     def _batch(self, slots: np.ndarray, step: int, device: torch.device) -> Batch:
         generator, count, number = torch.Generator().manual_seed(step), len(slots), torch.from_numpy(slots)
-        masked = masked_batch(slots, self.batch_size, grid=self.config().grid, step=step)
+        context, target = masked_batch(self.batch_size, slots, grid=self.config().grid, step=step)
         views = torch.randn(2, count, 3, self.views.size, self.views.size, generator=generator).to(device)
         return Batch(
             source_view=views[0],
             target_view=views[1],
             action=torch.randn(count, len(self.views.entries), generator=generator).to(device),
-            context=masked.context.to(device),
-            target=masked.target.to(device),
+            context=context.to(device),
+            target=target.to(device),
             crop_window=torch.zeros(count, 4),
             source_window=torch.zeros(count, 4),
             label=number,

@@ -6,6 +6,7 @@
         iwm.json                      everything else: settings, action entries, statistics, versions
         trained_encoder.safetensors   the encoder trained by gradient descent, under timm's names
         predictor.safetensors         the world model; absent for the identity predictor
+        pixel_decoder.safetensors     from tokens to pixels; only if `iwm decode` has trained it for this checkpoint
         README.md                     model card
         manifest.json                 size and SHA-256 of each file (see pipelines.storage.atomic)
 
@@ -16,6 +17,8 @@ In format 1 the teacher was `encoder.safetensors` and the description `config.js
 """
 
 import json
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.model_card import model_card
+from iwm_fast.checkpoints.pixel_decoder import DECODERS, EXPORTED_DECODER, find_pixel_decoder, read_spec
 from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors, require_networks_fit
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, config_to_dict, load_config
@@ -35,6 +39,8 @@ from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import IMAGENET, Normalization, require
 from iwm_fast.pipelines.storage.atomic import write_folder, write_json
 from iwm_fast.pipelines.transforms.composition import ViewConfig, upgraded_views
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 ENCODER, TRAINED_ENCODER, PREDICTOR = "model.safetensors", "trained_encoder.safetensors", "predictor.safetensors"
@@ -89,7 +95,8 @@ def export(config: ExportConfig) -> Path:
     with naming_file(config_path):
         run_config = load_config(config_path)
     require_networks_fit(run_config, saved.teacher_state, saved.weights("predictor."), config_path)
-    description = describe(saved, run_config)
+    decoder = _find_decoder(Path(config.run), saved.step)
+    description = describe(saved, run_config, decoder)
     # Positions are fixed and therefore not among the trained weights, but timm expects them.
     trained = saved.weights("encoder.") | {"pos_embed": saved.teacher_state["pos_embed"]}
     timm_description = timm_config(run_config.model.encoder, run_config.views.size, run_config.data.normalization)
@@ -105,18 +112,32 @@ def export(config: ExportConfig) -> Path:
     }
     if description["predictor"] is None:
         del writers[PREDICTOR]
+    if decoder is not None:
+        writers[EXPORTED_DECODER] = lambda path: shutil.copyfile(decoder, path)
     write_folder(Path(config.to), writers)
     return Path(config.to)
 
 
-def describe(saved: Checkpoint, config: RunConfig) -> dict[str, Any]:
-    """Return the content of an export's iwm.json."""
+def _find_decoder(run: Path, step: int) -> Path | None:
+    """Return the file of a checkpoint's pixel decoder, or None if there is none of this checkpoint."""
+    try:
+        return find_pixel_decoder(run, step)
+    except FileNotFoundError as missing:
+        if (run / DECODERS).is_dir():
+            log.warning("the export has no pixel decoder: %s, and export again", missing)
+        return None
+
+
+def describe(saved: Checkpoint, config: RunConfig, decoder: Path | None = None) -> dict[str, Any]:
+    """Return the content of an export's iwm.json; `decoder` is the file of the pixel decoder, if there is one."""
     tree = config_to_dict(config)
     weights = {"encoder": saved.weights("encoder."), "predictor": saved.weights("predictor.")}
+    decoder_sizes = None if decoder is None else {**config_to_dict(read_spec(decoder)), "file": EXPORTED_DECODER}
     return {
         "format": FORMAT,
         "encoder": {**tree["model"]["encoder"], "file": ENCODER},
         "predictor": {**tree["model"]["predictor"], "file": PREDICTOR} if config.model.predictor.depth else None,
+        "pixel_decoder": decoder_sizes,
         "action": describe_action_entries(config.views),
         "pixel_mean": config.data.pixel_mean,
         "pixel_std": config.data.pixel_std,

@@ -58,6 +58,8 @@ def _summary(description: dict[str, Any]) -> str:
     ]
     if "predictor" in counts:
         files.append(f"`predictor.safetensors`: the world model, {counts['predictor']} parameters")
+    if description["pixel_decoder"] is not None:
+        files.append("`pixel_decoder.safetensors`: a decoder from tokens to pixels, to look at tokens and predictions")
     files += ["`config.json`: what timm needs to build the encoder", "`iwm.json`: everything else, for iwm-fast"]
     return (
         f"An Image World Model (arXiv 2403.00504), trained with iwm-fast for {description['step']:,} steps. {world}\n\n"

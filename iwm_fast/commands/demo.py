@@ -25,6 +25,7 @@ from iwm_fast.config.named_configs import CONFIGS
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.evals.probing.knn import evaluate_knn
+from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr
 from iwm_fast.evals.retrieval.visualize import imagine
 from iwm_fast.monitoring.metrics import read_metrics
@@ -37,7 +38,7 @@ from iwm_fast.training.resume import require_same_shards
 
 CONFIG = CONFIGS / "demo.yaml"
 BANK_SIZE = 64
-_NUM_EVALUATIONS = 5
+_NUM_EVALUATIONS = 6
 
 
 def demo(overrides: Sequence[str]) -> None:
@@ -70,6 +71,21 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
     Raises:
         RuntimeError: if training fails; the launcher has printed the reason.
     """
+    _launch("iwm_fast.train", str(CONFIG), *overrides, "resume=auto")
+
+
+def train_decoder(run: str, num_steps: int) -> Result:
+    """Train the pixel decoder of a run for a number of steps on as many ranks, and return how well it decodes.
+
+    Raises:
+        RuntimeError: if training fails; the launcher has printed the reason.
+    """
+    length = f"tune.steps={num_steps}", "tune.global_batch_size=32"
+    _launch("iwm_fast.evaluate", "decode", f"run={run}", *length, "controls=false")
+    return read_result(Path(run) / "evaluations" / "decode.json")
+
+
+def _launch(module: str, *arguments: str) -> None:
     num_ranks = torch.cuda.device_count() or 2
     # DeepSpeed's default port is the same for all jobs of a machine. A free one lets several demos run side by side.
     with socket.socket() as probe:
@@ -79,7 +95,7 @@ def train_with_deepspeed(overrides: Sequence[str]) -> None:
     launcher = [str(deepspeed), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
     # At its default level, the launcher prints a dozen lines about its processes.
     launcher += ["--log_level", "warning"]
-    command = [*launcher, "--module", "iwm_fast.train", str(CONFIG), *overrides, "resume=auto"]
+    command = [*launcher, "--module", module, *arguments]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:
@@ -103,21 +119,29 @@ def summarize_run(config: RunConfig, identity: str) -> dict[str, Any]:
         MrrConfig(run=run, num_images=BANK_SIZE, bank_size=BANK_SIZE, bank="default", families=("jitter",))
     )
     mrr, weak_mrr = result.row("jitter", "mrr"), weak_result.row("jitter", "mrr")
+    difference, weak_difference = (item.row("jitter", "mrr_difference_readout") for item in (result, weak_result))
     _announce(4, "k-NN accuracy of the encoder")
     knn = evaluate_knn(KnnConfig(run=run)).row("encoder", "accuracy")
-    _announce(5, "pictures of predictions")
+    _announce(5, "a decoder from tokens to pixels, which is trained")
+    decoded = train_decoder(run, result.step)
+    _announce(6, "pictures of predictions")
     picture, *_ = imagine(ImagineConfig(run=run, bank_size=BANK_SIZE, bank="run"))
     return {
         "mrr": mrr.value,
         "mrr_interval": [mrr.low, mrr.high],
         "mrr_chance": mrr.chance,
         "mrr_untrained": mrr.control,
+        "mrr_difference": difference.value,
+        "mrr_difference_untrained": difference.control,
         "mrr_bank": {"size": BANK_SIZE, "jitter": result.details["bank_strengths"]},
         "mrr_default_bank": weak_mrr.value,
         "mrr_default_bank_untrained": weak_mrr.control,
+        "mrr_default_bank_difference": weak_difference.value,
+        "mrr_default_bank_difference_untrained": weak_difference.control,
         "knn": knn.value,
         "knn_untrained": knn.control,
         "knn_chance": knn.chance,
+        "psnr_db": {view: decoded.value(f"decoder, {view}", "psnr_db") for view in ("clean", "changed")},
         **training_speed(run),
         "evaluation_s": time.perf_counter() - start,
         "picture": str(picture),
@@ -151,12 +175,14 @@ def training_speed(run: str) -> dict[str, float]:
 
 
 def read_summary(folder: Path, identity: str) -> dict[str, Any] | None:
-    """Return the summary of an earlier demo, or None if it belongs to other settings or an older checkpoint."""
+    """Return the summary of an earlier demo, or None if it belongs to other settings, checkpoints or versions."""
     path, newest = folder / "summary.json", checkpoints.find_newest_folder(folder)
     if not path.is_file() or newest is None:
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    is_current = summary["settings"] == identity and newest.name == f"step-{summary['step']:08d}"
+    # Earlier versions trained no decoder.
+    is_current = summary["settings"] == identity and "psnr_db" in summary
+    is_current &= newest.name == f"step-{summary['step']:08d}"
     return summary if is_current else None
 
 
@@ -171,10 +197,17 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         "{:.3f} (95 %: {:.3f} .. {:.3f})".format(summary["mrr"], *summary["mrr_interval"]),
         chance + f"{summary['mrr_untrained']:.3f}",
     )
-    weak = f"{summary['mrr_default_bank']:.3f}"
-    table.add_row("MRR, jitter 0.4/0.4/0.2/0.1", weak, chance + f"{summary['mrr_default_bank_untrained']:.3f}")
+    # By name: the readout or the bank, and the key of its MRR.
+    for name, key in (
+        ("the same, difference readout", "mrr_difference"),
+        ("MRR, jitter 0.4/0.4/0.2/0.1", "mrr_default_bank"),
+        ("the same, difference readout", "mrr_default_bank_difference"),
+    ):
+        table.add_row(name, f"{summary[key]:.3f}", chance + f"{summary[f'{key}_untrained']:.3f}")
     control = f"chance {summary['knn_chance']:.3f}, untrained encoder {summary['knn_untrained']:.3f}"
     table.add_row("k-NN accuracy", f"{summary['knn']:.3f}", control)
+    decoded = ", ".join(f"{value:.1f} dB {view}" for view, value in summary["psnr_db"].items())
+    table.add_row("pixels decoded from tokens, PSNR", decoded, "")
     table.add_row("training", f"{summary['images_per_s']:.0f} images/s", f"{summary['training_s']:.0f} s in total")
     is_loader_bound = summary["wait_share"] >= 0.05
     advice = "above 5 %: the loader is too slow; raise runtime.loader_threads or add cores" if is_loader_bound else ""

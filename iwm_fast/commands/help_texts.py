@@ -7,14 +7,14 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 _DEMO = """\
 Pastes parts of photographs that scikit-image and scikit-learn contain onto others, writes the images as shards, trains
 a world model on them under the DeepSpeed launcher (one rank per GPU, two ranks without a GPU), evaluates it by mean
-reciprocal rank and k-NN, draws pictures, and prints a table. Nothing is downloaded. It takes about 5 minutes on two CPU
-cores.
+reciprocal rank and k-NN, trains a decoder that shows its tokens as pixels, draws pictures, and prints a table. Nothing
+is downloaded. It takes about 7 minutes on two CPU cores.
 
 Files, in the current folder:
   data/demo/                shards: 8 for training, 2 for validation
   runs/demo/                the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, evaluations/
   runs/demo/show.png        views, masks and actions, as the model sees them
-  runs/demo/imagine.png     images that the world model's predictions retrieve
+  runs/demo/imagine.png     images that the world model imagines, and that its predictions retrieve
   runs/demo/summary.json    the numbers of the table
 
 The same command resumes a demo that was stopped, and prints the table of a finished one at once. To start from

@@ -29,8 +29,8 @@ _CHARTS = (
     ("Speed", "images/s", {"images/s": "speed/images_per_s"}),
     ("Learning rate", "", {"learning rate": "optim/lr"}),
     ("Gradient norm before clipping", "", {"gradient norm": "optim/grad_norm"}),
-    ("Evaluation during training", "", {"MRR": "eval/mrr", "MRR, untrained": "eval/mrr_untrained", "k-NN": "eval/knn",
-                                        "k-NN, untrained": "eval/knn_untrained"}),
+    ("MRR during training", "", {"MRR": "eval/mrr", "untrained predictor": "eval/mrr_untrained"}),
+    ("k-NN accuracy during training", "", {"k-NN": "eval/knn", "untrained encoder": "eval/knn_untrained"}),
 )  # fmt: skip
 _TIMES = tuple(f"time/{name}_s" for name in (*PHASES, "other"))
 _ROW_NAMES = {"step", "loss/prediction", "speed/images_per_s", "data/wait_share", *_TIMES}
@@ -40,7 +40,11 @@ _PICTURES = {
     "show.png": "Training samples: views, masks and actions",
     "imagine.png": "Retrieval: source, requested change and retrieved image",
     "imagine_sweeps.png": "Retrieval: sweeps over single entries of the action",
+    "imagine_plots.png": "Recovered parameters and ranks",
+    "evaluations/plan.png": "Planning: true and recovered changes",
+    "evaluations/plan_difference.png": "Planning by the difference readout: true and recovered changes",
     "evaluations/segment.png": "Segmentation",
+    "evaluations/decode.png": "Decoded tokens",
 }
 
 
@@ -56,7 +60,7 @@ def write_run_report(run: Path) -> Path:
     rows = [row for row in read_metrics(run) if row.keys() >= _ROW_NAMES]
     parts = [f"<h1>{escape(run.name)}</h1>", _run_summary(run), metric_tiles(_headline_numbers(rows, results))]
     if rows:
-        charts = '<div class="grid">' + "".join(_line_charts(rows)) + "</div>"
+        charts = '<div class="grid">' + "".join(_line_charts(rows) + _checkpoint_charts(results)) + "</div>"
         parts += [section("Training curves", charts), _step_breakdown(rows)]
     if results:
         parts.append(section("Evaluations", *map(_result_card, results)))
@@ -129,6 +133,24 @@ def _line_charts(rows: list[dict[str, Any]]) -> list[str]:
     return cards
 
 
+def _checkpoint_charts(results: list[Result]) -> list[str]:
+    """Return a card for each evaluation of several checkpoints: the result's first number over training."""
+    by_name: dict[str, dict[int, Row]] = {}
+    for result in results:
+        by_name.setdefault(result.name.partition("-step-")[0], {})[result.step] = result.rows[0]
+    cards = []
+    for name, by_step in by_name.items():
+        steps = sorted(by_step)
+        rows = [by_step[step] for step in steps]
+        if len(steps) > 1:
+            lines = {rows[0].subject: (steps, [row.value for row in rows])}
+            controls = [row.control for row in rows if row.control is not None]
+            if len(controls) == len(steps):
+                lines[rows[0].control_name] = (steps, controls)
+            cards.append(card(f"{name} of several checkpoints", draw_line_chart(lines, unit=rows[0].metric)))
+    return cards
+
+
 def _step_breakdown(rows: list[dict[str, Any]]) -> str:
     """Return the mean duration of each phase of a step, without the first log row, whose steps fill caches."""
     rows = rows[1:] or rows
@@ -143,11 +165,8 @@ def _step_breakdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _result_card(result: Result) -> str:
-    """Return the rows of a result as a table; columns that would be empty are left out."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "subject": lambda row: row.subject,
-        "metric": lambda row: row.metric,
-        "value": lambda row: f"{row.value:.4f}",
+    """Return a result as a table with a column for each subject; lines that would be empty are left out."""
+    quantities: dict[str, Callable[[Row], str]] = {
         "95 % interval": lambda row: "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}",
         "control": lambda row: "" if row.control is None else f"{row.control:.4f}",
         "control is": lambda row: row.control_name,
@@ -155,8 +174,17 @@ def _result_card(result: Result) -> str:
         "trained parameters": lambda row: f"{row.num_tuned:,}" if row.num_tuned else "",
         "images": lambda row: f"{row.num_samples:,}" if row.num_samples else "",
     }
-    columns = {name: cell for name, cell in columns.items() if any(cell(row) for row in result.rows)}
-    body = table(list(columns), [[cell(row) for cell in columns.values()] for row in result.rows])
+    # Dictionaries instead of sets keep the order.
+    subjects, metrics = ({getattr(row, field): None for row in result.rows} for field in ("subject", "metric"))
+    lines: list[list[str]] = []
+    for metric in metrics:
+        rows = {row.subject: row for row in result.rows if row.metric == metric}
+        lines.append([metric, *(f"{rows[subject].value:.4f}" if subject in rows else "" for subject in subjects)])
+        for name, cell in quantities.items():
+            cells = [cell(rows[subject]) if subject in rows else "" for subject in subjects]
+            if any(cells):
+                lines.append([name, *cells])
+    body = table(["", *subjects], lines, css_class="arms")
     return card(f"{result.name}, step {result.step}, seed {result.seed}", body)
 
 

@@ -6,6 +6,11 @@ from typing import Literal
 from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
 from iwm_fast.pipelines.transforms.composition import FAMILIES
 
+Readout = Literal["absolute", "difference"]
+"""How the tokens of a changed image are read out of the predictor. absolute: its prediction for the action, as in the
+paper; difference: the prediction for the action, minus that for no action, plus the source's own target tokens."""
+READOUTS: tuple[Readout, ...] = ("absolute", "difference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig:
@@ -30,7 +35,8 @@ class EvalDataConfig:
         require(limit is None or limit >= 1, "data.max_pixels", limit, "be at least 1 or unset")
 
 
-def _check_no_label(data: EvalDataConfig) -> None:
+def check_no_label(data: EvalDataConfig) -> None:
+    """Check that the label is left unset, for an evaluation that uses none."""
     require(data.label == "cls", "data.label", data.label, "be left unset: this evaluation uses no labels")
 
 
@@ -54,31 +60,56 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MrrConfig(EvalConfig):
-    """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
+class BankConfig(EvalConfig):
+    """Settings shared by the evaluations that look predictions up in banks of changed images."""
 
     num_images: int = 256
     """Number of validation images, evenly spaced over the data set; each has its own bank."""
-    bank_size: int = 256
-    """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
-    it: 0.024 for 256, 0.074 for 64."""
+    bank_size: int = 64
+    """Jittered versions of an image that its predictions are looked up in."""
     bank: Literal["default", "strong", "run"] = "default"
     """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
     the strengths the run was trained with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_label(self.data)
+        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
+        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MrrConfig(BankConfig):
+    """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
+
+    bank_size: int = 256
+    """Jittered versions of an image in its bank; each of them is the correct answer once. The chance level depends on
+    it: 0.024 for 256, 0.074 for 64."""
     families: tuple[str, ...] | None = None
     """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
     member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
-        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
         if self.families is not None:
             is_distinct = len(set(self.families)) == len(self.families) > 0
             require(is_distinct, "families", self.families, "name one or more families, without repetition")
             unknown = [family for family in self.families if family not in FAMILIES]
             require(not unknown, "families", unknown, f"name transformations of {', '.join(FAMILIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(BankConfig):
+    """How far the world model carries: several actions in a row, compared with one action that does the same."""
+
+    num_images: int = 64
+    """Number of validation images, evenly spaced over the data set; each has its own bank."""
+    max_actions: int = 5
+    """Largest number of actions in a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(2 <= self.max_actions <= 100, "max_actions", self.max_actions, "be between 2 and 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +204,13 @@ class PlanConfig(EvalConfig):
     """Rounds of the search; time grows in proportion."""
     elite_share: float = 0.1
     """Share of best candidates per round, which the next round's distribution is fitted to, between 0 and 1."""
+    readout: Readout = "absolute"
+    """What is compared with the target's tokens. absolute: the prediction for a candidate action; difference: that
+    prediction, minus the prediction for no action, plus the source's own tokens. The result is then plan_difference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
+        check_no_label(self.data)
         require(bool(self.source) == bool(self.target), "source and target", (self.source, self.target),
               "both name image files, or both be unset")  # fmt: skip
         for name in ("num_images", "rounds"):
@@ -187,27 +221,49 @@ class PlanConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagineConfig(EvalConfig):
-    """A picture of predictions: source image, requested change, its true rendering, and the retrieved image."""
+class ImagineConfig(BankConfig):
+    """Pictures of predictions: source image, requested change, what was imagined (after `iwm decode`) and retrieved."""
 
     num_images: int = 6
-    """Number of validation images, one per column."""
-    bank_size: int = 64
-    """Jittered versions of an image that the prediction is looked up in."""
-    bank: Literal["default", "strong", "run"] = "default"
-    """Strengths of the changes in banks. default: the default settings of jitter; strong: about twice as strong; run:
-    the strengths the run was trained with."""
+    """Number of validation images, one per column; colourful and different ones are chosen."""
+    image: str = ""
+    """Image file of your own, which is shown instead of validation images, with a column for each of num_images
+    changes. There are no plots then."""
+    num_plotted: int = 64
+    """Number of validation images of the plots of recovered parameters and ranks, evenly spaced over the data set."""
     steps: int = 7
     """Number of values at which each entry of the action is shown in the sweeps, from its minimum to its maximum."""
     picture: str = ""
-    """PNG file NAME.png to write; NAME_sweeps.png and the page NAME.html are written beside it. Unset: imagine.png in
-    the run folder."""
+    """PNG file NAME.png to write; NAME_sweeps.png, NAME_plots.png and the page NAME.html are written beside it. Unset:
+    imagine.png, or imagine_NAME.png for an image of your own, in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_label(self.data)
-        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
-        require(2 <= self.bank_size <= 100_000, "bank_size", self.bank_size, "be between 2 and 100000")
+        no_shards = not (self.image and self.data.val)
+        require(no_shards, "image and data.val", (self.image, self.data.val), "not both be set: one of them is shown")
+        require(self.num_plotted >= 1, "num_plotted", self.num_plotted, "be at least 1")
         require(self.steps >= 2, "steps", self.steps, "be at least 2")
         require(self.steps <= 1000, "steps", self.steps, "be at most 1000")
         require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig(BankConfig):
+    """A page with sliders: what the world model imagines for any change of an image."""
+
+    num_images: int = 6
+    """Number of validation images to choose from; colourful and different ones are chosen."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 127.0.0.1: only this machine can open the page. With 0.0.0.0 everyone in the network can,
+    without a password."""
+    port: int = 8765
+    """Port to listen on; 0: any free one."""
+    to: str = ""
+    """HTML file NAME.html to write instead of serving a page: it needs no server, and shows one entry of the action at
+    a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.port <= 65535, "port", self.port, "be between 0 and 65535")
+        require(bool(self.host), "host", self.host, "be an address, such as 127.0.0.1")
+        require(not self.to or self.to.endswith(".html"), "to", self.to, "end with .html")

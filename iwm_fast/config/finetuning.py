@@ -1,11 +1,12 @@
-"""Settings of the evaluations that train networks: finetune, multitask, segment; cheap to import."""
+"""Settings of the evaluations that train networks: finetune, multitask, segment, decode; cheap to import."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from iwm_fast.config.evaluation import EvalDataConfig
-from iwm_fast.config.run import RuntimeConfig, check_length, resolve_warmup
+from iwm_fast.config.evaluation import EvalDataConfig, check_no_label
+from iwm_fast.config.run import OptimConfig, RuntimeConfig, check_length, check_transformer, resolve_warmup
 from iwm_fast.pipelines.config import RandAugmentConfig, require, require_seed
+from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 ARMS = ("encoder", "predictor", "random_predictor", "attentive", "end_to_end")
 """Variants of finetuning. encoder: the encoder and a linear head are trained; predictor: the pretrained predictor and
@@ -123,8 +124,12 @@ class DenseAugmentConfig(AugmentConfig):
               "be left unset: RandAugment is off here")  # fmt: skip
 
 
+# The learning rate rises from 0 and, by the last step, has returned to it.
+_TO_ZERO: dict[str, Any] = {"lr_start": 0.0, "lr_end": 0.0, "schedule_stretch": 1.0}
+
+
 @dataclass(frozen=True, kw_only=True)
-class TuneTaskConfig:
+class TrainedEvalConfig:
     """Settings shared by the evaluations that train networks."""
 
     run: str = ""
@@ -133,8 +138,6 @@ class TuneTaskConfig:
     """Checkpoint to start from: a step, such as 1500, or the path of a checkpoint's folder. The names of results and
     trained networks then end with the step. Unset: the newest."""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
-    tune: TuneConfig = field(default_factory=TuneConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Settings of computation, with the same meaning as in pretraining: engine, ZeRO stage, micro-batch, loader."""
     name: str = ""
@@ -153,6 +156,34 @@ class TuneTaskConfig:
         require(is_plain, "name", self.name, "consist of letters, digits, dots, dashes and underscores")
         for name in ("log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneTaskConfig(TrainedEvalConfig):
+    """Settings shared by the evaluations that finetune networks on labels."""
+
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def optim(self, num_samples: int) -> OptimConfig:
+        """Return the optimisation in the form that engines and schedules accept."""
+        tune = self.tune
+        return OptimConfig(
+            global_batch_size=tune.global_batch_size,
+            epochs=tune.epochs,
+            warmup_epochs=tune.warmup_epochs,
+            lr=tune.lr,
+            weight_decay=(tune.weight_decay, tune.weight_decay),
+            betas=tune.betas,
+            clip_norm=tune.clip_norm,
+            precision=tune.precision,
+            **_TO_ZERO,
+        )
+
+    def training_views(self, views: ViewConfig) -> ViewConfig:
+        """Return a run's views with crops and flips of the augmentation."""
+        crop = replace(views.crop, scale=self.augment.crop_scale)
+        return replace(views, crop=crop, flip=replace(views.flip, probability=self.augment.flip))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,3 +279,83 @@ class SegmentConfig(TuneTaskConfig):
         classes = self.num_classes
         require(classes is None or 1 <= classes <= 256, "num_classes", classes, "be between 1 and 256, or unset")
         require(self.num_shown >= 1, "num_shown", self.num_shown, "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelDecoderConfig:
+    """Sizes of the pixel decoder, a transformer from tokens to pixels."""
+
+    dim: int = 256
+    """Width of the decoder's tokens, a multiple of 4."""
+    depth: int = 2
+    """Number of transformer blocks. 0 is a linear map from each token to the pixels of its patch."""
+    num_heads: int = 4
+    """Number of attention heads; must divide dim."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP, as a multiple of dim."""
+
+    def __post_init__(self) -> None:
+        check_transformer("decoder", self, min_depth=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderTuneConfig:
+    """Optimisation of the pixel decoder: AdamW, linear warm-up over 5 % of the steps, cosine decay to 0."""
+
+    steps: int = 2000
+    """Number of optimiser steps."""
+    global_batch_size: int = 64
+    """Images per optimiser step over all ranks and micro-batches; both views of each image are decoded."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices. Biases and norms are not decayed."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of forward and backward passes. Weights are always float32."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.steps <= 10**9, "tune.steps", self.steps, "be between 1 and 10^9")
+        check_length("tune", self.global_batch_size, epochs=1.0)
+        require(self.lr > 0, "tune.lr", self.lr, "be above 0")
+        require(self.weight_decay >= 0, "tune.weight_decay", self.weight_decay, "be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(TrainedEvalConfig):
+    """A pixel decoder of the teacher's tokens, trained on the run's own crops and jitter, and how well it decodes."""
+
+    decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    tune: DecoderTuneConfig = field(default_factory=DecoderTuneConfig)
+    controls: bool = True
+    """Whether a linear decoder, and a decoder of an untrained encoder's tokens, are trained alike for comparison, which
+    more than doubles the time."""
+    num_images: int = 1024
+    """Largest number of validation images to measure on, evenly spaced over the data set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_label(self.data)
+        require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
+
+    def optim(self, num_samples: int) -> OptimConfig:
+        """Return the optimisation in the form that engines and schedules accept."""
+        tune = self.tune
+        # Half a step less, because the number of steps is rounded up.
+        epochs = (tune.steps - 0.5) * tune.global_batch_size / num_samples
+        return OptimConfig(
+            global_batch_size=tune.global_batch_size,
+            epochs=epochs,
+            warmup_epochs=epochs / 20,
+            lr=tune.lr,
+            weight_decay=(tune.weight_decay, tune.weight_decay),
+            precision=tune.precision,
+            **_TO_ZERO,
+        )
+
+    def training_views(self, views: ViewConfig) -> ViewConfig:
+        """Return the views of the run, on which its own encoder was trained."""
+        return views
+
+
+TrainedSettings = TuneTaskConfig | DecodeConfig
+"""Settings of any evaluation that trains networks."""

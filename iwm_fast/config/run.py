@@ -40,7 +40,7 @@ class EncoderConfig:
     """Hidden width of a block's MLP, as a multiple of dim."""
 
     def __post_init__(self) -> None:
-        _check_transformer("model.encoder", self, min_depth=1)
+        check_transformer("model.encoder", self, min_depth=1)
         require(self.patch_size >= 1, "model.encoder.patch_size", self.patch_size, "be at least 1")
 
 
@@ -62,10 +62,11 @@ class PredictorConfig:
     none: not at all, as a control."""
 
     def __post_init__(self) -> None:
-        _check_transformer("model.predictor", self, min_depth=0)
+        check_transformer("model.predictor", self, min_depth=0)
 
 
-def _check_transformer(name: str, sizes: EncoderConfig | PredictorConfig, *, min_depth: int) -> None:
+def check_transformer(name: str, sizes: Any, *, min_depth: int) -> None:
+    """Check the sizes of a transformer: dim, depth, num_heads and mlp_ratio; `name` is their group, for messages."""
     dim, heads = sizes.dim, sizes.num_heads
     require(4 <= dim <= 65536 and dim % 4 == 0, f"{name}.dim", dim,
             "be a multiple of 4 (2-D sin-cos positions) up to 65536")  # fmt: skip

@@ -124,7 +124,9 @@ def read_result(path: Path) -> Result:
         ValueError: if an older version of iwm-fast wrote the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run `iwm evaluate {path.stem.partition('_')[0]}` first")
+        task = path.stem.partition("_")[0]
+        command = task if task in ("decode", "plan") else f"evaluate {task}"
+        raise FileNotFoundError(f"{path} does not exist; run `iwm {command}` first")
     tree = json.loads(path.read_text(encoding="utf-8"))
     if "rows" not in tree:
         raise ValueError(f"{path} was written by an older iwm-fast, without rows; delete it or evaluate again")

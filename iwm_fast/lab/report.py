@@ -1,17 +1,20 @@
 """The report page of a lab: each claim with its verdict, numbers and the paper's numbers, then all numbers."""
 
 import math
-import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.lab.claims import ClaimVerdict, Comparison, num_tuned_of
 from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import DotPlot, DotSeries, draw_dot_plot, save_dot_plots
+from iwm_fast.rendering.charts import ForestGroup, ForestRow, draw_forest_plot, save_forest_plot
 from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.provenance import current_commit
+
+FIGURE = "claims.png"
+"""The figure of all claims in the folder of a lab."""
 
 _NumTuned = dict[str, int]
 """Number of trained parameters by result."""
@@ -37,15 +40,25 @@ def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Seque
     ]  # fmt: skip
     html = page(f"iwm-fast: {lab.folder.name}", parts)
     replace_file(path, lambda draft: draft.write_text(html, encoding="utf-8"))
-    measured = [outcome for outcome in judged if outcome.verdict != "not measured"]
-    if measured:
-        save_dot_plots(lab.folder / "claims.png", [
-            # The title is printed larger than the note, so fewer letters fit into the width of a panel.
-            DotPlot(title=textwrap.fill(outcome.claim.text, 56), unit=_unit(outcome), rows=_dots(outcome, num_tuned),
-                    note=f"This lab: {outcome.verdict}. The paper: {outcome.claim.paper}")
-            for outcome in measured
-        ])  # fmt: skip
+    save_lab_figure(lab.folder / FIGURE, judged)
     return path
+
+
+def save_lab_figure(path: Path, judged: Sequence[ClaimVerdict]) -> None:
+    """Write the forest plot of all measured claims as a PNG file; nothing if none was measured."""
+    groups = [
+        ForestGroup(
+            title=outcome.claim.text,
+            verdict=outcome.verdict,
+            note=f"The paper: {outcome.claim.paper}",
+            bound=-outcome.claim.margin,
+            rows=_forest_rows(outcome),
+        )
+        for outcome in judged
+        if outcome.verdict != "not measured"
+    ]
+    if groups:
+        save_forest_plot(path, groups, unit="difference, mean over seeds and 95 % interval; dots are seeds")
 
 
 def _rule() -> str:
@@ -58,19 +71,18 @@ def _rule() -> str:
 
 def _claim_card(outcome: ClaimVerdict, num_tuned: _NumTuned) -> str:
     claim, verdict = outcome.claim, outcome.verdict
-    rows = [
+    numbers = [
         (format_means(pair, claim, num_tuned), format_difference(pair), len(pair.values[0]))
         for pair in outcome.comparisons
     ]
-    is_measured = any(pair.difference for pair in outcome.comparisons)
     return card(
         claim.text,
         f'<p class="small soft">{escape(claim.name)}</p>',
         f'<p class="small soft">The bound is {-claim.margin:g} instead of zero.</p>' if claim.margin else "",
         f'<p>This lab: <span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>. '
         f'<span class="soft">The paper: {escape(claim.paper)}</span></p>',
-        draw_dot_plot(_dots(outcome, num_tuned), unit=_unit(outcome)) if is_measured else "",
-        table(["means over seeds", "difference, 95 % interval", "seeds"], rows),
+        draw_forest_plot(rows, bound=-claim.margin, unit=_unit(outcome)) if (rows := _forest_rows(outcome)) else "",
+        table(["means over seeds", "difference, 95 % interval", "seeds"], numbers),
     )
 
 
@@ -106,19 +118,28 @@ def _label(selector: ResultSelector, claim: Claim, num_tuned: _NumTuned, separat
 
 
 def _unit(outcome: ClaimVerdict) -> str:
+    """Return the label of the x axis: which metrics are compared, and of which result if there is only one."""
     selectors = [selector for pair in outcome.claim.compare for selector in pair]
     # Dictionaries instead of sets keep the order of the comparisons.
     metrics, results = ({getattr(item, field): None for item in selectors} for field in ("metric", "result"))
-    return ", ".join(metrics) + (f" ({selectors[0].result})" if len(results) == 1 else "")
+    return f"difference of {', '.join(metrics)}" + (f" ({selectors[0].result})" if len(results) == 1 else "")
 
 
-def _dots(outcome: ClaimVerdict, num_tuned: _NumTuned) -> list[DotSeries]:
-    """Return a line of dots for each result of a claim, in the order of the comparisons and without repetitions."""
-    dots: dict[str, Sequence[float]] = {}
+def _forest_rows(outcome: ClaimVerdict) -> list[ForestRow]:
+    """Return a row for each comparison that was measured."""
+    rows = []
     for comparison in outcome.comparisons:
-        for selector, values in zip((comparison.better, comparison.worse), comparison.values, strict=True):
-            dots.setdefault(_label(selector, outcome.claim, num_tuned, "\n"), values)
-    return [DotSeries(label=label, values=values) for label, values in dots.items()]
+        if comparison.difference is None:
+            continue
+        better, worse = (_label(selector, outcome.claim, {}, "") for selector in (comparison.better, comparison.worse))
+        differences = [first - second for first, second in zip(*comparison.values, strict=True)]
+        # A minus sign, which is wider than a hyphen.
+        rows.append(
+            ForestRow(
+                label=f"{better} \N{MINUS SIGN} {worse}", differences=differences, **asdict(comparison.difference)
+            )
+        )
+    return rows
 
 
 def _number_table(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:

@@ -31,6 +31,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: .3rem .7rem .3rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
  td.number, th.number { text-align: right; }
+.arms td:first-child, .arms th:first-child { position: sticky; left: 0; background: var(--card); }
+.arms { width: auto; } .arms td + td, .arms th + th { text-align: right; padding-left: 1rem; }
 pre { overflow-x: auto; font-size: .8rem; margin: .5rem 0; } summary { cursor: pointer; }
 .holds { color: var(--good); } .fails { color: var(--bad); } .undecided, .not-measured { color: var(--open); }
 .verdict { font-weight: 600; }
@@ -72,8 +74,11 @@ def metric_tiles(values: dict[str, str]) -> str:
     return f'<div class="tiles">{boxes}</div>'
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table that scrolls sideways if it is too wide; columns of numbers are aligned to the right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], css_class: str = "") -> str:
+    """Return a table that scrolls sideways if it is too wide; columns of numbers are aligned to the right.
+
+    With the class "arms", its first column stays in view and all others are aligned to the right.
+    """
     cells = [list(row) for row in rows]
     is_number = [bool(cells) and all(_is_numeric(row[index]) for row in cells) for index in range(len(columns))]
     classes = [' class="number"' if numeric else "" for numeric in is_number]
@@ -82,7 +87,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         "<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for css, cell in zip(classes, row, strict=True)) + "</tr>\n"
         for row in cells
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+    opening = f'<table class="{css_class}">' if css_class else "<table>"
+    return f'<div class="scroll">{opening}<tr>{head}</tr>\n{body}</table></div>'
 
 
 def _is_numeric(cell: object) -> bool:

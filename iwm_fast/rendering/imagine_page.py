@@ -1,4 +1,4 @@
-"""The page of `iwm imagine`: a self-contained HTML file with all images, for light and dark mode and any width."""
+"""The page of `iwm imagine`: one self-contained HTML file, for light and dark mode and any width."""
 
 import base64
 import io
@@ -10,7 +10,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.html import escape, page
+from iwm_fast.rendering.charts import Plot, draw_plot
+from iwm_fast.rendering.html import card, escape, page, section
 from iwm_fast.rendering.image_grid import ImageGrid, Panel
 
 # Images up to this many pixels high are embedded as PNG and enlarged with sharp pixels. Larger photographs are embedded
@@ -44,28 +45,36 @@ figcaption { margin-top: 4px; font-size: 0.78rem; line-height: 1.35; overflow-wr
 """
 _INTRODUCTION = """<p>From the tokens of the <b>source</b> image and the change <b>asked for</b>, the predictor computes
 the tokens of the changed image. The version of the image whose tokens are nearest to them is <b>retrieved</b>. A green
-frame marks a correct retrieval. The images are spaced evenly over the validation set, not selected.</p>"""
+frame marks a correct retrieval. What the pixel decoder, if there is one, makes of the predicted tokens is
+<b>imagined</b>; the decoder invents nothing, so blur and grey are what the tokens leave open. Images are chosen for
+their colours, not for what was predicted.</p>
+<p>The <b>absolute</b> readout takes the prediction as it is. The <b>difference</b> readout takes the prediction for the
+change, minus the prediction for no change, plus the tokens of the source itself.</p>"""
 
 
-def write_imagine_page(path: Path, sections: Sequence[ImageGrid], title: str, run: str) -> None:
+def write_imagine_page(
+    path: Path, sections: Sequence[ImageGrid], plots: Sequence[Plot], title: str, *, run: str
+) -> None:
     """Write the page of a run as one HTML file with embedded images; `title` is the sentence below its heading."""
     head = [f"<h1>What the world model of {escape(run)} imagines</h1>", f'<p class="soft">{escape(title)}.</p>']
-    body = [*head, _INTRODUCTION, *map(_section, sections)]
+    cards = [card(plot.title, f'<p class="soft small">{escape(plot.note)}</p>', draw_plot(plot)) for plot in plots]
+    grids = [section("Over many images", '<div class="grid">', *cards, "</div>")] if cards else []
+    body = [*head, _INTRODUCTION, *map(_section, sections), *grids]
     text = page(f"{run}: what the world model imagines", body, _STYLE)
     replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def _section(section: ImageGrid) -> str:
+def _section(grid: ImageGrid) -> str:
     # The grid has an element per column, because panels of an example must stay together on narrow screens.
-    examples = "\n".join(_example(panels, section.labels) for panels in zip(*section.rows, strict=True))
+    examples = "\n".join(_example(panels, grid.labels) for panels in zip(*grid.rows, strict=True))
     numbers = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in section.numbers.items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in grid.numbers.items()
     )
-    size = f"--columns: {len(section.rows[0])}; --rows: {len(section.rows)}"
+    size = f"--columns: {len(grid.rows[0])}; --rows: {len(grid.rows)}"
     return "\n".join(
         (
             "<section>",
-            f"<h2>{escape(section.title)}</h2>" if section.title else "",
+            f"<h2>{escape(grid.title)}</h2>" if grid.title else "",
             f"<dl>{numbers}</dl>" if numbers else "",
             f'<div class="examples" style="{size}">\n{examples}\n</div>',
             "</section>",
@@ -79,13 +88,14 @@ def _example(panels: Sequence[Panel], labels: Sequence[str]) -> str:
 
 def _figure(panel: Panel, label: str) -> str:
     image_class = ' class="small"' if len(panel.pixels) <= _MAX_PNG_HEIGHT else ""
-    image = f'<img{image_class} src="{_data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
+    image = f'<img{image_class} src="{data_uri(panel.pixels)}" alt="{escape(f"{label}: {panel.caption}")}">'
     caption = f'<span class="role">{escape(label)}</span><span class="caption">{escape(panel.caption)}</span>'
     figure_class = ' class="right"' if panel.is_correct else ""
     return f"<figure{figure_class}>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
+def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
+    """Return an image as an address that contains it: a small one as PNG, a large one as JPEG."""
     image_format = "PNG" if len(pixels) <= _MAX_PNG_HEIGHT else "JPEG"
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **({"quality": 90} if image_format == "JPEG" else {}))

@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,10 +28,10 @@ def describe_run(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Return the version of each package; those of other extras are left out."""
     versions = {}
-    for name in _PACKAGES:
+    for name in packages:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions

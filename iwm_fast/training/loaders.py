@@ -147,8 +147,6 @@ def training_loader(
 
     `start` is where the stream of samples begins, which differs from the default after a restarted epoch.
     """
-    # Loaders count micro-batches, so the first one is `first_step * accumulation`.
-    _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = TrainingPlan(
         views=config.views,
         mask=config.mask,
@@ -156,6 +154,15 @@ def training_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, start),
     )
+    return _build_from_step(plan, config, shards, rank_info, first_step)
+
+
+def _build_from_step(
+    plan: TrainingPlan | FinetunePlan, config: RunConfig, shards: ShardSet, rank_info: RankInfo, first_step: int
+) -> Loader:
+    """Build the loader of a plan, from an optimiser step on."""
+    # Loaders count micro-batches.
+    _, accumulation = accumulation_steps(config, rank_info.world_size)
     return build_loader(
         plan,
         shards,
@@ -173,7 +180,6 @@ def finetune_loader(
 
     An image is one randomly flipped crop, with RandAugment applied unless `augment` is None.
     """
-    _, accumulation = accumulation_steps(config, rank_info.world_size)
     plan = FinetunePlan(
         views=config.views,
         augment=augment,
@@ -181,14 +187,7 @@ def finetune_loader(
         grid=config.grid,
         stream=training_stream(config, shards, rank_info, BEGINNING),
     )
-    return build_loader(
-        plan,
-        shards,
-        loader_config(config.runtime),
-        rank_info.device,
-        first=first_step * accumulation,
-        normalization=config.data.normalization,
-    )
+    return _build_from_step(plan, config, shards, rank_info, first_step)
 
 
 def training_stream(config: RunConfig, shards: ShardSet, rank_info: RankInfo, start: StreamStart) -> SampleStream:

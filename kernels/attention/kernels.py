@@ -10,9 +10,6 @@ The backward pass works with transposed scores, S^T = K Q^T. Keys are then the r
 in registers, and dQ of a query tile is complete when the tile is done. No program adds to another one's result, so
 there are no atomics and the gradients have the same bits in every run. sum(P * dP) replaces the equal sum(out * d_out),
 so that the output need not be read.
-
-The tables hold configurations that compile without spills; `python -m benchmarks.kernels` prints registers and shared
-memory of each.
 """
 
 # Type checkers do not know that device code is compiled, where a constexpr parameter is a number.
@@ -66,6 +63,7 @@ class HeadConfigs(NamedTuple):
         return min(self.forward[-1].max_length, self.backward[-1].max_length)
 
 
+# All compile without spills; `python -m benchmarks.kernels` prints the registers and shared memory of each.
 _UP_TO_128 = ((64,), (128,))
 _UP_TO_208 = ((128, 64), (128, 64, 16))
 _UP_TO_256 = ((128, 64, 32), (128, 64, 64))

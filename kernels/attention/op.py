@@ -8,11 +8,8 @@ Shapes: `qkv` is (sum N, 3, H, d), in which sequence b has the rows offsets[b] .
 (sum N, H, d). Without offsets all sequences have the same number of rows; everything else is the same.
 
 Bytes, where u is the size of one (sum N, H, d) tensor. Forward: 4u, and 4 bytes per row and head for the logarithm of
-the softmax's denominator. Backward: 7u (queries, keys, values and d_out are read; dQ, dK and dV are written straight
-into one gradient of `qkv`). The reference stores all scores, which
-take 4 u N / d and more; a fused attention on separate tensors needs 6u more to stack the three gradients. At N = 196
-and d = 64, half-precision arithmetic is 98 FLOP per byte forward. An H200 can do 184 FLOP per byte, so bytes and not
-products are the limit for N below 368 forward and 294 backward.
+the softmax's denominator; the reference stores all scores, 4 u N / d and more. Backward: 7u, since the three gradients
+are written straight into one gradient of `qkv`; stacking them would take 6u more.
 
 Precision: products are in the dtype of `qkv`; sums and softmax are in float32. (The interpreter also takes float32 and
 float64, in which it computes throughout.) Weights are rounded to the dtype of `qkv` before they are multiplied by the
@@ -39,8 +36,7 @@ from iwm_fast.kernels.launch import (
     IS_INTERPRETING,
     Launch,
     architecture,
-    check_contiguous,
-    check_dtype,
+    check_tensor,
     register_op,
     upcast_for_interpreter,
 )
@@ -112,8 +108,7 @@ def _name(launch: Launch) -> str:
 
 def _check_fused(qkv: Tensor, sequences: Sequences, device_architecture: int) -> None:
     check_shapes(qkv, sequences)
-    check_dtype("qkv", qkv)
-    check_contiguous("qkv", qkv)
+    check_tensor("qkv", qkv)
     reason = why_unsupported(device_architecture, qkv.shape[3], qkv.dtype, sequences.longest)
     if reason:
         raise ValueError(f"fused attention {reason}; set runtime.ops=reference")

@@ -69,7 +69,10 @@ def _padded(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
     # Zeros, not uninitialised memory: padded values are multiplied by a weight of zero, and 0 * NaN is NaN.
     padded = qkv.new_zeros(3 * num_heads * num_sequences * longest, head_dim)
     padded = padded.index_copy_(0, padded_row.flatten(), qkv.reshape(-1, head_dim))
-    key_bias = _key_bias(offsets, longest, qkv.dtype).repeat(num_heads, 1, 1)
+    # An empty sequence is given one key, which is zero, because a softmax over no keys is NaN.
+    is_padding = torch.arange(longest, device=offsets.device) >= offsets.diff().clamp(min=1)[:, None]
+    key_bias = torch.zeros_like(is_padding, dtype=qkv.dtype).masked_fill_(is_padding, float("-inf"))
+    key_bias = key_bias[:, None].repeat(num_heads, 1, 1)
     out = _attend(padded.view(3, num_heads * num_sequences, longest, head_dim), key_bias).view(-1, head_dim)
     return out.index_select(0, padded_row[:, :num_heads].flatten()).view(num_rows, num_heads, head_dim)
 
@@ -94,13 +97,3 @@ def _padded_rows(offsets: Tensor, longest: int, num_rows: int, num_matrices: int
     row = row + torch.repeat_interleave(shift, offsets.diff(), output_size=num_rows)
     matrix_start = torch.arange(num_matrices, device=offsets.device) * (num_sequences * longest)
     return row[:, None] + matrix_start
-
-
-def _key_bias(offsets: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-    """Return (B, 1, longest): 0 for keys of the sequence, -inf for padding.
-
-    An empty sequence is given one key, which is zero, because a softmax over no keys is NaN.
-    """
-    lengths = offsets.diff().clamp(min=1)
-    is_padding = torch.arange(longest, device=offsets.device) >= lengths[:, None]
-    return torch.zeros_like(is_padding, dtype=dtype).masked_fill_(is_padding, float("-inf"))[:, None]

@@ -10,43 +10,6 @@ from iwm_fast.kernels.launch import architecture, register_op, upcast_for_interp
 from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_launch, group_sum_launch, scatter_launch
 
 
-def combine_rows(
-    by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, num_images: int, dtype: torch.dtype
-) -> Tensor:
-    """Return relu(by_patch[patch] + by_image[image]) for each entry of `patch_row`.
-
-    Args:
-        by_patch: (N, P) float32 or wider, one row per patch position.
-        by_image: (B, P) in the same dtype; None for by_patch[patch] without a ReLU.
-        patch_row: (T,) int64, image * N + patch; no entry occurs twice.
-        num_images: number of images, B.
-        dtype: dtype of the result.
-
-    Returns:
-        (T, P).
-    """
-    return _CombineRows.apply(by_patch, by_image, patch_row, num_images, dtype)
-
-
-def place_rows(
-    values: Sequence[Tensor], packed_rows: Sequence[Tensor], positions: Tensor, patch_row: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Return packed rows: those of the first values with their positions added, and all others as they are.
-
-    Args:
-        values: the first is (C, P) and gets positions[patch] added; more, each (any number, P), may follow.
-        packed_rows: for each of the values, int64, the packed row of each of its rows. Together they are a permutation
-            of all packed rows.
-        positions: (N, P), constant.
-        patch_row: (C,) int64, image * N + patch of the rows of the first values.
-        dtype: dtype of the result.
-
-    Returns:
-        (L, P), where L is the number of all rows.
-    """
-    return _PlaceRows.apply(packed_rows, positions, patch_row, dtype, *values)
-
-
 def _new_rows(like: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised rows as wide as those of `like`."""
     return like.new_empty(num_rows, like.shape[1], dtype=dtype)
@@ -95,7 +58,17 @@ _combine_backward_op = register_op(
 )
 
 
-class _CombineRows(torch.autograd.Function):
+class CombineRows(torch.autograd.Function):
+    """relu(by_patch[patch] + by_image[image]), (T, P) in `dtype`, for each entry of `patch_row`.
+
+    Args:
+        by_patch: (N, P) float32 or wider, one row per patch position.
+        by_image: (B, P) in the same dtype; None for by_patch[patch] without a ReLU.
+        patch_row: (T,) int64, image * N + patch; no entry occurs twice.
+        num_images: number of images, B.
+        dtype: dtype of the result.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor, num_images: int, dtype: torch.dtype
@@ -142,7 +115,17 @@ _gather_op = register_op(
 )
 
 
-class _PlaceRows(torch.autograd.Function):
+class PlaceRows(torch.autograd.Function):
+    """Packed rows (L, P): those of the first values with their positions added, and all others as they are.
+
+    Args:
+        packed_rows: for each of the values, int64, the packed row of each of its rows; together a permutation of all L.
+        positions: (N, P), constant.
+        patch_row: (C,) int64, image * N + patch of the rows of the first values.
+        dtype: dtype of the result.
+        values: the first is (C, P) and gets positions[patch] added; more, each (any number, P), may follow.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -158,11 +141,6 @@ class _PlaceRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (d_packed,) = d_outputs
-        gradients = [
-            _gather_op(d_packed, packed_row, dtype) if is_needed else None
-            for packed_row, dtype, is_needed in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[4:], strict=True
-            )
-        ]
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[4:], strict=True)
+        gradients = (_gather_op(*d_outputs, rows, dtype) if is_needed else None for rows, dtype, is_needed in saved)
         return None, None, None, None, *gradients

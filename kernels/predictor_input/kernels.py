@@ -5,6 +5,7 @@ return a `Launch` and start nothing. Every row of a result is written by one pro
 order, so no atomics are needed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -104,16 +105,12 @@ def _gather_kernel(
 
 
 def combine_launch(out: Tensor, by_patch: Tensor, by_image: Tensor | None, patch_row: Tensor) -> Launch:
-    """Return the launch that computes out (M, P) = relu(by_patch[patch] + by_image[image]).
+    """Return the launch that computes out (M, P) = relu(by_patch (N, P)[patch] + by_image (B, P)[image]).
 
-    Args:
-        out: (M, P), written.
-        by_patch: (N, P).
-        by_image: (B, P); None for out = by_patch[patch], without a ReLU.
-        patch_row: (M,) int64.
+    Without `by_image` it is by_patch[patch], without a ReLU; `patch_row` is (M,) int64.
     """
-    arguments = {"out_ptr": out, "by_patch_ptr": by_patch, "by_image_ptr": by_image, "patch_row_ptr": patch_row}
-    return _row_launch(_combine_kernel, arguments, len(out), P=out.shape[1], N=len(by_patch))
+    arguments = (out, by_patch, by_image, patch_row, len(out))
+    return _launch(_combine_kernel, arguments, len(out), P=out.shape[1], N=len(by_patch))
 
 
 def group_sum_launch(out: Tensor, values: Tensor, gate: Tensor | None, members: Tensor) -> Launch:
@@ -125,16 +122,7 @@ def group_sum_launch(out: Tensor, values: Tensor, gate: Tensor | None, members: 
         gate: (M, P), output of the ReLU whose input's gradient is summed, or None.
         members: (G, any number) int32 with any strides: rows of `values`, or -1 for none.
     """
-    group_stride, member_stride = members.stride()
-    arguments = {
-        "out_ptr": out,
-        "values_ptr": values,
-        "gate_ptr": gate,
-        "member_ptr": members,
-        "num_members": members.shape[1],
-        "group_stride": group_stride,
-        "member_stride": member_stride,
-    }
+    arguments = (out, values, gate, members, members.shape[1], *members.stride())
     # A group has a program of its own, hence a grid as for _BLOCK_M times as many rows.
     return _launch(_group_sum_kernel, arguments, len(out) * _BLOCK_M, P=out.shape[1])
 
@@ -142,39 +130,24 @@ def group_sum_launch(out: Tensor, values: Tensor, gate: Tensor | None, members: 
 def scatter_launch(
     packed: Tensor, packed_row: Tensor, values: Tensor, table: Tensor | None = None, patch_row: Tensor | None = None
 ) -> Launch:
-    """Return the launch that computes packed[packed_row] = values + table[patch]; the table may be absent.
+    """Return the launch that computes packed (L, P)[packed_row] = values (M, P) + table (N, P)[patch].
 
-    Args:
-        packed: (L, P), written.
-        packed_row: (M,) int64.
-        values: (M, P).
-        table: (N, P), one row per patch position; needs `patch_row`.
-        patch_row: (M,) int64.
+    Without a table it is the values alone; `packed_row` and `patch_row`, which a table needs, are (M,) int64.
     """
-    arguments = {
-        "packed_ptr": packed,
-        "packed_row_ptr": packed_row,
-        "values_ptr": values,
-        "table_ptr": table,
-        "patch_row_ptr": patch_row,
-    }
+    arguments = (packed, packed_row, values, table, patch_row, len(packed_row))
     num_patches = 1 if table is None else len(table)
-    return _row_launch(_scatter_kernel, arguments, len(packed_row), P=packed.shape[1], N=num_patches)
+    return _launch(_scatter_kernel, arguments, len(packed_row), P=packed.shape[1], N=num_patches)
 
 
 def gather_launch(out: Tensor, packed: Tensor, packed_row: Tensor) -> Launch:
-    """Return the launch that computes out (M, P) = packed[packed_row], in the dtype of `out`."""
-    arguments = {"out_ptr": out, "packed_ptr": packed, "packed_row_ptr": packed_row}
-    return _row_launch(_gather_kernel, arguments, len(out), P=out.shape[1])
+    """Return the launch that computes out (M, P) = packed (L, P)[packed_row], in the dtype of `out`."""
+    return _launch(_gather_kernel, (out, packed, packed_row, len(out)), len(out), P=out.shape[1])
 
 
-def _row_launch(kernel: Any, arguments: dict[str, Any], num_rows: int, **sizes: int) -> Launch:
-    return _launch(kernel, {**arguments, "num_rows": num_rows}, num_rows, **sizes)
-
-
-def _launch(kernel: Any, arguments: dict[str, Any], num_rows: int, **sizes: int) -> Launch:
+def _launch(kernel: Any, arguments: Sequence[Tensor | int | None], num_rows: int, **sizes: int) -> Launch:
+    """Return a launch over rows and columns; the arguments are in the order of the kernel's parameters."""
     # Common widths such as 192 = 3 x 64 and 384 = 3 x 128 leave no columns of a tile idle.
     block_n = 128 if sizes["P"] % 128 == 0 else 64
     grid = triton.cdiv(num_rows, _BLOCK_M), triton.cdiv(sizes["P"], block_n)
     constants = {**sizes, "BLOCK_M": _BLOCK_M, "BLOCK_N": block_n}
-    return Launch(kernel, grid, arguments, constants, num_warps=4)
+    return Launch.of(kernel, grid, arguments, constants, num_warps=4)

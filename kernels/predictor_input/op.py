@@ -25,15 +25,15 @@ Gradient: that of the formula, with `positions` constant. Those of U and V are s
 image. There are no atomics, so the bits are the same in every run.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwm_fast.kernels.launch import Launch, check_contiguous, check_dtype
-from iwm_fast.kernels.predictor_input.autograd import combine_rows, place_rows
+from iwm_fast.kernels.launch import Launch, check_tensor
+from iwm_fast.kernels.predictor_input.autograd import CombineRows, PlaceRows
 from iwm_fast.kernels.predictor_input.kernels import combine_launch, gather_launch, group_sum_launch, scatter_launch
 from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 
@@ -63,24 +63,14 @@ def predictor_input_reference(
     action_tokens: Tensor | None = None,
     mixer: FeatureMixer | None = None,
 ) -> Tensor:
-    """Assemble the packed input of the predictor in plain PyTorch.
+    """Assemble the packed input (L, P) of the predictor in plain PyTorch, in the widest dtype of what is packed.
 
-    Args:
-        context: (C, P), embedded tokens of the visible patches.
-        mask_token: (P,), the learned token that stands for a patch to predict.
-        positions: (N, P), position embeddings; they get no gradient.
-        patches: the patch of each context and target row.
-        layout: the packed row of each token, from `packed_layout`.
-        action_tokens: (B, k, P), or None. Not together with `mixer`.
-        mixer: actions and the MLP that mixes them into the mask tokens, or None to leave mask tokens unconditioned.
-
-    Returns:
-        (L, P), in the widest dtype of what is packed.
+    The arguments are those of `predictor_input`, on any device and with any width P.
 
     Raises:
         ValueError: if shapes do not fit or both action_tokens and mixer are passed.
     """
-    _check_shapes(context, mask_token, positions, patches, layout, action_tokens=action_tokens, mixer=mixer)
+    _check_shapes(_named_inputs(context, mask_token, positions, action_tokens, mixer), patches, layout)
     num_patches, positions = len(positions), positions.detach()
     context_rows = context + positions[patches.context % num_patches]
     target_rows = mask_token + positions[patches.targets % num_patches]
@@ -123,8 +113,9 @@ def predictor_input(
         TypeError: for dtypes other than bfloat16, float16 and float32.
         RuntimeError: if tensors are not on a GPU and kernels are not interpreted.
     """
-    _check_shapes(context, mask_token, positions, patches, layout, action_tokens=action_tokens, mixer=mixer)
-    _check_inputs(context, mask_token, positions, action_tokens, mixer)
+    inputs = _named_inputs(context, mask_token, positions, action_tokens, mixer)
+    _check_shapes(inputs, patches, layout)
+    _check_fused(inputs)
     device_type, num_images = context.device.type, len(layout.offsets) - 1
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     sum_dtype = torch.promote_types(mask_token.dtype, torch.float32)
@@ -138,21 +129,17 @@ def predictor_input(
             by_image = F.linear(mixer.action.to(sum_dtype), w1[:, width:], b1)
     if mixer is None:
         target_dtype = torch.promote_types(mask_token.dtype, positions.dtype)
-        target_rows = combine_rows(mask_tokens, None, patches.targets, num_images, target_dtype)
+        target_rows = CombineRows.apply(mask_tokens, None, patches.targets, num_images, target_dtype)
     else:
-        hidden = combine_rows(by_patch, by_image, patches.targets, num_images, autocast_dtype or mixer.w2.dtype)
+        hidden = CombineRows.apply(by_patch, by_image, patches.targets, num_images, autocast_dtype or mixer.w2.dtype)
         target_rows = F.linear(F.linear(hidden, mixer.w2, mixer.b2).relu_(), mixer.w3, mixer.b3)
     values = [context, target_rows] + ([] if action_tokens is None else [action_tokens.flatten(0, 1)])
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in (positions, *values)))
-    return place_rows(values, layout[: len(values)], positions, patches.context, dtype)
+    return PlaceRows.apply(layout[: len(values)], positions, patches.context, dtype, *values)
 
 
 def shipped_launches(architecture: int) -> dict[str, Launch]:
-    """Return launches that together use every tile size, by name, on tensors of the meta device.
-
-    Args:
-        architecture: compute capability times ten; so far all architectures have the same tile sizes.
-    """
+    """Return launches that together use every tile size, by name, on meta tensors; all architectures have the same."""
     half, single = torch.bfloat16, torch.float32
     launches = {}
     for width, dtype in ((384, half), (384, single), (192, half), (208, half), (208, single)):
@@ -162,16 +149,14 @@ def shipped_launches(architecture: int) -> dict[str, Launch]:
 
 
 def _launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    new = partial(torch.empty, device="meta")
     # A grid of 14 x 14 patches: with a power of two, the division by N would take fewer registers.
-    table, packed = new(196, width), new(16, width)
+    table, packed, by_image = new(196, width), new(16, width), new(2, width)
     row, values = new(8, dtype=torch.int64), new(8, width, dtype=dtype)
     members = new(2, 196, dtype=torch.int32).t()
     # Committed benchmark results are stored under these names.
     return {
-        "combine": combine_launch(values, table, new(2, width), row),
+        "combine": combine_launch(values, table, by_image, row),
         "combine without images": combine_launch(values, table, None, row),
         "place with positions": scatter_launch(packed, row, values, table, row),
         "place": scatter_launch(packed, row, values),
@@ -181,56 +166,43 @@ def _launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     }
 
 
-def _check_shapes(
-    context: Tensor,
-    mask_token: Tensor,
-    positions: Tensor,
-    patches: PatchIndex,
-    layout: PackedLayout,
-    *,
-    action_tokens: Tensor | None,
-    mixer: FeatureMixer | None,
-) -> None:
+def _named_inputs(
+    context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: FeatureMixer | None
+) -> dict[str, Tensor]:
+    """Return the inputs that are present, by the names that messages use."""
     if action_tokens is not None and mixer is not None:
         raise ValueError("action_tokens and mixer exclude each other, got both; pass at most one of them")
-    if context.ndim != 2 or positions.ndim != 2 or (action_tokens is not None and action_tokens.ndim != 3):
+    inputs = {"context": context, "mask_token": mask_token, "positions": positions}
+    inputs |= {} if action_tokens is None else {"action_tokens": action_tokens}
+    return inputs | ({} if mixer is None else {f"mixer.{name}": value for name, value in mixer._asdict().items()})
+
+
+def _check_shapes(inputs: dict[str, Tensor], patches: PatchIndex, layout: PackedLayout) -> None:
+    axes = {"context": 2, "positions": 2, "action_tokens": 3}
+    if any(inputs[name].ndim != num_axes for name, num_axes in axes.items() if name in inputs):
         raise ValueError("context, positions and action_tokens must have shapes (C, P), (N, P) and (B, k, P)")
-    width, num_images = context.shape[1], len(layout.offsets) - 1
-    num_tokens = 0 if action_tokens is None else action_tokens.shape[1]
-    shapes = {
-        "mask_token": (mask_token, (width,)),
-        "positions": (positions, (len(positions), width)),
-        "patches.context": (patches.context, (len(context),)),
-        "layout.context": (layout.context, (len(context),)),
-        "layout.targets": (layout.targets, (len(patches.targets),)),
-        "layout.action_tokens": (layout.action_tokens, (num_images * num_tokens,)),
-    }
-    if action_tokens is not None:
-        shapes["action_tokens"] = action_tokens, (num_images, num_tokens, width)
-    if mixer is not None:
-        num_actions = mixer.action.shape[-1]
-        sizes = {"w1": (width, width + num_actions), "w2": (width, width), "w3": (width, width)}
-        sizes |= {"action": (num_images, num_actions), "b1": (width,), "b2": (width,), "b3": (width,)}
-        shapes |= {f"mixer.{name}": (getattr(mixer, name), size) for name, size in sizes.items()}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    num_context, width = inputs["context"].shape
+    num_images = len(layout.offsets) - 1
+    num_tokens = inputs["action_tokens"].shape[1] if "action_tokens" in inputs else 0
+    num_actions = inputs["mixer.action"].shape[-1] if "mixer.action" in inputs else 0
+    tensors = inputs | {"patches.context": patches.context}
+    tensors |= {f"layout.{name}": value for name, value in layout._asdict().items()}
+    shapes = {"patches.context": (num_context,), "layout.context": (num_context,),
+              "layout.targets": (len(patches.targets),), "layout.action_tokens": (num_images * num_tokens,),
+              "mask_token": (width,), "positions": (len(inputs["positions"]), width),
+              "action_tokens": (num_images, num_tokens, width), "mixer.action": (num_images, num_actions),
+              "mixer.w1": (width, width + num_actions), "mixer.w2": (width, width), "mixer.w3": (width, width),
+              "mixer.b1": (width,), "mixer.b2": (width,), "mixer.b3": (width,)}  # fmt: skip
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
 
 
-def _check_inputs(
-    context: Tensor, mask_token: Tensor, positions: Tensor, action_tokens: Tensor | None, mixer: FeatureMixer | None
-) -> None:
-    reason = why_unsupported(context.shape[1])
-    if reason:
-        raise ValueError(f"fused predictor_input {reason}; set runtime.ops=reference")
-    inputs = {"context": context, "mask_token": mask_token, "positions": positions, "action_tokens": action_tokens}
-    inputs |= {} if mixer is None else {f"mixer.{name}": value for name, value in mixer._asdict().items()}
+def _check_fused(inputs: dict[str, Tensor]) -> None:
+    width = inputs["context"].shape[1]
+    if width % 16 != 0:
+        raise ValueError(
+            f"fused predictor_input supports widths that are multiples of 16, got {width}; set runtime.ops=reference"
+        )
     for name, tensor in inputs.items():
-        if tensor is not None:
-            check_dtype(name, tensor)
-            check_contiguous(name, tensor)
-
-
-def why_unsupported(width: int) -> str:
-    """Return why there is no kernel for this width, as a sentence without its subject; empty if there is one."""
-    return "" if width % 16 == 0 else f"supports widths that are multiples of 16, got {width}"
+        check_tensor(name, tensor)

@@ -23,8 +23,13 @@ def normalize_view(view: UInt8[Tensor, "B H W 3"], normalization: Normalization)
     return normalized.copy_(view.permute(0, 3, 1, 2)).mul_(scale).sub_(shift)
 
 
+def to_unit_range(view: Float[Tensor, "B 3 H W"], normalization: Normalization) -> Float[Tensor, "B 3 H W"]:
+    """Convert the network's input back to colours from 0 to 1; values of other tensors may lie outside."""
+    mean, std = (view.new_tensor(values)[:, None, None] for values in normalization)
+    return view * std + mean
+
+
 def denormalize_view(view: Float[Tensor, "B 3 H W"], normalization: Normalization) -> UInt8[Tensor, "B H W 3"]:
     """Convert the network's input back to pixels, for figures."""
-    mean, std = (view.new_tensor(values) for values in normalization)
-    pixels = (view.permute(0, 2, 3, 1) * std + mean) * 255
+    pixels = to_unit_range(view, normalization).permute(0, 2, 3, 1) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8)

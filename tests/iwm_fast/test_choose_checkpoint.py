@@ -83,7 +83,8 @@ def test_results_of_a_chosen_checkpoint_have_their_own_names(trained):
     assert (folder / "mrr_default-step-00000005_ranks.parquet").is_file()
     pictures = imagine(ImagineConfig(run=str(trained), num_images=1, bank_size=2, steps=2, checkpoint="5"))
     assert [path.name for path in pictures] == [
-        "imagine-step-00000005.png", "imagine-step-00000005_sweeps.png", "imagine-step-00000005.html"
+        "imagine-step-00000005.png", "imagine-step-00000005_sweeps.png", "imagine-step-00000005_plots.png",
+        "imagine-step-00000005.html",
     ]  # fmt: skip
 
 

@@ -36,18 +36,21 @@ def test_every_evaluation_has_documented_settings():
 
 QUICK = {
     "mrr": ["num_images=2", "bank_size=4", "families=[jitter]"],
+    "rollout": ["num_images=2", "bank_size=4", "max_actions=2"],
     "knn": [],
     "linear": ["epochs=2"],
     "attentive": ["epochs=1", "lrs=[1e-3]"],
     "plan": ["num_images=2", "num_train_images=8", "population=8", "rounds=2"],
     "finetune": ["arms=attentive", "tune.epochs=1", "tune.warmup_epochs=0", "tune.global_batch_size=16",
                  "tune.precision=fp32", "runtime.engine=plain", "runtime.device=cpu"],
+    "decode": ["controls=false", "decoder.dim=16", "tune.steps=2", "tune.global_batch_size=16", "tune.precision=fp32",
+               "runtime.engine=plain", "runtime.device=cpu"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", QUICK)
 def test_an_evaluation_prints_a_table_and_writes_rows(task, trained, tiny_shards, capsys):
-    command = ["plan"] if task == "plan" else ["evaluate", task]
+    command = [task] if task in ("plan", "decode") else ["evaluate", task]
     main([*command, f"run={trained}", *data(tiny_shards), *QUICK[task]])
     printed = capsys.readouterr().out
     (path,) = (trained / "evaluations").glob(f"{task}*.json")

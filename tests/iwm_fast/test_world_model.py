@@ -114,6 +114,23 @@ def test_predictions_cover_all_positions_from_images_or_from_tokens(model):
     assert not any(value.requires_grad for value in (predicted, tokens, model.encode_targets(view)))
 
 
+def test_the_difference_readout_is_the_effect_of_the_action_on_the_sources_own_target_tokens(model):
+    view, action, no_action = torch.randn(3, 3, 16, 16), torch.randn(1, 7), torch.zeros(1, 7)
+    model.encoder.norm.weight.mul_(3).add_(torch.arange(16))
+    effect = model.predict(view, action) - model.predict(view, no_action)
+    torch.testing.assert_close(
+        model.predict(view, action, readout="difference"), model.encode_targets(view) + effect, atol=1e-5, rtol=0
+    )
+    own = model.predict(view, no_action, readout="difference")
+    torch.testing.assert_close(own, model.encode_targets(view), atol=1e-5, rtol=0)
+    assert torch.equal(model.predict(view, action, readout="absolute"), model.predict(view, action))
+    # One source for several actions.
+    several = model.predict(view[:1], torch.cat([no_action, action]), readout="difference")
+    torch.testing.assert_close(several[1:], model.predict(view[:1], action, readout="difference"))
+    with pytest.raises(ValueError, match="readout must be absolute or difference, got 'effect'"):
+        model.predict(view, action, readout="effect")
+
+
 def test_targets_are_tokens_normalised_without_parameters(model):
     view = torch.randn(2, 3, 16, 16)
     # Change the final norm, which does nothing in an untrained encoder.

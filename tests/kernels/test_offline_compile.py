@@ -51,3 +51,9 @@ def has_matrix_product(name: str) -> bool:
 def test_other_lengths_batch_sizes_and_heads_use_the_same_binaries():
     (counted,) = run_compiler("binaries")
     assert counted["binaries"] == counted["settings"] == 2
+
+
+def test_figures_stay_current_when_a_kernel_moves_to_another_line():
+    (printed,) = run_compiler("digest")
+    before, moved, changed = printed["digests"]
+    assert before == moved != changed

@@ -3,6 +3,7 @@
 python compile_shipped.py figures 90 all      print a JSON line per launch configuration
 python compile_shipped.py figures 90 sample   the same; launches with current committed figures are only sampled
 python compile_shipped.py binaries            count the binaries that Triton compiles for calls of many sizes
+python compile_shipped.py digest              print the digest of a launch, and that of the same kernel further down
 """
 
 import json
@@ -16,11 +17,16 @@ from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
 from benchmarks.harness import results
+from benchmarks.kernels.compiler_report import MODULES
 from iwm_fast.kernels.attention import op
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.launch import Launch, as_constexpr
 from iwm_fast.kernels.offline_compile import CompilationReport, compile_for, source_digest
-from iwm_fast.kernels.ops import shipped_launches
+
+
+def shipped_launches(architecture: int) -> dict[str, Launch]:
+    """Return all launches of an architecture by name."""
+    return {name: each for module in MODULES.values() for name, each in module.shipped_launches(architecture).items()}
 
 
 class NoDriver:
@@ -47,7 +53,7 @@ def figures(architecture: int, extent: str) -> None:
     """
     committed = {
         record.shape["launch"]: record.figures
-        for record in results.read_committed(results.offline(triton.__version__).stem)
+        for record in results.read(results.offline(triton.__version__).stem)
         if record.what == "launch" and record.shape["arch"] == architecture
     }
     for number, (name, launch) in enumerate(shipped_launches(architecture).items()):
@@ -86,5 +92,19 @@ def binaries() -> None:
     print(json.dumps({"binaries": sum(binaries_by_kernel.values()), "settings": len(settings)}))
 
 
+def digest() -> None:
+    """Print the digests of a launch before and after its kernel moves to another line, and with another constant."""
+    launch = next(iter(shipped_launches(90).values()))
+    digests = [source_digest(launch, 90)]
+    launch.kernel.starting_line_number += 1
+    launch.kernel.hash = None
+    constants = launch.constants | {"SCALE": 1.0}
+    digests += [source_digest(launch, 90), source_digest(launch._replace(constants=constants), 90)]
+    print(json.dumps({"digests": digests}))
+
+
 if __name__ == "__main__":
-    figures(int(sys.argv[2]), sys.argv[3]) if sys.argv[1] == "figures" else binaries()
+    if sys.argv[1] == "figures":
+        figures(int(sys.argv[2]), sys.argv[3])
+    else:
+        {"binaries": binaries, "digest": digest}[sys.argv[1]]()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwm_fast.config.finetuning import TuneTaskConfig
+from iwm_fast.config.finetuning import TrainedSettings
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.runtime.distributed import RankInfo
@@ -18,22 +18,23 @@ Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
 """Maps normalised images to the tokens of all their patches."""
 
 
-def build_networks(model: WorldModel, settings: TuneTaskConfig, rank_info: RankInfo, variant: str = "") -> Student:
+def build_networks(model: WorldModel, settings: TrainedSettings, rank_info: RankInfo, variant: str = "") -> Student:
     """Build copies of the run's encoder and predictor on the CPU, with the kernels that `settings.runtime` selects.
 
-    The variant "random_predictor" has a new predictor and "untrained_head" a new encoder, by the seed of the settings.
+    The variant "random_predictor" has a new predictor, "untrained_head" and "untrained_encoder" a new encoder, by the
+    seed of the settings.
     """
     student = _build_student(model, settings, rank_info, model.config.seed)
     student.encoder.load_state_dict(model.encoder.state_dict())
     student.predictor.load_state_dict(model.predictor.state_dict())
     if variant == "random_predictor":
         student.predictor = _build_student(model, settings, rank_info, settings.seed).predictor
-    if variant == "untrained_head":
+    if variant in ("untrained_head", "untrained_encoder"):
         student.encoder = _build_student(model, settings, rank_info, settings.seed).encoder
     return student
 
 
-def _build_student(model: WorldModel, settings: TuneTaskConfig, rank_info: RankInfo, seed: int) -> Student:
+def _build_student(model: WorldModel, settings: TrainedSettings, rank_info: RankInfo, seed: int) -> Student:
     config = replace(model.config, runtime=settings.runtime, seed=seed)
     # All patches are both context and targets; action tokens and the token of a task may follow.
     num_tokens = 2 * config.grid**2 + len(config.views.entries) + 1

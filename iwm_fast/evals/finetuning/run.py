@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from iwm_fast.config.batch_size import describe_large_batch, split_batch
-from iwm_fast.config.finetuning import TuneTaskConfig
-from iwm_fast.config.run import OptimConfig, OutputConfig, RunConfig
+from iwm_fast.config.finetuning import TrainedSettings
+from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
 from iwm_fast.evals.results import Result, Row, name_with_step
@@ -37,11 +37,15 @@ from iwm_fast.world_model import WorldModel
 log = logging.getLogger(__name__)
 
 
+# The settings of one evaluation.
+Settings = TypeVar("Settings", bound=TrainedSettings)
+
+
 @dataclass(frozen=True, kw_only=True)
-class FinetuneContext:
+class FinetuneContext(Generic[Settings]):
     """Settings, data and process that all networks of one evaluation are trained and measured with."""
 
-    settings: TuneTaskConfig
+    settings: Settings
     """Settings of the evaluation."""
     model_config: RunConfig
     """Settings of the run; networks, views and loader are configured by them."""
@@ -58,7 +62,7 @@ class FinetuneContext:
     @property
     def run_config(self) -> RunConfig:
         """Settings in the form that engines and loaders accept."""
-        return build_run_config(self.settings, self.model_config, self.folder)
+        return build_run_config(self.settings, self.model_config, self.folder, self.train.num_samples)
 
     def make_result(self, task: str, rows: list[Row], details: dict[str, Any]) -> Result:
         """Return the result of the evaluation with this name."""
@@ -74,8 +78,8 @@ class FinetuneContext:
 
 
 def open_context(
-    name: str, settings: TuneTaskConfig, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
-) -> FinetuneContext:
+    name: str, settings: Settings, model: WorldModel, rank_info: RankInfo, preemption: Preemption | None
+) -> FinetuneContext[Settings]:
     """Open the shards for an evaluation of a run; `name` is the name of the evaluation.
 
     Raises:
@@ -119,7 +123,7 @@ def train_job(job: Job, context: FinetuneContext) -> TrainStats:
     settings, rank_info = context.settings, context.rank_info
     # Sizes that do not divide are refused here, before the engine and the loader are built.
     split_global_batch(settings, rank_info.world_size)
-    config = build_run_config(settings, context.model_config, context.folder / job.name)
+    config = build_run_config(settings, context.model_config, context.folder / job.name, context.train.num_samples)
     warning = describe_large_batch("tune", settings.tune.global_batch_size, context.train.num_samples)
     if warning and rank_info.rank == 0:
         log.warning("%s", warning)
@@ -144,9 +148,11 @@ def task_folder(run: str | Path, task: str, name: str = "") -> Path:
     return Path(run) / "evaluations" / (f"{task}_{name}" if name else task)
 
 
-def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: Path) -> RunConfig:
-    """Return a run configuration with the networks of `model_config` and the training of `settings`."""
-    tune, augment = settings.tune, settings.augment
+def build_run_config(settings: TrainedSettings, model_config: RunConfig, folder: Path, num_samples: int) -> RunConfig:
+    """Return a run configuration with the networks of `model_config` and the training of `settings`.
+
+    `num_samples` is the number of training samples.
+    """
     return replace(
         model_config,
         seed=settings.seed,
@@ -159,24 +165,8 @@ def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: 
             mixture=(),
             val=settings.data.val,
         ),
-        views=replace(
-            model_config.views,
-            crop=replace(model_config.views.crop, scale=augment.crop_scale),
-            flip=replace(model_config.views.flip, probability=augment.flip),
-        ),
-        optim=OptimConfig(
-            global_batch_size=tune.global_batch_size,
-            epochs=tune.epochs,
-            warmup_epochs=tune.warmup_epochs,
-            lr=tune.lr,
-            lr_start=0.0,
-            lr_end=0.0,
-            weight_decay=(tune.weight_decay, tune.weight_decay),
-            schedule_stretch=1.0,
-            betas=tune.betas,
-            clip_norm=tune.clip_norm,
-            precision=tune.precision,
-        ),
+        views=settings.training_views(model_config.views),
+        optim=settings.optim(num_samples),
         runtime=settings.runtime,
         # Two checkpoints, because the newest one may be damaged.
         output=OutputConfig(
@@ -185,7 +175,7 @@ def build_run_config(settings: TuneTaskConfig, model_config: RunConfig, folder: 
     )
 
 
-def split_global_batch(settings: TuneTaskConfig, world_size: int) -> tuple[int, int]:
+def split_global_batch(settings: TrainedSettings, world_size: int) -> tuple[int, int]:
     """Return the micro-batch size (images per rank and forward) and the number of micro-batches per optimiser step.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Finetuning as a task of the trainer: any module on top of a run, trained on a stream of single views."""
+"""Finetuning as a task of the trainer: any module on top of a run, on augmented images or the views of pretraining."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.batch_size import accumulation_steps
-from iwm_fast.config.finetuning import TuneTaskConfig
+from iwm_fast.config.finetuning import TrainedSettings, TuneTaskConfig
 from iwm_fast.config.fingerprint import fingerprint
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.config.run import RunConfig
@@ -28,7 +28,7 @@ from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.loaders import finetune_loader
+from iwm_fast.training.loaders import finetune_loader, training_loader
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.seeding import seeded_rng
 from iwm_fast.training.step import StepRecorder, StepReport
@@ -103,7 +103,7 @@ class FinetuneTask:
     )
 
     def __init__(
-        self, job: Job, settings: TuneTaskConfig, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo
+        self, job: Job, settings: TrainedSettings, config: RunConfig, *, shards: ShardSet, rank_info: RankInfo
     ) -> None:
         self.config: RunConfig = config
         self.rank_info: RankInfo = rank_info
@@ -111,7 +111,7 @@ class FinetuneTask:
         self.fingerprint: dict[str, Any] = job_fingerprint(job, settings, config, shards)
         self.meter = ThroughputMeter(global_batch_size=config.optim.global_batch_size, num_ranks=rank_info.world_size)
         self._job: Job = job
-        self._augment = settings.augment.operations if settings.augment.rand_augment else None
+        self._settings: TrainedSettings = settings
         self._accumulation: int = accumulation_steps(config, rank_info.world_size)[1]
         self._dtype: torch.dtype | None = compute_dtype(config)
         self._engine: Engine | None = None
@@ -151,7 +151,12 @@ class FinetuneTask:
         return self._engine
 
     def open_stream(self, state: TrainState) -> Iterator[Batch]:
-        self._loader = finetune_loader(self.config, self._augment, self.shards, self.rank_info, state.step)
+        settings, stream = self._settings, (self.shards, self.rank_info, state.step)
+        if isinstance(settings, TuneTaskConfig):
+            augment = settings.augment.operations if settings.augment.rand_augment else None
+            self._loader = finetune_loader(self.config, augment, *stream)
+        else:
+            self._loader = training_loader(self.config, *stream)
         return self._loader
 
     def step(self, batches: Iterator[Batch], schedules: Schedules, state: TrainState) -> StepReport:
@@ -195,10 +200,11 @@ class FinetuneTask:
         self._job.module.eval()
 
 
-def job_fingerprint(job: Job, settings: TuneTaskConfig, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+def job_fingerprint(job: Job, settings: TrainedSettings, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """Return all values that decide a job's result, by dotted name; shards are identified by content, not by path."""
     run = fingerprint(config, shards.content_digest)
     of_run = {name: value for name, value in run.items() if name.startswith(_RUN_SETTINGS)}
-    groups = {name: config_to_dict(getattr(settings, name)) for name in ("tune", "augment")}
+    names = ("tune", "augment") if isinstance(settings, TuneTaskConfig) else ("tune",)
+    groups = {name: config_to_dict(getattr(settings, name)) for name in names}
     of_job = {f"{group}.{name}": value for group, tree in groups.items() for name, value in tree.items()}
     return of_run | of_job | {"data.label": settings.data.label} | job.origin

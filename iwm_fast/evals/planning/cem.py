@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
-from iwm_fast.config.evaluation import PlanConfig
+from iwm_fast.config.evaluation import PlanConfig, Readout
 from iwm_fast.evals.retrieval.bank import max_sequences_per_forward
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.counter_rng import uniforms
@@ -105,7 +105,7 @@ def _draw(
 
 
 def distance_to(
-    model: WorldModel, source: Float[Tensor, "1 3 H W"], target: Float[Tensor, "1 3 H W"]
+    model: WorldModel, source: Float[Tensor, "1 3 H W"], target: Float[Tensor, "1 3 H W"], readout: Readout
 ) -> DistanceFunction:
     """Return a function that measures how far predictions from the source are from the target's tokens."""
     # Encoded once for all rounds of a search.
@@ -114,7 +114,7 @@ def distance_to(
 
     def distance(actions: Float32[np.ndarray, "P A"]) -> Float64[np.ndarray, "P"]:
         chunks = torch.from_numpy(actions).split(chunk_size)
-        predictions = (model.predict_from(source_tokens.expand(len(chunk), -1, -1), chunk) for chunk in chunks)
+        predictions = (model.predict_from(source_tokens, chunk, readout=readout) for chunk in chunks)
         distances = [(predicted - target_tokens).square().mean(dim=(1, 2)) for predicted in predictions]
         return torch.cat(distances).double().cpu().numpy()
 

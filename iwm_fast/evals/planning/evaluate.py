@@ -9,7 +9,7 @@ from frozen features, fitted to training images. No choice is made on the valida
 Crop and flip entries are not searched for, because source and target show the same region.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,20 +21,23 @@ from iwm_fast.config.evaluation import PlanConfig
 from iwm_fast.evals.datasets import compute_sharded, evenly_spaced, require_readable, training_shards, validation_shards
 from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
-from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows
+from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows, recovery_plots
 from iwm_fast.evals.planning.ridge import ridge
 from iwm_fast.evals.results import Result, Row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import change_from_action, describe_action
+from iwm_fast.rendering.charts import RecoveryPlot, save_plots
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, rank_zero_only, single_process
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.world_model import WorldModel
 
 
 def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Result:
-    """Measure how well known changes are recovered, and save `plan`. Collective: every rank must call it.
+    """Measure how well known changes are recovered, and save `plan`, or `plan_difference` with that readout.
+
+    A picture beside the result shows the true and the recovered numbers. Collective: every rank must call it.
 
     Raises:
         FileNotFoundError, CheckpointError, ShardError: if the run or its shards cannot be used.
@@ -53,6 +56,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     broadcast_from_rank_zero(lambda: require_readable(*selected))
     searched = searched_entries(model.config.views)
     rows: list[Row] = []
+    plots: list[RecoveryPlot] = []
     for kind in SOURCE_KINDS:
         # Flags say how a source was destroyed, the other entries how a target differs from a clean source.
         is_flag = kind == "destroyed"
@@ -61,13 +65,21 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             errors = measure(model, train, val, kind, config, rank_info=rank_info)
             rows += parameter_rows(errors, reported, model.config, config.seed)
             rows += distance_rows(errors, kind, config.seed)
+            plots += recovery_plots(errors, reported, model.config)
+    name = "plan" if config.readout == "absolute" else f"plan_{config.readout}"
     result = Result(
-        task="plan", name=name_with_step("plan", config.checkpoint, model.step), rows=tuple(rows), step=model.step,
+        task="plan", name=name_with_step(name, config.checkpoint, model.step), rows=tuple(rows), step=model.step,
         seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
-    rank_zero_only(lambda: save_result(config.run, result))
+    rank_zero_only(lambda: _save(result, plots))
     return result
+
+
+def _save(result: Result, plots: Sequence[RecoveryPlot]) -> None:
+    path = save_result(result.settings["run"], result).with_suffix(".png")
+    if plots:
+        save_plots(path, plots, f"Changes between pairs of images, {result.name}, step {result.step}")
 
 
 def measure(
@@ -105,9 +117,10 @@ def measure(
 def _search(model: WorldModel, control: WorldModel, pair: ImagePair, config: PlanConfig) -> Float[Tensor, "columns"]:
     """Return, joined: actions (true, searched, by the control), distances (searched, true, no change), `has_colour`."""
     prior = training_prior(model.config.views)
-    distance = distance_to(model, pair.source, pair.target)
-    searched = search(distance, prior, config, pair.sample)
-    untrained = search(distance_to(control, pair.source, pair.target), prior, config, pair.sample)
+    distance, control_distance = (
+        distance_to(network, pair.source, pair.target, config.readout) for network in (model, control)
+    )
+    searched, untrained = (search(function, prior, config, pair.sample) for function in (distance, control_distance))
     other_distances = distance(np.stack([pair.action, np.zeros_like(pair.action)]))
     numbers = [searched.distance, *other_distances, pair.has_colour]
     return torch.from_numpy(
@@ -144,9 +157,9 @@ def plan_images(config: PlanConfig) -> PlannedChange:
     require(bool(config.source), "source and target", (config.source, config.target), "both name image files")
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     prior, views = training_prior(model.config.views), model.config.views
-    distance = distance_to(
-        model, *(model.load_image(path, max_pixels=config.data.max_pixels) for path in (config.source, config.target))
-    )
+    paths = config.source, config.target
+    source, target = (model.load_image(path, max_pixels=config.data.max_pixels) for path in paths)
+    distance = distance_to(model, source, target, config.readout)
     result = search(distance, prior, config, sample=0)
     (distance_before,) = distance(np.zeros((1, len(result.action)), np.float32))
     change = change_from_action(result.action[None], views)

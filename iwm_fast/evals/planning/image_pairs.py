@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iwm_fast.evals.datasets import clean_images
 from iwm_fast.evals.planning.cem import searched_entries
-from iwm_fast.evals.retrieval.bank import bank_views
+from iwm_fast.evals.retrieval.bank import bank_views, has_colour
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.base import Parameters
@@ -23,9 +23,6 @@ from iwm_fast.world_model import WorldModel
 SourceKind = Literal["clean", "destroyed"]
 """A clean source is unchanged; a destroyed one has each transformation that the run knows with probability 1/2."""
 SOURCE_KINDS: tuple[SourceKind, ...] = ("clean", "destroyed")
-
-# Of 255. The channels of a photograph without colour differ by no more than rounding and compression make them differ.
-_MIN_COLOUR_SPREAD = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +54,8 @@ def draw_pairs(
         change = draw_change(model.config.views, sample, kind=kind, split=split, seed=seed)
         rendered = (render(pixels[None], parameters, model.config.views) for parameters in change)
         source, target = (normalize_view(view, model.config.data.normalization) for view in rendered)
-        colour_spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
-        has_colour = bool(colour_spread.mean() >= _MIN_COLOUR_SPREAD)
         (action,) = action_vector(*change, model.config.views)
-        yield ImagePair(sample=sample, source=source, target=target, action=action, has_colour=has_colour)
+        yield ImagePair(sample=sample, source=source, target=target, action=action, has_colour=has_colour(pixels))
 
 
 def draw_change(

@@ -11,6 +11,7 @@ from iwm_fast.evals.planning.image_pairs import SourceKind
 from iwm_fast.evals.results import Row, mean_row
 from iwm_fast.pipelines.transforms.action import action_vector, change_from_action
 from iwm_fast.pipelines.transforms.composition import identity_parameters
+from iwm_fast.rendering.charts import RecoveryPlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,38 @@ def _error_of_guess(errors: PlanningErrors, name: str, config: RunConfig) -> Flo
         change_from_action(action, config.views)[name].astype(np.float64) for action in (guesses, errors.true)
     )
     return np.abs(guess - true[:, None]).mean(axis=1)
+
+
+def recovery_plots(errors: PlanningErrors, entries: Sequence[str], config: RunConfig) -> list[RecoveryPlot]:
+    """Return a plot of the true change against those of search and regression for each number of the action.
+
+    Photographs without colour are left out where an entry needs colours.
+    """
+    plots = []
+    for name in entries:
+        entry = config.views.all_entries[name]
+        shown = (errors.has_colour > 0) | (not entry.needs_color)
+        true, searched, regressed = (
+            change_from_action(action[shown], config.views)[name]
+            for action in (errors.true, errors.searched, errors.regressed)
+        )
+        if entry.is_flag or not len(true):
+            continue
+        series = {"search": searched, "regression": regressed}
+        texts = [f"{label} {np.abs(values - true).mean():.3f}" for label, values in series.items()]
+        ends = np.concatenate([true, searched, regressed])
+        plots.append(
+            RecoveryPlot(
+                title=name.capitalize(),
+                note=f"{len(true)} images; mean error: {'; '.join(texts)}; no change {np.abs(true).mean():.3f}",
+                limits=(float(ends.min()), float(ends.max())),
+                no_change=0.0,
+                x_label="true change",
+                asked=true,
+                recovered=series,
+            )
+        )
+    return plots
 
 
 def distance_rows(errors: PlanningErrors, kind: SourceKind, seed: int) -> list[Row]:

@@ -5,6 +5,7 @@ changed, from the clean image. One that only the source has, such as blur, predi
 that it has destroyed.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from iwm_fast import world_model
+from iwm_fast.config.evaluation import READOUTS, Readout
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
@@ -22,6 +24,8 @@ from iwm_fast.world_model import WorldModel
 
 # The reference attention stores all scores of a forward. This many numbers take a few hundred MB with their softmax.
 _MAX_ATTENTION_SCORES = 2**26
+# Of 255. The channels of a photograph without colour differ by no more than rounding and compression make them differ.
+_MIN_COLOUR_SPREAD = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,12 @@ def source_parameters(family: str, views: ViewConfig, num_images: int = 1) -> Pa
     return identity_parameters(views, num_images) | operation.query_source(num_images)
 
 
+def has_colour(pixels: UInt8[Tensor, "H W 3"]) -> bool:
+    """Return whether a photograph has colours; without them, some changes cannot be seen."""
+    spread = pixels.amax(dim=-1).float() - pixels.amin(dim=-1).float()
+    return bool(spread.mean() >= _MIN_COLOUR_SPREAD)
+
+
 def make_query(pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, family: str, model: WorldModel) -> Query:
     """Return the source of a family and the actions to all candidates, with the run's own entries and scales."""
     views = model.config.views
@@ -141,7 +151,30 @@ def predict_query(model: WorldModel, query: Query) -> Float[Tensor, "M ND"]:
     """Return the tokens predicted for each action from all patches of the source at all positions, flattened."""
     tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
     chunks = query.action.split(max_sequences_per_forward(model))
-    return torch.cat([model.predict_from(tokens.expand(len(chunk), -1, -1), chunk).flatten(1) for chunk in chunks])
+    return torch.cat([model.predict_from(tokens, chunk).flatten(1) for chunk in chunks])
+
+
+@torch.no_grad()
+def read_out(
+    model: WorldModel, query: Query, readouts: Sequence[Readout] = READOUTS
+) -> Iterator[Float[Tensor, "Q ND"]]:
+    """Yield the tokens that each readout gives for all actions of a query, flattened."""
+    predicted = predict_query(model, query)
+    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
+    for readout in readouts:
+        yield predicted + model.readout_offset(tokens, readout).flatten(1)
+
+
+def query_distances(
+    model: WorldModel, query: Query, target: Float[Tensor, "M ND"], readouts: Sequence[Readout]
+) -> Float[Tensor, "readouts Q M"]:
+    """Return the mean squared differences of each prediction of a query and each target, for each readout."""
+    return torch.stack([mean_squared_distances(tokens, target) for tokens in read_out(model, query, readouts)])
+
+
+def metric_name(metric: str, readout: Readout) -> str:
+    """Return the name of a metric of predictions, which is the metric's own for the absolute readout."""
+    return metric if readout == "absolute" else f"{metric}_{readout}_readout"
 
 
 def mean_squared_distances(predicted: Float[Tensor, "Q ND"], target: Float[Tensor, "M ND"]) -> Float[Tensor, "Q M"]:

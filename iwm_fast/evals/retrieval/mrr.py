@@ -6,7 +6,9 @@ ranked by the squared distance of their tokens to the prediction, and each candi
 Transformations of both views are predicted from the clean image. Those of the source view only are predicted from the
 destroyed image with their flag set: no predictor learns the way from a clean to a destroyed image. Ties get their mean
 rank, so a predictor that ignores the action scores close to chance instead of 0. Source: paper section 4; the
-directions of the families are ours.
+directions of the families are ours. So is the second readout: besides the prediction itself (the paper's protocol), the
+effect of the action on the source's own tokens is looked up, as `WorldModel.predict` explains. Its metrics have names
+of their own.
 
 Images are processed one at a time and leave only their ranks, so memory grows with the bank (two token maps per
 candidate) but not with the number of images. With several ranks, each processes its share of the images.
@@ -23,7 +25,7 @@ from jaxtyping import Float32, Int64, UInt8
 from pyarrow import parquet
 from torch import Tensor
 
-from iwm_fast.config.evaluation import MrrConfig
+from iwm_fast.config.evaluation import READOUTS, MrrConfig, Readout
 from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, require_readable, validation_shards
 from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
 from iwm_fast.evals.retrieval.bank import (
@@ -36,9 +38,9 @@ from iwm_fast.evals.retrieval.bank import (
     draw_bank,
     encode_bank,
     make_query,
-    mean_squared_distances,
+    metric_name,
     open_world_model,
-    predict_query,
+    query_distances,
     with_untrained_predictor,
 )
 from iwm_fast.pipelines.config import require
@@ -52,8 +54,8 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-Ranks = Float32[np.ndarray, "images families M"]
-"""Ranks of the correct answers, from 1."""
+Ranks = Float32[np.ndarray, "models readouts images families M"]
+"""Ranks of the correct answers, from 1, of the run's model and its control."""
 
 
 def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result:
@@ -75,49 +77,59 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     samples = evenly_spaced(shards.num_samples, config.num_images)
     broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
     models = [model, with_untrained_predictor(model, config.seed)]
-    shape = len(models), len(families), config.bank_size
+    shape = len(models) * len(READOUTS), len(families), config.bank_size
 
     def rank_share(local: Int64[np.ndarray, "share"]) -> Iterator[Tensor]:
-        return map(torch.from_numpy, rank_images(models, shards, local, config))
+        return map(torch.from_numpy, rank_images(models, shards, local, config, READOUTS))
 
-    ranks = compute_sharded(samples, rank_share, shape, "images ranked", rank_info)
-    rank, control_rank = ranks.cpu().numpy().swapaxes(0, 1)
-    result = _make_result(rank, control_rank, model, config)
+    values = compute_sharded(samples, rank_share, shape, "images ranked", rank_info).cpu().numpy()
+    ranks = values.reshape(len(samples), len(models), len(READOUTS), *values.shape[2:]).transpose(1, 2, 0, 3, 4)
+    result = _make_result(ranks, model, config)
     keys = [to_valid_unicode(shards.key(int(sample))) for sample in samples]
-    rank_zero_only(lambda: _save(result, keys, rank, control_rank))
+    rank_zero_only(lambda: _save(result, keys, ranks))
     return result
 
 
 def rank_images(
-    models: list[WorldModel], shards: ShardSet, samples: Int64[np.ndarray, "images"], config: MrrConfig
-) -> Iterator[Float32[np.ndarray, "models families M"]]:
+    models: list[WorldModel],
+    shards: ShardSet,
+    samples: Int64[np.ndarray, "images"],
+    config: MrrConfig,
+    readouts: Sequence[Readout] = ("absolute",),
+) -> Iterator[Float32[np.ndarray, "predictions families M"]]:
     """Yield for each image the ranks of the correct answers, in the same bank for all models.
 
-    The models must share their encoder; only the predictors are compared. Not collective.
+    The first axis has all readouts of the first model, then those of the next. The models must share their encoder;
+    only the predictors are compared. Not collective.
     """
     views = models[0].config.views
     families = _families(config, views)
     for pixels, sample in clean_images(models[0], shards, samples):
-        ranks: dict[str, Float32[np.ndarray, "models M"]] = {}
+        ranks: dict[str, Float32[np.ndarray, "predictions M"]] = {}
         for name in dict.fromkeys(bank_family(family, views) for family in families):
             bank = draw_bank(pixels, sample, config.bank_size, model=models[0], strengths=config.bank,
                              seed=config.seed, family=name)  # fmt: skip
             sharing = [family for family in families if bank_family(family, views) == name]
-            ranks |= zip(sharing, ranks_in_bank(models, pixels, bank, sharing).swapaxes(0, 1), strict=True)
+            by_family = ranks_in_bank(models, pixels, bank, sharing, readouts).swapaxes(0, 1)
+            ranks |= zip(sharing, by_family, strict=True)
         yield np.stack([ranks[family] for family in families], axis=1)
 
 
 def ranks_in_bank(
-    models: list[WorldModel], pixels: UInt8[Tensor, "H W 3"], bank: CandidateBank, families: Sequence[str]
-) -> Float32[np.ndarray, "models families M"]:
-    """Return the ranks of the correct answers in the bank of one clean image."""
+    models: list[WorldModel],
+    pixels: UInt8[Tensor, "H W 3"],
+    bank: CandidateBank,
+    families: Sequence[str],
+    readouts: Sequence[Readout] = ("absolute",),
+) -> Float32[np.ndarray, "predictions families M"]:
+    """Return the ranks of the correct answers in the bank of one clean image, as `rank_images` does."""
     target = encode_bank(models[0], bank)
     queries = [make_query(pixels, bank, family, models[0]) for family in families]
 
-    def ranks(model: WorldModel, query: Query) -> Float32[np.ndarray, "M"]:
-        return diagonal_ranks(mean_squared_distances(predict_query(model, query), target))
+    def ranks(model: WorldModel, query: Query) -> Float32[np.ndarray, "readouts M"]:
+        return np.stack([diagonal_ranks(distance) for distance in query_distances(model, query, target, readouts)])
 
-    return np.array([[ranks(model, query) for query in queries] for model in models])
+    return np.concatenate([np.stack([ranks(model, query) for query in queries], axis=1) for model in models])
 
 
 def chance_mrr(bank_size: int) -> float:
@@ -131,11 +143,12 @@ def mean_reciprocal_rank(rank: Float32[np.ndarray, "images *rest M"]) -> float:
     return float((1 / rank.astype(np.float64)).mean(axis=-1).mean())
 
 
-def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: MrrConfig) -> Result:
+def _make_result(ranks: Ranks, model: WorldModel, config: MrrConfig) -> Result:
     rows: list[Row] = []
     families = _families(config, model.config.views)
     for index, family in enumerate(families):
-        rows += _family_rows(family, rank[:, index], control_rank[:, index], config.seed)
+        for number, readout in enumerate(READOUTS):
+            rows += _family_rows(family, readout, ranks[:, number, :, index], config.seed)
     views = model.config.views
     drawn = bank_views(views, config.bank)
     banks = dict.fromkeys(bank_family(family, views) for family in families)
@@ -156,9 +169,8 @@ def _make_result(rank: Ranks, control_rank: Ranks, model: WorldModel, config: Mr
     )  # fmt: skip
 
 
-def _family_rows(
-    family: str, rank: Float32[np.ndarray, "images M"], control_rank: Float32[np.ndarray, "images M"], seed: int
-) -> list[Row]:
+def _family_rows(family: str, readout: Readout, ranks: Float32[np.ndarray, "models images M"], seed: int) -> list[Row]:
+    rank, control_rank = ranks.astype(np.float64)
     size = rank.shape[1]
     metrics = {
         "mrr": (lambda rank: 1 / rank, chance_mrr(size)),
@@ -167,8 +179,8 @@ def _family_rows(
     }
     return [
         # The interval is over images, because the queries of one bank are not independent.
-        mean_row(subject=family, metric=metric, values=score(rank.astype(np.float64)).mean(axis=1), seed=seed,
-                 control=score(control_rank.astype(np.float64)), control_name="untrained predictor", chance=chance)
+        mean_row(family, metric_name(metric, readout), score(rank).mean(axis=1), seed,
+                 control=score(control_rank), control_name="untrained predictor", chance=chance)
         for metric, (score, chance) in metrics.items()
     ]  # fmt: skip
 
@@ -193,15 +205,16 @@ def _unsupported_families(families: Sequence[str], views: ViewConfig) -> dict[st
     return {"not_in_action": not_encoded, "not_in_training": not_trained}
 
 
-def _save(result: Result, keys: list[str], rank: Ranks, control_rank: Ranks) -> None:
+def _save(result: Result, keys: list[str], ranks: Ranks) -> None:
     """Write the result and, beside it, a table with one row per image, family and candidate."""
-    _, num_families, size = rank.shape
+    num_families, size = ranks.shape[-2:]
     columns = {
         "key": np.repeat(keys, num_families * size),
         "family": np.tile(np.repeat(result.details["families"], size), len(keys)),
         "member": np.tile(np.arange(size, dtype=np.int32), len(keys) * num_families),
-        "rank": rank.ravel(),
-        "rank_untrained": control_rank.ravel(),
     }
+    for number, readout in enumerate(READOUTS):
+        for name, values in zip(("rank", "rank_untrained"), ranks[:, number], strict=True):
+            columns[metric_name(name, readout)] = values.ravel()
     path = save_result(result.settings["run"], result).with_name(result.details["ranks"])
     replace_file(path, lambda draft: parquet.write_table(pa.table(columns), draft))

@@ -1,26 +1,34 @@
-"""What a prediction retrieves from a bank: a changed image, one action entry swept over its range, the clean image."""
+"""What a prediction shows: a changed image, one action entry swept over its range, or the clean image.
+
+Each readout's prediction retrieves a candidate from a bank and, if there is a pixel decoder, is also decoded, which is
+called imagined.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
+from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
+    Query,
     bank_family,
     bank_views,
     diagonal_ranks,
     encode_bank,
     make_query,
     mean_squared_distances,
-    predict_query,
+    read_out,
     render_bank,
     source_parameters,
 )
+from iwm_fast.evals.retrieval.imagined import decode_pixels
 from iwm_fast.evals.retrieval.mrr import chance_mrr
+from iwm_fast.models.pixel_decoder import PixelDecoder
 from iwm_fast.pipelines.transforms.action import describe_action
 from iwm_fast.pipelines.transforms.base import PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_parameters
@@ -29,6 +37,8 @@ from iwm_fast.world_model import WorldModel
 
 # More columns do not fit on a screen.
 _MAX_COLUMNS = 8
+_RETRIEVED = ("retrieved", "retrieved by difference")
+_IMAGINED = ("imagined", "imagined by difference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +54,10 @@ class BankedImage:
 class RetrievalCase:
     """A query and what its prediction retrieved; a column of a section."""
 
-    panels: tuple[Panel, ...]
-    """Source, correct answer and retrieved candidate."""
-    rank: float
-    """Rank of the correct answer among the candidates."""
+    panels: dict[str, Panel]
+    """Source, correct answer, what each readout imagines if there is a decoder, and what it retrieves; by row label."""
+    ranks: tuple[float, ...]
+    """Rank of the correct answer among the candidates for each readout."""
     num_candidates: int
 
 
@@ -67,58 +77,96 @@ def trained_flags(views: ViewConfig) -> tuple[str, ...]:
     return tuple(item.name for item in inverse if {entry.name for entry in item.entries} & set(views.entries))
 
 
-def retrieve_first(image: BankedImage, model: WorldModel) -> RetrievalCase:
-    """Predict the first candidate of the bank from the clean image, and retrieve it from the bank."""
+def retrieve_version(image: BankedImage, number: int, model: WorldModel, decoder: PixelDecoder | None) -> RetrievalCase:
+    """Predict a candidate of the bank from the clean image, and retrieve it from the bank."""
     query = make_query(image.pixels, image.bank, bank_family("", model.config.views), model)
-    distance = mean_squared_distances(predict_query(model, query), image.target)[:1]
+    query = replace(query, action=query.action[number : number + 1])
+    # The correct answer comes first.
+    order = torch.arange(len(image.bank)).roll(-number)
     change = describe_action(query.action[0].numpy(), model.config.views)
-    return _make_case(query.source, image.bank.pixels, distance, change)
+    return _make_case(query, image.bank.pixels[order], image.target[order], change=change, model=model, decoder=decoder)
 
 
-def retrieve_clean(flag: str, image: BankedImage, model: WorldModel) -> RetrievalCase:
+def retrieve_clean(flag: str, image: BankedImage, model: WorldModel, decoder: PixelDecoder | None) -> RetrievalCase:
     """Predict the clean image from the destroyed one, and retrieve it from among its jittered versions."""
     clean = render_bank(image.pixels, identity_parameters(model.config.views, 1), model)
     query = make_query(image.pixels, clean, flag, model)
     target = torch.cat([encode_bank(model, clean), image.target])
     candidates = torch.cat([clean.pixels, image.bank.pixels])
-    return _make_case(query.source, candidates, mean_squared_distances(predict_query(model, query), target), "")
+    return _make_case(query, candidates, target, change="", model=model, decoder=decoder)
 
 
 def _make_case(
-    source: UInt8[Tensor, "H W 3"], candidates: UInt8[Tensor, "M H W 3"], distance: Float[Tensor, "1 M"], change: str
+    query: Query,
+    candidates: UInt8[Tensor, "M H W 3"],
+    target: Float[Tensor, "M ND"],
+    *,
+    change: str,
+    model: WorldModel,
+    decoder: PixelDecoder | None,
 ) -> RetrievalCase:
-    """Return source, first candidate, which is the correct answer, and nearest candidate as a column."""
-    (rank,) = diagonal_ranks(distance).tolist()
-    images, nearest = candidates.cpu().numpy(), int(distance.argmin())
-    panels = (Panel(pixels=source.cpu().numpy()), Panel(pixels=images[0], caption=change))
-    caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
-    retrieved = Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0)
-    return RetrievalCase(panels=(*panels, retrieved), rank=rank, num_candidates=len(images))
+    """Return a query of one action as a column; the correct answer is the first candidate."""
+    predicted = list(read_out(model, query))
+    distance = torch.cat([mean_squared_distances(tokens, target) for tokens in predicted])
+    images = candidates.cpu().numpy()
+    panels = {"source": Panel(pixels=query.source.cpu().numpy()), "asked for": Panel(pixels=images[0], caption=change)}
+    panels |= {label: row[0] for label, row in imagined_rows(predicted, decoder).items()}
+    ranks = [float(diagonal_ranks(row[None])[0]) for row in distance]
+    for label, nearest, rank in zip(_RETRIEVED, distance.argmin(dim=1).tolist(), ranks, strict=True):
+        caption = "correct" if nearest == 0 else f"correct answer at rank {rank:g}"
+        panels[label] = Panel(pixels=images[nearest], caption=caption, is_correct=nearest == 0)
+    return RetrievalCase(panels=panels, ranks=tuple(ranks), num_candidates=len(images))
+
+
+def imagined_rows(
+    predicted: Sequence[Float[Tensor, "Q ND"]], decoder: PixelDecoder | None
+) -> dict[str, tuple[Panel, ...]]:
+    """Return the decoded predictions of each readout by row label; none without a decoder."""
+    if decoder is None:
+        return {}
+    rows = (tuple(Panel(pixels=pixels) for pixels in decode_pixels(decoder, tokens)) for tokens in predicted)
+    return dict(zip(_IMAGINED, rows, strict=True))
 
 
 def make_sections(title: str, cases: Sequence[RetrievalCase]) -> list[ImageGrid]:
     """Return the cases as columns of one or more sections; the first section has the title and the numbers of all."""
     sections = []
     for first in range(0, len(cases), _MAX_COLUMNS):
-        rows = tuple(zip(*(case.panels for case in cases[first : first + _MAX_COLUMNS]), strict=True))
-        sections.append(ImageGrid(title=title, labels=("source", "asked for", "retrieved"), rows=rows))
+        rows = tuple(zip(*(case.panels.values() for case in cases[first : first + _MAX_COLUMNS]), strict=True))
+        sections.append(ImageGrid(title=title, labels=tuple(cases[0].panels), rows=rows))
         title = ""
-    retrieved = [case.panels[-1] for case in cases]
-    numbers = _summarize([case.rank for case in cases], cases[0].num_candidates, retrieved)
+    retrieved = [[case.panels[label] for case in cases] for label in _RETRIEVED]
+    numbers = _summarize(np.array([case.ranks for case in cases]).T, cases[0].num_candidates, retrieved)
     return [replace(sections[0], numbers=numbers), *sections[1:]]
 
 
-def _summarize(rank: Sequence[float], num_candidates: int, retrieved: Sequence[Panel]) -> dict[str, str]:
-    num_correct = sum(panel.is_correct for panel in retrieved)
-    chance = f"{chance_mrr(num_candidates):.3f} by chance among {num_candidates} versions"
-    reciprocal = (1 / np.array(rank)).mean()
-    return {"correct": f"{num_correct} of {len(retrieved)}", "mean reciprocal rank": f"{reciprocal:.3f}, {chance}"}
+def _summarize(
+    ranks: Shaped[np.ndarray, "readouts queries"], num_candidates: int, retrieved: Sequence[Sequence[Panel]]
+) -> dict[str, str]:
+    num_correct = [f"{sum(panel.is_correct for panel in row)} of {len(row)}" for row in retrieved]
+    reciprocal = [f"{value:.3f}" for value in (1 / ranks).mean(axis=1)]
+    chance = f"by chance {chance_mrr(num_candidates):.3f} among {num_candidates} versions"
+    return {"correct": by_readout(num_correct), "mean reciprocal rank": f"{by_readout(reciprocal)}; {chance}"}
 
 
-def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, strengths: str) -> ImageGrid:
+def by_readout(values: Sequence[str]) -> str:
+    """Return a number of each readout as text, such as "0.335 by absolute readout; 0.377 by difference readout"."""
+    return "; ".join(f"{value} by {readout} readout" for value, readout in zip(values, READOUTS, strict=True))
+
+
+def sweep(
+    entry: str,
+    image: BankedImage,
+    num_values: int,
+    model: WorldModel,
+    *,
+    strengths: str,
+    decoder: PixelDecoder | None = None,
+) -> ImageGrid:
     """Predict `num_values` values of a parameter of the target over its range, the other ones being neutral.
 
-    The candidates are the renderings of these values and the bank of the image.
+    The candidates are the renderings of these values and the bank of the image. Rows are what was asked for, and what
+    each readout imagines, if there is a decoder, and retrieves.
     """
     views = model.config.views
     values = sweep_values(entry, num_values, bank_views(views, strengths))
@@ -126,27 +174,34 @@ def sweep(entry: str, image: BankedImage, num_values: int, model: WorldModel, st
     swept = render_bank(image.pixels, source_parameters(family, views, num_values) | {entry: values}, model)
     target = torch.cat([encode_bank(model, swept), image.target])
     query = make_query(image.pixels, swept, family, model)
-    distance = mean_squared_distances(predict_query(model, query), target)
+    predicted = list(read_out(model, query))
+    distance = torch.stack([mean_squared_distances(tokens, target) for tokens in predicted])
     images = torch.cat([swept.pixels, image.bank.pixels]).cpu().numpy()
     candidate_values = np.concatenate([values, image.bank.parameters[entry]])
-    nearest, rank = distance.argmin(dim=1).cpu().numpy(), diagonal_ranks(distance)
-    requested, retrieved = [], []
-    for index, candidate in enumerate(nearest):
-        requested.append(Panel(pixels=images[index], caption=_format_value(entry, float(values[index]), views)))
+    nearest, ranks = distance.argmin(dim=2).cpu().numpy(), np.stack([diagonal_ranks(rows) for rows in distance])
+    requested = [Panel(pixels=images[index], caption=format_value(entry, float(value), views))
+                 for index, value in enumerate(values)]  # fmt: skip
+
+    def retrieved(index: int, candidate: int, rank: float) -> Panel:
         # Pixels are compared because clipping and rounding can make two values render the same image.
         is_correct = bool((images[candidate] == images[index]).all())
-        value = _format_value(entry, float(candidate_values[candidate]), views)
+        value = format_value(entry, float(candidate_values[candidate]), views)
         origin = " of a bank image" if candidate >= num_values else ""
-        caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank[index]:g}"
-        retrieved.append(Panel(pixels=images[candidate], caption=caption, is_correct=is_correct))
-    error = np.abs(candidate_values[nearest] - values).mean()
+        caption = "correct" if is_correct else f"{value}{origin}; correct answer at rank {rank:g}"
+        return Panel(pixels=images[candidate], caption=caption, is_correct=is_correct)
+
+    imagined = imagined_rows(predicted, decoder)
+    rows = [
+        tuple(map(retrieved, range(num_values), *row)) for row in zip(nearest.tolist(), ranks.tolist(), strict=True)
+    ]
+    errors = [f"{error:.3f}" for error in np.abs(candidate_values[nearest] - values).mean(axis=1)]
     error_of_no_change = np.abs(views.all_entries[entry].neutral - values).mean()
     return ImageGrid(
         title=f"{entry.capitalize()} of the first image, from the minimum to the maximum",
-        labels=("asked for", "retrieved"),
-        rows=(tuple(requested), tuple(retrieved)),
-        numbers=_summarize(rank.tolist(), len(images), retrieved)
-        | {"mean error of the retrieved value": f"{error:.3f}, of no change {error_of_no_change:.3f}"},
+        labels=("asked for", *imagined, *_RETRIEVED),
+        rows=(tuple(requested), *imagined.values(), *rows),
+        numbers=_summarize(ranks, len(images), rows)
+        | {"mean error of the retrieved value": f"{by_readout(errors)}; of no change {error_of_no_change:.3f}"},
     )
 
 
@@ -157,7 +212,7 @@ def sweep_values(entry: str, num_values: int, views: ViewConfig) -> Float32[np.n
     return np.round(np.linspace(middle - strength, middle + strength, num_values), 6).astype(np.float32)
 
 
-def _format_value(name: str, value: float, views: ViewConfig) -> str:
+def format_value(name: str, value: float, views: ViewConfig) -> str:
     """Return a parameter's value as a caption."""
     return "unchanged" if value == views.all_entries[name].neutral else _owner(name, views).caption(name, value)
 

@@ -29,7 +29,6 @@ from benchmarks.pipelines import (
     shuffle_quality,
     smaller_shards,
     stages,
-    startup,
 )
 from benchmarks.pipelines.report import DALI_VIEWS, LOGGED, OURS, STAGES, TORCH_LOADER, TORCHVISION, VIEWS
 from benchmarks.pipelines.shuffle_quality import SortedShards
@@ -211,14 +210,6 @@ def test_memory_growth_is_counted_after_the_warm_up():
     assert figures["slope_bytes_per_batch"] == pytest.approx(100_000) and figures["batches"] == 12
 
 
-def test_opening_is_timed_with_cached_indexes(session, workload):
-    startup.run(session, workload, num_shards=3, samples_per_shard=5)
-    record = single_record(session)
-    assert record.shape == {"shards": 3, "samples": 15} and record.repeats == 5 and record.median_ms > 0
-    (folder,) = workload.folder.glob("linked-*")
-    assert len(list(folder.glob("*.index"))) == 3 and open_shards(str(folder)).num_samples == 15
-
-
 def test_views_from_smaller_shards_are_timed_beside_those_from_the_original_ones(session, workload, monkeypatch):
     # One process, because others import torch first.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
@@ -241,9 +232,13 @@ def test_the_command_reports_skipped_sections_and_goals(tmp_path, capsys):
     assert list(tmp_path.glob("*.jsonl")) == []
 
 
-def test_data_sets_of_several_sizes_are_opened_on_ranks(session, workload, tmp_path):
+def test_data_sets_of_several_sizes_are_opened_in_a_process_and_on_ranks(session, workload, tmp_path):
     workload = dataclasses.replace(workload, folder=tmp_path)
     dataset_opening.run(session, workload, (3, 5), samples_per_shard=4, num_sources=2, num_ranks=2)
+    (here,) = (record for record in session.records if record.what == report.OPENING)
+    assert here.shape == {"shards": 3, "samples": 12} and here.repeats == 5 and here.median_ms > 0
+    folder = tmp_path / "dataset-3x4"
+    assert len(list(folder.glob("*.tar.index"))) == 3 and open_shards(str(folder)).num_samples == 12
     opened = [record for record in session.records if record.what == report.OPENING_ON_RANKS]
     assert [record.shape["samples"] for record in opened] == [12, 20]
     assert all(record.figures["private_mb"] > 0 and record.median_ms > 0 for record in opened)

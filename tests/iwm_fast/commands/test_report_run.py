@@ -1,6 +1,7 @@
 """Reports of runs: their content, that they need no network, and how a browser shows them."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,17 +9,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.rendering.charts import (
-    DotPlot,
-    DotSeries,
-    draw_dot_plot,
+    ForestGroup,
+    ForestRow,
+    draw_forest_plot,
     draw_line_chart,
     draw_waterfall_chart,
-    save_dot_plots,
+    save_forest_plot,
 )
 from iwm_fast.rendering.html import metric_tiles, page, table
 from iwm_fast.train import run
@@ -102,6 +104,18 @@ def test_a_damaged_row_of_metrics_is_left_out(report, tmp_path):
     assert len(PageParser(write_run_report(folder).read_text()).text) > 1000
 
 
+def test_results_have_a_column_for_each_arm_and_a_curve_over_checkpoints(report, tmp_path):
+    folder = shutil.copytree(report.parent, tmp_path / "evaluated")
+    for step, name in ((4, "finetune-step-00000004"), (12, "finetune")):
+        rows = [Row(subject=arm, metric="accuracy", value=step / 100, control=0.01, num_tuned=num_tuned)
+                for arm, num_tuned in (("predictor", 1234), ("encoder", 0))]  # fmt: skip
+        save_result(folder, Result(task="finetune", name=name, rows=tuple(rows), step=step, seed=0, settings={}))
+    text = write_run_report(folder).read_text()
+    assert re.search(r"<th[^>]*></th><th[^>]*>predictor</th><th[^>]*>encoder</th>", text)
+    assert re.search(r"<td[^>]*>trained parameters</td><td[^>]*>1,234</td><td[^>]*></td>", text)
+    assert text.count("finetune of several checkpoints") == 1
+
+
 def test_a_setting_out_of_range_names_the_run(report, tmp_path):
     folder = shutil.copytree(report.parent, tmp_path / "changed")
     config = folder / "config.yaml"
@@ -122,24 +136,31 @@ def test_text_is_escaped_and_numbers_are_aligned_to_the_right():
     assert "<b>1</b>" in metric_tiles({"steps": "1"}) and PageParser(page("<t>", ["<p>x</p>"])).text.count("<t>") == 1
 
 
+COMPARISONS = [
+    ForestRow(label="a - b", mean=0.1, low=0.05, high=0.15, differences=[0.08, 0.12]),
+    ForestRow(label="b - c", mean=-0.1, low=-math.inf, high=math.inf, differences=[-0.1]),
+]
+
+
 def test_charts_are_complete_svg_elements_and_reproducible():
     for draw in (
         lambda: draw_line_chart({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
         lambda: draw_waterfall_chart({"forward": 2.0, "wait": 0.0}, unit="ms"),
-        lambda: draw_dot_plot(
-            [DotSeries(label="a", values=[0.1, 0.2]), DotSeries(label="none", values=[])], unit="MRR"
-        ),
+        lambda: draw_forest_plot(COMPARISONS, bound=-0.02, unit="MRR"),
     ):
         chart = draw()
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>") and chart == draw()
         assert " width=" not in chart.split(">", 1)[0]
 
 
-def test_dot_plots_are_saved_as_one_png_file(tmp_path):
-    rows = [DotSeries(label="a", values=[0.1, 0.2, 0.3]), DotSeries(label="b", values=[0.5])]
-    plots = [DotPlot(title=title, note="the paper: 0.8", unit="MRR", rows=rows) for title in ("one", "two", "three")]
-    save_dot_plots(tmp_path / "deep" / "claims.png", plots)
-    assert (tmp_path / "deep" / "claims.png").read_bytes().startswith(b"\x89PNG")
+def test_a_forest_plot_is_saved_as_a_png_file(tmp_path):
+    groups = [
+        ForestGroup(title=title, verdict="holds", note="the paper: 0.8", bound=-0.02, rows=COMPARISONS)
+        for title in ("one", "two")
+    ]
+    save_forest_plot(tmp_path / "deep" / "claims.png", groups, unit="difference")
+    with Image.open(tmp_path / "deep" / "claims.png") as picture:
+        assert picture.format == "PNG" and picture.width == 1199
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium)")

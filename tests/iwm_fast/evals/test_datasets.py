@@ -89,7 +89,7 @@ def painted(path: Path, *, bad: dict[str, bytes | int], count: int = 12) -> str:
 
 SETTINGS = {
     "multitask": ["tasks={folder}/tasks.yaml"], "segment": ["arms=head"], "finetune": ["arms=encoder"],
-    "imagine": ["num_images=12"],
+    "imagine": ["num_images=1"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Multitask and segmentation on two ranks give the results of one rank, with all engines."""
+"""Multitask, segmentation and pixel decoder on two ranks give the results of one rank, with all engines."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def measure_rows(world_size: int, *arguments: str) -> list[str]:
     outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world_size, outputs
     printed = [[line for line in out.splitlines() if line.startswith("Row(")] for out, _ in outputs]
-    assert all(lines == printed[0] for lines in printed) and len(printed[0]) == 12
+    assert all(lines == printed[0] for lines in printed) and len(printed[0]) == 16
     return printed[0]
 
 

@@ -143,6 +143,7 @@ def test_a_package_that_one_rank_lacks_makes_the_run_fail_and_not_preempted(run_
     assert status["state"] == "failed" and "tensorboard" in status["reason"], done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_train_although_one_sample_in_a_hundred_is_bad(run_yaml, tmp_path):
     jpeg = [encode(photograph("coffee.png")[number : number + 64, number : number + 64]) for number in range(100)]
     jpeg[17], jpeg[60] = jpeg[17][: len(jpeg[17]) // 2], b"<html>not found</html>"
@@ -186,12 +187,16 @@ def test_the_demo_runs_in_one_command_and_does_not_train_twice(tmp_path):
         "mrr",
         "mrr_chance",
         "mrr_untrained",
+        "mrr_difference",
+        "mrr_default_bank_difference_untrained",
         "knn",
         "knn_untrained",
         "images_per_s",
         "wait_share",
     } <= summary.keys()
+    assert summary["psnr_db"].keys() == {"clean", "changed"} and min(summary["psnr_db"].values()) > 10
+    assert list((tmp_path / "run" / "decoder").glob("*.safetensors"))
     second = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "--module" in first.stdout and "--module" not in second.stdout
-    assert "[INFO]" not in first.stdout + first.stderr and "evaluation 5 of 5: " in first.stdout
+    assert "[INFO]" not in first.stdout + first.stderr and "evaluation 6 of 6: " in first.stdout
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]

@@ -104,6 +104,7 @@ def wait_for(process, condition, log):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_stopped_process_resumes_bit_equal_with_all_augmentation(run, tmp_path):
     # Without beartype, which tests in this process use, erasing depends only on the seed.
     options = ["arms=end_to_end", "augment.erasing=0.5", "tune.drop_path=0.3", "tune.epochs=12"]

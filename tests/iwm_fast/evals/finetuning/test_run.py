@@ -317,7 +317,7 @@ def test_weights_in_bf16_and_float32_differ_only_by_rounding(rank_info, tiny_sha
 def test_the_configuration_has_the_run_s_networks_and_the_new_training(tiny_shards, tmp_path):
     task = tiny_task(tiny_shards, seed=3, augment=plain_augment(flip=0.0))
     run = tiny_run(tiny_shards, tmp_path)
-    config = build_run_config(task, run, tmp_path / "job")
+    config = build_run_config(task, run, tmp_path / "job", num_samples=48)
     assert config.model == run.model and config.grid == run.grid
     assert config.views == replace(
         run.views, crop=replace(run.views.crop, scale=(0.5, 1.0)), flip=replace(run.views.flip, probability=0.0)

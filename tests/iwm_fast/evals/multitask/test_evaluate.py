@@ -143,7 +143,9 @@ def test_a_single_task_has_the_same_steps_and_its_share_of_each_batch(config):
     single = single_task_settings(multitask, 3)
     assert (single.tune.global_batch_size, single.runtime.micro_batch_size) == (4, 2)
     model_config = world_model.load(multitask.run).config
-    configs = [build_run_config(settings, model_config, Path("unused")) for settings in (multitask, single)]
+    configs = [
+        build_run_config(settings, model_config, Path("unused"), num_samples=48) for settings in (multitask, single)
+    ]
     schedules = [build_schedules(config.optim, 48) for config in configs]
     assert schedules[0].total_steps == schedules[1].total_steps == 28
     assert [schedules[0].lr(step) for step in range(28)] == pytest.approx([schedules[1].lr(step) for step in range(28)])

@@ -17,7 +17,7 @@ from iwm_fast.evals.datasets import evaluation_batches, evenly_spaced
 from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, training_prior
 from iwm_fast.evals.planning.evaluate import PlannedChange, evaluate_plan, measure, plan_images
 from iwm_fast.evals.planning.image_pairs import draw_change, draw_pairs
-from iwm_fast.evals.planning.report import PlanningErrors, parameter_rows
+from iwm_fast.evals.planning.report import PlanningErrors, parameter_rows, recovery_plots
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.config import IMAGENET
 from iwm_fast.pipelines.storage.shard_set import open_shards
@@ -84,7 +84,7 @@ def test_the_search_finds_the_action_that_produced_the_target_tokens(model):
 
 def test_a_search_depends_on_seed_and_sample_and_improves_with_rounds(model):
     view = torch.randn(2, 1, 3, 16, 16)
-    prior, distance = training_prior(model.config.views), distance_to(model, *view)
+    prior, distance = training_prior(model.config.views), distance_to(model, *view, "absolute")
 
     def run_search(sample=0, **settings):
         return search(distance, prior, small(**settings), sample)
@@ -167,7 +167,7 @@ def test_numbers_of_other_transformations_are_searched_too(tiny_config, tiny_sha
     unchanged = views.rotation.query_source(1)
     known = replace(pair, unchanged=unchanged)
     (drawn,) = draw_pairs(model, shards, np.array([0]), kind="clean", split="val", seed=0)
-    distance = distance_to(exact(model, known), drawn.source, drawn.target)
+    distance = distance_to(exact(model, known), drawn.source, drawn.target, "absolute")
     columns = [views.entries.index(name) for name in ("gamma", "rotation")]
     without = [np.where(np.arange(len(drawn.action)) == column, 0, drawn.action) for column in columns]
     exactly, *others = distance(np.stack([drawn.action, *without]).astype(np.float32))
@@ -199,6 +199,18 @@ def test_rows_have_the_errors_of_search_baselines_and_chance(folder):
     for kind in ("clean", "destroyed"):
         assert {f"{kind} sources"} == {row.subject for row in result.rows if row.subject.startswith(kind)}
     assert by_name["photographs", "share_without_colour"].value == 0
+
+
+def test_the_difference_readout_has_a_result_of_its_own_and_starts_from_the_source(folder):
+    result = evaluate_plan(small(folder, readout="difference"))
+    assert result.name == "plan_difference"
+    assert (Path(folder) / "evaluations" / "plan_difference.png").is_file()
+    model = world_model.load(folder)
+    shards = open_shards(model.config.data.val)
+    samples = evenly_spaced(shards.num_samples, 3)
+    pairs = draw_pairs(model, shards, samples, kind="clean", split="val", seed=0)
+    own = [(model.encode_targets(pair.source) - model.encode_targets(pair.target)).square().mean() for pair in pairs]
+    assert result.value("clean sources", "distance_of_no_change") == pytest.approx(np.mean(own), rel=1e-4)
 
 
 def test_chance_is_the_mean_error_of_many_guesses():
@@ -233,6 +245,10 @@ def test_saturation_and_hue_have_further_rows_for_coloured_photographs():
     # One strength off in the photographs without colour.
     searched[:2, 2:4] += 1
     errors = replace(errors_of_true_actions(true, np.array([0, 0, 1, 1], np.float32)), searched=searched)
+    plots = {plot.title: plot for plot in recovery_plots(errors, (*JITTER, "blur"), world_config())}
+    assert [len(plot.asked) for plot in plots.values()] == [4, 4, 2, 2]
+    assert plots["Brightness"].recovered["search"].tolist() == plots["Brightness"].asked.tolist()
+    assert plots["Hue"].note == "2 images; mean error: search 0.000; regression 0.000; no change 0.100"
     rows = {(row.subject, row.metric): row for row in parameter_rows(errors, JITTER, world_config(), 0)}
     assert rows["photographs", "share_without_colour"].value == 0.5
     for name, strength in (("saturation", 0.2), ("hue", 0.1)):

@@ -248,6 +248,7 @@ def test_two_ranks_write_the_same_features_and_results_as_one(tmp_path):
 
 
 @pytest.mark.multi_rank
+@pytest.mark.slow
 def test_features_of_killed_ranks_are_not_used_and_are_removed(tmp_path):
     run_folder = pretrain_on_tinted_shards(tmp_path, num_train=150, num_val=66)
     for _ in range(2):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from torch import nn
 
 from fixtures.exact_predictor import FLAGS, Pair, exact, ignore_action
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig, MrrConfig, PlanConfig
+from iwm_fast.config.evaluation import READOUTS, EvalDataConfig, ImagineConfig, MrrConfig, PlanConfig
 from iwm_fast.evals.results import read_result
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
@@ -62,14 +63,15 @@ def test_chance_is_the_harmonic_number_over_the_bank():
 
 def test_all_families_are_measured_beside_chance_and_the_control(tiny_folder):
     result = evaluate_mrr(small(tiny_folder))
-    metrics = ("mrr", "recall_at_1", "recall_at_5")
+    metrics, suffixes = ("mrr", "recall_at_1", "recall_at_5"), ("", "_difference_readout")
     assert [(row.subject, row.metric) for row in result.rows] == [
-        (family, name) for family in FAMILIES for name in metrics
+        (family, name + suffix) for family in FAMILIES for suffix in suffixes for name in metrics
     ]
     chance = {"mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6, "recall_at_1": 1 / 6, "recall_at_5": 5 / 6}
     for row in result.rows:
         assert row.low <= row.value <= row.high and row.num_samples == 5
-        assert row.control_name == "untrained predictor" and row.chance == pytest.approx(chance[row.metric])
+        assert row.control_name == "untrained predictor"
+        assert row.chance == pytest.approx(chance[row.metric.removesuffix("_difference_readout")])
     assert read_result(path_of(result, tiny_folder)) == replace(result, settings=as_json(result.settings))
     assert result.name == "mrr_default" and evaluate_mrr(small(tiny_folder, bank="run")).name == "mrr_run"
 
@@ -93,13 +95,36 @@ def test_the_ranks_of_all_queries_are_saved_and_give_the_rows(tiny_folder):
         family_rows = [row for row in rows if row["family"] == family]
         assert [row["member"] for row in family_rows] == [0, 1, 2, 3, 4, 5] * 5
         for column, value in (("rank", "value"), ("rank_untrained", "control")):
-            reciprocal = np.mean([1 / row[column] for row in family_rows])
-            assert reciprocal == pytest.approx(getattr(result.row(family, "mrr"), value))
+            for suffix in ("", "_difference_readout"):
+                reciprocal = np.mean([1 / row[column + suffix] for row in family_rows])
+                assert reciprocal == pytest.approx(getattr(result.row(family, f"mrr{suffix}"), value))
 
 
 def test_a_set_with_fewer_images_than_num_images_is_used_completely(tiny_folder):
     result = evaluate_mrr(small(tiny_folder, num_images=1000, bank_size=2, families=("blur",)))
     assert {row.num_samples for row in result.rows} == {48}
+
+
+class OffsetPredictor(nn.Module):
+    """Adds to another predictor's tokens an offset that depends on the source and the position only."""
+
+    def __init__(self, predictor: nn.Module) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(self, context_tokens, action, context, target):
+        predicted = self.predictor(context_tokens, action, context, target)
+        return predicted + 5 * context_tokens.cos() * torch.arange(predicted.shape[1])
+
+
+def test_the_difference_readout_cancels_what_does_not_depend_on_the_action(model, pixels):
+    bank = draw_bank(pixels, 0, 12, model=model, strengths="default", seed=0)
+    known = exact(model, Pair(source=pixels, clean=pixels))
+    models = [replace(known, predictor=OffsetPredictor(known.predictor)), ignore_action(model)]
+    absolute, difference, *constant = ranks_in_bank(models, pixels, bank, ["jitter"], READOUTS)
+    assert (difference == 1).all() and (1 / absolute).mean() < 0.5
+    # Both readouts of a predictor that ignores the action are one guess for all candidates.
+    assert [(1 / rank).mean() for rank in constant] == pytest.approx([chance_mrr(12)] * 2, abs=1e-6)
 
 
 def test_an_exact_predictor_ranks_first_and_one_without_action_at_chance(model, pixels):
@@ -128,7 +153,7 @@ def test_a_transformation_of_both_views_has_a_bank_and_a_sweep_of_its_own(tiny_c
     assert (exact_ranks == 1).all() and (1 / other_ranks).mean() == pytest.approx(chance_mrr(12), abs=1e-6)
     assert family in swept_entries(views, "default")
     image = BankedImage(pixels=pixels, bank=of_jitter, target=encode_bank(model, of_jitter))
-    requested, retrieved = sweep(family, image, 5, models[0], "default").rows
+    requested, retrieved, _ = sweep(family, image, 5, models[0], "default").rows
     assert [panel.caption for panel in retrieved] == ["correct"] * 5 and requested[2].caption == "unchanged"
     # The candidates of an image come from two banks.
     assert {bank_family(name, views) for name in default_families(views)} == {"jitter", "gamma", "rotation"}

@@ -9,22 +9,27 @@ import torch
 from PIL import Image
 
 from fixtures.exact_predictor import JITTER, Pair, exact, ignore_action
-from fixtures.tar_files import photograph
+from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
+from fixtures.untrained_decoder import untrained_decoder
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import ImagineConfig
-from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, make_query
+from iwm_fast.checkpoints.pixel_decoder import save_pixel_decoder
+from iwm_fast.config.evaluation import EvalDataConfig, ImagineConfig
+from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, make_query, read_out
+from iwm_fast.evals.retrieval.choice import choose_shown
+from iwm_fast.evals.retrieval.imagined import decode_pixels
 from iwm_fast.evals.retrieval.sweeps import (
     BankedImage,
     make_sections,
     retrieve_clean,
-    retrieve_first,
+    retrieve_version,
     sweep,
     sweep_values,
     swept_entries,
     trained_flags,
 )
 from iwm_fast.evals.retrieval.visualize import imagine
+from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.pipelines.transforms.operations.jitter import Jitter
@@ -59,21 +64,58 @@ def small(folder, **more):
 
 
 def test_sheet_sweeps_and_a_self_contained_page_are_written(folder):
-    sheet, sweeps, page = imagine(small(folder, steps=5))
-    assert [path.name for path in (sheet, sweeps, page)] == ["imagine.png", "imagine_sweeps.png", "imagine.html"]
-    for picture in (sheet, sweeps):
+    *pictures, page = imagine(small(folder, steps=5, num_plotted=4))
+    assert [path.name for path in pictures] == ["imagine.png", "imagine_sweeps.png", "imagine_plots.png"]
+    assert page.name == "imagine.html"
+    for picture in pictures:
         with Image.open(picture) as opened:
             assert opened.format == "PNG"
     text = page.read_text()
     sources = re.findall(r'<img[^>]* src="([^"]*)"', text)
-    # 3 images in 3 rows; 4 entries with 2 rows of 5 values; 3 destroyed versions of 3 images in 3 rows.
-    assert len(sources) == 3 * 3 + 4 * 2 * 5 + 3 * 3 * 3
+    # 3 images in 4 rows; 4 entries with 3 rows of 5 values; 3 destroyed versions of 3 images in 4 rows.
+    assert len(sources) == 3 * 4 + 4 * 3 * 5 + 3 * 3 * 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"https?:|<script|<link|url\(", text)
+    # SVG names its own namespaces and parts.
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|url\(#\w+\)', "", text)
+    assert not re.search(r"https?:|<script|<link|url\(", without_names)
     assert "prefers-color-scheme: dark" in text and "max-width: 600px" in text
-    titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize"]
+    titles = ["The", "Brightness", "Contrast", "Saturation", "Hue", "Colours", "Blur", "Solarize", "Over"]
     assert re.findall(r"<h2>(\w+)", text) == titles
-    assert text.count("by chance among") == 8
+    assert re.findall(r"<h3>(\w+)", text) == ["Rank", "Brightness", "Contrast", "Saturation", "Hue"]
+    assert len(re.findall(r"by absolute readout; \d\.\d+ by difference readout; by chance 0\.\d+ among", text)) == 8
+
+
+def test_an_own_image_is_shown_with_several_changes_and_decoded(folder, tmp_path):
+    decoder = untrained_decoder(world_model.load(folder))
+    file = save_pixel_decoder(folder, decoder)
+    Image.fromarray(photograph("coffee.png")).save(tmp_path / "cup.png")
+    try:
+        sheet, sweeps, page = imagine(small(folder, steps=5, image=str(tmp_path / "cup.png")))
+    finally:
+        file.unlink()
+    assert [sheet.name, sweeps.name, page.name] == ["imagine_cup.png", "imagine_cup_sweeps.png", "imagine_cup.html"]
+    text = page.read_text()
+    # 3 changes in 6 rows; 4 entries with 5 rows of 5 values; 3 destroyed versions in 6 rows.
+    assert len(re.findall(r"<img", text)) == 3 * 6 + 4 * 5 * 5 + 3 * 6
+    assert "Over many images" not in text and text.count("imagined by difference") >= 3
+    with pytest.raises(ValueError, match=r"image and data\.val must not both be set"):
+        small(folder, image="cup.png", data=EvalDataConfig(val="val.tar"))
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        imagine(small(folder, image=str(tmp_path / "none.jpg")))
+
+
+def test_colourful_and_different_images_are_chosen(folder, tmp_path):
+    # Grey images, then reds that are nearly equal, and one blue.
+    colours = [*[(level, level, level) for level in range(40, 200, 20)], *[(200 + n, 30, 30) for n in range(8)]]
+    colours.append((20, 40, 200))
+    content = [(f"{number:02d}.png", encode(np.full((20, 20, 3), colour, np.uint8), "PNG"))
+               for number, colour in enumerate(colours)]  # fmt: skip
+    write_tar(tmp_path / "val.tar", content)
+    shards = open_shards(str(tmp_path / "val.tar"))
+    model = world_model.load(folder)
+    chosen = choose_shown(model, shards, 2).tolist()
+    assert chosen[1] == 16 and 8 <= chosen[0] < 16
+    assert choose_shown(model, shards, 17).tolist() == list(range(17))
 
 
 def test_pictures_are_a_pure_function_of_run_and_settings(folder, tmp_path):
@@ -116,18 +158,24 @@ def test_only_entries_that_training_varies_are_swept_or_undone():
 
 @pytest.mark.parametrize("entry", JITTER)
 def test_an_exact_predictor_retrieves_each_value_of_a_sweep(model, image, entry):
-    section = sweep(entry, image, 5, exact(model, Pair(source=image.pixels, clean=image.pixels)), "default")
-    requested, retrieved = section.rows
-    assert [panel.caption for panel in retrieved] == ["correct"] * 5 and all(panel.is_correct for panel in retrieved)
-    assert all(np.array_equal(*(panel.pixels for panel in column)) for column in zip(requested, retrieved, strict=True))
+    section = sweep(entry, image, 5, exact(model, Pair(source=image.pixels, clean=image.pixels)), strengths="default")
+    requested, *by_readout = section.rows
+    for retrieved in by_readout:
+        assert [(panel.caption, panel.is_correct) for panel in retrieved] == [("correct", True)] * 5
+        for asked, found in zip(requested, retrieved, strict=True):
+            assert np.array_equal(asked.pixels, found.pixels)
+    assert len(by_readout) == 2
     assert np.array_equal(requested[2].pixels, image.pixels.numpy()) and requested[2].caption == "unchanged"
-    assert section.numbers["correct"] == "5 of 5" and section.numbers["mean reciprocal rank"].startswith("1.000, ")
-    assert section.numbers["mean error of the retrieved value"].startswith("0.000, of no change 0.")
+    assert section.numbers["correct"] == "5 of 5 by absolute readout; 5 of 5 by difference readout"
+    assert section.numbers["mean reciprocal rank"].startswith("1.000 by absolute readout; 1.000 by difference readout;")
+    errors = "0.000 by absolute readout; 0.000 by difference readout; of no change 0."
+    assert section.numbers["mean error of the retrieved value"].startswith(errors)
 
 
 def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
-    requested, retrieved = sweep("brightness", image, 5, ignore_action(model), "default").rows
-    assert [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved)] == [5, 1]
+    requested, retrieved, by_difference = sweep("brightness", image, 5, ignore_action(model), strengths="default").rows
+    num_distinct = [len({panel.pixels.tobytes() for panel in row}) for row in (requested, retrieved, by_difference)]
+    assert num_distinct == [5, 1, 1]
     assert sum(panel.is_correct for panel in retrieved) <= 1
     wrong = next(panel for panel in retrieved if not panel.is_correct)
     assert re.fullmatch(r"(unchanged|× \d\.\d\d)( of a bank image)?; correct answer at rank \d+", wrong.caption)
@@ -136,30 +184,52 @@ def test_a_predictor_that_ignores_the_action_retrieves_one_image(model, image):
 @pytest.mark.parametrize("flag", ["grayscale", "blur", "solarize"])
 def test_an_exact_predictor_retrieves_the_clean_image(model, image, flag):
     source = make_query(image.pixels, image.bank, flag, model).source
-    case = retrieve_clean(flag, image, exact(model, Pair(source=source, clean=image.pixels, flags=(flag,))))
-    shown, correct, retrieved = case.panels
+    case = retrieve_clean(flag, image, exact(model, Pair(source=source, clean=image.pixels, flags=(flag,))), None)
+    shown, correct, retrieved, by_difference = case.panels.values()
     assert np.array_equal(shown.pixels, source.numpy()) and np.array_equal(correct.pixels, image.pixels.numpy())
-    assert retrieved.is_correct and retrieved.caption == "correct" and case.rank == 1 and case.num_candidates == 13
-    case = retrieve_clean(flag, image, ignore_action(model))
-    assert case.panels[2].is_correct == (case.rank == 1) == (case.panels[2].caption == "correct")
+    assert retrieved.is_correct and retrieved.caption == "correct" and case.num_candidates == 13
+    # Without the flag, the exact predictor is wrong about the source. So its difference readout is wrong as well.
+    assert case.ranks[0] == 1 and by_difference.is_correct == (case.ranks[1] == 1)
+    case = retrieve_clean(flag, image, ignore_action(model), None)
+    retrieved = case.panels["retrieved"]
+    assert retrieved.is_correct == (case.ranks[0] == 1) == (retrieved.caption == "correct")
 
 
-def test_the_sheet_shows_the_first_candidate_of_the_bank(model, image):
-    case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
-    assert np.array_equal(case.panels[1].pixels, image.bank.pixels[0].numpy()) and case.panels[2].is_correct
-    assert re.search(r"brightness [+-]0\.\d\d", case.panels[1].caption)
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_case_shows_a_candidate_of_the_bank_and_retrieves_it(model, image, number):
+    exact_model = exact(model, Pair(source=image.pixels, clean=image.pixels))
+    case = retrieve_version(image, number, exact_model, None)
+    assert list(case.panels) == ["source", "asked for", "retrieved", "retrieved by difference"]
+    for label in ("asked for", "retrieved", "retrieved by difference"):
+        assert np.array_equal(case.panels[label].pixels, image.bank.pixels[number].numpy())
+    assert case.ranks == (1, 1) and case.panels["retrieved"].is_correct and case.num_candidates == 12
+    assert re.search(r"brightness [+-]0\.\d\d", case.panels["asked for"].caption)
+
+
+def test_a_decoder_shows_what_each_readout_predicts(model, image):
+    decoder = untrained_decoder(model)
+    query = make_query(image.pixels, image.bank, "jitter", model)
+    decoded = [decode_pixels(decoder, tokens) for tokens in read_out(model, query)]
+    imagined = retrieve_version(image, 2, model, decoder).panels
+    assert list(imagined)[2:4] == ["imagined", "imagined by difference"]
+    for label, pixels in zip(("imagined", "imagined by difference"), decoded, strict=True):
+        assert np.abs(imagined[label].pixels.astype(int) - pixels[2]).max() <= 1
+    assert not np.array_equal(imagined["imagined"].pixels, imagined["imagined by difference"].pixels)
+    strip = sweep("hue", image, 3, model, strengths="default", decoder=decoder)
+    assert strip.labels == ("asked for", "imagined", "imagined by difference", "retrieved", "retrieved by difference")
+    assert len(strip.rows[1]) == 3
 
 
 def test_many_images_are_split_into_sections_with_common_numbers(model, image):
-    case = retrieve_first(image, exact(model, Pair(source=image.pixels, clean=image.pixels)))
+    case = retrieve_version(image, 0, exact(model, Pair(source=image.pixels, clean=image.pixels)), None)
     first, second = make_sections("Many", [case] * 11)
     assert len(first.rows[0]) == 8 and len(second.rows[0]) == 3 and second.title == ""
-    assert first.numbers["correct"] == "11 of 11" and not second.numbers
+    assert first.numbers["correct"].startswith("11 of 11 by absolute readout; 11 of 11 by") and not second.numbers
 
 
 def test_the_page_has_large_pictures_as_jpeg_and_escapes_text(tmp_path):
     panel = Panel(pixels=np.zeros((128, 128, 3), np.uint8), caption="<b>")
-    write_imagine_page(tmp_path / "page.html", [ImageGrid(labels=("a",), rows=((panel,),))], "title", "a&b")
+    write_imagine_page(tmp_path / "page.html", [ImageGrid(labels=("a",), rows=((panel,),))], [], "title", run="a&b")
     text = (tmp_path / "page.html").read_text()
     assert "data:image/jpeg;base64," in text and "&lt;b&gt;" in text and "a&amp;b" in text
 

@@ -1,0 +1,1 @@
+"""Pixel decoder: what do tokens say about the pixels of an image?"""
