@@ -19,7 +19,7 @@ from PIL import Image
 from iwm_fast.pipelines.counter_rng import random_bits, uniforms
 from iwm_fast.pipelines.storage.atomic import set_aside
 from iwm_fast.pipelines.storage.shard_writer import make_sample, publish_folder, write_shards
-from iwm_fast.pipelines.transforms.color_map import LUMA
+from iwm_fast.pipelines.transforms.color_map import LUMA, jitter_map
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ DEMO_WIDTH = 240
 DEMO_TRAIN_SHARE = 0.6
 DEMO_CROP_SIDE = (48, 96)
 """Smallest and largest side of the square crops, in pixels."""
+DEMO_HUE_TURNS = 0.15
+"""Largest rotation of a crop's hue, in turns, so that a photograph's colours are not always the same."""
 # Of so many random crops, the most colourful one is used.
 DEMO_CANDIDATES = 4
 DEMO_CROPS = {"train": 240, "val": 60}
@@ -200,7 +202,7 @@ def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: 
     """Yield the samples of a split in random order, so that each shard holds images of all classes."""
     count = DEMO_CROPS[split]
     numbers = np.arange(count * len(names))
-    draws = uniforms(seed, f"demo {split}", 0, numbers, 10)
+    draws = uniforms(seed, f"demo {split}", 0, numbers, 12)
     part_draws, background_draws = (
         uniforms(seed, f"demo {role} {split}", 0, numbers, 3 * DEMO_CANDIDATES) for role in ("part", "background")
     )
@@ -213,7 +215,8 @@ def _demo_samples(photographs: list[np.ndarray], names: tuple[str, ...], split: 
         background = backgrounds[int(draw[0] * len(backgrounds))]
         part = regions[label][draw_crop(chromas[label], part_draws[number])]
         behind = regions[background][draw_crop(chromas[background], background_draws[number])]
-        inside, (x, y) = draw_outline(len(behind), draw[1:])
+        inside, (x, y) = draw_outline(len(behind), draw[1:10])
+        part, behind = (turn_hue(crop, uniform) for crop, uniform in zip((part, behind), draw[10:], strict=True))
         image = paste(part, behind, inside)
         metadata = {
             "photograph": names[label],
@@ -244,6 +247,14 @@ def draw_crop(chroma: UInt8[np.ndarray, "H W"], draw: np.ndarray) -> tuple[slice
         top, left = (int(share * (length - side + 1)) for share, length in zip(place, chroma.shape, strict=True))
         crops.append((slice(top, top + side), slice(left, left + side)))
     return max(crops, key=lambda crop: chroma[crop].mean())
+
+
+def turn_hue(crop: UInt8[np.ndarray, "side side 3"], uniform: float) -> UInt8[np.ndarray, "side side 3"]:
+    """Return a crop whose hue is rotated as in jitter, by an angle that a uniform number in [0, 1) determines."""
+    one = np.ones(1, np.float32)
+    turns = np.full(1, DEMO_HUE_TURNS * (2 * uniform - 1), np.float32)
+    matrix = jitter_map(brightness=one, contrast=one, saturation=one, hue=turns).matrix[0]
+    return np.clip(np.round(crop @ matrix.T), 0, 255).astype(np.uint8)
 
 
 def draw_outline(side: int, draw: np.ndarray) -> tuple[Float64[np.ndarray, "side side"], tuple[float, float]]:
