@@ -54,7 +54,7 @@ def transformations() -> str:
         "Transformations are applied in this order; neighbouring colour maps are applied in one pass. Settings are in "
         "[Configuration](configuration.md); [Extending](extending.md) shows how to add one. The action that the "
         "predictor receives has the entries of those that are on. All entries are 0 where nothing changes. "
-        "`model.action(brightness=0.5)` takes natural units, which the vector divides by the scale."
+        "`model.action(brightness=0.4)` takes natural units, which the vector divides by the scale."
     )
     head = "| transformation | applied to | default | retrieval and planning |\n| --- | --- | --- | --- |"
     rows = [

@@ -2,7 +2,7 @@
 
 model = iwm_fast.load("runs/demo")                # a run, or an export; checkpoint=1500 for an earlier step
 tokens = model.encode("photo.jpg")                # (1, N, D): tokens of all patches
-action = model.action(brightness=0.5)             # (1, A): 50 % brighter; docs/method.md lists all entries
+action = model.action(brightness=0.4)             # (1, A): 1.5 times as bright; docs/method.md lists all entries
 predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens of the changed image
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
@@ -116,8 +116,9 @@ class WorldModel:
     def action(self, **change: float) -> Float[Tensor, "1 A"]:
         """Return the action of a change, given by name in natural units; entries that are not named mean no change.
 
-        Brightness, for instance, is a difference of factors, so 0.5 changes a factor of 1 to 1.5. Flags such as blur
-        are 1 if the source has the effect and the target does not. docs/method.md lists all entries with their units.
+        Brightness, for instance, is the logarithm of a factor: 0.4 makes an image 1.5 times as bright, and -0.4 undoes
+        it. In runs with `views.jitter.encoding=difference` it is a difference of factors. Flags such as blur are 1 if
+        the source has the effect and the target does not. docs/method.md lists all entries with their units.
 
         Raises:
             ValueError: for a name that is not an entry of the run's actions.

@@ -38,7 +38,7 @@ figcaption { margin-top: 4px; font-size: 0.78rem; line-height: 1.35; overflow-wr
 .role { display: block; color: var(--soft); }
 @media (max-width: 600px) {
   .examples { grid-template-columns: minmax(0, 1fr); gap: 14px; }
-  .example { grid-template-rows: none; grid-row: auto; grid-template-columns: repeat(var(--rows), minmax(0, 1fr));
+  .example { grid-template-rows: none; grid-row: auto; grid-template-columns: repeat(auto-fill, minmax(90px, 1fr));
     gap: 8px; }
   .example + .example { border-top: 1px solid var(--line); padding-top: 14px; }
 }

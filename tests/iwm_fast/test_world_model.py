@@ -1,5 +1,6 @@
 """The Python API: load a run, load an image, predict a change, compare."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,7 +88,8 @@ def test_an_action_by_name_equals_the_action_in_training(tiny_config):
     expected = action_vector(source, target, views)
     change = {name: float(value[0]) for name, value in change_from_action(expected, views).items()}
     torch.testing.assert_close(model.action(**change), torch.from_numpy(expected))
-    assert model.action(brightness=0.4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
+    # Half the logarithm of the range of ratios, 1.8 / 0.2.
+    assert model.action(brightness=math.log(9) / 4)[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0, 0])
     assert model.action(grayscale=1.0)[0].tolist() == [0, 0, 0, 0, 0, 1, 0]
     neutral = action_vector(identity_parameters(views, 1), identity_parameters(views, 1), views)
     assert torch.equal(model.action(), torch.from_numpy(neutral)) and not model.action().any()

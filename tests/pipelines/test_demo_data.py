@@ -27,9 +27,11 @@ from iwm_fast.pipelines.demo_data import (
     load_photograph,
     paste,
     split_columns,
+    turn_hue,
     write_demo_shards,
 )
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.color_map import LUMA
 
 # One process draws the demo's images once for all tests.
 pytestmark = pytest.mark.xdist_group("demo_data")
@@ -161,6 +163,7 @@ def test_images_show_two_photographs_where_their_map_says_so_and_only_their_spli
 
     monkeypatch.setattr(demo_data, "load_photograph", paint)
     monkeypatch.setattr(demo_data, "enrich_colours", lambda photograph, _: photograph)
+    monkeypatch.setattr(demo_data, "turn_hue", lambda crop, _: crop)
     demo = write_demo_shards(tmp_path / "shards")
     for sample in samples_of({"train": demo.train, "val": demo.val}[split]):
         metadata, label = json.loads(sample["json"]), int(sample["cls"])
@@ -197,6 +200,13 @@ def test_colours_are_enriched_without_a_change_of_brightness_and_grey_gets_a_ton
     assert toned[0, 0] / toned[0, 0].max() == pytest.approx(np.array([205, 95, 65]) / 205, abs=0.01)
     assert toned[0, 0] @ luma == pytest.approx(110, abs=1)
     assert (enrich_colours(grey) == grey).all()
+
+
+def test_the_hue_of_a_crop_is_turned_in_both_directions_and_its_brightness_stays():
+    crop = np.full((2, 2, 3), (140, 100, 90), np.uint8)
+    turned = np.array([turn_hue(crop, uniform)[0, 0] for uniform in (0, 0.5, 0.999)])
+    assert (turned[1] == crop[0, 0]).all() and abs(turned[0] - turned[2].astype(int)).max() > 30
+    assert turned @ np.array(LUMA) == pytest.approx(crop[0, 0] @ np.array(LUMA), abs=1)
 
 
 def test_the_crop_with_the_most_colour_is_used():

@@ -137,7 +137,7 @@ def test_all_action_entries_have_a_description():
     entries = describe_action_entries(views)
     assert tuple(entry["name"] for entry in entries) == views.entries
     assert len({entry["one_means"] for entry in entries}) == 12
-    assert entries[0]["one_means"] == "the target's brightness factor is 0.8 above the source's"
+    assert entries[0]["one_means"] == "the target's brightness factor is 3 times the source's"
     # The side of the smallest crop is half the image's, so its centre is at most a quarter away.
     assert entries[7]["one_means"] == "the source's centre lies 0.25 target widths to the right of the target's"
 

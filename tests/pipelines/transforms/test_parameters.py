@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,16 +35,21 @@ def test_neutral_parameters_give_the_exact_identity_matrix():
     assert (neutral.gray_gain == 0).all() and not neutral.is_applied.any()
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=50)
-def test_the_action_contains_the_drawn_differences_and_flags(step: int):
-    drawn = draw(CONFIG, 0, step, np.arange(16))
-    difference = change_from_action(action_vector(drawn.source, drawn.target, CONFIG), CONFIG)
+@pytest.mark.parametrize("encoding", ["log_ratio", "difference"])
+@given(step=st.integers(0, 10_000))
+@settings(max_examples=25)
+def test_the_action_contains_the_drawn_changes_and_flags(encoding: str, step: int):
+    config = replace(CONFIG, jitter=replace(CONFIG.jitter, encoding=encoding))
+    drawn = draw(config, 0, step, np.arange(16))
+    change = change_from_action(action_vector(drawn.source, drawn.target, config), config)
     for name in JITTER:
-        expected = drawn.target[name] - drawn.source[name]
-        np.testing.assert_allclose(difference[name], expected, atol=1e-6)
+        if encoding == "log_ratio" and name != "hue":
+            expected = np.log(drawn.target[name] / drawn.source[name])
+        else:
+            expected = drawn.target[name] - drawn.source[name]
+        np.testing.assert_allclose(change[name], expected, atol=1e-6)
     for name in ("blur", "grayscale", "solarize"):
-        assert (difference[name].astype(bool) == drawn.source[name]).all()
+        assert (change[name].astype(bool) == drawn.source[name]).all()
 
 
 def test_the_action_of_no_change_is_zero():
@@ -199,7 +206,10 @@ def test_an_action_is_described_in_english():
     config = ViewConfig(crop=Crop(source_scale=(0.25, 1.0)), flip=Flip(source_probability=0.5))
     action = np.zeros(12, np.float32)
     action[[0, 7, 9, 10, 11]] = 0.5, 0.4, 0.5, 1.0, 1.0
-    assert describe_action(action, config) == "brightness +0.20, mirror, from a crop of 1.41 x 2.00 at +0.10, +0.00"
+    rest = ", mirror, from a crop of 1.41 x 2.00 at +0.10, +0.00"
+    assert describe_action(action, config) == "brightness × 1.24" + rest
+    config = replace(config, jitter=replace(config.jitter, encoding="difference"))
+    assert describe_action(action, config) == "brightness +0.20" + rest
 
 
 @pytest.mark.parametrize(

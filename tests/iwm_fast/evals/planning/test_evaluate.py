@@ -213,15 +213,18 @@ def test_the_difference_readout_has_a_result_of_its_own_and_starts_from_the_sour
     assert result.value("clean sources", "distance_of_no_change") == pytest.approx(np.mean(own), rel=1e-4)
 
 
-def test_chance_is_the_mean_error_of_many_guesses():
-    config = world_config(jitter=Jitter(brightness=0.5))
+@pytest.mark.parametrize("encoding", ["difference", "log_ratio"])
+def test_chance_is_the_mean_error_of_many_guesses(encoding):
+    config = world_config(jitter=Jitter(brightness=0.5, encoding=encoding))
+    scale = config.views.all_entries["brightness"].scale
     true = np.zeros((400, 7), np.float32)
     true[:, 0] = np.linspace(-1, 1, 400)
     errors = errors_of_true_actions(true)
     rows = {row.metric: row for row in parameter_rows(errors, ["brightness"], config, 0)}
     guesses = np.random.default_rng(0).uniform(-0.5, 0.5, (400, 2000))
-    assert rows["error"].chance == pytest.approx(np.abs(guesses - 0.5 * true[:, :1]).mean(), rel=0.01)
-    assert rows["error_of_no_change"].value == pytest.approx(0.25, rel=0.01) and rows["error"].value == 0
+    guesses = np.log1p(guesses) if encoding == "log_ratio" else guesses
+    assert rows["error"].chance == pytest.approx(np.abs(guesses - scale * true[:, :1]).mean(), rel=0.01)
+    assert rows["error_of_no_change"].value == pytest.approx(scale / 2, rel=0.01) and rows["error"].value == 0
 
 
 def world_config(**views):
@@ -245,11 +248,12 @@ def test_saturation_and_hue_have_further_rows_for_coloured_photographs():
     # One strength off in the photographs without colour.
     searched[:2, 2:4] += 1
     errors = replace(errors_of_true_actions(true, np.array([0, 0, 1, 1], np.float32)), searched=searched)
-    plots = {plot.title: plot for plot in recovery_plots(errors, (*JITTER, "blur"), world_config())}
+    config = world_config(jitter=Jitter(encoding="difference"))
+    plots = {plot.title: plot for plot in recovery_plots(errors, (*JITTER, "blur"), config)}
     assert [len(plot.asked) for plot in plots.values()] == [4, 4, 2, 2]
     assert plots["Brightness"].recovered["search"].tolist() == plots["Brightness"].asked.tolist()
     assert plots["Hue"].note == "2 images; mean error: search 0.000; regression 0.000; no change 0.100"
-    rows = {(row.subject, row.metric): row for row in parameter_rows(errors, JITTER, world_config(), 0)}
+    rows = {(row.subject, row.metric): row for row in parameter_rows(errors, JITTER, config, 0)}
     assert rows["photographs", "share_without_colour"].value == 0.5
     for name, strength in (("saturation", 0.2), ("hue", 0.1)):
         assert rows[name, "error"].value == pytest.approx(strength / 2)

@@ -153,7 +153,7 @@ def test_a_transformation_of_both_views_has_a_bank_and_a_sweep_of_its_own(tiny_c
     assert (exact_ranks == 1).all() and (1 / other_ranks).mean() == pytest.approx(chance_mrr(12), abs=1e-6)
     assert family in swept_entries(views, "default")
     image = BankedImage(pixels=pixels, bank=of_jitter, target=encode_bank(model, of_jitter))
-    requested, retrieved, _ = sweep(family, image, 5, models[0], "default").rows
+    requested, retrieved, _ = sweep(family, image, 5, models[0], strengths="default").rows
     assert [panel.caption for panel in retrieved] == ["correct"] * 5 and requested[2].caption == "unchanged"
     # The candidates of an image come from two banks.
     assert {bank_family(name, views) for name in default_families(views)} == {"jitter", "gamma", "rotation"}

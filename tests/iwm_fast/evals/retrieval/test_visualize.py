@@ -203,7 +203,7 @@ def test_a_case_shows_a_candidate_of_the_bank_and_retrieves_it(model, image, num
     for label in ("asked for", "retrieved", "retrieved by difference"):
         assert np.array_equal(case.panels[label].pixels, image.bank.pixels[number].numpy())
     assert case.ranks == (1, 1) and case.panels["retrieved"].is_correct and case.num_candidates == 12
-    assert re.search(r"brightness [+-]0\.\d\d", case.panels["asked for"].caption)
+    assert re.search(r"brightness × \d\.\d\d", case.panels["asked for"].caption)
 
 
 def test_a_decoder_shows_what_each_readout_predicts(model, image):
