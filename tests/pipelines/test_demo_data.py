@@ -204,7 +204,7 @@ def test_colours_are_enriched_without_a_change_of_brightness_and_grey_gets_a_ton
 
 def test_the_hue_of_a_crop_is_turned_in_both_directions_and_its_brightness_stays():
     crop = np.full((2, 2, 3), (140, 100, 90), np.uint8)
-    turned = np.array([turn_hue(crop, uniform)[0, 0] for uniform in (0, 0.5, 0.999)])
+    turned = np.array([turn_hue(crop, uniform)[0, 0] for uniform in (0.0, 0.5, 0.999)])
     assert (turned[1] == crop[0, 0]).all() and abs(turned[0] - turned[2].astype(int)).max() > 30
     assert turned @ np.array(LUMA) == pytest.approx(crop[0, 0] @ np.array(LUMA), abs=1)
 
