@@ -105,5 +105,12 @@ def require_networks_fit(
             _refuse(origin, f"the {name} that it describes {problem}")
 
 
+def with_positions(encoder_state: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Return an encoder's tensors for the image size of the settings: positions are recomputed if it is another one."""
+    if encoder_state["pos_embed"].shape[1] == config.grid**2:
+        return encoder_state
+    return encoder_state | {"pos_embed": sincos_positions(config.model.encoder.dim, config.grid)[None]}
+
+
 def _refuse(origin: Path, problem: str) -> None:
     raise CheckpointError(f"{origin} does not belong to the weights: {problem}")

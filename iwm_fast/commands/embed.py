@@ -90,7 +90,8 @@ def embed(config: EmbedConfig) -> Embedding:
         raise FileExistsError(f"{path} exists already; nothing is overwritten: remove it or choose another file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"to={path} must lie in a folder that exists, got {path.parent}")
-    model = world_model.load(config.run, single_process(config.device).device, checkpoint=config.checkpoint)
+    device = single_process(config.device).device
+    model = world_model.load(config.run, device, checkpoint=config.checkpoint, size=config.size)
     dim, num_patches = model.config.model.encoder.dim, model.config.grid**2
     shape = (dim,) if config.pool == "mean" else (num_patches, dim)
     metadata = {

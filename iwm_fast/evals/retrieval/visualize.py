@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from iwm_fast.config.evaluation import ImagineConfig
 from iwm_fast.evals.datasets import clean_images, evenly_spaced, require_readable, validation_shards
-from iwm_fast.evals.results import name_with_step
+from iwm_fast.evals.results import name_with_choices
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.recovery import measure_recovery, rank_histogram, recovery_plots
 from iwm_fast.evals.retrieval.sweeps import (
@@ -46,7 +46,7 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     require_writable(path)
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     if not config.picture:
-        path = path.with_stem(name_with_step(path.stem, config.checkpoint, model.step))
+        path = path.with_stem(name_with_choices(path.stem, config, model.step))
     shards = validation_shards(model, config.data)
     selections = [evenly_spaced(shards.num_samples, count) for count in (config.num_images, config.num_plotted)]
     require_readable(*((shards, samples) for samples in selections))
