@@ -15,6 +15,7 @@ from torch import Tensor
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
+from iwm_fast.models.layers import sincos_positions
 from iwm_fast.models.student import build_student
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

@@ -208,6 +208,27 @@ class AttentiveConfig(ProbeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PcaConfig(FeatureConfig):
+    """A picture of frozen features: the first three principal components of all patches as red, green and blue."""
+
+    images: str = ""
+    """Image file, or folder of images with its subfolders, to show instead of validation images."""
+    num_images: int = 8
+    """Largest number of images, one per column; if there are more, evenly spaced ones are shown."""
+    picture: str = ""
+    """PNG file NAME.png to write. Unset: pca.png in the run folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_label(self.data)
+        require(not self.data.train, "data.train", self.data.train, "be unset; name the shards to show in data.val")
+        require(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),
+              "not both be set")  # fmt: skip
+        require(1 <= self.num_images <= 100, "num_images", self.num_images, "be between 1 and 100")
+        require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(SizeConfig, EvalConfig):
     """Planning: find the change that turns one image into another, by the cross-entropy method over actions."""
 

@@ -1,5 +1,6 @@
 """The image files below folders: each real file once, and everything that stands in the way of reading one."""
 
+import logging
 import os
 import stat
 from collections import deque
@@ -11,6 +12,8 @@ from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
 from iwm_fast.pipelines.errors import UndecodableImageError, printable
 from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.foreign_files import recognise_text
+
+log = logging.getLogger(__name__)
 
 Group = TypeVar("Group")
 
@@ -27,6 +30,26 @@ def is_hidden(name: str) -> bool:
 def is_image_name(name: str) -> bool:
     """Return whether a file name has the extension of an image."""
     return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS
+
+
+def find_images(source: Path) -> list[Path]:
+    """Return the image files that a setting `images` names: a file, or all below a folder, sorted.
+
+    What cannot be used is left out with a warning.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or the folder holds no images.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"images={source} must be an image file or a folder of images, which does not exist")
+    found = ImageFolders({source: source})
+    for problem in found.problems:
+        log.warning("%s; it is left out", problem)
+    if not found.images[source]:
+        raise FileNotFoundError(f"{source} holds no images: accepted extensions are {', '.join(IMAGE_EXTENSIONS)}")
+    return found.images[source]
 
 
 def refuse_image(content: bytes, max_pixels: int) -> str:

@@ -6,7 +6,7 @@
 
 The digest is that of about.json: weights and architecture of the encoder, its layers, size of the views, content of the
 shards, samples, loader and type of device. For all sets of images, the features of the checkpoint and the control that
-were evaluated last are kept. The folder may be deleted at any time.
+were evaluated last, at the size of that time, are kept. The folder may be deleted at any time.
 """
 
 import hashlib
