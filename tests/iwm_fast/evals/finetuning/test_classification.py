@@ -354,7 +354,7 @@ def test_a_timm_vit_is_finetuned_from_a_weights_file(rank_info, run, tmp_path):
     assert row.subject == "encoder" and row.num_tuned == num_parameters(trained) + 3 * 192 + 3
     assert results[1].rows[0].value == row.value
     saved = checkpoints.read(
-        checkpoints.find_newest_folder(tmp_path / "timm/evaluations" / f"{FOLDER}_pth" / "encoder")
+        checkpoints.find_newest_folder(tmp_path / "timm/evaluations" / f"{FOLDER}_pth_size32" / "encoder")
     )
     drift = saved.weights("trained.vit.")["norm.bias"] - 0.5
     assert 0 < drift.abs().max() < 0.1
