@@ -97,6 +97,7 @@ def embed(config: EmbedConfig) -> Embedding:
         "run": Path(config.run).resolve().name,
         "step": model.step,
         "pool": config.pool,
+        "size": model.config.views.size,
         "num_patches": num_patches,
         "dim": dim,
         "label_field": config.data.label,
