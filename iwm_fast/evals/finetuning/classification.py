@@ -108,6 +108,7 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
     for name in ("train", "val"):
         require(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
     vit, max_pixels = build_vit(config), config.data.max_pixels or MAX_PIXELS
+    folder = task_folder(config.to, result_name("finetune", config.data), config.name)
     context = FinetuneContext(
         settings=config,
         model_config=vit_run_config(config, vit),
@@ -116,7 +117,7 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
             lambda: open_shards(config.data.train, config.data.image, max_pixels=max_pixels)
         ),
         val=broadcast_from_rank_zero(lambda: open_shards(config.data.val, config.data.image, max_pixels=max_pixels)),
-        folder=task_folder(config.to, name_with_choices(result_name("finetune", config.data), config, 0), config.name),
+        folder=folder.with_name(name_with_choices(folder.name, config, 0)),
         rank_info=rank_info,
         preemption=preemption,
     )
