@@ -182,6 +182,10 @@ COMMANDS = {
     "imagine": Command(
         _EVALUATION_USAGE, "draw source images, requested changes and the images that predictions retrieve",
         "iwm_fast.evals.retrieval.visualize:imagine", "iwm_fast.config.evaluation:ImagineConfig"),
+    "pca": Command(
+        "run=DIR [images=FILE_OR_FOLDER] [key=value ...]",
+        "draw patch features as colours, their first three principal components, beside an untrained encoder",
+        "iwm_fast.evals.probing.pca:draw_pca", "iwm_fast.config.evaluation:PcaConfig"),
     "play": Command(
         "run=DIR [to=FILE.html] [key=value ...]",
         "serve a page with sliders that shows what the world model imagines, or write it to a file",

@@ -1,6 +1,6 @@
 """The Python API for a trained run: `iwm_fast.load(folder)` returns a model with encoder, predictor and actions.
 
-model = iwm_fast.load("runs/demo")                # a run, or an export; checkpoint=1500 for an earlier step
+model = iwm_fast.load("runs/demo")                # a run or an export, also with checkpoint=1500 or size=64
 tokens = model.encode("photo.jpg")                # (1, N, D): tokens of all patches
 action = model.action(brightness=0.4)             # (1, A): 1.5 times as bright; docs/method.md lists all entries
 predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens of the changed image
@@ -22,7 +22,7 @@ from torch.nn import functional
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import is_export, read_export
-from iwm_fast.checkpoints.reading import naming_file, require_networks_fit
+from iwm_fast.checkpoints.reading import naming_file, require_networks_fit, with_positions
 from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.config.loading import load_run_config
 from iwm_fast.config.run import RunConfig
@@ -132,14 +132,21 @@ class WorldModel:
         return torch.from_numpy(action_from_change(change, self.config.views)).to(self.device)
 
     @torch.no_grad()
-    def encode(self, images: Images) -> Float[Tensor, "B N D"]:
+    def encode(self, images: Images, *, layers: int = 1) -> Float[Tensor, "B N E"]:
         """Return the encoder's tokens of all patches of images; their mean over N is the image's feature.
 
+        Args:
+            images: see `Images`.
+            layers: number of last layers whose outputs, each after the final norm, are concatenated to E = layers * D
+                features, the last layer at the end.
+
         Raises:
+            ValueError: if the encoder has fewer layers.
             FileNotFoundError, ValueError, TypeError: if the images cannot be used, as in `load_image`.
         """
+        self.require_layers(layers)
         view = self.load_image(images)
-        tokens = self.encoder(view, None)
+        tokens = self.encoder(view, None) if layers == 1 else self.encoder.last_layers(view, layers)
         return tokens.unflatten(0, (len(view), -1))
 
     def predict(
@@ -203,6 +210,16 @@ class WorldModel:
         """
         return _normalized(self.encode(images))
 
+    def require_layers(self, layers: int) -> None:
+        """Check that the encoder has so many layers.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        depth = self.config.model.encoder.depth
+        require(1 <= layers <= depth, "layers", layers,
+                f"be between 1 and the {depth} layers of the run's encoder (model.encoder.depth)")  # fmt: skip
+
     def require_predictor(self) -> None:
         """Check that the run has a predictor.
 
@@ -261,7 +278,11 @@ def _require_normalised(view: Tensor, size: int, normalization: Normalization) -
 
 
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", checkpoint: int | str | Path | None = None
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    checkpoint: int | str | Path | None = None,
+    *,
+    size: int | None = None,
 ) -> WorldModel:
     """Load a run, an export, or a single checkpoint.
 
@@ -270,10 +291,12 @@ def load(
         device: device to load it onto.
         checkpoint: which checkpoint of a run: a step, or the path of its folder; None or empty: the newest undamaged
             one.
+        size: side of the images in pixels, a multiple of the patch size. Positions are recomputed for it. None: the
+            size that the run was trained with.
 
     Raises:
         FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.
-        ValueError: if another checkpoint of an export is chosen than the only one it has.
+        ValueError: if another checkpoint of an export is chosen than its only one, or patches do not divide `size`.
         CheckpointError: if the chosen checkpoint is damaged, or all of them are, or the export is, or if settings do
             not belong to the weights.
     """
@@ -286,9 +309,10 @@ def load(
                 "name the folder of the run"
             )
         states = export.encoder_state, export.predictor_state
-        return _trained(export.config, *states, step=export.step, device=device)
+        return _trained(export.config.at_size(size), *states, step=export.step, device=device)
     with naming_file(folder / checkpoints.CONFIG):
         config = load_run_config(folder)
+    resized = config.at_size(size)
     saved = checkpoints.read_chosen(folder, checkpoint)
     states = saved.teacher_state, saved.weights("predictor.")
     try:
@@ -296,7 +320,7 @@ def load(
     except CheckpointError as error:
         error.add_note(f"restore it from {saved.folder / checkpoints.CONFIG}")
         raise
-    return _trained(config, *states, step=saved.step, device=device)
+    return _trained(resized, *states, step=saved.step, device=device)
 
 
 def _trained(
@@ -309,7 +333,7 @@ def _trained(
 ) -> WorldModel:
     # The trained weights replace those of an untrained model of the same sizes.
     model = build_untrained(config, device)
-    model.encoder.load_state_dict(encoder_state)
+    model.encoder.load_state_dict(with_positions(encoder_state, config))
     model.predictor.load_state_dict(predictor_state)
     return replace(model, step=step)
 

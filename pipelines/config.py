@@ -232,6 +232,13 @@ class PackConfig:
     """Number of images in each tar file."""
     classes: str = ""
     """A classes.json whose class numbers are used, so that val matches train. Unset: classes are numbered by name."""
+    labels: str = ""
+    """CSV table with a header and one line for each image to pack: its path in the image folder in the column file, its
+    class in the column class, if there are classes, and any other columns, which become fields of the .json members.
+    Unset: all images are packed, and their classes are the subfolders."""
+    maps: str = ""
+    """Folder of segmentation maps, which become .seg.png members: the map of IMAGE_FOLDER/NAME.jpg is maps/NAME.png, of
+    the same size. Unset: no maps."""
     val_share: float = 0.0
     """Share of each class's images that goes to FOLDER/val, the rest to FOLDER/train. 0: all images go to FOLDER."""
     max_pixels: int = MAX_PIXELS
@@ -249,6 +256,8 @@ class PackConfig:
         if self.shorter is not None:
             _check_smaller_images(self.shorter, self.jpeg_quality)
         require(self.shorter is not None or self.quality is None, "quality", self.quality, "be unset without shorter=")
+        require(not (self.maps and self.shorter), "shorter", self.shorter,
+                "be unset with maps=; make images and maps smaller with `iwm shards resize` afterwards")  # fmt: skip
         require(0 <= self.val_share < 1, "val_share", self.val_share, "be at least 0 and below 1")
         require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "be at least 1")
         require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "be at least 1")

@@ -31,7 +31,7 @@ from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.errors import CheckpointError, require_undamaged
 from iwm_fast.checkpoints.model_card import model_card
 from iwm_fast.checkpoints.pixel_decoder import DECODERS, EXPORTED_DECODER, find_pixel_decoder, read_spec
-from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors, require_networks_fit
+from iwm_fast.checkpoints.reading import naming_file, read_json, read_tensors, require_networks_fit, with_positions
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.loading import build, config_to_dict, load_config
 from iwm_fast.config.run import EncoderConfig, RunConfig
@@ -89,21 +89,24 @@ def export(config: ExportConfig) -> Path:
         FileNotFoundError: if the run has no checkpoint, or not the chosen one.
         CheckpointError: if the chosen checkpoint is damaged, or all of them are.
         FileExistsError: if the export folder exists.
+        ValueError: if patches do not divide `size`.
     """
     saved = checkpoints.read_chosen(Path(config.run), config.checkpoint)
     config_path = saved.folder / checkpoints.CONFIG
     with naming_file(config_path):
         run_config = load_config(config_path)
     require_networks_fit(run_config, saved.teacher_state, saved.weights("predictor."), config_path)
-    decoder = _find_decoder(Path(config.run), saved.step)
+    run_config = run_config.at_size(config.size)
+    teacher = with_positions(saved.teacher_state, run_config)
+    decoder = _find_decoder(Path(config.run), saved.step, run_config.grid)
     description = describe(saved, run_config, decoder)
     # Positions are fixed and therefore not among the trained weights, but timm expects them.
-    trained = saved.weights("encoder.") | {"pos_embed": saved.teacher_state["pos_embed"]}
+    trained = saved.weights("encoder.") | {"pos_embed": teacher["pos_embed"]}
     timm_description = timm_config(run_config.model.encoder, run_config.views.size, run_config.data.normalization)
     card = model_card(description, read_evaluations(Path(config.run)), _last_metrics(Path(config.run), saved.step))
     writers = {
         # Some libraries refuse safetensors files that do not name their framework.
-        ENCODER: lambda path: save_file(saved.teacher_state, path, metadata={"format": "pt"}),
+        ENCODER: lambda path: save_file(teacher, path, metadata={"format": "pt"}),
         TRAINED_ENCODER: lambda path: save_file(trained, path, metadata={"format": "pt"}),
         PREDICTOR: lambda path: save_file(saved.weights("predictor."), path, metadata={"format": "pt"}),
         TIMM_CONFIG: lambda path: write_json(timm_description, path),
@@ -118,14 +121,17 @@ def export(config: ExportConfig) -> Path:
     return Path(config.to)
 
 
-def _find_decoder(run: Path, step: int) -> Path | None:
-    """Return the file of a checkpoint's pixel decoder, or None if there is none of this checkpoint."""
+def _find_decoder(run: Path, step: int, grid: int) -> Path | None:
+    """Return the file of a checkpoint's pixel decoder, or None if there is none of this checkpoint and grid."""
     try:
-        return find_pixel_decoder(run, step)
+        path = find_pixel_decoder(run, step)
+        if read_spec(path).grid == grid:
+            return path
+        log.warning("the export has no pixel decoder: %s decodes images of the run's size only", path)
     except FileNotFoundError as missing:
         if (run / DECODERS).is_dir():
             log.warning("the export has no pixel decoder: %s, and export again", missing)
-        return None
+    return None
 
 
 def describe(saved: Checkpoint, config: RunConfig, decoder: Path | None = None) -> dict[str, Any]:
@@ -142,6 +148,7 @@ def describe(saved: Checkpoint, config: RunConfig, decoder: Path | None = None) 
         "pixel_mean": config.data.pixel_mean,
         "pixel_std": config.data.pixel_std,
         "settings": {name: tree[name] for name in _EXPORTED_GROUPS},
+        "trained_size": saved.fingerprint["views.size"],
         "data": {"num_samples": saved.counters["num_samples"], "content_digest": saved.fingerprint["data.train"]},
         "num_parameters": {name: sum(map(Tensor.numel, state.values())) for name, state in weights.items() if state},
         "step": saved.step,

@@ -107,6 +107,7 @@ def _training_table(description: dict[str, Any]) -> str:
         "weight decay, EMA": " and ".join(f"{optim[name][0]:g} to {optim[name][1]:g}" for name in
                                           ("weight_decay", "teacher_momentum")),
         "precision": optim["precision"],
+        "image size": _sizes(description["trained_size"], views["size"]),
         **{f"views.{name}": _settings(group) for name, group in views.items() if _is_on(group)},
         "target patches": f"{mask['num_target_blocks']} blocks of {100 * mask['block_scale'][0]:g}-"
         f"{100 * mask['block_scale'][1]:g} % of the patches",
@@ -114,6 +115,11 @@ def _training_table(description: dict[str, Any]) -> str:
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"`iwm.json` lists all settings.\n\n| setting | value |\n| --- | --- |\n{table}"
+
+
+def _sizes(trained: int, exported: int) -> str:
+    recomputed = f"; positions are recomputed for {exported} x {exported}" if exported != trained else ""
+    return f"{trained} x {trained}{recomputed}"
 
 
 def _is_on(group: Any) -> bool:

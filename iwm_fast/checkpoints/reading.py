@@ -15,6 +15,7 @@ from torch import Tensor
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
+from iwm_fast.models.layers import sincos_positions
 from iwm_fast.models.student import build_student
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -103,6 +104,13 @@ def require_networks_fit(
             key = differing[0]
             problem = f"needs {key} of shape {shapes.get(key, 'none')}, the weights have {actual.get(key, 'none')}"
             _refuse(origin, f"the {name} that it describes {problem}")
+
+
+def with_positions(encoder_state: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Return an encoder's tensors for the image size of the settings: positions are recomputed if it is another one."""
+    if encoder_state["pos_embed"].shape[1] == config.grid**2:
+        return encoder_state
+    return encoder_state | {"pos_embed": sincos_positions(config.model.encoder.dim, config.grid)[None]}
 
 
 def _refuse(origin: Path, problem: str) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor, cat
 from iwm_fast import world_model
 from iwm_fast.config.commands import EmbedConfig
 from iwm_fast.monitoring.evaluation_progress import track_progress
-from iwm_fast.pipelines.config import IMAGE_EXTENSIONS
 from iwm_fast.pipelines.errors import printable, to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.pipelines.storage.image_folder import ImageFolders
+from iwm_fast.pipelines.storage.image_folder import find_images
 from iwm_fast.runtime.distributed import single_process
 from iwm_fast.world_model import WorldModel
 
@@ -90,13 +89,15 @@ def embed(config: EmbedConfig) -> Embedding:
         raise FileExistsError(f"{path} exists already; nothing is overwritten: remove it or choose another file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"to={path} must lie in a folder that exists, got {path.parent}")
-    model = world_model.load(config.run, single_process(config.device).device, checkpoint=config.checkpoint)
+    device = single_process(config.device).device
+    model = world_model.load(config.run, device, checkpoint=config.checkpoint, size=config.size)
     dim, num_patches = model.config.model.encoder.dim, model.config.grid**2
     shape = (dim,) if config.pool == "mean" else (num_patches, dim)
     metadata = {
         "run": Path(config.run).resolve().name,
         "step": model.step,
         "pool": config.pool,
+        "size": model.config.views.size,
         "num_patches": num_patches,
         "dim": dim,
         "label_field": config.data.label,
@@ -115,7 +116,7 @@ def _feature(model: WorldModel, view: Float[Tensor, "B 3 H W"], pool: str) -> Fl
 def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
     """Yield the rows of image files, named by their paths in the folder."""
     source = Path(config.images)
-    paths, root = ([source], source.parent) if source.is_file() else (_image_files(source), source)
+    paths, root = find_images(source), source.parent if source.is_file() else source
     evaluation_batches = [paths[first : first + _BATCH_SIZE] for first in range(0, len(paths), _BATCH_SIZE)]
     with ThreadPoolExecutor(thread_name_prefix="images") as pool:
         for batch in track_progress(evaluation_batches, len(evaluation_batches), "batches encoded"):
@@ -125,17 +126,6 @@ def _file_rows(model: WorldModel, config: EmbedConfig) -> Iterator[_Rows]:
             good = [view for view in views if view is not None]
             feature = _feature(model, cat(good), config.pool) if good else np.empty((0, 0), np.float32)
             yield _Rows(columns={"path": names}, feature=feature, num_left_out=len(batch) - len(good))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"images={folder} must be an image file or a folder of images, which does not exist")
-    found = ImageFolders({folder: folder})
-    for problem in found.problems:
-        log.warning("%s; it is left out", problem)
-    if not found.images[folder]:
-        raise FileNotFoundError(f"{folder} holds no images: accepted extensions are {', '.join(IMAGE_EXTENSIONS)}")
-    return found.images[folder]
 
 
 def _read(model: WorldModel, path: Path, max_pixels: int | None) -> Float[Tensor, "1 3 H W"] | None:

@@ -57,6 +57,9 @@ class ExportConfig:
     """Checkpoint to export: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
     to: str = ""
     """Folder to write. It must not exist yet."""
+    size: int | None = None
+    """Side in pixels of the images that the exported model takes, a multiple of the patch size; positions are
+    recomputed for it. Unset: the run's views.size."""
 
     def __post_init__(self) -> None:
         require(bool(self.to), "to", self.to, "name a folder to write")
@@ -76,6 +79,8 @@ class EmbedConfig:
     """Image file, or folder of images with its subfolders, to embed instead of shards."""
     to: str = ""
     """File to write, which must not exist yet: NAME.parquet, or NAME.npz, which is collected in memory."""
+    size: int | None = None
+    """Side in pixels of the squares that are encoded, a multiple of the patch size. Unset: the run's views.size."""
     pool: Literal["mean", "none"] = "mean"
     """mean: the feature is the mean over the patches; none: the features of all patches, one after the other in raster
     order."""

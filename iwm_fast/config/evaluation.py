@@ -60,6 +60,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SizeConfig:
+    """The size of the images of an evaluation, which may be another one than in training."""
+
+    size: int | None = None
+    """Side of the images in pixels, a multiple of the patch size; positions are recomputed for it, and the names of the
+    results end with it. Unset: the run's views.size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BankConfig(EvalConfig):
     """Settings shared by the evaluations that look predictions up in banks of changed images."""
 
@@ -79,7 +88,7 @@ class BankConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MrrConfig(BankConfig):
+class MrrConfig(SizeConfig, BankConfig):
     """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
 
     bank_size: int = 256
@@ -99,7 +108,7 @@ class MrrConfig(BankConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(BankConfig):
+class RolloutConfig(SizeConfig, BankConfig):
     """How far the world model carries: several actions in a row, compared with one action that does the same."""
 
     num_images: int = 64
@@ -113,7 +122,20 @@ class RolloutConfig(BankConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig(EvalConfig):
+class FeatureConfig(SizeConfig, EvalConfig):
+    """Settings shared by the evaluations of frozen features."""
+
+    layers: int = 1
+    """Number of last layers of the encoder whose outputs, each after the final norm, are concatenated to features; DINO
+    and I-JEPA also report 4. If it is above 1, the names of the results end with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.layers >= 1, "layers", self.layers, "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(FeatureConfig):
     """How well features separate classes: weighted vote of the nearest training images."""
 
     num_neighbors: int = 10
@@ -131,7 +153,7 @@ class KnnConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(EvalConfig):
+class ProbeConfig(FeatureConfig):
     """Settings shared by the linear and the attentive probe: data and the search for hyperparameters."""
 
     max_train_samples: int | None = None
@@ -186,7 +208,28 @@ class AttentiveConfig(ProbeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(EvalConfig):
+class PcaConfig(FeatureConfig):
+    """A picture of frozen features: the first three principal components of all patches as red, green and blue."""
+
+    images: str = ""
+    """Image file, or folder of images with its subfolders, to show instead of validation images."""
+    num_images: int = 8
+    """Largest number of images, one per column; if there are more, evenly spaced ones are shown."""
+    picture: str = ""
+    """PNG file NAME.png to write. Unset: pca.png in the run folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_label(self.data)
+        require(not self.data.train, "data.train", self.data.train, "be unset; name the shards to show in data.val")
+        require(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),
+              "not both be set")  # fmt: skip
+        require(1 <= self.num_images <= 100, "num_images", self.num_images, "be between 1 and 100")
+        require(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "end with .png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(SizeConfig, EvalConfig):
     """Planning: find the change that turns one image into another, by the cross-entropy method over actions."""
 
     source: str = ""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from iwm_fast.config.evaluation import EvalDataConfig, check_no_label
+from iwm_fast.config.evaluation import EvalDataConfig, SizeConfig, check_no_label
 from iwm_fast.config.run import OptimConfig, RuntimeConfig, check_length, check_transformer, resolve_warmup
 from iwm_fast.pipelines.config import RandAugmentConfig, require, require_seed
 from iwm_fast.pipelines.transforms.composition import ViewConfig
@@ -159,7 +159,7 @@ class TrainedEvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneTaskConfig(TrainedEvalConfig):
+class TuneTaskConfig(SizeConfig, TrainedEvalConfig):
     """Settings shared by the evaluations that finetune networks on labels."""
 
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -201,12 +201,12 @@ class FinetuneConfig(TuneTaskConfig):
     """File with the weights of the timm model, .safetensors or .pth. Unset: random weights."""
     to: str = ""
     """Folder for the results of a timm model."""
-    image_size: int = 224
-    """Side of the images in pixels, for a timm model. A run determines its own."""
+    size: int | None = None
+    """Side of the images in pixels, a multiple of the patch size; positions are recomputed for it, and the names of the
+    results end with it. Unset: the run's views.size, or 224 for a timm model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(8 <= self.image_size <= 8192, "image_size", self.image_size, "be between 8 and 8192 pixels")
         arms = self.chosen_arms
         unknown = [arm for arm in arms if arm not in ARMS]
         require(not unknown and len(set(arms)) == len(arms), "arms", self.arms,

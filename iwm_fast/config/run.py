@@ -4,7 +4,7 @@ Groups are separated by effect. `data`, `views`, `mask`, `model`, `objective` an
 form the fingerprint; `runtime` and `output` must not. Importing this file must stay cheap: `--help` reads it.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from iwm_fast.config.deepspeed_settings import check_deepspeed_settings
@@ -371,3 +371,18 @@ class RunConfig:
     def grid(self) -> int:
         """Number of patches along one side of a view."""
         return self.views.size // self.model.encoder.patch_size
+
+    def at_size(self, size: int | None) -> "RunConfig":
+        """Return the settings for images of another size, in patches of the same size; None: these settings.
+
+        Raises:
+            ValueError: if patches do not divide `size`, or it is out of range.
+        """
+        if size is None:
+            return self
+        patch = self.model.encoder.patch_size
+        below = max(size // patch, 1) * patch
+        accepted = f"be a multiple of the patch size {patch}, such as {below} or {below + patch}"
+        require(size >= patch and size % patch == 0, "size", size, accepted)
+        require(8 <= size <= 8192, "size", size, "be between 8 and 8192 pixels")
+        return replace(self, views=replace(self.views, size=size))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, ProbeConfig
-from iwm_fast.evals.results import Result, mean_row, name_with_step, save_result
+from iwm_fast.evals.results import Result, mean_row, name_with_choices, save_result
 from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.annotations.labels import Labels, read_labels, require_same_class_names
 from iwm_fast.pipelines.bad_samples import error_as_value
@@ -163,7 +163,7 @@ class Comparison:
         shared = {"num_classes": len(self.sets.classes), "most_common_class": self.sets.most_common}
         result = Result(
             task=task,
-            name=name_with_step(result_name(task, config.data), config.checkpoint, self.models[0].step),
+            name=name_with_choices(result_name(task, config.data), config, self.models[0].step),
             rows=(row,), step=self.models[0].step, seed=config.seed,
             settings=asdict(config), details=shared | details,
         )  # fmt: skip
@@ -176,12 +176,13 @@ def open_comparison(config: KnnConfig | ProbeConfig, rank_info: RankInfo) -> Com
 
     Raises:
         FileNotFoundError, CheckpointError: if the run or the shards cannot be used.
-        ValueError: if no shards are named.
+        ValueError: if no shards are named, patches do not divide `size`, or the encoder has fewer layers.
         ShardError: if a sample has no label, a validation sample has one that no training sample has, or an image
             cannot be decoded.
     """
     with same_error_on_all_ranks():
-        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
+        model.require_layers(config.layers)
         shards = training_shards(model, config.data), validation_shards(model, config.data)
     control = world_model.build_untrained(replace(model.config, seed=config.seed), model.device)
 

@@ -88,12 +88,14 @@ class Result:
         raise KeyError(f"{self.name} has no row for {subject!r}, {metric!r}")
 
 
-def name_with_step(name: str, checkpoint: str, step: int) -> str:
-    """Return the name of a result, which ends with the step if a checkpoint was chosen instead of the newest.
+def name_with_choices(name: str, settings: Any, step: int) -> str:
+    """Return the name of a result, which ends with the image size, the layers and the step that were chosen, if any.
 
-    So results of other checkpoints do not replace those of the newest.
+    So results of other sizes, layers and checkpoints do not replace those of the defaults.
     """
-    return f"{name}-step-{step:08d}" if checkpoint else name
+    size, layers = getattr(settings, "size", None), getattr(settings, "layers", 1)
+    name += f"_size{size}" * bool(size) + f"_layers{layers}" * (layers > 1)
+    return f"{name}-step-{step:08d}" if settings.checkpoint else name
 
 
 def save_result(run: str | Path, result: Result) -> Path:

@@ -67,6 +67,31 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if the images do not have the size that the encoder was built for.
         """
+        return self._normalize(*self.blocks(*self._embed(images, index)))
+
+    def last_layers(self, images: Float[Tensor, "B 3 H W"], num_layers: int) -> Float[Tensor, "M E"]:
+        """Encode all patches, and return the outputs of the last blocks, each after the final norm, side by side.
+
+        Source: `get_intermediate_layers` in the code of DINO; I-JEPA, appendix A.
+
+        Returns:
+            (B * N, num_layers * D), with the last block's output at the end.
+
+        Raises:
+            ValueError: if the images do not have the size that the encoder was built for.
+        """
+        first = len(self.blocks) - num_layers
+        outputs = enumerate(self.blocks.each(*self._embed(images, None)))
+        return torch.cat([self._normalize(*output) for number, output in outputs if number >= first], dim=1)
+
+    def _embed(
+        self, images: Float[Tensor, "B 3 H W"], index: RaggedIndex | None
+    ) -> tuple[Float[Tensor, "M D"], Sequences]:
+        """Return the embedded patches with their positions, and where the sequence of each image begins.
+
+        Raises:
+            ValueError: if the images do not have the size that the encoder was built for.
+        """
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
             raise ValueError(
@@ -80,7 +105,9 @@ class Encoder(nn.Module):
         else:
             tokens = tokens + self.pos_embed[0, index.patch]
             sequences = Sequences.from_lengths(index.offsets, index.lengths)
-        tokens, update = self.blocks(tokens, sequences)
+        return tokens, sequences
+
+    def _normalize(self, tokens: Float[Tensor, "M D"], update: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
         # The tokens are the teacher's targets, so the last norm runs in float32 like the residual stream.
         with torch.autocast(tokens.device.type, enabled=False):
             return self.norm(tokens, update)[1]

@@ -1,6 +1,7 @@
 """Transformer blocks on packed tokens, positions and initialisation; parameter names are timm's."""
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +118,15 @@ class Blocks(nn.ModuleList):
 
     def forward(
         self, tokens: Float[Tensor, "M D"], sequences: Sequences
-    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"] | None]:
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
         """Return the residual stream and the last block's update, which is not yet added to it; see `Block.forward`."""
+        (last,) = deque(self.each(tokens, sequences), maxlen=1)
+        return last
+
+    def each(
+        self, tokens: Float[Tensor, "M D"], sequences: Sequences
+    ) -> Iterator[tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]]:
+        """Yield the residual stream and the update of each block in turn."""
         update = None
         is_dropping = self.training and self.drop_path > 0
         scales = self._draw_scales(tokens, sequences) if is_dropping else [None] * len(self)
@@ -131,7 +139,7 @@ class Blocks(nn.ModuleList):
                 )
             else:
                 tokens, update = block(tokens, update, sequences, scale)
-        return tokens, update
+            yield tokens, update
 
     def _draw_scales(self, tokens: Float[Tensor, "M D"], sequences: Sequences) -> Float[Tensor, "blocks 2 M"]:
         """Draw the factor of each update: 0 if it is dropped, otherwise 1 / (1 - drop rate), so that its mean is 1.

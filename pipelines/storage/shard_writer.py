@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,13 @@ from iwm_fast.pipelines.counter_rng import random_bits
 from iwm_fast.pipelines.errors import UndecodableImageError, printable, to_valid_unicode
 from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.atomic import lock_folder
-from iwm_fast.pipelines.storage.image_folder import ImageFolders, is_hidden, is_image_name, refuse_image
+from iwm_fast.pipelines.storage.image_folder import (
+    ImageFolders,
+    folder_classes,
+    known_classes,
+    read_image_table,
+    refuse_file,
+)
 from iwm_fast.pipelines.storage.shard import index_shard
 from iwm_fast.pipelines.transforms.smaller_images import shrink_if_larger
 
@@ -57,6 +64,8 @@ class PackedSet:
 class _Image(NamedTuple):
     label: int
     path: Path
+    fields: Mapping[str, str] = MappingProxyType({})
+    """Further fields of its `.json` member."""
 
 
 def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAULTS, seed: int = 0) -> list[PackedSet]:
@@ -65,6 +74,9 @@ def pack_folder(source: Path, destination: Path, config: PackConfig = PACK_DEFAU
     With one subfolder per class, labels are 0 .. K-1 in the order of the subfolders' names, which are written to
     `classes.json`. Images in the folder itself get no label. `.json` members hold file name and class. Images are
     written in a fixed random order, because shuffling in training mixes only a few shards at a time.
+
+    With `config.labels`, a table lists the images, their classes and further fields instead. With `config.maps`, each
+    image has a segmentation map.
 
     Each real file is packed once, however many links lead to it. Hidden files and folders are left out. Files that
     cannot be packed are listed before anything is written.
@@ -113,11 +125,14 @@ def _check_destination(source: Path, destination: Path) -> None:
 
 def _find_images(source: Path, config: PackConfig, seed: int) -> tuple[list[str], dict[str, list[_Image]]]:
     """Return the class names and the images of each set by the folder that it is written to, "" for the destination."""
-    folders = _class_names(source, "")
-    if {"train", "val"} <= set(folders):
-        return _find_both_sets(source, folders, config)
-    classes = _class_names(source, config.classes)
-    (images,) = _labelled_images({source: classes}, config)
+    if config.labels:
+        classes, images = _listed_images(source, config)
+    else:
+        folders = folder_classes(source, "")
+        if {"train", "val"} <= set(folders):
+            return _find_both_sets(source, folders, config)
+        classes = folder_classes(source, config.classes)
+        (images,) = _labelled_images({source: classes}, source, config)
     if not config.val_share:
         return classes, {"": images}
     train, val = _split(images, config.val_share, seed)
@@ -125,6 +140,24 @@ def _find_images(source: Path, config: PackConfig, seed: int) -> tuple[list[str]
         problem = f"val_share must be unset for {source}, which has no class with two images"
         raise ValueError(f"{problem}, got {config.val_share:g}")
     return classes, {"train": train, "val": val}
+
+
+def _listed_images(source: Path, config: PackConfig) -> tuple[list[str], list[_Image]]:
+    """Return the class names and the images of the table `config.labels`, sorted by class and path."""
+    rows = read_image_table(Path(config.labels))
+    names = sorted({row["class"] for row in rows.values() if "class" in row})
+    classes = known_classes(names, config.classes, config.labels) if config.classes else names
+    number = {name: label for label, name in enumerate(classes)}
+    images, problems = [], []
+    for file, row in rows.items():
+        path = source / file
+        refusal = refuse_file(path, config.max_pixels, _map_path(path, source, config))
+        problems += [printable(f"{path} {refusal}")] if refusal else []
+        images += [] if refusal else [_Image(number.get(row.pop("class", ""), 0), path, row)]
+    _report_problems(problems, config)
+    if not images:
+        raise FileNotFoundError(f"labels={config.labels} lists no image that can be packed")
+    return classes, sorted(images, key=lambda image: (image.label, image.path))
 
 
 def _find_both_sets(source: Path, folders: list[str], config: PackConfig) -> tuple[list[str], dict[str, list[_Image]]]:
@@ -136,12 +169,12 @@ def _find_both_sets(source: Path, folders: list[str], config: PackConfig) -> tup
     if config.val_share:
         problem = f"val_share must be unset for {source}, which has validation images in {source / 'val'}"
         raise ValueError(f"{problem}, got {config.val_share:g}; to draw others, pack {source / 'train'}")
-    classes, val_classes = _class_names(source / "train", config.classes), _class_names(source / "val", "")
+    classes, val_classes = folder_classes(source / "train", config.classes), folder_classes(source / "val", "")
     if bool(classes) != bool(val_classes):
         having, lacking = ("train", "val") if classes else ("val", "train")
         problem = f"{source / having} has class folders, but {source / lacking} has none"
         raise ValueError(f"{problem}; sort the images of both into class folders, or of neither")
-    train, val = _labelled_images({source / "train": classes, source / "val": classes}, config)
+    train, val = _labelled_images({source / "train": classes, source / "val": classes}, source, config)
     trained = {classes[image.label] for image in train} if classes else set()
     unknown = [name for name in val_classes if name not in trained]
     if unknown:
@@ -150,8 +183,11 @@ def _find_both_sets(source: Path, folders: list[str], config: PackConfig) -> tup
     return classes, {"train": train, "val": val}
 
 
-def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> list[list[_Image]]:
-    """Return the images of each folder sorted by class and path, all with the label 0 if it has no class names."""
+def _labelled_images(class_names: dict[Path, list[str]], root: Path, config: PackConfig) -> list[list[_Image]]:
+    """Return the images of each folder sorted by class and path, all with the label 0 if it has no class names.
+
+    `root` is the image folder that is packed, to which the paths of segmentation maps are relative.
+    """
     # A validation folder may lack some of the training classes.
     folders = {
         (source, label): source / name
@@ -162,7 +198,7 @@ def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> 
     found = ImageFolders(folders)
     images, problems = {}, list(found.problems)
     for group, paths in found.images.items():
-        refusals = {path: _refusal(path, config.max_pixels) for path in paths}
+        refusals = {path: refuse_file(path, config.max_pixels, _map_path(path, root, config)) for path in paths}
         images[group] = [path for path, refusal in refusals.items() if not refusal]
         problems += [printable(f"{path} {refusal}") for path, refusal in refusals.items() if refusal]
     _report_problems(problems, config)
@@ -182,11 +218,9 @@ def _labelled_images(class_names: dict[Path, list[str]], config: PackConfig) -> 
     ]
 
 
-def _refusal(path: Path, max_pixels: int) -> str:
-    try:
-        return refuse_image(path.read_bytes(), max_pixels)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+def _map_path(path: Path, source: Path, config: PackConfig) -> Path | None:
+    """Return the path of an image's segmentation map, None if no maps are packed."""
+    return Path(config.maps, path.relative_to(source)).with_suffix(".png") if config.maps else None
 
 
 def _report_problems(problems: list[str], config: PackConfig) -> None:
@@ -242,10 +276,10 @@ def _samples(
     source: Path, images: list[_Image], classes: list[str], config: PackConfig
 ) -> Iterator[dict[str, str | bytes]]:
     """Yield the samples of a set in the order in which they are written."""
-    read, paths = partial(_read_image, config=config), [image.path for image in images]
+    read, paths = partial(_read_image, source=source, config=config), [image.path for image in images]
     # Reading a file takes less time than handing its content to another process.
     contents = _map_in_processes(read, paths) if config.shorter else map(read, paths)
-    for number, ((label, path), content) in enumerate(zip(images, contents, strict=True)):
+    for number, ((label, path, fields), content) in enumerate(zip(images, contents, strict=True)):
         if isinstance(content, UndecodableImageError):
             problem = printable(f"{path} {content}")
             if not config.leave_out_bad:
@@ -253,14 +287,18 @@ def _samples(
             log.warning("%s; it is left out", problem)
             continue
         metadata = {"file": path.relative_to(source).as_posix()} | ({"class": classes[label]} if classes else {})
+        metadata |= fields
         metadata = {name: to_valid_unicode(text) for name, text in metadata.items()}
         key = f"{number:08d}_{_sanitize(path.stem)}"
         yield make_sample(key, label if classes else None, metadata, content)
 
 
-def _read_image(path: Path, config: PackConfig) -> dict[str, bytes] | UndecodableImageError:
-    """Return a file's content, in a smaller size if that is set, by extension; the reason if it cannot be decoded."""
+def _read_image(path: Path, source: Path, config: PackConfig) -> dict[str, bytes] | UndecodableImageError:
+    """Return a file's content, in a smaller size if that is set, and its map, by extension; or why it is no image."""
     content, extension = path.read_bytes(), path.suffix[1:].lower()
+    map_path = _map_path(path, source, config)
+    if map_path is not None:
+        return {extension: content, "seg.png": map_path.read_bytes()}
     if config.shorter is None:
         return {extension: content}
     try:
@@ -287,45 +325,6 @@ def _map_in_processes(function: Callable[[Path], Any], paths: list[Path]) -> Ite
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def _class_names(source: Path, classes_path: str) -> list[str]:
-    """Return the classes in the order of their numbers, none if the images lie in the folder itself."""
-    if not source.is_dir():
-        raise FileNotFoundError(f"image folder {source} does not exist or is not a folder")
-    entries = sorted(entry for entry in source.iterdir() if not is_hidden(entry.name))
-    loose_images = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    # A link to the source or a folder around it is no class. A link to nothing may be meant as one, and is reported.
-    parents = (source.resolve(), *source.resolve().parents)
-    names = [
-        entry.name
-        for entry in entries
-        if (entry.is_dir() and entry.resolve() not in parents)
-        or (not entry.exists() and entry.name not in loose_images)
-    ]
-    if loose_images and (names or classes_path):
-        problem = f"{len(loose_images)} images lie in {source} itself, the first is {loose_images[0]}"
-        raise ValueError(f"{problem}; either all images must lie in class folders, {source}/CLASS/IMAGE, or none")
-    if not classes_path:
-        return names
-    classes = _read_class_names(Path(classes_path))
-    unlisted = [name for name in names if name not in classes]
-    if unlisted:
-        raise ValueError(
-            f"class folders of {source} must be listed in classes={classes_path}, which lists {len(classes)} classes, "
-            f"got {unlisted}"
-        )
-    return classes
-
-
-def _read_class_names(path: Path) -> list[str]:
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it ({error})") from error
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"classes={path} must hold a JSON list of names, as packing writes it")
-    return classes
 
 
 def _sanitize(stem: str) -> str:

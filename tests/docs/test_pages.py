@@ -1,5 +1,6 @@
 """The README and the documentation are true: limits, generated pages, links, and code that runs as printed."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fixtures.imitated_datasets import NUM_TRAIN, NUM_VAL, SCENES, write_archives
 from fixtures.painted_shards import pretrain_on_painted_shards
 from fixtures.paths import PROJECT, PYTHONPATH
+from fixtures.tar_files import samples_of
+from iwm_fast.evals.multitask.task_list import read_task_list
+from iwm_fast.evals.results import read_result
+from iwm_fast.pipelines.annotations.labels import read_labels
+from iwm_fast.pipelines.storage.shard_set import open_shards
 
 DOCS = PROJECT / "docs"
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -98,6 +105,36 @@ def test_the_code_of_evaluation_runs(tmp_path):
     pretrain_on_painted_shards(tmp_path / "painted")
     (tmp_path / "painted" / "run").rename(tmp_path / "runs" / "first")
     execute("evaluation.md", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_imitations_of_the_papers_data_sets_are_packed_and_evaluated(tmp_path):
+    write_archives(tmp_path)
+    (tmp_path / "runs").mkdir()
+    pretrain_on_painted_shards(tmp_path / "painted")
+    (tmp_path / "painted" / "run").rename(tmp_path / "runs" / "first")
+    execute("datasets.md", tmp_path)
+    scenes = list(SCENES)
+    classes = {"inat18": ["0003", "0041", "2761"], "sun397": scenes, "places205": scenes}
+    for name, expected in classes.items():
+        # One image of SUN397 cannot be decoded.
+        num_train = 3 * NUM_TRAIN - (name == "sun397")
+        for split, count in (("train", num_train), ("val", 3 * NUM_VAL)):
+            shards = open_shards(str(tmp_path / "shards" / name / split))
+            assert shards.num_samples == count and set(shards.labels(np.arange(count))) == {0, 1, 2}
+            assert json.loads((tmp_path / "shards" / name / split / "classes.json").read_text()) == expected
+        tasks = read_task_list(str(PROJECT / "iwm_fast" / "configs" / "tasks" / f"{name}.yaml"))
+        kinds = {task.name: read_labels(shards, task.label).classes for task in tasks}
+        assert kinds.get("kind", ("none", "outdoor", "shop")) == ("none", "outdoor", "shop")
+        assert len(kinds["genus" if name == "inat18" else "scene"]) == (2 if name == "inat18" else 3)
+    for sample in samples_of(f"{tmp_path}/shards/inat18/val/shard-000000.tar"):
+        fields = json.loads(sample["json"])
+        assert fields["file"].split("/")[:2] == [fields["supercategory"], str(int(fields["class"]))]
+    maps = open_shards(str(tmp_path / "shards" / "ade20k" / "train"))
+    assert maps.num_samples == 8 and (maps.shards[0].mask_size > 0).all()
+    result = read_result(tmp_path / "runs" / "first" / "evaluations" / "segment_size32.json")
+    assert result.details["num_classes"] == 151
 
 
 @pytest.mark.slow

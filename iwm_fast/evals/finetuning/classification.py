@@ -31,7 +31,7 @@ from iwm_fast.evals.finetuning.run import (
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_variant, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, build_variant, describe_origin
-from iwm_fast.evals.results import Result, accuracy_gain, mean_row, save_result
+from iwm_fast.evals.results import Result, accuracy_gain, mean_row, name_with_choices, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
 from iwm_fast.pipelines.config import MAX_PIXELS, require
@@ -85,7 +85,7 @@ def evaluate_finetune(
 
 
 def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
-    model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
+    model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
     needs_predictor = any(name in PREDICTOR_VARIANTS for name in config.chosen_arms)
     is_identity = model.config.model.predictor.depth == 0
     require(not (is_identity and needs_predictor), "arms", config.arms,
@@ -108,6 +108,7 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
     for name in ("train", "val"):
         require(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
     vit, max_pixels = build_vit(config), config.data.max_pixels or MAX_PIXELS
+    folder = task_folder(config.to, result_name("finetune", config.data), config.name)
     context = FinetuneContext(
         settings=config,
         model_config=vit_run_config(config, vit),
@@ -116,7 +117,7 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
             lambda: open_shards(config.data.train, config.data.image, max_pixels=max_pixels)
         ),
         val=broadcast_from_rank_zero(lambda: open_shards(config.data.val, config.data.image, max_pixels=max_pixels)),
-        folder=task_folder(config.to, result_name("finetune", config.data), config.name),
+        folder=folder.with_name(name_with_choices(folder.name, config, 0)),
         rank_info=rank_info,
         preemption=preemption,
     )

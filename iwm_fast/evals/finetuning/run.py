@@ -21,7 +21,7 @@ from iwm_fast.config.finetuning import TrainedSettings
 from iwm_fast.config.run import OutputConfig, RunConfig
 from iwm_fast.evals.datasets import training_shards, validation_shards
 from iwm_fast.evals.finetuning.task import FinetuneTask, Job
-from iwm_fast.evals.results import Result, Row, name_with_step
+from iwm_fast.evals.results import Result, Row, name_with_choices
 from iwm_fast.models.student import compute_dtype
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -92,7 +92,7 @@ def open_context(
         step=model.step,
         train=training_shards(model, settings.data),
         val=validation_shards(model, settings.data),
-        folder=folder.with_name(name_with_step(folder.name, settings.checkpoint, model.step)),
+        folder=folder.with_name(name_with_choices(folder.name, settings, model.step)),
         rank_info=rank_info,
         preemption=preemption,
     )

@@ -47,7 +47,7 @@ def build_vit(config: FinetuneConfig) -> VisionTransformer:
     require(timm.is_model(config.timm), "timm", config.timm, "name a model in timm, such as vit_base_patch16_224")
     require(config.runtime.ops != "fused", "runtime.ops", config.runtime.ops, "not be fused for a timm model")
     require(not config.runtime.compile, "runtime.compile", True, "be false for a timm model")
-    options = {"img_size": config.image_size, "global_pool": "avg", "fc_norm": False}
+    options = {"img_size": config.size or ViewConfig().size, "global_pool": "avg", "fc_norm": False}
     accepted = "name a plain ViT in timm (vit_*)"
     require(config.timm.startswith("vit"), "timm", config.timm, accepted)
     with seeded_init(config.seed):
@@ -81,15 +81,13 @@ def vit_run_config(config: FinetuneConfig, vit: Any) -> RunConfig:
     """Return a run configuration that describes the model to engine and loader."""
     patch_size, num_heads = vit.patch_embed.patch_size[0], vit.blocks[0].attn.num_heads
     encoder = EncoderConfig(dim=vit.embed_dim, depth=len(vit.blocks), num_heads=num_heads, patch_size=patch_size)
-    accepted = f"be a multiple of the patch size {patch_size}"
-    require(config.image_size % patch_size == 0, "image_size", config.image_size, accepted)
     expected: dict[str, Any] = getattr(vit, "pretrained_cfg", {})
     mean, std = (tuple(expected.get(name, getattr(IMAGENET, name))) for name in ("mean", "std"))
     return RunConfig(
         data=DataConfig(pixel_mean=mean, pixel_std=std),
-        views=ViewConfig(size=config.image_size, blur=Blur(sigma=(0.1, 1.0))),
+        views=ViewConfig(blur=Blur(sigma=(0.1, 1.0))),
         model=ModelConfig(encoder=encoder, predictor=PredictorConfig(depth=0)),
-    )
+    ).at_size(config.size)
 
 
 def build_timm_variant(vit: VisionTransformer, context: FinetuneContext, num_classes: int) -> Variant:

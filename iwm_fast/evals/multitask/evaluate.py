@@ -61,7 +61,7 @@ def evaluate_multitask(
     with same_error_on_all_ranks():
         specs = read_task_list(config.tasks)
         check_batch_split(config, len(specs), rank_info.world_size)
-        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
         model.require_predictor()
         context = open_context("multitask", config, model, rank_info, preemption)
     train, val = context.train, context.val

@@ -23,7 +23,7 @@ from iwm_fast.evals.planning.cem import distance_to, search, searched_entries, t
 from iwm_fast.evals.planning.image_pairs import SOURCE_KINDS, ImagePair, SourceKind, draw_pairs, pooled_features
 from iwm_fast.evals.planning.report import PlanningErrors, distance_rows, parameter_rows, recovery_plots
 from iwm_fast.evals.planning.ridge import ridge
-from iwm_fast.evals.results import Result, Row, name_with_step, save_result
+from iwm_fast.evals.results import Result, Row, name_with_choices, save_result
 from iwm_fast.evals.retrieval.bank import open_world_model, with_untrained_predictor
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -45,7 +45,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device, config.checkpoint)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint, config.size)
         # Fails early if there is nothing to search for.
         training_prior(model.config.views)
         train, val = training_shards(model, config.data), validation_shards(model, config.data)
@@ -68,7 +68,7 @@ def evaluate_plan(config: PlanConfig, rank_info: RankInfo | None = None) -> Resu
             plots += recovery_plots(errors, reported, model.config)
     name = "plan" if config.readout == "absolute" else f"plan_{config.readout}"
     result = Result(
-        task="plan", name=name_with_step(name, config.checkpoint, model.step), rows=tuple(rows), step=model.step,
+        task="plan", name=name_with_choices(name, config, model.step), rows=tuple(rows), step=model.step,
         seed=config.seed, settings=asdict(config),
         details={"searched": list(searched), "predictions": config.population * config.rounds},
     )  # fmt: skip
@@ -155,7 +155,7 @@ def plan_images(config: PlanConfig) -> PlannedChange:
         ValueError: if a file is not an image, or the run has no predictor or no entry to search for.
     """
     require(bool(config.source), "source and target", (config.source, config.target), "both name image files")
-    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
+    model = open_world_model(config.run, single_process(config.device).device, config.checkpoint, config.size)
     prior, views = training_prior(model.config.views), model.config.views
     paths = config.source, config.target
     source, target = (model.load_image(path, max_pixels=config.data.max_pixels) for path in paths)

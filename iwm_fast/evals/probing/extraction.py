@@ -18,7 +18,8 @@ from iwm_fast.world_model import WorldModel
 Item = TypeVar("Item")
 
 FeatureKind = Literal["pooled", "tokens"]
-"""Features of an image: the mean over its patches, (D,), or all its tokens, (N, D)."""
+"""Features of an image: the mean over its patches, (D,), or all its tokens, (N, D). With L layers, D is L times the
+encoder's width."""
 # Tokens are stored in half precision, because they take N times as much space as pooled features.
 DTYPES = {"pooled": np.dtype(np.float32), "tokens": np.dtype(np.float16)}
 
@@ -32,7 +33,7 @@ class Features:
 
 
 def encode_batches(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: FeatureKind
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], kind: FeatureKind, layers: int = 1
 ) -> Iterator[Float[Tensor, "B *rest"]]:
     """Yield the features of the samples in batches, in order, on the CPU.
 
@@ -42,7 +43,8 @@ def encode_batches(
         ShardError: if an image cannot be decoded, with shard and key.
     """
     copies = (
-        _start_copy(model.encode(batch.source_view), kind) for batch in evaluation_batches(model, shards, samples)
+        _start_copy(model.encode(batch.source_view, layers=layers), kind)
+        for batch in evaluation_batches(model, shards, samples)
     )
     for features, copied in prefetch_one(copies):
         if copied is not None:
@@ -72,14 +74,14 @@ def prefetch_one(items: Iterable[Item]) -> Iterator[Item]:
     yield from previous
 
 
-def feature_shape(model: WorldModel, kind: FeatureKind) -> tuple[int, ...]:
-    """Return the shape of one image's features."""
-    dim = model.config.model.encoder.dim
+def feature_shape(model: WorldModel, kind: FeatureKind, layers: int) -> tuple[int, ...]:
+    """Return the shape of one image's features of the last layers."""
+    dim = layers * model.config.model.encoder.dim
     return (dim,) if kind == "pooled" else (model.config.grid**2, dim)
 
 
 def encode_on_all_ranks(
-    model: WorldModel, labelled: LabelledSamples, kind: FeatureKind, rank_info: RankInfo
+    model: WorldModel, labelled: LabelledSamples, kind: FeatureKind, layers: int, rank_info: RankInfo
 ) -> Iterator[Float[Tensor, "B *rest"]]:
     """Yield the features of all samples in order on every rank. Collective: every rank must consume all batches.
 
@@ -91,14 +93,14 @@ def encode_on_all_ranks(
     # ranks, and ranks take turns.
     all_batches = [samples[first : first + size] for first in range(0, len(samples), size)]
     local = all_batches[rank_info.rank :: world_size]
-    local_features = encode_batches(model, labelled.shards, np.concatenate(local or [samples[:0]]), kind)
+    local_features = encode_batches(model, labelled.shards, np.concatenate(local or [samples[:0]]), kind, layers)
     if world_size == 1:
         yield from local_features
         return
     dtype = getattr(torch, DTYPES[kind].name)
     for first in range(0, len(all_batches), world_size):
         # In the last round some ranks have no batch, or a smaller one; their padding comes last and is cut off.
-        padded = torch.zeros(size, *feature_shape(model, kind), dtype=dtype, device=rank_info.device)
+        padded = torch.zeros(size, *feature_shape(model, kind, layers), dtype=dtype, device=rank_info.device)
         if first + rank_info.rank < len(all_batches):
             features = next(local_features)
             padded[: len(features)] = features
@@ -106,7 +108,7 @@ def encode_on_all_ranks(
         yield gathered[: len(samples) - first * size]
 
 
-def extract_features(model: WorldModel, labelled: LabelledSamples) -> Features:
+def extract_features(model: WorldModel, labelled: LabelledSamples, layers: int = 1) -> Features:
     """Return pooled features and class numbers of the samples in memory, computed by this rank alone."""
-    features = list(encode_batches(model, labelled.shards, labelled.samples, "pooled"))
+    features = list(encode_batches(model, labelled.shards, labelled.samples, "pooled", layers))
     return Features(features=torch.cat(features), label=torch.from_numpy(labelled.number))

@@ -4,9 +4,9 @@
                             about.json      everything that determines the features
                             manifest.json   size and SHA-256 of both files
 
-The digest is that of about.json: weights and architecture of the encoder, size of the views, content of the shards,
-samples, loader and type of device. For all sets of images, the features of the checkpoint and the control that were
-evaluated last are kept. The folder may be deleted at any time.
+The digest is that of about.json: weights and architecture of the encoder, its layers, size of the views, content of the
+shards, samples, loader and type of device. For all sets of images, the features of the checkpoint and the control that
+were evaluated last, at the size of that time, are kept. The folder may be deleted at any time.
 """
 
 import hashlib
@@ -57,6 +57,8 @@ class FeatureSpec:
     weights_digest: str
     labelled: LabelledSamples
     kind: FeatureKind
+    layers: int = 1
+    """Number of last layers of the encoder."""
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -74,6 +76,8 @@ class FeatureSpec:
             # Loaders and devices decode, resize and sum with different rounding.
             "loader": config.runtime.loader,
             "device": self.model.device.type,
+            # Only if it is set, so that features which were written before this setting existed are still found.
+            **({"layers": self.layers} if self.layers > 1 else {}),
         }
 
     @property
@@ -84,7 +88,7 @@ class FeatureSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the features of all samples."""
-        return (len(self.labelled.samples), *feature_shape(self.model, self.kind))
+        return (len(self.labelled.samples), *feature_shape(self.model, self.kind, self.layers))
 
     @property
     def size_gb(self) -> float:
@@ -103,9 +107,10 @@ class FeatureCache:
         with self._lock():
             distributed.rank_zero_only(self._remove_stale)
 
-    def spec(self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind) -> FeatureSpec:
+    def spec(self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind, layers: int = 1) -> FeatureSpec:
         """Return the specification of features; the model must be one of those that the cache was opened for."""
-        return FeatureSpec(model=model, weights_digest=self._digests[id(model)], labelled=labelled, kind=kind)
+        digest = self._digests[id(model)]
+        return FeatureSpec(model=model, weights_digest=digest, labelled=labelled, kind=kind, layers=layers)
 
     def check_disk_space(self, specs: Sequence[FeatureSpec], max_gb: float) -> None:
         """Check that features fit into `max_gb` and that those to be written fit on the disk.
@@ -127,7 +132,7 @@ class FeatureCache:
             )
 
     def rows(
-        self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind
+        self, model: WorldModel, labelled: LabelledSamples, kind: FeatureKind, layers: int = 1
     ) -> Shaped[np.ndarray, "images *rest"]:
         """Return the features of labelled samples, which are extracted first if they are not in the cache.
 
@@ -138,7 +143,7 @@ class FeatureCache:
             ShardError: if an image cannot be decoded, with shard and key.
             OSError: if the disk is full.
         """
-        spec = self.spec(model, labelled, kind)
+        spec = self.spec(model, labelled, kind, layers)
         folder = self._folder / spec.digest
         with self._lock():
             # Rank 0 decides for all ranks, which may see different states of a network file system.
@@ -186,7 +191,7 @@ def write_features(folder: Path, spec: FeatureSpec, rank_info: RankInfo) -> None
     batch_size = EVALUATION_BATCH_SIZE * rank_info.world_size
     num_batches = -(-len(spec.labelled.samples) // batch_size)
     description = f"batches of {batch_size} images encoded, step {spec.model.step}"
-    features = encode_on_all_ranks(spec.model, spec.labelled, spec.kind, rank_info)
+    features = encode_on_all_ranks(spec.model, spec.labelled, spec.kind, spec.layers, rank_info)
     batches = track_progress(_require_finite(features, spec), num_batches, description, rank_info)
 
     def write_array(path: Path) -> None:

@@ -35,7 +35,10 @@ def evaluate_knn(config: KnnConfig, rank_info: RankInfo | None = None) -> Result
     rank_info = rank_info or single_process(config.device)
     comparison = open_comparison(config, rank_info)
     cache = FeatureCache(config.run, comparison.models, rank_info)
-    features = [[cache.rows(model, labelled, "pooled") for labelled in comparison.sets] for model in comparison.models]
+    features = [
+        [cache.rows(model, labelled, "pooled", config.layers) for labelled in comparison.sets]
+        for model in comparison.models
+    ]
     return broadcast_from_rank_zero(lambda: _report(config, comparison, features))
 
 
@@ -64,7 +67,7 @@ def knn_accuracy(model: WorldModel, sets: LabelledSets, config: KnnConfig) -> fl
     It is NaN if a feature is not finite. Features are not cached, and the function is not collective, so that it can be
     called during training.
     """
-    bank, queries = (extract_features(model, labelled) for labelled in sets)
+    bank, queries = (extract_features(model, labelled, config.layers) for labelled in sets)
     if not (bank.features.isfinite().all() and queries.features.isfinite().all()):
         return math.nan
     correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=model.device)

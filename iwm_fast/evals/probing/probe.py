@@ -71,9 +71,9 @@ def evaluate_probe(
     cache = FeatureCache(config.run, models, rank_info)
     if max_cache_gb is not None:
         # Checked for all features together before the first are extracted, which can take hours.
-        specs = [cache.spec(model, labelled, kind) for model in models for labelled in sets]
+        specs = [cache.spec(model, labelled, kind, config.layers) for model in models for labelled in sets]
         rank_zero_only(partial(cache.check_disk_space, specs, max_cache_gb))
-    features = [[cache.rows(model, labelled, kind) for labelled in sets] for model in models]
+    features = [[cache.rows(model, labelled, kind, config.layers) for labelled in sets] for model in models]
     return broadcast_from_rank_zero(lambda: _probe_models(task, config, comparison, features, build_grid))
 
 

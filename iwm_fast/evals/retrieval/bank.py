@@ -48,14 +48,14 @@ class Query:
     action: Float[Tensor, "M A"]
 
 
-def open_world_model(run: str, device: torch.device, checkpoint: str = "") -> WorldModel:
-    """Load a run or an export that has a predictor.
+def open_world_model(run: str, device: torch.device, checkpoint: str = "", size: int | None = None) -> WorldModel:
+    """Load a run or an export that has a predictor, for images of another size if that is set.
 
     Raises:
         FileNotFoundError, CheckpointError: if there is no checkpoint or export, or it is damaged.
-        ValueError: if its predictor is the identity.
+        ValueError: if its predictor is the identity, or patches do not divide `size`.
     """
-    model = world_model.load(run, device, checkpoint=checkpoint)
+    model = world_model.load(run, device, checkpoint=checkpoint, size=size)
     model.require_predictor()
     return model
 

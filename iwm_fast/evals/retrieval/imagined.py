@@ -15,16 +15,20 @@ log = logging.getLogger(__name__)
 
 
 def find_decoder(run: str, model: WorldModel) -> PixelDecoder | None:
-    """Return the decoder of the model's checkpoint, or None, with a warning, if none has been trained.
+    """Return the decoder of the model's checkpoint, or None, with a warning, if there is none for its image size.
 
     Raises:
         CheckpointError: if it is damaged.
     """
     try:
-        return load_pixel_decoder(run, model.step, model.device)
+        decoder = load_pixel_decoder(run, model.step, model.device)
     except FileNotFoundError:
         log.warning("no decoder of this checkpoint, so no imagined pictures: `iwm decode run=%s` trains one", run)
         return None
+    if decoder.spec.grid != model.config.grid:
+        log.warning("the decoder of %s was trained at another image size, so there are no imagined pictures", run)
+        return None
+    return decoder
 
 
 def decode_pixels(decoder: PixelDecoder, tokens: Float[Tensor, "B ND"]) -> UInt8[np.ndarray, "B H W 3"]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import READOUTS, MrrConfig, Readout
 from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, require_readable, validation_shards
-from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
+from iwm_fast.evals.results import Result, Row, mean_row, name_with_choices, save_result
 from iwm_fast.evals.retrieval.bank import (
     CandidateBank,
     Query,
@@ -71,7 +71,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device, config.checkpoint)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint, config.size)
         families = _families(config, model.config.views)
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
@@ -154,7 +154,7 @@ def _make_result(ranks: Ranks, model: WorldModel, config: MrrConfig) -> Result:
     banks = dict.fromkeys(bank_family(family, views) for family in families)
     inverse = [item for item in views.operations if item.name in families and item.family == "inverse"]
     destroyed = [item.query_source(1) for item in inverse]
-    name = name_with_step(f"mrr_{config.bank}", config.checkpoint, model.step)
+    name = name_with_choices(f"mrr_{config.bank}", config, model.step)
     details = {
         "families": list(families),
         "bank_strengths": {entry.name: entry.strength for name in banks for entry in getattr(drawn, name).entries},

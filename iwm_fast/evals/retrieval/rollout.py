@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import READOUTS, RolloutConfig
 from iwm_fast.evals.datasets import clean_images, compute_sharded, evenly_spaced, require_readable, validation_shards
-from iwm_fast.evals.results import Result, Row, mean_row, name_with_step, save_result
+from iwm_fast.evals.results import Result, Row, mean_row, name_with_choices, save_result
 from iwm_fast.evals.retrieval.bank import (
     bank_family,
     diagonal_ranks,
@@ -55,7 +55,7 @@ def evaluate_rollout(config: RolloutConfig, rank_info: RankInfo | None = None) -
     """
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
-        model = open_world_model(config.run, rank_info.device, config.checkpoint)
+        model = open_world_model(config.run, rank_info.device, config.checkpoint, config.size)
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
     broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
@@ -67,7 +67,7 @@ def evaluate_rollout(config: RolloutConfig, rank_info: RankInfo | None = None) -
 
     measured = compute_sharded(samples, measure_share, shape, "images rolled out", rank_info).cpu().numpy()
     result = Result(
-        task="rollout", name=name_with_step(f"rollout_{config.bank}", config.checkpoint, model.step),
+        task="rollout", name=name_with_choices(f"rollout_{config.bank}", config, model.step),
         rows=tuple(_rows(measured, config)), step=model.step, seed=config.seed, settings=asdict(config),
     )  # fmt: skip
     rank_zero_only(lambda: _save(result, model, shards, config))

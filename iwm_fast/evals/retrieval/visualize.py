@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast.config.evaluation import ImagineConfig
 from iwm_fast.evals.datasets import clean_images, evenly_spaced, require_readable, validation_shards
-from iwm_fast.evals.results import name_with_step
+from iwm_fast.evals.results import name_with_choices
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank, open_world_model
 from iwm_fast.evals.retrieval.choice import choose_shown
 from iwm_fast.evals.retrieval.imagined import find_decoder
@@ -56,7 +56,7 @@ def imagine(config: ImagineConfig) -> tuple[Path, ...]:
     require_writable(path)
     model = open_world_model(config.run, single_process(config.device).device, config.checkpoint)
     if not config.picture:
-        path = path.with_stem(name_with_step(path.stem, config.checkpoint, model.step))
+        path = path.with_stem(name_with_choices(path.stem, config, model.step))
     decoder = find_decoder(config.run, model)
     plots: list[Plot] = []
     if config.image:

@@ -104,7 +104,7 @@ def open_segmentation(
     """Load the run, open the shards and count the classes of their maps. Collective: every rank must call it."""
     with same_error_on_all_ranks():
         split_global_batch(config, rank_info.world_size)
-        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint)
+        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
         if any(name in PREDICTOR_VARIANTS for name in config.arms.split(",")):
             model.require_predictor()
         context = open_context("segment", config, model, rank_info, preemption)

@@ -227,3 +227,106 @@ def test_a_validation_share_that_leaves_a_set_empty_is_refused(tmp_path):
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="val_share must be at least 0 and below 1"):
             PackConfig(val_share=share)
+
+
+TABLE = 'file,class,place\ncat/a b.1.JPG,tom,in\nant/deep/ü2.png,queen,\ncat/a b.3.JPG,tom,"out, far"\n'
+
+
+def packed_from_table(source: Path, folder: Path, table: str, **settings) -> list[dict]:
+    """Pack the images of a table, and return the content of the samples' `.json` members by file, with label."""
+    (folder / "labels.csv").write_text(table, encoding="utf-8")
+    pack_folder(source, folder / "out", PackConfig(labels=str(folder / "labels.csv"), **settings))
+    samples = samples_of(f"{folder}/out/shard-000000.tar")
+    return sorted(
+        (json.loads(sample["json"]) | {"label": sample.get("cls", b"").decode()} for sample in samples),
+        key=lambda sample: sample["file"],
+    )
+
+
+def test_a_table_gives_images_classes_and_further_fields(source, tmp_path):
+    assert packed_from_table(source, tmp_path, TABLE) == [
+        {"file": "ant/deep/ü2.png", "class": "queen", "place": "", "label": "0"},
+        {"file": "cat/a b.1.JPG", "class": "tom", "place": "in", "label": "1"},
+        {"file": "cat/a b.3.JPG", "class": "tom", "place": "out, far", "label": "1"},
+    ]
+    assert json.loads((tmp_path / "out" / "classes.json").read_text(encoding="utf-8")) == ["queen", "tom"]
+
+
+def test_a_table_without_classes_gives_samples_without_labels(source, tmp_path):
+    (sample,) = packed_from_table(source, tmp_path, "file\ncat/a b.1.JPG\n")
+    assert sample == {"file": "cat/a b.1.JPG", "label": ""} and not (tmp_path / "out" / "classes.json").exists()
+
+
+def test_a_table_takes_the_class_numbers_of_training(source, tmp_path):
+    (tmp_path / "classes.json").write_text('["none", "queen", "tom"]')
+    samples = packed_from_table(source, tmp_path, TABLE, classes=str(tmp_path / "classes.json"))
+    assert [sample["label"] for sample in samples] == ["1", "2", "2"]
+    (tmp_path / "few.json").write_text('["tom"]')
+    config = PackConfig(labels=str(tmp_path / "labels.csv"), classes=str(tmp_path / "few.json"))
+    with pytest.raises(ValueError, match=r"labels\.csv must be listed in classes=.*few\.json, .* got \['queen'\]"):
+        pack_folder(source, tmp_path / "b", config)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("path,class\na.jpg,b\n", r"the header of .*labels\.csv must name each column once, and have one named file"),
+        ("", r"the header of .*labels\.csv must name each column once"),
+        ("file,file\na,b\n", r"the header of .* must name each column once"),
+        ("file,class\ncat/a b.1.JPG\n", r"labels\.csv, line 2 must have 2 columns"),
+        ("file,class\ncat/a b.1.JPG,x,y\n", r"labels\.csv, line 2 must have 2 columns"),
+        ("file,class\ncat/a b.1.JPG,\n", r"labels\.csv, line 2: class must name a class"),
+        ("file\n/etc/a.jpg\n", r"line 2: file must be the path of an image in the image folder, got '/etc/a\.jpg'"),
+        ("file\n../a.jpg\n", r"line 2: file must be the path of an image in the image folder"),
+        ("file\ncat/a b.1.JPG\ncat/a b.1.JPG\n", r"line 3: file must be listed only once, got 'cat/a b\.1\.JPG'"),
+        ('file\n"cat', r"must be a CSV table in UTF-8 with a header: unexpected end of data"),
+        ("file\ncat/none.jpg\nant/notes.txt\n", r"(?s)2 files or folders cannot be packed; .*none\.jpg cannot be read "
+         r"\(No such file or directory\).*notes\.txt does not have the extension of an image"),
+        ("file,class\n", r"labels=.* lists no image that can be packed"),
+    ],
+)  # fmt: skip
+def test_a_table_that_does_not_fit_is_refused_with_its_line(source, tmp_path, table, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        packed_from_table(source, tmp_path, table)
+    assert not (tmp_path / "out").exists()
+
+
+def write_maps(source: Path, folder: Path) -> None:
+    for path in [*source.rglob("*.JPG"), *source.rglob("*.png")]:
+        target = (folder / path.relative_to(source)).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 7).save(target)
+
+
+def test_segmentation_maps_are_packed_beside_their_images(source, tmp_path):
+    write_maps(source, tmp_path / "maps")
+    pack_folder(source, tmp_path / "out", PackConfig(maps=str(tmp_path / "maps")))
+    samples = samples_of(f"{tmp_path}/out/shard-000000.tar")
+    expected = (tmp_path / "maps" / "cat" / "a b.1.png").read_bytes()
+    assert len(samples) == 22 and all(sample["seg.png"] == expected for sample in samples)
+    assert open_shards(str(tmp_path / "out")).shards[0].mask_size.tolist() == [len(expected)] * 22
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"a b\.1\.JPG has no segmentation map .*maps/cat/a b\.1\.png"),
+        (cut, r"a b\.1\.JPG has a segmentation map, .*a b\.1\.png, which "),
+        (lambda path: Image.new("L", (8, 9)).save(path), r"needs a segmentation map of 8 x 8 pixels.*is 8 x 9 pixels"),
+    ],
+)
+def test_a_map_that_does_not_fit_its_image_is_named(source, tmp_path, damage, message):
+    write_maps(source, tmp_path / "maps")
+    damage(tmp_path / "maps" / "cat" / "a b.1.png")
+    with pytest.raises(ValueError, match=rf"(?s)1 files or folders cannot be packed; .*{message}"):
+        pack_folder(source, tmp_path / "out", PackConfig(maps=str(tmp_path / "maps")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_maps_and_smaller_images_are_not_packed_together():
+    with pytest.raises(ValueError, match=r"shorter must be unset with maps=; .*iwm shards resize"):
+        PackConfig(maps="a", shorter=64)

@@ -334,7 +334,7 @@ def test_a_variant_trains_with_randaugment_and_dali(rank_info, run):
 
 def timm_settings(run, tmp_path, **changes):
     data = world_model.load(run).config.data
-    timm_only = {"run": "", "timm": "vit_tiny_patch16_224", "to": str(tmp_path / "timm"), "image_size": 32,
+    timm_only = {"run": "", "timm": "vit_tiny_patch16_224", "to": str(tmp_path / "timm"), "size": 32,
                  "data": EvalDataConfig(train=data.train, val=data.val, label=LABEL)}  # fmt: skip
     return settings(**timm_only | {"tune": {"epochs": 1.0, "encoder_lr": 1e-3}} | changes)
 
@@ -354,7 +354,7 @@ def test_a_timm_vit_is_finetuned_from_a_weights_file(rank_info, run, tmp_path):
     assert row.subject == "encoder" and row.num_tuned == num_parameters(trained) + 3 * 192 + 3
     assert results[1].rows[0].value == row.value
     saved = checkpoints.read(
-        checkpoints.find_newest_folder(tmp_path / "timm/evaluations" / f"{FOLDER}_pth" / "encoder")
+        checkpoints.find_newest_folder(tmp_path / "timm/evaluations" / f"{FOLDER}_pth_size32" / "encoder")
     )
     drift = saved.weights("trained.vit.")["norm.bias"] - 0.5
     assert 0 < drift.abs().max() < 0.1
@@ -367,7 +367,7 @@ def test_invalid_timm_settings_are_refused(rank_info, run, tmp_path):
     invalid = {
         r"timm must name a model in timm": {"timm": "vit_unknown"},
         r"timm must name a plain ViT": {"timm": "resnet18"},
-        r"image_size must be a multiple of the patch size 16": {"image_size": 40},
+        r"^size must be a multiple of the patch size 16, such as 32 or 48": {"size": 40},
         r"no\.pth cannot be read as weights of a ViT": {"weights": str(tmp_path / "no.pth")},
         r"(?s)part.* does not fit vit_tiny.*Missing": {"weights": str(tmp_path / "part.safetensors")},
         r"data\.val must name shards if timm is set": {"data": EvalDataConfig(train="x")},

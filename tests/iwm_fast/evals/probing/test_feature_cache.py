@@ -115,9 +115,10 @@ def test_the_digest_depends_on_everything_that_determines_features(model, images
     assert cache.spec(model, copied, "pooled").digest == first.digest
     different = [cache.spec(*arguments) for arguments in (
         (other, images, "pooled"), (model, few, "pooled"), (model, elsewhere, "pooled"), (model, images, "tokens"),
+        (model, images, "pooled", 2),
     )]  # fmt: skip
     different += [replace(first, model=changed) for changed in (larger, more_heads, with_dali)]
-    assert len({spec.digest for spec in (first, *different)}) == 8
+    assert len({spec.digest for spec in (first, *different)}) == 9
 
 
 def flip_a_bit(folder: Path) -> None:

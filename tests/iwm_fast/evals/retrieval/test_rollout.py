@@ -15,6 +15,7 @@ from iwm_fast.checkpoints.pixel_decoder import save_pixel_decoder
 from iwm_fast.config.evaluation import READOUTS, MrrConfig, RolloutConfig
 from iwm_fast.evals.datasets import clean_images, evenly_spaced
 from iwm_fast.evals.retrieval.bank import draw_bank, encode_bank
+from iwm_fast.evals.retrieval.imagined import find_decoder
 from iwm_fast.evals.retrieval.mrr import chance_mrr, evaluate_mrr
 from iwm_fast.evals.retrieval.repeated_actions import roll_out
 from iwm_fast.evals.retrieval.rollout import evaluate_rollout
@@ -86,6 +87,8 @@ def test_rows_compare_several_actions_with_one_and_with_no_change(tiny_shards, t
     assert result.name == "rollout_strong" and not picture.exists()
     save_pixel_decoder(folder, untrained_decoder(world_model.load(folder)))
     assert evaluate_rollout(RolloutConfig(**shared, max_actions=3)) == result and picture.exists()
+    assert find_decoder(folder, world_model.load(folder)) is not None
+    assert find_decoder(folder, world_model.load(folder, size=32)) is None
     metrics = ("distance", "mrr", "distance_difference_readout", "mrr_difference_readout")
     counts = ("1 action", "2 actions", "3 actions")
     rows = [(row.subject, row.metric) for row in result.rows]
