@@ -15,7 +15,7 @@ from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.checkpoints.checkpoint import CONFIG, Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
-from iwm_fast.monitoring.metric_writer import MetricWriter
+from iwm_fast.monitoring.metric_writer import MetricWriter, open_loggers
 from iwm_fast.monitoring.out_of_memory import TrainingMemoryError, memory_errors_explained
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
@@ -193,7 +193,7 @@ class Trainer:
         changes = [change for change in state.changes if change["step"] == state.step]
         row = {"step": state.step, "run_id": state.run_id, "changes": changes, **description}
         append_line(self._folder / STARTED_FILE, row)
-        writer = MetricWriter(self._folder, state.step)
+        writer = MetricWriter(self._folder, state.step, open_loggers(task.config, state.run_id, state.step))
         self._resources.callback(writer.close)
         return writer
 
