@@ -267,8 +267,8 @@ def load(
     Args:
         folder: folder of a run, an export or a checkpoint.
         device: device to load it onto.
-        checkpoint: which checkpoint of a run: a step, or the path of its folder; None or empty: the newest undamaged
-            one.
+        checkpoint: which checkpoint of a run: a step, the path of its folder, or "best" for the one that
+            `output.keep_best` kept; None or empty: the newest undamaged one.
 
     Raises:
         FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.

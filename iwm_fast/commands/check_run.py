@@ -25,6 +25,7 @@ from iwm_fast.config.fingerprint import IMAGES_PER_FORWARD, fingerprint
 from iwm_fast.config.run import OptimConfig, RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
+from iwm_fast.evals.online import require_measured
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, patch_counts, training_flops
@@ -102,12 +103,15 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     shards = report.collect("training samples", lambda: open_training_shards(config.data))
     if shards is not None:
         report.add("training samples", _describe_shards(shards))
+    val = None
     if config.data.val:
         val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
         if val is not None:
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:
         report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
+    if config.output.evaluate_every and shards is not None and val is not None:
+        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
     report.collect("output.loggers", lambda: require_logins(config.output.loggers))
     batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
