@@ -18,7 +18,7 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, MrrConfig
-from iwm_fast.config.run import RunConfig
+from iwm_fast.config.run import Metric, RunConfig
 from iwm_fast.evals import online
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.evals.probing.knn import evaluate_knn
@@ -166,11 +166,15 @@ def test_a_run_that_diverges_is_evaluated_until_it_ends(tiny_shards, tmp_path, s
 def test_unusable_validation_data_is_refused_before_the_first_step(rank_info, tiny_shards, tmp_path):
     trainer = build_components(tiny_run(tiny_shards, tmp_path / "run"), rank_info)
 
-    def prepare(val: str) -> None:
-        OnlineEvaluation(online_run(tiny_shards, tmp_path / "run", val), trainer.shards, rank_info).prepare()
+    def prepare(val: str, keep_best: Metric | None = None) -> None:
+        config = online_run(tiny_shards, tmp_path / "run", val)
+        config = replace(config, output=replace(config.output, keep_best=keep_best))
+        OnlineEvaluation(config, trainer.shards, rank_info).prepare()
 
     with pytest.raises(ValueError, match=r"data\.val must name validation shards when output\.evaluate_every is set"):
         prepare("")
+    with pytest.raises(ValueError, match=r"keep_best must be one of mrr, rank_me, lidar in this run: .*got 'knn'"):
+        prepare(write_labelled(tmp_path / "unlabelled.tar", [None, 1]), keep_best="knn")
     with pytest.raises(FileNotFoundError, match="absent"):
         prepare(str(tmp_path / "absent.tar"))
     with pytest.raises(ShardError, match=r"bad\.tar:1 is truncated"):
