@@ -38,7 +38,7 @@ def require_logins(names: Collection[str]) -> None:
     """
     if "wandb" in names:
         require_packages(["wandb"])
-        from iwm_fast.monitoring.wandb_logger import require_login  # noqa: PLC0415
+        from iwm_fast.monitoring.loggers.wandb_logger import require_login  # noqa: PLC0415
 
         require_login()
 
@@ -58,11 +58,11 @@ def open_loggers(config: RunConfig, run_id: str, first_step: int) -> list[Metric
     # Imported where they are chosen, because each needs a package of an extra.
     for name in config.output.loggers:
         if name == "tensorboard":
-            from iwm_fast.monitoring.tensorboard_logger import TensorBoardLogger  # noqa: PLC0415
+            from iwm_fast.monitoring.loggers.tensorboard_logger import TensorBoardLogger  # noqa: PLC0415
 
             loggers.append(TensorBoardLogger(folder, first_step))
         if name == "wandb":
-            from iwm_fast.monitoring.wandb_logger import WandbLogger  # noqa: PLC0415
+            from iwm_fast.monitoring.loggers.wandb_logger import WandbLogger  # noqa: PLC0415
 
             loggers.append(WandbLogger(config, run_id))
     return loggers

@@ -14,10 +14,10 @@ from PIL import Image
 
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.config.run import OutputConfig, RunConfig
-from iwm_fast.monitoring import wandb_logger
+from iwm_fast.monitoring.loggers import wandb_logger
+from iwm_fast.monitoring.loggers.wandb_logger import WandbLogger
 from iwm_fast.monitoring.metric_writer import require_logins
 from iwm_fast.monitoring.metrics import read_metrics
-from iwm_fast.monitoring.wandb_logger import WandbLogger
 from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.train import run
 
