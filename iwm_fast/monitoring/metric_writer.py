@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -71,14 +71,15 @@ def open_loggers(config: RunConfig, run_id: str, first_step: int) -> list[Metric
 class MetricWriter:
     """Appends one row of metrics per log step."""
 
-    def __init__(self, folder: Path, first_step: int, loggers: Sequence[MetricLogger] = ()) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         """Open the file in `folder`, and drop rows after `first_step`, the step that the run resumes from.
 
         Raises:
             DiskError: if the file cannot be written, as from the other methods.
         """
         self._path: Path = folder / METRICS_FILE
-        self._loggers: Sequence[MetricLogger] = loggers
+        self.loggers: list[MetricLogger] = []
+        """What else receives the rows; closed with the file."""
         drop_rows_after(self._path, first_step)
         with name_disk_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
@@ -91,7 +92,7 @@ class MetricWriter:
             self._file.write(json.dumps({"step": step, **row}) + "\n")
             # Flushed, so that a crash loses no row and users can follow the file.
             self._file.flush()
-        for logger in self._loggers:
+        for logger in self.loggers:
             logger.write(step, values)
 
     def force_to_disk(self) -> None:
@@ -102,7 +103,7 @@ class MetricWriter:
     def close(self) -> None:
         """Close the file and the loggers; all rows have been written."""
         # After an error, the file may still hold a row that it cannot write.
-        for file in (self._file, *self._loggers):
+        for file in (self._file, *self.loggers):
             try:
                 file.close()
             except OSError as error:

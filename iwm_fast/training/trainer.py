@@ -193,8 +193,9 @@ class Trainer:
         changes = [change for change in state.changes if change["step"] == state.step]
         row = {"step": state.step, "run_id": state.run_id, "changes": changes, **description}
         append_line(self._folder / STARTED_FILE, row)
-        writer = MetricWriter(self._folder, state.step, open_loggers(task.config, state.run_id, state.step))
+        writer = MetricWriter(self._folder, state.step)
         self._resources.callback(writer.close)
+        writer.loggers += open_loggers(task.config, state.run_id, state.step)
         return writer
 
     def _stop_if_requested(self) -> None:

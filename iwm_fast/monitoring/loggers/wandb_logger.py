@@ -108,7 +108,7 @@ class WandbLogger:
             wandb.teardown()
             run = self._init(wandb, "offline")
         upload = f"`wandb sync {self._folder / 'wandb' / f'offline-run-*-{self._run_id}'}` uploads it"
-        log.info("W&B run %s: %s", self._run_id, run.url or upload)
+        log.info("W&B run %s: %s", self._run_id, upload if run.offline else run.url)
         return run
 
     def _init(self, wandb: Any, mode: str | None) -> Any:

@@ -52,7 +52,11 @@ class StandInServer:
         if self.refuses and values["mode"] is None:
             raise UnreachableError("connection refused\nat line 3")
         return SimpleNamespace(
-            url="https://example.test/run", log=self.log, log_artifact=lambda _: None, finish=lambda: None
+            offline=values["mode"] == "offline",
+            url="https://example.test/run",
+            log=self.log,
+            log_artifact=lambda _: None,
+            finish=lambda: None,
         )
 
     def teardown(self):
