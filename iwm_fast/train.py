@@ -18,6 +18,7 @@ from iwm_fast.config.fingerprint import flat_settings
 from iwm_fast.config.loading import format_settings, load_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
+from iwm_fast.monitoring.metric_writer import require_logins
 from iwm_fast.runtime.error_reporting import peer_failure_message, same_error_on_all_ranks
 from iwm_fast.runtime.extras import require_training_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED, PreemptedError, Preemption
@@ -135,7 +136,8 @@ def _require_writable_folder_and_packages(config: RunConfig) -> None:
     with same_error_on_all_ranks():
         require_writable("output.folder", config.output.folder)
     with _recorded_unless_shared(Path(config.output.folder)), same_error_on_all_ranks():
-        require_training_packages(config.runtime.loader, config.runtime.engine)
+        require_training_packages(config.runtime.loader, config.runtime.engine, config.output.loggers)
+        require_logins(config.output.loggers)
 
 
 @contextmanager

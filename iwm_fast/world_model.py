@@ -289,8 +289,8 @@ def load(
     Args:
         folder: folder of a run, an export or a checkpoint.
         device: device to load it onto.
-        checkpoint: which checkpoint of a run: a step, or the path of its folder; None or empty: the newest undamaged
-            one.
+        checkpoint: which checkpoint of a run: a step, the path of its folder, or "best" for the one that
+            `output.keep_best` kept; None or empty: the newest undamaged one.
         size: side of the images in pixels, a multiple of the patch size. Positions are recomputed for it. None: the
             size that the run was trained with.
 

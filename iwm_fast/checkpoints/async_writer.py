@@ -116,9 +116,8 @@ class CheckpointWriter:
             remove_unfinished(checkpoint.folder.parent)
             checkpoints.write(checkpoint, self._config)
             # Only after the new checkpoint is on the disk, so that at every moment a complete one exists.
-            for folder in checkpoints_to_delete(
-                checkpoints.list_checkpoint_folders(self._run_folder), self._config.output
-            ):
+            folders, best = checkpoints.list_checkpoint_folders(self._run_folder), checkpoint.best_step
+            for folder in checkpoints_to_delete(folders, self._config.output, best):
                 remove_folder(folder)
         # An exception would end with the thread; wait() raises it on every rank instead.
         except Exception as error:
@@ -127,8 +126,11 @@ class CheckpointWriter:
             log.error(message, checkpoint.folder, error)
 
 
-def checkpoints_to_delete(folders: list[Path], config: OutputConfig) -> list[Path]:
-    """Return which checkpoint folders of a run, in order of step, `output.keep_last` and `keep_every` do not keep."""
+def checkpoints_to_delete(folders: list[Path], config: OutputConfig, best_step: int | None = None) -> list[Path]:
+    """Return which checkpoint folders of a run, in order of step, are not kept.
+
+    `output.keep_last` and `keep_every` keep some, and the best step so far, if there is one, is kept, too.
+    """
     keep_every = config.keep_every
-    old = folders[: -config.keep_last]
+    old = [folder for folder in folders[: -config.keep_last] if checkpoints.parse_step(folder) != best_step]
     return [folder for folder in old if keep_every is None or checkpoints.parse_step(folder) % keep_every]

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +69,11 @@ class Checkpoint:
     """Further values that the training loop stores, fit for JSON."""
     versions: dict[str, str]
     """Versions of the packages that wrote it."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The best step of the run when it was written, by `output.keep_best`; None without one."""
+        return _best_step(self.counters)
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
         """Return the trained weights whose names begin with the prefix, without it; no moments and no buffers."""
@@ -217,7 +223,8 @@ def read_chosen(folder: Path, checkpoint: int | str | Path | None = None) -> Che
 
     Args:
         folder: the run's folder, or the folder of a checkpoint.
-        checkpoint: a step, or the path or name of the checkpoint's folder; None or empty: the newest.
+        checkpoint: a step, the path or name of the checkpoint's folder, or best for the one that `output.keep_best`
+            kept; None or empty: the newest.
 
     Raises:
         FileNotFoundError: if the run has no checkpoint, or not the chosen one, listing those it has.
@@ -238,6 +245,8 @@ def read_chosen(folder: Path, checkpoint: int | str | Path | None = None) -> Che
 def _find(run_folder: Path, checkpoint: str) -> Path:
     """Return the folder of a run's checkpoint that is given by its step, its path or its name."""
     folders = list_checkpoint_folders(run_folder)
+    if checkpoint == "best":
+        checkpoint = str(_find_best_step(run_folder, folders))
     for folder in folders:
         is_same_path = Path(checkpoint).resolve() == folder.resolve()
         if is_same_path or checkpoint in (str(parse_step(folder)), folder.name):
@@ -247,6 +256,20 @@ def _find(run_folder: Path, checkpoint: str) -> Path:
         f"checkpoint must be a step of which {str(run_folder)!r} has a checkpoint ({steps}), or the folder of one, "
         f"got {checkpoint!r}"
     )
+
+
+def _find_best_step(run_folder: Path, folders: list[Path]) -> int:
+    # The newest one that can be read knows it. The gigabytes of its tensors are not needed.
+    for folder in reversed(folders):
+        with suppress(CheckpointError, OSError):
+            step = _best_step(read_json(folder / STATE, ["counters"])["counters"])
+            if step is not None:
+                return step
+    raise FileNotFoundError(f"{str(run_folder)!r} has no best checkpoint; train with output.keep_best to keep one")
+
+
+def _best_step(counters: dict[str, Any]) -> int | None:
+    return (counters.get("best") or {}).get("step")
 
 
 def read(folder: Path) -> Checkpoint:

@@ -25,12 +25,15 @@ from iwm_fast.config.fingerprint import IMAGES_PER_FORWARD, fingerprint
 from iwm_fast.config.run import OptimConfig, RunConfig
 from iwm_fast.config.writable import require_writable
 from iwm_fast.engines.deepspeed_engine import deepspeed_config
+from iwm_fast.evals.online import require_measured
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, patch_counts, training_flops
+from iwm_fast.monitoring.metric_writer import require_logins
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import choose_device
+from iwm_fast.runtime.extras import MissingPackageError
 from iwm_fast.training.loaders import mixed_order, open_named_shards, open_training_shards
 from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import total_steps
@@ -64,7 +67,7 @@ class Report:
         try:
             return compute()
         # These are the errors that training reports to the user. Any other exception is a bug and keeps its traceback.
-        except (ValueError, RuntimeError, OSError, ShardError, CheckpointError) as error:
+        except (ValueError, RuntimeError, OSError, ShardError, CheckpointError, MissingPackageError) as error:
             self.problems.append("\n".join([str(error), *getattr(error, "__notes__", ())]))
             self.add(name, "stops the run, see the message below")
             return None
@@ -100,12 +103,16 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     shards = report.collect("training samples", lambda: open_training_shards(config.data))
     if shards is not None:
         report.add("training samples", _describe_shards(shards))
+    val = None
     if config.data.val:
         val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
         if val is not None:
             report.add("validation samples", _describe_shards(val))
     elif config.output.evaluate_every:
         report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
+    if config.output.evaluate_every and shards is not None and val is not None:
+        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
+    report.collect("output.loggers", lambda: require_logins(config.output.loggers))
     batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
     if shards is not None:

@@ -83,9 +83,10 @@ def check_gpu(subject: Subject) -> Result:
 
 def check_versions(subject: Subject) -> Result:
     """List versions, and import the packages that this run needs."""
-    runtime, text = subject.config.runtime, ", ".join(f"{name} {version}" for name, version in _versions().items())
+    runtime, loggers = subject.config.runtime, subject.config.output.loggers
+    text = ", ".join(f"{name} {version}" for name, version in _versions().items())
     try:
-        require_training_packages(runtime.loader, runtime.engine)
+        require_training_packages(runtime.loader, runtime.engine, loggers)
     except ModuleNotFoundError as error:
         problem, _, remedy = str(error).partition(": ")
         return Result(FAILED, f"{problem} ({text})", remedy)

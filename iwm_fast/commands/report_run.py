@@ -30,7 +30,9 @@ _CHARTS = (
     ("Learning rate", "", {"learning rate": "optim/lr"}),
     ("Gradient norm before clipping", "", {"gradient norm": "optim/grad_norm"}),
     ("MRR during training", "", {"MRR": "eval/mrr", "untrained predictor": "eval/mrr_untrained"}),
-    ("k-NN accuracy during training", "", {"k-NN": "eval/knn", "untrained encoder": "eval/knn_untrained"}),
+    ("Accuracy during training", "", {"k-NN": "eval/knn", "linear probe": "eval/linear",
+                                      "attentive probe": "eval/attentive", "k-NN, untrained": "eval/knn_untrained"}),
+    ("Effective rank during training", "dimensions", {"RankMe": "eval/rank_me", "LiDAR": "eval/lidar"}),
 )  # fmt: skip
 _TIMES = tuple(f"time/{name}_s" for name in (*PHASES, "other"))
 _ROW_NAMES = {"step", "loss/prediction", "speed/images_per_s", "data/wait_share", *_TIMES}

@@ -54,7 +54,7 @@ class ExportConfig:
     run: str = ""
     """Folder of the trained run."""
     checkpoint: str = ""
-    """Checkpoint to export: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
+    """Checkpoint to export: a step, such as 1500, a checkpoint's folder, or best. Unset: the newest."""
     to: str = ""
     """Folder to write. It must not exist yet."""
     size: int | None = None
@@ -72,7 +72,7 @@ class EmbedConfig:
     run: str = ""
     """Folder of the run, or of an export."""
     checkpoint: str = ""
-    """Checkpoint to use: a step, such as 1500, or the path of a checkpoint's folder. Unset: the newest."""
+    """Checkpoint to use: a step, such as 1500, a checkpoint's folder, or best. Unset: the newest."""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     """Shards to embed, as data.val, and the label to write beside the features, as data.label."""
     images: str = ""

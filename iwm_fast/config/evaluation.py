@@ -47,8 +47,8 @@ class EvalConfig:
     run: str = ""
     """Folder of the run, or of an export."""
     checkpoint: str = ""
-    """Checkpoint to evaluate: a step, such as 1500, or the path of a checkpoint's folder. The names of the results then
-    end with the step. Unset: the newest."""
+    """Checkpoint to evaluate: a step, such as 1500, the path of a checkpoint's folder, or best for the one that
+    output.keep_best kept. The names of the results then end with the step. Unset: the newest."""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto uses a GPU if there is one."""

@@ -135,8 +135,8 @@ class TrainedEvalConfig:
     run: str = ""
     """Folder of the run, or of an export."""
     checkpoint: str = ""
-    """Checkpoint to start from: a step, such as 1500, or the path of a checkpoint's folder. The names of results and
-    trained networks then end with the step. Unset: the newest."""
+    """Checkpoint to start from: a step, such as 1500, the path of a checkpoint's folder, or best for the one that
+    output.keep_best kept. The names of results and trained networks then end with the step. Unset: the newest."""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Settings of computation, with the same meaning as in pretraining: engine, ZeRO stage, micro-batch, loader."""

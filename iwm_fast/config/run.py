@@ -21,6 +21,8 @@ from iwm_fast.pipelines.config import (
 from iwm_fast.pipelines.transforms.composition import ViewConfig
 
 MAX_BATCH = 1_000_000
+Logger = Literal["tensorboard", "wandb"]
+Metric = Literal["mrr", "knn", "linear", "attentive", "rank_me", "lidar"]
 _YEAR_S = 31_536_000
 
 
@@ -300,6 +302,9 @@ class OutputConfig:
 
     folder: str = "runs/unnamed"
     """Run folder. It receives config.yaml, metrics.jsonl, TensorBoard logs, checkpoints and evaluations."""
+    loggers: tuple[Logger, ...] = ("tensorboard",)
+    """What receives the values of metrics.jsonl, which is always written. tensorboard: event files in the run folder;
+    wandb: Weights & Biases, with the extra wandb."""
     log_every: int = 10
     """Optimiser steps between log rows."""
     checkpoint_every: int = 1000
@@ -309,9 +314,13 @@ class OutputConfig:
     keep_every: int | None = None
     """Checkpoints at multiples of this number of steps are never deleted; a multiple of checkpoint_every. Unset: only
     the most recent ones are kept."""
+    keep_best: Metric | None = None
+    """Metric of the evaluations during training whose best step is saved and kept beside the most recent checkpoints,
+    for `checkpoint=best`. Unset: none."""
     evaluate_every: int | None = None
-    """Optimiser steps between small evaluations on data.val (MRR and k-NN), logged and written to metrics.jsonl; a
-    multiple of log_every. The last step always evaluates. Unset: no evaluations."""
+    """Optimiser steps between small evaluations on data.val (MRR, k-NN, linear and attentive probe, RankMe, LiDAR),
+    logged and written to metrics.jsonl; a multiple of log_every. The last step always evaluates. Unset: no
+    evaluations."""
     action_log: bool = False
     """Whether to log the crop, transformations and action of every sample as Parquet in actions/, about 100 bytes per
     sample. `iwm replay` needs it."""
@@ -326,6 +335,11 @@ class OutputConfig:
         interval = self.evaluate_every
         require(interval is None or interval % self.log_every == 0, "output.evaluate_every", interval,
               f"be a multiple of output.log_every = {self.log_every} or unset")  # fmt: skip
+        metric = self.keep_best
+        require(metric is None or self.evaluate_every is not None, "output.keep_best", metric,
+                "be unset without output.evaluate_every, which sets how often it is measured")  # fmt: skip
+        names = self.loggers
+        require(len(set(names)) == len(names), "output.loggers", names, "name each logger once")
         interval = self.keep_every
         require(interval is None or interval % self.checkpoint_every == 0, "output.keep_every", interval,
               f"be a multiple of output.checkpoint_every = {self.checkpoint_every} or unset")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Evaluation during training: a small MRR and k-NN on data.val every `output.evaluate_every` steps.
+"""Evaluation during training every `output.evaluate_every` steps: MRR, k-NN, probes and effective ranks on data.val.
 
 Rank 0 evaluates temporary networks with the weights of teacher and predictor, while the other ranks wait. The networks,
 random states and sample stream of training do not change.
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from iwm_fast import world_model
-from iwm_fast.config.evaluation import KnnConfig, MrrConfig
+from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets, require_readable
-from iwm_fast.evals.probing.knn import knn_accuracy
+from iwm_fast.evals.online_probes import KNN, MIN_PROBE_IMAGES, accuracies, encode_changed_views, encode_images
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
+from iwm_fast.monitoring.effective_rank import lidar, rank_me
 from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
@@ -27,23 +28,50 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-# Small settings, because training waits: about 400 TFLOP for a ViT-B/16, half a minute of a GPU in float32.
+# Small settings, because training waits: about 500 TFLOP for a ViT-B/16, most of a minute of a GPU in float32.
 _MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))
-_KNN = KnnConfig(max_train_samples=2000)
 _MAX_VAL_SAMPLES = 2000
+_LIDAR_IMAGES = 256
 _PREDICTOR = "predictor."
+
+
+def measured_metrics(config: RunConfig, train: ShardSet, val: ShardSet) -> tuple[str, ...]:
+    """Return the names of the metrics that evaluations of a run measure, without the group eval/."""
+    has_labels = not train.num_unlabelled and not val.num_unlabelled
+    is_measured = {
+        # The identity predictor ignores the action, so its MRR has no meaning.
+        "mrr": config.model.predictor.depth > 0,
+        "knn": has_labels,
+        "linear": has_labels and train.num_samples >= MIN_PROBE_IMAGES,
+        "attentive": has_labels and train.num_samples >= MIN_PROBE_IMAGES,
+        "rank_me": True,
+        "lidar": any(operation.family == "forward" for operation in config.views.operations),
+    }
+    return tuple(name for name, is_on in is_measured.items() if is_on)
+
+
+def require_measured(config: RunConfig, train: ShardSet, val: ShardSet) -> None:
+    """Check that evaluations of a run measure the metric of `output.keep_best`.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    metric, measured = config.output.keep_best, measured_metrics(config, train, val)
+    require(metric is None or metric in measured, "output.keep_best", metric,
+            f"be one of {', '.join(measured)} in this run: knn needs a class number for every sample of data.train and "
+            f"data.val, linear and attentive also at least {MIN_PROBE_IMAGES} training images, mrr a predictor, and "
+            "lidar a transformation of both views")  # fmt: skip
 
 
 class OnlineEvaluation:
     """Evaluates a run between two training steps; every rank has one and calls it at the same steps."""
 
     def __init__(self, config: RunConfig, train: ShardSet, rank_info: RankInfo) -> None:
-        """Store the arguments; `train` are the training shards, which contain the neighbours for k-NN."""
+        """Store the arguments; `train` are the training shards, from which k-NN and probes learn."""
         self._config = config
         self._train = train
         self._rank_info = rank_info
-        # The identity predictor ignores the action, so its MRR has no meaning.
-        self._has_predictor = config.model.predictor.depth > 0
+        self._last_end: float = time.perf_counter()
 
     def prepare(self) -> None:
         """Open data.val and measure the untrained networks, which are the control of all later measurements.
@@ -52,33 +80,43 @@ class OnlineEvaluation:
         Collective: every rank must call it.
 
         Raises:
-            ValueError: if data.val names no shards.
+            ValueError: if data.val names no shards, or the metric of output.keep_best is not measured.
             FileNotFoundError, ShardError: if shards are missing, damaged, or have labels that data.train lacks.
         """
         self._controls = distributed.broadcast_from_rank_zero(self._open_and_measure)
+        self._last_end = time.perf_counter()
 
     def _open_and_measure(self) -> dict[str, float]:
         val = self._config.data.val
         interval = self._config.output.evaluate_every
         require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
         self._val = open_named_shards("data.val", val, self._config.data)
+        require_measured(self._config, self._train, self._val)
+        self._measured: tuple[str, ...] = measured_metrics(self._config, self._train, self._val)
         self._labelled = _label_samples(self._train, self._val)
         self._require_readable()
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        if self._has_predictor:
+        if "mrr" in self._measured:
             controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
         if self._labelled:
+            # Linear and attentive probe have the same chance.
             controls["eval/knn_chance"] = self._labelled.chance
         return controls
 
     def _require_readable(self) -> None:
-        selections = [(self._val, evenly_spaced(self._val.num_samples, _MRR.num_images))] if self._has_predictor else []
+        counts = {"mrr": _MRR.num_images, "rank_me": _MAX_VAL_SAMPLES, "lidar": _LIDAR_IMAGES}
+        selections = [(self._val, self._val_samples(counts[name])) for name in counts if name in self._measured]
         if self._labelled:
-            selections += [(samples.shards, samples.samples) for samples in (self._labelled.train, self._labelled.val)]
+            selections.append((self._train, self._labelled.train.samples))
         require_readable(*selections)
 
+    def _val_samples(self, count: int) -> np.ndarray:
+        return evenly_spaced(self._val.num_samples, count)
+
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """Return MRR, k-NN accuracy, their controls and the duration, by name. Collective: every rank must call it.
+        """Return all metrics, their controls and the cost, by name. Collective: every rank must call it.
+
+        The cost is `eval/time_s`, and `eval/time_share` as the share of the time since the previous evaluation.
 
         Args:
             teacher: weights of the teacher, which is evaluated as the encoder.
@@ -94,7 +132,10 @@ class OnlineEvaluation:
         _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
         # The function is called on rank 0 only, where there is a model.
         metrics = distributed.broadcast_from_rank_zero(lambda: self._measure(model) if model else {})
-        return {**metrics, **self._controls, "eval/time_s": time.perf_counter() - started}
+        ended, previous_end = time.perf_counter(), self._last_end
+        self._last_end = ended
+        cost = {"eval/time_s": ended - started, "eval/time_share": (ended - started) / (ended - previous_end)}
+        return {**metrics, **self._controls, **cost}
 
     def _new_model(self, teacher: dict[str, Tensor] | None = None) -> WorldModel:
         # torch's layers initialise themselves with the global generator, which training must find unchanged.
@@ -106,16 +147,23 @@ class OnlineEvaluation:
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
         metrics = {}
-        if self._has_predictor:
-            samples = evenly_spaced(self._val.num_samples, _MRR.num_images)
-            rank = np.stack(list(rank_images([model], self._val, samples, _MRR)))
-            metrics["eval/mrr"] = mean_reciprocal_rank(rank)
+        if "mrr" in self._measured:
+            rank = np.stack(list(rank_images([model], self._val, self._val_samples(_MRR.num_images), _MRR)))
+            metrics["mrr"] = mean_reciprocal_rank(rank)
+        has_probes = "attentive" in self._measured
+        val = encode_images(model, self._val, self._val_samples(_MAX_VAL_SAMPLES), keep_tokens=has_probes)
+        metrics["rank_me"] = float(rank_me(val.pooled.to(model.device)))
+        if "lidar" in self._measured:
+            metrics["lidar"] = float(lidar(encode_changed_views(model, self._val, self._val_samples(_LIDAR_IMAGES))))
         if self._labelled:
-            metrics["eval/knn"] = knn_accuracy(model, self._labelled, _KNN)
+            train = encode_images(model, self._train, self._labelled.train.samples, keep_tokens=has_probes)
+            # New heads initialise themselves with the global generator, too.
+            with torch.random.fork_rng(devices=[]):
+                metrics |= accuracies(model, self._labelled, train, val)
         if self._rank_info.device.type == "cuda":
             # DALI has its own allocator, which cannot use the memory that torch's keeps in its cache.
             torch.cuda.empty_cache()
-        return metrics
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -128,12 +176,12 @@ def _copy(parameters: Iterable[tuple[str, Tensor]], destination: dict[str, Tenso
 
 
 def _label_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:
-    """Return labelled samples for k-NN; None, with a log line, if some have no label."""
+    """Return labelled samples for k-NN and probes; None, with a log line, if some have no label."""
     for name, shards in (("data.train", train), ("data.val", val)):
         if shards.num_unlabelled:
             log.info(
-                "output.evaluate_every measures MRR without k-NN, because %d of %d samples of %s have no class number",
+                "evaluations measure neither k-NN nor probes, because %d of %d samples of %s have no class number",
                 shards.num_unlabelled, shards.num_samples, name,
             )  # fmt: skip
             return None
-    return label_sets(train, val, _KNN.data.label, max_train=_KNN.max_train_samples, max_val=_MAX_VAL_SAMPLES)
+    return label_sets(train, val, KNN.data.label, max_train=KNN.max_train_samples, max_val=_MAX_VAL_SAMPLES)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from iwm_fast.monitoring.effective_rank import rank_me
 from iwm_fast.pipelines.batch import RaggedIndex
 
 # With fewer images, statistics between images mean little; the effective rank, for example, is at most their number.
@@ -51,7 +52,7 @@ def collapse_monitors(
     monitors = {"target_std": centred.square().mean(0).sqrt().mean(), "loss_over_mean": error}
     if index.offsets.numel() - 1 >= MIN_IMAGES:
         pooled = _mean_by_image(target, index)
-        monitors |= {"cosine": _mean_cosine(pooled), "rank_me": _rank_me(pooled)}
+        monitors |= {"cosine": _mean_cosine(pooled), "rank_me": rank_me(pooled)}
     return {f"monitor/{name}": value for name, value in monitors.items()}
 
 
@@ -69,15 +70,6 @@ def _mean_cosine(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     unit = F.normalize(pooled, dim=1)
     num_images = unit.shape[0]
     return (unit.sum(0).square().sum() - unit.square().sum()) / (num_images * (num_images - 1))
-
-
-def _rank_me(pooled: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    # The exponential of the entropy of the normalised singular values: k for k equal ones.
-    is_finite = pooled.isfinite().all()
-    # svdvals raises if an entry is not finite.
-    values = torch.linalg.svdvals(torch.where(is_finite, pooled, 0.0))
-    distribution = values / values.sum().clamp(min=1e-12)
-    return torch.where(is_finite, torch.special.entr(distribution).sum().exp(), torch.nan)
 
 
 def collapse_warnings(values: dict[str, float]) -> list[str]:

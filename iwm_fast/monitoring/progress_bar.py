@@ -18,6 +18,11 @@ log = logging.getLogger(__name__)
 _SPEED_PERIOD_S = 600.0
 # Rare, because the thread that draws the bar competes with training for the interpreter lock.
 _REDRAWS_PER_S = 2
+# Metrics of evaluations, as labels and numbers of decimals.
+_EVALUATION = {
+    "mrr": ("MRR", 3), "knn": ("k-NN", 3), "linear": ("linear", 3), "attentive": ("attentive", 3),
+    "rank_me": ("RankMe", 1), "lidar": ("LiDAR", 1),
+}  # fmt: skip
 # Moves to the beginning of the line and erases it.
 _ERASE_LINE = "\r\x1b[2K"
 
@@ -113,12 +118,14 @@ def _summary(values: dict[str, float], loss: float) -> str:
 def _log_evaluation(step: int, values: dict[str, float]) -> None:
     """Log the results of an evaluation as one line, if the log row has any."""
     results = []
-    for label, name in (("MRR", "eval/mrr"), ("k-NN", "eval/knn")):
-        if name in values:
-            controls = f"untrained {values[f'{name}_untrained']:.3f}, chance {values[f'{name}_chance']:.3f}"
-            results.append(f"{label} {values[name]:.3f} ({controls})")
+    for name, (label, digits) in _EVALUATION.items():
+        if f"eval/{name}" in values:
+            value, untrained, chance = (values.get(f"eval/{name}{ending}") for ending in ("", "_untrained", "_chance"))
+            controls = f"untrained {untrained:.{digits}f}" + (f", chance {chance:.3f}" if chance is not None else "")
+            results.append(f"{label} {value:.{digits}f} ({controls})")
     if results:
-        log.info("step %d: evaluation in %.0f s: %s", step, values["eval/time_s"], ", ".join(results))
+        time_s, share = values["eval/time_s"], 100 * values["eval/time_share"]
+        log.info("step %d: evaluation in %.1f s, %.1f %% of the time: %s", step, time_s, share, ", ".join(results))
 
 
 def _log_warnings(step: int, values: dict[str, float]) -> None:

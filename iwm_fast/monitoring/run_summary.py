@@ -28,6 +28,7 @@ def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Pat
         f"finished at step {rows[-1]['step']:,}" if rows else "finished",
         f"  run folder  {config.output.folder}",
         f"  checkpoint  {checkpoint}",
+        *_describe_best(config, rows),
         f"  report      iwm report run={folder}",
     ]
     # Rows of earlier versions lack the times of the phases.
@@ -42,6 +43,13 @@ def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Pat
     return "\n".join(
         [*lines, "next", *(f"  {command}" for command in (*evaluations, f"iwm export run={folder} to=DIR"))]
     )
+
+
+def _describe_best(config: RunConfig, rows: list[dict[str, Any]]) -> list[str]:
+    metric, step = config.output.keep_best, rows[-1].get("eval/best_step") if rows else None
+    values = [row[f"eval/{metric}"] for row in rows if row["step"] == step]
+    # A disk may have damaged the row of the best step.
+    return [f"  best        checkpoint=best is step {step:,.0f}, {metric} {values[0]:.4g}"] if step and values else []
 
 
 def time_shares(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Packages that the core installation lacks, and the extras of `pip install 'iwm-fast[EXTRA]'` that install them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 
 _TRAIN, _EVAL, _DEMO = "train-cuda13", "eval", "demo"
@@ -16,6 +16,7 @@ EXTRAS = {
     "scipy": (_EVAL,),
     "skimage": (_DEMO,),
     "sklearn": (_DEMO,),
+    "wandb": ("wandb",),
 }
 """Import name of each package, and the extras that contain it, the smallest last."""
 
@@ -38,14 +39,15 @@ def require_packages(names: Iterable[str]) -> None:
         raise _missing_packages(missing)
 
 
-def require_training_packages(loader: str, engine: str) -> None:
-    """Check that the packages that training needs with these runtime settings are installed.
+def require_training_packages(loader: str, engine: str, loggers: Collection[str] = ("tensorboard",)) -> None:
+    """Check that the packages that training needs with these settings are installed.
 
     Raises:
         MissingPackageError: naming the missing packages and the extras that contain them.
     """
     chosen = {"nvidia.dali": loader == "dali", "deepspeed": engine == "deepspeed"}
-    require_packages([*(name for name, is_used in chosen.items() if is_used), "tensorboard", "pyarrow"])
+    chosen |= {name: name in loggers for name in ("tensorboard", "wandb")}
+    require_packages([*(name for name, is_used in chosen.items() if is_used), "pyarrow"])
 
 
 def find_missing_package(error: Exception) -> MissingPackageError | None:

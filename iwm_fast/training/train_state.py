@@ -1,5 +1,6 @@
 """Counters of a training run, which a checkpoint saves beside the weights."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +40,15 @@ class LogTotals:
     """Images that replace undecodable ones."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BestStep:
+    """The step at which the metric of `output.keep_best` was best so far; its checkpoint is kept."""
+
+    metric: str
+    value: float
+    step: int
+
+
 @dataclass
 class TrainState:
     """Counters of a training run, updated after each step."""
@@ -63,6 +73,19 @@ class TrainState:
     """Sums for the next log row, brought up to date when a checkpoint is written."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that changed when the run was resumed: `step`, `setting`, `from` and `to` of each change."""
+    best: BestStep | None = None
+    """The best evaluation so far, None without `output.keep_best`."""
+
+    def record_evaluation(self, metric: str, value: float) -> bool:
+        """Return whether the current step is the best one so far; NaN never is. The value of another metric counts not.
+
+        Larger values are better, as they are for all metrics of evaluations.
+        """
+        best = self.best if self.best and self.best.metric == metric else None
+        is_best = math.isfinite(value) and (best is None or value > best.value)
+        if is_best:
+            self.best = BestStep(metric=metric, value=value, step=self.step)
+        return is_best
 
     def record_step(self, *, is_applied: bool, time_s: float, is_first: bool) -> None:
         """Count one step; `is_first` marks the first step after a start."""
@@ -82,6 +105,7 @@ class TrainState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "log_totals": asdict(self.log_totals),
             "changes": self.changes,
+            "best": self.best and asdict(self.best),
             **times,
         }
 
@@ -97,6 +121,7 @@ class TrainState:
             start=StreamStart(**counters.get("stream", {})),
             log_totals=LogTotals(**counters.get("log_totals", {})),
             changes=list(counters.get("changes", [])),
+            best=BestStep(**counters["best"]) if counters.get("best") else None,
             **{name: counters[name] for name in _PLAIN_COUNTERS if name in counters},
         )
 

@@ -15,7 +15,7 @@ from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.checkpoints.checkpoint import CONFIG, Checkpoint
 from iwm_fast.config.loading import save_config
 from iwm_fast.engines.base import Engine
-from iwm_fast.monitoring.metric_writer import MetricWriter
+from iwm_fast.monitoring.metric_writer import MetricWriter, open_loggers
 from iwm_fast.monitoring.out_of_memory import TrainingMemoryError, memory_errors_explained
 from iwm_fast.monitoring.profiler import StepProfiler
 from iwm_fast.monitoring.progress_bar import open_display
@@ -195,6 +195,7 @@ class Trainer:
         append_line(self._folder / STARTED_FILE, row)
         writer = MetricWriter(self._folder, state.step)
         self._resources.callback(writer.close)
+        writer.loggers += open_loggers(task.config, state.run_id, state.step)
         return writer
 
     def _stop_if_requested(self) -> None:
@@ -222,13 +223,14 @@ class Trainer:
         raise PreemptedError(reason, self._state.step)
 
     def _log_and_checkpoint(self, report: StepReport, *, is_last: bool) -> None:
-        output, step = self._task.config.output, self._state.step
+        output, step, is_best = self._task.config.output, self._state.step, False
         self._window.add(report)
         self._display.advance(step)
         if step % output.log_every == 0 or is_last:
             metrics = self._window.pop_metrics(report, self._state)
             if output.evaluate_every and (step % output.evaluate_every == 0 or is_last):
                 metrics |= self._evaluate()
+                is_best = self._record_evaluation(metrics)
             if self._writer:
                 self._writer.write(step, metrics)
                 self._display.show(step, metrics, loss=metrics[self._task.loss_name])
@@ -238,7 +240,7 @@ class Trainer:
             self._guard.end_run(self._save_last_good_state())
         # Equal weights are not saved again and again, because output.keep_last would then remove other states.
         is_new = self._state.skipped_in_a_row <= 1
-        if (step % output.checkpoint_every == 0 and is_new) or is_last:
+        if (step % output.checkpoint_every == 0 and is_new) or is_last or is_best:
             self._save(wait=is_last)
 
     def _save_last_good_state(self) -> str:
@@ -258,6 +260,16 @@ class Trainer:
         for evaluator in self._evaluators:
             metrics |= evaluator(self._task.teacher_state(), self._engine.named_parameters("predictor."))
         return metrics
+
+    def _record_evaluation(self, metrics: dict[str, float]) -> bool:
+        """Return whether this step is the best one by `output.keep_best`, and add the best step to the metrics."""
+        metric = self._task.config.output.keep_best
+        if metric is None:
+            return False
+        is_best = self._state.record_evaluation(metric, metrics[f"eval/{metric}"])
+        if self._state.best is not None:
+            metrics["eval/best_step"] = self._state.best.step
+        return is_best
 
     def _save(self, *, wait: bool) -> None:
         """Start writing a checkpoint of this step unless there is one; `wait` until it is on disk. Collective.

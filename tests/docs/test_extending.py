@@ -1,4 +1,4 @@
-"""The page about extensions: its transformation is added to a copy of the project, trained and retrieved."""
+"""The page about extensions: its transformation and its logger are added to a copy of the project and used."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 
 def extended_copy(folder: Path) -> Path:
-    """Return a copy of the project with the page's files and its lines in the composition."""
+    """Return a copy of the project with the page's files and changes."""
     for name in ("iwm_fast", "kernels", "pipelines"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PROJECT / name, folder / name, symlinks=True, ignore=ignored)
@@ -38,12 +38,14 @@ def extended_copy(folder: Path) -> Path:
         path = folder / text.splitlines()[0].removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.partition("\n")[2], encoding="utf-8")
-    composition = folder / "pipelines" / "transforms" / "composition.py"
-    (diff,) = blocks("diff")
-    for context, added in re.findall(r"^ (.*)\n\+(.*)\n", diff, re.MULTILINE):
-        before, line, after = composition.read_text(encoding="utf-8").partition(f"{context}\n")
-        assert line, f"composition.py has no line {context!r}"
-        composition.write_text(f"{before}{line}{added}\n{after}", encoding="utf-8")
+    for diff in blocks("diff"):
+        header, _, changes = diff.partition("\n")
+        path = folder / header.removeprefix("+++ ")
+        for sign, old, added in re.findall(r"^([ -])(.*)\n((?:\+.*\n)+)", changes, re.MULTILINE):
+            before, line, after = path.read_text(encoding="utf-8").partition(f"{old}\n")
+            assert line, f"{path.name} has no line {old!r}"
+            new = re.sub(r"^\+", "", added, flags=re.MULTILINE)
+            path.write_text(f"{before}{line if sign == ' ' else ''}{new}{after}", encoding="utf-8")
     return folder
 
 
@@ -57,7 +59,7 @@ def run(command: list[str], project: Path, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.launcher
-def test_the_transformation_of_the_page_is_trained_and_retrieved(tmp_path):
+def test_the_transformation_of_the_page_is_trained_and_retrieved_and_its_logger_writes(tmp_path):
     project = extended_copy(tmp_path / "project")
     run([sys.executable, "-m", "pytest", "-q", "tests/pipelines/transforms/test_invert.py"], project, project)
     work = tmp_path / "work"
@@ -66,8 +68,9 @@ def test_the_transformation_of_the_page_is_trained_and_retrieved(tmp_path):
         write_painted_shard(work / f"{name}.tar", 32, seed=seed) for seed, name in enumerate(("train", "val"))
     )
     (work / "my.yaml").write_text(SETTINGS.replace("TRAIN", train).replace("VAL", val), encoding="utf-8")
-    (commands,) = blocks("bash")
-    output = run(["bash", "-euo", "pipefail", "-c", commands], project, work)
+    output = run(["bash", "-euo", "pipefail", "-c", "\n".join(blocks("bash"))], project, work)
+    lines = (work / "runs/csv/metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("4,loss/prediction,") and output.endswith(f"{lines[-1]}\n")
     assert re.search(r"invert\W+mrr", output), output
     assert "Inversion undone" in (work / "runs/invert/imagine.html").read_text(encoding="utf-8")
     assert (work / "runs/invert/imagine_sweeps.png").is_file() and "views.invert.probability" in run(

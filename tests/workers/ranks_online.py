@@ -25,7 +25,7 @@ def main(folder, train, val):
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
     row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
-    print({name: value for name, value in row.items() if name != "eval/time_s"}, flush=True)
+    print({name: value for name, value in row.items() if not name.startswith("eval/time")}, flush=True)
     distributed.broadcast_from_rank_zero(Path(val).unlink)
     evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
 

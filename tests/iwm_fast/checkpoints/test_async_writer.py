@@ -81,6 +81,8 @@ def test_checkpoints_that_are_neither_new_nor_multiples_are_deleted(tmp_path, ke
     folders = [checkpoints.checkpoint_folder(tmp_path, step) for step in (1, 2, 3, 4)]
     config = OutputConfig(checkpoint_every=1, keep_last=keep_last, keep_every=keep_every)
     assert [checkpoints.parse_step(folder) for folder in checkpoints_to_delete(folders, config)] == deleted
+    kept = [checkpoints.parse_step(folder) for folder in checkpoints_to_delete(folders, config, best_step=1)]
+    assert kept == [step for step in deleted if step != 1]
 
 
 def test_a_failure_is_logged_at_once_and_raised_by_every_later_call(tmp_path, caplog):

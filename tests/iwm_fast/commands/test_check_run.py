@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def test_an_error_is_reported_together_with_all_other_results(config, change, me
         config = replace(config, **{name: changed})
     assert message in problems(config)
     assert "encoder parameters" in rows(config)
+
+
+def test_a_metric_that_is_not_measured_and_a_logger_without_its_package_are_reported(config, tmp_path, monkeypatch):
+    write_tar(tmp_path / "val.tar", [("0.jpg", encode(photograph("coffee.png")[:60, :60]))])
+    output = replace(config.output, log_every=4, evaluate_every=8, keep_best="knn", loggers=("wandb",))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    messages = problems(replace(config, data=replace(config.data, val=str(tmp_path / "val.tar")), output=output))
+    assert "output.keep_best must be one of mrr, rank_me, lidar in this run" in messages
+    assert "wandb is not installed: pip install 'iwm-fast[wandb]'" in messages
 
 
 def test_initial_weights_are_checked_without_building_networks(config, tmp_path):

@@ -18,7 +18,7 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, MrrConfig
-from iwm_fast.config.run import RunConfig
+from iwm_fast.config.run import Metric, RunConfig
 from iwm_fast.evals import online
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.evals.probing.knn import evaluate_knn
@@ -49,6 +49,11 @@ def online_run(shards: TinyShards, folder: Path, val: str, **runtime) -> RunConf
     return replace(config, data=replace(config.data, val=val))
 
 
+def names(row: dict[str, float]) -> set[str]:
+    """Return the names of measured metrics, which have an untrained control."""
+    return {name.removeprefix("eval/") for name in row if f"{name}_untrained" in row}
+
+
 def write_labelled(path: Path, labels: list[int | None], *, bad: bool = False) -> str:
     """Write a shard of images with these labels, None for no label; with `bad`, the second image is truncated."""
     members = []
@@ -73,6 +78,9 @@ def test_a_run_logs_the_metrics_that_the_commands_measure(tiny_shards, tmp_path)
     accuracy = knn.row("encoder", "accuracy")
     assert last["eval/knn"] == accuracy.value and last["eval/knn_chance"] == accuracy.chance
     assert last["eval/knn_untrained"] == accuracy.control
+    assert names(last) == {"mrr", "knn", "linear", "attentive", "rank_me", "lidar"}
+    assert all(0 <= last[f"eval/{name}"] <= 1 for name in ("linear", "attentive"))
+    assert 0 < last["eval/time_share"] < 1 and last["eval/rank_me"] >= 1
     # The weights differ between the evaluations.
     assert len({row["eval/mrr"] for row in (first, second, last)} | {last["eval/mrr_untrained"]}) == 4
 
@@ -119,7 +127,8 @@ def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tm
 def small_evaluation(tmp_path, monkeypatch) -> str:
     """Make evaluations small, and return a validation shard of two images."""
     monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
-    monkeypatch.setattr(online, "_KNN", replace(online._KNN, max_train_samples=4))
+    monkeypatch.setattr(online, "KNN", replace(online.KNN, max_train_samples=12))
+    monkeypatch.setattr(online, "_LIDAR_IMAGES", 2)
     return write_labelled(tmp_path / "val.tar", [0, 1])
 
 
@@ -135,7 +144,8 @@ def test_networks_that_are_not_finite_give_nan_beside_finite_controls(
         predictor = [(f"predictor.{name}", weight) for name, weight in model.predictor.named_parameters()]
         metrics = evaluation(model.encoder.state_dict(), predictor)
         assert math.isnan(metrics["eval/mrr"])
-        assert math.isnan(metrics["eval/knn"]) == (network == "encoder")
+        for name in ("knn", "linear", "attentive", "rank_me", "lidar"):
+            assert math.isnan(metrics[f"eval/{name}"]) == (network == "encoder"), name
         names = ("eval/mrr_untrained", "eval/mrr_chance", "eval/knn_untrained", "eval/knn_chance")
         assert all(0 <= metrics[name] <= 1 for name in names)
 
@@ -156,11 +166,15 @@ def test_a_run_that_diverges_is_evaluated_until_it_ends(tiny_shards, tmp_path, s
 def test_unusable_validation_data_is_refused_before_the_first_step(rank_info, tiny_shards, tmp_path):
     trainer = build_components(tiny_run(tiny_shards, tmp_path / "run"), rank_info)
 
-    def prepare(val: str) -> None:
-        OnlineEvaluation(online_run(tiny_shards, tmp_path / "run", val), trainer.shards, rank_info).prepare()
+    def prepare(val: str, keep_best: Metric | None = None) -> None:
+        config = online_run(tiny_shards, tmp_path / "run", val)
+        config = replace(config, output=replace(config.output, keep_best=keep_best))
+        OnlineEvaluation(config, trainer.shards, rank_info).prepare()
 
     with pytest.raises(ValueError, match=r"data\.val must name validation shards when output\.evaluate_every is set"):
         prepare("")
+    with pytest.raises(ValueError, match=r"keep_best must be one of mrr, rank_me, lidar in this run: .*got 'knn'"):
+        prepare(write_labelled(tmp_path / "unlabelled.tar", [None, 1]), keep_best="knn")
     with pytest.raises(FileNotFoundError, match="absent"):
         prepare(str(tmp_path / "absent.tar"))
     with pytest.raises(ShardError, match=r"bad\.tar:1 is truncated"):
@@ -169,7 +183,7 @@ def test_unusable_validation_data_is_refused_before_the_first_step(rank_info, ti
         prepare(write_labelled(tmp_path / "strange.tar", [0, 7]))
 
 
-def test_without_labels_only_mrr_is_measured_with_one_log_line(rank_info, tiny_shards, tmp_path, caplog):
+def test_without_labels_mrr_and_ranks_are_measured_with_one_log_line(rank_info, tiny_shards, tmp_path, caplog):
     val = write_labelled(tmp_path / "val.tar", [0, None, None])
     config = online_run(tiny_shards, tmp_path / "run", val)
     trainer = build_components(config, rank_info)
@@ -177,17 +191,17 @@ def test_without_labels_only_mrr_is_measured_with_one_log_line(rank_info, tiny_s
         evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
         evaluation.prepare()
         row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
-    assert set(row) == {"eval/mrr", "eval/mrr_untrained", "eval/mrr_chance", "eval/time_s"}
-    assert caplog.text.count("without k-NN, because 2 of 3 samples of data.val have no class number") == 1
+    assert names(row) == {"mrr", "rank_me", "lidar"} and "eval/knn_chance" not in row
+    assert caplog.text.count("neither k-NN nor probes, because 2 of 3 samples of data.val have no class number") == 1
 
 
-def test_with_the_identity_predictor_only_knn_is_measured(rank_info, tiny_shards, tmp_path):
+def test_with_the_identity_predictor_all_but_mrr_is_measured(rank_info, tiny_shards, tmp_path):
     config = online_run(tiny_shards, tmp_path / "run", write_labelled(tmp_path / "val.tar", [0, 1]), depth=0)
     trainer = build_components(config, rank_info)
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
     evaluation.prepare()
     row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
-    assert set(row) == {"eval/knn", "eval/knn_untrained", "eval/knn_chance", "eval/time_s"}
+    assert names(row) == {"knn", "linear", "attentive", "rank_me", "lidar"} and "eval/mrr_chance" not in row
 
 
 @pytest.mark.multi_rank

@@ -135,11 +135,15 @@ def test_the_results_of_an_evaluation_are_one_line(monkeypatch, caplog):
     caplog.set_level("INFO")
     controls = {"eval/mrr_untrained": 0.07, "eval/mrr_chance": 0.074, "eval/knn_untrained": 0.5, "eval/knn_chance": 0.1}
     display = open_display(rank_info(), 0, 100)
-    display.show(10, ROW | {"eval/mrr": 0.371, "eval/knn": 0.675, "eval/time_s": 3.2} | controls, loss=0.3)
+    display.show(
+        10,
+        ROW | {"eval/mrr": 0.371, "eval/knn": 0.675, "eval/time_s": 3.2, "eval/time_share": 0.02} | controls,
+        loss=0.3,
+    )
     display.show(20, ROW, loss=0.3)
     (line,) = [record.message for record in caplog.records if "evaluation" in record.message]
     results = "MRR 0.371 (untrained 0.070, chance 0.074), k-NN 0.675 (untrained 0.500, chance 0.100)"
-    assert line == f"step 10: evaluation in 3 s: {results}"
+    assert line == f"step 10: evaluation in 3.2 s, 2.0 % of the time: {results}"
 
 
 def test_in_a_pipe_there_is_a_line_for_each_row(monkeypatch, caplog):

@@ -44,6 +44,12 @@ def test_the_summary_names_files_times_and_next_commands():
     ]
 
 
+def test_the_summary_names_the_best_step():
+    best = replace(config(), output=replace(config().output, keep_best="knn"))
+    rows = [row(10) | {"eval/knn": 0.6931, "eval/best_step": 10}, row(20) | {"eval/knn": 0.5, "eval/best_step": 10}]
+    assert "  best        checkpoint=best is step 10, knn 0.6931" in summarize_run(best, rows, None).splitlines()
+
+
 def test_shares_weigh_rows_by_their_steps_and_skip_the_first_row():
     shares = time_shares([row(5, wait=1.0), row(8, step_s=2.0, forward=1.0, other=1.0), row(10, backward=1.0)])
     assert shares == dict.fromkeys(PHASES, 0.0) | {"forward": 3 / 8, "other": 3 / 8, "backward": 2 / 8}

@@ -54,7 +54,7 @@ def test_messages_name_the_extras_that_contain_a_package():
         distribution = DISTRIBUTIONS.get(package, package)
         assert {extra for extra in names if distribution in extras[extra]} == set(names), package
         assert distribution not in extras["core"]
-    listed = set.union(*(extras[name] for name in ("train-cuda13", "eval", "demo")))
+    listed = set.union(*(extras[name] for name in ("train-cuda13", "eval", "demo", "wandb")))
     assert listed == {DISTRIBUTIONS.get(package, package) for package in EXTRAS}
 
 

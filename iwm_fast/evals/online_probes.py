@@ -1,0 +1,108 @@
+"""Features and probes of the evaluation during training, on the same few images every time.
+
+Linear and attentive probe are trained from scratch at each evaluation, on the features that k-NN needs anyway. A buffer
+of recent training features would cost no encoding, but it would mix encoders of different steps and images that were
+cropped, changed and masked, so that its accuracy would not be that of any checkpoint.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int64
+from torch import Tensor
+
+from iwm_fast.config.evaluation import AttentiveConfig, KnnConfig, LinearConfig, ProbeConfig
+from iwm_fast.evals.datasets import LabelledSets, clean_images, evaluation_batches
+from iwm_fast.evals.probing.attentive import AttentiveGrid
+from iwm_fast.evals.probing.extraction import Features
+from iwm_fast.evals.probing.feature_batches import FeatureDataset
+from iwm_fast.evals.probing.knn import knn_correct
+from iwm_fast.evals.probing.linear import LinearGrid
+from iwm_fast.evals.probing.probe import BuildGrid, probe
+from iwm_fast.evals.retrieval.bank import draw_bank
+from iwm_fast.pipelines.storage.shard_set import ShardSet
+from iwm_fast.pipelines.transforms.normalization import normalize_view
+from iwm_fast.world_model import WorldModel
+
+KNN = KnnConfig(max_train_samples=2000)
+# With fewer training images, none are left to choose between the learning rates.
+MIN_PROBE_IMAGES = 10
+# On the demo's model, three times as many epochs or learning rates changed accuracies by less than their interval.
+_LINEAR = LinearConfig(epochs=20, batch_size=256, lrs=(1e-1, 1e-2), weight_decays=(0.0,))
+_ATTENTIVE = AttentiveConfig(epochs=10, lrs=(1e-2, 3e-3))
+_VIEWS_PER_IMAGE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages:
+    """Outputs of an encoder for some images, on the CPU."""
+
+    pooled: Float[Tensor, "images D"]
+    tokens: Float16[Tensor, "images N D"] | None
+    """All tokens, for the attentive probe; 0.3 MB an image for a ViT-B/16. None if they are not needed."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are finite, also in half precision."""
+        return all(bool(values.isfinite().all()) for values in (self.pooled, self.tokens) if values is not None)
+
+
+def encode_images(
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], *, keep_tokens: bool
+) -> EncodedImages:
+    """Encode samples in order, without cache, on this rank alone."""
+    pooled, tokens = [], []
+    for batch in evaluation_batches(model, shards, samples):
+        output = model.encode(batch.source_view)
+        pooled.append(output.mean(dim=1).cpu())
+        tokens += [output.half().cpu()] if keep_tokens else []
+    return EncodedImages(pooled=torch.cat(pooled), tokens=torch.cat(tokens) if keep_tokens else None)
+
+
+def encode_changed_views(
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]
+) -> Float[Tensor, "samples views D"]:
+    """Return the pooled features of 8 versions of each sample, changed as strongly as target views of the run."""
+    features = []
+    for pixels, sample in clean_images(model, shards, samples):
+        bank = draw_bank(pixels, sample, _VIEWS_PER_IMAGE, model=model, strengths="run", seed=0)
+        features.append(model.encode(normalize_view(bank.pixels, model.config.data.normalization)).mean(dim=1))
+    return torch.stack(features)
+
+
+def accuracies(model: WorldModel, sets: LabelledSets, train: EncodedImages, val: EncodedImages) -> dict[str, float]:
+    """Return the accuracy of k-NN and, with enough training images, of both probes; NaN if a feature is not finite."""
+    has_probes = train.tokens is not None
+    if not (train.is_finite and val.is_finite):
+        return dict.fromkeys(("knn", "linear", "attentive") if has_probes else ("knn",), math.nan)
+    bank, queries = (
+        Features(features=encoded.pooled, label=torch.from_numpy(labelled.number))
+        for encoded, labelled in zip((train, val), sets, strict=True)
+    )
+    correct = knn_correct(bank, queries, KNN.num_neighbors, KNN.temperature, device=model.device)
+    measured = {"knn": float(correct.double().mean())}
+    if has_probes:
+        pooled, tokens = ([getattr(encoded, kind) for encoded in (train, val)] for kind in ("pooled", "tokens"))
+        attentive = partial(AttentiveGrid, seed=_ATTENTIVE.seed)
+        measured["linear"] = _probe_accuracy(model, sets, pooled, LinearGrid, _LINEAR)
+        measured["attentive"] = _probe_accuracy(model, sets, tokens, attentive, _ATTENTIVE)
+    return measured
+
+
+def _probe_accuracy(
+    model: WorldModel, sets: LabelledSets, features: list[Tensor], build: BuildGrid, config: ProbeConfig
+) -> float:
+    train, val = (
+        FeatureDataset(
+            features=values.numpy(), label=labelled.number, indices=np.arange(len(values)), device=model.device
+        )
+        for values, labelled in zip(features, sets, strict=True)
+    )
+    try:
+        return float(probe(train, val, len(sets.classes), build, config).correct.mean())
+    # All heads have diverged. This must not end the run that is measured.
+    except ValueError:
+        return math.nan

@@ -1,0 +1,1 @@
+"""Where do the metrics of a run go besides `metrics.jsonl`?"""
