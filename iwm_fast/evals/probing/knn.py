@@ -4,7 +4,6 @@ Features are the teacher's mean-pooled tokens minus the mean of the training set
 the k nearest training images votes for its class with weight exp(similarity / temperature).
 """
 
-import math
 import time
 
 import numpy as np
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from iwm_fast.config.evaluation import KnnConfig
-from iwm_fast.evals.datasets import Comparison, LabelledSets, open_comparison
-from iwm_fast.evals.probing.extraction import Features, extract_features
+from iwm_fast.evals.datasets import Comparison, open_comparison
+from iwm_fast.evals.probing.extraction import Features
 from iwm_fast.evals.probing.feature_cache import FeatureCache
 from iwm_fast.evals.results import Result
 from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, single_process
-from iwm_fast.world_model import WorldModel
 
 # 256 MB in float32.
 MAX_SIMILARITIES = 2**26
@@ -59,19 +57,6 @@ def _classify(config: KnnConfig, comparison: Comparison, train: np.ndarray, val:
     )
     correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=comparison.models[0].device)
     return correct.numpy()
-
-
-def knn_accuracy(model: WorldModel, sets: LabelledSets, config: KnnConfig) -> float:
-    """Return the share of validation images that are classified correctly by their nearest training images.
-
-    It is NaN if a feature is not finite. Features are not cached, and the function is not collective, so that it can be
-    called during training.
-    """
-    bank, queries = (extract_features(model, labelled, config.layers) for labelled in sets)
-    if not (bank.features.isfinite().all() and queries.features.isfinite().all()):
-        return math.nan
-    correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device=model.device)
-    return float(correct.double().mean())
 
 
 def knn_correct(

@@ -12,7 +12,7 @@ from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig
 from iwm_fast.evals.datasets import open_comparison
 from iwm_fast.evals.probing.extraction import Features
-from iwm_fast.evals.probing.knn import evaluate_knn, knn_accuracy, knn_correct, vote
+from iwm_fast.evals.probing.knn import evaluate_knn, knn_correct, vote
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.runtime.distributed import single_process
@@ -124,6 +124,11 @@ def test_value_and_control_are_those_of_the_run_and_untrained_networks(run_folde
         comparison = open_comparison(config, single_process("cpu"))
         model = comparison.models[0]
         models = [model, world_model.build_untrained(replace(model.config, seed=seed))]
-        assert [row.value, row.control] == [knn_accuracy(network, comparison.sets, config) for network in models]
+        accuracies = []
+        for network in models:
+            bank, queries = (extract_features(network, labelled) for labelled in comparison.sets)
+            correct = knn_correct(bank, queries, config.num_neighbors, config.temperature, device="cpu")
+            accuracies.append(float(correct.double().mean()))
+        assert [row.value, row.control] == accuracies
         controls.add(row.control)
     assert len(controls) > 1
