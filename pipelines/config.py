@@ -61,6 +61,15 @@ def require_range(name: str, value: tuple[float, float], low: float, high: float
     require(low <= value[0] <= value[1] <= high, name, value, f"satisfy {low:g} <= low <= high <= {high:g}")
 
 
+def require_size(value: int | None) -> None:
+    """Check the side of the images that a model is used with, unless it is unset.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    require(value is None or 8 <= value <= 8192, "size", value, "be between 8 and 8192 pixels, or unset")
+
+
 def require_seed(value: int) -> None:
     """Check a seed, which random number generators take as an unsigned number of 63 bits.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from iwm_fast.config.evaluation import EvalDataConfig
-from iwm_fast.pipelines.config import MAX_PIXELS, Backend, require, require_image_extension
+from iwm_fast.pipelines.config import MAX_PIXELS, Backend, require, require_image_extension, require_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class ExportConfig:
     recomputed for it. Unset: the run's views.size."""
 
     def __post_init__(self) -> None:
+        require_size(self.size)
         require(bool(self.to), "to", self.to, "name a folder to write")
 
 
@@ -88,6 +89,7 @@ class EmbedConfig:
     """Device to compute on. auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        require_size(self.size)
         require(self.to.endswith((".parquet", ".npz")), "to", self.to, "name a file to write, .parquet or .npz")
         require(not self.data.train, "data.train", self.data.train, "be unset; name the shards to embed in data.val")
         require(not (self.images and self.data.val), "images and data.val", (self.images, self.data.val),

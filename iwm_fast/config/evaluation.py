@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed
+from iwm_fast.pipelines.config import require, require_image_extension, require_label_field, require_seed, require_size
 from iwm_fast.pipelines.transforms.composition import FAMILIES
 
 Readout = Literal["absolute", "difference"]
@@ -66,6 +66,11 @@ class SizeConfig:
     size: int | None = None
     """Side of the images in pixels, a multiple of the patch size; positions are recomputed for it, and the names of the
     results end with it. Unset: the run's views.size."""
+
+    def __post_init__(self) -> None:
+        require_size(self.size)
+        # The other settings of an evaluation are in a class that follows this one.
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from iwm_fast.pipelines.config import (
     require,
     require_range,
     require_seed,
+    require_size,
 )
 from iwm_fast.pipelines.transforms.composition import ViewConfig
 
@@ -398,5 +399,5 @@ class RunConfig:
         below = max(size // patch, 1) * patch
         accepted = f"be a multiple of the patch size {patch}, such as {below} or {below + patch}"
         require(size >= patch and size % patch == 0, "size", size, accepted)
-        require(8 <= size <= 8192, "size", size, "be between 8 and 8192 pixels")
+        require_size(size)
         return replace(self, views=replace(self.views, size=size))

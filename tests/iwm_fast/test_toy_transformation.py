@@ -150,8 +150,8 @@ def test_it_is_a_family_of_retrieval(model, shards):
     assert torch.equal(query.source, pixels.flip(2)) and (query.action[:, 7] == 1).all()
     assert trained_flags(VIEWS) == ("grayscale", "blur", "solarize", "swap")
     pair = Pair(source=query.source, clean=pixels, flags=("swap",))
-    assert retrieve_clean("swap", image, exact(model, pair)).ranks[0] == 1
-    assert retrieve_clean("swap", image, ignore_action(model)).ranks[0] > 1
+    assert retrieve_clean("swap", image, exact(model, pair), None).ranks[0] == 1
+    assert retrieve_clean("swap", image, ignore_action(model), None).ranks[0] > 1
 
 
 def test_planning_searches_for_it():

@@ -11,7 +11,7 @@ from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig
 from iwm_fast.evals.datasets import open_comparison
-from iwm_fast.evals.probing.extraction import Features
+from iwm_fast.evals.probing.extraction import Features, extract_features
 from iwm_fast.evals.probing.knn import evaluate_knn, knn_correct, vote
 from iwm_fast.evals.results import read_result
 from iwm_fast.pipelines.errors import ShardError
