@@ -180,7 +180,9 @@ def require_arms_fit(arms: Sequence[str], tune: TuneConfig, model_config: ModelC
     if tune.blocks is not None:
         require(bool(depths), "tune.blocks", tune.blocks, f"be unset for {named}, which train a head alone")
         shallowest = min(depths, key=lambda arm: depths[arm])
-        accepted = f"be at most {depths[shallowest]}, the number of blocks in the arm {shallowest}, or unset to train all"
+        accepted = (
+            f"be at most {depths[shallowest]}, the number of blocks in the arm {shallowest}, or unset to train all"
+        )
         require(tune.blocks <= depths[shallowest], "tune.blocks", tune.blocks, accepted)
     for name, default in (("action", "null"), ("context", "full")):
         is_used = any(arm in PREDICTOR_VARIANTS for arm in arms)
