@@ -196,7 +196,7 @@ def _interval(row: Row) -> tuple[float, float]:
 def _trained_blocks(arm: str, attempt: Result) -> str:
     if arm in ("attentive", "head", "untrained_head"):
         return "none"
-    blocks = attempt.settings["tune"].get("blocks")
+    blocks = attempt.settings.get("tune", {}).get("blocks")
     return "all" if blocks is None else str(blocks)
 
 

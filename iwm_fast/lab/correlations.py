@@ -79,6 +79,8 @@ def _correlate(
     pearson = stats.pearsonr(*zip(*points, strict=True))
     interval = pearson.confidence_interval(0.95)
     result, subject, metric = key
+    # The paper's accuracies are those of image classes.
+    has_paper = metric == "accuracy" and "_json." not in result
     return Correlation(
         mrr=mrr,
         result=result,
@@ -89,6 +91,6 @@ def _correlate(
         high=float(interval.high),
         num_runs=len(runs),
         num_cells=len({cell for cell, _ in runs}),
-        paper=_PAPER.get((_task(result), subject)) if metric == "accuracy" else None,
+        paper=_PAPER.get((_task(result), subject)) if has_paper else None,
         points=points,
     )

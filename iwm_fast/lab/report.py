@@ -150,9 +150,9 @@ def _correlation_section(rows: Sequence[dict[str, Any]]) -> str:
     if not correlations:
         return ""
     note = (
-        f"<p class=\"soft\">Pearson's coefficient over all runs that have both numbers, {MIN_RUNS} or more, and Fisher's "
-        "95 % interval. Runs of a cell differ in their seed only; the interval takes them as independent, so it is too "
-        "narrow if cells differ more than seeds.</p>"
+        f'<p class="soft">Pearson\'s coefficient over all runs that have both numbers, {MIN_RUNS} or more, and '
+        "Fisher's 95 % interval. Runs of a cell differ in their seed only; the interval takes them as independent, so "
+        "it is too narrow if cells differ more than seeds.</p>"
     )
     cells = [
         (item.mrr, item, f"{item.coefficient:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", item.num_runs,
