@@ -61,7 +61,8 @@ def test_pairs_are_formed_by_cell_and_seed_and_need_four_runs_and_variation():
 def test_a_published_lab_has_the_correlations_of_its_numbers():
     values = json.loads((PROJECT / "docs/lab_cpu.json").read_text(encoding="utf-8"))["values"]
     rows = [
-        dict(zip(("cell", "result", "subject", "metric"), name.split(), strict=True)) | {"seed": seed, "value": value}
+        dict(zip(("cell", "result", "subject", "metric"), name.split(), strict=True))
+        | {"seed": int(seed), "value": value}
         for name, by_seed in values.items()
         if len(name.split()) == 4
         for seed, value in by_seed.items()

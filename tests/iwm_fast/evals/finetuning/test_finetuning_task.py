@@ -159,7 +159,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "options", "tune", "message"), REFUSED)
 def test_settings_that_do_not_fit_are_refused_before_anything_is_trained(
-    rank_info, run, tmp_path, kind, options, tune, message
+    rank_info, run, tmp_path, *, kind, options, tune, message
 ):
     (tmp_path / "tasks.yaml").write_text("left: {label: cls}\n")
     options = options | ({"tasks": str(tmp_path / "tasks.yaml")} if kind is MultitaskConfig else {})
@@ -287,11 +287,11 @@ def test_jobs_of_earlier_versions_are_resumed_by_default(rank_info, run):
 
 
 def test_segmentation_is_trained_end_to_end(rank_info, run):
-    arms = "predictor,random_predictor,end_to_end"
-    result = evaluate_segment(SegmentConfig(run=run, name="e2e", arms=arms, **finetune_settings(epochs=4.0)))
+    arms, tune = "predictor,end_to_end", finetune_settings(epochs=4.0, pretrained_lr_factor=0.3)
+    result = evaluate_segment(SegmentConfig(run=run, name="e2e", arms=arms, **tune))
     rows = {arm: result.row(arm, "mean_iou") for arm in arms.split(",")}
     row = rows["end_to_end"]
-    assert row.value > 0.6 > row.chance and row.low <= row.value <= row.high
+    assert row.value > 2 * row.chance and row.low <= row.value <= row.high
     model = world_model.load(run)
     assert row.num_tuned == rows["predictor"].num_tuned + sum(weight.numel() for weight in model.encoder.parameters())
 
