@@ -76,7 +76,7 @@ def _correlate(
     points = tuple((mrr_values[run], values[run]) for run in runs)
     if len(runs) < MIN_RUNS or any(len(set(axis)) == 1 for axis in zip(*points, strict=True)):
         return None
-    pearson = stats.pearsonr(*zip(*points, strict=True))
+    pearson: Any = stats.pearsonr(*zip(*points, strict=True))
     interval = pearson.confidence_interval(0.95)
     result, subject, metric = key
     # The paper's accuracies are those of image classes.
