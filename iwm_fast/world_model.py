@@ -10,7 +10,7 @@ target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
-from iwm_fast.checkpoints.export import is_export, read_export
+from iwm_fast.checkpoints.export import is_export, read_export, read_trained_encoder
 from iwm_fast.checkpoints.reading import naming_file, require_networks_fit, with_positions
 from iwm_fast.config.evaluation import READOUTS
 from iwm_fast.config.loading import load_run_config
@@ -55,7 +55,7 @@ class WorldModel:
     config: RunConfig
     """Settings of the run."""
     encoder: Encoder
-    """The EMA teacher, which is the encoder that evaluations use."""
+    """The EMA teacher, which is the encoder that evaluations use, unless the student was asked for."""
     predictor: nn.Module
     """The world model itself; the identity if the run has no predictor."""
     step: int
@@ -283,6 +283,7 @@ def load(
     checkpoint: int | str | Path | None = None,
     *,
     size: int | None = None,
+    encoder: Literal["teacher", "student"] = "teacher",
 ) -> WorldModel:
     """Load a run, an export, or a single checkpoint.
 
@@ -293,6 +294,7 @@ def load(
             `output.keep_best` kept; None or empty: the newest undamaged one.
         size: side of the images in pixels, a multiple of the patch size. Positions are recomputed for it. None: the
             size that the run was trained with.
+        encoder: "teacher" loads the EMA teacher, "student" the encoder that was trained by gradient descent.
 
     Raises:
         FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.
@@ -308,13 +310,15 @@ def load(
                 f"{str(folder)!r} is an export of step {export.step} and has no other, got checkpoint={checkpoint}; "
                 "name the folder of the run"
             )
-        states = export.encoder_state, export.predictor_state
+        encoder_state = export.encoder_state if encoder == "teacher" else read_trained_encoder(folder)
+        states = encoder_state, export.predictor_state
         return _trained(export.config.at_size(size), *states, step=export.step, device=device)
     with naming_file(folder / checkpoints.CONFIG):
         config = load_run_config(folder)
     resized = config.at_size(size)
     saved = checkpoints.read_chosen(folder, checkpoint)
-    states = saved.teacher_state, saved.weights("predictor.")
+    encoder_state = saved.teacher_state if encoder == "teacher" else saved.student_state
+    states = encoder_state, saved.weights("predictor.")
     try:
         require_networks_fit(config, *states, folder / checkpoints.CONFIG)
     except CheckpointError as error:

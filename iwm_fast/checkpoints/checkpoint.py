@@ -81,6 +81,12 @@ class Checkpoint:
         state = self.engine_state
         return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
+    @property
+    def student_state(self) -> dict[str, Tensor]:
+        """The tensors of the encoder that was trained by gradient descent, under timm's names."""
+        # Positions are fixed and therefore not among the trained weights.
+        return self.weights("encoder.") | {"pos_embed": self.teacher_state["pos_embed"]}
+
 
 _NOT_IN_STATE = ("folder", "engine_state", "teacher_state")
 _STATE_ENTRIES = [field.name for field in fields(Checkpoint) if field.name not in _NOT_IN_STATE]

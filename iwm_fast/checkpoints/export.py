@@ -100,14 +100,13 @@ def export(config: ExportConfig) -> Path:
     teacher = with_positions(saved.teacher_state, run_config)
     decoder = _find_decoder(Path(config.run), saved.step, run_config.grid)
     description = describe(saved, run_config, decoder)
-    # Positions are fixed and therefore not among the trained weights, but timm expects them.
-    trained = saved.weights("encoder.") | {"pos_embed": teacher["pos_embed"]}
+    student = saved.student_state | {"pos_embed": teacher["pos_embed"]}
     timm_description = timm_config(run_config.model.encoder, run_config.views.size, run_config.data.normalization)
     card = model_card(description, read_evaluations(Path(config.run)), _last_metrics(Path(config.run), saved.step))
     writers = {
         # Some libraries refuse safetensors files that do not name their framework.
         ENCODER: lambda path: save_file(teacher, path, metadata={"format": "pt"}),
-        TRAINED_ENCODER: lambda path: save_file(trained, path, metadata={"format": "pt"}),
+        TRAINED_ENCODER: lambda path: save_file(student, path, metadata={"format": "pt"}),
         PREDICTOR: lambda path: save_file(saved.weights("predictor."), path, metadata={"format": "pt"}),
         TIMM_CONFIG: lambda path: write_json(timm_description, path),
         DESCRIPTION: lambda path: write_json(description, path),
@@ -232,6 +231,20 @@ def read_export(folder: Path) -> ExportedModel:
     # The note replaces the advice for checkpoints of a run, which does not help with an export.
     except CheckpointError as error:
         error.add_note("copy the export folder again, or export the run again with this version of iwm-fast")
+        raise
+
+
+def read_trained_encoder(folder: Path) -> dict[str, Tensor]:
+    """Read the encoder of an export folder that was trained by gradient descent, under timm's names.
+
+    Raises:
+        CheckpointError: if the folder does not have it, or it is damaged.
+    """
+    try:
+        require_undamaged(folder, (TRAINED_ENCODER,))
+        return read_tensors(folder / TRAINED_ENCODER)
+    except CheckpointError as error:
+        error.add_note(f"{folder} has no usable student; use the teacher, or export the run again")
         raise
 
 

@@ -54,7 +54,7 @@ Keys of the YAML file:
 
 Files in its folder:
   cells/CELL-seedN/                    a run with its evaluations; lab.log has the output of its commands
-  lab.json                             all numbers and the verdicts
+  lab.json                             all numbers, the verdicts, and correlations of MRR with accuracies
   report.html, claims.png              the same as a page and a picture; `iwm report lab=FOLDER` writes them again
 
 Ctrl-C or SIGTERM stops the runs, which save checkpoints first; the exit code is 75. The same command resumes, and

@@ -14,7 +14,7 @@ from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import draw_line_chart, draw_waterfall_chart
+from iwm_fast.rendering.charts import IntervalPoint, draw_interval_chart, draw_line_chart, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
@@ -65,7 +65,7 @@ def write_run_report(run: Path) -> Path:
         charts = '<div class="grid">' + "".join(_line_charts(rows) + _checkpoint_charts(results)) + "</div>"
         parts += [section("Training curves", charts), _step_breakdown(rows)]
     if results:
-        parts.append(section("Evaluations", *map(_result_card, results)))
+        parts.append(section("Evaluations", *_tuning_charts(results), *map(_result_card, results)))
     pictures = {name: title for name, title in _PICTURES.items() if (run / name).is_file()}
     if pictures:
         cards = (card(title, embedded_png(run / name, title)) for name, title in pictures.items())
@@ -151,6 +151,55 @@ def _checkpoint_charts(results: list[Result]) -> list[str]:
                 lines[rows[0].control_name] = (steps, controls)
             cards.append(card(f"{name} of several checkpoints", draw_line_chart(lines, unit=rows[0].metric)))
     return cards
+
+
+def _tuning_charts(results: list[Result]) -> list[str]:
+    """Return a card for each task and label that attempts with several numbers of trained parameters were made at."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.task in ("finetune", "segment"):
+            groups.setdefault(json.dumps((result.task, result.step, result.settings.get("data"))), []).append(result)
+    cards = []
+    for attempts in groups.values():
+        metric = attempts[0].rows[0].metric
+        by_arm: dict[str, list[tuple[Result, Row]]] = {}
+        for attempt in attempts:
+            for row in attempt.rows:
+                if row.metric == metric:
+                    by_arm.setdefault(row.subject, []).append((attempt, row))
+        if any(len({row.num_tuned for _, row in pairs}) > 1 for pairs in by_arm.values()):
+            cards.append(_tuning_card(metric, by_arm))
+    return cards
+
+
+def _tuning_card(metric: str, by_arm: dict[str, list[tuple[Result, Row]]]) -> str:
+    """Return a chart and a table of a metric against the number of trained parameters, by arm."""
+    series = {arm: [IntervalPoint(row.num_tuned, row.value, *_interval(row)) for _, row in pairs]
+              for arm, pairs in by_arm.items()}  # fmt: skip
+    lines = [
+        (arm, attempt.name, _trained_blocks(arm, attempt), f"{row.num_tuned:,}", f"{row.value:.4f}",
+         "{:.4f} to {:.4f}".format(*_interval(row)))
+        for arm, pairs in by_arm.items()
+        for attempt, row in sorted(pairs, key=lambda pair: pair[1].num_tuned)
+    ]  # fmt: skip
+    note = (
+        '<p class="soft small">All attempts on the same data; other settings than tune.blocks may differ, too. '
+        "Intervals are over images.</p>"
+    )
+    chart = draw_interval_chart(series, x_label="trained parameters", y_label=metric)
+    columns = ["arm", "result", "blocks", "trained parameters", metric, "95 % interval"]
+    return card(f"{metric} against trained parameters", chart, note, table(columns, lines))
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    return (row.value, row.value) if row.low is None or row.high is None else (row.low, row.high)
+
+
+def _trained_blocks(arm: str, attempt: Result) -> str:
+    if arm in ("attentive", "head", "untrained_head"):
+        return "none"
+    blocks = attempt.settings.get("tune", {}).get("blocks")
+    return "all" if blocks is None else str(blocks)
 
 
 def _step_breakdown(rows: list[dict[str, Any]]) -> str:

@@ -49,9 +49,23 @@ class TuneConfig:
     """AdamW's decay rates of the first and second moment, each in [0, 1)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of forward and backward passes. Weights are always float32."""
+    blocks: int | None = None
+    """Number of blocks to train below the head, counted from the head: of the encoder or of the predictor, depending on
+    the arm; in the arm end_to_end first of the predictor, then of the encoder. All layers below them are frozen. 0
+    trains the head alone. Unset: everything is trained, also the layers below the first block."""
+    encoder: Literal["teacher", "student"] = "teacher"
+    """Encoder to start from. teacher: the EMA teacher; student: the encoder that was trained by gradient descent."""
+    action: Literal["null", "drawn"] = "null"
+    """Action that the predictor is given in training. null: no change; drawn: the action of a change that pretraining
+    would draw, although the image is not changed. Validation always uses the null action."""
+    context: Literal["full", "masked"] = "full"
+    """Patches that encoder and predictor see in training in arms with a predictor. full: all; masked: the context
+    patches of masks that are drawn as in pretraining. All patches are predicted. Validation always uses all patches."""
 
     def __post_init__(self) -> None:
         check_length("tune", self.global_batch_size, self.epochs)
+        blocks = self.blocks
+        require(blocks is None or blocks >= 0, "tune.blocks", blocks, "be at least 0 or unset")
         resolve_warmup("tune", self, recipe=(5, 100))
         for name in ("lr", "encoder_lr", "pretrained_lr_factor"):
             require(getattr(self, name) > 0, f"tune.{name}", getattr(self, name), "be above 0")
@@ -212,6 +226,7 @@ class FinetuneConfig(TuneTaskConfig):
         require(not unknown and len(set(arms)) == len(arms), "arms", self.arms,
               f"be all, or name some of {', '.join(ARMS)} once each, joined by commas")  # fmt: skip
         if self.timm:
+            require(self.tune.encoder == "teacher", "tune.encoder", self.tune.encoder, "be left unset if timm is set")
             require(not self.checkpoint, "checkpoint", self.checkpoint, "be unset if timm is set")
             require(
                 not self.run and bool(self.to), "to", self.to, "name a folder if timm is set, and run must be unset"
@@ -247,6 +262,9 @@ class MultitaskConfig(TuneTaskConfig):
         require(
             self.data.label == "cls", "data.label", self.data.label, "be left unset: the file of tasks names the labels"
         )
+        for name, default in (("action", "null"), ("context", "full")):
+            value = getattr(self.tune, name)
+            require(value == default, f"tune.{name}", value, f"be {default}; only finetune and segment have others")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +275,7 @@ class SegmentConfig(TuneTaskConfig):
     arms: str = "head,untrained_head,predictor,random_predictor,encoder"
     """Arms to train, joined by commas. head: linear head alone on the frozen encoder; untrained_head: its control, on
     an untrained encoder; predictor: the pretrained predictor and head on the frozen encoder; random_predictor: like
-    predictor, from random weights; encoder: encoder and head."""
+    predictor, from random weights; encoder: encoder and head; end_to_end: encoder, predictor and head."""
     num_classes: int | None = None
     """Number of classes, numbered from 0 in the label maps. Unset: all label maps are read once to find the largest
     class, about 2 minutes for 20,000 images on a few cores."""
@@ -268,7 +286,7 @@ class SegmentConfig(TuneTaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        accepted = ("head", "untrained_head", "predictor", "random_predictor", "encoder")
+        accepted = ("head", "untrained_head", "predictor", "random_predictor", "encoder", "end_to_end")
         arms = self.arms.split(",")
         require(set(arms) <= set(accepted) and len(set(arms)) == len(arms), "arms", self.arms,
               f"name some of {', '.join(accepted)} once each, joined by commas")  # fmt: skip

@@ -55,8 +55,9 @@ def _convert(kind: Any, value: Any) -> Any:
     if origin in (Union, UnionType):
         return None if value is None else _convert(_without_none(parts), value)
     if origin is Literal:
-        # Compared as text, because in Python 1 equals True.
-        choices = [choice for choice in parts if str(choice) == str(value)]
+        # Compared as text, because in Python 1 equals True. YAML's null has become None.
+        text = "null" if value is None else str(value)
+        choices = [choice for choice in parts if str(choice) == text]
         _accept(len(choices) == 1)
         return choices[0]
     if origin is tuple:

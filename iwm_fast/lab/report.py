@@ -1,4 +1,4 @@
-"""The report page of a lab: each claim with its verdict, numbers and the paper's numbers, then all numbers."""
+"""The report page of a lab: claims with verdicts and the paper's numbers, correlations with MRR, all numbers."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ from typing import Any
 
 from iwm_fast.lab.claims import ClaimVerdict, Comparison, num_tuned_of
 from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
+from iwm_fast.lab.correlations import MIN_RUNS, correlate
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import ForestGroup, ForestRow, draw_forest_plot, save_forest_plot
+from iwm_fast.rendering.charts import ForestGroup, ForestRow, draw_forest_plot, draw_scatter_chart, save_forest_plot
 from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.provenance import current_commit
 
@@ -34,6 +35,7 @@ def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Seque
         metric_tiles({**{f"claims: {verdict}": str(count) for verdict, count in counts.items()},
                "runs measured": f"{len(measured_cells)} of {len(lab.cells) * len(lab.seeds)}"}),
         section("Claims", _rule(), *(_claim_card(outcome, num_tuned) for outcome in judged)),
+        _correlation_section(rows),
         section("All numbers", _number_table(lab, rows)),
         section("Cells", table(["cell", "settings"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
                 collapsible("settings of all cells", "\n".join(lab.settings) + "\n\n" + lab.base.read_text("utf-8"))),
@@ -140,6 +142,30 @@ def _forest_rows(outcome: ClaimVerdict) -> list[ForestRow]:
             )
         )
     return rows
+
+
+def _correlation_section(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table and a chart for each correlation with MRR; empty if there is none."""
+    correlations = correlate(rows)
+    if not correlations:
+        return ""
+    note = (
+        f'<p class="soft">Pearson\'s coefficient over all runs that have both numbers, {MIN_RUNS} or more, and '
+        "Fisher's 95 % interval. Runs of a cell differ in their seed only; the interval takes them as independent, so "
+        "it is too narrow if cells differ more than seeds.</p>"
+    )
+    cells = [
+        (item.mrr, item, f"{item.coefficient:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", item.num_runs,
+         item.num_cells, "" if item.paper is None else f"{item.paper:+.2f}")
+        for item in correlations
+    ]  # fmt: skip
+    columns = ["MRR of jitter", "with", "correlation", "95 % interval", "runs", "cells", "the paper"]
+    charts = (
+        card(f"{item}: {item.coefficient:+.2f}", draw_scatter_chart(item.points, x_label=item.mrr, y_label=item.metric))
+        for item in correlations
+    )
+    charts_grid = f'<div class="grid">{"".join(charts)}</div>'
+    return section("Correlation of the world model's MRR with accuracy", note, table(columns, cells), charts_grid)
 
 
 def _number_table(lab: LabConfig, rows: Sequence[dict[str, Any]]) -> str:

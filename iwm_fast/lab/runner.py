@@ -2,7 +2,7 @@
 
     <folder>/cells/<cell>-seed<k>/      folder of a run; lab.log holds the output of its commands
     <folder>/lab.yaml                   copy of the lab's file
-    <folder>/lab.json                   all results by cell and seed, and the verdicts
+    <folder>/lab.json                   all results by cell and seed, the verdicts, and correlations with MRR
     <folder>/report.html                the report page
 
 Every command of a cell can also be entered by a user. Finished commands are not repeated and interrupted ones resume,
@@ -33,6 +33,7 @@ from iwm_fast.evals.results import Result, read_result
 from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.claims import judge, values_by_seed
 from iwm_fast.lab.config import LabConfig, read_lab
+from iwm_fast.lab.correlations import correlate
 from iwm_fast.lab.report import write_lab_report
 from iwm_fast.pipelines.demo_data import write_demo_shards
 from iwm_fast.pipelines.storage.atomic import replace_file, write_json
@@ -259,7 +260,8 @@ def write_results(lab: LabConfig) -> Path:
     ]
     judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in lab.claims]
     verdicts = {outcome.claim.name: outcome.verdict for outcome in judged}
-    tree = {**_provenance(lab), "verdicts": verdicts, "rows": rows}
+    correlations = [asdict(correlation) for correlation in correlate(rows)]
+    tree = {**_provenance(lab), "verdicts": verdicts, "correlations": correlations, "rows": rows}
     replace_file(lab.folder / "lab.json", lambda draft: write_json(tree, draft))
     return write_lab_report(lab, judged, rows)
 

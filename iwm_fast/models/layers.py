@@ -115,6 +115,8 @@ class Blocks(nn.ModuleList):
         self.recompute: bool = recompute
         self.drop_path: float = 0.0
         """Share of images that skip an update of the last block; see `set_drop_path_`."""
+        self.num_frozen: int = 0
+        """Number of blocks at the beginning whose updates are never skipped."""
 
     def forward(
         self, tokens: Float[Tensor, "M D"], sequences: Sequences
@@ -155,6 +157,7 @@ class Blocks(nn.ModuleList):
             else offsets.diff()
         )
         keep_rate = 1 - torch.linspace(0, self.drop_path, len(self), device=tokens.device)[:, None, None]
+        keep_rate[: self.num_frozen] = 1
         is_kept = torch.rand(len(self), 2, len(lengths), device=tokens.device) < keep_rate
         # output_size spares repeat_interleave a device sync to find the sum of the lengths.
         return (is_kept / keep_rate).repeat_interleave(lengths, dim=2, output_size=rows)
@@ -163,12 +166,14 @@ class Blocks(nn.ModuleList):
 def set_drop_path_(module: nn.Module, rate: float) -> None:
     """Set in place the share of images that skip the updates of blocks in training (stochastic depth).
 
-    In each `Blocks` of the module, the share rises linearly from 0 at the first block to `rate` at the last one.
-    Random numbers come from torch's global generator.
+    In each `Blocks` of the module, the share rises linearly from 0 at the first block to `rate` at the last one, but
+    is 0 for blocks that are frozen. Random numbers come from torch's global generator.
     """
     for submodule in module.modules():
         if isinstance(submodule, Blocks):
             submodule.drop_path = rate
+            is_trained = [any(weight.requires_grad for weight in block.parameters()) for block in submodule]
+            submodule.num_frozen = is_trained.index(True) if any(is_trained) else len(submodule)
 
 
 def compile_blocks(module: nn.Module) -> None:

@@ -81,6 +81,15 @@ class ForestGroup:
     rows: Sequence[ForestRow]
 
 
+class IntervalPoint(NamedTuple):
+    """A value with the ends of its interval, at a place on the x axis."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
 @contextmanager
 def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure of `width` x `height` inches and its axes; it must be drawn and saved inside the context."""
@@ -120,6 +129,37 @@ def draw_line_chart(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
         if len(lines) > 1:
             # Above the axes, where it covers no curve.
             figure.legend(loc="outside upper left", fontsize=8)
+        return _to_svg(figure)
+
+
+def draw_scatter_chart(points: Sequence[tuple[float, float]], *, x_label: str, y_label: str) -> str:
+    """Draw points and return an SVG element."""
+    with _canvas(4.6, 2.6) as (figure, axis):
+        axis.plot(*zip(*points, strict=True), "o", color=_PLACEHOLDERS.series[0], markersize=4, alpha=0.7)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(linewidth=0.6)
+        return _to_svg(figure)
+
+
+def draw_interval_chart(series: Mapping[str, Sequence[IntervalPoint]], *, x_label: str, y_label: str) -> str:
+    """Draw values with their intervals over a logarithmic axis and return an SVG element; series are joined by lines.
+
+    There are four colours; the fifth series has the first colour and another marker.
+    """
+    with _canvas(4.6, 3.4) as (figure, axis):
+        colours = _PLACEHOLDERS.series
+        for number, (name, points) in enumerate(series.items()):
+            x, value, low, high = np.array(sorted(points)).T
+            axis.errorbar(
+                x, value, (value - low, high - value), label=name, color=colours[number % len(colours)],
+                marker="osD"[number // len(colours)], linewidth=1.4, markersize=4, capsize=2,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(linewidth=0.6)
+        figure.legend(loc="outside upper left", fontsize=8, ncols=3)
         return _to_svg(figure)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch.nn import functional
 
-from iwm_fast import world_model
 from iwm_fast.config.finetuning import ARMS, FinetuneConfig
 from iwm_fast.evals.datasets import LabelledSets, label_sets, require_readable, result_name, tensors_digest
 from iwm_fast.evals.finetuning.mixup import BatchAugmentation
-from iwm_fast.evals.finetuning.networks import build_networks
+from iwm_fast.evals.finetuning.networks import build_networks, load_model
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
@@ -30,7 +29,13 @@ from iwm_fast.evals.finetuning.run import (
 )
 from iwm_fast.evals.finetuning.task import Job
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_variant, build_vit, vit_run_config
-from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, build_variant, describe_origin
+from iwm_fast.evals.finetuning.variants import (
+    PREDICTOR_VARIANTS,
+    Variant,
+    build_variant,
+    describe_origin,
+    require_arms_fit,
+)
 from iwm_fast.evals.results import Result, accuracy_gain, mean_row, name_with_choices, save_result
 from iwm_fast.models.heads import AttentiveHead, LinearHead
 from iwm_fast.pipelines.annotations.labels import Labels
@@ -85,11 +90,12 @@ def evaluate_finetune(
 
 
 def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemption | None) -> FinetuneSource:
-    model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
+    model = load_model(config, rank_info)
     needs_predictor = any(name in PREDICTOR_VARIANTS for name in config.chosen_arms)
     is_identity = model.config.model.predictor.depth == 0
     require(not (is_identity and needs_predictor), "arms", config.arms,
           "be encoder, attentive or both for a run with the identity predictor")  # fmt: skip
+    require_arms_fit(config.chosen_arms, config.tune, model.config.model)
     context = open_context(result_name("finetune", config.data), config, model, rank_info, preemption)
     return FinetuneSource(
         context=context,
@@ -99,7 +105,7 @@ def _open_run(config: FinetuneConfig, rank_info: RankInfo, preemption: Preemptio
 
 
 def build_classification_variant(name: str, model: WorldModel, context: FinetuneContext, num_classes: int) -> Variant:
-    """Build a classifier from the run's teacher and predictor, with the same weights on every rank."""
+    """Build a classifier from the run's encoder and predictor, with the same weights on every rank."""
     head = functools.partial(LinearHead if name == "encoder" else AttentiveHead, num_classes=num_classes)
     return build_variant(name, build_networks(model, context.settings, context.rank_info, name), context, head)
 
@@ -109,9 +115,11 @@ def _open_timm(config: FinetuneConfig, rank_info: RankInfo, preemption: Preempti
         require(bool(getattr(config.data, name)), f"data.{name}", "", "name shards if timm is set")
     vit, max_pixels = build_vit(config), config.data.max_pixels or MAX_PIXELS
     folder = task_folder(config.to, result_name("finetune", config.data), config.name)
+    model_config = vit_run_config(config, vit)
+    require_arms_fit(config.chosen_arms, config.tune, model_config.model)
     context = FinetuneContext(
         settings=config,
-        model_config=vit_run_config(config, vit),
+        model_config=model_config,
         step=0,
         train=broadcast_from_rank_zero(
             lambda: open_shards(config.data.train, config.data.image, max_pixels=max_pixels)

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: in a pretrained network, the layers closer to the pixels learn more slowly.
+"""Layers of pretrained networks: those closer to the pixels learn more slowly, or not at all.
 
 Source: BEiT (arXiv 2106.08254) for a single encoder. The head is the topmost layer, and block l of L is (L + 1 - l)
 layers below it.
@@ -37,6 +37,23 @@ def layer_index(name: str, encoder_depth: int, predictor_depth: int | None = Non
 def head_layer_index(encoder_depth: int, predictor_depth: int | None = None) -> int:
     """Return the layer of the head, which is the topmost one."""
     return encoder_depth + 1 + (0 if predictor_depth is None else predictor_depth + 1)
+
+
+def train_last_blocks_(module: nn.Module, num_blocks: int | None, *depths: int) -> None:
+    """Freeze in place all layers of a module below its last `num_blocks` blocks; None: none of them.
+
+    Args:
+        module: network whose parameters have names as in `layer_index`.
+        num_blocks: number of blocks that are trained. The predictor's count before the encoder's.
+        depths: number of encoder blocks and, if the module has a predictor, of predictor blocks.
+    """
+    if num_blocks is None:
+        return
+    first_layer = head_layer_index(*depths) - num_blocks
+    # The predictor's input modules are a layer of their own, but no block.
+    first_layer -= len(depths) > 1 and num_blocks > depths[1]
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(layer_index(name, *depths) >= first_layer)
 
 
 def timm_layer_scales(model: nn.Module, decay: float) -> dict[str, tuple[float, bool]]:

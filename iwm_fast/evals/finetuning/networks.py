@@ -8,14 +8,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwm_fast.config.finetuning import TrainedSettings
+from iwm_fast import world_model
+from iwm_fast.config.finetuning import TrainedSettings, TuneTaskConfig
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.student import Student, build_student, choose_ops
+from iwm_fast.pipelines.batch import RaggedIndex
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.world_model import WorldModel
 
-Encode = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N D"]]
-"""Maps normalised images to the tokens of all their patches."""
+Encode = Callable[..., Float[Tensor, "*rows D"]]
+"""Maps normalised images to the tokens of all their patches, (B, N, D); if an index of visible patches is given, too,
+to the tokens of these, packed, (C, D)."""
+
+
+def load_model(settings: TuneTaskConfig, rank_info: RankInfo) -> WorldModel:
+    """Load the chosen checkpoint of a run or an export, with its teacher or its student as the encoder."""
+    checkpoint, encoder = settings.checkpoint, settings.tune.encoder
+    return world_model.load(settings.run, rank_info.device, checkpoint, size=settings.size, encoder=encoder)
 
 
 def build_networks(model: WorldModel, settings: TrainedSettings, rank_info: RankInfo, variant: str = "") -> Student:
@@ -45,9 +54,10 @@ def freeze_encoder(encoder: Encoder, rank_info: RankInfo) -> Encode:
     """Freeze an encoder, move it to the device and return a function that encodes images with it."""
     encoder.requires_grad_(False).eval().to(rank_info.device)
 
-    def encode(view: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def encode(view: Float[Tensor, "B 3 H W"], context: RaggedIndex | None = None) -> Float[Tensor, "*rows D"]:
         # Without an index, the encoder returns the tokens of all patches, packed image after image.
-        return encoder(view, None).unflatten(0, (len(view), -1))
+        tokens = encoder(view, context)
+        return tokens.unflatten(0, (len(view), -1)) if context is None else tokens
 
     return encode
 

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 _MODULE_PREFIX = "trained."
 # The settings of a run that affect a job's result. A job does not use its mask and objective, and replaces its optim.
 _RUN_SETTINGS = ("seed", "data.", "views.", "model.")
+# Settings that earlier versions lacked, with the values that correspond to what they did.
+_NEW_SINCE_0_1 = {"tune.encoder": "teacher", "tune.action": "null", "tune.context": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ class Job:
     """Name of the job and of its folder; a single word."""
     module: nn.Module
     """The module to train, which maps inputs to a tensor or to tuples, lists or dicts of tensors. It runs in the
-    precision of the settings, and its outputs are converted to float32. It must not contain frozen networks, and every
-    parameter must contribute to the outputs of every micro-batch."""
+    precision of the settings, and its outputs are converted to float32. Frozen networks belong into `prepare`; frozen
+    layers are saved in checkpoints, too. Every trained parameter must contribute to the outputs of every micro-batch.
+    """
     prepare: Callable[[Batch], Any]
     """Maps a micro-batch to the module's inputs and all that the loss needs, for example by a frozen encoder and mixup.
     Runs without gradient, in the precision of the settings."""
@@ -203,8 +206,12 @@ class FinetuneTask:
 def job_fingerprint(job: Job, settings: TrainedSettings, config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """Return all values that decide a job's result, by dotted name; shards are identified by content, not by path."""
     run = fingerprint(config, shards.content_digest)
-    of_run = {name: value for name, value in run.items() if name.startswith(_RUN_SETTINGS)}
+    is_masked = getattr(settings.tune, "context", "full") == "masked"
+    run_settings = (*_RUN_SETTINGS, "mask.") if is_masked else _RUN_SETTINGS
+    of_run = {name: value for name, value in run.items() if name.startswith(run_settings)}
     names = ("tune", "augment") if isinstance(settings, TuneTaskConfig) else ("tune",)
     groups = {name: config_to_dict(getattr(settings, name)) for name in names}
     of_job = {f"{group}.{name}": value for group, tree in groups.items() for name, value in tree.items()}
+    # None equals a missing entry in comparisons, so jobs of earlier versions can be resumed.
+    of_job |= {name: None for name, value in _NEW_SINCE_0_1.items() if of_job.get(name) == value}
     return of_run | of_job | {"data.label": settings.data.label} | job.origin

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from iwm_fast.config.finetuning import FinetuneConfig, TuneConfig
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RunConfig
 from iwm_fast.engines.optimizer import build_adamw
-from iwm_fast.evals.finetuning.layer_decay import timm_layer_scales
+from iwm_fast.evals.finetuning.layer_decay import timm_layer_scales, train_last_blocks_
 from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.variants import Variant, VariantInputs
@@ -94,8 +94,18 @@ def build_timm_variant(vit: VisionTransformer, context: FinetuneContext, num_cla
     """Build the variant "encoder" of a ViT from timm."""
     with seeded_init(context.settings.seed):
         module = TimmNetwork(vit, num_classes).to(context.rank_info.device)
-    optimizer = build_adamw(_parameter_groups(module, context.settings.tune), context.run_config.optim)
+    tune = context.settings.tune
+    _train_last_blocks_(vit, tune.blocks)
+    optimizer = build_adamw(_parameter_groups(module, tune), context.run_config.optim)
     return Variant(name="encoder", module=module, encode=None, optimizer=optimizer)
+
+
+def _train_last_blocks_(vit: VisionTransformer, num_blocks: int | None) -> None:
+    """Freeze the layers below the last blocks in place, and let frozen blocks skip no updates."""
+    train_last_blocks_(nn.ModuleDict({"encoder": vit}), num_blocks, len(vit.blocks))
+    for block in vit.blocks:
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            block.drop_path1 = block.drop_path2 = nn.Identity()
 
 
 def _parameter_groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, Any]]:
@@ -105,6 +115,7 @@ def _parameter_groups(module: TimmNetwork, tune: TuneConfig) -> list[dict[str, A
     scaled_parameters = [
         (parameter, head_scale * tune.layer_decay * layer_scales[name][0], layer_scales[name][1])
         for name, parameter in module.vit.named_parameters()
+        if parameter.requires_grad
     ]
     scaled_parameters += [(parameter, head_scale, parameter.ndim > 1) for parameter in module.head.parameters()]
     groups: dict[tuple[bool, float], dict[str, Any]] = {}

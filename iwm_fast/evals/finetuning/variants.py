@@ -1,13 +1,14 @@
 """The variants of finetuning: which networks are trained, on what inputs, and at which learning rates.
 
 Variants with a predictor use the world model as part of the classifier. Its context is the complete image, the action
-is the null action, and mask tokens stand at all positions; an attentive head classifies the predicted tokens. The head
+is the null action (see `conditions` for training), and mask tokens stand at all positions; an attentive head classifies
+the predicted tokens. The head
 follows the projection to the encoder's width, whose outputs are the tokens that pretraining optimised. All attentive
 variants therefore have identical heads, and differ only in the networks below them.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from iwm_fast.config.finetuning import TuneConfig
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.engines.optimizer import build_scaled_optimizer
 from iwm_fast.evals.datasets import tensors_digest
-from iwm_fast.evals.finetuning.layer_decay import head_layer_index, layer_index
+from iwm_fast.evals.finetuning.conditions import Conditions, null_conditions, training_conditions
+from iwm_fast.evals.finetuning.layer_decay import head_layer_index, layer_index, train_last_blocks_
 from iwm_fast.evals.finetuning.networks import Encode, freeze_encoder, seeded_init
 from iwm_fast.evals.finetuning.run import FinetuneContext
 from iwm_fast.evals.finetuning.task import Job
@@ -29,6 +31,7 @@ from iwm_fast.models.layers import set_drop_path_
 from iwm_fast.models.predictor import IdentityPredictor, Predictor
 from iwm_fast.models.student import Student
 from iwm_fast.pipelines.batch import Batch, RaggedIndex
+from iwm_fast.pipelines.config import require
 
 Head = LinearHead | AttentiveHead | PatchHead
 
@@ -42,12 +45,15 @@ class VariantInputs:
 
     view: Float[Tensor, "B 3 H W"] | None
     """Normalised images; None if the encoder is frozen."""
-    tokens: Float[Tensor, "B N D"] | None
-    """Tokens from the frozen encoder; None if the encoder is trained."""
+    tokens: Float[Tensor, "*rows D"] | None
+    """Tokens from the frozen encoder, (B, N, D), or packed, (C, D), if not all patches are visible; None if the encoder
+    is trained."""
     action: Float[Tensor, "B A"]
-    """Null action: the predictor predicts the image without any change."""
+    """Change that the predictor is told; the null action predicts the image without any change."""
     patches: RaggedIndex
-    """All patches, which are both context and target."""
+    """All patches, which are the target."""
+    context: RaggedIndex | None = None
+    """Visible patches; None: all."""
     label: Any = None
     """Targets of the loss; None in evaluation."""
 
@@ -66,13 +72,12 @@ class VariantNetwork(nn.Module):
         tokens = inputs.tokens
         if self.encoder is not None:
             assert inputs.view is not None
-            tokens = self.encoder(inputs.view, None).unflatten(0, (len(inputs.view), -1))
+            tokens = self.encoder(inputs.view, inputs.context)
         assert tokens is not None
         if self.predictor is not None:
-            patches = inputs.patches
-            predicted = self.predictor(tokens.flatten(0, 1), inputs.action, patches, patches)
-            tokens = predicted.unflatten(0, tokens.shape[:2])
-        return self.head(tokens)
+            context = inputs.context or inputs.patches
+            tokens = self.predictor(tokens.flatten(0, -2), inputs.action, context, inputs.patches)
+        return self.head(tokens.reshape(len(inputs.action), -1, tokens.shape[-1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,8 @@ class Variant:
     """Frozen encoder; None if the trained network takes images."""
     optimizer: torch.optim.AdamW
     """Optimiser of the trained parameters, with a learning rate for each layer."""
+    condition: Callable[[Batch], Conditions] = null_conditions
+    """Returns action and visible patches of a micro-batch in training."""
 
     def make_job(
         self,
@@ -103,24 +110,27 @@ class Variant:
         return Job(
             name=self.name,
             module=self.module,
-            prepare=lambda batch: self._inputs(batch, *augment(batch)),
+            prepare=lambda batch: self._inputs(batch, self.condition(batch), *augment(batch)),
             loss=lambda logits, inputs: loss(logits, inputs.label),
             optimizer=self.optimizer,
             origin=origin,
         )
 
-    def _inputs(self, batch: Batch, view: Float[Tensor, "B 3 H W"], label: Any = None) -> VariantInputs:
+    def _inputs(
+        self, batch: Batch, conditions: Conditions, view: Float[Tensor, "B 3 H W"], label: Any = None
+    ) -> VariantInputs:
         return VariantInputs(
             view=view if self.encode is None else None,
-            tokens=None if self.encode is None else self.encode(view),
-            action=torch.zeros_like(batch.action),
+            tokens=None if self.encode is None else self.encode(view, conditions.context),
+            action=conditions.action,
             patches=batch.context,
+            context=conditions.context,
             label=label,
         )
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B *rest"]:
         """Return the logits of images without augmentation."""
-        return self.module(self._inputs(batch, batch.source_view))
+        return self.module(self._inputs(batch, null_conditions(batch), batch.source_view))
 
 
 def build_variant(name: str, student: Student, context: FinetuneContext, make_head: Callable[[int], Head]) -> Variant:
@@ -132,7 +142,8 @@ def build_variant(name: str, student: Student, context: FinetuneContext, make_he
         context: context shared by all variants.
         make_head: returns a head with new weights, given the encoder's width.
     """
-    settings = context.settings
+    settings, model_config = context.settings, context.model_config.model
+    tune, run_config = settings.tune, context.run_config
     with seeded_init(settings.seed):
         head = make_head(student.encoder.dim)
     trains_encoder = name in ENCODER_VARIANTS
@@ -140,14 +151,43 @@ def build_variant(name: str, student: Student, context: FinetuneContext, make_he
     # Runs with the identity predictor were refused when the settings were checked.
     assert not isinstance(predictor, IdentityPredictor)
     module = VariantNetwork(head, predictor=predictor, encoder=student.encoder if trains_encoder else None)
-    set_drop_path_(module, settings.tune.drop_path)
-    scales = functools.partial(lr_scale, variant=name, tune=settings.tune, model_config=context.model_config.model)
+    depths = model_config.encoder.depth, model_config.predictor.depth
+    train_last_blocks_(module, tune.blocks, *(depths if predictor is not None else depths[:1]))
+    set_drop_path_(module, tune.drop_path)
+    scales = functools.partial(lr_scale, variant=name, tune=tune, model_config=model_config)
     return Variant(
         name=name,
         module=module,
         encode=None if trains_encoder else freeze_encoder(student.encoder, context.rank_info),
-        optimizer=build_scaled_optimizer(module, context.run_config.optim, scales),
+        optimizer=build_scaled_optimizer(module, run_config.optim, scales),
+        condition=null_conditions
+        if predictor is None
+        else functools.partial(training_conditions, tune=tune, config=run_config),
     )
+
+
+def require_arms_fit(arms: Sequence[str], tune: TuneConfig, model_config: ModelConfig) -> None:
+    """Check that the settings of the finetuning task apply to the arms, before anything is trained.
+
+    Raises:
+        ValueError: if there are fewer blocks than are to be trained, or a setting has no effect.
+    """
+    encoder, predictor = model_config.encoder.depth, model_config.predictor.depth
+    depths = {"encoder": encoder, "end_to_end": encoder + predictor}
+    depths |= dict.fromkeys(("predictor", "random_predictor"), predictor)
+    depths = {arm: depths[arm] for arm in arms if arm in depths}
+    named = f"the arms {', '.join(arms)}"
+    if tune.blocks is not None:
+        require(bool(depths), "tune.blocks", tune.blocks, f"be unset for {named}, which train a head alone")
+        shallowest = min(depths, key=lambda arm: depths[arm])
+        accepted = (
+            f"be at most {depths[shallowest]}, the number of blocks in the arm {shallowest}, or unset to train all"
+        )
+        require(tune.blocks <= depths[shallowest], "tune.blocks", tune.blocks, accepted)
+    for name, default in (("action", "null"), ("context", "full")):
+        is_used = any(arm in PREDICTOR_VARIANTS for arm in arms)
+        value = getattr(tune, name)
+        require(is_used or value == default, f"tune.{name}", value, f"be {default} for {named}, without a predictor")
 
 
 def lr_scale(parameter: str, *, variant: str, tune: TuneConfig, model_config: ModelConfig) -> float:

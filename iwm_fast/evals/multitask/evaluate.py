@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from iwm_fast import world_model
 from iwm_fast.config.finetuning import MultitaskConfig
 from iwm_fast.config.loading import config_to_dict
 from iwm_fast.engines.optimizer import build_scaled_optimizer
 from iwm_fast.evals.datasets import label_sets, require_readable
-from iwm_fast.evals.finetuning.networks import Encode, build_networks, freeze_encoder, seeded_init
+from iwm_fast.evals.finetuning.layer_decay import train_last_blocks_
+from iwm_fast.evals.finetuning.networks import Encode, build_networks, freeze_encoder, load_model, seeded_init
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
@@ -31,7 +31,7 @@ from iwm_fast.evals.finetuning.run import (
     train_job,
 )
 from iwm_fast.evals.finetuning.task import Job
-from iwm_fast.evals.finetuning.variants import describe_origin
+from iwm_fast.evals.finetuning.variants import describe_origin, require_arms_fit
 from iwm_fast.evals.multitask.network import TaskBatcher, TaskInputs, TaskPredictor, weighted_loss
 from iwm_fast.evals.multitask.report import LabelledTask, make_result
 from iwm_fast.evals.multitask.task_list import read_task_list
@@ -61,8 +61,9 @@ def evaluate_multitask(
     with same_error_on_all_ranks():
         specs = read_task_list(config.tasks)
         check_batch_split(config, len(specs), rank_info.world_size)
-        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
+        model = load_model(config, rank_info)
         model.require_predictor()
+        require_arms_fit(["predictor"], config.tune, model.config.model)
         context = open_context("multitask", config, model, rank_info, preemption)
     train, val = context.train, context.val
 
@@ -128,6 +129,8 @@ def _train_predictor(
     encode = freeze_encoder(student.encoder, context.rank_info)
     with seeded_init(settings.seed):
         module = TaskPredictor(student.predictor, [len(task.sets.classes) for task in tasks])
+    sizes = context.model_config.model
+    train_last_blocks_(module, settings.tune.blocks, sizes.encoder.depth, sizes.predictor.depth)
     set_drop_path_(module, settings.tune.drop_path)
     factor, labels = settings.tune.pretrained_lr_factor, [task.sets.train.labels for task in tasks]
     # Weights balance the tasks of one predictor, so the weight of a single task is ignored.

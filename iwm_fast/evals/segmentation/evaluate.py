@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from iwm_fast import world_model
 from iwm_fast.config.finetuning import SegmentConfig
 from iwm_fast.evals.datasets import evenly_spaced, require_readable
-from iwm_fast.evals.finetuning.networks import build_networks
+from iwm_fast.evals.finetuning.networks import build_networks, load_model
 from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
@@ -29,7 +28,13 @@ from iwm_fast.evals.finetuning.run import (
     train_job,
 )
 from iwm_fast.evals.finetuning.task import Job
-from iwm_fast.evals.finetuning.variants import PREDICTOR_VARIANTS, Variant, build_variant, describe_origin
+from iwm_fast.evals.finetuning.variants import (
+    PREDICTOR_VARIANTS,
+    Variant,
+    build_variant,
+    describe_origin,
+    require_arms_fit,
+)
 from iwm_fast.evals.results import Result, save_result
 from iwm_fast.evals.segmentation.figure import FigureImages, SegmentedImages, save_figure
 from iwm_fast.evals.segmentation.masks import MaskReader, count_classes
@@ -104,9 +109,10 @@ def open_segmentation(
     """Load the run, open the shards and count the classes of their maps. Collective: every rank must call it."""
     with same_error_on_all_ranks():
         split_global_batch(config, rank_info.world_size)
-        model = world_model.load(config.run, rank_info.device, checkpoint=config.checkpoint, size=config.size)
-        if any(name in PREDICTOR_VARIANTS for name in config.arms.split(",")):
+        model, arms = load_model(config, rank_info), config.arms.split(",")
+        if any(name in PREDICTOR_VARIANTS for name in arms):
             model.require_predictor()
+        require_arms_fit(arms, config.tune, model.config.model)
         context = open_context("segment", config, model, rank_info, preemption)
         for shards in (context.train, context.val):
             require_masks(shards)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.rendering.charts import (
     ForestGroup,
     ForestRow,
+    IntervalPoint,
     draw_forest_plot,
+    draw_interval_chart,
     draw_line_chart,
+    draw_scatter_chart,
     draw_waterfall_chart,
     save_forest_plot,
 )
@@ -116,6 +120,30 @@ def test_results_have_a_column_for_each_arm_and_a_curve_over_checkpoints(report,
     assert text.count("finetune of several checkpoints") == 1
 
 
+def test_attempts_with_several_numbers_of_trained_parameters_give_a_curve(report, tmp_path):
+    folder = shutil.copytree(report.parent, tmp_path / "attempts")
+    for blocks, num_tuned in ((1, 1234), (None, 98765)):
+        rows = [
+            Row(subject=arm, metric="accuracy", value=0.5, low=0.4, high=0.6, num_tuned=count)
+            for arm, count in (("predictor", num_tuned), ("attentive", 77))
+        ]
+        settings = {"data": {"label": "cls"}, "tune": {"blocks": blocks}}
+        result = Result(task="finetune", name=f"finetune_{blocks}", rows=tuple(rows), step=12, seed=0, settings={})
+        save_result(folder, replace(result, settings=settings))
+        # One number of trained parameters is no curve, and results on other data do not belong to one.
+        save_result(folder, replace(result, name=f"other_{blocks}", settings={"data": {"label": str(blocks)}}))
+    text = write_run_report(folder).read_text()
+    (curve,) = re.findall(r"<h3>accuracy against trained parameters</h3>.*?</table>", text, re.DOTALL)
+    lines = [re.sub("<[^>]*>", " ", line).split() for line in re.findall("<tr>.*?</tr>", curve)[1:]]
+    assert [line[:4] for line in lines] == [
+        ["predictor", "finetune_1", "1", "1,234"],
+        ["predictor", "finetune_None", "all", "98,765"],
+        ["attentive", "finetune_1", "none", "77"],
+        ["attentive", "finetune_None", "none", "77"],
+    ]
+    assert lines[0][4:] == ["0.5000", "0.4000", "to", "0.6000"] and curve.count("<svg") == 1
+
+
 def test_a_setting_out_of_range_names_the_run(report, tmp_path):
     folder = shutil.copytree(report.parent, tmp_path / "changed")
     config = folder / "config.yaml"
@@ -147,6 +175,12 @@ def test_charts_are_complete_svg_elements_and_reproducible():
         lambda: draw_line_chart({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
         lambda: draw_waterfall_chart({"forward": 2.0, "wait": 0.0}, unit="ms"),
         lambda: draw_forest_plot(COMPARISONS, bound=-0.02, unit="MRR"),
+        lambda: draw_scatter_chart([(0.1, 0.2), (0.3, 0.1)], x_label="MRR", y_label="accuracy"),
+        lambda: draw_interval_chart(
+            {str(arm): [IntervalPoint(10, 0.5, 0.4, 0.6), IntervalPoint(5, 0.4, 0.3, 0.5)] for arm in range(6)},
+            x_label="trained parameters",
+            y_label="accuracy",
+        ),
     ):
         chart = draw()
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>") and chart == draw()

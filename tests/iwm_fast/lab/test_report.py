@@ -1,5 +1,7 @@
 """The report page of a lab shows comparisons and verdicts, and draws no chart for a claim that was not measured."""
 
+import re
+
 from iwm_fast.lab.claims import judge, values_by_seed
 from iwm_fast.lab.config import LabConfig, parse_claim
 from iwm_fast.lab.report import write_lab_report
@@ -17,6 +19,8 @@ ROWS = [
     ("a", "segment", "head", "mean_iou", (0.78, 0.78), 903),
     ("a", "linear", "encoder", "accuracy", (0.5,), 51),
     ("b", "linear", "encoder", "accuracy", (0.75,), 51),
+    ("a", "mrr_default", "jitter", "mrr", (0.1, 0.2, 0.3, 0.4), 0),
+    ("a", "attentive", "encoder", "accuracy", (0.5, 0.7, 0.4, 0.6), 51),
 ]
 
 
@@ -47,3 +51,7 @@ def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
     assert "-0.250 (one seed)" in capacity and "undecided" in capacity
     assert "not measured" in listens
     assert [text.count("<svg") for text in (worth, capacity, listens)] == [1, 1, 0]
+    (correlation,) = re.findall(r"<tr><td[^>]*>mrr_default</td>.*?</tr>", page.split("<h2>All numbers")[0])
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td.*?</td>", correlation)]
+    assert cells == ["mrr_default", "attentive encoder accuracy", "+0.00", "-0.96 to +0.96", "4", "1", "-0.37"]
+    assert page.count("<h3>attentive encoder accuracy: +0.00</h3>") == 1

@@ -125,6 +125,17 @@ def complete_stream(stack, sequences=FOUR_AND_FIVE):
     return tokens + update
 
 
+def test_frozen_blocks_are_not_dropped():
+    stack = build_blocks()
+    undropped = complete_stream(stack)
+    stack[:2].requires_grad_(False)
+    set_drop_path_(torch.nn.Sequential(stack), 0.9)
+    assert stack.num_frozen == 2 and not torch.equal(complete_stream(stack), undropped), "the last block is dropped"
+    stack.requires_grad_(False)
+    set_drop_path_(torch.nn.Sequential(stack), 0.9)
+    assert torch.equal(complete_stream(stack), undropped)
+
+
 def test_without_drop_path_or_in_evaluation_nothing_is_drawn():
     training, evaluated = build_blocks(), build_blocks(rate=0.9).eval()
     state = torch.get_rng_state()

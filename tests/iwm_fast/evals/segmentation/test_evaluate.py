@@ -159,7 +159,8 @@ def test_training_changes_all_networks_of_a_variant_and_no_frozen_ones(rank_info
     segmentation = open_segmentation(
         SegmentConfig(run=run_folder, name="moves", **finetune_settings(epochs=0.5)), rank_info
     )
-    for name, networks in (("predictor", {"predictor", "head"}), ("encoder", {"encoder", "head"}), ("head", {"head"})):
+    arms = {"predictor": {"predictor"}, "encoder": {"encoder"}, "head": set(), "end_to_end": {"predictor", "encoder"}}
+    for name, networks in arms.items():
         student = build_networks(segmentation.model, segmentation.config, rank_info, name)
         make_head = partial(PatchHead, num_classes=segmentation.num_classes)
         variant = build_variant(name, student, segmentation.context, make_head)
@@ -167,7 +168,7 @@ def test_training_changes_all_networks_of_a_variant_and_no_frozen_ones(rank_info
         with segmentation.read_masks(segmentation.context.train) as masks:
             train_job(build_segmentation_job(variant, student, segmentation, masks), segmentation.context)
         changed = {key for key, value in variant.module.named_parameters() if not torch.equal(value, before[key])}
-        assert {key.split(".")[0] for key in before} == networks
+        assert {key.split(".")[0] for key in before} == networks | {"head"}
         # The mixer's columns for the null action have no gradient, but the weight that holds them changes.
         assert before.keys() == changed, before.keys() - changed
 
@@ -191,7 +192,10 @@ def test_augmentation_that_does_not_apply_to_maps_is_refused(name):
 
 def test_invalid_settings_are_refused_with_the_accepted_values():
     for settings, message in (
-        ({"arms": "head,linear"}, "arms must name some of head, untrained_head, predictor, random_predictor, encoder"),
+        (
+            {"arms": "head,linear"},
+            "arms must name some of head, untrained_head, predictor, random_predictor, encoder, end_to_end once each",
+        ),
         ({"arms": "head,head"}, "once each"),
         ({"ignore_index": 256}, "ignore_index must be between 0 and 255"),
         ({"num_classes": 0}, "num_classes must be between 1 and 256, or unset"),
