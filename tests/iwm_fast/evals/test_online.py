@@ -204,6 +204,7 @@ def test_with_the_identity_predictor_all_but_mrr_is_measured(rank_info, tiny_sha
     assert names(row) == {"knn", "linear", "attentive", "rank_me", "lidar"} and "eval/mrr_chance" not in row
 
 
+@pytest.mark.slow
 @pytest.mark.multi_rank
 def test_two_ranks_agree_and_end_together_when_the_images_are_gone(tiny_shards, tmp_path):
     val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0])

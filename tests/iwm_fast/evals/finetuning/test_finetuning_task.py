@@ -300,11 +300,11 @@ def test_a_timm_vit_trains_its_last_blocks(rank_info, run, tmp_path):
     data = world_model.load(run).config.data
     config = settings("", arms="encoder", epochs=0.5, blocks=2, drop_path=0.3)
     config = replace(
-        config, run="", timm="vit_tiny_patch16_224", to=str(tmp_path), image_size=32,
+        config, run="", timm="vit_tiny_patch16_224", to=str(tmp_path), size=32,
         data=replace(config.data, train=data.train, val=data.val),
     )  # fmt: skip
     (row,) = evaluate_finetune(config).rows
-    saved = checkpoints.read(checkpoints.find_newest_folder(tmp_path / "evaluations/finetune/encoder"))
+    saved = checkpoints.read(checkpoints.find_newest_folder(tmp_path / "evaluations/finetune_size32/encoder"))
     moments = {name.partition("/trained.")[2] for name in saved.engine_state if name.startswith("exp_avg/")}
     layers = {".".join(name.split(".")[: 3 if "blocks" in name else 2]) for name in moments}
     assert layers == {"vit.blocks.10", "vit.blocks.11", "vit.norm", "head.linear"}
