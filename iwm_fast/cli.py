@@ -19,7 +19,7 @@ from iwm_fast.evaluate import (
 )
 from iwm_fast.pipelines.errors import printable
 from iwm_fast.runtime.error_reporting import user_facing_errors
-from iwm_fast.runtime.extras import EXTRAS, require_packages
+from iwm_fast.runtime.extras import DEMO_PACKAGES, require_packages
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
 from iwm_fast.runtime.process import log_to_console, run_and_exit, watch_signals, without_local_rank
 
@@ -137,7 +137,7 @@ def _init(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    require_packages(EXTRAS)
+    require_packages(DEMO_PACKAGES)
     import_object("iwm_fast.commands.demo:demo")(arguments)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.paths import PROJECT, TESTS
-from iwm_fast.runtime.extras import EXTRAS
+from iwm_fast.runtime.extras import DEMO_PACKAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -123,7 +123,7 @@ def test_the_core_alone_loads_predicts_and_exports(wheel, clone, tmp_path):
         "error: nvidia.dali, deepspeed, tensorboard, pyarrow are not installed: "
         "pip install 'iwm-fast[train-cuda13]' (CUDA 12: train-cuda12)\n"
     )
-    assert f"{', '.join(EXTRAS)} are not installed" in run(iwm, "demo", cwd=tmp_path, code=2)
+    assert f"{', '.join(DEMO_PACKAGES)} are not installed" in run(iwm, "demo", cwd=tmp_path, code=2)
     assert "iwm-fast[eval]" in run(iwm, "evaluate", "knn", "run=old/run", cwd=tmp_path, code=2)
 
 
@@ -136,6 +136,6 @@ def test_an_editable_install_works(clone, foreign_folder, tmp_path):
     (site_packages / "zz_tests.pth").write_text(SITE_PACKAGES + "\n")
     check_commands(python, foreign_folder, clone / "iwm_fast")
     # The environment of the tests has all extras.
-    imports = "from importlib import import_module\nfrom iwm_fast.runtime.extras import EXTRAS\n"
-    run(python, "-c", f"{imports}for name in EXTRAS: import_module(name)", cwd=tmp_path)
+    imports = "from importlib import import_module\nfrom iwm_fast.runtime.extras import DEMO_PACKAGES\n"
+    run(python, "-c", f"{imports}for name in DEMO_PACKAGES: import_module(name)", cwd=tmp_path)
     assert run(tmp_path / "venv" / "bin" / "iwm", "--version", cwd=tmp_path) == f"iwm-fast {VERSION}\n"

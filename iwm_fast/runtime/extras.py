@@ -19,6 +19,8 @@ EXTRAS = {
     "wandb": ("wandb",),
 }
 """Import name of each package, and the extras that contain it, the smallest last."""
+DEMO_PACKAGES = tuple(name for name in EXTRAS if name != "wandb")
+"""Packages that the demo needs, which uses all extras but the logger for W&B."""
 
 
 class MissingPackageError(ModuleNotFoundError):

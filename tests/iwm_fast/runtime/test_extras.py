@@ -9,6 +9,8 @@ import pytest
 
 from fixtures.launchers import tiny_yaml
 from fixtures.paths import PROJECT, TESTS
+from iwm_fast import cli
+from iwm_fast.runtime import extras
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.extras import EXTRAS
 
@@ -111,3 +113,11 @@ def test_a_failed_import_is_reported_with_its_extra(tmp_path):
 def test_a_missing_package_of_no_extra_keeps_its_traceback():
     with pytest.raises(ModuleNotFoundError, match="absent"), user_facing_errors():
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+
+def test_the_demo_does_not_need_the_logger_for_wandb(monkeypatch):
+    monkeypatch.setattr(extras, "_is_installed", lambda name: name != "wandb")
+    started = []
+    monkeypatch.setattr(cli, "import_object", lambda _: started.append)
+    cli.main(["demo", "seed=1"])
+    assert started == [["seed=1"]]
