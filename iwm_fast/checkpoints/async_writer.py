@@ -127,9 +127,9 @@ class CheckpointWriter:
 
 
 def checkpoints_to_delete(folders: list[Path], config: OutputConfig, best_step: int | None = None) -> list[Path]:
-    """Return which checkpoint folders of a run, in order of step, are not kept.
+    """Return the checkpoint folders of a run that are to be deleted, given all of them sorted by step.
 
-    `output.keep_last` and `keep_every` keep some, and the best step so far, if there is one, is kept, too.
+    Those that `output.keep_last` and `output.keep_every` select are kept, and so is that of the best step, if any.
     """
     keep_every = config.keep_every
     old = [folder for folder in folders[: -config.keep_last] if checkpoints.parse_step(folder) != best_step]

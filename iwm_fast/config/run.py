@@ -372,12 +372,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_seed(self.seed)
         patch = self.model.encoder.patch_size
-        require(
-            self.views.size % patch == 0,
-            "views.size",
-            self.views.size,
-            f"be a multiple of model.encoder.patch_size = {patch}",
-        )
+        require(self.views.size % patch == 0, "views.size", self.views.size,
+                f"be a multiple of model.encoder.patch_size = {patch}")  # fmt: skip
         plain = [f"views.{operation.name}" for operation in self.views.operations if operation.needs_plain_loader]
         require(not plain or self.runtime.loader == "torch", "runtime.loader", self.runtime.loader,
                 f"be torch with these settings of {', '.join(plain)}")  # fmt: skip
@@ -397,7 +393,7 @@ class RunConfig:
             return self
         patch = self.model.encoder.patch_size
         below = max(size // patch, 1) * patch
-        accepted = f"be a multiple of the patch size {patch}, such as {below} or {below + patch}"
-        require(size >= patch and size % patch == 0, "size", size, accepted)
+        require(size >= patch and size % patch == 0, "size", size,
+                f"be a multiple of the patch size {patch}, such as {below} or {below + patch}")  # fmt: skip
         require_size(size)
         return replace(self, views=replace(self.views, size=size))

@@ -53,7 +53,7 @@ class EncodedImages:
 def encode_images(
     model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], *, keep_tokens: bool
 ) -> EncodedImages:
-    """Encode samples in order, without cache, on this rank alone."""
+    """Return the outputs for these samples, computed on this rank without a cache."""
     pooled, tokens = [], []
     for batch in evaluation_batches(model, shards, samples):
         output = model.encode(batch.source_view)

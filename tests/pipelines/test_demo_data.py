@@ -224,7 +224,7 @@ def test_an_outline_is_closed_smooth_and_antialiased():
     for draw in uniforms(0, "outlines", 0, np.arange(20), 9):
         inside, (x, y) = draw_outline(64, draw)
         assert inside[int(64 * y), int(64 * x)] == 1 and inside.min() == 0
-        # Between outside and inside lies one pixel on average, where a polygon of whole pixels would have none.
+        # The border is one pixel wide on average; without antialiasing there would be none.
         is_border = (inside > 0) & (inside < 1)
         assert 0.4 < is_border.sum() / (np.abs(np.diff(inside > 0.5, axis=0)).sum() * 2) < 2
         # Rays from the centre cross the outline once.

@@ -16,7 +16,7 @@ _CANDIDATES_PER_IMAGE = 16
 
 
 def choose_shown(model: WorldModel, shards: ShardSet, count: int) -> Int64[np.ndarray, "images"]:
-    """Return the numbers of `count` samples that are colourful and differ from each other, in order.
+    """Return the sorted numbers of `count` samples that are colourful and differ from each other.
 
     The choice depends on colours and on the encoder's features, not on what the model predicts. Candidates are evenly
     spaced over the shards.

@@ -53,8 +53,8 @@ def draw_strip(
         parameters |= operation.target(neutral, change)
     rendered = render_bank(pixels, parameters, model)
     targets = encode_bank(model, rendered)
-    tokens = model.encode(normalize_view(rendered.pixels[:1], model.config.data.normalization))
-    start = model.encode_targets(normalize_view(rendered.pixels[:1], model.config.data.normalization))
+    source = normalize_view(rendered.pixels[:1], model.config.data.normalization)
+    tokens, start = model.encode(source), model.encode_targets(source)
     rows = {"rendered": rendered.pixels.cpu().numpy()}
     distances: dict[str, np.ndarray] = {}
     for readout in READOUTS:

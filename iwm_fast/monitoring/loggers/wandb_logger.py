@@ -94,7 +94,7 @@ class WandbLogger:
                 run.log(values, step=step)
             self._add_files(wandb, run)
             run.finish()
-        # Whatever goes wrong here, training goes on.
+        # An error of W&B must not stop training.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             log.warning("W&B receives no more rows (%s); metrics.jsonl has all of them", reason)

@@ -28,11 +28,11 @@ KEY = "0123456789" * 4
 
 
 class UnreachableError(Exception):
-    """Stands for `wandb.Error`."""
+    """Replaces `wandb.Error`."""
 
 
 class StandInServer:
-    """Stands for the package wandb; `answers` is set once the server answers."""
+    """Replaces the package wandb; `answers` is set once the server answers."""
 
     Error = UnreachableError
 
