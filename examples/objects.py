@@ -48,7 +48,7 @@ KINDS = {
 """Folder of each kind's cut-outs."""
 DRAWINGS = {"cartoon", "toys", "plastic"}
 """Folders whose pictures do not show the objects themselves."""
-BACKGROUNDS = ("usr/share/backgrounds", "usr/share/wallpapers")
+BACKGROUNDS = ("usr/share/backgrounds/**/*.*", "usr/share/wallpapers/*/contents/images/*")
 # The same picture in other colours or mirrored, so that it cannot be in training and in validation.
 VARIANTS = re.compile(r".*-d|Ubuntu-Mate-(Cold|Warm)-no-logo|.*_mirror")
 """Names of pictures that are left out."""
@@ -127,14 +127,13 @@ def load_backgrounds(folder: Path) -> list[Picture]:
         FileNotFoundError: if the packages are not unpacked in the folder.
     """
     pictures: dict[str, Picture] = {}
-    files = (file for path in BACKGROUNDS for file in sorted((folder / path).rglob("*.*")))
+    files = (file for pattern in BACKGROUNDS for file in sorted(folder.glob(pattern)))
     for file in files:
-        # Wallpapers of Plasma lie in a folder each: <name>/contents/images/<size>.jpg, also images_dark.
+        # Wallpapers of Plasma lie in a folder each: <name>/contents/images/<size>.jpg.
         is_sized = re.fullmatch(r"\d+x\d+", file.stem) is not None
         name = file.parts[-4] if is_sized else re.sub(r"(_\d+x\d+|-l)$", "", file.stem)
         is_image = file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") and not file.is_symlink()
-        is_dark = file.parent.name == "images_dark" or VARIANTS.fullmatch(name)
-        if not is_image or is_dark or name in pictures:
+        if not is_image or VARIANTS.fullmatch(name) or name in pictures:
             continue
         image = Image.open(file).convert("RGBA")
         # Measured at one size, because noise and steps disappear in smaller images.

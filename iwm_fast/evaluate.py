@@ -61,6 +61,8 @@ EVALUATIONS = {
                       f"{_EVALS}.retrieval.mrr:evaluate_mrr", f"{_QUICK}:MrrConfig"),
     "rollout": Evaluation("several actions in a row, compared with one action that does the same",
                           f"{_EVALS}.retrieval.rollout:evaluate_rollout", f"{_QUICK}:RolloutConfig"),
+    "sensitivity": Evaluation("how far transformations move the features, compared with an untrained encoder",
+                              f"{_EVALS}.retrieval.sensitivity:evaluate_sensitivity", f"{_QUICK}:SensitivityConfig"),
     "knn": Evaluation("k nearest neighbours on frozen features, compared with an untrained encoder",
                       f"{_EVALS}.probing.knn:evaluate_knn", f"{_QUICK}:KnnConfig"),
     "linear": Evaluation("linear probe on frozen features, compared with an untrained encoder",

@@ -93,7 +93,23 @@ class BankConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MrrConfig(SizeConfig, BankConfig):
+class FamilyConfig(SizeConfig, BankConfig):
+    """Settings shared by the evaluations that test transformations one by one."""
+
+    families: tuple[str, ...] | None = None
+    """Transformations to test, by their groups in views, such as [jitter, blur]. Unset: all that are on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.families is not None:
+            is_distinct = len(set(self.families)) == len(self.families) > 0
+            require(is_distinct, "families", self.families, "name one or more families, without repetition")
+            unknown = [family for family in self.families if family not in FAMILIES]
+            require(not unknown, "families", unknown, f"name transformations of {', '.join(FAMILIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MrrConfig(FamilyConfig):
     """How well the predictor applies a transformation: mean reciprocal rank of the correct image in a bank."""
 
     bank_size: int = 256
@@ -103,13 +119,13 @@ class MrrConfig(SizeConfig, BankConfig):
     """Transformations to test, by their groups in views, such as [jitter, blur]. Those of both views predict a bank
     member from the clean image, those of the source view only from the corrupted image. Unset: all that are on."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.families is not None:
-            is_distinct = len(set(self.families)) == len(self.families) > 0
-            require(is_distinct, "families", self.families, "name one or more families, without repetition")
-            unknown = [family for family in self.families if family not in FAMILIES]
-            require(not unknown, "families", unknown, f"name transformations of {', '.join(FAMILIES)}")
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(FamilyConfig):
+    """How far a transformation moves the encoder's features, as a share of how far apart different images are."""
+
+    bank_size: int = 16
+    """Changed versions of each image."""
 
 
 @dataclass(frozen=True, kw_only=True)

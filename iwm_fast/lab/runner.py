@@ -90,7 +90,8 @@ def iter_commands(lab: LabConfig, cell: Cell) -> Iterator[LabCommand]:
     yield LabCommand(cell=cell, name="train", arguments=("train", str(lab.base), *settings, "resume=auto"))
     for evaluation in lab.evaluations:
         if cell.name in evaluation.cells:
-            arguments = (f"run={cell.folder}", f"seed={cell.seed}", *evaluation.settings)
+            chosen = (setting.replace("{seed}", str(cell.seed)) for setting in evaluation.settings)
+            arguments = (f"run={cell.folder}", f"seed={cell.seed}", *chosen)
             yield LabCommand(cell=cell, name=evaluation.task, arguments=("evaluate", evaluation.task, *arguments))
 
 
@@ -101,7 +102,10 @@ def training_config(command: LabCommand) -> RunConfig:
 
 
 def is_done(command: LabCommand) -> bool:
-    """Return whether the command has finished with the same settings and, if an evaluation, on the last checkpoint."""
+    """Return whether the command has finished with the same settings.
+
+    The result of an evaluation must be of the last checkpoint, unless its settings name one.
+    """
     folder = command.cell.folder
     if command.name == "train":
         if read_status(folder).get("state") != "finished":
@@ -112,8 +116,10 @@ def is_done(command: LabCommand) -> bool:
         return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
     newest = checkpoints.find_newest_folder(folder)
     requested = config_to_dict(read_settings(EVALUATIONS[command.name].settings, list(command.arguments[2:])))
+    # A result of a checkpoint that the settings name is not outdated by newer checkpoints.
     return newest is not None and any(
-        json.loads(json.dumps(result.settings)) == requested and result.step == checkpoints.parse_step(newest)
+        json.loads(json.dumps(result.settings)) == requested
+        and (requested["checkpoint"] or result.step == checkpoints.parse_step(newest))
         for result in read_results(folder)
         if result.task == command.name
     )

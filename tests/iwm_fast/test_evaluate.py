@@ -37,6 +37,7 @@ def test_every_evaluation_has_documented_settings():
 QUICK = {
     "mrr": ["num_images=2", "bank_size=4", "families=[jitter]"],
     "rollout": ["num_images=2", "bank_size=4", "max_actions=2"],
+    "sensitivity": ["num_images=4", "bank_size=2"],
     "knn": [],
     "linear": ["epochs=2"],
     "attentive": ["epochs=1", "lrs=[1e-3]"],

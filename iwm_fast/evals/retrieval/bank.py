@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import READOUTS, Readout
+from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
 from iwm_fast.pipelines.transforms.composition import ViewConfig, draw_view, identity_parameters
@@ -75,6 +76,19 @@ def bank_views(views: ViewConfig, strengths: str) -> ViewConfig:
 def default_families(views: ViewConfig) -> tuple[str, ...]:
     """Return the names of all transformations that change pixels and are on."""
     return tuple(operation.name for operation in views.operations)
+
+
+def chosen_families(families: tuple[str, ...] | None, views: ViewConfig) -> tuple[str, ...]:
+    """Return the transformations to test, for None all that are on.
+
+    Raises:
+        ValueError: if one is off in the run.
+    """
+    known = default_families(views)
+    families = known if families is None else families
+    unknown = [family for family in families if family not in known]
+    require(not unknown, "families", unknown, f"name transformations that are on in the run: {', '.join(known)}")
+    return families
 
 
 def bank_family(family: str, views: ViewConfig) -> str:

@@ -33,7 +33,7 @@ from iwm_fast.evals.retrieval.bank import (
     Query,
     bank_family,
     bank_views,
-    default_families,
+    chosen_families,
     diagonal_ranks,
     draw_bank,
     encode_bank,
@@ -43,7 +43,6 @@ from iwm_fast.evals.retrieval.bank import (
     query_distances,
     with_untrained_predictor,
 )
-from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.errors import to_valid_unicode
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.pipelines.storage.shard_set import ShardSet
@@ -72,7 +71,7 @@ def evaluate_mrr(config: MrrConfig, rank_info: RankInfo | None = None) -> Result
     rank_info = rank_info or single_process(config.device)
     with same_error_on_all_ranks():
         model = open_world_model(config.run, rank_info.device, config.checkpoint, config.size)
-        families = _families(config, model.config.views)
+        families = chosen_families(config.families, model.config.views)
         shards = validation_shards(model, config.data)
     samples = evenly_spaced(shards.num_samples, config.num_images)
     broadcast_from_rank_zero(lambda: require_readable((shards, samples)))
@@ -103,7 +102,7 @@ def rank_images(
     only the predictors are compared. Not collective.
     """
     views = models[0].config.views
-    families = _families(config, views)
+    families = chosen_families(config.families, views)
     for pixels, sample in clean_images(models[0], shards, samples):
         ranks: dict[str, Float32[np.ndarray, "predictions M"]] = {}
         for name in dict.fromkeys(bank_family(family, views) for family in families):
@@ -145,7 +144,7 @@ def mean_reciprocal_rank(rank: Float32[np.ndarray, "images *rest M"]) -> float:
 
 def _make_result(ranks: Ranks, model: WorldModel, config: MrrConfig) -> Result:
     rows: list[Row] = []
-    families = _families(config, model.config.views)
+    families = chosen_families(config.families, model.config.views)
     for index, family in enumerate(families):
         for number, readout in enumerate(READOUTS):
             rows += _family_rows(family, readout, ranks[:, number, :, index], config.seed)
@@ -183,14 +182,6 @@ def _family_rows(family: str, readout: Readout, ranks: Float32[np.ndarray, "mode
                  control=score(control_rank), control_name="untrained predictor", chance=chance)
         for metric, (score, chance) in metrics.items()
     ]  # fmt: skip
-
-
-def _families(config: MrrConfig, views: ViewConfig) -> tuple[str, ...]:
-    known = default_families(views)
-    families = known if config.families is None else config.families
-    unknown = [family for family in families if family not in known]
-    require(not unknown, "families", unknown, f"name transformations that are on in the run: {', '.join(known)}")
-    return families
 
 
 def _unsupported_families(families: Sequence[str], views: ViewConfig) -> dict[str, list[str]]:
