@@ -2,6 +2,7 @@
 
     examples/debian_photographs.sh photographs
     python examples/objects.py photographs data/objects
+    python examples/objects.py photographs data/objects_pilot --pilot
     python examples/objects.py photographs data/objects --sheet sheet.png
 
 Each image shows a cut-out of an animal, a plant or a tool, scaled, perhaps mirrored, at a random place, on a crop of a
@@ -173,8 +174,8 @@ def draw_image(cut_out: Picture, background: Picture, draw: np.ndarray) -> tuple
         int(share * (length - side + 1)) for share, length in zip(draw[1:3], background.pixels.shape, strict=False)
     )
     crop = Image.fromarray(background.pixels[top : top + side, left : left + side])
-    image = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS)).astype(np.float64)
-    hue = hue_bin(image)
+    behind = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    image = behind.astype(np.float64)
 
     pixels = cut_out.pixels[:, ::-1] if draw[4] < 0.5 else cut_out.pixels
     size = SIDE * (OBJECT_SHARE[0] + draw[3] * (OBJECT_SHARE[1] - OBJECT_SHARE[0]))
@@ -189,7 +190,7 @@ def draw_image(cut_out: Picture, background: Picture, draw: np.ndarray) -> tuple
     metadata = {
         "object": cut_out.name,
         "background": background.name,
-        "hue_bin": hue,
+        "hue_bin": hue_bin(behind),
         "x": (column + width / 2) / SIDE,
         "y": (row + height / 2) / SIDE,
         "size": max(height, width) / SIDE,
@@ -233,14 +234,19 @@ def draw_few(samples: list[dict[str, str | bytes]], count: int, number: int, see
     return chosen
 
 
-def write_objects(photographs: Path, destination: Path, seed: int = 0) -> None:
-    """Write the shards.
+def write_objects(photographs: Path, destination: Path, seed: int = 0, *, for_pilot: bool = False) -> None:
+    """Write the shards, or those of a pilot, which divides the training objects and backgrounds once more.
+
+    So a pilot can choose settings without a look at the objects and backgrounds of validation.
 
     Raises:
         FileExistsError: if the destination is not empty.
         FileNotFoundError: if the packages are not unpacked in `photographs`.
     """
     objects, backgrounds = load_objects(photographs), load_backgrounds(photographs)
+    if for_pilot:
+        objects = {kind: split(pictures, kind, "train", seed) for kind, pictures in objects.items()}
+        backgrounds = split(backgrounds, "backgrounds", "train", seed)
     with publish_folder(destination) as staging:
         for part in NUM_IMAGES:
             samples = list(iter_samples(objects, backgrounds, part, seed))
@@ -293,7 +299,7 @@ def main() -> None:
         if arguments.sheet:
             draw_sheet(arguments.photographs, arguments.seed).save(arguments.sheet)
         else:
-            write_objects(arguments.photographs, arguments.destination, arguments.seed)
+            write_objects(arguments.photographs, arguments.destination, arguments.seed, for_pilot=arguments.pilot)
     except OSError as error:
         sys.exit(f"error: {error}")
 
