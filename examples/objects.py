@@ -291,6 +291,7 @@ def main() -> None:
     parser.add_argument("photographs", type=Path, help="folder that debian_photographs.sh has written")
     parser.add_argument("destination", type=Path, help="folder of the shards, which must not exist or be empty")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pilot", action="store_true", help="divide the training objects and backgrounds once more")
     parser.add_argument(
         "--sheet", type=Path, help="write a picture of all cut-outs and backgrounds to this file instead"
     )
