@@ -42,7 +42,7 @@ Keys of the YAML file:
   workers: 2                           runs at a time; by default one per GPU, without a GPU one per core
   demo_data: true                      whether to write the shards of `iwm demo` first; by default false
   evaluations:                         evaluations, the cells they are for (by default all), and their settings
-    - {task: mrr, cells: [feature, none], settings: {bank_size: 64}}
+    - {task: mrr, cells: [feature, none], settings: {bank_size: 64}}   {seed} in a value is replaced by the run's seed
   claims:
     conditioning:                      name of the claim
       text: what is claimed, in one sentence

@@ -7,6 +7,7 @@ hold, fails if the interval of one of them lies below the bound, and is undecide
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from scipy import stats
 
 from iwm_fast.lab.config import Claim, ResultSelector
 
+MAX_SEEDS = 10_000
 Verdict = Literal["holds", "fails", "undecided", "not measured"]
 
 
@@ -38,6 +40,8 @@ class Comparison:
     """Values of both results, for the seeds that have both."""
     difference: Interval | None
     """Mean difference; None if no seed has both results."""
+    seeds_needed: int | None = None
+    """Number of seeds that would decide an undecided comparison, if mean and spread stay the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,24 @@ def student_interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
+def seeds_needed(values: Sequence[float], bound: float = 0.0) -> int | None:
+    """Return how many values with the same mean and spread have an interval that excludes the bound.
+
+    None if the interval of `values` excludes it already, if there are fewer than two values, or for more than 10,000.
+    """
+    if len(values) < 2:
+        return None
+    distance, spread = abs(float(np.mean(values)) - bound), float(np.std(values, ddof=1))
+
+    def excludes_bound(count: int) -> bool:
+        return float(stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count) < distance
+
+    if excludes_bound(len(values)) or not excludes_bound(MAX_SEEDS):
+        return None
+    # The interval shrinks with every further value.
+    return bisect_left(range(MAX_SEEDS), True, lo=len(values), key=excludes_bound)
+
+
 def values_by_seed(selector: ResultSelector, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Return the selected value for each seed, from a lab's rows (cell, seed, result, subject, metric, value, ...)."""
     return {row["seed"]: row["value"] for row in rows if _matches(row, selector)}
@@ -80,7 +102,7 @@ def _matches(row: Mapping[str, Any], selector: ResultSelector) -> bool:
 
 def judge(claim: Claim, values: Callable[[ResultSelector], dict[int, float]]) -> ClaimVerdict:
     """Judge a claim by its comparisons; `values` returns a result's value for each seed that has it."""
-    comparisons = tuple(_compare(better, worse, values) for better, worse in claim.compare)
+    comparisons = tuple(_compare(better, worse, values, -claim.margin) for better, worse in claim.compare)
     intervals = [comparison.difference for comparison in comparisons]
     measured = [interval for interval in intervals if interval is not None]
     if len(measured) < len(intervals):
@@ -93,7 +115,7 @@ def judge(claim: Claim, values: Callable[[ResultSelector], dict[int, float]]) ->
 
 
 def _compare(
-    better: ResultSelector, worse: ResultSelector, values: Callable[[ResultSelector], dict[int, float]]
+    better: ResultSelector, worse: ResultSelector, values: Callable[[ResultSelector], dict[int, float]], bound: float
 ) -> Comparison:
     better_values, worse_values = values(better), values(worse)
     seeds = sorted(better_values.keys() & worse_values.keys())
@@ -103,4 +125,5 @@ def _compare(
         worse=worse,
         values=(tuple(better_values[seed] for seed in seeds), tuple(worse_values[seed] for seed in seeds)),
         difference=student_interval(differences) if differences else None,
+        seeds_needed=seeds_needed(differences, bound),
     )

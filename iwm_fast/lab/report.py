@@ -98,11 +98,16 @@ def format_means(comparison: Comparison, claim: Claim, num_tuned: _NumTuned) -> 
 
 
 def format_difference(comparison: Comparison) -> str:
-    """Format the mean difference of a comparison and its interval; empty if no seed has both results."""
+    """Format the mean difference of a comparison, its interval and, if that decides nothing, the seeds that would.
+
+    Empty if no seed has both results.
+    """
     interval = comparison.difference
     if interval is None:
         return ""
     ends = f"{interval.low:+.3f} to {interval.high:+.3f}" if math.isfinite(interval.low) else "one seed"
+    if comparison.seeds_needed:
+        ends += f"; {comparison.seeds_needed:,} seeds would decide"
     return f"{interval.mean:+.3f} ({ends})"
 
 

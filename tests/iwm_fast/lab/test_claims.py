@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from iwm_fast.lab.claims import judge, num_tuned_of, student_interval, values_by_seed
+from iwm_fast.lab.claims import judge, num_tuned_of, seeds_needed, student_interval, values_by_seed
 from iwm_fast.lab.config import Claim, ResultSelector
+from iwm_fast.lab.report import format_difference
 
 
 def select(cell):
@@ -30,6 +32,25 @@ def test_the_interval_is_students():
     half = interval.high - interval.mean
     assert interval.mean == 2.0 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
     assert interval.mean - interval.low == pytest.approx(half)
+
+
+def test_an_undecided_comparison_says_how_many_seeds_would_decide_it():
+    # Mean 0.1, spread 0.3.
+    values = [-0.2, 0.1, 0.4]
+    count = seeds_needed(values)
+    assert count == 38
+    half = [stats.t.ppf(0.975, n - 1) * 0.3 / math.sqrt(n) for n in (count - 1, count)]
+    assert half[0] >= 0.1 > half[1]
+    assert seeds_needed(values, bound=-0.1) < count
+    # Decided, a single seed, or no difference.
+    assert seeds_needed([0.09, 0.1, 0.11]) is seeds_needed([0.1]) is seeds_needed([-0.1, 0.1]) is None
+    comparison = judge(
+        claim(("a", "b")),
+        lambda selector: {0: 0.3, 1: 0.4, 2: 0.8} if selector.cell == "a" else {0: 0.2, 1: 0.5, 2: 0.3},
+    )
+    assert comparison.comparisons[0].seeds_needed and "seeds would decide)" in format_difference(
+        comparison.comparisons[0]
+    )
 
 
 def test_with_one_seed_a_claim_is_undecided():

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 from fixtures.paths import TESTS
-from iwm_fast.evaluate import EVALUATIONS
+from iwm_fast.evals.results import Result, save_result
+from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.config import read_lab
 from iwm_fast.lab.runner import is_done, iter_commands, list_cells, report_lab, run_lab
 from iwm_fast.monitoring.metrics import read_metrics
@@ -66,6 +68,25 @@ def test_cells_are_ordered_by_seed_and_commands_have_their_settings(write):
     assert {"optim.epochs=2", "model.predictor.conditioning=none", "seed=1"} <= set(train.arguments)
     assert evaluate.arguments[:2] == ("evaluate", "mrr") and "bank_size=4" in evaluate.arguments
     assert not is_done(train) and not is_done(evaluate)
+
+
+def test_the_seed_is_inserted_into_the_settings_of_evaluations(write):
+    knn = {"task": "knn", "settings": {"data.train": "few-{seed}-{000000..000001}.tar"}}
+    lab = read_lab(write(seeds=[0, 3], evaluations=[knn]), set(EVALUATIONS))
+    _, evaluate = iter_commands(lab, list_cells(lab)[2])
+    assert "data.train=few-3-{000000..000001}.tar" in evaluate.arguments
+
+
+@pytest.mark.parametrize(("chosen", "step", "expected"), [("", 4, False), ("", 8, True), ("4", 4, True)])
+def test_a_result_is_outdated_by_newer_checkpoints_unless_it_names_its_own(write, chosen, step, expected):
+    lab = read_lab(write(evaluations=[{"task": "knn", "settings": {"checkpoint": chosen}}]), set(EVALUATIONS))
+    cell = list_cells(lab)[0]
+    _, evaluate = iter_commands(lab, cell)
+    (cell.folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+    settings = read_settings(EVALUATIONS["knn"].settings, list(evaluate.arguments[2:]))
+    result = Result(task="knn", name="knn", rows=(), step=step, seed=0, settings=asdict(settings))
+    save_result(cell.folder, result)
+    assert is_done(evaluate) == expected
 
 
 @pytest.mark.launcher
