@@ -10,7 +10,7 @@ background. Validation images show objects and backgrounds that training images 
 of the seed and of the versions of the packages.
 
     objects/train-{000000..000007}.tar, val-{000000..000001}.tar
-    objects/few/3-per-kind-{000000..000009}.tar    ten draws of 3 training images of each kind; also of 1, 10 and 30
+    objects/few/3-per-kind-{000000..000009}.tar    ten draws of 3 images of each kind; also 1, 10, 30 and 100
     objects/objects.json                           names of kinds, objects and backgrounds
 
 A sample has `.jpg`; `.cls`, the kind; `.seg.png`, 1 + kind where the object is and 0 elsewhere; and `.json` with
@@ -71,7 +71,7 @@ VAL_SHARE = 0.25
 """Share of the objects of each kind, and of the backgrounds, that only validation images show."""
 NUM_IMAGES = {"train": 8000, "val": 2000}
 IMAGES_PER_SHARD = 1000
-FEW = (1, 3, 10, 30)
+FEW = (1, 3, 10, 30, 100)
 NUM_DRAWS = 10
 JPEG_QUALITY = 92
 

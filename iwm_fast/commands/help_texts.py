@@ -62,6 +62,7 @@ repeats only what is missing or has other settings.
 
 Examples:
   {configs}/lab_cpu.yaml
+  {configs}/lab_objects.yaml
   {configs}/lab_gpu.yaml
 """
 

@@ -117,7 +117,7 @@ def test_a_lab_inherits_from_another_what_it_does_not_set(write, tmp_path):
     assert (other.cells, other.evaluations, other.claims) == (first.cells, first.evaluations, first.claims)
 
 
-@pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping", "lab_actions", "lab_gpu"])
+@pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping", "lab_actions", "lab_objects", "lab_gpu"])
 def test_all_commands_of_the_shipped_labs_have_valid_settings(name, monkeypatch):
     monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
     lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
