@@ -1,7 +1,7 @@
 """Publish results in the documentation: `python -m benchmarks.publish [LAB.yaml | DEMO_FOLDER]`.
 
     docs/lab_cpu.json    the numbers that the claims of a lab compare, by seed, with command, machine and commit
-    docs/lab_cpu.png     the figure of that lab
+    docs/lab_cpu.png     the figure of that lab; its curves, if it has any, are in lab_cpu_curves.png
     docs/demo.json       the summary of the demo's run
     docs/demo.png        what that run imagines
 
@@ -13,13 +13,15 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.evaluate import EVALUATIONS
 from iwm_fast.lab.claims import ClaimVerdict, judge, num_tuned_of, values_by_seed
-from iwm_fast.lab.config import LabConfig, parse_claim, read_lab
-from iwm_fast.lab.report import format_difference, format_means, save_lab_figure
+from iwm_fast.lab.config import LabConfig, ResultSelector, parse_claim, read_lab
+from iwm_fast.lab.report import curve_charts, format_difference, format_means, save_lab_figure
+from iwm_fast.rendering.charts import save_plots
 
 PROJECT = Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
@@ -42,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tree = {"command": f"iwm lab {path}", **collect_values(lab)}
         (DOCS / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         save_lab_figure(DOCS / f"{path.stem}.png", judge_outcomes(tree))
+        charts = curve_charts(lab.curves, partial(published_values, tree))
+        if charts:
+            title = "mean over seeds, 95 % interval (Student)"
+            save_plots(DOCS / f"{path.stem}_curves.png", charts, title)
     for page in PAGES:
         page.write_text(update_sections(page.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -98,13 +104,13 @@ def _decoded_row(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def collect_values(lab: LabConfig) -> dict[str, Any]:
-    """Return the claims of a lab, as they are written in its YAML file, and the numbers that they compare.
+    """Return the claims of a lab, as they are written in its YAML file, and the numbers that claims and curves need.
 
     Raises:
         FileNotFoundError: if the lab has not run.
     """
     results = json.loads((lab.folder / "lab.json").read_text(encoding="utf-8"))
-    numbers = {str(number): number for claim in lab.claims for pair in claim.compare for number in pair}
+    numbers = {str(number): number for number in lab.selectors}
     rows = results["rows"]
     # JSON turns keys into strings; so do these lines, so that a tree equals the one that is read back.
     values = {
@@ -124,11 +130,12 @@ def collect_values(lab: LabConfig) -> dict[str, Any]:
 def judge_outcomes(tree: dict[str, Any]) -> list[ClaimVerdict]:
     """Judge the claims of a tree that `collect_values` returned."""
     claims = [parse_claim(name, row) for name, row in tree["claims"].items()]
-    values = tree["values"]
-    return [
-        judge(claim, lambda number: {int(seed): value for seed, value in values.get(str(number), {}).items()})
-        for claim in claims
-    ]
+    return [judge(claim, partial(published_values, tree)) for claim in claims]
+
+
+def published_values(tree: dict[str, Any], selector: ResultSelector) -> dict[int, float]:
+    """Return the values of a result by seed, from a tree that `collect_values` returned."""
+    return {int(seed): value for seed, value in tree["values"].get(str(selector), {}).items()}
 
 
 def markers(name: str) -> tuple[str, str]:

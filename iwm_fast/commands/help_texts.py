@@ -50,6 +50,11 @@ Keys of the YAML file:
       margin: 0.01                     how much the first number may be smaller; by default 0
       compare:                         pairs of numbers, each CELL RESULT SUBJECT METRIC
         - [feature mrr_default jitter mrr, none mrr_default jitter mrr]
+  curves:
+    few labels:                        name of a chart of results over some quantity; its other texts: text, y_label
+      x_label: labels
+      x: [10, 100]
+      lines: {predictor: [feature finetune_10 predictor accuracy, feature finetune_100 predictor accuracy]}
   like: other.yaml                     another lab, whose keys apply unless they are given here; settings are merged
 
 Files in its folder:

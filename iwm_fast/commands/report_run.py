@@ -14,7 +14,7 @@ from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import IntervalPoint, draw_interval_chart, draw_line_chart, draw_waterfall_chart
+from iwm_fast.rendering.charts import IntervalChart, IntervalPoint, draw_line_chart, draw_plot, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.json_lines import read_starts
 from iwm_fast.runtime.run_status import read_status
@@ -186,9 +186,10 @@ def _tuning_card(metric: str, by_arm: dict[str, list[tuple[Result, Row]]]) -> st
         '<p class="soft small">All attempts on the same data; other settings than tune.blocks may differ, too. '
         "Intervals are over images.</p>"
     )
-    chart = draw_interval_chart(series, x_label="trained parameters", y_label=metric)
+    title = f"{metric} against trained parameters"
+    chart = IntervalChart(title=title, note="", x_label="trained parameters", y_label=metric, series=series)
     columns = ["arm", "result", "blocks", "trained parameters", metric, "95 % interval"]
-    return card(f"{metric} against trained parameters", chart, note, table(columns, lines))
+    return card(title, draw_plot(chart), note, table(columns, lines))
 
 
 def _interval(row: Row) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from iwm_fast.lab.config import Claim, ResultSelector
+from iwm_fast.lab.config import Claim, Curves, ResultSelector
 
 MAX_SEEDS = 10_000
 Verdict = Literal["holds", "fails", "undecided", "not measured"]
@@ -127,3 +127,24 @@ def _compare(
         difference=student_interval(differences) if differences else None,
         seeds_needed=seeds_needed(differences, bound),
     )
+
+
+def curve_points(
+    curves: Curves, values: Callable[[ResultSelector], dict[int, float]]
+) -> dict[str, list[tuple[float, Interval]]]:
+    """Return the points of each line that were measured, as x and the interval over seeds; no line without a point.
+
+    With a single seed, the interval is the value itself.
+    """
+    lines = {}
+    for name, selectors in curves.lines.items():
+        points = []
+        for x, selector in zip(curves.x, selectors, strict=True):
+            by_seed = list(values(selector).values())
+            if len(by_seed) == 1:
+                points.append((x, Interval(mean=by_seed[0], low=by_seed[0], high=by_seed[0])))
+            elif by_seed:
+                points.append((x, student_interval(by_seed)))
+        if points:
+            lines[name] = points
+    return lines

@@ -13,7 +13,20 @@ from iwm_fast.config.strict_yaml import read_yaml, resolve
 from iwm_fast.config.values import convert
 from iwm_fast.pipelines.config import require
 
-LAB_KEYS = {"like", "folder", "base", "demo_data", "settings", "seeds", "workers", "cells", "evaluations", "claims"}
+LAB_KEYS = {
+    "like",
+    "folder",
+    "base",
+    "demo_data",
+    "settings",
+    "seeds",
+    "workers",
+    "cells",
+    "evaluations",
+    "claims",
+    "curves",
+}
+_CURVES_KEYS = {"text", "x_label", "y_label", "x", "lines"}
 _REQUIRED_CLAIM_KEYS, _OPTIONAL_CLAIM_KEYS = {"text", "paper", "compare"}, {"margin"}
 
 
@@ -44,6 +57,20 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Results over a quantity such as steps or labels, to be drawn with intervals over seeds."""
+
+    name: str
+    text: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    """Values of the quantity, above 0."""
+    lines: dict[str, tuple[ResultSelector, ...]]
+    """One result for each value of the quantity, by the name of the line."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """An evaluation that is run on some cells."""
 
@@ -68,6 +95,14 @@ class LabConfig:
     """Overrides of the form `key=value` of each cell, by the cell's name."""
     evaluations: tuple[Evaluation, ...]
     claims: tuple[Claim, ...]
+    curves: tuple[Curves, ...]
+
+    @property
+    def selectors(self) -> tuple[ResultSelector, ...]:
+        """The results that claims and curves select."""
+        compared = (selector for claim in self.claims for pair in claim.compare for selector in pair)
+        drawn = (selector for curves in self.curves for line in curves.lines.values() for selector in line)
+        return (*compared, *drawn)
 
 
 def read_lab(path: Path, tasks: set[str]) -> LabConfig:
@@ -93,10 +128,8 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
     require(isinstance(entries, list), "evaluations", entries, "hold a list")
     evaluations = tuple(_parse_evaluation(entry, cells, tasks) for entry in entries)
     claims = tuple(parse_claim(name, entry) for name, entry in _mapping(tree, "claims").items())
-    for claim in claims:
-        unknown = sorted({selector.cell for pair in claim.compare for selector in pair} - cells.keys())
-        require(not unknown, f"cells of claims.{claim.name}", unknown, f"be among {', '.join(cells)}")
-    return LabConfig(
+    curves = tuple(parse_curves(name, entry) for name, entry in _mapping(tree, "curves").items())
+    lab = LabConfig(
         folder=Path(convert("folder", str, tree["folder"])),
         base=base,
         settings=_to_overrides(tree.get("settings"), "settings"),
@@ -106,7 +139,11 @@ def read_lab(path: Path, tasks: set[str]) -> LabConfig:
         cells=cells,
         evaluations=evaluations,
         claims=claims,
+        curves=curves,
     )
+    for selector in lab.selectors:
+        require(selector.cell in cells, "cell of claims or curves", str(selector), f"be among {', '.join(cells)}")
+    return lab
 
 
 def _read_tree(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -166,13 +203,34 @@ def parse_claim(name: str, entry: Any) -> Claim:
     compare = entry["compare"]
     is_paired = isinstance(compare, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in compare)
     require(is_paired, f"claims.{name}.compare", compare, "hold pairs [better, worse]")
-    pairs = tuple(tuple(_parse_selector(text, name) for text in pair) for pair in compare)
+    pairs = tuple(tuple(_parse_selector(text, f"claims.{name}.compare") for text in pair) for pair in compare)
     return Claim(name=name, text=str(entry["text"]), paper=str(entry["paper"]), compare=pairs, margin=margin)  # type: ignore[arg-type]
 
 
-def _parse_selector(text: str, claim: str) -> ResultSelector:
+def parse_curves(name: str, entry: Any) -> Curves:
+    """Parse curves of a lab's YAML file.
+
+    Raises:
+        ValueError: if a key is missing or unknown, or a value is invalid.
+    """
+    address = f"curves.{name}"
+    is_complete = isinstance(entry, dict) and set(entry) == _CURVES_KEYS and isinstance(entry["lines"], dict)
+    require(is_complete, address, entry, f"have {', '.join(sorted(_CURVES_KEYS))}, where lines holds lists of results")
+    x = convert(f"{address}.x", tuple[float, ...], entry["x"])
+    require(len(x) >= 1 and min(x, default=0) > 0, f"{address}.x", x, "list values above 0")
+    lines = {
+        line: tuple(_parse_selector(text, f"{address}.lines") for text in convert(address, tuple[str, ...], texts))
+        for line, texts in entry["lines"].items()
+    }
+    lengths = {line: len(selectors) for line, selectors in lines.items()}
+    require(set(lengths.values()) == {len(x)}, f"{address}.lines", lengths, f"hold one result for each of {len(x)} x")
+    texts = {key: str(entry[key]) for key in ("text", "x_label", "y_label")}
+    return Curves(name=name, x=x, lines=lines, **texts)
+
+
+def _parse_selector(text: str, address: str) -> ResultSelector:
     words = str(text).split()
-    require(len(words) >= 4, f"claims.{claim}.compare", text, "be of the form CELL RESULT SUBJECT METRIC")
+    require(len(words) >= 4, address, text, "be of the form CELL RESULT SUBJECT METRIC")
     # Only subjects contain spaces, such as "mean alone".
     cell, result, *subject, metric = words
     return ResultSelector(cell=cell, result=result, subject=" ".join(subject), metric=metric)

@@ -1,16 +1,25 @@
 """The report page of a lab: claims with verdicts and the paper's numbers, correlations with MRR, all numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.lab.claims import ClaimVerdict, Comparison, num_tuned_of
-from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
+from iwm_fast.lab.claims import ClaimVerdict, Comparison, curve_points, num_tuned_of, values_by_seed
+from iwm_fast.lab.config import Claim, Curves, LabConfig, ResultSelector
 from iwm_fast.lab.correlations import MIN_RUNS, correlate
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import ForestGroup, ForestRow, draw_forest_plot, draw_scatter_chart, save_forest_plot
+from iwm_fast.rendering.charts import (
+    ForestGroup,
+    ForestRow,
+    IntervalChart,
+    IntervalPoint,
+    draw_forest_plot,
+    draw_plot,
+    draw_scatter_chart,
+    save_forest_plot,
+)
 from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.provenance import current_commit
 
@@ -26,8 +35,7 @@ def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Seque
     path = lab.folder / "report.html"
     counts = {verdict: sum(claim.verdict == verdict for claim in judged) for verdict in ("holds", "undecided", "fails")}
     measured_cells = {(row["cell"], row["seed"]) for row in rows}
-    selectors = (selector for outcome in judged for pair in outcome.claim.compare for selector in pair)
-    num_tuned = {str(selector): num_tuned_of(selector, rows) for selector in selectors}
+    num_tuned = {str(selector): num_tuned_of(selector, rows) for selector in lab.selectors}
     parts = [
         f"<h1>{escape(lab.folder.name)}</h1>",
         f'<p class="soft">commit {escape(current_commit())} · base {escape(lab.base)} · {len(lab.cells)} cells, seeds '
@@ -35,6 +43,7 @@ def write_lab_report(lab: LabConfig, judged: Sequence[ClaimVerdict], rows: Seque
         metric_tiles({**{f"claims: {verdict}": str(count) for verdict, count in counts.items()},
                "runs measured": f"{len(measured_cells)} of {len(lab.cells) * len(lab.seeds)}"}),
         section("Claims", _rule(), *(_claim_card(outcome, num_tuned) for outcome in judged)),
+        _curves_section(curve_charts(lab.curves, lambda selector: values_by_seed(selector, rows))),
         _correlation_section(rows),
         section("All numbers", _number_table(lab, rows)),
         section("Cells", table(["cell", "settings"], [(name, " ".join(own)) for name, own in lab.cells.items()]),
@@ -147,6 +156,30 @@ def _forest_rows(outcome: ClaimVerdict) -> list[ForestRow]:
             )
         )
     return rows
+
+
+def curve_charts(curves: Sequence[Curves], values: Callable[[ResultSelector], dict[int, float]]) -> list[IntervalChart]:
+    """Return a chart of all curves of which a point was measured; `values` returns a result's value for each seed."""
+    charts = []
+    for item in curves:
+        series = {
+            name: [IntervalPoint(x, interval.mean, interval.low, interval.high) for x, interval in points]
+            for name, points in curve_points(item, values).items()
+        }
+        if series:
+            charts.append(
+                IntervalChart(
+                    title=item.text, note="mean over seeds, 95 % interval", x_label=item.x_label, y_label=item.y_label,
+                    series=series,
+                )
+            )  # fmt: skip
+    return charts
+
+
+def _curves_section(charts: Sequence[IntervalChart]) -> str:
+    cards = "".join(card(chart.title, draw_plot(chart)) for chart in charts)
+    note = '<p class="soft">Means over seeds with Student\'s 95 % interval.</p>'
+    return section("Curves", note, f'<div class="grid">{cards}</div>') if charts else ""
 
 
 def _correlation_section(rows: Sequence[dict[str, Any]]) -> str:

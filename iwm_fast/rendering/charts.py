@@ -142,27 +142,6 @@ def draw_scatter_chart(points: Sequence[tuple[float, float]], *, x_label: str, y
         return _to_svg(figure)
 
 
-def draw_interval_chart(series: Mapping[str, Sequence[IntervalPoint]], *, x_label: str, y_label: str) -> str:
-    """Draw values with their intervals over a logarithmic axis and return an SVG element; series are joined by lines.
-
-    There are four colours; the fifth series has the first colour and another marker.
-    """
-    with _canvas(4.6, 3.4) as (figure, axis):
-        colours = _PLACEHOLDERS.series
-        for number, (name, points) in enumerate(series.items()):
-            x, value, low, high = np.array(sorted(points)).T
-            axis.errorbar(
-                x, value, (value - low, high - value), label=name, color=colours[number % len(colours)],
-                marker="osD"[number // len(colours)], linewidth=1.4, markersize=4, capsize=2,
-            )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label)
-        axis.grid(linewidth=0.6)
-        figure.legend(loc="outside upper left", fontsize=8, ncols=3)
-        return _to_svg(figure)
-
-
 def draw_waterfall_chart(parts: Mapping[str, float], *, unit: str) -> str:
     """Draw the parts of a total as horizontal bars, each starting where the bar above ends; return an SVG element."""
     with _canvas(4.6, 0.5 + 0.27 * len(parts)) as (figure, axis):
@@ -297,7 +276,20 @@ class RankHistogram:
     """Ranks, from 1, by the name of the series; at most four."""
 
 
-Plot = RecoveryPlot | RankHistogram
+@dataclass(frozen=True, kw_only=True)
+class IntervalChart:
+    """Values with their intervals over a logarithmic axis; the points of a series are joined by lines."""
+
+    title: str
+    note: str
+    """Text above the plot, in a soft colour."""
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[IntervalPoint]]
+    """Points by the name of the series. The fifth series has the colour of the first one and another marker."""
+
+
+Plot = RecoveryPlot | RankHistogram | IntervalChart
 # More bars could not be told apart.
 _MAX_BINS = 64
 
@@ -327,13 +319,16 @@ def save_plots(path: Path, plots: Sequence[Plot], title: str) -> None:
 
 
 def _draw_plot(axis: Axes, plot: Plot, colours: Palette) -> None:
-    if isinstance(plot, RecoveryPlot):
+    if isinstance(plot, IntervalChart):
+        _draw_interval_series(axis, plot, colours)
+    elif isinstance(plot, RecoveryPlot):
         _draw_recovery(axis, plot, colours)
+        axis.locator_params(axis="x", nbins=7)
     else:
         _draw_histogram(axis, plot, colours)
+        axis.locator_params(axis="x", nbins=7)
     axis.grid(linewidth=0.6)
     axis.set_axisbelow(True)
-    axis.locator_params(axis="x", nbins=7)
     # Below the axes, where it covers no points.
     axis.legend(
         fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, columnspacing=1.2, handlelength=1.6
@@ -358,6 +353,16 @@ def _draw_histogram(axis: Axes, plot: RankHistogram, colours: Palette) -> None:
         axis.stairs(counts / len(ranks) / np.diff(edges), edges, color=colour, linewidth=1.6, label=name)
     axis.axhline(1 / plot.num_candidates, color=colours.ink, linewidth=1.0, linestyle="--", label="by chance")
     axis.set(xlabel=f"rank among {plot.num_candidates}", ylabel="share of queries", ylim=(0, None))
+
+
+def _draw_interval_series(axis: Axes, plot: IntervalChart, colours: Palette) -> None:
+    for number, (name, points) in enumerate(plot.series.items()):
+        x, value, low, high = np.array(sorted(points)).T
+        axis.errorbar(
+            x, value, (value - low, high - value), label=name, color=colours.series[number % len(colours.series)],
+            marker="osD"[number // len(colours.series)], linewidth=1.4, markersize=4, capsize=2,
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel=plot.x_label, ylabel=plot.y_label)
 
 
 def _set_title(axis: Axes, title: str, note: str, width: int) -> None:

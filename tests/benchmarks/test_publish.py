@@ -3,16 +3,21 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from benchmarks import publish
-from iwm_fast.lab.config import Claim, LabConfig, ResultSelector
+from iwm_fast.lab.config import Claim, Curves, LabConfig, ResultSelector
+from iwm_fast.lab.report import curve_charts
 
 BETTER, WORSE = ResultSelector(cell="a", result="mrr", subject="jitter", metric="mrr"), ResultSelector(
     cell="b", result="mrr", subject="jitter", metric="mrr"
 )  # fmt: skip
 CLAIM = Claim(name="c", text="It uses the action.", paper="0.8 against 0", compare=((BETTER, WORSE),))
+
+DRAWN = ResultSelector(cell="c", result="mrr", subject="jitter", metric="mrr")
+CURVES = Curves(name="k", text="t", x_label="steps", y_label="MRR", x=(1.0, 2.0), lines={"line": (BETTER, DRAWN)})
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def lab(tmp_path):
     (tmp_path / "lab.json").write_text(json.dumps({"machine": ["M"], "commit": ["1a2b"], "rows": rows}))
     return LabConfig(
         folder=tmp_path, base=tmp_path, settings=(), has_demo_data=False, seeds=(0, 1, 2), workers=None,
-        cells=dict.fromkeys("abc", ()), evaluations=(), claims=(CLAIM,),
+        cells=dict.fromkeys("abc", ()), evaluations=(), claims=(CLAIM,), curves=(CURVES,),
     )  # fmt: skip
 
 
@@ -42,9 +47,11 @@ def test_the_pages_show_the_published_numbers():
     assert all((publish.DOCS / f"{name}.png").stat().st_size < 300_000 for name in published)
 
 
-def test_only_compared_numbers_are_published_and_judged(lab):
+def test_only_numbers_that_are_compared_or_drawn_are_published(lab):
     tree = json.loads(json.dumps({"command": "iwm lab x.yaml", **publish.collect_values(lab)}))
-    assert set(tree["values"]) == {"a mrr jitter mrr", "b mrr jitter mrr"}
+    assert set(tree["values"]) == {"a mrr jitter mrr", "b mrr jitter mrr", "c mrr jitter mrr"}
+    (chart,) = curve_charts([CURVES], partial(publish.published_values, tree))
+    assert [(point.x, point.value) for point in chart.series["line"]] == [(1, 0.51), (2, pytest.approx(0.91))]
     (outcome,) = publish.judge_outcomes(tree)
     assert outcome.claim == CLAIM and outcome.verdict == "holds"
     assert outcome.comparisons[0].values == ((0.5, 0.51, 0.52), (0.2, 0.2 + 0.01, 0.22))

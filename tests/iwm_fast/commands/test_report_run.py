@@ -18,10 +18,11 @@ from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.rendering.charts import (
     ForestGroup,
     ForestRow,
+    IntervalChart,
     IntervalPoint,
     draw_forest_plot,
-    draw_interval_chart,
     draw_line_chart,
+    draw_plot,
     draw_scatter_chart,
     draw_waterfall_chart,
     save_forest_plot,
@@ -170,17 +171,22 @@ COMPARISONS = [
 ]
 
 
+INTERVALS = IntervalChart(
+    title="accuracy",
+    note="of arms",
+    x_label="trained parameters",
+    y_label="accuracy",
+    series={str(arm): [IntervalPoint(10, 0.5, 0.4, 0.6), IntervalPoint(5, 0.4, 0.3, 0.5)] for arm in range(6)},
+)
+
+
 def test_charts_are_complete_svg_elements_and_reproducible():
     for draw in (
         lambda: draw_line_chart({"a": ([0, 1], [1.0, 2.0]), "b": ([0, 1], [2.0, 1.0])}, unit="u"),
         lambda: draw_waterfall_chart({"forward": 2.0, "wait": 0.0}, unit="ms"),
         lambda: draw_forest_plot(COMPARISONS, bound=-0.02, unit="MRR"),
         lambda: draw_scatter_chart([(0.1, 0.2), (0.3, 0.1)], x_label="MRR", y_label="accuracy"),
-        lambda: draw_interval_chart(
-            {str(arm): [IntervalPoint(10, 0.5, 0.4, 0.6), IntervalPoint(5, 0.4, 0.3, 0.5)] for arm in range(6)},
-            x_label="trained parameters",
-            y_label="accuracy",
-        ),
+        lambda: draw_plot(INTERVALS),
     ):
         chart = draw()
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>") and chart == draw()

@@ -11,6 +11,8 @@ from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.config import ResultSelector, read_lab
 from iwm_fast.lab.runner import iter_commands, list_cells, run_lab
 
+CURVES = {"text": "t", "x_label": "x", "y_label": "y", "x": [1, 2], "lines": {"line": ["a m s x", "b m s x"]}}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -72,7 +74,21 @@ def test_a_lab_is_read(write):
         ({"evaluations": [{"task": "mrrr"}]}, "task of evaluations must be one of"),
         ({"evaluations": [{"task": "mrr", "cells": ["z"]}]}, "cells of evaluation mrr must be among a, b"),
         ({"claims": {"c": {"text": "t"}}}, "claims.c must have compare, paper, text"),
-        ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["z m s x", "a m s x"]]}}}, "cells of claims.c.*'z'"),
+        (
+            {"claims": {"c": {"text": "t", "paper": "p", "compare": [["z m s x", "a m s x"]]}}},
+            "cell of claims.*must be among a, b, got 'z m s x'",
+        ),
+        ({"curves": {"k": CURVES | {"x": [1, 0]}}}, "curves.k.x must list values above 0"),
+        ({"curves": {"k": CURVES | {"x": [1]}}}, "curves.k.lines must hold one result for each of 1 x.*'line': 2"),
+        (
+            {"curves": {"k": CURVES | {"lines": {"line": ["a m s x", "z m s x"]}}}},
+            "cell of claims or curves.*'z m s x'",
+        ),
+        (
+            {"curves": {"k": CURVES | {"lines": {"line": ["a m s x", "a m"]}}}},
+            "curves.k.lines must be of the form CELL",
+        ),
+        ({"curves": {"k": {"text": "t"}}}, "curves.k must have lines, text, x, x_label, y_label"),
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s", "a m s x"]]}}}, "CELL RESULT SUBJECT"),
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [["a m s x"]]}}}, "hold pairs"),
         ({"claims": {"c": {"text": "t", "paper": "p", "compare": [], "margin": -1}}}, "margin must be at least 0"),

@@ -3,7 +3,7 @@
 import re
 
 from iwm_fast.lab.claims import judge, values_by_seed
-from iwm_fast.lab.config import LabConfig, parse_claim
+from iwm_fast.lab.config import LabConfig, parse_claim, parse_curves
 from iwm_fast.lab.report import write_lab_report
 
 CLAIMS = {
@@ -12,6 +12,17 @@ CLAIMS = {
     "capacity": [["a linear encoder accuracy", "b linear encoder accuracy"]],
     "listens": [["a mrr jitter mrr", "b mrr jitter mrr"]],
 }  # fmt: skip
+CURVES = {
+    "text": "Heads by labels",
+    "x_label": "labels",
+    "y_label": "accuracy",
+    "x": [10, 100],
+    "lines": {
+        "predictor": ["a finetune predictor accuracy", "a finetune_new random_predictor accuracy"],
+        "one seed": ["a linear encoder accuracy", "b linear encoder accuracy"],
+        "missing": ["b finetune predictor accuracy", "b finetune predictor accuracy"],
+    },
+}
 ROWS = [
     ("a", "finetune", "predictor", "accuracy", (0.7, 0.8), 461329),
     ("a", "finetune_new", "random_predictor", "accuracy", (0.6, 0.7), 461329),
@@ -40,6 +51,7 @@ def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
     lab = LabConfig(
         folder=tmp_path, base=base, settings=(), has_demo_data=False, seeds=(0, 1), workers=None,
         cells=dict.fromkeys("ab", ()), evaluations=(), claims=tuple(claims),
+        curves=(parse_curves("labels", CURVES),),
     )  # fmt: skip
     judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in claims]
     page = write_lab_report(lab, judged, rows).read_text(encoding="utf-8")
@@ -51,6 +63,9 @@ def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
     assert "-0.250 (one seed)" in capacity and "undecided" in capacity
     assert "not measured" in listens
     assert [text.count("<svg") for text in (worth, capacity, listens)] == [1, 1, 0]
+    curves = page.split("<h2>Curves")[1].split("<h2>")[0]
+    assert curves.count("<svg") == 1 and "Heads by labels" in curves and "one seed" in curves
+    assert "missing" not in curves
     (correlation,) = re.findall(r"<tr><td[^>]*>mrr_default</td>.*?</tr>", page.split("<h2>All numbers")[0])
     cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td.*?</td>", correlation)]
     assert cells == ["mrr_default", "attentive encoder accuracy", "+0.00", "-0.96 to +0.96", "4", "1", "-0.37"]
