@@ -108,18 +108,7 @@ def check_run(config: RunConfig, request: CheckConfig) -> bool:
 def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, MemoryVerdict | None]:
     """Return the report and the verdict on memory, which is None if the masks or the batch size are refused."""
     report, ranks = Report(), _num_ranks(request)
-    shards = report.collect("training samples", lambda: open_training_shards(config.data))
-    if shards is not None:
-        report.add("training samples", _describe_shards(shards))
-    val = None
-    if config.data.val:
-        val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
-        if val is not None:
-            report.add("validation samples", _describe_shards(val))
-    elif config.output.evaluate_every:
-        report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
-    if config.output.evaluate_every and shards is not None and val is not None:
-        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
+    shards = _report_shards(report, config)
     report.collect("output.loggers", lambda: require_logins(config.output.loggers))
     batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
@@ -156,6 +145,23 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
         gpu=gpu,
     )
     return report, verdict
+
+
+def _report_shards(report: Report, config: RunConfig) -> ShardSet | None:
+    """Add the numbers of samples, and return the training shards if they can be used."""
+    shards = report.collect("training samples", lambda: open_training_shards(config.data))
+    if shards is not None:
+        report.add("training samples", _describe_shards(shards))
+    val = None
+    if config.data.val:
+        val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
+        if val is not None:
+            report.add("validation samples", _describe_shards(val))
+    elif config.output.evaluate_every:
+        report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
+    if config.output.evaluate_every and shards is not None and val is not None:
+        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
+    return shards
 
 
 def _report_batch(report: Report, config: RunConfig, ranks: int) -> tuple[int, int] | None:
