@@ -72,6 +72,16 @@ def write_labelled(path: Path, labels: list[int | None], *, bad: bool = False) -
     return str(path)
 
 
+@pytest.fixture
+def small_evaluation(tmp_path, monkeypatch) -> str:
+    """Make evaluations small, and return a validation shard of two images."""
+    monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
+    monkeypatch.setattr(online, "KNN", replace(online.KNN, max_train_samples=12))
+    monkeypatch.setattr(online, "_LIDAR_IMAGES", 2)
+    return write_labelled(tmp_path / "val.tar", [0, 1])
+
+
+@pytest.mark.slow
 def test_a_run_logs_the_metrics_that_the_commands_measure(tiny_shards, tmp_path):
     val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1, 2])
     run(online_run(tiny_shards, tmp_path / "run", val))
@@ -113,8 +123,8 @@ def random_states() -> list[bytes]:
     return [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]
 
 
-def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tmp_path):
-    config = online_run(tiny_shards, tmp_path / "run", write_labelled(tmp_path / "val.tar", [0, 1]))
+def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tmp_path, small_evaluation):
+    config = online_run(tiny_shards, tmp_path / "run", small_evaluation)
     plain, evaluated = build_components(config, rank_info), build_components(config, rank_info)
     states = random_states()
     evaluation = OnlineEvaluation(config, evaluated.shards, rank_info)
@@ -128,15 +138,6 @@ def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tm
     ):
         assert all(torch.equal(value, expected[name]) for name, value in actual.items())
     assert all(parameter.grad is None for parameter in evaluated.teacher.encoder.parameters())
-
-
-@pytest.fixture
-def small_evaluation(tmp_path, monkeypatch) -> str:
-    """Make evaluations small, and return a validation shard of two images."""
-    monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
-    monkeypatch.setattr(online, "KNN", replace(online.KNN, max_train_samples=12))
-    monkeypatch.setattr(online, "_LIDAR_IMAGES", 2)
-    return write_labelled(tmp_path / "val.tar", [0, 1])
 
 
 def test_networks_that_are_not_finite_give_nan_beside_finite_controls(
