@@ -87,7 +87,7 @@ def check_run(config: RunConfig, request: CheckConfig) -> bool:
     Raises:
         ValueError: after everything is printed, if the run cannot start; the message lists all reasons.
     """
-    report, verdict = inspect_run(config, request)
+    report, verdict = inspect_run(config, request, measures_speed=True)
     console = Console()
     table = Table("check", "this run", title=f"{config.output.folder} on {_format_ranks(_num_ranks(request))}")
     for row in report.rows:
@@ -105,8 +105,13 @@ def check_run(config: RunConfig, request: CheckConfig) -> bool:
     return verdict is None or verdict.fits is not False
 
 
-def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, MemoryVerdict | None]:
-    """Return the report and the verdict on memory, which is None if the masks or the batch size are refused."""
+def inspect_run(
+    config: RunConfig, request: CheckConfig, *, measures_speed: bool = False
+) -> tuple[Report, MemoryVerdict | None]:
+    """Return the report and the verdict on memory, which is None if the masks or the batch size are refused.
+
+    With `measures_speed`, a few seconds more find what will limit a run that can start.
+    """
     report, ranks = Report(), _num_ranks(request)
     shards = _report_shards(report, config)
     report.collect("output.loggers", lambda: require_logins(config.output.loggers))
@@ -126,7 +131,7 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
         _report_work(report, config, counts)
         if shards is not None:
             rate = report.collect("time", lambda: _report_speed(report, config, request, shards))
-            if batch is not None and not report.problems:
+            if measures_speed and batch is not None and not report.problems:
                 report.collect(
                     "speed",
                     lambda: _report_limit(report, config, request, shards, micro_batch_size=batch[0], rate=rate),

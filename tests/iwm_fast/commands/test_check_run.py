@@ -188,7 +188,9 @@ def test_every_rank_has_whole_cores(images_per_s, ranks, cores):
 
 
 def speed_lines(config: RunConfig, request: CheckConfig) -> tuple[list[str], str]:
-    results = rows(config, request)
+    report, _ = inspect_run(config, request, measures_speed=True)
+    assert report.problems == []
+    results = dict(report.rows)
     return results["speed per rank"].splitlines(), results["limit"]
 
 
@@ -369,6 +371,7 @@ def test_the_command_exits_with_2_if_the_run_cannot_start(config, tmp_path, caps
     main(["check", str(path), "ranks=4", "optim.epochs=8", "images_per_s=100"])
     printed = capsys.readouterr().out
     assert "16 = 4 ranks x 4 images" in printed and "24 in 8 epochs" in printed and "ZeRO 3" in printed
+    assert "speed per rank" in printed and "computation: about 25 images/s" in printed
     with pytest.raises(SystemExit) as exit_info:
         main(["check", str(path), "ranks=3"])
     printed = capsys.readouterr()
