@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 
+import getpass
 import importlib.metadata
 import importlib.util
 import os
@@ -34,9 +35,6 @@ if not torch.cuda.is_available():
     # Triton reads it when kernels are imported. Without a GPU they are interpreted, with one they are compiled.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Shard indexes that cannot be written next to their shards must not end up in the user's cache.
-os.environ["IWM_CACHE"] = tempfile.mkdtemp(prefix="iwm-cache-")
-
 torch.set_num_threads(1)
 
 # Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP. Programs that tests start would inherit
@@ -50,6 +48,17 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("repeatable", hypothesis.settings.get_profile("random"), derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory):
+    """Direct temporary files, also of programs that tests start and end, to a folder that pytest removes."""
+    # Where torch keeps what it has compiled, also for the next session.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    folder = tmp_path_factory.mktemp("temporary", numbered=False)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    # Shard indexes that cannot be written next to their shards must not end up in the user's cache.
+    os.environ["IWM_CACHE"] = str(folder / "cache")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef]:
 def test_files_of_all_packages_are_checked():
     assert len(python_files()) > 200
     assert {name_of(path).partition("/")[0] for path in python_files()} == set(PACKAGES)
+
+
+def test_temporary_files_of_tests_are_in_a_folder_that_pytest_removes(tmp_path_factory, pytestconfig):
+    for folder in (tempfile.gettempdir(), os.environ["TMPDIR"], os.environ["IWM_CACHE"]):
+        assert Path(folder).is_relative_to(tmp_path_factory.getbasetemp())
+    assert pytestconfig.getini("tmp_path_retention_policy") == "failed"
 
 
 def test_files_are_at_most_500_lines():

@@ -17,7 +17,15 @@ from torch import nn
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
-from iwm_fast.commands.decode_rate import measure_decode_rate
+from iwm_fast.commands.measured_speed import (
+    DecodeRate,
+    Speed,
+    computation_speed,
+    decoding_speed,
+    measure_decode_rate,
+    measure_reading,
+    predict_limit,
+)
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.batch_size import accumulation_steps, describe_large_batch
 from iwm_fast.config.commands import CheckConfig
@@ -79,7 +87,7 @@ def check_run(config: RunConfig, request: CheckConfig) -> bool:
     Raises:
         ValueError: after everything is printed, if the run cannot start; the message lists all reasons.
     """
-    report, verdict = inspect_run(config, request)
+    report, verdict = inspect_run(config, request, measures_speed=True)
     console = Console()
     table = Table("check", "this run", title=f"{config.output.folder} on {_format_ranks(_num_ranks(request))}")
     for row in report.rows:
@@ -97,21 +105,15 @@ def check_run(config: RunConfig, request: CheckConfig) -> bool:
     return verdict is None or verdict.fits is not False
 
 
-def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, MemoryVerdict | None]:
-    """Return the report and the verdict on memory, which is None if the masks or the batch size are refused."""
+def inspect_run(
+    config: RunConfig, request: CheckConfig, *, measures_speed: bool = False
+) -> tuple[Report, MemoryVerdict | None]:
+    """Return the report and the verdict on memory, which is None if the masks or the batch size are refused.
+
+    With `measures_speed`, a few seconds more find what will limit a run that can start.
+    """
     report, ranks = Report(), _num_ranks(request)
-    shards = report.collect("training samples", lambda: open_training_shards(config.data))
-    if shards is not None:
-        report.add("training samples", _describe_shards(shards))
-    val = None
-    if config.data.val:
-        val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
-        if val is not None:
-            report.add("validation samples", _describe_shards(val))
-    elif config.output.evaluate_every:
-        report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
-    if config.output.evaluate_every and shards is not None and val is not None:
-        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
+    shards = _report_shards(report, config)
     report.collect("output.loggers", lambda: require_logins(config.output.loggers))
     batch = _report_batch(report, config, ranks)
     _suggest_rates(report, config.optim)
@@ -128,7 +130,12 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
     if counts is not None:
         _report_work(report, config, counts)
         if shards is not None:
-            report.collect("time", lambda: _report_speed(report, config, request, shards))
+            rate = report.collect("time", lambda: _report_speed(report, config, request, shards))
+            if measures_speed and batch is not None and not report.problems:
+                report.collect(
+                    "speed",
+                    lambda: _report_limit(report, config, request, shards, micro_batch_size=batch[0], rate=rate),
+                )
     if counts is None or batch is None:
         return report, None
     gpu = gpu_memory(config, request)
@@ -143,6 +150,23 @@ def inspect_run(config: RunConfig, request: CheckConfig) -> tuple[Report, Memory
         gpu=gpu,
     )
     return report, verdict
+
+
+def _report_shards(report: Report, config: RunConfig) -> ShardSet | None:
+    """Add the numbers of samples, and return the training shards if they can be used."""
+    shards = report.collect("training samples", lambda: open_training_shards(config.data))
+    if shards is not None:
+        report.add("training samples", _describe_shards(shards))
+    val = None
+    if config.data.val:
+        val = report.collect("validation samples", lambda: open_named_shards("data.val", config.data.val, config.data))
+        if val is not None:
+            report.add("validation samples", _describe_shards(val))
+    elif config.output.evaluate_every:
+        report.problems.append("data.val must name validation shards when output.evaluate_every is set, got ''")
+    if config.output.evaluate_every and shards is not None and val is not None:
+        report.collect("output.keep_best", lambda: require_measured(config, shards, val))
+    return shards
 
 
 def _report_batch(report: Report, config: RunConfig, ranks: int) -> tuple[int, int] | None:
@@ -290,8 +314,8 @@ def _report_work(report: Report, config: RunConfig, counts: PatchCounts) -> None
     report.add("GFLOP per image", f"{flops.total / 1e9:.4g} ({parts})")
 
 
-def _report_speed(report: Report, config: RunConfig, request: CheckConfig, shards: ShardSet) -> None:
-    """Add the duration of all epochs, and the CPU cores that decode images at this speed.
+def _report_speed(report: Report, config: RunConfig, request: CheckConfig, shards: ShardSet) -> DecodeRate | None:
+    """Add the duration of all epochs, and the CPU cores that decode images at this speed; return a core's rate.
 
     Raises:
         ValueError: if neither peak nor memory of the requested GPU are known.
@@ -300,12 +324,13 @@ def _report_speed(report: Report, config: RunConfig, request: CheckConfig, shard
     images_per_s, remark = _estimate_speed(config, request)
     if images_per_s is None:
         report.add("time", remark)
-        return
+        return None
     hours = images / images_per_s / 3600
     hint = "" if request.images_per_s else "; set images_per_s=... to use a measured speed"
     report.add("time", f"{_format_hours(hours)} at {remark}; {hours * ranks:,.3g} GPU-hours{hint}")
-    if config.runtime.loader == "dali":
-        report.collect("decoding", lambda: _report_decoding(report, config, shards, images_per_s, ranks))
+    if config.runtime.loader != "dali":
+        return None
+    return report.collect("decoding", lambda: _report_decoding(report, config, shards, images_per_s, ranks))
 
 
 def _estimate_speed(config: RunConfig, request: CheckConfig) -> tuple[float | None, str]:
@@ -330,7 +355,9 @@ def _estimate_speed(config: RunConfig, request: CheckConfig) -> tuple[float | No
     )
 
 
-def _report_decoding(report: Report, config: RunConfig, shards: ShardSet, images_per_s: float, ranks: int) -> None:
+def _report_decoding(
+    report: Report, config: RunConfig, shards: ShardSet, images_per_s: float, ranks: int
+) -> DecodeRate:
     """Measure how fast a core decodes the run's images, and add how many of them keep up with training."""
     rate = measure_decode_rate(config, shards)
     report.add("decoding", rate.describe(images_per_s, ranks))
@@ -340,6 +367,32 @@ def _report_decoding(report: Report, config: RunConfig, shards: ShardSet, images
             f"runtime.loader_threads = {threads} decode about {threads * rate.images_per_s:,.0f} images/s per rank, "
             f"but {images_per_s / ranks:,.0f} are asked for; set runtime.loader_threads={needed}, or runtime.decode=gpu"
         )
+    return rate
+
+
+def _report_limit(
+    report: Report,
+    config: RunConfig,
+    request: CheckConfig,
+    shards: ShardSet,
+    *,
+    micro_batch_size: int,
+    rate: DecodeRate | None,
+) -> None:
+    """Add how fast a rank reads, decodes and computes, and which of them will limit the run."""
+    ranks, given = _num_ranks(request), request.images_per_s
+    is_on_gpu = bool(request.gpu) or choose_device(config.runtime.device).type == "cuda"
+    speeds = [
+        measure_reading(shards, config.runtime.reader_threads),
+        decoding_speed(config, shards, rate, is_on_gpu=is_on_gpu),
+        Speed("computation", given / ranks, "as images_per_s says") if given else computation_speed(
+            config, shards, micro_batch_size, is_on_gpu=is_on_gpu),
+    ]  # fmt: skip
+    # Ranks share the cores of this machine, unless the run is meant for another one.
+    ranks_here = 0 if request.gpu else min(ranks, torch.cuda.device_count() or ranks)
+    speeds = [speed.on_shared_cores(ranks_here) for speed in speeds]
+    report.add("speed per rank", "\n".join(map(str, speeds)))
+    report.add("limit", predict_limit(config, speeds, is_on_gpu=is_on_gpu))
 
 
 def _format_hours(hours: float) -> str:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +128,7 @@ def check_dali(subject: Subject) -> Result:
     if subject.config.runtime.loader == "torch":
         return Result(SKIPPED, "runtime.loader=torch")
     require_packages(["nvidia.dali"])
+    from iwm_fast.commands.measured_speed import open_loader
     from iwm_fast.pipelines.storage.shard_set import open_shards
     from iwm_fast.pipelines.transforms.normalization import denormalize_view
 
@@ -136,7 +137,7 @@ def check_dali(subject: Subject) -> Result:
         _write_shard(Path(folder, "generated.tar"))
         shards = open_shards(folder)
         for runtime, place in ((subject.config.runtime, device), (RuntimeConfig(loader="torch"), torch.device("cpu"))):
-            with closing(_loader(subject.config, runtime, shards, place)) as loader:
+            with closing(open_loader(replace(subject.config, runtime=runtime), shards, place)) as loader:
                 view = denormalize_view(next(loader).source_view, subject.config.data.normalization)
                 views.append(view.cpu().int())
     difference = (views[0] - views[1]).abs().numpy()
@@ -155,14 +156,6 @@ def _write_shard(path: Path) -> None:
             member = tarfile.TarInfo(f"{number:02}.jpg")
             member.size = content.tell()
             archive.addfile(member, io.BytesIO(content.getvalue()))
-
-
-def _loader(config: RunConfig, runtime: RuntimeConfig, shards: Any, device: torch.device) -> Any:
-    from iwm_fast.training.loaders import training_loader
-
-    runtime = replace(runtime, micro_batch_size=None)
-    config = replace(config, optim=replace(config.optim, global_batch_size=_BATCH_SIZE), runtime=runtime)
-    return training_loader(config, shards, RankInfo(rank=0, local_rank=0, world_size=1, device=device))
 
 
 def check_ranks(subject: Subject) -> Result:
@@ -242,31 +235,15 @@ def check_data(subject: Subject) -> Result:
     config, runtime = subject.config, subject.config.runtime
     if not config.data.train:
         return Result(SKIPPED, "no data.train; `iwm doctor data.train=SHARDS` reads the first shard")
-    from iwm_fast.pipelines.storage.reader import Reader
+    from iwm_fast.commands.measured_speed import measure_reading, measure_rendering, predict_limit
     from iwm_fast.pipelines.storage.shard_set import find_shards, open_shards
 
     path = find_shards(config.data.train)[0]
     shards = open_shards(path, config.data.image, max_pixels=config.data.max_pixels)
-    if "://" not in path:
-        with open(path, "rb") as file:
-            # Out of the page cache, so that the disk is measured.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    began = time.perf_counter()
-    with Reader(shards, runtime.reader_threads) as reader:
-        size = sum(map(len, reader.read(np.arange(min(shards.num_samples, 1000)))))
-    read_speed = size / (time.perf_counter() - began)
-    with closing(_loader(config, runtime, shards, subject.info.device)) as loader:
-        # These have been rendered ahead.
-        for _ in range(1 + runtime.prefetch):
-            next(loader)
-        count, began = 0, time.perf_counter()
-        while count < 4 or time.perf_counter() - began < 2:
-            next(loader)
-            count += 1
-        speed = count * _BATCH_SIZE / (time.perf_counter() - began)
-    threads = f"{runtime.loader_threads if runtime.loader == 'dali' else 1} threads per rank"
-    text = f"{shards.num_samples:,} images of {path} read at {read_speed / 1e6:,.0f} MB/s"
-    return Result(OK, f"{text}, rendered at {speed:,.0f} images/s by {runtime.loader} on {threads}")
+    reading = measure_reading(shards, runtime.reader_threads)
+    decoding = measure_rendering(config, shards, subject.info.device)
+    limit = predict_limit(config, [reading, decoding], is_on_gpu=subject.info.device.type == "cuda")
+    return Result(OK, f"{reading}; {decoding} per rank; {limit}")
 
 
 _REPORT = "set runtime.ops=reference and report this with this output; a newer triton or driver may help"

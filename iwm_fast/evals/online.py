@@ -7,6 +7,7 @@ random states and sample stream of training do not change.
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets, require_readable
 from iwm_fast.evals.online_probes import KNN, MIN_PROBE_IMAGES, accuracies, encode_changed_views, encode_images
+from iwm_fast.evals.retrieval.bank import trained_family
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
 from iwm_fast.monitoring.effective_rank import lidar, rank_me
 from iwm_fast.pipelines.config import require
@@ -29,7 +31,7 @@ from iwm_fast.world_model import WorldModel
 log = logging.getLogger(__name__)
 
 # Small settings, because training waits: about 500 TFLOP for a ViT-B/16, most of a minute of a GPU in float32.
-_MRR = MrrConfig(num_images=64, bank_size=64, bank="run", families=("jitter",))
+_MRR = MrrConfig(num_images=64, bank_size=64, bank="run")
 _MAX_VAL_SAMPLES = 2000
 _LIDAR_IMAGES = 256
 _PREDICTOR = "predictor."
@@ -38,14 +40,15 @@ _PREDICTOR = "predictor."
 def measured_metrics(config: RunConfig, train: ShardSet, val: ShardSet) -> tuple[str, ...]:
     """Return the names of the metrics that evaluations of a run measure, without the group eval/."""
     has_labels = not train.num_unlabelled and not val.num_unlabelled
+    has_family = trained_family(config.views) is not None
     is_measured = {
         # The identity predictor ignores the action, so its MRR has no meaning.
-        "mrr": config.model.predictor.depth > 0,
+        "mrr": has_family and config.model.predictor.depth > 0,
         "knn": has_labels,
         "linear": has_labels and train.num_samples >= MIN_PROBE_IMAGES,
         "attentive": has_labels and train.num_samples >= MIN_PROBE_IMAGES,
         "rank_me": True,
-        "lidar": any(operation.family == "forward" for operation in config.views.operations),
+        "lidar": has_family,
     }
     return tuple(name for name, is_on in is_measured.items() if is_on)
 
@@ -59,8 +62,8 @@ def require_measured(config: RunConfig, train: ShardSet, val: ShardSet) -> None:
     metric, measured = config.output.keep_best, measured_metrics(config, train, val)
     require(metric is None or metric in measured, "output.keep_best", metric,
             f"be one of {', '.join(measured)} in this run: knn needs a class number for every sample of data.train and "
-            f"data.val, linear and attentive also at least {MIN_PROBE_IMAGES} training images, mrr a predictor, and "
-            "lidar a transformation of both views")  # fmt: skip
+            f"data.val, linear and attentive also at least {MIN_PROBE_IMAGES} training images, mrr a predictor, "
+            "mrr and lidar a transformation that training applies to both views, such as jitter")  # fmt: skip
 
 
 class OnlineEvaluation:
@@ -94,6 +97,12 @@ class OnlineEvaluation:
         require_measured(self._config, self._train, self._val)
         self._measured: tuple[str, ...] = measured_metrics(self._config, self._train, self._val)
         self._labelled = _label_samples(self._train, self._val)
+        # Without a transformation of both views, there is nothing to predict and nothing to tell apart.
+        self._family: str = trained_family(self._config.views) or ""
+        if not self._family:
+            log.info(
+                "evaluations measure neither MRR nor LiDAR, because training applies no transformation to both views"
+            )
         self._require_readable()
         controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
         if "mrr" in self._measured:
@@ -148,13 +157,15 @@ class OnlineEvaluation:
     def _measure(self, model: WorldModel) -> dict[str, float]:
         metrics = {}
         if "mrr" in self._measured:
-            rank = np.stack(list(rank_images([model], self._val, self._val_samples(_MRR.num_images), _MRR)))
+            config = replace(_MRR, families=(self._family,))
+            rank = np.stack(list(rank_images([model], self._val, self._val_samples(config.num_images), config)))
             metrics["mrr"] = mean_reciprocal_rank(rank)
         has_probes = "attentive" in self._measured
         val = encode_images(model, self._val, self._val_samples(_MAX_VAL_SAMPLES), keep_tokens=has_probes)
         metrics["rank_me"] = float(rank_me(val.pooled.to(model.device)))
         if "lidar" in self._measured:
-            metrics["lidar"] = float(lidar(encode_changed_views(model, self._val, self._val_samples(_LIDAR_IMAGES))))
+            samples = self._val_samples(_LIDAR_IMAGES)
+            metrics["lidar"] = float(lidar(encode_changed_views(model, self._val, samples, self._family)))
         if self._labelled:
             train = encode_images(model, self._train, self._labelled.train.samples, keep_tokens=has_probes)
             # New heads initialise themselves with the global generator, too.

@@ -19,6 +19,7 @@ from iwm_fast.evals.datasets import LabelledSets, clean_images, evaluation_batch
 from iwm_fast.evals.probing.attentive import AttentiveGrid
 from iwm_fast.evals.probing.extraction import Features
 from iwm_fast.evals.probing.feature_batches import FeatureDataset
+from iwm_fast.evals.probing.head_grid import DivergenceError
 from iwm_fast.evals.probing.knn import knn_correct
 from iwm_fast.evals.probing.linear import LinearGrid
 from iwm_fast.evals.probing.probe import BuildGrid, probe
@@ -63,12 +64,12 @@ def encode_images(
 
 
 def encode_changed_views(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"]
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], family: str
 ) -> Float[Tensor, "samples views D"]:
-    """Return the pooled features of 8 versions of each sample, changed as strongly as target views of the run."""
+    """Return the pooled features of 8 versions of each sample, changed by a family as strongly as in training."""
     features = []
     for pixels, sample in clean_images(model, shards, samples):
-        bank = draw_bank(pixels, sample, _VIEWS_PER_IMAGE, model=model, strengths="run", seed=0)
+        bank = draw_bank(pixels, sample, _VIEWS_PER_IMAGE, model=model, strengths="run", seed=0, family=family)
         features.append(model.encode(normalize_view(bank.pixels, model.config.data.normalization)).mean(dim=1))
     return torch.stack(features)
 
@@ -87,22 +88,20 @@ def accuracies(model: WorldModel, sets: LabelledSets, train: EncodedImages, val:
     if has_probes:
         pooled, tokens = ([getattr(encoded, kind) for encoded in (train, val)] for kind in ("pooled", "tokens"))
         attentive = partial(AttentiveGrid, seed=_ATTENTIVE.seed)
-        measured["linear"] = _probe_accuracy(model, sets, pooled, LinearGrid, _LINEAR)
-        measured["attentive"] = _probe_accuracy(model, sets, tokens, attentive, _ATTENTIVE)
+        measured["linear"] = _probe_accuracy(model.device, sets, pooled, LinearGrid, _LINEAR)
+        measured["attentive"] = _probe_accuracy(model.device, sets, tokens, attentive, _ATTENTIVE)
     return measured
 
 
 def _probe_accuracy(
-    model: WorldModel, sets: LabelledSets, features: list[Tensor], build: BuildGrid, config: ProbeConfig
+    device: torch.device, sets: LabelledSets, features: list[Tensor], build: BuildGrid, config: ProbeConfig
 ) -> float:
     train, val = (
-        FeatureDataset(
-            features=values.numpy(), label=labelled.number, indices=np.arange(len(values)), device=model.device
-        )
+        FeatureDataset(features=values.numpy(), label=labelled.number, indices=np.arange(len(values)), device=device)
         for values, labelled in zip(features, sets, strict=True)
     )
     try:
         return float(probe(train, val, len(sets.classes), build, config).correct.mean())
-    # All heads have diverged. This must not end the run that is measured.
-    except ValueError:
+    # This must not end the run that is measured.
+    except DivergenceError:
         return math.nan

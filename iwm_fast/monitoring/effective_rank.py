@@ -5,6 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Added to the diagonal of LiDAR's within-image covariance, in which a direction without variance would count most.
+# The paper's delta is small and positive, and we found no value of it. Public implementations use 1e-4
+# (stable-pretraining; Skean et al., arXiv 2502.02013) or 1e-6 (reptrix). It matters: on the demo's model, LiDAR is 52.4
+# with 1e-4 and 57.9 with 1e-6.
 _DELTA = 1e-4
 
 
@@ -13,7 +16,8 @@ def rank_me(features: Float[Tensor, "images D"]) -> Float[Tensor, ""]:
     """Return the effective number of dimensions that features span, from 1 to min(images, D); NaN if one is not finite.
 
     It is the exponential of the entropy of the normalised singular values: k for k equal ones. The features are not
-    centred, and the paper's epsilon of 1e-7 in the logarithm is left out.
+    centred. The paper adds an epsilon of 1e-7 to the normalised values, to avoid the logarithm of 0. It is left out
+    here: 0 * log(0) is 0, and up to 1024 dimensions, results differ by less than 0.1 %.
 
     Source: RankMe, arXiv 2210.02885, equation 1.
     """
@@ -29,7 +33,8 @@ def lidar(features: Float[Tensor, "images views D"]) -> Float[Tensor, ""]:
 
     Each image with its changed views is a class of linear discriminant analysis. With the covariance B of the images'
     means and the mean covariance W of the views about them, it is the exponential of the entropy of the normalised
-    eigenvalues of (W + delta)^(-1/2) B (W + delta)^(-1/2). At most min(images - 1, D).
+    eigenvalues of (W + delta)^(-1/2) B (W + delta)^(-1/2). At most min(images - 1, D). Values depend on delta (here
+    1e-4) and on the numbers of images and views, so compare only those where these are equal.
 
     Source: LiDAR, arXiv 2312.04000, section 4; there with 1000 images of 50 views.
     """

@@ -3,7 +3,7 @@
 import shlex
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,9 @@ from iwm_fast.monitoring.step_timer import PHASES
 
 # Above these shares of the time, waiting for data or work between steps is worth a change of settings.
 _WAIT_LIMIT, _OTHER_LIMIT = 0.05, 0.1
+
+LimitingPart = Literal["reading", "decoding", "loading", "between steps", "computation"]
+"""What can limit the speed of a run."""
 
 
 def summarize_run(config: RunConfig, rows: list[dict[str, Any]], checkpoint: Path | None) -> str:
@@ -71,26 +74,43 @@ def _describe_time(config: RunConfig, rows: list[dict[str, Any]]) -> list[str]:
     }
     parts = {"waiting for data": shares["wait"], **computing, "between steps": shares["other"]}
     text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts.items())
-    return [f"  time        {text}", f"  limit       {_describe_limit(config, shares)}"]
+    is_on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
+    limit = describe_limit(config, _find_limit(shares), is_on_gpu=is_on_gpu)
+    return [f"  time        {text}", f"  limit       {limit}"]
 
 
-def _describe_limit(config: RunConfig, shares: dict[str, float]) -> str:
-    """Return what limited the speed of the run, and the setting to change."""
-    runtime, output = config.runtime, config.output
+def _find_limit(shares: dict[str, float]) -> LimitingPart:
+    """Return what most of a run's avoidable time went to, or computation if that is where it should go."""
     if shares["wait"] >= max(_WAIT_LIMIT, shares["other"]):
+        return "loading"
+    return "between steps" if shares["other"] >= _OTHER_LIMIT else "computation"
+
+
+def describe_limit(config: RunConfig, part: LimitingPart, *, is_on_gpu: bool) -> str:
+    """Return what limits the speed of a run, and the setting to change.
+
+    Args:
+        config: settings of the run.
+        part: what limits it; "loading" is reading or decoding, where it is not known which.
+        is_on_gpu: whether the run computes on a GPU.
+    """
+    runtime, output = config.runtime, config.output
+    more_readers = f"runtime.reader_threads (now {runtime.reader_threads}) if storage is slow"
+    more_decoders = f"runtime.loader_threads (now {runtime.loader_threads}) if cores are idle"
+    if part == "reading":
+        return f"reading: raise {more_readers}"
+    if part in ("decoding", "loading"):
+        name = "decoding" if part == "decoding" else "loading data"
         if runtime.loader == "torch":
-            return "loading data: set runtime.loader=dali"
-        return (
-            f"loading data: raise runtime.loader_threads (now {runtime.loader_threads}) if cores are idle, "
-            f"runtime.reader_threads (now {runtime.reader_threads}) if storage is slow"
-        )
-    if shares["other"] >= _OTHER_LIMIT:
+            return f"{name}: set runtime.loader=dali"
+        return f"{name}: raise {more_decoders}" + (f", {more_readers}" if part == "loading" else "")
+    if part == "between steps":
         evaluations = f" or output.evaluate_every (now {output.evaluate_every})" if output.evaluate_every else ""
         return (
             f"log rows, checkpoints and evaluations between steps: raise output.checkpoint_every "
             f"(now {output.checkpoint_every}){evaluations}"
         )
-    if runtime.device == "cpu" or not torch.cuda.is_available():
+    if not is_on_gpu:
         return "computation on the CPU, as it should be"
     remedy = "set runtime.ops=auto" if runtime.ops == "reference" else "set runtime.compile=true"
     is_tuned = runtime.ops != "reference" and (runtime.compile or runtime.zero_stage == 3)

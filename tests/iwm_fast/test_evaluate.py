@@ -81,8 +81,9 @@ def test_an_impossible_evaluation_gives_one_message(trained, tiny_shards, capsys
     assert "source and target must both name image files" in refused(capsys, "plan", f"run={trained}", "source=a.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
 def test_two_ranks_of_a_launcher_give_the_results_of_one_process(launcher, trained, tiny_shards):
     settings = [f"run={trained}", *data(tiny_shards), *QUICK["mrr"], "device=cpu"]
     start = launcher(target="iwm_fast.evaluate")

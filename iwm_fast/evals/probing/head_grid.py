@@ -14,10 +14,13 @@ from torch.nn import functional
 from iwm_fast.config.evaluation import ProbeConfig
 from iwm_fast.evals.probing.feature_batches import FeatureDataset
 from iwm_fast.monitoring.evaluation_progress import track_progress
-from iwm_fast.pipelines.config import require
 
 GridPoint = tuple[float, float]
 """Peak learning rate and weight decay."""
+
+
+class DivergenceError(ValueError):
+    """All heads of a probe have diverged."""
 
 
 @runtime_checkable
@@ -104,13 +107,16 @@ def best_candidate(candidates: tuple[Candidate, ...]) -> int:
     """Return the index of the most accurate candidate; the smaller loss decides between equal accuracies.
 
     Raises:
-        ValueError: if all heads have diverged.
+        DivergenceError: if all heads have diverged.
     """
     merits = {
         index: (candidate.accuracy, -candidate.loss)
         for index, candidate in enumerate(candidates)
         if candidate.accuracy is not None and candidate.loss is not None
     }
-    accepted = "let at least one head converge, but all heads diverged; use smaller learning rates"
-    require(bool(merits), "lrs", tuple(candidate.lr for candidate in candidates), accepted)
+    if not merits:
+        lrs = tuple(candidate.lr for candidate in candidates)
+        raise DivergenceError(
+            f"lrs must let at least one head converge, but all heads diverged; use smaller learning rates, got {lrs}"
+        )
     return max(merits, key=merits.__getitem__)

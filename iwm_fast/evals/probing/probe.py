@@ -115,7 +115,7 @@ def probe(
     """Train the heads on a share of the training examples, choose the best on the rest and evaluate it on validation.
 
     Raises:
-        ValueError: if all heads diverge.
+        DivergenceError: if all heads diverge.
     """
     subsets = split_holdout(len(train), config.holdout, config.seed)
     fit, held_out = (replace(train, indices=train.indices[subset]) for subset in subsets)

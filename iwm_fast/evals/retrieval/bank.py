@@ -91,6 +91,12 @@ def chosen_families(families: tuple[str, ...] | None, views: ViewConfig) -> tupl
     return families
 
 
+def trained_family(views: ViewConfig) -> str | None:
+    """Return the first transformation that training applies to both views; None if it applies none."""
+    forward = (item for item in views.operations if item.family == "forward" and item.is_trained)
+    return next((item.name for item in forward if any(entry.strength for entry in item.entries)), None)
+
+
 def bank_family(family: str, views: ViewConfig) -> str:
     """Return the transformation that makes a family's candidates: the first forward one, unless the family is one."""
     forward = [operation.name for operation in views.operations if operation.family == "forward"]

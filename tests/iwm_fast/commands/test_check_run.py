@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fixtures.tar_files import encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.cli import main
-from iwm_fast.commands import decode_rate
+from iwm_fast.commands import measured_speed
 from iwm_fast.commands.check_run import inspect_run
-from iwm_fast.commands.decode_rate import DecodeRate
+from iwm_fast.commands.measured_speed import DecodeRate, Speed, predict_limit
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.loading import build, save_config
-from iwm_fast.config.run import ModelConfig, OptimConfig, PredictorConfig, RunConfig
+from iwm_fast.config.run import ModelConfig, OptimConfig, PredictorConfig, RunConfig, RuntimeConfig
 from iwm_fast.train import run
 
 ONE_RANK = CheckConfig(ranks=1)
@@ -29,7 +30,8 @@ def config(tiny_shards, tmp_path) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def _short_measurement(monkeypatch):
-    monkeypatch.setattr(decode_rate, "SECONDS", 0.1)
+    monkeypatch.setattr(measured_speed, "SECONDS", 0.1)
+    monkeypatch.setattr(measured_speed, "BATCH_SIZE", 4)
 
 
 def rows(config: RunConfig, request: CheckConfig = ONE_RANK) -> dict[str, str]:
@@ -185,6 +187,88 @@ def test_every_rank_has_whole_cores(images_per_s, ranks, cores):
     )
 
 
+def speed_lines(config: RunConfig, request: CheckConfig) -> tuple[list[str], str]:
+    report, _ = inspect_run(config, request, measures_speed=True)
+    assert report.problems == []
+    results = dict(report.rows)
+    return results["speed per rank"].splitlines(), results["limit"]
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's speed is not measured")
+def test_what_will_limit_a_run_on_a_cpu_is_measured(config, loader):
+    lines, limit = speed_lines(replace(config, runtime=replace(config.runtime, loader=loader)), ONE_RANK)
+    shard = config.data.train.replace("{000000..000002}", "000000")
+    for line, text in zip(
+        lines,
+        (
+            rf"reading: about [\d,]+ images/s, 20 images of {re.escape(shard)} at [\d,]+ MB/s",
+            rf"decoding: about [\d,]+ images/s, with rendering, by {loader} on [12] threads?",
+            r"computation: about [\d,]+ images/s, steps of 16 images with runtime.engine=plain on 1 thread",
+        ),
+        strict=True,
+    ):
+        assert re.fullmatch(text, line)
+    # The slowest part of the three is named with its speed.
+    speeds = {int(line.split()[2].replace(",", "")): line.partition(":")[0] for line in lines}
+    assert limit.startswith(f"this run will be limited by {speeds[min(speeds)]}") and f"{min(speeds):,} images" in limit
+
+
+def test_what_is_not_measured_is_not_guessed(config):
+    runtime = replace(config.runtime, loader="dali")
+    lines, limit = speed_lines(replace(config, runtime=runtime), CheckConfig(ranks=2, gpu="H100"))
+    assert lines[1:] == [
+        "decoding: not measured, because a GPU does it",
+        "computation: not measured, because a GPU does it; images_per_s=... takes a measured speed",
+    ]
+    assert limit.startswith("where computation is faster than about ") and limit.endswith("; not measured: decoding")
+    on_cores = replace(config, runtime=replace(runtime, decode="cpu"))
+    lines, limit = speed_lines(on_cores, CheckConfig(ranks=2, gpu="H100", images_per_s=2e6))
+    assert re.fullmatch(r"decoding: about [\d,]+ images/s, runtime.loader_threads=2", lines[1])
+    assert lines[2] == "computation: about 1,000,000 images/s, as images_per_s says" and limit.startswith(
+        "this run will be"
+    )
+
+
+@pytest.mark.parametrize(
+    ("speeds", "runtime", "text"),
+    [
+        (
+            {"reading": 900.0, "decoding": 50.0, "computation": 100.0}, {},
+            "this run will be limited by decoding: raise runtime.loader_threads (now 2) if cores are idle "
+            "(about 50 images/s per rank; computation 100; reading 900)",
+        ),
+        (
+            {"reading": 9.0, "decoding": 50.0, "computation": 100.0}, {},
+            "this run will be limited by reading: raise runtime.reader_threads (now 4) if storage is slow "
+            "(about 9 images/s per rank; decoding 50; computation 100)",
+        ),
+        (
+            {"reading": 900.0, "decoding": None, "computation": 100.0}, {"compile": True, "ops": "fused"},
+            "this run will be limited by computation on the GPU, as it should be (about 100 images/s per rank; "
+            "reading 900; not measured: decoding)",
+        ),
+        (
+            {"reading": 900.0, "decoding": 50.0}, {"loader": "torch"},
+            "where computation is faster than about 50 images/s per rank, this run will be limited by decoding: "
+            "set runtime.loader=dali",
+        ),
+    ],
+    ids=["decoding", "reading", "decoding is not known", "computation is not known"],
+)  # fmt: skip
+def test_the_slowest_part_is_named_with_its_setting(config, speeds, runtime, text):
+    config = replace(config, runtime=RuntimeConfig(reader_threads=4, loader_threads=2, **runtime))
+    parts = [Speed(part, speed, "") for part, speed in speeds.items()]
+    assert predict_limit(config, parts, is_on_gpu=True) == text
+
+
+def test_ranks_that_need_more_cores_than_there_are_share_them(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    speed = Speed("decoding", 100.0, "by dali", num_threads=2)
+    assert speed.on_shared_cores(2) == speed
+    assert str(speed.on_shared_cores(4)) == ("decoding: about 50 images/s, by dali; 4 x 2 threads share 4 cores")
+
+
 def test_a_run_for_another_gpu_needs_no_gpu_on_this_machine(config):
     on_gpus = replace(config, runtime=replace(config.runtime, device="cuda"))
     assert problems(on_gpus, CheckConfig(gpu="H100")) == ""
@@ -270,6 +354,13 @@ def test_rates_are_suggested_for_batches_other_than_the_recipes(config):
     assert suggestion(global_batch_size=256, teacher_momentum=(0.99, 1.0)) is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+def test_networks_that_are_too_large_for_a_cpu_are_not_measured_on_it(vit_b):
+    (*_, line), limit = speed_lines(vit_b, ONE_RANK)
+    assert re.match(r"computation: not measured, because \d+ GFLOP per image take a core seconds; images_per_s=", line)
+    assert limit.startswith("where computation is faster than about ")
+
+
 def test_the_ratio_of_predictor_to_encoder_is_reported(vit_b):
     assert rows(vit_b)["predictor / encoder"].startswith("0.39 of the parameters")
 
@@ -280,6 +371,7 @@ def test_the_command_exits_with_2_if_the_run_cannot_start(config, tmp_path, caps
     main(["check", str(path), "ranks=4", "optim.epochs=8", "images_per_s=100"])
     printed = capsys.readouterr().out
     assert "16 = 4 ranks x 4 images" in printed and "24 in 8 epochs" in printed and "ZeRO 3" in printed
+    assert "speed per rank" in printed and "computation: about 25 images/s" in printed
     with pytest.raises(SystemExit) as exit_info:
         main(["check", str(path), "ranks=3"])
     printed = capsys.readouterr()

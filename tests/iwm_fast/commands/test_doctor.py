@@ -1,6 +1,7 @@
 """`iwm doctor` names what is wrong with a machine and what to do, and survives whatever a check does."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -231,7 +232,8 @@ def test_a_disk_that_cannot_be_written_is_a_failure(monkeypatch, tmp_path, error
 
 def test_a_shard_is_read_and_rendered(tiny_shards):
     status, text, _ = run_check("data", subject(train=tiny_shards.pattern, loader="torch"))
-    assert status == OK and "20 images of " in text and " by torch on 1 threads per rank" in text
+    assert status == OK and "20 images of " in text and " by torch on 1 thread per rank" in text
+    assert re.search(r"faster than about [\d,]+ images/s per rank, this run will be limited by \w+: ", text)
     assert run_check("data", subject())[:2] == (
         SKIPPED,
         "no data.train; `iwm doctor data.train=SHARDS` reads the first shard",

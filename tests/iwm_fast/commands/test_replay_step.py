@@ -276,6 +276,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_without_a_gap_in_its_log(tiny_
     assert not list(actions.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_full_disk_ends_a_run_with_one_message_and_it_can_resume(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "full", loader="torch")

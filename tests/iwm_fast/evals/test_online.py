@@ -17,21 +17,28 @@ from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
 from iwm_fast.commands.report_run import write_run_report
-from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, MrrConfig
+from iwm_fast.config.evaluation import EvalDataConfig, KnnConfig, LinearConfig, MrrConfig
 from iwm_fast.config.run import Metric, RunConfig
-from iwm_fast.evals import online
+from iwm_fast.evals import online, online_probes
+from iwm_fast.evals.datasets import label_sets
 from iwm_fast.evals.online import OnlineEvaluation
+from iwm_fast.evals.online_probes import encode_changed_views
 from iwm_fast.evals.probing.knn import evaluate_knn
-from iwm_fast.evals.retrieval.mrr import evaluate_mrr
+from iwm_fast.evals.probing.linear import LinearGrid
+from iwm_fast.evals.retrieval.mrr import evaluate_mrr, mean_reciprocal_rank, rank_images
+from iwm_fast.monitoring.effective_rank import lidar
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import open_shards
+from iwm_fast.pipelines.transforms.operations.gamma import Gamma
+from iwm_fast.pipelines.transforms.operations.jitter import Jitter
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 from iwm_fast.training.components import TrainingComponents, build_components
 from iwm_fast.training.loaders import training_loader
 from iwm_fast.training.schedules import build_schedules
 from iwm_fast.training.step import train_step
+from iwm_fast.world_model import WorldModel
 
 WORKER = WORKERS / "ranks_online.py"
 
@@ -65,6 +72,16 @@ def write_labelled(path: Path, labels: list[int | None], *, bad: bool = False) -
     return str(path)
 
 
+@pytest.fixture
+def small_evaluation(tmp_path, monkeypatch) -> str:
+    """Make evaluations small, and return a validation shard of two images."""
+    monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
+    monkeypatch.setattr(online, "KNN", replace(online.KNN, max_train_samples=12))
+    monkeypatch.setattr(online, "_LIDAR_IMAGES", 2)
+    return write_labelled(tmp_path / "val.tar", [0, 1])
+
+
+@pytest.mark.slow
 def test_a_run_logs_the_metrics_that_the_commands_measure(tiny_shards, tmp_path):
     val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1, 2])
     run(online_run(tiny_shards, tmp_path / "run", val))
@@ -106,8 +123,8 @@ def random_states() -> list[bytes]:
     return [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()]
 
 
-def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tmp_path):
-    config = online_run(tiny_shards, tmp_path / "run", write_labelled(tmp_path / "val.tar", [0, 1]))
+def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tmp_path, small_evaluation):
+    config = online_run(tiny_shards, tmp_path / "run", small_evaluation)
     plain, evaluated = build_components(config, rank_info), build_components(config, rank_info)
     states = random_states()
     evaluation = OnlineEvaluation(config, evaluated.shards, rank_info)
@@ -121,15 +138,6 @@ def test_evaluation_does_not_change_training_by_a_bit(rank_info, tiny_shards, tm
     ):
         assert all(torch.equal(value, expected[name]) for name, value in actual.items())
     assert all(parameter.grad is None for parameter in evaluated.teacher.encoder.parameters())
-
-
-@pytest.fixture
-def small_evaluation(tmp_path, monkeypatch) -> str:
-    """Make evaluations small, and return a validation shard of two images."""
-    monkeypatch.setattr(online, "_MRR", replace(online._MRR, bank_size=4))
-    monkeypatch.setattr(online, "KNN", replace(online.KNN, max_train_samples=12))
-    monkeypatch.setattr(online, "_LIDAR_IMAGES", 2)
-    return write_labelled(tmp_path / "val.tar", [0, 1])
 
 
 def test_networks_that_are_not_finite_give_nan_beside_finite_controls(
@@ -202,6 +210,64 @@ def test_with_the_identity_predictor_all_but_mrr_is_measured(rank_info, tiny_sha
     evaluation.prepare()
     row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert names(row) == {"knn", "linear", "attentive", "rank_me", "lidar"} and "eval/mrr_chance" not in row
+
+
+def changed_views(config: RunConfig, **views) -> RunConfig:
+    return replace(config, views=replace(config.views, **views))
+
+
+def evaluate_untrained(config: RunConfig, evaluation: OnlineEvaluation) -> tuple[WorldModel, dict[str, float]]:
+    evaluation.prepare()
+    model = world_model.build_untrained(config)
+    predictor = [(f"predictor.{name}", weight) for name, weight in model.predictor.named_parameters()]
+    return model, evaluation(model.encoder.state_dict(), predictor)
+
+
+@pytest.mark.usefixtures("small_evaluation")
+def test_mrr_and_lidar_are_measured_with_a_transformation_that_training_applies(
+    rank_info, tiny_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(online, "_LIDAR_IMAGES", 4)
+    val = write_labelled(tmp_path / "four.tar", [0, 1, 2, 0])
+    config = online_run(tiny_shards, tmp_path / "run", val, loader="torch")
+    config = changed_views(config, jitter=Jitter(probability=0.0), gamma=Gamma(probability=0.5))
+    model, row = evaluate_untrained(config, OnlineEvaluation(config, open_shards(tiny_shards.pattern), rank_info))
+    shards, samples = open_shards(val), np.arange(4)
+    ranks = np.stack(list(rank_images([model], shards, samples, replace(online._MRR, families=("gamma",)))))
+    assert row["eval/mrr"] == mean_reciprocal_rank(ranks)
+    assert row["eval/lidar"] == lidar(encode_changed_views(model, shards, samples, "gamma"))
+    assert row["eval/lidar"] != lidar(encode_changed_views(model, shards, samples, "jitter"))
+
+
+@pytest.mark.parametrize(
+    "jitter", [Jitter(probability=0.0), Jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)]
+)
+def test_without_a_transformation_of_both_views_mrr_is_left_out_with_one_log_line_or_refused(
+    rank_info, tiny_shards, small_evaluation, jitter, caplog
+):
+    folder, train = Path(small_evaluation).parent / "run", open_shards(tiny_shards.pattern)
+    config = changed_views(online_run(tiny_shards, folder, small_evaluation, loader="torch"), jitter=jitter)
+    with caplog.at_level("INFO"):
+        _, row = evaluate_untrained(config, OnlineEvaluation(config, train, rank_info))
+    assert names(row) == {"knn", "linear", "attentive", "rank_me"} and "eval/mrr_chance" not in row
+    assert caplog.text.count("neither MRR nor LiDAR, because training applies no transformation to both views") == 1
+    config = replace(config, output=replace(config.output, keep_best="mrr"))
+    with pytest.raises(ValueError, match=r"keep_best must be one of knn, linear, attentive, rank_me .* such as jitter"):
+        OnlineEvaluation(config, train, rank_info).prepare()
+
+
+def test_only_divergence_of_a_probe_gives_nan(rank_info, tiny_shards):
+    """An error in the program must not look like a bad encoder."""
+    train = open_shards(tiny_shards.pattern)
+    sets = label_sets(train, train, "cls", max_train=48, max_val=48)
+    features, config = [torch.randn(48, 256), torch.randn(48, 256)], LinearConfig(epochs=10, lrs=(3e37,))
+
+    def wrong(*_):
+        raise ValueError("a shape is wrong")
+
+    with pytest.raises(ValueError, match="a shape is wrong"):
+        online_probes._probe_accuracy(torch.device("cpu"), sets, features, wrong, config)
+    assert math.isnan(online_probes._probe_accuracy(torch.device("cpu"), sets, features, LinearGrid, config))
 
 
 @pytest.mark.slow

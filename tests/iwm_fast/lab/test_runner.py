@@ -89,6 +89,7 @@ def test_a_result_is_outdated_by_newer_checkpoints_unless_it_names_its_own(write
     assert is_done(evaluate) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_lab_is_run_judged_not_repeated_and_extended(write, tmp_path):
     page = run_lab(write())
@@ -120,7 +121,7 @@ def test_cells_that_were_trained_on_other_images_are_refused(write, tmp_path, mo
 
 
 @pytest.mark.launcher
-def test_a_failed_cell_is_reported_with_its_log_and_the_others_are_run(write, tmp_path):
+def test_a_failed_cell_is_reported_with_its_log_and_the_others_are_run_once(write, tmp_path):
     path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}}, claims={})
     with pytest.raises(
         RuntimeError, match=r"(?s)bad, seed 0: train exited with code 2.*num_heads must divide.*to resume"
@@ -128,6 +129,10 @@ def test_a_failed_cell_is_reported_with_its_log_and_the_others_are_run(write, tm
         run_lab(path)
     assert read_status(tmp_path / "lab" / "cells" / "a-seed0")["state"] == "finished"
     assert "a" in (tmp_path / "lab" / "report.html").read_text()
+    # Without the bad cell, only the evaluation that the good one lacks is run.
+    run_lab(write(cells={"a": {}}, evaluations=[MRR, {"task": "knn", "cells": ["a"]}], claims={}))
+    assert count_commands(tmp_path / "lab") == {"a-seed0": 3, "bad-seed0": 1}
+    assert "knn" in (tmp_path / "lab" / "report.html").read_text()
 
 
 @pytest.mark.launcher
