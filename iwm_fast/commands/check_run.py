@@ -393,6 +393,10 @@ def _report_limit(
     speeds = [speed.on_shared_cores(ranks_here) for speed in speeds]
     report.add("speed per rank", "\n".join(map(str, speeds)))
     report.add("limit", predict_limit(config, speeds, is_on_gpu=is_on_gpu))
+    known = [speed.images_per_s for speed in speeds if speed.images_per_s is not None]
+    if speeds[-1].images_per_s is not None:
+        hours = config.optim.epochs * shards.num_samples / (ranks * min(known)) / 3600
+        report.add("time at this speed", f"about {_format_hours(hours)} for all epochs")
 
 
 def _format_hours(hours: float) -> str:

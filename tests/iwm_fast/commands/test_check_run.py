@@ -18,6 +18,7 @@ from iwm_fast.commands.measured_speed import DecodeRate, Speed, predict_limit
 from iwm_fast.config.commands import CheckConfig
 from iwm_fast.config.loading import build, save_config
 from iwm_fast.config.run import ModelConfig, OptimConfig, PredictorConfig, RunConfig, RuntimeConfig
+from iwm_fast.pipelines.storage.shard_set import open_shards
 from iwm_fast.train import run
 
 ONE_RANK = CheckConfig(ranks=1)
@@ -187,11 +188,23 @@ def test_every_rank_has_whole_cores(images_per_s, ranks, cores):
     )
 
 
-def speed_lines(config: RunConfig, request: CheckConfig) -> tuple[list[str], str]:
+def measured_rows(config: RunConfig, request: CheckConfig) -> dict[str, str]:
     report, _ = inspect_run(config, request, measures_speed=True)
     assert report.problems == []
-    results = dict(report.rows)
-    return results["speed per rank"].splitlines(), results["limit"]
+    return dict(report.rows)
+
+
+def speed_lines(config: RunConfig, request: CheckConfig) -> tuple[list[str], str]:
+    rows = measured_rows(config, request)
+    return rows["speed per rank"].splitlines(), rows["limit"]
+
+
+def test_the_time_of_a_run_follows_from_its_slowest_part(config):
+    optim = replace(config.optim, epochs=36.0)
+    rows = measured_rows(replace(config, optim=optim), CheckConfig(ranks=2, gpu="H100", images_per_s=0.5))
+    num_images = 36 * open_shards(config.data.train).num_samples
+    assert rows["time at this speed"] == f"about {num_images / 0.5 / 60:.2g} min for all epochs"
+    assert "time at this speed" not in measured_rows(config, CheckConfig(ranks=2, gpu="H100"))
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
