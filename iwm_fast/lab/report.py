@@ -169,7 +169,7 @@ def curve_charts(curves: Sequence[Curves], values: Callable[[ResultSelector], di
         if series:
             charts.append(
                 IntervalChart(
-                    title=item.text, note="mean over seeds, 95 % interval", x_label=item.x_label, y_label=item.y_label,
+                    title=item.text, note="", x_label=item.x_label, y_label=item.y_label,
                     series=series,
                 )
             )  # fmt: skip

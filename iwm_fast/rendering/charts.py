@@ -166,15 +166,31 @@ def draw_forest_plot(rows: Sequence[ForestRow], *, bound: float, unit: str) -> s
         bound: where the intervals have to lie above.
         unit: label of the x axis.
     """
-    with _canvas(4.6, 0.7 + 0.36 * len(rows)) as (figure, axis):
-        places = [float(number) for number in range(len(rows))]
+    labels, places, height = _place_rows(rows, 34)
+    with _canvas(4.6, 0.7 + 0.36 * height) as (figure, axis):
         _draw_intervals(axis, rows, places, bound, _PLACEHOLDERS)
         axis.set_xlim(*_limits(rows))
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_yticks(places, [row.label for row in rows])
-        axis.set_xlabel(unit)
+        axis.set_ylim(height - 0.5, -0.5)
+        axis.set_yticks(places, labels)
+        # Right-aligned, because it may be wider than the axis and the labels are on the left.
+        axis.set_xlabel(textwrap.fill(unit, 60), loc="right")
         axis.locator_params(axis="x", nbins=5)
         return _to_svg(figure)
+
+
+def _place_rows(rows: Sequence[ForestRow], width: int) -> tuple[list[str], list[float], float]:
+    """Return the labels in lines of `width` characters, the rows' places from the top, and the height of all rows.
+
+    A row of one line has the height 1, and a first row of that height the place 0.
+    """
+    labels, places, height = [], [], 0.0
+    for row in rows:
+        lines = textwrap.wrap(row.label, width)
+        row_height = max(1.0, 0.6 * len(lines))
+        labels.append("\n".join(lines))
+        places.append(height + (row_height - 1) / 2)
+        height += row_height
+    return labels, places, height
 
 
 def _draw_intervals(
@@ -207,8 +223,10 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
     width, line_height = 10.9, 0.27
     notes = [textwrap.wrap(group.note, 120) for group in groups]
     titles = [textwrap.wrap(group.title, 95) for group in groups]
+    placed = [_place_rows(group.rows, 58) for group in groups]
     num_lines = sum(
-        len(title) + len(note) + len(group.rows) + 0.7 for title, note, group in zip(titles, notes, groups, strict=True)
+        len(title) + len(note) + rows_height + 0.7
+        for title, note, (_, _, rows_height) in zip(titles, notes, placed, strict=True)
     )
     height = line_height * num_lines + 0.7
     rows = [row for group in groups for row in group.rows]
@@ -222,7 +240,7 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
         # Texts stand beside the axis: x in widths of the axis, y in lines.
         beside = axis.get_yaxis_transform()
         y = 0.0
-        for group, title, note in zip(groups, titles, notes, strict=True):
+        for group, title, note, (labels, offsets, rows_height) in zip(groups, titles, notes, placed, strict=True):
             axis.text(1.02, y, group.verdict, transform=beside, va="center", fontweight="bold")
             for line, weight, size, colour in (
                 *((text, "bold", 9, _LIGHT.ink) for text in title),
@@ -234,13 +252,13 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
                     fontweight=weight, fontsize=size, color=colour,
                 )  # fmt: skip
                 y += 1
-            places = [y + number for number in range(len(group.rows))]
-            for row, place in zip(group.rows, places, strict=True):
-                axis.text(-0.02, place, row.label, transform=beside, va="center", ha="right", fontsize=8)
+            places = [y + offset for offset in offsets]
+            for row, label, place in zip(group.rows, labels, places, strict=True):
+                axis.text(-0.02, place, label, transform=beside, va="center", ha="right", fontsize=8)
                 ends = f"  ({row.low:+.3f} to {row.high:+.3f})" if math.isfinite(row.low) else "  (one seed)"
                 axis.text(1.02, place, f"{row.mean:+.3f}{ends}", transform=beside, va="center", fontsize=8)
             _draw_intervals(axis, group.rows, places, group.bound, _LIGHT)
-            y += len(group.rows) + 0.7
+            y += rows_height + 0.7
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -292,6 +310,7 @@ class IntervalChart:
 Plot = RecoveryPlot | RankHistogram | IntervalChart
 # More bars could not be told apart.
 _MAX_BINS = 64
+_MAX_TICKS = 6
 
 
 def draw_plot(plot: Plot) -> str:
@@ -363,6 +382,11 @@ def _draw_interval_series(axis: Axes, plot: IntervalChart, colours: Palette) -> 
             marker="osD"[number // len(colours.series)], linewidth=1.4, markersize=4, capsize=2,
         )  # fmt: skip
     axis.set(xscale="log", xlabel=plot.x_label, ylabel=plot.y_label)
+    places = sorted({point.x for points in plot.series.values() for point in points})
+    if len(places) <= _MAX_TICKS:
+        # At the points, instead of at powers of ten.
+        axis.set_xticks(places, [f"{place:,g}" for place in places])
+        axis.minorticks_off()
 
 
 def _set_title(axis: Axes, title: str, note: str, width: int) -> None:
