@@ -108,7 +108,7 @@ def load_objects(folder: Path) -> dict[str, list[Picture]]:
     for kind, path in KINDS.items():
         objects[kind] = []
         for file in sorted((folder / STAMPS / path).rglob("*.png")):
-            if DRAWINGS & set(file.parts) or VARIANTS.fullmatch(file.stem):
+            if DRAWINGS & set(file.relative_to(folder).parts) or VARIANTS.fullmatch(file.stem):
                 continue
             image = Image.open(file).convert("RGBA")
             if flat_share(np.asarray(image)) < MAX_FLAT_SHARE:

@@ -33,7 +33,8 @@ def save_cut_out(path, seed, *, is_drawing=False):
 
 @pytest.fixture
 def photographs(tmp_path):
-    folder = tmp_path / "photographs"
+    # Folders of drawings are told apart below this one only.
+    folder = tmp_path / "toys" / "photographs"
     for number, path in enumerate(objects.KINDS.values()):
         for index in range(4):
             save_cut_out(folder / objects.STAMPS / path / f"thing{index}.png", 10 * number + index)
