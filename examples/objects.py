@@ -287,7 +287,7 @@ def draw_sheet(photographs: Path, seed: int) -> Image.Image:
 
 def main() -> None:
     """Write the shards, or a sheet of what they are made of."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path, help="folder that debian_photographs.sh has written")
     parser.add_argument("destination", type=Path, help="folder of the shards, which must not exist or be empty")
     parser.add_argument("--seed", type=int, default=0)
