@@ -209,7 +209,8 @@ def test_types_check():
 def test_all_names_are_defined():
     # jaxtyping's axes are strings that look like undefined names. F821 is off elsewhere, and strings are ignored here.
     ruff = [str(TOOLS / "ruff"), "check", "--isolated", "--no-cache", "--select", "F821", "--output-format", "json"]
-    result = subprocess.run([*ruff, *PACKAGES, "tests", "examples"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    folders = [*PACKAGES, "tests", "examples"]
+    result = subprocess.run([*ruff, *folders], cwd=PROJECT, capture_output=True, text=True, check=False)
     undefined = []
     for finding in json.loads(result.stdout):
         line = Path(finding["filename"]).read_text(encoding="utf-8").splitlines()[finding["location"]["row"] - 1]
