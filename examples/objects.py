@@ -165,7 +165,7 @@ def draw_image(cut_out: Picture, background: Picture, draw: np.ndarray) -> tuple
 
     Args:
         cut_out: the object.
-        background: the picture behind it.
+        background: the picture on which it is pasted.
         draw: seven uniform numbers in [0, 1): side, top and left of the crop; size, mirrored or not, x and y.
     """
     shorter = min(background.pixels.shape[:2])
@@ -174,8 +174,8 @@ def draw_image(cut_out: Picture, background: Picture, draw: np.ndarray) -> tuple
         int(share * (length - side + 1)) for share, length in zip(draw[1:3], background.pixels.shape, strict=False)
     )
     crop = Image.fromarray(background.pixels[top : top + side, left : left + side])
-    behind = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    image = behind.astype(np.float64)
+    scene = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    image = scene.astype(np.float64)
 
     pixels = cut_out.pixels[:, ::-1] if draw[4] < 0.5 else cut_out.pixels
     size = SIDE * (OBJECT_SHARE[0] + draw[3] * (OBJECT_SHARE[1] - OBJECT_SHARE[0]))
@@ -190,7 +190,7 @@ def draw_image(cut_out: Picture, background: Picture, draw: np.ndarray) -> tuple
     metadata = {
         "object": cut_out.name,
         "background": background.name,
-        "hue_bin": hue_bin(behind),
+        "hue_bin": hue_bin(scene),
         "x": (column + width / 2) / SIDE,
         "y": (row + height / 2) / SIDE,
         "size": max(height, width) / SIDE,
@@ -203,7 +203,7 @@ def iter_samples(
 ) -> Iterator[dict[str, str | bytes]]:
     """Yield the samples of a part, "train" or "val"; kinds are equally frequent."""
     of_kind = {kind: split(pictures, kind, part, seed) for kind, pictures in objects.items()}
-    behind = split(backgrounds, "backgrounds", part, seed)
+    scenes = split(backgrounds, "backgrounds", part, seed)
     numbers = np.arange(NUM_IMAGES[part])
     # Every kind once in each group of so many images, in a random order.
     order = np.argsort(random_bits(seed, f"objects order {part}", numbers), kind="stable")
@@ -213,7 +213,7 @@ def iter_samples(
         label = int(number) % len(KINDS)
         kind = list(KINDS)[label]
         cut_out = of_kind[kind][int(draw[0] * len(of_kind[kind]))]
-        image, opacity, metadata = draw_image(cut_out, behind[int(draw[1] * len(behind))], draw[2:])
+        image, opacity, metadata = draw_image(cut_out, scenes[int(draw[1] * len(scenes))], draw[2:])
         mask = np.where(opacity >= 0.5, label + 1, 0).astype(np.uint8)
         files = {"jpg": _encode(image, "JPEG", quality=JPEG_QUALITY), "seg.png": _encode(mask, "PNG")}
         yield make_sample(f"{part}_{position:06d}", label, {"kind": kind, **metadata}, files)
@@ -228,10 +228,10 @@ def _encode(pixels: np.ndarray, format_name: str, **options: int) -> bytes:
 def draw_few(samples: list[dict[str, str | bytes]], count: int, number: int, seed: int) -> list[dict[str, str | bytes]]:
     """Return `count` samples of each kind. The draw of this number with a larger count contains them."""
     order = np.argsort(random_bits(seed, f"objects few {number}", np.arange(len(samples))), kind="stable")
-    chosen = []
+    drawn = []
     for label in range(len(KINDS)):
-        chosen += [samples[index] for index in order if int(samples[index]["cls"]) == label][:count]
-    return chosen
+        drawn += [samples[index] for index in order if int(samples[index]["cls"]) == label][:count]
+    return drawn
 
 
 def write_objects(photographs: Path, destination: Path, seed: int = 0, *, for_pilot: bool = False) -> None:

@@ -127,7 +127,7 @@ class CheckpointWriter:
 
 
 def checkpoints_to_delete(folders: list[Path], config: OutputConfig, best_step: int | None = None) -> list[Path]:
-    """Return the checkpoint folders of a run that are to be deleted, given all of them sorted by step.
+    """Return which of a run's checkpoint folders, sorted by step, to delete.
 
     Those that `output.keep_last` and `output.keep_every` select are kept, and so is that of the best step, if any.
     """

@@ -17,15 +17,7 @@ from torch import nn
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.pretrained import read_pretrained_weights
-from iwm_fast.commands.measured_speed import (
-    DecodeRate,
-    Speed,
-    computation_speed,
-    decoding_speed,
-    measure_decode_rate,
-    measure_reading,
-    predict_limit,
-)
+from iwm_fast.commands.measured_speed import DecodeRate, measure_decode_rate, measure_parts, predict_limit
 from iwm_fast.commands.memory_verdict import MemoryVerdict, gpu_memory
 from iwm_fast.config.batch_size import accumulation_steps, describe_large_batch
 from iwm_fast.config.commands import CheckConfig
@@ -380,14 +372,10 @@ def _report_limit(
     rate: DecodeRate | None,
 ) -> None:
     """Add how fast a rank reads, decodes and computes, and which of them will limit the run."""
-    ranks, given = _num_ranks(request), request.images_per_s
+    ranks = _num_ranks(request)
     is_on_gpu = bool(request.gpu) or choose_device(config.runtime.device).type == "cuda"
-    speeds = [
-        measure_reading(shards, config.runtime.reader_threads),
-        decoding_speed(config, shards, rate, is_on_gpu=is_on_gpu),
-        Speed("computation", given / ranks, "as images_per_s says") if given else computation_speed(
-            config, shards, micro_batch_size, is_on_gpu=is_on_gpu),
-    ]  # fmt: skip
+    given = request.images_per_s / ranks if request.images_per_s else None
+    speeds = measure_parts(config, shards, micro_batch_size, rate, given_speed=given, is_on_gpu=is_on_gpu)
     # Ranks share the cores of this machine, unless the run is meant for another one.
     ranks_here = 0 if request.gpu else min(ranks, torch.cuda.device_count() or ranks)
     speeds = [speed.on_shared_cores(ranks_here) for speed in speeds]

@@ -170,6 +170,24 @@ def computation_speed(config: RunConfig, shards: ShardSet, micro_batch_size: int
     return Speed("computation", speed, remark, num_threads)
 
 
+def measure_parts(
+    config: RunConfig,
+    shards: ShardSet,
+    micro_batch_size: int,
+    rate: "DecodeRate | None",
+    *,
+    given_speed: float | None,
+    is_on_gpu: bool,
+) -> list[Speed]:
+    """Return how fast a rank reads, decodes and, last, computes, which is not measured if its speed is given."""
+    if given_speed is None:
+        computation = computation_speed(config, shards, micro_batch_size, is_on_gpu=is_on_gpu)
+    else:
+        computation = Speed("computation", given_speed, "as images_per_s says")
+    reading = measure_reading(shards, config.runtime.reader_threads)
+    return [reading, decoding_speed(config, shards, rate, is_on_gpu=is_on_gpu), computation]
+
+
 def _count_threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
