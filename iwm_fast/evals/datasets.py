@@ -26,7 +26,7 @@ from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
-from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero
+from iwm_fast.runtime.distributed import RankInfo, broadcast_from_rank_zero, on_every_rank
 from iwm_fast.runtime.error_reporting import same_error_on_all_ranks
 from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.training.loaders import evaluation_loader, open_named_shards, open_training_shards
@@ -280,12 +280,20 @@ def compute_sharded(
 
     `compute` yields the tensors of a share of the samples. It must not be collective, because shares differ in size.
     `description` labels the progress bar. Collective: every rank must call it.
+
+    Raises:
+        Exception: on the first rank on which `compute` raised, whatever it raised.
+        PeerFailedError: on the other ranks, if `compute` raised on any.
     """
     share = local_share(samples, rank_info)
     local = drop_padding(share)
     values = torch.zeros(len(local), *shape, device=rank_info.device)
-    for index, value in enumerate(track_progress(compute(local), len(local), description, rank_info)):
-        values[index] = value
+
+    def compute_share() -> None:
+        for index, value in enumerate(track_progress(compute(local), len(local), description, rank_info)):
+            values[index] = value
+
+    on_every_rank(compute_share)
     return gather_in_order(share, values, rank_info)
 
 

@@ -1,22 +1,23 @@
 """Evaluation during training every `output.evaluate_every` steps: MRR, k-NN, probes and effective ranks on data.val.
 
-Rank 0 evaluates temporary networks with the weights of teacher and predictor, while the other ranks wait. The networks,
-random states and sample stream of training do not change.
+Temporary networks get the weights of teacher and predictor. All ranks share the images that these process; rank 0 then
+fits the probes. The networks, random states and sample stream of training do not change.
 """
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from iwm_fast import world_model
 from iwm_fast.config.evaluation import MrrConfig
 from iwm_fast.config.run import RunConfig
-from iwm_fast.evals.datasets import LabelledSets, evenly_spaced, label_sets, require_readable
+from iwm_fast.evals.datasets import LabelledSets, compute_sharded, evenly_spaced, label_sets, require_readable
 from iwm_fast.evals.online_probes import KNN, MIN_PROBE_IMAGES, accuracies, encode_changed_views, encode_images
 from iwm_fast.evals.retrieval.bank import trained_family
 from iwm_fast.evals.retrieval.mrr import chance_mrr, mean_reciprocal_rank, rank_images
@@ -30,7 +31,7 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-# Small settings, because training waits: about 500 TFLOP for a ViT-B/16, most of a minute of a GPU in float32.
+# Small settings, because training waits: about 500 TFLOP for a ViT-B/16, most of a minute of one GPU in float32.
 _MRR = MrrConfig(num_images=64, bank_size=64, bank="run")
 _MAX_VAL_SAMPLES = 2000
 _LIDAR_IMAGES = 256
@@ -74,6 +75,8 @@ class OnlineEvaluation:
         self._config = config
         self._train = train
         self._rank_info = rank_info
+        # Without a transformation of both views, there is nothing to predict and nothing to tell apart.
+        self._family: str = trained_family(config.views) or ""
         self._last_end: float = time.perf_counter()
 
     def prepare(self) -> None:
@@ -86,41 +89,34 @@ class OnlineEvaluation:
             ValueError: if data.val names no shards, or the metric of output.keep_best is not measured.
             FileNotFoundError, ShardError: if shards are missing, damaged, or have labels that data.train lacks.
         """
-        self._controls = distributed.broadcast_from_rank_zero(self._open_and_measure)
+        # On one rank: others would read the same headers and repeat the warnings.
+        self._val, self._labelled = distributed.broadcast_from_rank_zero(self._open)
+        self._measured: tuple[str, ...] = measured_metrics(self._config, self._train, self._val)
+        untrained = self._measure(distributed.on_every_rank(self._new_model))
+        self._controls: dict[str, float] = {f"{name}_untrained": value for name, value in untrained.items()}
+        if "mrr" in self._measured:
+            self._controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
+        if self._labelled:
+            # Linear and attentive probe have the same chance.
+            self._controls["eval/knn_chance"] = self._labelled.chance
         self._last_end = time.perf_counter()
 
-    def _open_and_measure(self) -> dict[str, float]:
-        val = self._config.data.val
-        interval = self._config.output.evaluate_every
-        require(bool(val), "data.val", val, f"name validation shards when output.evaluate_every is set ({interval})")
-        self._val = open_named_shards("data.val", val, self._config.data)
-        require_measured(self._config, self._train, self._val)
-        self._measured: tuple[str, ...] = measured_metrics(self._config, self._train, self._val)
-        self._labelled = _label_samples(self._train, self._val)
-        # Without a transformation of both views, there is nothing to predict and nothing to tell apart.
-        self._family: str = trained_family(self._config.views) or ""
+    def _open(self) -> tuple[ShardSet, LabelledSets | None]:
+        pattern, interval = self._config.data.val, self._config.output.evaluate_every
+        condition = f"name validation shards when output.evaluate_every is set ({interval})"
+        require(bool(pattern), "data.val", pattern, condition)
+        val = open_named_shards("data.val", pattern, self._config.data)
+        require_measured(self._config, self._train, val)
+        labelled = _label_samples(self._train, val)
         if not self._family:
             log.info(
                 "evaluations measure neither MRR nor LiDAR, because training applies no transformation to both views"
             )
-        self._require_readable()
-        controls = {f"{name}_untrained": value for name, value in self._measure(self._new_model()).items()}
-        if "mrr" in self._measured:
-            controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
-        if self._labelled:
-            # Linear and attentive probe have the same chance.
-            controls["eval/knn_chance"] = self._labelled.chance
-        return controls
-
-    def _require_readable(self) -> None:
         counts = {"mrr": _MRR.num_images, "rank_me": _MAX_VAL_SAMPLES, "lidar": _LIDAR_IMAGES}
-        selections = [(self._val, self._val_samples(counts[name])) for name in counts if name in self._measured]
-        if self._labelled:
-            selections.append((self._train, self._labelled.train.samples))
-        require_readable(*selections)
-
-    def _val_samples(self, count: int) -> np.ndarray:
-        return evenly_spaced(self._val.num_samples, count)
+        measured = measured_metrics(self._config, self._train, val)
+        selections = [(val, evenly_spaced(val.num_samples, counts[name])) for name in counts if name in measured]
+        require_readable(*selections, *([(self._train, labelled.train.samples)] if labelled else []))
+        return val, labelled
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """Return all metrics, their controls and the cost, by name. Collective: every rank must call it.
@@ -133,14 +129,14 @@ class OnlineEvaluation:
                 rank consumes them, because each weight is gathered by all ranks.
 
         Raises:
-            Exception: if the evaluation fails on rank 0; only rank 0 raises with a message.
+            Exception: on the first rank on which the evaluation fails, whatever was raised there.
+            PeerFailedError: on the other ranks.
         """
         started = time.perf_counter()
         # A failure to build the networks must reach the other ranks before they gather weights with this one.
-        model = distributed.rank_zero_only(lambda: self._new_model(teacher))
-        _copy(parameters, dict(model.predictor.named_parameters()) if model else {})
-        # The function is called on rank 0 only, where there is a model.
-        metrics = distributed.broadcast_from_rank_zero(lambda: self._measure(model) if model else {})
+        model = distributed.on_every_rank(lambda: self._new_model(teacher))
+        _copy(parameters, dict(model.predictor.named_parameters()))
+        metrics = self._measure(model)
         ended, previous_end = time.perf_counter(), self._last_end
         self._last_end = ended
         cost = {"eval/time_s": ended - started, "eval/time_share": (ended - started) / (ended - previous_end)}
@@ -155,35 +151,53 @@ class OnlineEvaluation:
         return model
 
     def _measure(self, model: WorldModel) -> dict[str, float]:
-        metrics = {}
+        val, rank_info, has_probes = self._val, self._rank_info, "attentive" in self._measured
+        ranks = versions = train = None
         if "mrr" in self._measured:
-            config = replace(_MRR, families=(self._family,))
-            rank = np.stack(list(rank_images([model], self._val, self._val_samples(config.num_images), config)))
-            metrics["mrr"] = mean_reciprocal_rank(rank)
-        has_probes = "attentive" in self._measured
-        val = encode_images(model, self._val, self._val_samples(_MAX_VAL_SAMPLES), keep_tokens=has_probes)
-        metrics["rank_me"] = float(rank_me(val.pooled.to(model.device)))
+            ranks = self._rank_images(model)
         if "lidar" in self._measured:
-            samples = self._val_samples(_LIDAR_IMAGES)
-            metrics["lidar"] = float(lidar(encode_changed_views(model, self._val, samples, self._family)))
+            samples = evenly_spaced(val.num_samples, _LIDAR_IMAGES)
+            versions = encode_changed_views(model, val, samples, rank_info, self._family)
+        samples = evenly_spaced(val.num_samples, _MAX_VAL_SAMPLES)
+        encoded = encode_images(model, val, samples, rank_info, keep_tokens=has_probes)
         if self._labelled:
-            train = encode_images(model, self._train, self._labelled.train.samples, keep_tokens=has_probes)
-            # New heads initialise themselves with the global generator, too.
-            with torch.random.fork_rng(devices=[]):
-                metrics |= accuracies(model, self._labelled, train, val)
-        if self._rank_info.device.type == "cuda":
+            train = encode_images(model, self._train, self._labelled.train.samples, rank_info, keep_tokens=has_probes)
+
+        def summarize() -> dict[str, float]:
+            metrics = {"rank_me": float(rank_me(encoded.pooled.to(model.device)))}
+            if ranks is not None:
+                metrics["mrr"] = mean_reciprocal_rank(ranks)
+            if versions is not None:
+                metrics["lidar"] = float(lidar(versions))
+            if self._labelled and train:
+                # New heads initialise themselves with the global generator, too.
+                with torch.random.fork_rng(devices=[]):
+                    metrics |= accuracies(model, self._labelled, train, encoded)
+            return {f"eval/{name}": metrics[name] for name in self._measured}
+
+        metrics = distributed.broadcast_from_rank_zero(summarize)
+        if rank_info.device.type == "cuda":
             # DALI has its own allocator, which cannot use the memory that torch's keeps in its cache.
             torch.cuda.empty_cache()
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        return metrics
+
+    def _rank_images(self, model: WorldModel) -> Float32[np.ndarray, "images 1 1 M"]:
+        config = replace(_MRR, families=(self._family,))
+
+        def rank_share(local: Int64[np.ndarray, "share"]) -> Iterator[Float32[Tensor, "1 1 M"]]:
+            return map(torch.from_numpy, rank_images([model], self._val, local, config))
+
+        samples = evenly_spaced(self._val.num_samples, config.num_images)
+        return compute_sharded(
+            samples, rank_share, (1, 1, config.bank_size), "images ranked", self._rank_info
+        ).cpu().numpy()  # fmt: skip
 
 
 @torch.no_grad()
 def _copy(parameters: Iterable[tuple[str, Tensor]], destination: dict[str, Tensor]) -> None:
-    """Copy the predictor's weights into the tensors of the destination, which is empty on ranks other than 0."""
-    # Every rank iterates to the end, because iterating gathers sharded weights from all ranks.
+    """Copy the predictor's weights into the tensors of the destination."""
     for name, parameter in parameters:
-        if name.removeprefix(_PREDICTOR) in destination:
-            destination[name.removeprefix(_PREDICTOR)].copy_(parameter)
+        destination[name.removeprefix(_PREDICTOR)].copy_(parameter)
 
 
 def _label_samples(train: ShardSet, val: ShardSet) -> LabelledSets | None:

@@ -6,6 +6,7 @@ cropped, changed and masked, so that its accuracy would not be that of any check
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +16,9 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
 from iwm_fast.config.evaluation import AttentiveConfig, KnnConfig, LinearConfig, ProbeConfig
-from iwm_fast.evals.datasets import LabelledSets, clean_images, evaluation_batches
+from iwm_fast.evals.datasets import LabelledSets, clean_images, compute_sharded, evaluation_batches
 from iwm_fast.evals.probing.attentive import AttentiveGrid
-from iwm_fast.evals.probing.extraction import Features
+from iwm_fast.evals.probing.extraction import Features, feature_shape
 from iwm_fast.evals.probing.feature_batches import FeatureDataset
 from iwm_fast.evals.probing.head_grid import DivergenceError
 from iwm_fast.evals.probing.knn import knn_correct
@@ -26,6 +27,8 @@ from iwm_fast.evals.probing.probe import BuildGrid, probe
 from iwm_fast.evals.retrieval.bank import draw_bank
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import normalize_view
+from iwm_fast.runtime.distributed import RankInfo, on_every_rank
+from iwm_fast.runtime.sharding import drop_padding, gather_in_order, local_share
 from iwm_fast.world_model import WorldModel
 
 KNN = KnnConfig(max_train_samples=2000)
@@ -52,26 +55,49 @@ class EncodedImages:
 
 
 def encode_images(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], *, keep_tokens: bool
+    model: WorldModel,
+    shards: ShardSet,
+    samples: Int64[np.ndarray, "samples"],
+    rank_info: RankInfo,
+    *,
+    keep_tokens: bool,
 ) -> EncodedImages:
-    """Return the outputs for these samples, computed on this rank without a cache."""
-    pooled, tokens = [], []
-    for batch in evaluation_batches(model, shards, samples):
-        output = model.encode(batch.source_view)
-        pooled.append(output.mean(dim=1).cpu())
-        tokens += [output.half().cpu()] if keep_tokens else []
-    return EncodedImages(pooled=torch.cat(pooled), tokens=torch.cat(tokens) if keep_tokens else None)
+    """Return the outputs for these samples on every rank; each encodes its share. Collective."""
+    share = local_share(samples, rank_info)
+    local = drop_padding(share)
+    num_tokens, dim = feature_shape(model, "tokens", layers=1)
+    # On the model's device, because NCCL gathers nothing else. Between steps, the memory of activations is free there.
+    pooled = torch.zeros(len(local), dim, device=model.device)
+    tokens = torch.zeros(len(local), num_tokens if keep_tokens else 0, dim, dtype=torch.half, device=model.device)
+
+    def encode_share() -> None:
+        end = 0
+        for batch in evaluation_batches(model, shards, local):
+            output = model.encode(batch.source_view)
+            start, end = end, end + len(output)
+            pooled[start:end] = output.mean(dim=1)
+            tokens[start:end] = output[:, : tokens.shape[1]]
+
+    on_every_rank(encode_share)
+    gathered = gather_in_order(share, tokens, rank_info).cpu() if keep_tokens else None
+    return EncodedImages(pooled=gather_in_order(share, pooled, rank_info).cpu(), tokens=gathered)
 
 
 def encode_changed_views(
-    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], family: str
+    model: WorldModel, shards: ShardSet, samples: Int64[np.ndarray, "samples"], rank_info: RankInfo, family: str
 ) -> Float[Tensor, "samples views D"]:
-    """Return the pooled features of 8 versions of each sample, changed by a family as strongly as in training."""
-    features = []
-    for pixels, sample in clean_images(model, shards, samples):
-        bank = draw_bank(pixels, sample, _VIEWS_PER_IMAGE, model=model, strengths="run", seed=0, family=family)
-        features.append(model.encode(normalize_view(bank.pixels, model.config.data.normalization)).mean(dim=1))
-    return torch.stack(features)
+    """Return the pooled features of 8 versions of each sample, changed by a family as strongly as in training.
+
+    On every rank; each encodes its share. Collective.
+    """
+
+    def encode_share(local: Int64[np.ndarray, "share"]) -> Iterator[Float[Tensor, "views D"]]:
+        for pixels, sample in clean_images(model, shards, local):
+            bank = draw_bank(pixels, sample, _VIEWS_PER_IMAGE, model=model, strengths="run", seed=0, family=family)
+            yield model.encode(normalize_view(bank.pixels, model.config.data.normalization)).mean(dim=1)
+
+    shape = _VIEWS_PER_IMAGE, *feature_shape(model, "pooled", layers=1)
+    return compute_sharded(samples, encode_share, shape, "images changed", rank_info)
 
 
 def accuracies(model: WorldModel, sets: LabelledSets, train: EncodedImages, val: EncodedImages) -> dict[str, float]:

@@ -258,6 +258,34 @@ def broadcast_from_rank_zero(function: Callable[[], Value]) -> Value:
     return values[0]
 
 
+def on_every_rank(function: Callable[[], Value]) -> Value:
+    """Call a function that is not collective on every rank and return this rank's value, if it succeeded on all ranks.
+
+    Otherwise a rank that succeeded would wait in the next collective for a rank that failed, until the timeout.
+    Collective: every rank must call it.
+
+    Raises:
+        Exception: on the first rank on which the function raised, whatever it raised there.
+        PeerFailedError: on the other ranks, if the function raised on any.
+    """
+    if not dist.is_initialized():
+        return function()
+    value: Any = None
+    failure: Exception | None = None
+    try:
+        value = function()
+    # Any exception, for the reason above.
+    except Exception as error:
+        failure = error
+    has_failed = gather_objects(failure is not None)
+    if not any(has_failed):
+        return value
+    first = has_failed.index(True)
+    if failure is not None and first == dist.get_rank():
+        raise failure
+    raise PeerFailedError(f"rank {first} failed and reports the reason") from failure
+
+
 def gather_objects(value: Value) -> list[Value]:
     """Return the values of all ranks in order of rank, pickled on the way, which is too slow for every step.
 

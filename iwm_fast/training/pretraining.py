@@ -19,7 +19,6 @@ from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.training.components import TrainingComponents
 from iwm_fast.training.loaders import log_metadata, training_loader
 from iwm_fast.training.resume import resumed_state
@@ -102,19 +101,8 @@ class PretrainTask:
 
     def before_checkpoint(self) -> None:
         """Publish the rows of all ranks in the action log, which must reach as far as the checkpoint. Collective."""
-        if self._action_log is None:
-            return
-        failure: Exception | None = None
-        try:
-            self._action_log.publish()
-        # Any exception: the other ranks must learn of it, or they would wait for this one.
-        except Exception as error:
-            failure = error
-        (has_failed,) = distributed.any_rank([failure is not None], self.rank_info.device)
-        if failure is not None:
-            raise failure
-        if has_failed:
-            raise PeerFailedError("another rank could not write its action log; see its message")
+        if self._action_log is not None:
+            distributed.on_every_rank(self._action_log.publish)
 
     def close(self) -> None:
         if self._loader is not None:

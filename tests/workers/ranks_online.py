@@ -1,8 +1,11 @@
 """A rank of test_online.py, `python ranks_online.py FOLDER TRAIN VAL`: evaluates, also after the images are deleted."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.runtime import distributed
@@ -23,9 +26,11 @@ def main(folder, train, val):
     rank_info = distributed.start("cpu")
     trainer = build_components(config, rank_info)
     evaluation = OnlineEvaluation(config, trainer.shards, rank_info)
+    state = torch.get_rng_state()
     evaluation.prepare()
     row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
-    print({name: value for name, value in row.items() if not name.startswith("eval/time")}, flush=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    print(json.dumps({name: value for name, value in row.items() if not name.startswith("eval/time")}), flush=True)
     distributed.broadcast_from_rank_zero(Path(val).unlink)
     evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
 

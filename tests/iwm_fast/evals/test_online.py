@@ -1,5 +1,6 @@
 """Evaluation during training: it gives the metrics of the commands and does not affect training."""
 
+import json
 import math
 import os
 import subprocess
@@ -235,8 +236,8 @@ def test_mrr_and_lidar_are_measured_with_a_transformation_that_training_applies(
     shards, samples = open_shards(val), np.arange(4)
     ranks = np.stack(list(rank_images([model], shards, samples, replace(online._MRR, families=("gamma",)))))
     assert row["eval/mrr"] == mean_reciprocal_rank(ranks)
-    assert row["eval/lidar"] == lidar(encode_changed_views(model, shards, samples, "gamma"))
-    assert row["eval/lidar"] != lidar(encode_changed_views(model, shards, samples, "jitter"))
+    assert row["eval/lidar"] == lidar(encode_changed_views(model, shards, samples, rank_info, "gamma"))
+    assert row["eval/lidar"] != lidar(encode_changed_views(model, shards, samples, rank_info, "jitter"))
 
 
 @pytest.mark.parametrize(
@@ -272,8 +273,11 @@ def test_only_divergence_of_a_probe_gives_nan(rank_info, tiny_shards):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-def test_two_ranks_agree_and_end_together_when_the_images_are_gone(tiny_shards, tmp_path):
-    val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0])
+def test_two_ranks_measure_what_one_does_and_end_together_when_the_images_are_gone(rank_info, tiny_shards, tmp_path):
+    # An odd number, so that the ranks' shares differ.
+    val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1])
+    config = online_run(tiny_shards, tmp_path, val)
+    _, row = evaluate_untrained(config, OnlineEvaluation(config, open_shards(tiny_shards.pattern), rank_info))
     port = free_port()
     pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
@@ -284,6 +288,7 @@ def test_two_ranks_agree_and_end_together_when_the_images_are_gone(tiny_shards, 
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     (first, error), (second, other_error) = printed
-    assert "eval/mrr" in first and first == second
+    assert first == second
+    assert json.loads(first) == pytest.approx({name: value for name, value in row.items() if "time" not in name})
     assert error.count("error (rank 0)") == 1 and "val.tar" in error and "Traceback" not in error + other_error
     assert "error" not in other_error
