@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 
+import gc
 import getpass
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,6 @@ import threading
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -25,8 +25,9 @@ CHECKED = (
     "monitoring", "pipelines", "rendering", "runtime", "training",
 )  # fmt: skip
 if importlib.util.find_spec("beartype"):
-    # Before anything of the package is imported.
-    jaxtyping.install_import_hook([f"iwm_fast.{name}" for name in CHECKED], "beartype.beartype")
+    from fixtures.type_checks import check_types
+
+    check_types([f"iwm_fast.{name}" for name in CHECKED])
 
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 
@@ -36,6 +37,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+# Nothing that imports create is garbage.
+gc.disable()
 
 # Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP. Programs that tests start would inherit
 # this and ignore these signals, too; a handler is not inherited.
@@ -85,6 +89,12 @@ def pytest_collection_modifyitems(config, items):
         for keyword, reason in reasons.items():
             if keyword in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    # Collections no longer look at what has been imported, which would take them half a second each.
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

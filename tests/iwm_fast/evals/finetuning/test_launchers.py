@@ -71,14 +71,12 @@ def state(run, variant, name=FOLDER):
     return checkpoints.read(checkpoints.find_newest_folder(run / "evaluations" / name / variant)).engine_state
 
 
+@pytest.mark.slow
 @pytest.mark.multi_rank
 @pytest.mark.parametrize(
     ("engine", "stage"),
-    [("deepspeed", 3), *(
-        pytest.param(*row, marks=pytest.mark.slow)
-        for row in (("plain", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2))
-    )],
-)  # fmt: skip
+    [("plain", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)],
+)
 def test_two_ranks_give_the_same_result_as_one(run, tmp_path, engine, stage):
     engine_options = [f"runtime.engine={engine}", *([f"runtime.zero_stage={stage}"] if stage is not None else [])]
     # Below the threshold, parameters would not be sharded.
