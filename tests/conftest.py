@@ -14,10 +14,18 @@ import threading
 # cuBLAS reads it when CUDA starts. Without it, products are refused as not deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Nothing that the following imports create is garbage.
+gc.disable()
+
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Triton reads it when kernels are imported. Without a GPU they are interpreted, with one they are compiled.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Not kernels: the hook would wrap the functions that Triton and torch.library read.
 CHECKED = (
@@ -31,15 +39,7 @@ if importlib.util.find_spec("beartype"):
 
 from fixtures.tar_files import TinyShards, encode, photograph, write_tar
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Triton reads it when kernels are imported. Without a GPU they are interpreted, with one they are compiled.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 torch.set_num_threads(1)
-
-# Nothing that imports create is garbage.
-gc.disable()
 
 # Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP. Programs that tests start would inherit
 # this and ignore these signals, too; a handler is not inherited.
@@ -95,6 +95,11 @@ def pytest_collection_finish():
     # Collections no longer look at what has been imported, which would take them half a second each.
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish():
+    # Some libraries report objects that are not collected before they end.
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
