@@ -219,7 +219,7 @@ class RuntimeConfig:
     """Whether to compile the transformer blocks of encoder, predictor and teacher with torch.compile."""
     rank_timeout_s: float = 3600.0
     """Seconds that a rank waits for the others before it considers them hung and the run ends. Allow for the time that
-    rank 0 needs to index shards, save and evaluate."""
+    rank 0 needs to index shards, save, and train the probes of an evaluation."""
     max_skipped_steps: int = 10
     """The run ends when this many consecutive steps were skipped because of a non-finite loss or gradient."""
     profile: str = ""

@@ -10,16 +10,8 @@ from iwm_fast.lab.claims import ClaimVerdict, Comparison, curve_points, num_tune
 from iwm_fast.lab.config import Claim, Curves, LabConfig, ResultSelector
 from iwm_fast.lab.correlations import MIN_RUNS, correlate
 from iwm_fast.pipelines.storage.atomic import replace_file
-from iwm_fast.rendering.charts import (
-    ForestGroup,
-    ForestRow,
-    IntervalChart,
-    IntervalPoint,
-    draw_forest_plot,
-    draw_plot,
-    draw_scatter_chart,
-    save_forest_plot,
-)
+from iwm_fast.rendering.charts import IntervalChart, IntervalPoint, draw_plot, draw_scatter_chart
+from iwm_fast.rendering.forest_plot import ForestGroup, ForestRow, draw_forest_plot, save_forest_plot
 from iwm_fast.rendering.html import card, collapsible, escape, metric_tiles, page, section, table
 from iwm_fast.runtime.provenance import current_commit
 

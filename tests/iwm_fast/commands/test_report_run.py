@@ -16,17 +16,14 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.commands.report_run import write_run_report
 from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.rendering.charts import (
-    ForestGroup,
-    ForestRow,
     IntervalChart,
     IntervalPoint,
-    draw_forest_plot,
     draw_line_chart,
     draw_plot,
     draw_scatter_chart,
     draw_waterfall_chart,
-    save_forest_plot,
 )
+from iwm_fast.rendering.forest_plot import ForestGroup, ForestRow, draw_forest_plot, save_forest_plot
 from iwm_fast.rendering.html import metric_tiles, page, table
 from iwm_fast.train import run
 
