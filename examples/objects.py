@@ -227,11 +227,10 @@ def _encode(pixels: np.ndarray, format_name: str, **options: int) -> bytes:
 
 def draw_few(samples: list[dict[str, str | bytes]], count: int, number: int, seed: int) -> list[dict[str, str | bytes]]:
     """Return `count` samples of each kind. The draw of this number with a larger count contains them."""
-    order = np.argsort(random_bits(seed, f"objects few {number}", np.arange(len(samples))), kind="stable")
-    drawn = []
-    for label in range(len(KINDS)):
-        drawn += [samples[index] for index in order if int(samples[index]["cls"]) == label][:count]
-    return drawn
+    permutation = np.argsort(random_bits(seed, f"objects few {number}", np.arange(len(samples))), kind="stable")
+    shuffled = [samples[index] for index in permutation]
+    by_kind = [[sample for sample in shuffled if int(sample["cls"]) == label] for label in range(len(KINDS))]
+    return [sample for kind in by_kind for sample in kind[:count]]
 
 
 def write_objects(photographs: Path, destination: Path, seed: int = 0, *, for_pilot: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Evaluation during training every `output.evaluate_every` steps: MRR, k-NN, probes and effective ranks on data.val.
 
-Temporary networks get the weights of teacher and predictor. All ranks share the images that these process; rank 0 then
-fits the probes. The networks, random states and sample stream of training do not change.
+Each rank processes its share of the images with temporary networks, which get the weights of teacher and predictor.
+Rank 0 then trains the probes. The networks, random states and sample stream of training do not change.
 """
 
 import logging
@@ -31,7 +31,7 @@ from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-# Small settings, because training waits: about 500 TFLOP for a ViT-B/16, most of a minute of one GPU in float32.
+# Small settings, because training waits: about 500 TFLOP for a ViT-B/16, shared by the ranks.
 _MRR = MrrConfig(num_images=64, bank_size=64, bank="run")
 _MAX_VAL_SAMPLES = 2000
 _LIDAR_IMAGES = 256

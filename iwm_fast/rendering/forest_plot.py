@@ -130,7 +130,7 @@ def save_forest_plot(path: Path, groups: Sequence[ForestGroup], *, unit: str) ->
                 *((text, "bold", 9, LIGHT.ink) for text in title),
                 *((text, "normal", 8, LIGHT.soft) for text in note),
             ):
-                # The white background hides the grid lines behind the text.
+                # The white background keeps the grid lines out of the text.
                 axis.text(
                     -0.73, y, line, transform=beside, va="center", backgroundcolor="#ffffff",
                     fontweight=weight, fontsize=size, color=colour,

@@ -5,11 +5,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from iwm_fast.evals.online import OnlineEvaluation
 from iwm_fast.runtime import distributed
-from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.error_reporting import PeerFailedError, user_facing_errors
 from iwm_fast.runtime.process import end_process
 from iwm_fast.training.components import build_components
 
@@ -31,6 +32,8 @@ def main(folder, train, val):
     row = evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
     assert torch.equal(torch.get_rng_state(), state)
     print(json.dumps({name: value for name, value in row.items() if not name.startswith("eval/time")}), flush=True)
+    with pytest.raises(ZeroDivisionError if rank_info.rank == 1 else PeerFailedError):
+        distributed.on_every_rank(lambda: 1 / (1 - rank_info.rank))
     distributed.broadcast_from_rank_zero(Path(val).unlink)
     evaluation(trainer.teacher.state_dict(), trainer.engine.named_parameters("predictor."))
 

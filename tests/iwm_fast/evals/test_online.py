@@ -23,7 +23,7 @@ from iwm_fast.config.run import Metric, RunConfig
 from iwm_fast.evals import online, online_probes
 from iwm_fast.evals.datasets import label_sets
 from iwm_fast.evals.online import OnlineEvaluation
-from iwm_fast.evals.online_probes import encode_changed_views
+from iwm_fast.evals.online_probes import encode_changed_views, encode_images
 from iwm_fast.evals.probing.knn import evaluate_knn
 from iwm_fast.evals.probing.linear import LinearGrid
 from iwm_fast.evals.retrieval.mrr import evaluate_mrr, mean_reciprocal_rank, rank_images
@@ -35,6 +35,7 @@ from iwm_fast.pipelines.transforms.operations.gamma import Gamma
 from iwm_fast.pipelines.transforms.operations.jitter import Jitter
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
+from iwm_fast.training import loaders
 from iwm_fast.training.components import TrainingComponents, build_components
 from iwm_fast.training.loaders import training_loader
 from iwm_fast.training.schedules import build_schedules
@@ -271,7 +272,16 @@ def test_only_divergence_of_a_probe_gives_nan(rank_info, tiny_shards):
     assert math.isnan(online_probes._probe_accuracy(torch.device("cpu"), sets, features, LinearGrid, config))
 
 
-@pytest.mark.slow
+def test_features_do_not_depend_on_the_batches(rank_info, tiny_shards, tmp_path, monkeypatch):
+    model, shards = world_model.build_untrained(tiny_run(tiny_shards, tmp_path)), open_shards(tiny_shards.pattern)
+    one_batch = encode_images(model, shards, np.arange(10), rank_info, keep_tokens=True)
+    monkeypatch.setattr(loaders, "EVALUATION_BATCH_SIZE", 4)
+    three_batches = encode_images(model, shards, np.arange(10), rank_info, keep_tokens=True)
+    torch.testing.assert_close(three_batches.pooled, one_batch.pooled)
+    torch.testing.assert_close(three_batches.tokens, one_batch.tokens)
+    assert len(one_batch.pooled.unique(dim=0)) == 10
+
+
 @pytest.mark.multi_rank
 def test_two_ranks_measure_what_one_does_and_end_together_when_the_images_are_gone(rank_info, tiny_shards, tmp_path):
     # An odd number, so that the ranks' shares differ.
