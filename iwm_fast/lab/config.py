@@ -203,7 +203,7 @@ def parse_claim(name: str, entry: Any) -> Claim:
     compare = entry["compare"]
     is_paired = isinstance(compare, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in compare)
     require(is_paired, f"claims.{name}.compare", compare, "hold pairs [better, worse]")
-    pairs = tuple(tuple(_parse_selector(text, f"claims.{name}.compare") for text in pair) for pair in compare)
+    pairs = tuple(tuple(parse_selector(text, f"claims.{name}.compare") for text in pair) for pair in compare)
     return Claim(name=name, text=str(entry["text"]), paper=str(entry["paper"]), compare=pairs, margin=margin)  # type: ignore[arg-type]
 
 
@@ -219,7 +219,7 @@ def parse_curves(name: str, entry: Any) -> Curves:
     x = convert(f"{address}.x", tuple[float, ...], entry["x"])
     require(len(x) >= 1 and min(x, default=0) > 0, f"{address}.x", x, "list values above 0")
     lines = {
-        line: tuple(_parse_selector(text, f"{address}.lines") for text in convert(address, tuple[str, ...], texts))
+        line: tuple(parse_selector(text, f"{address}.lines") for text in convert(address, tuple[str, ...], texts))
         for line, texts in entry["lines"].items()
     }
     lengths = {line: len(selectors) for line, selectors in lines.items()}
@@ -228,7 +228,12 @@ def parse_curves(name: str, entry: Any) -> Curves:
     return Curves(name=name, x=x, lines=lines, **texts)
 
 
-def _parse_selector(text: str, address: str) -> ResultSelector:
+def parse_selector(text: str, address: str) -> ResultSelector:
+    """Parse the name of a result, CELL RESULT SUBJECT METRIC; `address` is its place in the file, for the error.
+
+    Raises:
+        ValueError: if a word is missing.
+    """
     words = str(text).split()
     require(len(words) >= 4, address, text, "be of the form CELL RESULT SUBJECT METRIC")
     # Only subjects contain spaces, such as "mean alone".

@@ -6,6 +6,7 @@ transformation. The interval takes runs as independent, although those of one ce
 Source: IWM, which reports coefficients without intervals.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,20 +51,35 @@ class Correlation:
 def correlate(rows: Sequence[Mapping[str, Any]]) -> list[Correlation]:
     """Return the correlations over a lab's rows (cell, seed, result, subject, metric, value, ...), in their order.
 
-    Pairs with fewer than 4 runs, or without any variation, are left out.
+    Pairs with fewer than 4 runs, without any variation, or of different checkpoints are left out.
     """
     results: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in rows:
+    for row in filter(is_correlated, rows):
         values = results.setdefault((row["result"], row["subject"], row["metric"]), {})
         values[row["cell"], row["seed"]] = row["value"]
     mrrs = {name: values for (name, *rest), values in results.items() if tuple(rest) == _MRR}
-    others = {key: values for key, values in results.items() if _task(key[0]) in _TASKS and key[2] in _METRICS}
-    pairs = (_correlate(mrr, mrr_values, *other) for mrr, mrr_values in mrrs.items() for other in others.items())
+    pairs = (
+        _correlate(mrr, mrr_values, key, values)
+        for mrr, mrr_values in mrrs.items()
+        for key, values in results.items()
+        if key[1:] != _MRR and _checkpoint(key[0]) == _checkpoint(mrr)
+    )
     return [correlation for correlation in pairs if correlation is not None]
 
 
+def is_correlated(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of a lab is an MRR of jitter or an accuracy that `correlate` compares with it."""
+    is_mrr = (row["subject"], row["metric"]) == _MRR
+    return is_mrr or (_task(row["result"]) in _TASKS and row["metric"] in _METRICS)
+
+
 def _task(result: str) -> str:
-    return result.partition("_")[0]
+    return re.split("[_-]", result)[0]
+
+
+def _checkpoint(result: str) -> str:
+    """Return the step of a result's checkpoint; empty for the last checkpoint, which no name contains."""
+    return result.partition("-step-")[2]
 
 
 def _correlate(
@@ -80,7 +96,7 @@ def _correlate(
     interval = pearson.confidence_interval(0.95)
     result, subject, metric = key
     # The paper's accuracies are those of image classes.
-    has_paper = metric == "accuracy" and "_json." not in result
+    has_paper = metric == "accuracy" and "_json." not in result and not _checkpoint(result)
     return Correlation(
         mrr=mrr,
         result=result,

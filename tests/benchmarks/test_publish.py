@@ -41,7 +41,7 @@ def test_the_pages_show_the_published_numbers():
     for page in publish.PAGES:
         text = page.read_text(encoding="utf-8")
         assert text == publish.update_sections(text), "run python -m benchmarks.publish"
-        shown |= set(re.findall("<!-- end of (.*) -->", text))
+        shown |= set(re.findall("<!-- end of ([^,]*) -->", text))
     published = {path.stem for path in publish.DOCS.glob("*.json")}
     assert shown == published
     assert all((publish.DOCS / f"{name}.png").stat().st_size < 300_000 for name in published)
@@ -55,6 +55,44 @@ def test_only_numbers_that_are_compared_or_drawn_are_published(lab):
     (outcome,) = publish.judge_outcomes(tree)
     assert outcome.claim == CLAIM and outcome.verdict == "holds"
     assert outcome.comparisons[0].values == ((0.5, 0.51, 0.52), (0.2, 0.2 + 0.01, 0.22))
+
+
+def test_other_seeds_and_cells_are_added_to_the_published_ones(lab):
+    tree = publish.collect_values(lab)
+    published = tree | {
+        "machine": ["L"],
+        "commit": ["1a2b", "0f"],
+        "values": {"a mrr jitter mrr": {"0": 0.0, "7": 0.7}, "d linear encoder accuracy": {"7": 0.1}},
+    }
+    added = publish.add_values(tree, published)
+    assert added["values"] == tree["values"] | {
+        "a mrr jitter mrr": {"0": 0.5, "7": 0.7, "1": 0.51, "2": 0.52},
+        "d linear encoder accuracy": {"7": 0.1},
+    }
+    assert (added["machine"], added["commit"], added["claims"]) == (["L", "M"], ["0f", "1a2b"], tree["claims"])
+    with pytest.raises(ValueError, match="differ from the published ones"):
+        publish.add_values(tree, published | {"claims": {}})
+
+
+def test_correlations_have_a_column_for_each_bank_and_the_number_of_the_paper():
+    values = [0.1, 0.2, 0.4, 0.8]
+    tree = {
+        "values": {
+            name: {str(seed): sign * value for seed, value in enumerate(values)}
+            for name, sign in (
+                ("a mrr_default jitter mrr", 1),
+                ("a mrr_strong jitter mrr", -1),
+                ("a linear encoder accuracy", 2),
+                ("a linear-step-00001000 encoder accuracy", 1),
+                ("a knn encoder accuracy", 0),
+            )
+        }
+    }
+    assert publish.render_correlations(tree).splitlines() == [
+        "|  | with mrr_default | with mrr_strong | the paper | runs |",
+        "| --- | --- | --- | --- | --- |",
+        "| linear encoder accuracy | +1.00 (+1.00 to +1.00) | -1.00 (-1.00 to -1.00) | -0.85 | 4 |",
+    ]
 
 
 def test_a_row_has_means_difference_paper_and_verdict(lab):

@@ -58,6 +58,18 @@ def test_pairs_are_formed_by_cell_and_seed_and_need_four_runs_and_variation():
     assert correlate([]) == []
 
 
+def test_results_of_a_checkpoint_are_paired_with_the_mrr_of_the_same_checkpoint():
+    rows = rows_of(
+        mrr_default__jitter__mrr=MRR,
+        linear__encoder__accuracy=MRR,
+        **{"mrr_default-step-00001000__jitter__mrr": MRR, "linear_json.hue-step-00001000__encoder__accuracy": MRR},
+    )
+    assert [(item.mrr, item.result, item.paper) for item in correlate(rows)] == [
+        ("mrr_default", "linear", -0.85),
+        ("mrr_default-step-00001000", "linear_json.hue-step-00001000", None),
+    ]
+
+
 def test_a_published_lab_has_the_correlations_of_its_numbers():
     values = json.loads((PROJECT / "docs/lab_cpu.json").read_text(encoding="utf-8"))["values"]
     rows = [
