@@ -2,7 +2,7 @@
 
 model = iwm_fast.load("runs/demo")                # a run or an export, also with checkpoint=1500 or size=64
 tokens = model.encode("photo.jpg")                # (1, N, D): tokens of all patches
-action = model.action(brightness=0.4)             # (1, A): 1.5 times as bright; docs/method.md lists all entries
+action = model.action(brightness=0.4)             # (1, A): 1.5 times as bright; docs/transformations.md has all
 predicted = model.predict("photo.jpg", action)    # (1, N, D): predicted tokens of the changed image
 target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of a changed image
 """
@@ -118,7 +118,7 @@ class WorldModel:
 
         Brightness, for instance, is the logarithm of a factor: 0.4 makes an image 1.5 times as bright, and -0.4 undoes
         it. In runs with `views.jitter.encoding=difference` it is a difference of factors. Flags such as blur are 1 if
-        the source has the effect and the target does not. docs/method.md lists all entries with their units.
+        the source has the effect and the target does not. docs/transformations.md lists all entries with their units.
 
         Raises:
             ValueError: for a name that is not an entry of the run's actions.

@@ -6,7 +6,11 @@ takes CPU tensors and is exact in float64, float32 and float16. Its bfloat16 ari
 """
 
 import functools
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +24,19 @@ IS_INTERPRETING = bool(knobs.runtime.interpret)
 
 # Tests of the gradients by finite differences need float64, which only the interpreter multiplies.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if IS_INTERPRETING else ())
+
+
+def why_not_launchable() -> str:
+    """Return what this machine lacks to start kernels on a GPU; empty if nothing.
+
+    Triton compiles the code that starts a kernel with the machine's C compiler and Python's headers.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler: install gcc, or set CC to one"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Triton needs {header}: install Python's headers (python3-dev)"
+    return ""
 
 
 class Launch(NamedTuple):

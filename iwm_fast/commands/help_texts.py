@@ -8,7 +8,7 @@ _DEMO = """\
 Pastes parts of photographs that scikit-image and scikit-learn contain onto others, writes the images as shards, trains
 a world model on them under the DeepSpeed launcher (one rank per GPU, two ranks without a GPU), evaluates it by mean
 reciprocal rank and k-NN, trains a decoder that shows its tokens as pixels, draws pictures, and prints a table. Nothing
-is downloaded. It takes about 7 minutes on two CPU cores.
+is downloaded. It takes about 8 minutes on two CPU cores.
 
 Files, in the current folder:
   data/demo/                shards: 8 for training, 2 for validation

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels import residual_norm
 from iwm_fast.kernels.attention import op as attention
-from iwm_fast.kernels.launch import IS_INTERPRETING, architecture
+from iwm_fast.kernels.launch import IS_INTERPRETING, architecture, why_not_launchable
 from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
 from iwm_fast.models.encoder import Encoder
 from iwm_fast.models.layers import initialize_
@@ -95,6 +95,8 @@ def _why_not_fused(config: RunConfig, device: torch.device, num_predictor_tokens
     gpu, dtype = architecture(device), compute_dtype(config) or torch.float32
     if gpu < 80:
         return f"fused operations need a GPU of compute capability 8.0 or newer, got {gpu / 10}"
+    if device.type == "cuda" and (reason := why_not_launchable()):
+        return reason
     encoder, predictor, num_patches = config.model.encoder, config.model.predictor, config.grid**2
     num_action_tokens = len(config.views.entries) if predictor.conditioning == "sequence" else 0
     lengths = {"encoder": num_patches, "predictor": num_predictor_tokens or num_patches + num_action_tokens}

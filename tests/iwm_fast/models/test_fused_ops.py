@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,7 @@ def test_by_default_a_gpu_runs_kernels_where_there_are_some(config, caplog, monk
     # A GPU of which only the architecture is known.
     monkeypatch.setattr(student_module, "architecture", lambda device: 90)
     monkeypatch.setattr(attention_module, "IS_INTERPRETING", False)
+    monkeypatch.setattr(student_module, "why_not_launchable", lambda: "")
     gpu = torch.device("cuda")
     half = replace(config, optim=replace(config.optim, precision="bf16"))
     full = replace(config, optim=replace(config.optim, precision="fp32"))
@@ -178,6 +180,22 @@ def test_by_default_a_gpu_runs_kernels_where_there_are_some(config, caplog, monk
     assert "operations are fused Triton kernels" in caplog.text
     assert "fused attention supports bfloat16 and float16, got float32" in caplog.text
     assert "compute capability 8.0 or newer, got 7.5" in caplog.text
+
+
+def test_a_machine_without_what_triton_needs_runs_torchs_operations_and_the_log_says_why(
+    config, caplog, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(student_module, "architecture", lambda device: 90)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    half = replace(config, optim=replace(config.optim, precision="bf16"))
+    with caplog.at_level("INFO"):
+        assert choose_ops(with_fused(half, ops="auto"), torch.device("cuda")) is REFERENCE
+    assert "Triton finds no C compiler: install gcc, or set CC to one" in caplog.text
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match=r"Triton needs .*Python.h: install Python's headers \(python3-dev\); set"):
+        choose_ops(with_fused(half), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
