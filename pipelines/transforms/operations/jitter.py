@@ -34,9 +34,9 @@ class Jitter(PixelOperation):
     """Strength h, at most 0.5: the hue turns (in YIQ) by a share of the full circle, uniform in [-h, h]."""
 
     encoding: Literal["difference", "log_ratio"] = "log_ratio"
-    """What the action says of brightness, contrast and saturation. log_ratio: log(target / source), which is what has
-    to be done whatever the source has already suffered, and adds up over several actions; factors below 0.05 count as
-    0.05. difference: target minus source, as in the paper. Hue is a difference in both."""
+    """How the action encodes brightness, contrast and saturation. log_ratio: log(target / source), which describes the
+    change whatever the factors of the source are, and adds up over several actions; factors below 0.05 count as 0.05.
+    difference: target minus source, as in the paper. Hue is a difference in both."""
     source: Literal["independent", "on_target"] = "independent"
     """How the source view is jittered. independent: both views jitter the shared crop; on_target: the source is
     jittered on top of the target's jitter. The action describes what each view has in all."""
