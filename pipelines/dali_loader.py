@@ -219,7 +219,7 @@ class DaliLoader:
             ) from error
         # Only now is it certain that the images were the cause: a defect of DALI or the GPU would have failed again.
         for sample in undecodable.keys() - self._left_to_pillow:
-            message = "DALI cannot decode %s (%s); Pillow decodes it instead"
+            message = "DALI cannot decode %s; Pillow decodes it instead (%s)"
             log.warning(message, self._shards.address(sample), undecodable[sample])
         self._left_to_pillow |= undecodable.keys()
         if not undecodable and not has_bad_samples:

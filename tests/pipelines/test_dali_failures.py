@@ -67,7 +67,7 @@ def let_outputs_fail(monkeypatch, messages: dict[int, str], otherwise: str = "")
 @pytest.mark.parametrize("prefetch", [1, 2])
 def test_an_error_of_the_plan_ends_the_run_and_no_batch_gets_the_pixels_of_another(shards, prefetch):
     expected, taken = take(plan_of(shards), shards, 3, []), []
-    with pytest.raises(RuntimeError, match="^can't start new thread$"):
+    with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
         take(plan_of(shards, _PlanWithoutThreads), shards, 4, taken, prefetch)
     assert len(taken) == 4 - prefetch
     for batch, other in zip(taken, expected, strict=False):

@@ -136,7 +136,7 @@ def test_an_image_that_only_pillow_decodes_is_named_once_and_used(tmp_path, capl
     drawn = [batch.sample.tolist() for batch in batches(plan, shards, "dali", max_bad_samples=0.0)]
     assert drawn == [[0, 1] * 4] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"DALI cannot decode {tmp_path}/s.tar:0001 (Failed to decode sample #0); Pillow decodes it instead"
+        f"DALI cannot decode {tmp_path}/s.tar:0001; Pillow decodes it instead (Failed to decode sample #0)"
     ]
 
 
