@@ -298,6 +298,7 @@ def test_a_shard_that_has_become_unusable_is_removed_from_the_destination(tmp_pa
     (report,) = resized([str(source)], output.parent)
     assert not report.refusal and output.exists()
     shard_at(source, [("a.txt", b"no image")])
+    os.utime(source, ns=(LONG_AGO_NS + 1, LONG_AGO_NS + 1))
     (report,) = resized([str(source)], output.parent)
     assert report.refusal and not output.exists() and not (output.parent / ".resized" / "0.tar.json").exists()
 
