@@ -22,6 +22,10 @@ from iwm_fast.pipelines.storage.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
 
+# With a share as the limit, a rank accepts as many, or that share of all samples if that is less: the share of the few
+# images that one of many ranks draws would be exceeded by chance.
+_MIN_LIMIT = 10
+
 
 def error_as_value(prepare: Callable[[UInt8[np.ndarray, "_"]], Any]) -> Prepare:
     """Return a function that prepares an image and returns the error if it is undecodable.
@@ -44,7 +48,9 @@ class BadSampleReplacer:
     def __init__(
         self, plan: BatchPlan, shards: ShardSet, reader: Reader, max_bad_samples: float, prepare_candidate: Prepare
     ) -> None:
-        """Set the limit on different bad samples: a count if it is 1 or more, else a fraction of all samples.
+        """Set the limit on different bad samples: a count if it is 1 or more, else a fraction of the images drawn.
+
+        The fraction is of the images that this rank draws in an epoch, or has drawn so far if these are more.
 
         `prepare_candidate` prepares a sample that is to replace a bad one. It must decode the image, or return the
         error.
@@ -57,9 +63,11 @@ class BadSampleReplacer:
         self._shards = shards
         self._reader = reader
         self._max_bad_samples = max_bad_samples
-        self._limit = max_bad_samples if max_bad_samples >= 1 else max_bad_samples * shards.num_samples
         self._prepare_candidate = prepare_candidate
         self._reason_of: dict[int, str] = {}
+        # Candidates that could not be decoded. They count only once they are drawn themselves.
+        self._failed_candidates: set[int] = set()
+        self._num_drawn = 0
 
     def replace(self, request: Request, images: list[Any]) -> tuple[Request, list[Any]]:
         """Replace the samples whose prepared image is an error, and those that were found to be bad before.
@@ -67,6 +75,7 @@ class BadSampleReplacer:
         Raises:
             ShardError: with shard and key, if there are too many bad samples or none can replace one.
         """
+        self._num_drawn += len(images)
         # A bad image may have a good header. It comes again in every epoch, and is replaced before it is decoded.
         bad = [
             image
@@ -91,11 +100,12 @@ class BadSampleReplacer:
         if len(candidates):
             self._count(bad_sample, reason, request.step)
         for candidate in candidates:
-            if int(candidate) in self._reason_of:
+            if int(candidate) in self._reason_of or int(candidate) in self._failed_candidates:
                 continue
             (prepared,) = self._reader.read(np.array([candidate]), self._prepare_candidate)
             if not isinstance(prepared, UndecodableImageError):
                 return int(candidate), prepared
+            self._failed_candidates.add(int(candidate))
         what = f"cannot decode the image, drawn at step {request.step} ({reason}), and no other sample can replace it"
         raise self._error(bad_sample, what, "or write its shard again")
 
@@ -108,9 +118,9 @@ class BadSampleReplacer:
         if sample in self._reason_of:
             return
         self._reason_of[sample] = reason
-        count = len(self._reason_of)
-        if count > self._limit:
-            limit = f"runtime.max_bad_samples = {self._max_bad_samples:g} allows {math.floor(self._limit)} per rank"
+        count, allowed = len(self._reason_of), self._limit()
+        if count > allowed:
+            limit = f"runtime.max_bad_samples = {self._max_bad_samples:g} allows {math.floor(allowed)} per rank"
             what = f"cannot decode the image, drawn at step {step} ({reason}); it is bad sample {count} and {limit}"
             raise self._error(sample, what, "or raise that limit")
         address = self._shards.address(sample)
@@ -119,6 +129,15 @@ class BadSampleReplacer:
             return
         message = "step %d: cannot decode %s (%s); another sample of the batch replaces it, bad samples so far: %d"
         log.warning(message, step, address, reason, count)
+
+    def _limit(self) -> float:
+        """Return the largest number of different bad samples that this rank may have drawn by now."""
+        if self._max_bad_samples >= 1:
+            return self._max_bad_samples
+        num_samples = self._shards.num_samples
+        # Each epoch deals out the samples to the ranks anew, so that in the end every rank has met all bad ones.
+        num_drawn = max(self._num_drawn, num_samples / self._plan.world_size)
+        return min(max(self._max_bad_samples * num_drawn, _MIN_LIMIT), self._max_bad_samples * num_samples)
 
     def _error(self, sample: int, what: str, alternative: str) -> ShardError:
         remedy = f"run `iwm shards check` to find all such samples and leave them out, {alternative}"

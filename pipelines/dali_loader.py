@@ -9,6 +9,7 @@ Four stages run at the same time, and each hands its results to the next in orde
 """
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,9 @@ from iwm_fast.pipelines.transforms.geometry import Windows, view_windows
 from iwm_fast.pipelines.transforms.image_decoding import DaliInput, as_ppm, dali_input, decode_image
 
 log = logging.getLogger(__name__)
+
+# In a message of DALI: the error is not about an image, so decoding the images elsewhere is no remedy.
+_MEMORY_OR_GPU = re.compile(r"memory|alloc|CUDA (runtime|driver|error)|cudaError|CUDA_ERROR", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,18 +111,20 @@ class DaliLoader:
         return request, self._reader.submit(request.samples, self._prepare)
 
     def _next_inputs(self) -> tuple[Any, ...]:
-        """Return the graph's next inputs. DALI calls this in `run`, on the render thread, up to `prefetch` ahead."""
+        """Return the graph's next inputs. `schedule_run` calls this on the render thread, up to `prefetch` ahead."""
         try:
             request, reading = self._pending_reads.popleft().result()
         except EndOfPlanError:
-            # DALI's external source ends at StopIteration; `run` raises it after the last prefetched batch.
+            # DALI's external source ends at StopIteration; `outputs` raises it after the last prefetched batch.
             raise StopIteration from None
         self._submit_next_request()
         request, images = self._replacer.replace(request, reading.result())
         for image in np.flatnonzero(np.isin(request.samples, list(self._left_to_pillow))):
             images[image] = self._decoded_by_pillow(images[image])
-        self._in_graph.append(_LoadedRequest(request, images))
-        return self._graph_inputs(self._in_graph[-1])
+        loaded = _LoadedRequest(request, images)
+        inputs = self._graph_inputs(loaded)
+        self._in_graph.append(loaded)
+        return inputs
 
     def _graph_inputs(self, loaded: _LoadedRequest) -> tuple[Any, ...]:
         draws, augment = loaded.request.draws, loaded.request.augment
@@ -134,8 +140,10 @@ class DaliLoader:
         batch, rendering_done = self._pending_batches.popleft().result()
         self._pending_batches.append(self._renderer.submit(self._render_next_batch))
         if rendering_done is not None:
-            # Only the GPU waits for the rendering, not the host. The memory belongs to the rendering stream;
-            # `record_stream` keeps the caching allocator from reusing it before the training stream has read it.
+            # Only the GPU waits for the rendering, not the host. `record_stream` keeps torch's allocator from reusing
+            # the memory of action and patch indices, which belongs to the rendering stream, before the training stream
+            # has read it. It does nothing for the views, whose memory is DALI's: DALI's DLPack deleter hands it to a
+            # thread that synchronises the device before it frees it.
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rendering_done)
             for tensor in batch.tensors_on_device():
@@ -155,11 +163,13 @@ class DaliLoader:
             return batch, self._stream.record_event()
 
     def _render(self) -> Batch:
+        # Not in the `try`: it computes and feeds a later batch, and an error of that says nothing about this one.
+        self._graph.schedule_run()
         try:
-            outputs = self._run(self._graph)
-        except RuntimeError:
+            outputs = self._outputs(self._graph)
+        except RuntimeError as error:
             # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
-            outputs = self._run_again()
+            outputs = self._run_again(error)
         loaded = self._in_graph.popleft()
         request, windows = loaded.request, loaded.windows
         if self._cpu_renderer is None:
@@ -171,48 +181,63 @@ class DaliLoader:
         rendered = RenderedViews(source_view=source_view, target_view=target_view, windows=windows)
         return assemble_batch(request, rendered, self._shards, self._plan.views, self._device)
 
-    def _run(self, graph: Any) -> tuple[Any, ...]:
-        return graph.run() if self._stream is None else graph.run(self._stream)
+    def _outputs(self, graph: Any) -> tuple[Any, ...]:
+        return graph.outputs() if self._stream is None else graph.outputs(self._stream)
 
-    def _run_again(self) -> tuple[Any, ...]:
+    def _run_again(self, error: RuntimeError) -> tuple[Any, ...]:
         """Render the batch that failed once more: without bad samples, and with images decoded by Pillow if need be.
 
         The main graph cannot repeat a batch: after an error it continues with the next one. A second graph, which does
         not prefetch, renders the batch.
 
         Raises:
-            RuntimeError: naming the images, if the batch cannot be rendered though each of them can.
+            RuntimeError: `error`, if it is about memory or the GPU; otherwise one that names the images, if the batch
+                cannot be rendered even though Pillow has decoded those that DALI cannot.
         """
         # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
         checked = [self._decode_and_prepare(image.encoded) for image in failed.images]
         request, images = self._replacer.replace(failed.request, checked)
+        has_bad_samples = request is not failed.request
+        # A damaged image may ask for any amount of memory; if it was the cause, rendering the others succeeds.
+        if _MEMORY_OR_GPU.search(_reason(error)) and not has_bad_samples:
+            raise error
         self._in_graph[0] = loaded = _LoadedRequest(request, images)
         inputs = self._graph_inputs(loaded)
+        undecodable: dict[int, str] = {}
         for image, sample in enumerate(request.samples.tolist()):
-            if self._retry(tuple(values[image : image + 1] for values in inputs)) is None:
-                if sample not in self._left_to_pillow:
-                    self._left_to_pillow.add(sample)
-                    log.warning("DALI cannot decode %s; Pillow decodes it instead", self._shards.address(sample))
+            alone = self._retry(tuple(values[image : image + 1] for values in inputs))
+            if isinstance(alone, RuntimeError):
+                undecodable[sample] = _reason(alone)
                 images[image] = self._decoded_by_pillow(images[image])
         outputs = self._retry(self._graph_inputs(loaded))
-        if outputs is None:
+        if isinstance(outputs, RuntimeError):
             first, last = (self._shards.address(int(request.samples[image])) for image in (0, -1))
             raise RuntimeError(
-                f"a batch of step {request.step} cannot be rendered though each of its images, {first} to {last}, can "
-                "be decoded; set runtime.loader=torch to find out whether DALI is the cause"
-            )
+                f"DALI cannot render a batch of step {request.step} ({_reason(error)}) though each of its images, "
+                f"{first} to {last}, can be decoded; set runtime.loader=torch to find out whether DALI is the cause"
+            ) from error
+        # Only now is it certain that the images were the cause: a defect of DALI or the GPU would have failed again.
+        for sample in undecodable.keys() - self._left_to_pillow:
+            message = "DALI cannot decode %s; Pillow decodes it instead (%s)"
+            log.warning(message, self._shards.address(sample), undecodable[sample])
+        self._left_to_pillow |= undecodable.keys()
+        if not undecodable and not has_bad_samples:
+            log.warning("DALI rendered a batch of step %d only at the second try (%s)", request.step, _reason(error))
         return outputs
 
-    def _retry(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Return the outputs of the second graph, None if it fails."""
+    def _retry(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | RuntimeError:
+        """Return the outputs of the second graph, or its error; one about memory or the GPU is raised."""
         self._retry_inputs = inputs
         if self._retry_graph is None:
             self._retry_graph = self._build_graph(replace(self._settings, prefetch=1), lambda: self._retry_inputs)
+        self._retry_graph.schedule_run()
         try:
-            return self._run(self._retry_graph)
-        except RuntimeError:
-            return None
+            return self._outputs(self._retry_graph)
+        except RuntimeError as error:
+            if _MEMORY_OR_GPU.search(_reason(error)):
+                raise
+            return error
 
     def _checked_input(self, encoded: UInt8[np.ndarray, "_"]) -> DaliInput:
         """Return what DALI is given for an image, after Pillow has decoded it."""
@@ -231,6 +256,12 @@ class DaliLoader:
             self._cpu_renderer.close()
         self._reader.close()
         del self._graph, self._retry_graph
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what DALI says happened, in one line, without the line of Python that defined the operator."""
+    text = str(error).rpartition("encountered:")[2].partition("Stacktrace")[0]
+    return " ".join(text.replace("Current pipeline object is no longer valid.", "").split()).rstrip(" :")
 
 
 def _as_tensor(output: Any) -> Tensor:

@@ -153,6 +153,9 @@ def _resize_unless_done(path: str, destination: Path, config: ResizeConfig) -> R
         writing = _ShardWriting(shard, config)
         replace_file(output, writing.write)
     except ShardError as error:
+        # What an earlier version of the source gave; the shard is reported as left out.
+        output.unlink(missing_ok=True)
+        record_path.unlink(missing_ok=True)
         is_empty = isinstance(error, EmptyShardError)
         return ResizedShard(source=path, source_version=version, refusal=str(error), holds_no_image=is_empty)
     record = ResizedShard(

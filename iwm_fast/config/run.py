@@ -251,7 +251,7 @@ class RuntimeConfig:
     start. Unset: memory grows as larger images arrive. Only if a GPU decodes."""
     max_bad_samples: float = 0.02
     """Number of undecodable samples that a rank may replace by others of the same batch before the run ends; a value
-    below 1 is a share of all samples."""
+    below 1 is a share of the images that a rank draws in an epoch, or has drawn so far if these are more."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Additional DeepSpeed settings of memory, speed and logs, such as {zero_optimization: {overlap_comm: true}}. All
     others are refused, because they follow from settings of the run or would change what is learned."""

@@ -5,7 +5,7 @@ therefore have no state to save, and all of them return the same batch for the s
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -86,6 +86,11 @@ class BatchPlan(Protocol):
         """Largest number of images in a request."""
         ...
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that share the samples."""
+        ...
+
     def request(self, index: int) -> Request:
         """Return the request of micro-batch number `index`.
 
@@ -150,6 +155,11 @@ class _EndlessPlan:
     def max_batch_size(self) -> int:
         """Largest number of images in a request."""
         return self.stream.micro_batch_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that share the samples."""
+        return self.stream.world_size
 
     def fallback_samples(self, request: Request, image: int) -> Int64[np.ndarray, "samples"]:
         """Return the samples of the following slots in the global batch, which do not depend on the number of ranks."""
@@ -216,6 +226,8 @@ class EvaluationPlan:
     """Whether a sample that cannot be decoded is replaced. The caller drops the replacement, which it recognises by
     `Batch.sample` and `Batch.scheduled_sample`, which differ."""
     augment: None = None
+    world_size: int = 1
+    """Number of ranks that share the samples: one, because each rank has a plan with samples of its own."""
 
     @property
     def max_batch_size(self) -> int:
@@ -228,7 +240,8 @@ class EvaluationPlan:
         Raises:
             EndOfPlanError: if the samples end before that micro-batch.
         """
-        slots = np.arange(len(self.samples))[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
+        first = index * self.micro_batch_size
+        slots = np.arange(first, min(first + self.micro_batch_size, len(self.samples)))
         if len(slots) == 0:
             raise EndOfPlanError(f"no micro-batch {index}: {len(self.samples)} samples end before it")
         return _unmasked_request(0, slots, self.samples[slots], self.grid, draws=identity_draws(self.views, len(slots)))
@@ -240,7 +253,13 @@ class EvaluationPlan:
         """
         if not self.leaves_out_bad_samples:
             return np.empty(0, np.int64)
-        return np.roll(self.samples, -int(request.slots[image]))[1:]
+        slot = int(request.slots[image])
+        return self._samples_twice[slot + 1 : slot + len(self.samples)]
+
+    @cached_property
+    def _samples_twice(self) -> Int64[np.ndarray, "samples"]:
+        # In it, the samples that follow one and go on from the start are a view, which costs no copy per bad image.
+        return np.concatenate([self.samples, self.samples])
 
 
 def _unmasked_request(

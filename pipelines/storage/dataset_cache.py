@@ -1,7 +1,7 @@
 """The index of a data set on disk: built once from the indexes of its shards, and again only after one has changed.
 
-It lies next to the first shard, as `index-0123456789abcdef.arrow`, or in the cache folder (see `index_cache`). It takes
-about 80 bytes for each sample and can be deleted at any time.
+It lies next to the first shard or in the cache folder (see `index_cache`), as `index-DATASET-STAMP.arrow`; the stamp
+tells what it was made from. It takes about 80 bytes for each sample and can be deleted while no process uses it.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ _SHARDS_PER_PROCESS = 32
 _THREADS_PER_PROCESS = 4
 # Shards that a thread looks at in one go, and that are held in memory while an index is built.
 _CHUNK = 256
+# Outdated indexes of a data set are removed at this age, because earlier runs may still have mapped them.
+_KEPT_S = 30 * 24 * 3600
 _INDEX_LISTED = "from iwm_fast.pipelines.storage.dataset_cache import index_listed; index_listed()"
 
 
@@ -48,12 +50,13 @@ def open_index(paths: Sequence[str], image: str, num_threads: int) -> DatasetInd
         OSError: if a shard cannot be read.
     """
     with ThreadPoolExecutor(num_threads, thread_name_prefix="index") as pool:
-        states, names = _states(paths, image, pool), _index_paths(paths, image)
+        states = _states(paths, image, pool)
         stamp = _stamp(image, states)
-        for name in names:
-            index = map_index(str(name), stamp)
+        for path in _index_paths(paths, image, stamp):
+            index = map_index(str(path), stamp)
             if index is not None:
                 return index
+        _warn_of_future_times(states)
         unindexed = [state.path for state in states if not state.indexes and "://" not in state.path]
         if _index_in_processes(unindexed, image):
             states = _states(paths, image, pool)
@@ -62,7 +65,9 @@ def open_index(paths: Sequence[str], image: str, num_threads: int) -> DatasetInd
         with IndexBuilder() as builder:
             remarks, empty = _join(_load(paths, image, pool), builder)
             is_settled = all(_is_settled(state) for state in states if state.path not in empty)
-            return _save(builder, stamp, remarks, names if is_settled else [])
+            # The index of a shard that has changed was replaced meanwhile, which outdates this one already.
+            is_settled = is_settled and _stamp(image, _states(paths, image, pool)) == stamp
+            return _save(builder, stamp, remarks, _index_paths(paths, image, stamp) if is_settled else [])
 
 
 class _State(NamedTuple):
@@ -89,15 +94,26 @@ def _is_settled(state: _State) -> bool:
     return bool(state.indexes) and time.time_ns() - state.version.changed_ns >= index_cache.MIN_AGE_NS
 
 
+def _warn_of_future_times(states: Sequence[_State]) -> None:
+    future = [state.path for state in states if state.version.changed_ns > time.time_ns()]
+    if future:
+        text = "the modification times of %d shards lie in the future, the first is %s; until then, indexes of them "
+        text += "cannot be stored and are made again at every start: run `touch` on them"
+        log.warning(text, len(future), printable(future[0]))
+
+
 def _stamp(image: str, states: Sequence[_State]) -> str:
     formats = (dataset_index.FORMAT, index_cache.FORMAT)
     return hashlib.sha256(repr((formats, image, states)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _index_paths(paths: Sequence[str], image: str) -> list[Path]:
+def _index_paths(paths: Sequence[str], image: str, stamp: str) -> list[Path]:
     """Return the files in which the index may be stored, the preferred one first."""
+    # With the stamp in its name, an outdated index is not replaced: on NFS, another machine's processes that have
+    # mapped it would end with SIGBUS.
     name = "\0".join([image.lower(), *(path if "://" in path else os.path.abspath(path) for path in paths)])
-    name = f"index-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.arrow"
+    dataset = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    name = f"index-{dataset[:16]}-{stamp[:16]}.arrow"
     beside = [] if "://" in paths[0] else [Path(paths[0]).parent / name]
     return [*beside, cache_folder() / name]
 
@@ -148,13 +164,25 @@ def _save(builder: IndexBuilder, stamp: str, remarks: list[str], paths: list[Pat
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return builder.save(path, stamp, remarks)
+            # Another process may have stored it, and others have mapped it, since this one looked for it.
+            index = map_index(str(path), stamp) or builder.save(path, stamp, remarks)
+            _remove_old(path)
+            return index
         except OSError as error:
             errors.append(str(error))
     if errors:
         problem = printable("; ".join(errors))
         log.warning("the index of the data set cannot be stored and will be made again next time: %s", problem)
     return builder.in_memory(stamp, remarks)
+
+
+def _remove_old(path: Path) -> None:
+    """Remove indexes of the same data set that are outdated for so long that no run uses them."""
+    dataset = path.name.rpartition("-")[0]
+    for other in path.parent.glob(f"{dataset}*.arrow"):
+        with suppress(OSError):
+            if other != path and time.time() - other.stat().st_mtime > _KEPT_S:
+                other.unlink()
 
 
 def _index_in_processes(paths: Sequence[str], image: str) -> bool:

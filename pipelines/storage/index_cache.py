@@ -84,11 +84,22 @@ def save_filtered_index(shard: Shard, version: FileVersion, positions: list[int]
     Raises:
         OSError: if no index can be stored, so that the samples to leave out would still be drawn.
     """
+    # Until the shard is old enough, its index, and with it the list of bad samples, could not be stored.
+    wait_ns = version.changed_ns + MIN_AGE_NS - time.time_ns()
+    if wait_ns > MIN_AGE_NS:
+        problem = (
+            f"the modification time of {printable(shard.path)} lies {(wait_ns - MIN_AGE_NS) / 1e9:,.0f} s in the "
+            "future, so that a change of it could go unnoticed and the result of the check cannot be stored; run "
+            "`touch` on it, and check it again"
+        )
+        if positions:
+            raise OSError(f"{problem}: {len(positions)} samples cannot be decoded and would still be drawn")
+        log.warning("%s", problem)
+        return
+    time.sleep(max(0, wait_ns) / 1e9)
     remaining = np.delete(np.arange(len(shard.keys)), positions)
     arrays = {name: getattr(shard, name)[remaining] for name in INTEGER_FIELDS}
     keys = tuple(shard.keys[position] for position in remaining.tolist())
-    # Wait until the shard is old enough: otherwise its index, and with it the list of bad samples, could not be stored.
-    time.sleep(max(0, version.changed_ns + MIN_AGE_NS - time.time_ns()) / 1e9)
     index_paths = _index_paths(shard.path, image)
     checked = replace(shard, keys=keys, num_left_out=len(positions), is_checked=True, **arrays)
     _write_index(checked, version, index_paths)

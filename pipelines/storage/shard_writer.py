@@ -28,7 +28,7 @@ from iwm_fast.pipelines.config import IMAGE_EXTENSIONS, PACK_DEFAULTS, PackConfi
 from iwm_fast.pipelines.counter_rng import random_bits
 from iwm_fast.pipelines.errors import UndecodableImageError, printable, to_valid_unicode
 from iwm_fast.pipelines.image_header import probe
-from iwm_fast.pipelines.storage.atomic import lock_folder
+from iwm_fast.pipelines.storage.atomic import force_to_disk, lock_folder
 from iwm_fast.pipelines.storage.image_folder import (
     ImageFolders,
     folder_classes,
@@ -367,10 +367,14 @@ def publish_folder(destination: Path) -> Iterator[Path]:
         staging.mkdir()
         try:
             yield staging
+            # A rename is not ordered after earlier writes: after a power failure, the folder could hold empty files.
+            for path in (*staging.rglob("*"), staging):
+                force_to_disk(path)
             staging.rename(destination)
         except OSError as error:
             error.add_note(f"nothing was written to {destination}; free space or choose another folder, and pack again")
             raise
+        force_to_disk(destination.parent)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from fixtures.tar_files import encode, photograph, write_tar
+from iwm_fast.pipelines.bad_samples import BadSampleReplacer
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig
-from iwm_fast.pipelines.errors import ShardError
+from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import EvaluationPlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
+from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet, open_shards
 from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
@@ -137,6 +139,58 @@ def test_too_many_bad_samples_end_the_run_with_shard_and_key(tmp_path, backend, 
     number = int(caught.value.key)
     assert number in (1, 9, 17) and caught.value.shard == str(tmp_path / f"{number // 8}.tar")
     assert "iwm shards check" in str(caught.value)
+
+
+def tiny_files(folder, count: int) -> ShardSet:
+    write_tar(folder / "0.tar", [(f"{number:04}.jpg", b"%d" % number) for number in range(count)])
+    return open_shards(str(folder))
+
+
+def num_bad_until_the_end(shards: ShardSet, world_size: int, share: float, num_good_first: int = 0) -> int:
+    """Return how many bad samples one of several ranks replaces before it exceeds the limit; half of all are bad."""
+    plan = training_plan(shards, world_size=world_size, micro=GLOBAL_BATCH // world_size)
+    reader = Reader(shards, num_threads=1)
+    replacer = BadSampleReplacer(plan, shards, reader, share, prepare_candidate=bytes)
+    num_bad = 0
+    try:
+        with pytest.raises(ShardError, match=f"is bad sample [0-9]+ and runtime.max_bad_samples = {share:g} allows"):
+            for index in range(10**6):
+                request = plan.request(index)
+                is_bad = (request.slots % 2 == 0) & (index >= num_good_first)
+                replacer.replace(request, [UndecodableImageError("cut off") if bad else b"" for bad in is_bad])
+                num_bad += int(is_bad.sum())
+    finally:
+        reader.close()
+    return num_bad
+
+
+def test_a_share_is_of_the_images_that_a_rank_draws(tmp_path):
+    shards = tiny_files(tmp_path, 960)
+    assert num_bad_until_the_end(shards, 1, 0.25) == 240
+    # Of the 120 images per epoch of rank 0, which are all bad.
+    assert num_bad_until_the_end(shards, 8, 0.25) == 30
+    # Bad samples of all ranks come to each of them in the course of epochs, so the limit grows with what is drawn.
+    assert num_bad_until_the_end(shards, 8, 0.25, num_good_first=400) > 100
+    assert num_bad_until_the_end(shards, 8, 0.01) == 9, "one of few images is no reason to stop"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_candidate_is_read_once_however_many_bad_samples_follow_each_other(tmp_path, monkeypatch, backend):
+    bad = {number: damaged("png with a wrong checksum") for number in range(40)}
+    shards = shards_with(tmp_path, bad, count=48)
+    plan = EvaluationPlan(
+        views=ViewConfig(size=32), grid=4, samples=np.arange(48), micro_batch_size=8, leaves_out_bad_samples=True
+    )
+    read, candidates = Reader.read, []
+    monkeypatch.setattr(
+        Reader, "read", lambda self, samples, prepare: candidates.extend(samples) or read(self, samples, prepare)
+    )
+    batches = take(plan, shards, 6, backend)
+    shown = torch.cat([batch.sample for batch in batches]).tolist()
+    assert shown == [40] * 40 + list(range(40, 48))
+    tried_in_vain = [sample for sample in candidates if sample in bad]
+    scheduled = 1 if backend == "torch" else 0  # this loader reads the batch itself with the same method
+    assert len(tried_in_vain) <= 39 + scheduled * 40
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

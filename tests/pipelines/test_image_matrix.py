@@ -136,8 +136,15 @@ def test_an_image_that_only_pillow_decodes_is_named_once_and_used(tmp_path, capl
     drawn = [batch.sample.tolist() for batch in batches(plan, shards, "dali", max_bad_samples=0.0)]
     assert drawn == [[0, 1] * 4] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"DALI cannot decode {tmp_path}/s.tar:0001; Pillow decodes it instead"
+        f"DALI cannot decode {tmp_path}/s.tar:0001; Pillow decodes it instead (Failed to decode sample #0)"
     ]
+
+
+def test_batches_in_which_only_pillow_decodes_any_image_are_used(tmp_path, caplog):
+    shards = shard_of({"rows": all_files("png")["png: damage: rows missing"]}, tmp_path / "s.tar")
+    plan = replace(evaluation_of(shards), samples=np.zeros(9, np.int64))
+    drawn = [batch.sample.tolist() for batch in batches(plan, shards, "dali", max_bad_samples=0.0)]
+    assert drawn == [[0] * 8, [0]] and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", ["CMYK", "planar rgb", "cmyk jpeg", "LA", "rgb 16 bits"])

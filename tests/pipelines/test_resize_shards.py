@@ -292,6 +292,17 @@ def test_shards_that_cannot_be_used_are_named_after_the_others_are_written(tmp_p
     assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [".resized", "a.tar"]
 
 
+def test_a_shard_that_has_become_unusable_is_removed_from_the_destination(tmp_path):
+    source, output = tmp_path / "in" / "0.tar", tmp_path / "out" / "0.tar"
+    shard_at(source, [("a.jpg", picture((80, 80)))])
+    (report,) = resized([str(source)], output.parent)
+    assert not report.refusal and output.exists()
+    shard_at(source, [("a.txt", b"no image")])
+    os.utime(source, ns=(LONG_AGO_NS + 1, LONG_AGO_NS + 1))
+    (report,) = resized([str(source)], output.parent)
+    assert report.refusal and not output.exists() and not (output.parent / ".resized" / "0.tar.json").exists()
+
+
 def test_data_image_chooses_which_image_becomes_smaller(tmp_path):
     content = picture((160, 128))
     source = shard_at(tmp_path / "s.tar", [("a.left.jpg", content), ("a.right.jpg", content), ("a.cls", b"1")])

@@ -152,6 +152,33 @@ def test_an_outdated_index_is_made_again(folder, change):
         assert_equals_plain(open_shards(str(folder)), list(shards.shards))
 
 
+def test_an_outdated_index_stays_as_it_is_and_is_removed_when_it_is_old(folder):
+    first = open_twice(folder)
+    old = stored_index(folder)
+    before = old.stat()
+    leave_out_a_sample(folder)
+    assert open_shards(str(folder)).num_samples == first.num_samples - 1
+    # Another machine that has mapped it over NFS would lose a file that is replaced.
+    after = old.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    os.utime(old, ns=(LONG_AGO_NS, LONG_AGO_NS))
+    shard_at(folder / "1.tar", {"new.jpg": b"x"}, LONG_AGO_NS + 1)
+    open_twice(folder)
+    kept = list(folder.glob("index-*.arrow"))
+    assert len(kept) == 2 and old not in kept
+
+
+def test_shards_with_times_in_the_future_are_named_with_the_remedy(folder, caplog):
+    os.utime(folder / "1.tar", ns=(IN_AN_HOUR_NS, IN_AN_HOUR_NS))
+    open_shards(str(folder))
+    text = f"the modification times of 1 shards lie in the future, the first is {folder}/1.tar; "
+    assert text in caplog.text and "run `touch` on them" in caplog.text
+    caplog.clear()
+    os.utime(folder / "1.tar", ns=(LONG_AGO_NS, LONG_AGO_NS))
+    open_shards(str(folder))
+    assert "future" not in caplog.text
+
+
 def test_a_damaged_or_foreign_index_is_made_again(folder, tmp_path, caplog):
     plain = plain_shards(str(folder))
     open_twice(folder)

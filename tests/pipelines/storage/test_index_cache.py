@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -79,6 +80,30 @@ def test_the_index_of_a_shard_written_just_now_is_not_stored(tmp_path, cache):
     os.utime(path, ns=(time.time_ns() - 2 * MIN_AGE_NS,) * 2)
     load_or_index(path)
     assert Path(f"{path}.index").exists()
+
+
+@pytest.mark.parametrize("positions", [[], [1]])
+def test_the_check_of_a_shard_with_a_time_in_the_future_says_so_and_does_not_wait(
+    tmp_path, cache, monkeypatch, caplog, positions
+):
+    path = shard_at(tmp_path / "s.tar", MEMBERS, time.time_ns() + 3600 * 10**9)
+    waited_s = []
+    monkeypatch.setattr(time, "sleep", waited_s.append)
+    expected = pytest.raises(OSError, match="1 samples cannot be decoded") if positions else nullcontext()
+    with expected as caught:
+        save_filtered_index(index_shard(path), file_version(path), positions)
+    message = f"{caught.value}" if positions else caplog.text
+    assert f"the modification time of {path} lies 3," in message and "run `touch` on it" in message
+    assert waited_s == [] and not Path(f"{path}.index").exists() and not cache.exists()
+
+
+def test_the_check_of_a_shard_written_just_now_waits_until_it_can_store_the_index(tmp_path, cache, monkeypatch):
+    now_ns, waited_s = time.time_ns(), []
+    path = shard_at(tmp_path / "s.tar", MEMBERS, now_ns)
+    monkeypatch.setattr(time, "sleep", waited_s.append)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns)
+    save_filtered_index(index_shard(path), file_version(path), [1])
+    assert waited_s == [MIN_AGE_NS / 1e9] and load_or_index(path).num_left_out == 1
 
 
 def test_an_index_is_rebuilt_wherever_it_is_damaged(path, caplog):

@@ -1,6 +1,7 @@
 """Packing shards: image bytes do not change, the result is reproducible, and nothing is overwritten."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,22 @@ def test_a_failure_leaves_no_files(source, tmp_path):
     with pytest.raises(ValueError, match=r"1 files or folders cannot be packed; remove(.|\n)*empty\.jpg is empty"):
         pack_folder(source, tmp_path / "out" / "deep")
     assert not (tmp_path / "out").exists()
+
+
+def test_all_files_are_on_the_disk_before_the_folder_gets_its_name(source, tmp_path, monkeypatch):
+    synced, fsync = {}, os.fsync
+
+    def record(descriptor):
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = (tmp_path / "out").exists()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    pack_folder(source, tmp_path / "out", PackConfig(samples_per_shard=10, val_share=0.2))
+    written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")]
+    staging = tmp_path / ".out.unfinished" / "shards"
+    assert len(written) == 7 and synced == {
+        **{str(staging / path): False for path in written}, str(staging): False, str(tmp_path): True
+    }  # fmt: skip
 
 
 def test_sources_that_are_not_image_folders_are_refused(tmp_path):
