@@ -27,7 +27,7 @@ from iwm_fast.evals.finetuning.run import (
     task_folder,
     train_job,
 )
-from iwm_fast.evals.finetuning.task import Job
+from iwm_fast.evals.finetuning.task import LABELS_ENTRY, Job
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_variant, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import (
     PREDICTOR_VARIANTS,
@@ -163,7 +163,11 @@ def build_classification_job(variant: Variant, context: FinetuneContext, labels:
     """
     augmentation = BatchAugmentation(context.settings, len(labels.classes), context.rank_info.world_size)
     loss = functools.partial(functional.cross_entropy, reduction="sum")
-    return variant.make_job(lambda batch: augmentation(batch.source_view, labels.of(batch.sample)), loss, origin)
+    return variant.make_job(
+        lambda batch: augmentation(batch.source_view, labels.of(batch.sample)),
+        loss,
+        origin | {LABELS_ENTRY: labels.digest},
+    )
 
 
 def _make_result(context: FinetuneContext, sets: LabelledSets, trained: dict[str, TrainedVariant]) -> Result:

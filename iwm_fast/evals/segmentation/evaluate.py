@@ -27,7 +27,7 @@ from iwm_fast.evals.finetuning.run import (
     split_global_batch,
     train_job,
 )
-from iwm_fast.evals.finetuning.task import Job
+from iwm_fast.evals.finetuning.task import MAPS_ENTRY, Job
 from iwm_fast.evals.finetuning.variants import (
     PREDICTOR_VARIANTS,
     Variant,
@@ -43,7 +43,7 @@ from iwm_fast.evals.segmentation.network import classify_pixels, pixel_loss
 from iwm_fast.evals.segmentation.report import make_result
 from iwm_fast.models.heads import PatchHead
 from iwm_fast.models.student import Student
-from iwm_fast.pipelines.annotations.segmentation import require_masks
+from iwm_fast.pipelines.annotations.segmentation import masks_digest, require_masks
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -66,6 +66,8 @@ class SegmentationContext:
     context: FinetuneContext
     model: WorldModel
     num_classes: int
+    maps_digest: str
+    """SHA-256 of the training maps."""
 
     def read_masks(self, shards: ShardSet) -> closing[MaskReader]:
         """Return a reader of the maps of these shards, as a context that closes it."""
@@ -123,7 +125,8 @@ def open_segmentation(
     )
     options = {"ignore_index": config.ignore_index, "num_threads": config.runtime.reader_threads}
     num_classes = config.num_classes or count_classes(train, val, **options)
-    return SegmentationContext(config=config, context=context, model=model, num_classes=num_classes)
+    digest = broadcast_from_rank_zero(lambda: masks_digest(train, config.runtime.reader_threads))
+    return SegmentationContext(config=config, context=context, model=model, num_classes=num_classes, maps_digest=digest)
 
 
 def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray, "samples"]:
@@ -186,7 +189,12 @@ def build_segmentation_job(
         # The labels are a function that waits for the maps, so that threads read them while the networks compute.
         lambda batch: (batch.source_view, masks.prefetch(batch)),
         lambda logits, wait: pixel_loss(logits, wait(), ignore_index),
-        origin | {"num_classes": segmentation.num_classes, "ignore_index": ignore_index},
+        origin
+        | {
+            "num_classes": segmentation.num_classes,
+            "ignore_index": ignore_index,
+            MAPS_ENTRY: segmentation.maps_digest,
+        },
     )
 
 

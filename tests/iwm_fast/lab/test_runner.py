@@ -160,9 +160,7 @@ def test_an_evaluation_whose_result_was_replaced_by_another_one_of_its_cell_is_n
     imitate_training(train)
     for evaluate in evaluations:
         imitate_evaluation(evaluate, "knn")
-    with pytest.raises(
-        RuntimeError, match=r"(?s)a, seed 0: knn .*num_neighbors=10\).*same name.*another cell"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)a, seed 0: knn .*num_neighbors=10\).*same name.*another cell"):
         require_all_done(lab)
 
 

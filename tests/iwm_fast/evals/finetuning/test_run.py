@@ -19,7 +19,7 @@ from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.finetuning.run import build_run_config, predict, split_global_batch, task_folder, train_job
-from iwm_fast.evals.finetuning.task import AutocastModule, to_float32
+from iwm_fast.evals.finetuning.task import LABELS_ENTRY, MAPS_ENTRY, AutocastModule, to_float32
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
@@ -193,6 +193,23 @@ def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
     job = replace(toy_job(task, config), origin={"run.step": 7})
     with pytest.raises(CheckpointError, match=r"run\.step: None -> 7"):
         train_job(job, toy_context(rank_info, tiny_shards, tmp_path, task))
+
+
+@pytest.mark.parametrize("entry", [LABELS_ENTRY, MAPS_ENTRY])
+def test_other_labels_or_maps_are_refused_unless_an_earlier_version_trained_the_job(
+    rank_info, tiny_shards, tmp_path, entry
+):
+    task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
+
+    def train(name, digest):
+        job = toy_job(task, config, name=name)
+        return train_job(replace(job, origin={entry: digest} if digest else {}), toy_context(
+            rank_info, tiny_shards, tmp_path, task))  # fmt: skip
+
+    assert train("earlier", "") == train("earlier", "new")
+    train("later", "old")
+    with pytest.raises(CheckpointError, match=f"{entry}: old -> new"):
+        train("later", "new")
 
 
 def test_training_resumes_from_the_checkpoint_before_a_damaged_one(rank_info, tiny_shards, tmp_path):
