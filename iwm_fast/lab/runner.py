@@ -2,7 +2,7 @@
 
     <folder>/cells/<cell>-seed<k>/      folder of a run; lab.log holds the output of its commands
     <folder>/lab.yaml                   copy of the lab's file
-    <folder>/lab.json                   all results by cell and seed, the verdicts, and correlations with MRR
+    <folder>/lab.json                   results of finished commands, the verdicts, and correlations with MRR
     <folder>/report.html                the report page
 
 Every command of a cell can also be entered by a user. Finished commands are not repeated and interrupted ones resume,

@@ -21,8 +21,8 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     task_folder,
     train_job,
@@ -150,7 +150,7 @@ def _train_variant(name: str, source: FinetuneSource, sets: LabelledSets) -> Tra
     context = source.context
     variant = source.build(name, len(sets.classes))
     stats = train_job(build_classification_job(variant, context, sets.train.labels, source.origin), context)
-    correct = predict(variant, context).argmax(dim=1).numpy() == sets.val.number
+    correct = map_validation_images(variant, context).argmax(dim=1).numpy() == sets.val.number
     log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), stats.steps, stats.time_s)
     return TrainedVariant(per_image=correct, stats=stats)
 

@@ -25,8 +25,8 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     train_job,
 )
@@ -147,7 +147,7 @@ def _train_predictor(
         | {"tasks": [config_to_dict(task.spec) for task in tasks], LABELS_ENTRY: [task.digest for task in labels]},
     )
     stats = train_job(job, context)
-    predicted = predict(partial(_predict_classes, module, encode=encode), context).numpy()
+    predicted = map_validation_images(partial(_predict_classes, module, encode=encode), context).numpy()
     true = np.stack([task.sets.val.number for task in tasks], axis=1)
     # The references are dropped first, because otherwise the next predictor would be built while this one is in memory.
     del job, module

@@ -22,8 +22,8 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     train_job,
 )
@@ -142,7 +142,7 @@ def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray
             mask = masks.prefetch(batch)()
             return count_pixels(mask, mask, segmentation.num_classes, segmentation.config.ignore_index)[:, 2]
 
-        sizes = predict(class_sizes, context, candidates).numpy()
+        sizes = map_validation_images(class_sizes, context, candidates).numpy()
     occurs = sizes > context.model_config.views.size**2 / 20
     chosen: list[int] = []
     for _ in range(min(num_shown, len(candidates))):
@@ -170,9 +170,11 @@ def _train_variant(
             classes = classify_pixels(variant(batch), size)
             return count_pixels(classes, wait(), segmentation.num_classes, segmentation.config.ignore_index)
 
-        counts = predict(pixel_counts, context).numpy()
+        counts = map_validation_images(pixel_counts, context).numpy()
     # There are at most 256 classes, which fit into one byte for each pixel.
-    classes = predict(lambda batch: classify_pixels(variant(batch), size).to(torch.uint8), context, figure_samples)
+    classes = map_validation_images(
+        lambda batch: classify_pixels(variant(batch), size).to(torch.uint8), context, figure_samples
+    )
     iou = mean_iou(counts)
     log.info("%s: mean IoU %.4f, %d steps, %.0f s", name, iou, stats.steps, stats.time_s)
     segmented = SegmentedImages(classes=classes.numpy(), counts=counts[figure_samples], mean_iou=iou)
@@ -200,7 +202,9 @@ def build_segmentation_job(
 
 def _load_figure_images(segmentation: SegmentationContext, samples: Int64[np.ndarray, "samples"]) -> FigureImages:
     normalization = segmentation.context.model_config.data.normalization
-    pixels = predict(lambda batch: denormalize_view(batch.source_view, normalization), segmentation.context, samples)
+    pixels = map_validation_images(
+        lambda batch: denormalize_view(batch.source_view, normalization), segmentation.context, samples
+    )
     with segmentation.read_masks(segmentation.context.val) as masks:
-        mask = predict(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
+        mask = map_validation_images(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
     return FigureImages(pixels=pixels.numpy(), mask=mask.numpy())
