@@ -331,9 +331,8 @@ def finished_results(lab: LabConfig) -> list[tuple[Cell, Result]]:
         results += kept
     if num_untrained or num_foreign:
         log.warning(
-            "%d results were left out: %d of cells whose training is not finished with the lab's settings, and %d of "
-            "other evaluations, settings or checkpoints than the lab has", num_untrained + num_foreign, num_untrained,
-            num_foreign,
+            "results that are left out: %d of cells whose training is not finished with the lab's settings, and %d of "
+            "other evaluations, settings or checkpoints than the lab has", num_untrained, num_foreign,
         )  # fmt: skip
     return results
 

@@ -132,13 +132,13 @@ def test_only_results_of_the_labs_settings_are_reported_and_the_others_are_count
                 imitate_evaluation(evaluate, "mrr_default", value)
     # The cell b has not been evaluated again yet.
     assert reported(evaluations=[larger]) == [("a", 0.6)]
-    assert "1 results were left out: 0 of cells whose training is not finished" in caplog.text
+    assert "left out: 0 of cells whose training is not finished with the lab's settings, and 1 of other" in caplog.text
     assert reported() == [("b", 0.5)]
     # A cell whose training is not finished does not hide the others.
     write_status(tmp_path / "lab" / "cells" / "b-seed0", "running")
     assert reported(evaluations=[larger]) == [("a", 0.6)]
     assert reported(evaluations=[larger], settings={"optim.epochs": 2}) == []
-    assert "2 results were left out: 2 of cells whose training is not finished" in caplog.text
+    assert "left out: 2 of cells whose training is not finished" in caplog.text
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(0, False), (1, True)])

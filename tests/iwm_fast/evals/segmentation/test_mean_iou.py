@@ -84,9 +84,9 @@ def test_the_interval_contains_the_value_and_shrinks_with_more_images():
 
 
 def test_the_interval_contains_the_value_if_rare_classes_are_segmented_badly():
-    # One image each of nine classes that are never found, and 21 images of a class that is.
-    mask = torch.tensor([*range(1, 10), *[0] * 21], dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
-    counted = count_pixels(torch.zeros_like(mask).long(), mask, 10, IGNORE).numpy()
+    # One image each of 15 classes that are never found, and 200 images of a class that is.
+    mask = torch.tensor([*range(1, 16), *[0] * 200], dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
+    counted = count_pixels(torch.zeros_like(mask).long(), mask, 16, IGNORE).numpy()
     low, high = interval(counted, seed=0)
     assert low <= mean_iou(counted) <= high and high - low > 0.01
     draws = resampled_mean_iou(counted)
