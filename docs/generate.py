@@ -26,8 +26,8 @@ def configuration() -> str:
     introduction = (
         "A run is a YAML file of differences from these defaults, plus `key=value` arguments on the command line. The "
         "groups `data`, `views`, `mask`, `model`, `objective` and `optim`, and `seed`, decide what is trained and form "
-        "the fingerprint of the run, except for `data.val`. `runtime` and `output` do not change the result, except for "
-        "`runtime.micro_batch_size` with VICReg's terms (`model.predictor.depth=0`)."
+        "the fingerprint of the run, except for `data.val`. `runtime` and `output` do not change the result, except "
+        "for `runtime.micro_batch_size` with VICReg's terms (`model.predictor.depth=0`)."
     )
     tables = [f"## {group}\n\n{_table(rows)}" for group, rows in groups.items()]
     return "\n\n".join(["# Configuration", introduction, GENERATED, *tables]) + "\n"

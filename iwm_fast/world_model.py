@@ -10,7 +10,7 @@ target = model.encode_targets("changed.jpg")      # (1, N, D): actual tokens of 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
-from iwm_fast.checkpoints.errors import CheckpointError
+from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.checkpoints.export import is_export, read_export, read_trained_encoder
 from iwm_fast.checkpoints.reading import naming_file, require_networks_fit, with_positions
 from iwm_fast.config.evaluation import READOUTS
-from iwm_fast.config.loading import load_run_config
+from iwm_fast.config.loading import load_config, load_run_config
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.encoder import Encoder
@@ -283,9 +283,12 @@ def load(
     checkpoint: int | str | Path | None = None,
     *,
     size: int | None = None,
-    encoder: Literal["teacher", "student"] = "teacher",
+    encoder: str = "teacher",
 ) -> WorldModel:
     """Load a run, an export, or a single checkpoint.
+
+    The model has the settings that the checkpoint was trained with, which may differ from those of the run's last phase
+    (data.restart_epoch). Only paths, runtime and output are the run's.
 
     Args:
         folder: folder of a run, an export or a checkpoint.
@@ -298,10 +301,12 @@ def load(
 
     Raises:
         FileNotFoundError: if the folder is none of these, or a run that has no checkpoint yet, or not the chosen one.
-        ValueError: if another checkpoint of an export is chosen than its only one, or patches do not divide `size`.
+        ValueError: if another checkpoint of an export is chosen than its only one, patches do not divide `size`, or
+            `encoder` is neither of these.
         CheckpointError: if the chosen checkpoint is damaged, or all of them are, or the export is, or if settings do
             not belong to the weights.
     """
+    require(encoder in ("teacher", "student"), "encoder", encoder, "be teacher or student")
     folder = Path(folder)
     if is_export(folder):
         export = read_export(folder)
@@ -314,17 +319,23 @@ def load(
         states = encoder_state, export.predictor_state
         return _trained(export.config.at_size(size), *states, step=export.step, device=device)
     with naming_file(folder / checkpoints.CONFIG):
-        config = load_run_config(folder)
-    resized = config.at_size(size)
+        run_config = load_run_config(folder)
     saved = checkpoints.read_chosen(folder, checkpoint)
+    config = _trained_config(saved, run_config)
     encoder_state = saved.teacher_state if encoder == "teacher" else saved.student_state
     states = encoder_state, saved.weights("predictor.")
-    try:
-        require_networks_fit(config, *states, folder / checkpoints.CONFIG)
-    except CheckpointError as error:
-        error.add_note(f"restore it from {saved.folder / checkpoints.CONFIG}")
-        raise
-    return _trained(resized, *states, step=saved.step, device=device)
+    require_networks_fit(config, *states, saved.folder / checkpoints.CONFIG)
+    return _trained(config.at_size(size), *states, step=saved.step, device=device)
+
+
+def _trained_config(saved: Checkpoint, run_config: RunConfig) -> RunConfig:
+    """Return the settings that a checkpoint was trained with, and the paths, runtime and output of its run."""
+    path = saved.folder / checkpoints.CONFIG
+    with naming_file(path):
+        trained = load_config(path)
+    statistics = {"pixel_mean": trained.data.pixel_mean, "pixel_std": trained.data.pixel_std}
+    data = replace(run_config.data, **statistics)
+    return replace(trained, data=data, runtime=run_config.runtime, output=run_config.output)
 
 
 def _trained(

@@ -51,9 +51,14 @@ def fingerprint(config: RunConfig, shards_digest: str, *, images_per_forward: in
     flat["data.max_pixels"] = None if config.data.max_pixels == MAX_PIXELS else config.data.max_pixels
     for name, default in (("data.pixel_mean", IMAGENET.mean), ("data.pixel_std", IMAGENET.std)):
         flat[name] = None if tuple(flat[name]) == default else flat[name]
-    if images_per_forward and any(config.objective.vicreg_weights(is_identity=config.model.predictor.depth == 0)):
+    if images_per_forward and has_vicreg_terms(config):
         flat[IMAGES_PER_FORWARD] = images_per_forward
     return flat
+
+
+def has_vicreg_terms(config: RunConfig) -> bool:
+    """Return whether a run's loss has VICReg's terms, which depend on the number of images in a forward pass."""
+    return any(config.objective.vicreg_weights(is_identity=config.model.predictor.depth == 0))
 
 
 def flat_settings(config: Any) -> dict[str, Any]:

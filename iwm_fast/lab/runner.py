@@ -2,7 +2,7 @@
 
     <folder>/cells/<cell>-seed<k>/      folder of a run; lab.log holds the output of its commands
     <folder>/lab.yaml                   copy of the lab's file
-    <folder>/lab.json                   all results by cell and seed, the verdicts, and correlations with MRR
+    <folder>/lab.json                   results of finished commands, the verdicts, and correlations with MRR
     <folder>/report.html                the report page
 
 Every command of a cell can also be entered by a user. Finished commands are not repeated and interrupted ones resume,
@@ -26,6 +26,7 @@ from threading import Event, Lock
 import torch
 
 from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.config.fingerprint import has_vicreg_terms
 from iwm_fast.config.loading import config_to_dict, load_config, saved_tree
 from iwm_fast.config.run import RunConfig
 from iwm_fast.config.writable import require_writable
@@ -112,17 +113,29 @@ def is_done(command: LabCommand) -> bool:
             return False
         configs = training_config(command), load_config(folder / "config.yaml")
         requested, saved = (saved_tree(config) for config in configs)
-        # Settings in `runtime` and `output` do not affect the result.
-        return all(requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume"))
-    newest = checkpoints.find_newest_folder(folder)
+        # Settings in `runtime` and `output` do not affect the result, except for the micro-batch of VICReg's terms.
+        return _vicreg_batch(configs[0]) == _vicreg_batch(configs[1]) and all(
+            requested[key] == saved[key] for key in requested if key not in ("runtime", "output", "resume")
+        )
+    return any(_is_result_of(command, result) for result in read_results(folder))
+
+
+def _vicreg_batch(config: RunConfig) -> int | None:
+    """Return the images over which VICReg's terms are computed in a single process; None without these terms."""
+    if not has_vicreg_terms(config):
+        return None
+    return config.runtime.micro_batch_size or config.optim.global_batch_size
+
+
+def _is_result_of(command: LabCommand, result: Result) -> bool:
+    """Return whether a result of the command's cell has the settings of the command and is not outdated."""
+    newest = checkpoints.find_newest_folder(command.cell.folder)
+    if result.task != command.name or newest is None:
+        return False
     requested = config_to_dict(read_settings(EVALUATIONS[command.name].settings, list(command.arguments[2:])))
     # A result of a checkpoint that the settings name is not outdated by newer checkpoints.
-    return newest is not None and any(
-        json.loads(json.dumps(result.settings)) == requested
-        and (requested["checkpoint"] or result.step == checkpoints.parse_step(newest))
-        for result in read_results(folder)
-        if result.task == command.name
-    )
+    is_current = requested["checkpoint"] or result.step == checkpoints.parse_step(newest)
+    return bool(is_current) and json.loads(json.dumps(result.settings)) == requested
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -130,16 +143,25 @@ def read_results(folder: Path) -> list[Result]:
     return [read_result(path) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES accepts them."""
+    num_gpus = torch.cuda.device_count()
+    # If the variable is set, it may give other numbers than 0, 1, ..., or ids of GPUs or of parts of them. CUDA ignores
+    # what follows an invalid name.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in given.split(",")][:num_gpus] if given else [str(gpu) for gpu in range(num_gpus)]
+
+
 class WorkerPool:
     """Runs several cells at a time, each command in its own process."""
 
     def __init__(self, lab: LabConfig) -> None:
         self._lab: LabConfig = lab
-        num_gpus = torch.cuda.device_count()
-        self.num_workers: int = lab.workers or num_gpus or os.cpu_count() or 1
+        gpus = visible_gpus()
+        self.num_workers: int = lab.workers or len(gpus) or os.cpu_count() or 1
         self._free_environments: Queue[dict[str, str]] = Queue()
         for worker in range(self.num_workers):
-            on_gpu = {"CUDA_VISIBLE_DEVICES": str(worker % num_gpus)} if num_gpus else None
+            on_gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else None
             # Without GPUs, each process has a single thread, so that the processes do not compete for cores.
             self._free_environments.put(on_gpu or {"OMP_NUM_THREADS": "1"})
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -242,10 +264,11 @@ def run_lab(path: Path) -> Path:
     (lab.folder / LAB).write_bytes(path.read_bytes())
     if lab.has_demo_data:
         write_demo_shards(Path(load_config(lab.base, lab.settings).data.train).parent)
-        # Cells that another version of the demo has trained on its images must not be compared with new ones.
-        for cell in list_cells(lab):
-            if cell.folder.exists():
-                require_same_shards(training_config(next(iter_commands(lab, cell))))
+    # Cells that were trained on other images must not be compared with new ones.
+    for cell in list_cells(lab):
+        # The settings of a cell without a checkpoint may be invalid, which its command reports.
+        if checkpoints.find_newest_folder(cell.folder) is not None:
+            require_same_shards(training_config(next(iter_commands(lab, cell))))
     failures: list[str] = []
     try:
         failures = WorkerPool(lab).run()
@@ -253,15 +276,32 @@ def run_lab(path: Path) -> Path:
         page = write_results(lab)
     if failures:
         raise RuntimeError("\n\n".join(failures) + "\n\nremove the cause and run the same command again to resume")
+    require_all_done(lab)
     return page
 
 
+def require_all_done(lab: LabConfig) -> None:
+    """Check that every command of a lab whose commands have all been run without a failure has a result.
+
+    Raises:
+        RuntimeError: naming the first that has none, because another evaluation of its cell has replaced it.
+    """
+    for cell in list_cells(lab):
+        for command in iter_commands(lab, cell):
+            if not is_done(command):
+                settings = " ".join(command.arguments[3:]) or "no settings"
+                raise RuntimeError(
+                    f"{cell}: {command.name} has run, but its result ({settings}) is not in {cell.folder}: evaluations "
+                    "of a cell whose results have the same name replace each other; give one of them another name by "
+                    f"its setting `name`, or, if {command.name} has no such setting, give it another cell"
+                )
+
+
 def write_results(lab: LabConfig) -> Path:
-    """Write the results of a lab, finished or not, and return the path of the report page."""
+    """Write the results of a lab's finished commands and return the path of the report page."""
     rows = [
         {"cell": cell.name, "seed": cell.seed, "result": result.name, "step": result.step, **asdict(row)}
-        for cell in list_cells(lab)
-        for result in read_results(cell.folder)
+        for cell, result in finished_results(lab)
         for row in result.rows
     ]
     judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in lab.claims]
@@ -270,6 +310,31 @@ def write_results(lab: LabConfig) -> Path:
     tree = {**_provenance(lab), "verdicts": verdicts, "correlations": correlations, "rows": rows}
     replace_file(lab.folder / "lab.json", lambda draft: write_json(tree, draft))
     return write_lab_report(lab, judged, rows)
+
+
+def finished_results(lab: LabConfig) -> list[tuple[Cell, Result]]:
+    """Return the results of finished evaluations of trained cells.
+
+    All others are left out, because results of other settings must not be compared with them: those of cells whose
+    training is not finished with the lab's settings, and those of evaluations that the lab does not have (any more).
+    """
+    results: list[tuple[Cell, Result]] = []
+    num_untrained = num_foreign = 0
+    for cell in list_cells(lab):
+        training, *evaluations = iter_commands(lab, cell)
+        found = read_results(cell.folder)
+        if found and not is_done(training):
+            num_untrained += len(found)
+            continue
+        kept = [(cell, result) for result in found if any(_is_result_of(command, result) for command in evaluations)]
+        num_foreign += len(found) - len(kept)
+        results += kept
+    if num_untrained or num_foreign:
+        log.warning(
+            "results that are left out: %d of cells whose training is not finished with the lab's settings, and %d of "
+            "other evaluations, settings or checkpoints than the lab has", num_untrained, num_foreign,
+        )  # fmt: skip
+    return results
 
 
 def _provenance(lab: LabConfig) -> dict[str, list[str]]:

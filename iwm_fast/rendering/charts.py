@@ -110,7 +110,8 @@ class IntervalChart:
     x_label: str
     y_label: str
     series: Mapping[str, Sequence[IntervalPoint]]
-    """Points by the name of the series. The fifth series has the colour of the first one and another marker."""
+    """Points by the name of the series. The fifth series has the colour of the first one and another marker. After the
+    twelfth, both repeat."""
 
 
 Plot = RecoveryPlot | RankHistogram | IntervalChart
@@ -182,9 +183,11 @@ def _draw_histogram(axis: Axes, plot: RankHistogram, colours: Palette) -> None:
 def _draw_interval_series(axis: Axes, plot: IntervalChart, colours: Palette) -> None:
     for number, (name, points) in enumerate(plot.series.items()):
         x, value, low, high = np.array(sorted(points)).T
+        # The interval of a skewed bootstrap may leave its value out; matplotlib refuses negative lengths.
+        errors = np.maximum((value - low, high - value), 0)
         axis.errorbar(
-            x, value, (value - low, high - value), label=name, color=colours.series[number % len(colours.series)],
-            marker="osD"[number // len(colours.series)], linewidth=1.4, markersize=4, capsize=2,
+            x, value, errors, label=name, color=colours.series[number % len(colours.series)],
+            marker="osD"[number // len(colours.series) % 3], linewidth=1.4, markersize=4, capsize=2,
         )  # fmt: skip
     axis.set(xscale="log", xlabel=plot.x_label, ylabel=plot.y_label)
     places = sorted({point.x for points in plot.series.values() for point in points})

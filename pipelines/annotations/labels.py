@@ -4,6 +4,7 @@ Loaders do not handle labels. An evaluation reads its labels once and looks them
 that several label fields can share one stream of batches.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -49,6 +50,13 @@ class Labels:
     def counts(self) -> Int64[np.ndarray, "K"]:
         """Number of samples of each class, 0 for a class that occurs only in other sets."""
         return np.bincount(self.number, minlength=len(self.classes)).astype(np.int64)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the classes and of the class number of each sample."""
+        names = json.dumps(self.classes).encode()
+        # A fixed width and byte order give the same digest on all machines.
+        return hashlib.sha256(names + self.number.astype("<i8").tobytes()).hexdigest()
 
     def of(self, sample: Int64[Tensor, "B"]) -> Int64[Tensor, "B"]:
         """Return the class numbers of a batch with these sample numbers."""

@@ -1,7 +1,11 @@
 """Segmentation maps of samples: decoded to class indices, and cropped like the views of a batch."""
 
+import hashlib
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
@@ -18,6 +22,9 @@ _REMEDY = "add it as .seg.png, or as .png next to a .jpg"
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
 # (colour type, bit depth) for which Pillow returns the stored numbers. It rescales grey of fewer than 8 bits.
 _ACCEPTED = {(3, 1), (3, 2), (3, 4), (3, 8), (0, 8)}
+
+
+Value = TypeVar("Value")
 
 
 class NoMaskError(ValueError):
@@ -85,20 +92,40 @@ def read_mask_values(shards: ShardSet, num_threads: int = 8) -> Bool[np.ndarray,
             size, or if a shard has changed since it was indexed.
         OSError: if a shard cannot be read.
     """
-    has_value, files = np.zeros((shards.num_samples, 256), bool), FileCache()
 
-    def record(sample: int) -> None:
-        has_value[sample] = np.bincount(read_mask(shards, files, sample).ravel(), minlength=256) > 0
+    def has_value(files: FileCache, sample: int) -> Bool[np.ndarray, "256"]:
+        return np.bincount(read_mask(shards, files, sample).ravel(), minlength=256) > 0
 
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="masks")
+    return np.stack(_of_all_samples(has_value, shards, num_threads))
+
+
+def masks_digest(shards: ShardSet, num_threads: int = 8) -> str:
+    """Return a SHA-256 of the encoded segmentation maps of all samples, which have to be read but not decoded for it.
+
+    Raises:
+        ShardError: if a shard has changed since it was indexed.
+        OSError: if a shard cannot be read.
+    """
+
+    def digest(files: FileCache, sample: int) -> bytes:
+        shard, position = shards.locate_one(sample)
+        with files.lease(shard.path) as file:
+            require_unchanged(shard, file)
+            content = file.read_at(int(shard.mask_offset[position]), int(shard.mask_size[position]))
+        return hashlib.sha256(content).digest()
+
+    return hashlib.sha256(b"".join(_of_all_samples(digest, shards, num_threads))).hexdigest()
+
+
+def _of_all_samples(measure: Callable[[FileCache, int], Value], shards: ShardSet, num_threads: int) -> list[Value]:
+    """Return what a function of the open files and the number of a sample returns for each sample, by threads."""
+    files, pool = FileCache(), ThreadPoolExecutor(num_threads, thread_name_prefix="masks")
     try:
-        for _ in pool.map(record, range(shards.num_samples)):
-            pass
+        return list(pool.map(partial(measure, files), range(shards.num_samples)))
     finally:
         # After an error the remaining maps are cancelled instead of being read first.
         pool.shutdown(cancel_futures=True)
         files.close()
-    return has_value
 
 
 def decode_mask(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W"]:

@@ -1,6 +1,7 @@
 """The Python API: load a run, load an image, predict a change, compare."""
 
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,11 @@ from PIL import Image
 from torch.nn import functional
 
 import iwm_fast
+from fixtures.paths import TESTS
 from fixtures.tar_files import encode, photograph, samples_of, write_tar
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
+from iwm_fast.config.loading import save_config
 from iwm_fast.evals.datasets import evaluation_batches
 from iwm_fast.pipelines.sampling.masks import all_patches
 from iwm_fast.pipelines.storage.shard_set import open_shards
@@ -39,6 +42,29 @@ def test_a_run_is_loaded_with_the_teachers_weights(tiny_shards, tmp_path):
     for trained, new in ((loaded.encoder, untrained.encoder), (loaded.predictor, untrained.predictor)):
         assert not torch.equal(next(trained.parameters()), next(new.parameters()))
         assert not any(parameter.requires_grad for parameter in trained.parameters()) and not trained.training
+
+
+def test_a_checkpoint_is_loaded_with_the_settings_of_its_own_phase(tmp_path):
+    folder = shutil.copytree(TESTS / "fixtures" / "run_e678dd7" / "run", tmp_path / "run")
+    first = world_model.load(folder, checkpoint=2).config
+    # The settings of a later phase, for which data.restart_epoch allows other views and another normalisation.
+    later = replace(
+        first,
+        views=replace(first.views, jitter=replace(first.views.jitter, brightness=0.1)),
+        data=replace(first.data, pixel_mean=(0.5, 0.5, 0.5), val="later.tar"),
+        runtime=replace(first.runtime, reader_threads=3),
+        output=replace(first.output, folder=str(folder)),
+    )
+    save_config(later, folder / "config.yaml")
+    loaded = world_model.load(folder, checkpoint=2).config
+    assert loaded.views == first.views and loaded.data.normalization == first.data.normalization
+    assert loaded.data.val.endswith("later.tar")
+    assert loaded.runtime.reader_threads == 3 and loaded.output.folder == str(folder)
+
+
+def test_an_unknown_encoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="encoder must be teacher or student, got 'Teacher'"):
+        world_model.load(tmp_path, encoder="Teacher")
 
 
 def test_the_package_imports_without_torch_and_names_missing_attributes():

@@ -23,8 +23,8 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     train_job,
 )
@@ -112,7 +112,7 @@ def _measure(
         values = torch.stack([metric(decoded, truth) for metric in METRICS.values()], dim=1)
         return values.unflatten(0, views.shape[:2])
 
-    return predict(measure, context, samples).numpy()
+    return map_validation_images(measure, context, samples).numpy()
 
 
 def _draw(
@@ -130,7 +130,7 @@ def _draw(
         pixels = (decode(views.flatten(0, 1)).clamp(0, 1) * 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).unflatten(0, views.shape[:2])
 
-    return predict(draw, context, samples).numpy()
+    return map_validation_images(draw, context, samples).numpy()
 
 
 def _rows(trained: dict[str, TrainedVariant], context: Context) -> list[Row]:

@@ -21,13 +21,13 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     task_folder,
     train_job,
 )
-from iwm_fast.evals.finetuning.task import Job
+from iwm_fast.evals.finetuning.task import LABELS_ENTRY, Job
 from iwm_fast.evals.finetuning.timm_baseline import build_timm_variant, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import (
     PREDICTOR_VARIANTS,
@@ -150,7 +150,7 @@ def _train_variant(name: str, source: FinetuneSource, sets: LabelledSets) -> Tra
     context = source.context
     variant = source.build(name, len(sets.classes))
     stats = train_job(build_classification_job(variant, context, sets.train.labels, source.origin), context)
-    correct = predict(variant, context).argmax(dim=1).numpy() == sets.val.number
+    correct = map_validation_images(variant, context).argmax(dim=1).numpy() == sets.val.number
     log.info("%s: accuracy %.4f, %d steps, %.0f s", name, correct.mean(), stats.steps, stats.time_s)
     return TrainedVariant(per_image=correct, stats=stats)
 
@@ -163,7 +163,11 @@ def build_classification_job(variant: Variant, context: FinetuneContext, labels:
     """
     augmentation = BatchAugmentation(context.settings, len(labels.classes), context.rank_info.world_size)
     loss = functools.partial(functional.cross_entropy, reduction="sum")
-    return variant.make_job(lambda batch: augmentation(batch.source_view, labels.of(batch.sample)), loss, origin)
+    return variant.make_job(
+        lambda batch: augmentation(batch.source_view, labels.of(batch.sample)),
+        loss,
+        origin | {LABELS_ENTRY: labels.digest},
+    )
 
 
 def _make_result(context: FinetuneContext, sets: LabelledSets, trained: dict[str, TrainedVariant]) -> Result:

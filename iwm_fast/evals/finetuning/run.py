@@ -1,7 +1,7 @@
 """Training and evaluation of modules on top of a run, with the engines, checkpoints and pipelines of pretraining.
 
 An evaluation builds a `Job` for each network that it trains. `train_job` trains it, resumes it, or reads its weights if
-it is finished; `predict` evaluates it on the validation images.
+it is finished; `map_validation_images` evaluates it on the validation images.
 """
 
 import gc
@@ -185,7 +185,7 @@ def split_global_batch(settings: TrainedSettings, world_size: int) -> tuple[int,
 
 
 @torch.no_grad()
-def predict(
+def map_validation_images(
     forward: Callable[[Batch], Shaped[Tensor, "B *rest"]],
     context: FinetuneContext,
     samples: Int64[np.ndarray, "samples"] | None = None,

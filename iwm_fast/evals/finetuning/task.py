@@ -43,6 +43,10 @@ _RUN_SETTINGS = ("seed", "data.", "views.", "model.")
 _NEW_SINCE_0_1 = {"tune.encoder": "teacher", "tune.action": "null", "tune.context": "full"}
 
 
+# Entries of an origin that jobs of earlier versions lack: digests of what the digest of the shards does not cover.
+LABELS_ENTRY, MAPS_ENTRY = "data.train.labels", "data.train.maps"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A module to train, with its inputs, loss and optimiser."""
@@ -63,8 +67,8 @@ class Job:
     """Optimiser whose groups are named "decay..." and "no_decay...". A group's "lr_scale" is the ratio of its peak
     learning rate to tune.lr; without it the ratio is 1."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """Everything else that decides the result, such as the step of the run's checkpoint, as JSON values. A job resumes
-    only from a folder with the same settings and origin."""
+    """Everything else that decides the result, such as the step of the run's checkpoint and a digest of the labels, as
+    JSON values. A job resumes only from a folder with the same settings and origin."""
 
 
 class AutocastModule(nn.Module):
@@ -122,7 +126,9 @@ class FinetuneTask:
 
     def resume_state(self, saved: Checkpoint) -> TrainState:
         old, new = saved.fingerprint, self.fingerprint
-        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        # Jobs of earlier versions have no digests of labels and maps; they are resumed without this comparison.
+        compared = (old.keys() | new.keys()) - ({LABELS_ENTRY, MAPS_ENTRY} - old.keys())
+        changed = sorted(name for name in compared if old.get(name) != new.get(name))
         if changed:
             lines = "\n".join(f"  {name}: {old.get(name)} -> {new.get(name)}" for name in changed)
             raise CheckpointError(

@@ -25,12 +25,12 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     train_job,
 )
-from iwm_fast.evals.finetuning.task import Job
+from iwm_fast.evals.finetuning.task import LABELS_ENTRY, Job
 from iwm_fast.evals.finetuning.variants import describe_origin, require_arms_fit
 from iwm_fast.evals.multitask.network import TaskBatcher, TaskInputs, TaskPredictor, weighted_loss
 from iwm_fast.evals.multitask.report import LabelledTask, make_result
@@ -144,10 +144,10 @@ def _train_predictor(
             module, context.run_config.optim, lambda parameter: factor if parameter.startswith("predictor.") else 1.0
         ),
         origin=describe_origin(model.step, model.encoder, model.predictor)
-        | {"tasks": [config_to_dict(task.spec) for task in tasks]},
+        | {"tasks": [config_to_dict(task.spec) for task in tasks], LABELS_ENTRY: [task.digest for task in labels]},
     )
     stats = train_job(job, context)
-    predicted = predict(partial(_predict_classes, module, encode=encode), context).numpy()
+    predicted = map_validation_images(partial(_predict_classes, module, encode=encode), context).numpy()
     true = np.stack([task.sets.val.number for task in tasks], axis=1)
     # The references are dropped first, because otherwise the next predictor would be built while this one is in memory.
     del job, module

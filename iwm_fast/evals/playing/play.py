@@ -9,11 +9,12 @@ from PIL import Image
 from iwm_fast.config.evaluation import PlayConfig
 from iwm_fast.evals.datasets import clean_images, validation_shards
 from iwm_fast.evals.playing.page import build_page
-from iwm_fast.evals.playing.player import Player, Subject
+from iwm_fast.evals.playing.player import Player
 from iwm_fast.evals.playing.server import PlayServer
 from iwm_fast.evals.retrieval.bank import open_world_model
 from iwm_fast.evals.retrieval.choice import choose_shown
 from iwm_fast.evals.retrieval.imagined import find_decoder
+from iwm_fast.evals.retrieval.sweeps import BankedImage
 from iwm_fast.monitoring.evaluation_progress import track_progress
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.imagine_page import data_uri
@@ -56,7 +57,7 @@ def play(config: PlayConfig) -> tuple[Path, ...]:
     return ()
 
 
-def _page_without_server(player: Player, subjects: list[Subject], run: str) -> str:
+def _page_without_server(player: Player, subjects: list[BankedImage], run: str) -> str:
     """Return the page with the answers of all images for one control at a time, as large as the limit allows."""
     answers = {
         f"{number}{key}": player.answer(subject, values, switched_on)

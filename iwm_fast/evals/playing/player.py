@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from iwm_fast.config.evaluation import PlayConfig
 from iwm_fast.evals.retrieval.bank import (
-    CandidateBank,
     bank_views,
     diagonal_ranks,
     draw_bank,
@@ -18,7 +17,7 @@ from iwm_fast.evals.retrieval.bank import (
     mean_squared_distances,
 )
 from iwm_fast.evals.retrieval.imagined import decode_pixels
-from iwm_fast.evals.retrieval.sweeps import format_value, sweep_values, swept_entries, trained_flags
+from iwm_fast.evals.retrieval.sweeps import BankedImage, format_value, sweep_values, swept_entries, trained_flags
 from iwm_fast.models.pixel_decoder import PixelDecoder
 from iwm_fast.pipelines.transforms.action import action_vector
 from iwm_fast.pipelines.transforms.composition import identity_parameters
@@ -47,15 +46,6 @@ class Control:
     def step(self) -> float:
         """Smallest difference of two values of the slider; the neutral value is one of them."""
         return (self.high - self.low) / (2 * _NUM_STEPS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """An image to play with: its pixels, and changed versions of it among which predictions are looked up."""
-
-    pixels: UInt8[Tensor, "H W 3"]
-    bank: CandidateBank
-    target: Float[Tensor, "M ND"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +84,14 @@ class Player:
         ]
         return (*sliders, *switches)
 
-    def open(self, pixels: UInt8[Tensor, "H W 3"], number: int) -> Subject:
+    def open(self, pixels: UInt8[Tensor, "H W 3"], number: int) -> BankedImage:
         """Prepare an image of the run's size; `number` seeds its bank."""
         config = self._config
         bank = draw_bank(pixels, number, config.bank_size, model=self.model, strengths=config.bank, seed=config.seed)
-        return Subject(pixels=pixels, bank=bank, target=encode_bank(self.model, bank))
+        return BankedImage(pixels=pixels, bank=bank, target=encode_bank(self.model, bank))
 
     @torch.no_grad()
-    def answer(self, subject: Subject, values: Mapping[str, float], switched_on: Collection[str]) -> Answer:
+    def answer(self, image: BankedImage, values: Mapping[str, float], switched_on: Collection[str]) -> Answer:
         """Return what the model imagines for these values of sliders and these switches that are on.
 
         Raises:
@@ -114,7 +104,7 @@ class Player:
         target = neutral | {name: np.array([value], np.float32) for name, value in values.items()}
         action = torch.from_numpy(action_vector(source, target, views)).to(model.device)
         source_pixels, asked_pixels = (
-            render(subject.pixels.to(model.device)[None], parameters, views) for parameters in (source, target)
+            render(image.pixels.to(model.device)[None], parameters, views) for parameters in (source, target)
         )
         source_view, asked_view = (
             normalize_view(pixels, model.config.data.normalization) for pixels in (source_pixels, asked_pixels)
@@ -122,14 +112,14 @@ class Player:
         tokens, asked_tokens = model.encode(source_view), model.encode_targets(asked_view)
         absolute = model.predict_from(tokens, action)
         imagined = {"absolute": absolute, "difference": absolute + model.readout_offset(tokens, "difference")}
-        candidates = torch.cat([asked_tokens.flatten(1), subject.target])
+        candidates = torch.cat([asked_tokens.flatten(1), image.target])
         distance = {
             name: mean_squared_distances(of.flatten(1), candidates)
             for name, of in {**imagined, "source": model.encode_targets(source_view)}.items()
         }
         nearest = int(distance["absolute"].argmin())
         (rank,) = diagonal_ranks(distance["absolute"]).tolist()
-        found = asked_pixels[0] if nearest == 0 else subject.bank.pixels[nearest - 1]
+        found = asked_pixels[0] if nearest == 0 else image.bank.pixels[nearest - 1]
         shown = {"source": source_pixels[0], "asked for": asked_pixels[0], "retrieved": found}
         pictures = {name: pixels.cpu().numpy() for name, pixels in shown.items()}
         if self.decoder is not None:

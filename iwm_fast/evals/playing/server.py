@@ -15,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from iwm_fast.evals.playing.page import build_page, to_json
-from iwm_fast.evals.playing.player import Player, Subject
+from iwm_fast.evals.playing.player import Player
+from iwm_fast.evals.retrieval.sweeps import BankedImage
 from iwm_fast.pipelines.errors import UndecodableImageError
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
 from iwm_fast.rendering.imagine_page import data_uri
@@ -35,7 +36,7 @@ class PlayServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, player: Player, subjects: list[Subject], run: str, host: str, port: int) -> None:
+    def __init__(self, player: Player, subjects: list[BankedImage], run: str, host: str, port: int) -> None:
         """Listen on an address.
 
         Raises:

@@ -76,8 +76,11 @@ class FeatureSpec:
             # Loaders and devices decode, resize and sum with different rounding.
             "loader": config.runtime.loader,
             "device": self.model.device.type,
-            # Only if it is set, so that features which were written before this setting existed are still found.
+            # Only if they are set, so that features which were written before these settings existed are still found.
             **({"layers": self.layers} if self.layers > 1 else {}),
+            # The member that is the image (data.image): two members may have equal sizes, which are all that the digest
+            # of the shards covers.
+            **({"image": self.labelled.shards.image} if self.labelled.shards.image else {}),
         }
 
     @property

@@ -167,20 +167,13 @@ def encode_bank(model: WorldModel, bank: CandidateBank) -> Float[Tensor, "M ND"]
 
 
 @torch.no_grad()
-def predict_query(model: WorldModel, query: Query) -> Float[Tensor, "M ND"]:
-    """Return the tokens predicted for each action from all patches of the source at all positions, flattened."""
-    tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
-    chunks = query.action.split(max_sequences_per_forward(model))
-    return torch.cat([model.predict_from(tokens, chunk).flatten(1) for chunk in chunks])
-
-
-@torch.no_grad()
 def read_out(
     model: WorldModel, query: Query, readouts: Sequence[Readout] = READOUTS
 ) -> Iterator[Float[Tensor, "Q ND"]]:
-    """Yield the tokens that each readout gives for all actions of a query, flattened."""
-    predicted = predict_query(model, query)
+    """Yield what each readout gives for all actions of a query: tokens at all positions, flattened."""
     tokens = model.encode(normalize_view(query.source[None], model.config.data.normalization))
+    chunks = query.action.split(max_sequences_per_forward(model))
+    predicted = torch.cat([model.predict_from(tokens, chunk).flatten(1) for chunk in chunks])
     for readout in readouts:
         yield predicted + model.readout_offset(tokens, readout).flatten(1)
 

@@ -22,12 +22,12 @@ from iwm_fast.evals.finetuning.run import (
     FinetuneContext,
     TrainedVariant,
     free_memory,
+    map_validation_images,
     open_context,
-    predict,
     split_global_batch,
     train_job,
 )
-from iwm_fast.evals.finetuning.task import Job
+from iwm_fast.evals.finetuning.task import MAPS_ENTRY, Job
 from iwm_fast.evals.finetuning.variants import (
     PREDICTOR_VARIANTS,
     Variant,
@@ -43,7 +43,7 @@ from iwm_fast.evals.segmentation.network import classify_pixels, pixel_loss
 from iwm_fast.evals.segmentation.report import make_result
 from iwm_fast.models.heads import PatchHead
 from iwm_fast.models.student import Student
-from iwm_fast.pipelines.annotations.segmentation import require_masks
+from iwm_fast.pipelines.annotations.segmentation import masks_digest, require_masks
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
@@ -66,6 +66,8 @@ class SegmentationContext:
     context: FinetuneContext
     model: WorldModel
     num_classes: int
+    maps_digest: str
+    """SHA-256 of the training maps."""
 
     def read_masks(self, shards: ShardSet) -> closing[MaskReader]:
         """Return a reader of the maps of these shards, as a context that closes it."""
@@ -123,7 +125,8 @@ def open_segmentation(
     )
     options = {"ignore_index": config.ignore_index, "num_threads": config.runtime.reader_threads}
     num_classes = config.num_classes or count_classes(train, val, **options)
-    return SegmentationContext(config=config, context=context, model=model, num_classes=num_classes)
+    digest = broadcast_from_rank_zero(lambda: masks_digest(train, config.runtime.reader_threads))
+    return SegmentationContext(config=config, context=context, model=model, num_classes=num_classes, maps_digest=digest)
 
 
 def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray, "samples"]:
@@ -139,7 +142,7 @@ def choose_figure_samples(segmentation: SegmentationContext) -> Int64[np.ndarray
             mask = masks.prefetch(batch)()
             return count_pixels(mask, mask, segmentation.num_classes, segmentation.config.ignore_index)[:, 2]
 
-        sizes = predict(class_sizes, context, candidates).numpy()
+        sizes = map_validation_images(class_sizes, context, candidates).numpy()
     occurs = sizes > context.model_config.views.size**2 / 20
     chosen: list[int] = []
     for _ in range(min(num_shown, len(candidates))):
@@ -167,9 +170,11 @@ def _train_variant(
             classes = classify_pixels(variant(batch), size)
             return count_pixels(classes, wait(), segmentation.num_classes, segmentation.config.ignore_index)
 
-        counts = predict(pixel_counts, context).numpy()
+        counts = map_validation_images(pixel_counts, context).numpy()
     # There are at most 256 classes, which fit into one byte for each pixel.
-    classes = predict(lambda batch: classify_pixels(variant(batch), size).to(torch.uint8), context, figure_samples)
+    classes = map_validation_images(
+        lambda batch: classify_pixels(variant(batch), size).to(torch.uint8), context, figure_samples
+    )
     iou = mean_iou(counts)
     log.info("%s: mean IoU %.4f, %d steps, %.0f s", name, iou, stats.steps, stats.time_s)
     segmented = SegmentedImages(classes=classes.numpy(), counts=counts[figure_samples], mean_iou=iou)
@@ -186,13 +191,20 @@ def build_segmentation_job(
         # The labels are a function that waits for the maps, so that threads read them while the networks compute.
         lambda batch: (batch.source_view, masks.prefetch(batch)),
         lambda logits, wait: pixel_loss(logits, wait(), ignore_index),
-        origin | {"num_classes": segmentation.num_classes, "ignore_index": ignore_index},
+        origin
+        | {
+            "num_classes": segmentation.num_classes,
+            "ignore_index": ignore_index,
+            MAPS_ENTRY: segmentation.maps_digest,
+        },
     )
 
 
 def _load_figure_images(segmentation: SegmentationContext, samples: Int64[np.ndarray, "samples"]) -> FigureImages:
     normalization = segmentation.context.model_config.data.normalization
-    pixels = predict(lambda batch: denormalize_view(batch.source_view, normalization), segmentation.context, samples)
+    pixels = map_validation_images(
+        lambda batch: denormalize_view(batch.source_view, normalization), segmentation.context, samples
+    )
     with segmentation.read_masks(segmentation.context.val) as masks:
-        mask = predict(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
+        mask = map_validation_images(lambda batch: masks.prefetch(batch)(), segmentation.context, samples)
     return FigureImages(pixels=pixels.numpy(), mask=mask.numpy())

@@ -75,7 +75,8 @@ def majority_baseline(counts: Int64[np.ndarray, "images 3 K"]) -> Int64[np.ndarr
 def resampled_mean_iou(counts: Int64[np.ndarray, "images 3 K"], seed: int = 0) -> Float64[np.ndarray, "draws"]:
     """Return the mean IoU of bootstrap draws, each of which draws the images again with replacement.
 
-    A draw's mean is over the classes that its images contain. The draws depend only on the seed and the number of
+    A draw's mean is over the classes that its images contain, so that draws are biased if classes are rare;
+    `percentile_interval` removes this bias. The draws depend only on the seed and the number of
     images, so the difference of two results with the same seed compares the same images.
     """
     generator, num_images = np.random.default_rng(seed), len(counts)
@@ -88,9 +89,13 @@ def resampled_mean_iou(counts: Int64[np.ndarray, "images 3 K"], seed: int = 0) -
     return np.concatenate(chunks)
 
 
-def percentile_interval(draws: Float64[np.ndarray, "draws"]) -> tuple[float, float]:
-    """Return the central 95 % interval of bootstrap draws, without draws whose pixels are all ignored (NaN)."""
-    low, high = np.nanquantile(draws, (0.025, 0.975))
+def percentile_interval(draws: Float64[np.ndarray, "draws"], value: float) -> tuple[float, float]:
+    """Return the central 95 % interval of bootstrap draws after subtracting their bias, the mean draw minus `value`.
+
+    Draws that lack a rare class which is segmented badly have a higher mean IoU, so that without this correction the
+    interval can lie above the value itself. Draws whose pixels are all ignored (NaN) are left out.
+    """
+    low, high = np.nanquantile(draws - (np.nanmean(draws) - value), (0.025, 0.975))
     return float(low), float(high)
 
 

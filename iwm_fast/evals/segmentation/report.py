@@ -41,8 +41,8 @@ def make_result(context: FinetuneContext, num_classes: int, trained: dict[str, T
     }
     if {"predictor", "random_predictor"} <= trained.keys():
         # Draws are paired: a difference on the same images varies less than the difference of two independent means.
-        low, high = percentile_interval(draws["predictor"] - draws["random_predictor"])
         gain = mean_iou(counts["predictor"]) - mean_iou(counts["random_predictor"])
+        low, high = percentile_interval(draws["predictor"] - draws["random_predictor"], gain)
         details["gain_of_pretraining"] = {"mean_iou": gain, "low": low, "high": high}
     return context.make_result("segment", rows, details)
 
@@ -55,13 +55,14 @@ def _row(
     draws: Float64[np.ndarray, "draws"] | None = None,
 ) -> Row:
     measure = {"mean_iou": mean_iou, "pixel_accuracy": pixel_accuracy}[metric]
-    low, high = (None, None) if draws is None else percentile_interval(draws)
+    value = measure(counts[name])
+    low, high = (None, None) if draws is None else percentile_interval(draws, value)
     control = CONTROLS.get(name, "")
     has_control = control in counts
     return Row(
         subject=name,
         metric=metric,
-        value=measure(counts[name]),
+        value=value,
         low=low,
         high=high,
         control=measure(counts[control]) if has_control else None,

@@ -112,25 +112,25 @@ def test_settings_of_an_export_that_do_not_fit_are_refused(name, originals, tmp_
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_of_a_run_that_do_not_fit_are_refused(name, originals, tmp_path, monkeypatch, capsys):
+def test_settings_of_a_checkpoint_that_do_not_fit_are_refused(name, originals, tmp_path, monkeypatch, capsys):
     change, message = SETTINGS[name]
     folder = shutil.copytree(originals / "run", tmp_path / "run")
-    change(folder / "config.yaml")
-    monkeypatch.setattr(student, "initialize_", no_real_network)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        iwm_fast.load(folder)
-    assert str(folder / "config.yaml") in str(caught.value)
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "knn", f"run={folder}", "data.val=anything"])
-    assert stop.value.code == 2 and str(folder / "config.yaml") in capsys.readouterr().err
-    # The same settings in the checkpoint.
     newest = checkpoints.find_newest_folder(folder)
     assert newest is not None
     change(newest / "config.yaml")
     sign(newest)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        export(ExportConfig(run=str(folder), to=str(tmp_path / "to")))
-    assert str(newest / "config.yaml") in str(caught.value) and not (tmp_path / "to").exists()
+    monkeypatch.setattr(student, "initialize_", no_real_network)
+    for use in (
+        lambda: iwm_fast.load(folder),
+        lambda: export(ExportConfig(run=str(folder), to=str(tmp_path / "to"))),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            use()
+        assert str(newest / "config.yaml") in str(caught.value)
+    assert not (tmp_path / "to").exists()
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "knn", f"run={folder}", "data.val=anything"])
+    assert stop.value.code == 2 and str(newest / "config.yaml") in capsys.readouterr().err
 
 
 def edit(change: Callable[[dict], Any]) -> Callable[[Path], None]:

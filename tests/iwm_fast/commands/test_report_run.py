@@ -190,6 +190,11 @@ def test_charts_are_complete_svg_elements_and_reproducible():
         assert " width=" not in chart.split(">", 1)[0]
 
 
+def test_interval_charts_have_any_number_of_series_and_intervals_beside_their_values():
+    series = {str(arm): [IntervalPoint(10, 0.25, 0.27, 0.345)] for arm in range(13)}
+    assert draw_plot(replace(INTERVALS, series=series)).startswith("<svg")
+
+
 def test_a_forest_plot_is_saved_as_a_png_file(tmp_path):
     groups = [
         ForestGroup(title=title, verdict="holds", note="the paper: 0.8", bound=-0.02, rows=COMPARISONS)

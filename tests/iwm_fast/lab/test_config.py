@@ -150,3 +150,12 @@ def test_all_commands_of_the_shipped_labs_have_valid_settings(name, monkeypatch)
     selectors = [selector for claim in lab.claims for pair in claim.compare for selector in pair]
     compared = {(selector.cell, selector.result) for selector in selectors}
     assert {(cell, result.partition("_")[0]) for cell, result in compared} <= measured
+
+
+@pytest.mark.parametrize("name", ["lab_cpu", "lab_cpu_worth_keeping"])
+def test_the_labs_on_the_demo_segment_all_photographs_of_its_maps(name, monkeypatch):
+    monkeypatch.chdir(Path(iwm_fast.__file__).parent.parent)
+    lab = read(Path("iwm_fast", "configs", f"{name}.yaml"))
+    segmented = [evaluation.settings for evaluation in lab.evaluations if evaluation.task == "segment"]
+    # The maps hold the numbers 0 to 16 of the photographs.
+    assert lab.has_demo_data and segmented and all("num_classes=17" in settings for settings in segmented)

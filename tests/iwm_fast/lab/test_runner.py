@@ -9,17 +9,29 @@ import time
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
 
 from fixtures.paths import TESTS
-from iwm_fast.evals.results import Result, save_result
+from iwm_fast.config.loading import save_config
+from iwm_fast.evals.results import Result, Row, save_result
 from iwm_fast.evaluate import EVALUATIONS, read_settings
 from iwm_fast.lab.config import read_lab
-from iwm_fast.lab.runner import is_done, iter_commands, list_cells, report_lab, run_lab
+from iwm_fast.lab.runner import (
+    is_done,
+    iter_commands,
+    list_cells,
+    report_lab,
+    require_all_done,
+    run_lab,
+    training_config,
+    visible_gpus,
+    write_results,
+)
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines import demo_data
 from iwm_fast.runtime.preemption import EXIT_PREEMPTED
-from iwm_fast.runtime.run_status import read_status
+from iwm_fast.runtime.run_status import read_status, write_status
 
 BASE = {
     "views": {"size": 16, "blur": {"sigma": [0.1, 1.0]}},
@@ -55,6 +67,22 @@ def write(tmp_path, tiny_shards):
     return act
 
 
+def imitate_training(command):
+    """Leave in the cell's folder what says that it has been trained for 8 steps."""
+    (command.cell.folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+    save_config(training_config(command), command.cell.folder / "config.yaml")
+    write_status(command.cell.folder, "finished")
+
+
+def imitate_evaluation(command, name, value=0.5, step=8):
+    """Write a result of the command's settings into the cell's folder."""
+    settings = asdict(read_settings(EVALUATIONS[command.name].settings, list(command.arguments[2:])))
+    rows = (Row(subject="jitter", metric="mrr", value=value),)
+    save_result(
+        command.cell.folder, Result(task=command.name, name=name, rows=rows, step=step, seed=0, settings=settings)
+    )
+
+
 def count_commands(folder):
     return {path.parent.name: path.read_text().count("$ iwm") for path in folder.glob("cells/*/lab.log")}
 
@@ -83,10 +111,69 @@ def test_a_result_is_outdated_by_newer_checkpoints_unless_it_names_its_own(write
     cell = list_cells(lab)[0]
     _, evaluate = iter_commands(lab, cell)
     (cell.folder / "checkpoints" / "step-00000008").mkdir(parents=True)
-    settings = read_settings(EVALUATIONS["knn"].settings, list(evaluate.arguments[2:]))
-    result = Result(task="knn", name="knn", rows=(), step=step, seed=0, settings=asdict(settings))
-    save_result(cell.folder, result)
+    imitate_evaluation(evaluate, "knn", step=step)
     assert is_done(evaluate) == expected
+
+
+def test_only_results_of_the_labs_settings_are_reported_and_the_others_are_counted(write, tmp_path, caplog):
+    def reported(**changes):
+        caplog.clear()
+        write_results(read_lab(write(**changes), set(EVALUATIONS)))
+        return [(row["cell"], row["value"]) for row in json.loads((tmp_path / "lab" / "lab.json").read_text())["rows"]]
+
+    larger = {"task": "mrr", "settings": MRR["settings"] | {"bank_size": 8}}
+    for evaluation, value, cells in ((MRR, 0.5, "ab"), (larger, 0.6, "a")):
+        lab = read_lab(write(evaluations=[evaluation]), set(EVALUATIONS))
+        for cell in list_cells(lab):
+            train, evaluate = iter_commands(lab, cell)
+            if not cell.folder.exists():
+                imitate_training(train)
+            if cell.name in cells:
+                imitate_evaluation(evaluate, "mrr_default", value)
+    # The cell b has not been evaluated again yet.
+    assert reported(evaluations=[larger]) == [("a", 0.6)]
+    assert "left out: 0 of cells whose training is not finished with the lab's settings, and 1 of other" in caplog.text
+    assert reported() == [("b", 0.5)]
+    # A cell whose training is not finished does not hide the others.
+    write_status(tmp_path / "lab" / "cells" / "b-seed0", "running")
+    assert reported(evaluations=[larger]) == [("a", 0.6)]
+    assert reported(evaluations=[larger], settings={"optim.epochs": 2}) == []
+    assert "left out: 2 of cells whose training is not finished" in caplog.text
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(0, False), (1, True)])
+def test_another_micro_batch_is_another_training_with_vicreg_terms_only(write, depth, expected):
+    def training(**changes):
+        lab = read_lab(write(settings={"model.predictor.depth": depth} | changes), set(EVALUATIONS))
+        return next(iter_commands(lab, list_cells(lab)[0]))
+
+    imitate_training(training())
+    # The batch has 16 images.
+    assert is_done(training(**{"runtime.micro_batch_size": 16}))
+    assert is_done(training(**{"runtime.micro_batch_size": 8})) == expected
+
+
+def test_an_evaluation_whose_result_was_replaced_by_another_one_of_its_cell_is_named(write):
+    knn = [{"task": "knn", "cells": ["a"], "settings": {"num_neighbors": number}} for number in (10, 20)]
+    lab = read_lab(write(cells={"a": {}}, claims={}, evaluations=knn), set(EVALUATIONS))
+    train, *evaluations = iter_commands(lab, list_cells(lab)[0])
+    imitate_training(train)
+    for evaluate in evaluations:
+        imitate_evaluation(evaluate, "knn")
+    with pytest.raises(RuntimeError, match=r"(?s)a, seed 0: knn .*num_neighbors=10\).*same name.*another cell"):
+        require_all_done(lab)
+
+
+def test_workers_use_the_gpus_that_the_lab_was_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    for given in ("2,3", "GPU-8932f937, MIG-1f2e3d4c"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert visible_gpus() == given.replace(" ", "").split(",")
+    # An invalid number ends the list.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,-1,4")
+    assert visible_gpus() == ["2", "3"]
 
 
 @pytest.mark.slow
@@ -108,15 +195,26 @@ def test_a_lab_is_run_judged_not_repeated_and_extended(write, tmp_path):
                   evaluations=[MRR, {"task": "knn", "cells": ["a"]}]))  # fmt: skip
     assert count_commands(folder) == {"a-seed0": 3, "b-seed0": 2, "c-seed0": 2}
     assert report_lab(folder) == page and "knn" in page.read_text()
+    # The second evaluation replaces the result of the first one.
+    knn = [{"task": "knn", "cells": ["a"], "settings": {"num_neighbors": number}} for number in (10, 20)]
+    with pytest.raises(RuntimeError, match="a, seed 0: knn has run, but its result"):
+        run_lab(write(cells={"a": {}}, evaluations=knn, claims={}))
 
 
-def test_cells_that_were_trained_on_other_images_are_refused(write, tmp_path, monkeypatch):
+def test_cells_that_were_trained_on_other_images_than_the_demo_are_refused(write, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data, "DEMO_CROPS", {"train": 8, "val": 2})
     folder = tmp_path / "lab" / "cells" / "b-seed0"
     shutil.copytree(TESTS / "fixtures" / "run_e678dd7" / "run", folder)
     settings = {"data.train": f"{tmp_path}/data/train-{{000000..000007}}.tar"}
     with pytest.raises(ValueError, match=f"the run in {folder} was trained on other images than {tmp_path}/data/train"):
         run_lab(write(demo_data=True, settings=settings))
+    assert not count_commands(tmp_path / "lab")
+
+
+def test_cells_that_were_trained_on_other_images_are_refused_without_demo_data_too(write, tmp_path):
+    shutil.copytree(TESTS / "fixtures" / "run_e678dd7" / "run", tmp_path / "lab" / "cells" / "b-seed0")
+    with pytest.raises(ValueError, match="was trained on other images than"):
+        run_lab(write())
     assert not count_commands(tmp_path / "lab")
 
 

@@ -57,6 +57,19 @@ def test_distinct_values_are_numbered_in_sorted_order(shards, field):
     assert labels.counts.tolist() == np.bincount(labels.number).tolist()
 
 
+def test_corrected_labels_have_another_digest(shards, tmp_path):
+    def digest(records, field="json.animal", folder="other"):
+        return read_labels(write_shards(tmp_path / folder, records), field).digest
+
+    swapped = [RECORDS[0] | {"animal": RECORDS[1]["animal"]}, RECORDS[1] | {"animal": RECORDS[0]["animal"]}]
+    renamed = [record | {"animal": record["animal"].replace("cat", "cow")} for record in RECORDS]
+    original = read_labels(shards, "json.animal").digest
+    assert digest(RECORDS, folder="copy") == original
+    assert len({original, digest(swapped + RECORDS[2:]), digest(renamed), digest(RECORDS, "json.is_wild")}) == 4
+    # The sizes of all members are the same, so that the digest of the shards is, too.
+    assert open_shards(str(tmp_path / "other")).content_digest == shards.content_digest
+
+
 def test_class_numbers_are_looked_up_by_the_samples_of_a_batch(shards):
     animal, shelf = read_labels(shards, "json.animal"), read_labels(shards, "json.place.shelf")
     for samples in ([3, 0, 4, 0], [2], []):

@@ -10,7 +10,13 @@ from PIL import Image
 from skimage import data
 
 from fixtures.tar_files import encode, photograph, write_tar
-from iwm_fast.pipelines.annotations.segmentation import crop_mask, read_mask, read_mask_values, require_masks
+from iwm_fast.pipelines.annotations.segmentation import (
+    crop_mask,
+    masks_digest,
+    read_mask,
+    read_mask_values,
+    require_masks,
+)
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.reader import FileCache
 from iwm_fast.pipelines.storage.shard_set import open_shards
@@ -210,6 +216,25 @@ def test_the_values_of_all_maps_are_listed_by_sample(tmp_path, indices, pixels):
     require_masks(shards)
     has_value = read_mask_values(shards, num_threads=2)
     assert [np.flatnonzero(row).tolist() for row in has_value] == [np.unique(mask).tolist() for mask in maps]
+
+
+def test_corrected_maps_have_another_digest(tmp_path, indices, pixels):
+    def shards_with(name, *maps):
+        members = []
+        for key, mask in enumerate(maps):
+            members += [(f"{key}.jpg", encode(pixels)), (f"{key}.png", gray_png(mask))]
+        write_tar(tmp_path / name, members)
+        return open_shards(str(tmp_path / name))
+
+    first, second = np.where(indices == 255, 0, indices), np.where(indices == 255, 1, indices)
+    original, copy, swapped, corrected = (
+        shards_with(f"{name}.tar", *maps)
+        for name, maps in enumerate([(first, second), (first, second), (second, first), (first, first)])
+    )
+    assert masks_digest(original, num_threads=2) == masks_digest(copy)
+    assert len({masks_digest(shards) for shards in (original, swapped, corrected)}) == 3
+    # The digest of the shards does not cover the maps.
+    assert original.content_digest == corrected.content_digest
 
 
 def test_a_missing_or_broken_map_among_many_is_named(tmp_path, indices, pixels):

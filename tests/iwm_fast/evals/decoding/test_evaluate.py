@@ -19,7 +19,7 @@ from iwm_fast.config.finetuning import DecodeConfig, DecoderTuneConfig, PixelDec
 from iwm_fast.config.run import RuntimeConfig
 from iwm_fast.evals.decoding.evaluate import VIEWS, evaluate_decode, render_views
 from iwm_fast.evals.decoding.training import DECODER, build_arm, target_tokens
-from iwm_fast.evals.finetuning.run import open_context, predict, train_job
+from iwm_fast.evals.finetuning.run import map_validation_images, open_context, train_job
 from iwm_fast.evals.results import read_result
 from iwm_fast.evaluate import evaluate
 from iwm_fast.pipelines.transforms.normalization import to_unit_range
@@ -75,7 +75,7 @@ def test_the_saved_decoder_decodes_as_it_was_measured(run_folder, rank_info):
     assert decoder.spec.step == model.step and not decoder.training
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
     context = open_context("decode", settings(run_folder), model, rank_info, None)
-    views = predict(lambda batch: render_views(batch, context), context)
+    views = map_validation_images(lambda batch: render_views(batch, context), context)
     normalization = model.config.data.normalization
     for number, view in enumerate(VIEWS):
         images = to_unit_range(views[:, number], normalization)
@@ -85,7 +85,7 @@ def test_the_saved_decoder_decodes_as_it_was_measured(run_folder, rank_info):
         assert float((-10 * mean_square.log10()).mean()) == pytest.approx(expected, abs=1e-3)
     # Every image is changed, and in the same way each time.
     assert (views[:, 0] - views[:, 1]).abs().amax((1, 2, 3)).min() > 0.05
-    assert torch.equal(views, predict(lambda batch: render_views(batch, context), context))
+    assert torch.equal(views, map_validation_images(lambda batch: render_views(batch, context), context))
 
 
 def test_a_decoder_sees_the_tokens_that_a_predictor_predicts(run_folder):

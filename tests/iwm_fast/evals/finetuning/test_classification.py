@@ -28,7 +28,7 @@ from iwm_fast.evals.finetuning.classification import (
     build_classification_variant,
     evaluate_finetune,
 )
-from iwm_fast.evals.finetuning.run import open_context, predict, train_job
+from iwm_fast.evals.finetuning.run import map_validation_images, open_context, train_job
 from iwm_fast.evals.finetuning.timm_baseline import TimmNetwork, build_vit, vit_run_config
 from iwm_fast.evals.finetuning.variants import VariantInputs, lr_scale
 from iwm_fast.evals.results import read_result
@@ -84,7 +84,7 @@ def make_variant(name, run, rank_info, **changes):
 def first_batch(context):
     batches = []
     on_train = replace(context, val=context.train)
-    predict(lambda batch: batches.append(batch) or batch.sample, on_train, np.arange(8))
+    map_validation_images(lambda batch: batches.append(batch) or batch.sample, on_train, np.arange(8))
     return batches[0]
 
 

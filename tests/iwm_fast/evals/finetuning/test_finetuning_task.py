@@ -23,11 +23,11 @@ from iwm_fast.evals.finetuning.classification import (
     evaluate_finetune,
 )
 from iwm_fast.evals.finetuning.conditions import training_conditions
-from iwm_fast.evals.finetuning.networks import load_model
+from iwm_fast.evals.finetuning.networks import build_networks, load_model
 from iwm_fast.evals.finetuning.run import open_context
 from iwm_fast.evals.finetuning.task import job_fingerprint
 from iwm_fast.evals.multitask.evaluate import evaluate_multitask
-from iwm_fast.evals.segmentation.evaluate import evaluate_segment
+from iwm_fast.evals.segmentation.evaluate import build_segmentation_job, evaluate_segment, open_segmentation
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.annotations.labels import read_labels
 from iwm_fast.pipelines.storage.shard_set import open_shards
@@ -284,6 +284,27 @@ def test_jobs_of_earlier_versions_are_resumed_by_default(rank_info, run):
     assert not [name for name in fingerprint if name.startswith("mask.")]
     masked = replace(context.settings, tune=replace(context.settings.tune, context="masked"))
     assert [name for name in job_fingerprint(job, masked, config, shards) if name.startswith("mask.")]
+
+
+def test_jobs_with_other_labels_or_maps_have_another_fingerprint(rank_info, run):
+    variant, _, context = make_variant("predictor", run, rank_info)
+    labels = read_labels(context.train, "cls")
+    segmentation = open_segmentation(SegmentConfig(run=run, **finetune_settings()), rank_info)
+    student = build_networks(segmentation.model, segmentation.config, rank_info, "predictor")
+    with segmentation.read_masks(context.train) as masks:
+        jobs = {
+            "data.train.labels": [
+                build_classification_job(variant, context, replace(labels, number=number), {})
+                for number in (labels.number, labels.number[::-1].copy())
+            ],
+            "data.train.maps": [
+                build_segmentation_job(variant, student, each, masks)
+                for each in (segmentation, replace(segmentation, maps_digest="corrected"))
+            ],
+        }
+    for entry, pair in jobs.items():
+        old, new = (job_fingerprint(job, context.settings, context.run_config, context.train) for job in pair)
+        assert [name for name in old if old[name] != new[name]] == [entry]
 
 
 def test_segmentation_is_trained_end_to_end(rank_info, run):

@@ -18,8 +18,14 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.checkpoints import checkpoint as checkpoints
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.config.run import RuntimeConfig
-from iwm_fast.evals.finetuning.run import build_run_config, predict, split_global_batch, task_folder, train_job
-from iwm_fast.evals.finetuning.task import AutocastModule, to_float32
+from iwm_fast.evals.finetuning.run import (
+    build_run_config,
+    map_validation_images,
+    split_global_batch,
+    task_folder,
+    train_job,
+)
+from iwm_fast.evals.finetuning.task import LABELS_ENTRY, MAPS_ENTRY, AutocastModule, to_float32
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
@@ -195,6 +201,23 @@ def test_another_origin_is_refused(rank_info, tiny_shards, tmp_path):
         train_job(job, toy_context(rank_info, tiny_shards, tmp_path, task))
 
 
+@pytest.mark.parametrize("entry", [LABELS_ENTRY, MAPS_ENTRY])
+def test_other_labels_or_maps_are_refused_unless_an_earlier_version_trained_the_job(
+    rank_info, tiny_shards, tmp_path, entry
+):
+    task, config = tiny_task(tiny_shards), tiny_run(tiny_shards, tmp_path)
+
+    def train(name, digest):
+        job = toy_job(task, config, name=name)
+        return train_job(replace(job, origin={entry: digest} if digest else {}), toy_context(
+            rank_info, tiny_shards, tmp_path, task))  # fmt: skip
+
+    assert train("earlier", "") == train("earlier", "new")
+    train("later", "old")
+    with pytest.raises(CheckpointError, match=f"{entry}: old -> new"):
+        train("later", "new")
+
+
 def test_training_resumes_from_the_checkpoint_before_a_damaged_one(rank_info, tiny_shards, tmp_path):
     undamaged, _ = train_toy(rank_info, tiny_shards, tmp_path)
     newest = checkpoints.find_newest_folder(tmp_path / "toy")
@@ -336,8 +359,8 @@ def test_batch_sizes_that_do_not_divide_are_refused_by_setting_name(tiny_shards)
 
 def test_predictions_are_in_the_order_of_the_samples(rank_info, tiny_shards, tmp_path):
     context, samples = toy_context(rank_info, tiny_shards, tmp_path), np.array([40, 3, 17, 5])
-    assert predict(lambda batch: batch.sample, context, samples).tolist() == samples.tolist()
-    assert predict(lambda batch: batch.sample, context).tolist() == list(range(48))
-    means = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples)
-    (third,) = predict(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples[2:3])
+    assert map_validation_images(lambda batch: batch.sample, context, samples).tolist() == samples.tolist()
+    assert map_validation_images(lambda batch: batch.sample, context).tolist() == list(range(48))
+    means = map_validation_images(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples)
+    (third,) = map_validation_images(lambda batch: batch.source_view.mean(dim=(1, 2, 3)), context, samples[2:3])
     assert means[2] == third and len(set(means.tolist())) == 4

@@ -183,6 +183,8 @@ def test_a_list_of_one_task_is_the_same_as_that_task_alone(rank_info, config):
     folder = Path(settings.run) / "evaluations" / "multitask_one"
     newest = [checkpoints.find_newest_folder(folder / name) for name in ("multitask", "alone_left")]
     weights = [checkpoints.read(path).weights("") for path in newest]
+    # Corrected labels make another job.
+    assert len(checkpoints.read(newest[0]).fingerprint["data.train.labels"]) == 1
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # The second call reads both predictors: training again would give other durations.

@@ -19,7 +19,7 @@ import torch
 
 from fixtures.launchers import CHILD_ENVIRONMENT, free_port
 from fixtures.paths import WORKERS
-from fixtures.tar_files import digests
+from fixtures.tar_files import digests, encode, write_tar
 from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
@@ -53,8 +53,8 @@ def run_folder(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def labelled(spec: str, count: int = 70) -> LabelledSamples:
-    shards = open_shards(spec)
+def labelled(spec: str, count: int = 70, image: str = "") -> LabelledSamples:
+    shards = open_shards(spec, image)
     return LabelledSamples(
         shards=shards, labels=read_labels(shards, "cls"), samples=evenly_spaced(shards.num_samples, count)
     )
@@ -119,6 +119,18 @@ def test_the_digest_depends_on_everything_that_determines_features(model, images
     )]  # fmt: skip
     different += [replace(first, model=changed) for changed in (larger, more_heads, with_dali)]
     assert len({spec.digest for spec in (first, *different)}) == 9
+
+
+def test_two_images_of_a_sample_with_equal_sizes_have_features_of_their_own(model, run_folder, tmp_path):
+    left, right = (np.full((8, 8, 3), value, np.uint8) for value in (0, 200))
+    members = [("0.left.bmp", encode(left, "BMP")), ("0.right.bmp", encode(right, "BMP")), ("0.cls", b"0")]
+    write_tar(tmp_path / "stereo.tar", members)
+    cache = FeatureCache(run_folder, [model], ALONE)
+    rows = [
+        np.array(cache.rows(model, labelled(str(tmp_path / "stereo.tar"), image=f"{side}.bmp"), "pooled"))
+        for side in ("left", "right")
+    ]
+    assert not np.allclose(*rows)
 
 
 def flip_a_bit(folder: Path) -> None:

@@ -16,7 +16,7 @@ from iwm_fast.evals.retrieval.bank import (
     make_query,
     max_sequences_per_forward,
     mean_squared_distances,
-    predict_query,
+    read_out,
 )
 from iwm_fast.evals.retrieval.mrr import chance_mrr
 from iwm_fast.pipelines.config import IMAGENET
@@ -102,7 +102,7 @@ def test_exact_predictions_rank_first_and_constant_ones_at_chance(model, pixels)
 def test_a_prediction_uses_all_patches_and_its_own_action(model, pixels):
     action = torch.zeros(2, 7)
     action[1, 0] = 1.0
-    predicted = predict_query(model, Query(source=pixels, action=action))
+    predicted = next(read_out(model, Query(source=pixels, action=action)))
     assert predicted.shape == (2, 16 * 16) and not torch.allclose(predicted[0], predicted[1])
     expected = model.predict(normalize_view(pixels[None], IMAGENET), action[:1]).flatten(1)[0]
     torch.testing.assert_close(expected, predicted[0])
@@ -110,8 +110,15 @@ def test_a_prediction_uses_all_patches_and_its_own_action(model, pixels):
 
 def test_predictions_that_exceed_one_forward_are_split_into_chunks(model, pixels, monkeypatch):
     query = make_query(pixels, bank_of(model, pixels), "jitter", model)
-    in_one_forward = predict_query(model, query)
+    in_one_forward = next(read_out(model, query))
     max_sequences = max_sequences_per_forward(model)
     monkeypatch.setattr("iwm_fast.evals.retrieval.bank._MAX_ATTENTION_SCORES", 3 * 2 * (2 * 16 + 7) ** 2)
     assert max_sequences_per_forward(model) == 3 < max_sequences
-    torch.testing.assert_close(predict_query(model, query), in_one_forward)
+    torch.testing.assert_close(next(read_out(model, query)), in_one_forward)
+
+
+def test_the_source_of_a_query_is_encoded_once_for_all_readouts(model, pixels):
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    assert len(list(read_out(model, make_query(pixels, bank_of(model, pixels), "jitter", model)))) == 2
+    assert len(calls) == 1

@@ -24,6 +24,10 @@ def counts() -> np.ndarray:
     return count_pixels(PREDICTED, MASK, 4, IGNORE).numpy()
 
 
+def interval(counted: np.ndarray, seed: int) -> tuple[float, float]:
+    return percentile_interval(resampled_mean_iou(counted, seed), mean_iou(counted))
+
+
 def test_pixels_are_counted_by_image_and_class():
     first = [[1, 2, 0, 0], [1, 3, 0, 1], [2, 3, 0, 0]]  # correct, predicted, true
     second = [[1, 0, 2, 0], [2, 0, 2, 0], [1, 0, 3, 0]]
@@ -59,7 +63,7 @@ def test_perfect_predictions_score_1_and_the_majority_baseline_less():
     assert pixel_accuracy(majority_baseline(counts())) == pytest.approx(3 / 9)
     perfect = count_pixels(MASK, MASK, 256, IGNORE).numpy()
     assert mean_iou(perfect) == pixel_accuracy(perfect) == 1.0
-    assert percentile_interval(resampled_mean_iou(perfect)) == (1.0, 1.0)
+    assert percentile_interval(resampled_mean_iou(perfect), 1.0) == (1.0, 1.0)
 
 
 def test_the_majority_baseline_has_the_counts_of_a_constant_prediction():
@@ -73,11 +77,20 @@ def test_the_interval_contains_the_value_and_shrinks_with_more_images():
     mask = torch.randint(0, 3, (400, 8, 8), generator=generator)
     is_wrong = torch.rand(400, 1, 1, generator=generator) * torch.rand(mask.shape, generator=generator) > 0.3
     counted = count_pixels(torch.where(is_wrong, (mask + 1) % 3, mask), mask, 3, IGNORE).numpy()
-    wide, narrow = (percentile_interval(resampled_mean_iou(part, seed=1)) for part in (counted[:25], counted))
+    wide, narrow = (interval(part, seed=1) for part in (counted[:25], counted))
     assert narrow[0] < mean_iou(counted) < narrow[1] and wide[0] < mean_iou(counted[:25]) < wide[1]
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
-    repeated, other = (percentile_interval(resampled_mean_iou(counted, seed=seed)) for seed in (1, 2))
-    assert repeated == narrow != other
+    assert interval(counted, seed=1) == narrow != interval(counted, seed=2)
+
+
+def test_the_interval_contains_the_value_if_rare_classes_are_segmented_badly():
+    # One image each of 15 classes that are never found, and 200 images of a class that is.
+    mask = torch.tensor([*range(1, 16), *[0] * 200], dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
+    counted = count_pixels(torch.zeros_like(mask).long(), mask, 16, IGNORE).numpy()
+    low, high = interval(counted, seed=0)
+    assert low <= mean_iou(counted) <= high and high - low > 0.01
+    draws = resampled_mean_iou(counted)
+    assert np.quantile(draws, 0.025) > mean_iou(counted)
 
 
 def test_bootstrap_draws_with_one_seed_have_the_same_images():
