@@ -172,10 +172,8 @@ def _run(name: str, config: Any, preemption: Preemption) -> None:
         rank_info = distributed.start(config.device, settings=shared)
     else:
         rank_info = distributed.start(runtime.device, runtime.rank_timeout_s, shared)
-    try:
+    with distributed.left_unless_failed():
         result = run(config, rank_info, preemption) if evaluation.trains else run(config, rank_info)
-    finally:
-        distributed.stop()
     if rank_info.rank == 0:
         Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(result_table(result))
 

@@ -84,7 +84,8 @@ def _describe_end(config: RunConfig) -> str:
 def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
     """Join the process group, train, leave the group, and return the final `TrainState`.
 
-    Collective: every rank must call it.
+    When one of several ranks fails, it stays in the group, and its process must end. Collective: every rank must call
+    it.
 
     Raises:
         MissingPackageError: if a package that the settings need is not installed.
@@ -115,11 +116,12 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         _record_failed_start(folder, str(error))
         raise
     try:
-        with _recorded_unless_shared(folder), same_error_on_all_ranks():
-            components = build_components(config, rank_info)
-        online = OnlineEvaluation(config, components.shards, rank_info)
-        evaluators = [online] if config.output.evaluate_every else []
-        return Trainer(PretrainTask(components), preemption=preemption, evaluators=evaluators).run()
+        with distributed.left_unless_failed():
+            with _recorded_unless_shared(folder), same_error_on_all_ranks():
+                components = build_components(config, rank_info)
+            online = OnlineEvaluation(config, components.shards, rank_info)
+            evaluators = [online] if config.output.evaluate_every else []
+            return Trainer(PretrainTask(components), preemption=preemption, evaluators=evaluators).run()
     except RuntimeError as error:
         # A launcher that exits takes the rendezvous store of its ranks with it, so their next exchange fails. That is a
         # request to stop, not a failure of the run.
@@ -128,8 +130,6 @@ def run(config: RunConfig, preemption: Preemption | None = None) -> Any:
         if isinstance(error, TrainingMemoryError):
             _record_memory_error(folder, earlier, error)
         raise
-    finally:
-        distributed.stop()
 
 
 def _require_writable_folder_and_packages(config: RunConfig) -> None:

@@ -1,6 +1,8 @@
 """Writing checkpoints asynchronously: rank 0 writes in a thread while training continues."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,7 +25,7 @@ class CheckpointWriter:
 
     Every rank has one and calls `write` and `wait` at the same steps, because they are collective. When a checkpoint
     cannot be written, rank 0 logs the error immediately, and the next of these calls raises it on every rank, as do all
-    later ones.
+    later ones. What cannot be removed costs only disk space, so it is logged and tried again at the next checkpoint.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class CheckpointWriter:
                 counters=counters or {},
                 versions=checkpoints.package_versions(),
             )
-            # The interpreter waits for a thread that is no daemon, so an exception in training loses no checkpoint.
+            # After an exception in training, whoever owns this writer must call `close` before the process ends, as the
+            # trainer does, or the checkpoint is lost: entry points end in os._exit, which waits for no thread.
             self._thread = Thread(target=self._publish, args=(checkpoint,), name="checkpoint", daemon=False)
             self._thread.start()
         self.last_step = step
@@ -110,20 +113,35 @@ class CheckpointWriter:
 
     def _publish(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then remove old ones; runs in the thread."""
-        try:
-            # A killed process leaves its unfinished folder. The lock on the run folder ensures that no other process is
-            # still writing it.
+        # A killed process leaves its unfinished folder. The lock on the run folder ensures that no other process is
+        # still writing it.
+        with _removal_may_fail():
             remove_unfinished(checkpoint.folder.parent)
+        try:
             checkpoints.write(checkpoint, self._config)
-            # Only after the new checkpoint is on the disk, so that at every moment a complete one exists.
-            folders, best = checkpoints.list_checkpoint_folders(self._run_folder), checkpoint.best_step
-            for folder in checkpoints_to_delete(folders, self._config.output, best):
-                remove_folder(folder)
         # An exception would end with the thread; wait() raises it on every rank instead.
         except Exception as error:
             self._failure = error
             message = "%s could not be written (%s); the run ends at the next checkpoint at the latest"
             log.error(message, checkpoint.folder, error)
+            return
+        # Only after the new checkpoint is on the disk, so that at every moment a complete one exists.
+        folders, best = checkpoints.list_checkpoint_folders(self._run_folder), checkpoint.best_step
+        for folder in checkpoints_to_delete(folders, self._config.output, best):
+            with _removal_may_fail():
+                remove_folder(folder)
+
+
+@contextmanager
+def _removal_may_fail() -> Iterator[None]:
+    """Log an error of the file system instead of raising it.
+
+    Network disks keep a file that is open elsewhere, and a file may belong to another user.
+    """
+    try:
+        yield
+    except OSError as error:
+        log.warning("an old or unfinished checkpoint was not removed (%s); the next checkpoint tries again", error)
 
 
 def checkpoints_to_delete(folders: list[Path], config: OutputConfig, best_step: int | None = None) -> list[Path]:

@@ -66,7 +66,7 @@ def demo(overrides: Sequence[str]) -> None:
 
 
 def train_with_deepspeed(overrides: Sequence[str]) -> None:
-    """Train with one rank per GPU of this machine, or with two ranks on the CPU.
+    """Train with the GPUs of this machine, one rank each and at most 8, or with two ranks on the CPU.
 
     Raises:
         RuntimeError: if training fails; the launcher has printed the reason.
@@ -85,8 +85,13 @@ def train_decoder(run: str, num_steps: int) -> Result:
     return read_result(Path(run) / "evaluations" / "decode.json")
 
 
+def choose_num_ranks(num_gpus: int) -> int:
+    """Return the number of ranks: a power of two, which divides the demo's batches of 64 and 32 images."""
+    return min(2 ** (num_gpus.bit_length() - 1), 8) if num_gpus else 2
+
+
 def _launch(module: str, *arguments: str) -> None:
-    num_ranks = torch.cuda.device_count() or 2
+    num_ranks = choose_num_ranks(torch.cuda.device_count())
     # DeepSpeed's default port is the same for all jobs of a machine. A free one lets several demos run side by side.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 
 _DEMO = """\
 Pastes parts of photographs that scikit-image and scikit-learn contain onto others, writes the images as shards, trains
-a world model on them under the DeepSpeed launcher (one rank per GPU, two ranks without a GPU), evaluates it by mean
+a world model on them under the DeepSpeed launcher (1, 2, 4 or 8 GPUs, or two ranks on a CPU), evaluates it by mean
 reciprocal rank and k-NN, trains a decoder that shows its tokens as pixels, draws pictures, and prints a table. Nothing
 is downloaded. It takes about 8 minutes on two CPU cores.
 

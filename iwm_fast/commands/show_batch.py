@@ -21,7 +21,7 @@ _MAX_IMAGES = 8
 
 
 def show_batch(config: RunConfig) -> Path:
-    """Write `show_batch.png` into the run folder and return its path.
+    """Write `show.png` into the run folder and return its path.
 
     The picture shows the first images of training, a column each: views, visible patches and patches to predict. Lines
     separate the patches.

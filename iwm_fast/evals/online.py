@@ -26,7 +26,7 @@ from iwm_fast.pipelines.config import require
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
-from iwm_fast.training.loaders import open_named_shards
+from iwm_fast.training.loaders import open_named_shards, open_on_all_ranks
 from iwm_fast.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -89,23 +89,32 @@ class OnlineEvaluation:
             ValueError: if data.val names no shards, or the metric of output.keep_best is not measured.
             FileNotFoundError, ShardError: if shards are missing, damaged, or have labels that data.train lacks.
         """
-        # On one rank: others would read the same headers and repeat the warnings.
-        self._val, self._labelled = distributed.broadcast_from_rank_zero(self._open)
+        name = f"data.val = {self._config.data.val!r}"
+        # Every machine has its own paths.
+        self._val = open_on_all_ranks(name, self._config.data, self._open_val, self._rank_info)
+        # On one rank: others would read the same headers and repeat the warnings. The same rank trains the probes.
+        self._labelled = distributed.rank_zero_only(self._check_and_label)
+        self._train_samples, chance = distributed.broadcast_from_rank_zero(
+            lambda: (self._labelled.train.samples, self._labelled.chance) if self._labelled else (None, None)
+        )
         self._measured: tuple[str, ...] = measured_metrics(self._config, self._train, self._val)
         untrained = self._measure(distributed.on_every_rank(self._new_model))
         self._controls: dict[str, float] = {f"{name}_untrained": value for name, value in untrained.items()}
         if "mrr" in self._measured:
             self._controls["eval/mrr_chance"] = chance_mrr(_MRR.bank_size)
-        if self._labelled:
+        if chance is not None:
             # Linear and attentive probe have the same chance.
-            self._controls["eval/knn_chance"] = self._labelled.chance
+            self._controls["eval/knn_chance"] = chance
         self._last_end = time.perf_counter()
 
-    def _open(self) -> tuple[ShardSet, LabelledSets | None]:
+    def _open_val(self) -> ShardSet:
         pattern, interval = self._config.data.val, self._config.output.evaluate_every
         condition = f"name validation shards when output.evaluate_every is set ({interval})"
         require(bool(pattern), "data.val", pattern, condition)
-        val = open_named_shards("data.val", pattern, self._config.data)
+        return open_named_shards("data.val", pattern, self._config.data)
+
+    def _check_and_label(self) -> LabelledSets | None:
+        val = self._val
         require_measured(self._config, self._train, val)
         labelled = _label_samples(self._train, val)
         if not self._family:
@@ -116,7 +125,7 @@ class OnlineEvaluation:
         measured = measured_metrics(self._config, self._train, val)
         selections = [(val, evenly_spaced(val.num_samples, counts[name])) for name in counts if name in measured]
         require_readable(*selections, *([(self._train, labelled.train.samples)] if labelled else []))
-        return val, labelled
+        return labelled
 
     def __call__(self, teacher: dict[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """Return all metrics, their controls and the cost, by name. Collective: every rank must call it.
@@ -160,8 +169,8 @@ class OnlineEvaluation:
             versions = encode_changed_views(model, val, samples, rank_info, self._family)
         samples = evenly_spaced(val.num_samples, _MAX_VAL_SAMPLES)
         encoded = encode_images(model, val, samples, rank_info, keep_tokens=has_probes)
-        if self._labelled:
-            train = encode_images(model, self._train, self._labelled.train.samples, rank_info, keep_tokens=has_probes)
+        if self._train_samples is not None:
+            train = encode_images(model, self._train, self._train_samples, rank_info, keep_tokens=has_probes)
 
         def summarize() -> dict[str, float]:
             metrics = {"rank_me": float(rank_me(encoded.pooled.to(model.device)))}

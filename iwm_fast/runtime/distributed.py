@@ -6,7 +6,8 @@ are. Without them there is one process, which still gets a process group because
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from iwm_fast.runtime.error_reporting import PeerFailedError
+from iwm_fast.runtime.preemption import PreemptedError
 from iwm_fast.runtime.rank_agreement import require_same_settings
 
 Value = TypeVar("Value")
@@ -56,7 +58,8 @@ def start(
 ) -> RankInfo:
     """Join the process group that the environment describes, or create one for a single process.
 
-    A rank that waits for the others longer than the timeout assumes that they hang and raises. On a CPU, torch is
+    A rank that waits for the others longer than the timeout takes them to hang. With gloo, which CPUs use, it raises.
+    With NCCL, which GPUs use, a thread of torch aborts the process, which then writes no status. On a CPU, torch is
     limited to one thread unless OMP_NUM_THREADS is set.
 
     Args:
@@ -188,6 +191,23 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def left_unless_failed() -> Iterator[None]:
+    """Leave the process group after the `with` block, except when one of several ranks has failed.
+
+    A failed rank must end its process instead, as `iwm_fast.runtime.process.run_and_exit` does.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Ranks stop together. But when one fails alone, its peers wait in a collective, and with NCCL leaving the group
+        # may wait for them: the reason would not be printed before runtime.rank_timeout_s.
+        if isinstance(error, PreemptedError) or dist.get_world_size() == 1:
+            stop()
+        raise
+    stop()
 
 
 def sum_over_ranks(tensor: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:

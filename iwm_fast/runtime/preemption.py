@@ -5,8 +5,9 @@ A signal that was ignored when the process started stays ignored, such as SIGHUP
 process at once, without a checkpoint.
 
 A rank may be unable to reach the end of its step: a shard does not answer, or another rank is gone. It has 25 s plus
-the duration of one step. Then the process exits without a new checkpoint, and the previous one remains. Once all ranks
-have reached the end of the step, saving may take as long as it needs.
+the duration of one step. Then the process exits without a new checkpoint, and the previous one remains. The status says
+so after 25 s already, in case the launcher kills the process. Once all ranks have reached the end of the step, saving
+may take as long as it needs.
 """
 
 import logging
@@ -45,7 +46,7 @@ class Preemption:
         self.reason: str = ""
         """Why the process must stop: the name of a signal, or that the launcher ended. Empty if it need not stop."""
         self.on_timeout: Callable[[], None] = lambda: None
-        """Called when the grace period is over, before the process exits without a checkpoint."""
+        """Called when the grace period is over, and again before the process exits without a checkpoint."""
         self.is_deadline_suspended: bool = False
         """Whether the process may take as long as it needs, because only the final checkpoint remains to be written."""
         self._longest_step_s: float = 0.0
@@ -53,6 +54,7 @@ class Preemption:
         self._interrupted_at: float = math.inf
         self._requested_at: float = math.inf
         self._deadline: float = math.inf
+        self._is_overdue = False
         # None if there is no launcher to watch.
         self._launcher_pid: int | None = None
 
@@ -87,9 +89,24 @@ class Preemption:
             if numbers:
                 self._request_stop(signal.Signals(numbers[0]).name)
             self.launcher_exited()
+            self._report_when_overdue()
             if time.monotonic() > self._deadline and not self.is_deadline_suspended:
                 waited_s = time.monotonic() - self._requested_at
                 self._exit_without_checkpoint(f"the step has not ended after {waited_s:.0f} s", EXIT_PREEMPTED)
+
+    def _report_when_overdue(self) -> None:
+        """Call `on_timeout` once when the grace period is over, because a launcher may kill this process soon.
+
+        The step may end later nevertheless. Then the main thread replaces the status that was written here.
+        """
+        if self._is_overdue or self.is_deadline_suspended or time.monotonic() < self._requested_at + GRACE_PERIOD_S:
+            return
+        self._is_overdue = True
+        try:
+            self.on_timeout()
+        # This thread must go on, to end the process later.
+        except OSError as error:
+            log.warning("%s", error)
 
     def _count_ctrl_c(self) -> None:
         self._interrupted_at = min(self._interrupted_at, time.monotonic())

@@ -40,7 +40,7 @@ class TrainingComponents:
     shards: ShardSet
     """Training samples."""
     fingerprint: dict[str, Any]
-    """Settings that determine the result, see `iwm_fast.config.fingerprint`."""
+    """Settings that determine the result, see `iwm_fast.config.fingerprint`, with the paths of rank 0."""
     engine: Engine
     """Encoder and predictor with their optimiser."""
     teacher: Teacher
@@ -86,11 +86,16 @@ def _build_components(config: RunConfig, rank_info: RankInfo) -> TrainingCompone
     engine = build_engine(config, student, build_optimizer(student, config.optim), rank_info)
     # DeepSpeed has created process groups of its own, with its default timeout.
     distributed.set_collective_timeout(config.runtime.rank_timeout_s)
+    # Rank 0's for all, because each rank compares it with that of the checkpoint, and init_from may be another path on
+    # another machine.
+    settings = distributed.broadcast_from_rank_zero(
+        lambda: fingerprint(config, shards.sources_digest, images_per_forward=images_per_forward)
+    )
     return TrainingComponents(
         config=config,
         rank_info=rank_info,
         shards=shards,
-        fingerprint=fingerprint(config, shards.sources_digest, images_per_forward=images_per_forward),
+        fingerprint=settings,
         engine=engine,
         teacher=teacher,
         objective=Objective(config.objective, is_identity=config.model.predictor.depth == 0),

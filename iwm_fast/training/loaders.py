@@ -4,6 +4,7 @@ import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,30 +88,47 @@ def _count_shards(source: SourceConfig, shards: ShardSet) -> int:
 
 
 def open_training_shards_on_all_ranks(data: DataConfig, rank_info: RankInfo) -> ShardSet:
-    """Open data.train on each machine, with the same content everywhere. Collective: every rank must call it.
-
-    The first rank of each machine looks at the shards, which may be others on another machine, and the machine's other
-    ranks map its index. A rank whose data.train differs, or that does not see that index, opens the shards itself.
+    """Open data.train as `open_on_all_ranks` does, with the same content on all machines. Collective.
 
     Raises:
         ValueError, FileNotFoundError, ShardError: if a shard is missing or cannot be used, or differs from rank 0's.
         PeerFailedError: on the other ranks.
     """
-    shards, problem = distributed.rank_zero_only(lambda: open_training_shards(data)), ""
+    return open_on_all_ranks(f"data.train = {data.train!r}", data, partial(open_training_shards, data), rank_info)
+
+
+def open_on_all_ranks(name: str, data: DataConfig, open_here: Callable[[], ShardSet], rank_info: RankInfo) -> ShardSet:
+    """Open shards on each machine, with the same content everywhere. Collective: every rank must call it.
+
+    The first rank of each machine looks at the shards, which may be others on another machine, and the machine's other
+    ranks map its index. A rank whose settings differ, or that does not see that index, opens the shards itself.
+
+    Args:
+        name: setting that names the shards, and its value, for messages.
+        data: settings of this rank's data.
+        open_here: opens the shards on this machine.
+        rank_info: this process.
+
+    Raises:
+        ValueError: if shards differ from those of rank 0.
+        Exception: on rank 0, whatever `open_here` raised.
+        PeerFailedError: on the other ranks.
+    """
+    shards, problem = distributed.rank_zero_only(open_here), ""
     if rank_info.rank > 0 and rank_info.local_rank == 0:
-        shards, problem = _try_to_open(lambda: open_training_shards(data))
-    place = (socket.gethostname(), data.train, data.mixture)
+        shards, problem = _try_to_open(open_here)
+    place = (socket.gethostname(), data)
     # Pickled, because a set that is received is mapped at once, and only those of its machine can be.
     offers = distributed.gather_objects((place, shards and pickle.dumps(shards)))
     if shards is None and not problem:
         offer = next((content for origin, content in offers if content and origin == place), None)
-        shards, problem = _try_to_open(lambda: pickle.loads(offer) if offer else open_training_shards(data))
+        shards, problem = _try_to_open(lambda: pickle.loads(offer) if offer else open_here())
     digests = distributed.gather_objects(shards and shards.sources_digest)
     if any(digest != digests[0] for digest in digests):
         difference = _describe_difference(shards)
         problem = problem or ("" if digests[rank_info.rank] == digests[0] else difference)
-    rank = f"data.train = {data.train!r} on rank {rank_info.rank}"
-    report_first(distributed.gather_objects(problem and f"{rank}: {problem}; copy the shards of rank 0"))
+    where = f"{name} on rank {rank_info.rank}"
+    report_first(distributed.gather_objects(problem and f"{where}: {problem}; copy the shards of rank 0"))
     assert shards is not None, "otherwise there is a problem"
     return shards
 

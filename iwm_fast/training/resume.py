@@ -49,7 +49,8 @@ def find_resume_point(config: RunConfig, require_same: Callable[[Checkpoint], An
     if folder is None:
         return None, run_id
     saved = resume_point[0] if resume_point else None
-    return saved or checkpoints.read(folder), run_id
+    # On one rank the disk may fail, or not show the checkpoint yet.
+    return distributed.on_every_rank(lambda: saved or checkpoints.read(folder)), run_id
 
 
 def _path_and_id(resume_point: tuple[Checkpoint | None, str] | None) -> tuple[Path | None, str]:

@@ -22,12 +22,12 @@ from iwm_fast.training.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Outcome of one optimiser step. Tensors stay on the device until they are logged, so that no step waits for it."""
+    """Outcome of one optimiser step. Losses and tokens stay on the device until they are logged."""
 
     losses: Float[Tensor, "accumulation"]
     """Contribution of each micro-batch of this rank; their sum over all ranks is the loss of the global batch."""
-    grad_norm: float | Tensor
-    """Global gradient norm before clipping."""
+    grad_norm: float
+    """Global gradient norm before clipping, for which every step waits for the device; infinite in a skipped step."""
     is_applied: bool
     """False if the step was skipped because of a non-finite gradient, with weights and teacher unchanged."""
     timer: StepTimer

@@ -272,7 +272,9 @@ class Trainer:
         return is_best
 
     def _save(self, *, wait: bool) -> None:
-        """Start writing a checkpoint of this step unless there is one; `wait` until it is on disk. Collective.
+        """Start writing a checkpoint of this step unless there is one. Collective.
+
+        With `wait`, which is for the last checkpoint of this start, return when it is on disk.
 
         Raises:
             FloatingPointError: if the weights have diverged; older checkpoints stay as they are.
@@ -295,6 +297,8 @@ class Trainer:
                 counters=self._state.counters(self._task.shards.num_samples),
             )
         if wait:
+            # All ranks have done their part, so a request to stop must not end the process before rank 0 has written.
+            self._preemption.suspend_deadline()
             self._saver.wait()
 
     def _require_sound_weights(self) -> None:

@@ -1,7 +1,10 @@
 """Asynchronous checkpoints: their order, which are kept, and the disk after a kill or when it is full."""
 
+import errno
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +107,26 @@ def test_a_failure_is_logged_at_once_and_raised_by_every_later_call(tmp_path, ca
     # Nothing was overwritten, and nothing was written after the failure.
     assert names(tmp_path) == ["step-00000001"]
     assert len(checkpoints.read(checkpoints.find_newest_folder(tmp_path)).engine_state["weight/a"]) == 4
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_removed_later(tmp_path, caplog, monkeypatch):
+    writer = build_writer(tmp_path, keep_last=1)
+
+    def refuse(path, **_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", refuse)
+        for step in (1, 2, 3):
+            begin(writer, step)
+            writer.wait()
+    # In step 2 and 3 an old checkpoint stays, in step 3 also the leftover of step 2.
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 3 and all("Directory not empty: " in text and "tries again" in text for text in warnings)
+    assert "step-00000001" in warnings[0]
+    begin(writer, 4)
+    writer.wait()
+    assert names(tmp_path) == ["step-00000004"]
 
 
 # Writing beyond the first 100,000 bytes of a file fails, as on a full disk.

@@ -7,7 +7,7 @@ import pytest
 
 from fixtures.paths import TESTS
 from iwm_fast.commands import demo as demo_command
-from iwm_fast.commands.demo import demo
+from iwm_fast.commands.demo import choose_num_ranks, demo
 from iwm_fast.config.loading import load_run_config
 from iwm_fast.pipelines import demo_data
 from iwm_fast.training.resume import require_same_shards
@@ -40,3 +40,11 @@ def test_only_other_samples_are_refused(old_run, tiny_shards, tmp_path):
     require_same_shards(replace(config, data=other, output=replace(config.output, folder=str(tmp_path / "new"))))
     with pytest.raises(ValueError, match="other images"):
         require_same_shards(replace(config, data=other))
+
+
+@pytest.mark.parametrize("num_gpus", range(17))
+def test_the_demos_batches_divide_by_its_ranks_whatever_the_number_of_gpus(num_gpus):
+    num_ranks = choose_num_ranks(num_gpus)
+    assert 1 <= num_ranks <= max(num_gpus, 2) and 64 % num_ranks == 32 % num_ranks == 0
+    # More than half of up to eight GPUs are used.
+    assert 2 * num_ranks > min(num_gpus, 8)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -283,22 +284,28 @@ def test_features_do_not_depend_on_the_batches(rank_info, tiny_shards, tmp_path,
 
 
 @pytest.mark.multi_rank
-def test_two_ranks_measure_what_one_does_and_end_together_when_the_images_are_gone(rank_info, tiny_shards, tmp_path):
+def test_two_ranks_with_their_own_copies_measure_what_one_does_and_end_together_when_images_are_gone(
+    rank_info, tiny_shards, tmp_path
+):
     # An odd number, so that the ranks' shares differ.
     val = write_labelled(tmp_path / "val.tar", [0, 1, 2, 0, 1])
     config = online_run(tiny_shards, tmp_path, val)
     _, row = evaluate_untrained(config, OnlineEvaluation(config, open_shards(tiny_shards.pattern), rank_info))
+    # Another machine may have the same shards in another place.
+    copies = shutil.copytree(tiny_shards.folder, tmp_path / "copies")
+    copy = shutil.copy(val, copies / "val.tar")
+    data = {"0": [tiny_shards.pattern, val], "1": [f"{copies}/{Path(tiny_shards.pattern).name}", str(copy)]}
     port = free_port()
     pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
     for rank in "01":
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(WORKER), str(tmp_path), tiny_shards.pattern, val]
+        command = [sys.executable, str(WORKER), str(tmp_path), *data[rank]]
         ranks.append(subprocess.Popen(command, env=os.environ | CHILD_ENVIRONMENT | launch, **pipes))
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     (first, error), (second, other_error) = printed
     assert first == second
     assert json.loads(first) == pytest.approx({name: value for name, value in row.items() if "time" not in name})
-    assert error.count("error (rank 0)") == 1 and "val.tar" in error and "Traceback" not in error + other_error
-    assert "error" not in other_error
+    assert other_error.count("error (rank 1)") == 1 and str(copy) in other_error, other_error
+    assert "error" not in error and "Traceback" not in other_error

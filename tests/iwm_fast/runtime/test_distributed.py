@@ -1,7 +1,10 @@
+from contextlib import suppress
+
 import pytest
 import torch
 
 from iwm_fast.runtime import distributed
+from iwm_fast.runtime.preemption import PreemptedError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -86,3 +89,17 @@ def test_collectives_of_a_single_process_return_copies(is_started):
     torch.testing.assert_close(values, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(distributed.all_gather(values), values)
     assert distributed.any_rank([True, False], torch.device("cpu")) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "error", "has_left"),
+    [(2, None, True), (2, PreemptedError("SIGTERM", 3), True), (2, OSError("full"), False), (1, OSError("full"), True)],
+)
+def test_a_rank_that_fails_alone_ends_without_leaving_the_group(monkeypatch, num_ranks, error, has_left):
+    # With NCCL it would wait for its peers, which are in a collective, and its message would not be printed.
+    distributed.start("cpu")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: num_ranks)
+    with suppress(PreemptedError, OSError), distributed.left_unless_failed():
+        if error:
+            raise error
+    assert torch.distributed.is_initialized() != has_left

@@ -199,6 +199,22 @@ def test_a_process_that_hangs_in_a_step_exits_after_the_grace_period(tmp_path):
     assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
 
 
+def test_a_step_longer_than_the_launcher_waits_has_the_status_preempted_before_it_ends(tmp_path):
+    script = HANGING_SCRIPT.replace("record_step_duration(0.5)", "record_step_duration(3600.0)")
+    hanging = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert hanging.stdout and hanging.stdout.readline() == "listening\n"
+        hanging.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not read_status(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert hanging.poll() is None
+    finally:
+        hanging.kill()
+        hanging.communicate()
+    assert read_status(tmp_path)["state"] == "preempted" and read_status(tmp_path)["reason"] == "SIGTERM"
+
+
 def test_a_second_ctrl_c_aborts_a_process_that_hangs(tmp_path):
     script = HANGING_SCRIPT.replace("GRACE_PERIOD_S = 1.0", "_SECOND_CTRL_C_S = 0.5")
     command = [sys.executable, "-c", script, str(tmp_path)]

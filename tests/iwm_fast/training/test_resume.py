@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fixtures.launchers import CHILD_ENVIRONMENT, free_port, tiny_yaml
+from fixtures.paths import WORKERS
 from fixtures.tar_files import TinyShards
 from fixtures.tiny_pretraining import tiny_run
 from iwm_fast import world_model
@@ -295,3 +300,26 @@ def test_steps_before_a_restarted_epoch_count_as_they_are():
     start = StreamStart(step=8, position=96)
     assert build_schedules(optim, 48, start).total_steps == 14
     assert build_schedules(replace(optim, global_batch_size=8), 48, start).total_steps == 20
+
+
+@pytest.mark.multi_rank
+def test_ranks_resume_with_their_own_init_from_and_end_together_if_one_cannot_read_the_checkpoint(
+    half, tiny_shards, tmp_path
+):
+    settings = tiny_yaml(tmp_path / "run.yaml", tiny_shards, optim={"warmup_epochs": 0.5})
+    port, ranks = free_port(), []
+    for rank in "01":
+        # Another machine may have the weights in another place.
+        source = shutil.copytree(half.output.folder, tmp_path / f"source {rank}")
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(WORKERS / "ranks_resume.py"), str(settings), f"init_from={source}"]
+        ranks.append(
+            subprocess.Popen(
+                [*command, f"output.folder={tmp_path / 'run'}"], env=os.environ | CHILD_ENVIRONMENT | launch,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    assert [(rank.returncode, out) for rank, (out, _) in zip(ranks, printed, strict=True)] == [
+        (0, "trained to step 6\n")
+    ] * 2, printed

@@ -18,6 +18,7 @@ from fixtures.tar_files import encode, photograph
 from fixtures.tiny_pretraining import STEPS, losses, tiny_run
 from iwm_fast import world_model
 from iwm_fast.checkpoints import checkpoint as checkpoints
+from iwm_fast.checkpoints.async_writer import CheckpointWriter
 from iwm_fast.checkpoints.errors import CheckpointError
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.batch_size import accumulation_steps
@@ -28,6 +29,7 @@ from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.pipelines.config import DataConfig
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.error_reporting import user_facing_errors
+from iwm_fast.runtime.preemption import Preemption
 from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status, write_status
 from iwm_fast.train import run
@@ -128,6 +130,18 @@ def crash_after(config: RunConfig, step: int) -> None:
             Trainer(PretrainTask(components)).run()
     finally:
         distributed.stop()
+
+
+def test_only_the_last_checkpoint_may_take_longer_than_the_grace_period(tiny_shards, tmp_path, monkeypatch):
+    preemption, wait, is_suspended = Preemption(), CheckpointWriter.wait, []
+
+    def recorded_wait(writer):
+        is_suspended.append(preemption.is_deadline_suspended)
+        wait(writer)
+
+    monkeypatch.setattr(CheckpointWriter, "wait", recorded_wait)
+    run(tiny_run(tiny_shards, tmp_path / "run"), preemption)
+    assert is_suspended[-1] and not any(is_suspended[:-1])
 
 
 def test_a_finished_run_is_left_unchanged(tiny_shards, tmp_path):
