@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from benchmarks.harness import device
+
 # torch.cuda._sleep counts clock cycles. At 2 GHz, above the clock of an H100 or H200, the wait is never too short.
 _CYCLES_PER_MS = 2_000_000
 _MAX_SPIN_MS = 50.0
@@ -72,8 +74,17 @@ def measure(function: Callable[[], object], *, budget: TimingBudget = FULL) -> T
 
 
 def compare(functions: dict[str, TimedFunction], *, budget: TimingBudget = FULL) -> dict[str, Timing | Failure]:
-    """Time functions alternately; a function that raises during warm-up becomes a failure and the others continue."""
-    warmed = {name: warm_up(function, budget.warm_ups) for name, function in functions.items()}
+    """Time functions alternately; a function that raises during warm-up becomes a failure and the others continue.
+
+    If the failure leaves the GPU unusable, only the failures so far are returned.
+    """
+    warmed: dict[str, float | Failure] = {}
+    for name, function in functions.items():
+        warmed[name] = warm_up(function, budget.warm_ups)
+        if isinstance(warmed[name], Failure):
+            if not device.is_usable():
+                return {name: entry for name, entry in warmed.items() if isinstance(entry, Failure)}
+            torch.cuda.empty_cache()
     spins_ms = {name: spin_ms for name, spin_ms in warmed.items() if not isinstance(spin_ms, Failure)}
     begin = time.perf_counter()
     for name, spin_ms in spins_ms.items():
@@ -117,15 +128,9 @@ def warm_up(function: TimedFunction, repeats: int) -> float | Failure:
     try:
         host_ms = [_time_once(function, 0.0)[1] for _ in range(repeats)]
     except Exception as error:
-        failure = Failure(first_line(error))
-    else:
-        # The first calls compile. Twice the slower of the last two leaves a margin for a busy host.
-        return min(2 * max(host_ms[-2:]) + 0.05, _MAX_SPIN_MS)
-    if torch.cuda.is_available():
-        # After an illegal memory access every later CUDA call fails, too. Then this call raises and ends the run.
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    return failure
+        return Failure(first_line(error))
+    # The first calls compile. Twice the slower of the last two leaves a margin for a busy host.
+    return min(2 * max(host_ms[-2:]) + 0.05, _MAX_SPIN_MS)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,13 +4,16 @@ import dataclasses
 import gc
 import math
 import time
+import weakref
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.harness import records
+from benchmarks.harness import device, records
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.records import Record
 from benchmarks.harness.session import Session, WrongResultError
 from benchmarks.harness.timing import QUICK, Failure
@@ -94,8 +97,76 @@ def test_an_engine_that_raises_drops_out_and_the_others_continue(workload, rank_
     plain = Variant({"engine": "plain"})
     wrong = Variant(plain.runtime | {"micro_batch_size": 3})
     comparison = measure.compare(workload, {"wrong": wrong, PLAIN: plain}, rank_info)
-    assert isinstance(comparison.rounds["wrong"], Failure) and len(comparison.rounds[PLAIN]) == 2
+    assert isinstance(comparison.failures["wrong"], Failure) and len(comparison.rounds[PLAIN]) == 2
     measure.check_losses(comparison.losses, "wrong", workload.precision)
+
+
+def test_a_round_keeps_no_predictions(rank_info):
+    """Otherwise the memory of a step would include those of the steps before it."""
+    alive = weakref.WeakSet()
+
+    class Stub:
+        def step(self, batches):
+            prediction = SimpleNamespace()
+            assert len(alive) <= 1, "at most the last step's"
+            alive.add(prediction)
+            return SimpleNamespace(
+                prediction=prediction, timer=SimpleNamespace(seconds=lambda: dict.fromkeys(PHASES, 0.0))
+            )
+
+    measure.run_round(Stub(), iter([]), 4, rank_info)
+
+
+@pytest.mark.parametrize("place", ["run_round", "profile_step"])
+def test_an_error_after_the_first_round_keeps_what_was_measured(session, workload, rank_info, monkeypatch, place):
+    function, names = getattr(measure, place), []
+
+    def fail_later(*arguments):
+        names.append(place)
+        if len(names) == (3 if place == "run_round" else 1):
+            raise RuntimeError("out of memory")
+        return function(*arguments)
+
+    monkeypatch.setattr(measure, place, fail_later)
+    variants = {BARE: Variant({}), PLAIN: Variant({"engine": "plain"})}
+    comparison = measure.compare(workload, variants, rank_info, is_profiled=place == "profile_step")
+    case = benchmark.Case(STEP, workload.shape(1), workload.precision)
+    measure.record(session, workload, case, comparison, baseline=BARE, rank_info=rank_info)
+    recorded = {record.provider: record for record in session.records}
+    assert recorded[BARE].median_ms and recorded[PLAIN].median_ms
+    if place == "run_round":
+        # The second round begins with the last variant.
+        assert recorded[PLAIN].repeats == 1 and recorded[PLAIN].failure == "RuntimeError: out of memory"
+        assert recorded[BARE].repeats == 2 and recorded[BARE].failure is None
+    else:
+        assert recorded[f"{BARE}, profile"].failure == "RuntimeError: out of memory"
+        assert recorded[BARE].failure is None and "profile_ms" in recorded[PLAIN].figures
+
+
+def test_an_engine_that_breaks_the_gpu_is_recorded_and_left_out_by_the_next_run(
+    session, workload, rank_info, monkeypatch
+):
+    errors = []
+
+    def synchronize():
+        if errors:
+            raise RuntimeError(errors[0])
+
+    monkeypatch.setattr(device, "synchronize", synchronize)
+    warm_up = Training.warm_up
+
+    def break_gpu(training, batches, steps):
+        warm_up(training, batches, steps)
+        if training._engine.__class__.__name__ != "BareEngine":
+            errors.append("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Training, "warm_up", break_gpu)
+    with pytest.raises(UnusableGpuError):
+        benchmark.compare_engines(session, workload, rank_info, with_deepspeed=False)
+    assert [record.provider for record in session.records] == [PLAIN]
+    errors.clear()
+    benchmark.compare_engines(session, workload, rank_info, with_deepspeed=False)
+    assert [(each.provider, each.failure is None) for each in session.records[1:]] == [(PLAIN, False), (BARE, True)]
 
 
 def test_there_is_one_round_after_the_deadline(workload, rank_info):
@@ -138,7 +209,7 @@ def test_overheads_are_ratios_within_a_round():
 
 def test_mfu_and_memory_are_recorded_on_a_gpu(session, workload, monkeypatch):
     monkeypatch.setattr("iwm_fast.monitoring.throughput.peak_flops", lambda device, precision: (1e12, "card"))
-    comparison = Comparison({BARE: [step_round(0.004)]}, {}, {BARE: 2_000_000_000}, {})
+    comparison = Comparison(rounds={BARE: [step_round(0.004)]}, resident_bytes={BARE: 2_000_000_000})
     gpu = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
     case = benchmark.Case(STEP, workload.shape(1), workload.precision)
     measure.record(session, workload, case, comparison, baseline=BARE, rank_info=gpu)
