@@ -29,7 +29,7 @@ def build_parser(
         help="folder of the results, to which every measurement is appended at once. A second run of the same commit "
         "on the same machine measures only what is missing. Default: $OUT, or benchmarks/results",
     )
-    parser.add_argument("--commit", help="commit to record where there is no git repository")
+    parser.add_argument("--commit", help="commit to record instead of git's, or of a hash of the sources")
     if needs_data:
         cache = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast")
         parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="folder for the shards (0.6 GB)")
