@@ -25,6 +25,7 @@ from benchmarks.train_step.measure import Comparison, StepRound, check_losses, c
 from benchmarks.train_step.report import BARE, CACHED, COMPILED, DDP, DEFAULT, LOADING, OPS, REFERENCE, SHARDS, STEP
 from benchmarks.train_step.workload import StepWorkload, build_workload
 from iwm_fast.kernels.launch import IS_INTERPRETING
+from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 
@@ -67,6 +68,7 @@ def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -
     if rank_info.device.type == "cpu" and not (IS_INTERPRETING and session.quick):
         session.skipped.append("ops: there is no GPU, and kernels are interpreted with --quick only")
         return
+    batches: Sequence[Batch] = ()
     for name, variant in ops_variants(workload).items():
         # One case per variant: a run that was cut off continues with the next one.
         case = Case(OPS, workload.shape(1) | {"variant": name}, workload.precision)
@@ -76,7 +78,11 @@ def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -
         gc.collect()
         if rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
-        comparison = compare(workload, {name: variant}, rank_info, deadline=session.deadline, is_profiled=True)
+        # Drawn once, because that takes a core seconds.
+        batches = batches or workload.batches(rank_info)
+        comparison = compare(
+            workload, {name: variant}, rank_info, batches=batches, deadline=session.deadline, is_profiled=True
+        )
         record(session, workload, case, comparison, baseline=name, rank_info=rank_info)
     losses = {
         each.provider: each.figures["losses"] for each in session.records if each.what == OPS and not each.failure

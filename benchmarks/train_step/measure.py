@@ -85,16 +85,17 @@ def compare(
     variants: Mapping[str, Variant],
     rank_info: RankInfo,
     *,
+    batches: Sequence[Batch] = (),
     deadline: float = math.inf,
     is_profiled: bool = False,
 ) -> Comparison:
-    """Build all variants and time their steps on the same batches in interleaved rounds.
+    """Build all variants and time their steps on the same batches, by default the workload's, in interleaved rounds.
 
     A variant that raises becomes a failure and the others continue, unless the GPU is unusable; then the result is what
     was measured until then. After the deadline, a time on the monotonic clock, no further variant is built and no
     further round starts. Collective: all ranks must call it, and with several of them there can be no deadline.
     """
-    batches = workload.batches(rank_info)
+    batches = batches or workload.batches(rank_info)
     trainings: dict[str, Training] = {}
     result = Comparison()
     with contextlib.suppress(UnusableGpuError):

@@ -37,7 +37,7 @@ from benchmarks.train_step.report import (
     STEP,
     ZERO,
 )
-from benchmarks.train_step.workload import StepBudget, build_workload
+from benchmarks.train_step.workload import StepBudget, StepWorkload, build_workload
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.runtime import distributed
@@ -79,7 +79,7 @@ def test_all_engines_are_timed_and_compared_with_the_bare_loop(session, workload
         figures = record.figures
         # On a busy machine the process may be interrupted between two phases, for as long as a step takes and longer.
         assert 0 < sum(figures[f"{part}_ms"] for part in PHASES) / record.median_ms < 1.01
-        assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, rel=1e-3)
+        assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, abs=0.01)
         assert 0 < figures["teacher_update_percent"] < 100
     text = step_tables.sections(session.records)
     assert "### Steps" in text and "### Parts of a step, ms" in text and DEFAULT in text
@@ -237,9 +237,12 @@ def test_operations_are_timed_one_after_the_other_and_profiled(session, workload
     one_round = dataclasses.replace(workload, budget=StepBudget(rounds=1, steps=1, warm_ups=1))
     chosen = {name: ops_variants(workload)[name] for name in ("reference", "fused norm only")}
     monkeypatch.setattr(benchmark, "ops_variants", lambda _: chosen)
+    draw, drawn = StepWorkload.batches, []
+    monkeypatch.setattr(StepWorkload, "batches", lambda *each: drawn.append(each) or draw(*each))
     for _ in range(2):
         benchmark.compare_ops(session, one_round, rank_info)
         session._measured = {record.group for record in session.records}
+    assert len(drawn) == 1, "all variants train on the same batches, and what is measured needs none"
     assert [record.provider for record in session.records] == list(chosen)
     for record in session.records:
         assert record.what == OPS and record.failure is None and record.figures["profile_ms"]["products"] > 0
@@ -261,7 +264,14 @@ def test_operations_are_timed_one_after_the_other_and_profiled(session, workload
         ("_norm_forward", "norm"),
         ("void at::native::vectorized_layer_norm_kernel<float>", "norm"),
         ("triton_per_fused_add_native_layer_norm_3", "norm"),
+        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float, float, 64u>", "norm"),
+        ("triton_per_fused_add_addmm_native_layer_norm_view_4", "norm"),
+        ("triton_poi_fused_addmm_gelu_view_3", "GELU"),
+        ("triton_tem_fused_addmm_gelu_view_3", "products"),
+        ("aten::addmm", "products"),
         ("at::native::GeluBackwardCUDAKernelImpl(at::TensorIteratorBase&)", "GELU"),
+        ("at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float>>", "optimizer"),
+        ("void at::native::lpnorm_cleanup<float, NormType::L2>", "optimizer"),
         ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("at::native::reduce_kernel<128, 4>", "sums"),
