@@ -103,18 +103,17 @@ def test_an_engine_that_raises_drops_out_and_the_others_continue(workload, rank_
 
 def test_a_round_keeps_no_predictions(rank_info):
     """Otherwise the memory of a step would include those of the steps before it."""
-    alive = weakref.WeakSet()
+    predictions, timer = [], SimpleNamespace(seconds=lambda: dict.fromkeys(PHASES, 0.0))
 
     class Stub:
         def step(self, batches):
-            prediction = SimpleNamespace()
-            assert len(alive) <= 1, "at most the last step's"
-            alive.add(prediction)
-            return SimpleNamespace(
-                prediction=prediction, timer=SimpleNamespace(seconds=lambda: dict.fromkeys(PHASES, 0.0))
-            )
+            prediction = torch.zeros(1)
+            predictions.append(weakref.ref(prediction))
+            assert sum(reference() is not None for reference in predictions) == 1
+            return SimpleNamespace(prediction=prediction, timer=timer)
 
-    measure.run_round(Stub(), iter([]), 4, rank_info)
+    measure.run_round(Stub(), iter([]), 3, rank_info)
+    assert len(predictions) == 3
 
 
 @pytest.mark.parametrize("place", ["run_round", "profile_step"])
