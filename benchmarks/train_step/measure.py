@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.harness import device
 from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import Failure, first_line, interleaved_rounds, percentiles
+from benchmarks.harness.timing import Failure, catching, interleaved_rounds, percentiles
 from benchmarks.train_step.engines import Training, Variant, allocated_bytes
 from benchmarks.train_step.profile import profile_step
 from benchmarks.train_step.workload import StepWorkload
@@ -111,7 +111,8 @@ def compare(
         gc.collect()
         for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
             if name not in result.failures:
-                with catching(result.failures, name):
+                # Several ranks would wait for one that goes on after an error, so there it ends the run.
+                with catching(result.failures, name) if rank_info.world_size == 1 else contextlib.nullcontext():
                     step_round = run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info)
                     result.rounds[name].append(step_round)
         for name, training in trainings.items():
@@ -119,20 +120,6 @@ def compare(
                 with catching(result.profile_failures, name):
                     result.profiles[name] = profile_step(training, cycle(batches))
     return result
-
-
-@contextlib.contextmanager
-def catching(failures: dict[str, Failure], name: str) -> Iterator[None]:
-    """Turn an error, also of a kernel that is still running, into a failure of this name.
-
-    Raise UnusableGpuError if it left the GPU unusable.
-    """
-    try:
-        yield
-        device.synchronize()
-    except Exception as error:
-        failures[name] = Failure(first_line(error))
-        device.check_usable()
 
 
 def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision: str) -> None:
