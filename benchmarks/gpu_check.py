@@ -8,8 +8,14 @@
     sweep     candidates for the attention tables
 
 Each part is a process of its own and ends within --limit-s. Results are written line by line into the folder; run
-again, the command measures only what is missing. A wrong kernel is reported and not timed; it does not stop the rest.
-Without a GPU, --quick runs all parts on tiny shapes, the kernels in Triton's interpreter.
+again with the same folder and the same code, the command measures only what is missing. Where the folder is emptied
+before each command, keep a copy:
+
+    mkdir -p ~/kept; cp -r ~/kept/. $OUT; python -m benchmarks.gpu_check; cp -r $OUT/. ~/kept
+
+A wrong kernel is reported and not timed; it does not stop the rest. One that makes the GPU unusable ends its part; run
+again, the part goes on with what follows. Without a GPU, --quick runs all parts on tiny shapes, the kernels in Triton's
+interpreter.
 """
 
 import argparse
@@ -23,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import records, results, tables
+from benchmarks.harness import machine, records, results, tables
 from benchmarks.kernels import report as kernels_report
 from benchmarks.train_step import report as train_step_report
 
@@ -32,13 +38,16 @@ PARTS = {
     "check": ("benchmarks.kernels", "--only", "check"),
     "time": ("benchmarks.kernels", "--only", "attention", "norm", "conditioning"),
     "step": ("benchmarks.train_step", "--synthetic", "--only", "ops"),
-    "suite": ("pytest", "-v", "tests/kernels"),
+    # pytest-benchmark warns under pytest-xdist, and warnings are errors. Slow tests compile for other GPUs.
+    "suite": ("pytest", "-v", "-p", "no:benchmark", "-m", "not slow", "tests/kernels"),
     "engine": ("benchmarks.train_step", "--synthetic", "--only", "engines"),
     "sweep": ("benchmarks.kernels", "--only", "sweep"),
 }
 """Module and arguments of each part."""
 _RESULT = re.compile(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (tests/.*?)\s*$", re.MULTILINE)
 """A line of pytest-xdist about one test."""
+_VERSION = re.compile(r"^code of the tests: (.*)$", re.MULTILINE)
+"""A line before the output of each run of the suite."""
 _GRACE_S = 45.0
 """Seconds before a part is ended in which it starts no new measurement."""
 
@@ -53,11 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     for part in options.part:
         begin = time.monotonic()
+        if part == "suite":
+            with log_of(part, options.out).open("a", encoding="utf-8") as file:
+                # The run before may have been stopped within a line.
+                file.write(f"\ncode of the tests: {tests_version(options)}\n")
         status = run(command_of(part, options), log_of(part, options.out), options.limit_s)
         outcomes.append([part, "ok" if status == 0 else f"status {status}", f"{time.monotonic() - begin:.0f} s"])
         if status != 0:
             print("\n".join(log_of(part, options.out).read_text(errors="replace").splitlines()[-15:]), flush=True)
-    print(f"\n{summary(options.out)}\n\n{tables.table(['part', 'outcome', 'time'], outcomes)}")
+    print(f"\n{summary(options)}\n\n{tables.table(['part', 'outcome', 'time'], outcomes)}")
     return int(any(outcome != "ok" for _, outcome, _ in outcomes))
 
 
@@ -71,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), required="OUT" not in os.environ)
     parser.add_argument("--limit-s", type=float, default=480.0, help="time limit of each part")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
-    parser.add_argument("--commit", help="commit to record where there is no git repository")
+    parser.add_argument("--commit", help="commit to record instead of git's, or of a hash of the sources")
     return parser.parse_args(arguments)
 
 
@@ -89,7 +102,7 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
     if part == "suite":
         # A process compiles its kernels one after the other.
         command += ["-n", "1", "-k", "launches"] if options.quick else ["-n", str(min(8, os.cpu_count() or 1))]
-        outcomes = test_outcomes(options.out).items()
+        outcomes = test_outcomes(options).items()
         return [*command, *(f"--deselect={name}" for name, outcome in outcomes if outcome == "PASSED")]
     command += ["--out", str(options.out), "--limit-s", str(options.limit_s - _GRACE_S)]
     command += ["--quick"] * options.quick + (["--commit", options.commit] if options.commit else [])
@@ -122,18 +135,27 @@ def run(command: list[str], log: Path, limit_s: float) -> int:
     return 0 if "pytest" in command and status == 5 else status
 
 
-def test_outcomes(folder: Path) -> dict[str, str]:
-    """Return the last outcome of every test of the suite."""
-    path = log_of("suite", folder)
+def tests_version(options: argparse.Namespace) -> str:
+    """Return the commit, or a hash of the sources, that outcomes of tests belong to."""
+    return options.commit or machine.source_version("tests")
+
+
+def test_outcomes(options: argparse.Namespace) -> dict[str, str]:
+    """Return the last outcome of every test of the suite, of runs of this version of the code."""
+    path = log_of("suite", options.out)
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return {name: outcome for outcome, name in _RESULT.findall(text)}
+    _, *parts = _VERSION.split(text)
+    version = tests_version(options)
+    same = [output for name, output in zip(parts[::2], parts[1::2], strict=True) if name == version]
+    return {name: outcome for outcome, name in _RESULT.findall("\n".join(same))}
 
 
-def summary(folder: Path) -> str:
-    """Return the tables of everything in a folder of results."""
+def summary(options: argparse.Namespace) -> str:
+    """Return the tables of everything in the folder of results."""
+    folder = options.out
     reports = {results.KERNELS: kernels_report, results.STEPS: train_step_report}
     texts = [report.sections(records.latest(results.read(suffix, folder)), "##") for suffix, report in reports.items()]
-    outcomes = test_outcomes(folder)
+    outcomes = test_outcomes(options)
     bad = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
     texts.append("\n".join([f"## Tests\n\n{len(outcomes)} tests, {len(bad)} failed", *(f"- {name}" for name in bad)]))
     return "\n\n".join(texts)

@@ -59,8 +59,13 @@ class Launch(NamedTuple):
     def of(
         cls, kernel: Any, grid: tuple[int, ...], values: Iterable[Any], constants: dict[str, Any], *, num_warps: int
     ) -> "Launch":
-        """Return a launch with these values of the kernel's first parameters, in their order."""
-        return cls(kernel, grid, dict(zip(kernel.arg_names, values, strict=False)), constants, num_warps)
+        """Return a launch with these values of the kernel's parameters, in their order; constants come last there.
+
+        Raises:
+            ValueError: if the number of values is not that of the parameters before the constants.
+        """
+        names = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
+        return cls(kernel, grid, dict(zip(names, values, strict=True)), constants, num_warps)
 
     @property
     def options(self) -> dict[str, Any]:

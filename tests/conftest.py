@@ -91,6 +91,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """End a worker of pytest-xdist whose GPU is unusable after a failed test: every later test would fail."""
+    num_failed = item.session.testsfailed
+    result = yield
+    # The outcome has been sent, but not that the test is complete, so that pytest-xdist blames no other test.
+    has_failed = item.session.testsfailed > num_failed
+    if has_failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result
+
+
 def pytest_collection_finish():
     # Collections no longer look at what has been imported, which would take them half a second each.
     gc.freeze()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine, results, timing
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.session import Case, Session, WrongResultError
 
 
@@ -28,7 +29,7 @@ def build_parser(
         help="folder of the results, to which every measurement is appended at once. A second run of the same commit "
         "on the same machine measures only what is missing. Default: $OUT, or benchmarks/results",
     )
-    parser.add_argument("--commit", help="commit to record where there is no git repository")
+    parser.add_argument("--commit", help="commit to record instead of git's, or of a hash of the sources")
     if needs_data:
         cache = Path(os.environ.get("IWM_CACHE") or Path.home() / ".cache" / "iwm-fast")
         parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="folder for the shards (0.6 GB)")
@@ -59,8 +60,9 @@ def run(
 ) -> int:
     """Call all sections, or only some, with session and arguments while there is time; print the tables of `report`.
 
-    Return the exit status: 1 if a provider computed a wrong result.
+    Return the exit status: 1 if a provider computed a wrong result, or left the GPU unusable, which ends the run.
     """
+    error_message = ""
     print(machine.describe_in_words(session.machine))
     if session.records:
         print(f"{len(session.records)} earlier records of {session.out} are kept; another --out measures again")
@@ -75,10 +77,14 @@ def run(
                 session.record(case, "")
     except WrongResultError as error:
         session.wrong.append(str(error))
+    except UnusableGpuError as error:
+        error_message = f"error: {error}; the failure is recorded, so run again to go on with what follows"
     print(f"\n{report.sections(session.records, level='##')}\n")
     for label in session.skipped:
         print(f"skipped: {label}")
     for message in session.wrong:
         print(f"wrong result: {message}", file=sys.stderr)
     print(f"written to {session.out}")
-    return 1 if session.wrong else 0
+    if error_message:
+        print(error_message, file=sys.stderr)
+    return 1 if session.wrong or error_message else 0

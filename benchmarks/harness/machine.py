@@ -1,5 +1,6 @@
 """Description of the machine, command and commit that every record carries."""
 
+import hashlib
 import math
 import os
 import platform
@@ -16,13 +17,16 @@ import triton
 
 from iwm_fast.runtime import provenance
 
+PROJECT = Path(__file__).parents[2]
+SOURCES = ("kernels", "pipelines", "iwm_fast", "benchmarks")
+"""Folders whose code decides what is measured."""
 PACKAGES = ("nvidia-dali-cuda130", "torchvision", "webdataset", "pillow", "numpy", "deepspeed")
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
     """Return GPU, CPU, versions, commit, command and start time, without what is missing or unknown.
 
-    Without `commit`, git is asked; a copy of the working tree may have no repository.
+    Without `commit` it is that of `source_version`.
     """
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     description = {
@@ -37,12 +41,28 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if properties else None,
         "python": platform.python_version(),
         **provenance.installed_versions(PACKAGES),
-        "commit": commit or provenance.current_commit(),
+        "commit": commit or source_version(),
         # The original arguments include -m, which sys.argv does not. The interpreter's folder is left out.
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return {name: value for name, value in description.items() if value not in (None, "unknown")}
+
+
+def source_version(*more_folders: str, project: Path = PROJECT) -> str:
+    """Return the commit, or, where there is no git repository, a hash of the code that is measured.
+
+    A copy of the working tree on another machine may have no repository. `more_folders` are hashed, too.
+    """
+    commit = provenance.current_commit()
+    if commit != "unknown":
+        return commit
+    digest = hashlib.sha256()
+    for folder in (*SOURCES, *more_folders):
+        for path in sorted((project / folder).rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(project)} {len(content)} ".encode() + content)
+    return f"sources-{digest.hexdigest()[:12]}"
 
 
 def slug(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import records, timing
+from benchmarks.harness import device, records, timing
 from benchmarks.harness.providers import Function, Provider
 from benchmarks.harness.records import PASSES, Record, Shape
 from benchmarks.harness.rooflines import Cost
@@ -102,10 +102,14 @@ class Session:
             records.append(self.out, record)
 
     def record_failure(self, case: Case, provider: str, error: Exception, pass_: str = "") -> None:
-        """Record the error of a provider; raise instead if it left the GPU unusable."""
+        """Record the error of a provider, then raise UnusableGpuError if it left the GPU unusable."""
         self.record(case, provider, pass_, failure=timing.first_line(error))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device.check_usable()
+
+    def failures(self, case: Case) -> dict[str, Failure]:
+        """Return the recorded failures of a case in any pass by provider, also those of earlier runs."""
+        same = (record for record in self.records if record.group[:-1] == case.group()[:-1])
+        return {record.provider: Failure(record.failure) for record in same if record.failure is not None}
 
     def compare_ops(
         self,
@@ -135,21 +139,23 @@ class Session:
             self.measure(case, [fused, *baselines] if is_right else baselines)
 
     def measure(self, case: Case, providers: Sequence[Provider], passes: Sequence[str] = PASSES) -> None:
-        """Time all providers pass by pass; one that raises is recorded and drops out of the remaining passes."""
+        """Time all providers pass by pass; one that has raised, in this run or an earlier one, is not timed again."""
         if torch.cuda.is_available():
             # Dynamo silently falls back to eager after eight recompilations of one function (its recompile limit).
             torch.compiler.reset()
-        remaining = [provider for provider in providers if not any(name in provider.name for name in self.excluded)]
+        included = [provider for provider in providers if not any(name in provider.name for name in self.excluded)]
         for pass_ in passes:
             if self.is_measured(case, pass_):
                 continue
-            functions = {provider.name: provider.timed_pass(pass_) for provider in remaining}
-            results = timing.compare(functions, budget=self.budget)
-            self.record_timings(case, pass_, results)
-            remaining = [provider for provider in remaining if not isinstance(results[provider.name], Failure)]
+            failures = self.failures(case)
+            functions = {each.name: each.timed_pass(pass_) for each in included if each.name not in failures}
+            self.record_timings(case, pass_, timing.compare(functions, budget=self.budget))
 
     def record_timings(self, case: Case, pass_: str, results: dict[str, timing.Timing | Failure]) -> None:
-        """Record for each provider either its times and its share of the floor, or its failure."""
+        """Record for each provider either its times and its share of the floor, or its failure.
+
+        Then raise UnusableGpuError if a failure left the GPU unusable.
+        """
         for name, result in results.items():
             if isinstance(result, Failure):
                 self.record(case, name, pass_, failure=result.message)
@@ -161,25 +167,28 @@ class Session:
                 if bandwidth and cost.bytes:
                     values["share_of_floor"] = 1e3 * cost.bytes / bandwidth / result.median_ms
             self.record(case, name, pass_, **values)
+        if any(isinstance(result, Failure) for result in results.values()):
+            device.check_usable()
 
     def check(self, case: Case, names: Sequence[str], *, fused: Provider, plain: Provider, exact: Provider) -> bool:
         """Run the fused operation twice, record its errors and the plain operation's, and return whether it is right.
 
         The bits of both runs must be equal. The error of each tensor relative to `exact`, the reference in float64, may
-        not exceed twice the plain operation's, or its largest error of any tensor. Otherwise a failure is recorded, and
-        the run continues. Memory that the operation does not write is NaN. Names are of outputs, then of gradients.
+        not exceed twice the plain operation's, or its largest error of any tensor. Otherwise, or if a provider raises,
+        a failure is recorded, and the run continues if the GPU is still usable. Memory that the operation does not
+        write is NaN. Names are of outputs, then of gradients.
         """
         error_case = Case(f"{case.what} error", case.shape, case.dtype)
         if self.is_measured(error_case):
             return not any(record.failure for record in self.records if record.group == error_case.group())
-        expected = exact.outputs_and_gradients()
-        limits = dict(zip(names, map(relative_error, plain.outputs_and_gradients(), expected), strict=True))
-        try:
-            with poisoned_memory():
-                actual, again = fused.outputs_and_gradients(), fused.outputs_and_gradients()
-        except Exception as error:
-            self.record_failure(error_case, fused.name, error)
+        exact_runs = self._runs(error_case, exact)
+        plain_runs = exact_runs and self._runs(error_case, plain)
+        with poisoned_memory():
+            fused_runs = plain_runs and self._runs(error_case, fused, 2)
+        if not (exact_runs and plain_runs and fused_runs):
             return False
+        (expected,), (actual, again) = exact_runs, fused_runs
+        limits = dict(zip(names, map(relative_error, plain_runs[0], expected), strict=True))
         errors = dict(zip(names, map(relative_error, actual, expected), strict=True))
         # Where rounding turns a ReLU off or on, gradients differ more than 2 x plain by chance.
         floor = max(ROUNDING_ERROR[case.dtype], *limits.values())
@@ -193,6 +202,17 @@ class Session:
         self.record(error_case, "plain", figures=limits)
         self.wrong += [message] if message else []
         return not wrong
+
+    def _runs(self, case: Case, provider: Provider, repeats: int = 1) -> list[list[Tensor]]:
+        """Return outputs and gradients of each run of a provider; if one raises, record the failure and return []."""
+        try:
+            runs = [provider.outputs_and_gradients() for _ in range(repeats)]
+            # An illegal access is raised here and not by the first computation on the results.
+            device.synchronize()
+        except Exception as error:
+            self.record_failure(case, provider.name, error)
+            return []
+        return runs
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Machines are noisy, so functions that are compared run in one process and altern
 median with percentiles. Without a GPU the host's clock is used: that tests the benchmarks, but yields no results.
 """
 
+import contextlib
 import functools
 import statistics
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+from benchmarks.harness import device
 
 # torch.cuda._sleep counts clock cycles. At 2 GHz, above the clock of an H100 or H200, the wait is never too short.
 _CYCLES_PER_MS = 2_000_000
@@ -72,19 +75,55 @@ def measure(function: Callable[[], object], *, budget: TimingBudget = FULL) -> T
 
 
 def compare(functions: dict[str, TimedFunction], *, budget: TimingBudget = FULL) -> dict[str, Timing | Failure]:
-    """Time functions alternately; a function that raises during warm-up becomes a failure and the others continue."""
-    warmed = {name: warm_up(function, budget.warm_ups) for name, function in functions.items()}
-    spins_ms = {name: spin_ms for name, spin_ms in warmed.items() if not isinstance(spin_ms, Failure)}
-    begin = time.perf_counter()
-    for name, spin_ms in spins_ms.items():
-        _time_once(functions[name], spin_ms)
-    round_s = max(time.perf_counter() - begin, 1e-6)
-    repeats = min(max(int(budget.seconds / round_s), budget.min_repeats), budget.max_repeats)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in spins_ms}
-    for _ in range(repeats):
-        for name, spin_ms in spins_ms.items():
-            times[name].append(_time_once(functions[name], spin_ms))
-    return {name: entry if isinstance(entry, Failure) else summarize(times[name]) for name, entry in warmed.items()}
+    """Time functions alternately; a function that raises becomes a failure and the others continue.
+
+    If the failure leaves the GPU unusable, only the failures are returned.
+    """
+    spins_ms: dict[str, float] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    failures: dict[str, Failure] = {}
+    try:
+        for name, function in functions.items():
+            with catching(failures, name):
+                spins_ms[name] = warm_up(function, budget.warm_ups)
+            if name in failures:
+                torch.cuda.empty_cache()
+        begin = time.perf_counter()
+        _time_round(functions, spins_ms, times, failures)
+        round_s = max(time.perf_counter() - begin, 1e-6)
+        times.clear()
+        for _ in range(min(max(int(budget.seconds / round_s), budget.min_repeats), budget.max_repeats)):
+            _time_round(functions, spins_ms, times, failures)
+    except device.UnusableGpuError:
+        return dict(failures)
+    return {name: failures.get(name) or summarize(times[name]) for name in functions}
+
+
+def _time_round(
+    functions: dict[str, TimedFunction],
+    spins_ms: dict[str, float],
+    times: dict[str, list[tuple[float, float]]],
+    failures: dict[str, Failure],
+) -> None:
+    """Time each function that has not failed once, and append its milliseconds of device and host."""
+    for name, function in functions.items():
+        if name not in failures:
+            with catching(failures, name):
+                times.setdefault(name, []).append(_time_once(function, spins_ms[name]))
+
+
+@contextlib.contextmanager
+def catching(failures: dict[str, Failure], name: str) -> Iterator[None]:
+    """Turn an error, also of a kernel that is still running, into a failure of this name.
+
+    Raise UnusableGpuError if it left the GPU unusable.
+    """
+    try:
+        yield
+        device.synchronize()
+    except Exception as error:
+        failures[name] = Failure(first_line(error))
+        device.check_usable()
 
 
 def interleaved_rounds(names: Iterable[Name], rounds: int, has_time: Callable[[int], bool]) -> Iterator[Name]:
@@ -108,24 +147,15 @@ def summarize(times: Sequence[tuple[float, float]]) -> Timing:
     return Timing(**percentiles(device_ms), host_ms=statistics.median(host_ms))
 
 
-def warm_up(function: TimedFunction, repeats: int) -> float | Failure:
+def warm_up(function: TimedFunction, repeats: int) -> float:
     """Run a function until it is compiled and loaded.
 
     Returns:
-        Milliseconds that the device must spin so that the host can enqueue all work first; or the failure.
+        Milliseconds that the device must spin so that the host can enqueue all work first.
     """
-    try:
-        host_ms = [_time_once(function, 0.0)[1] for _ in range(repeats)]
-    except Exception as error:
-        failure = Failure(first_line(error))
-    else:
-        # The first calls compile. Twice the slower of the last two leaves a margin for a busy host.
-        return min(2 * max(host_ms[-2:]) + 0.05, _MAX_SPIN_MS)
-    if torch.cuda.is_available():
-        # After an illegal memory access every later CUDA call fails, too. Then this call raises and ends the run.
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    return failure
+    host_ms = [_time_once(function, 0.0)[1] for _ in range(repeats)]
+    # The first calls compile. Twice the slower of the last two leaves a margin for a busy host.
+    return min(2 * max(host_ms[-2:]) + 0.05, _MAX_SPIN_MS)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.harness import timing
+from benchmarks.harness import device, timing
 from benchmarks.harness.masks import GRID, masked_batch
 from benchmarks.harness.records import BACKWARD, FORWARD
 from benchmarks.harness.session import ROUNDING_ERROR, Case, Session, relative_error
@@ -36,8 +36,13 @@ def run(session: Session) -> None:
     lengths = (GRID**2, int(statistics.median(context.lengths)), 256)
     for length, head_dim, pass_ in itertools.product(lengths, HEAD_DIMS[::-1], (BACKWARD, FORWARD)):
         case = Case(SWEEP, {"N": length, "d": head_dim, "H": NUM_HEADS, "B": IMAGES})
-        if not session.is_measured(case, pass_) and session.has_time(f"{case} {pass_}"):
+        if not is_swept(session, case, pass_) and session.has_time(f"{case} {pass_}"):
             sweep(session, case, pass_, candidate_configs(length))
+
+
+def is_swept(session: Session, case: Case, pass_: str) -> bool:
+    """Return whether a pass is recorded: the shipped launches' record is the last of those that are written."""
+    return any(each.group == case.group(pass_) and each.provider == SHIPPED for each in session.records)
 
 
 def sweep(session: Session, case: Case, pass_: str, configs: Sequence[LaunchConfig]) -> None:
@@ -89,24 +94,43 @@ def name_of(config: LaunchConfig) -> str:
 def time_launches(
     session: Session, case: Case, pass_: str, candidates: dict[str, Launch], shipped: list[Launch], *, target: Tensor
 ) -> None:
-    """Time candidates beside the shipped launches; all write into `target`."""
+    """Time candidates beside the shipped launches; all write into `target`.
+
+    Times and failures are recorded together at the end, so that a pass that was cut off is swept again, without the
+    candidates that made the GPU unusable. Nothing is recorded after the session's time limit.
+    """
+    failed = [record.provider for record in session.records if record.group == case.group(pass_)]
+    candidates = {name: launch for name, launch in candidates.items() if name not in failed}
     compile_all([*candidates.values(), *shipped])
     expected = _run(shipped, target)
-    functions = {SHIPPED: timing.TimedFunction(lambda _: [launch.run() for launch in shipped])}
+    functions: dict[str, timing.TimedFunction] = {}
+    failures: dict[str, timing.Timing | timing.Failure] = {}
     for name, launch in candidates.items():
-        try:
-            failure = "spills" if spills(launch) else None
-            # A comparison with NaN is false.
-            if not failure and not relative_error(_run([launch], target), expected) <= ROUNDING_ERROR[case.dtype]:
-                failure = "differs from the shipped launches"
-        except Exception as error:
-            session.record_failure(case, name, error, pass_)
-            continue
+        if not session.has_time(f"{case} {pass_}: {name}"):
+            return
+        failure = why_not_timed(launch, target, expected, ROUNDING_ERROR[case.dtype])
         if failure:
-            session.record(case, name, pass_, failure=failure)
+            failures[name] = timing.Failure(failure)
+            if not device.is_usable():
+                # Records the failures and raises.
+                session.record_timings(case, pass_, failures)
         else:
             functions[name] = timing.TimedFunction(lambda _, launch=launch: launch.run())
-    session.record_timings(case, pass_, timing.compare(functions, budget=session.budget))
+    # Last, because its record completes the pass.
+    functions[SHIPPED] = timing.TimedFunction(lambda _: [launch.run() for launch in shipped])
+    session.record_timings(case, pass_, failures | timing.compare(functions, budget=session.budget))
+
+
+def why_not_timed(launch: Launch, target: Tensor, expected: Tensor, tolerance: float) -> str:
+    """Return why a candidate is not timed: it raises, spills or computes something else; empty if it may be timed."""
+    try:
+        if spills(launch):
+            return "spills"
+        # A comparison with NaN is false.
+        is_right = relative_error(_run([launch], target), expected) <= tolerance
+        return "" if is_right else "differs from the shipped launches"
+    except Exception as error:
+        return timing.first_line(error)
 
 
 def _run(launches: Sequence[Launch], target: Tensor) -> Tensor:

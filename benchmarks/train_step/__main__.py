@@ -18,13 +18,14 @@ import torch
 
 from benchmarks.harness import cli, results
 from benchmarks.harness.session import Case, Session
-from benchmarks.harness.timing import Failure, interleaved_rounds
+from benchmarks.harness.timing import interleaved_rounds
 from benchmarks.train_step import report
 from benchmarks.train_step.engines import Training, engine_variants, has_deepspeed, ops_variants
 from benchmarks.train_step.measure import Comparison, StepRound, check_losses, compare, record, run_round
 from benchmarks.train_step.report import BARE, CACHED, COMPILED, DDP, DEFAULT, LOADING, OPS, REFERENCE, SHARDS, STEP
 from benchmarks.train_step.workload import StepWorkload, build_workload
 from iwm_fast.kernels.launch import IS_INTERPRETING
+from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 
@@ -67,6 +68,7 @@ def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -
     if rank_info.device.type == "cpu" and not (IS_INTERPRETING and session.quick):
         session.skipped.append("ops: there is no GPU, and kernels are interpreted with --quick only")
         return
+    batches: Sequence[Batch] = ()
     for name, variant in ops_variants(workload).items():
         # One case per variant: a run that was cut off continues with the next one.
         case = Case(OPS, workload.shape(1) | {"variant": name}, workload.precision)
@@ -76,7 +78,11 @@ def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -
         gc.collect()
         if rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
-        comparison = compare(workload, {name: variant}, rank_info, deadline=session.deadline, is_profiled=True)
+        # Drawn once, because that takes a core seconds.
+        batches = batches or workload.batches(rank_info)
+        comparison = compare(
+            workload, {name: variant}, rank_info, batches=batches, deadline=session.deadline, is_profiled=True
+        )
         record(session, workload, case, comparison, baseline=name, rank_info=rank_info)
     losses = {
         each.provider: each.figures["losses"] for each in session.records if each.what == OPS and not each.failure
@@ -95,8 +101,13 @@ def compare_engines(
     case = Case(STEP, workload.shape(rank_info.world_size), workload.precision)
     # Ranks that compare their own clocks could disagree on whether a collective call follows.
     deadline = session.deadline_of(0.8) if is_alone else math.inf
-    comparison = compare(workload, variants, rank_info, deadline=deadline)
-    session.skipped += [f"engines: {name}" for name in variants if name not in comparison.rounds]
+    # An engine that has failed is not tried again, because it may have ended the earlier run.
+    failed = session.failures(case)
+    untried = {name: variant for name, variant in variants.items() if name not in failed}
+    comparison = compare(workload, untried, rank_info, deadline=deadline)
+    comparison.failures.update(failed)
+    reached = comparison.rounds | comparison.failures
+    session.skipped += [f"engines: {name}" for name in variants if name not in reached]
     record(session, workload, case, comparison, baseline=BARE if is_alone else DDP, rank_info=rank_info)
     check_losses(comparison.losses, next(iter(variants)), workload.precision)
 
@@ -108,18 +119,20 @@ def compare_loading(
     variants = engine_variants(workload, rank_info, with_deepspeed=with_deepspeed)
     name = next(name for name in (DEFAULT + COMPILED, DEFAULT, *variants) if name in variants)
     case = Case(LOADING, workload.shape(1) | {"engine": name}, workload.precision)
+    if session.is_measured(case):
+        return
     try:
         training = Training(variants[name], workload, rank_info)
         rounds = run_with_both_sources(session, workload, rank_info, training, folder=folder)
     except Exception as error:
         session.record_failure(case, SHARDS, error)
         return
-    record(session, workload, case, Comparison(rounds, {}, {}, {}), baseline=CACHED, rank_info=rank_info)
+    record(session, workload, case, Comparison(rounds=rounds), baseline=CACHED, rank_info=rank_info)
 
 
 def run_with_both_sources(
     session: Session, workload: StepWorkload, rank_info: RankInfo, training: Training, *, folder: Path
-) -> dict[str, list[StepRound] | Failure]:
+) -> dict[str, list[StepRound]]:
     """Run rounds of one training run, alternately on batches in memory and on batches from the loader."""
     # Imported here, because the other sections run where no loader is installed.
     from benchmarks.train_step.shards import open_loader  # noqa: PLC0415
@@ -136,7 +149,7 @@ def run_with_both_sources(
             batches, skipped = sources[name]
             steps = _LOADER_STEPS * workload.budget.steps
             rounds[name].append(run_round(training, batches, steps, rank_info, skipped=skipped))
-    return dict(rounds)
+    return rounds
 
 
 SECTIONS = ("ops", "engines", "loader")

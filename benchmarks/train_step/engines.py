@@ -88,6 +88,8 @@ class Training:
         student = build_student(config, variant.ops or choose_ops(config, device)).to(device)
         self._teacher = Teacher(student.encoder, compute_dtype(config))
         if config.runtime.compile:
+            # Blocks that Dynamo silently runs eagerly would be timed as compiled ones.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             compile_blocks(student)
             compile_blocks(self._teacher.encoder)
         optimizer = build_optimizer(student, config.optim)

@@ -1,18 +1,22 @@
 """Time training steps in interleaved rounds: all engines are built first, then only one of them runs at a time."""
 
+import contextlib
 import gc
 import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.harness import device
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.session import Case, Session, WrongResultError
-from benchmarks.harness.timing import Failure, first_line, interleaved_rounds, percentiles
+from benchmarks.harness.timing import Failure, catching, interleaved_rounds, percentiles
 from benchmarks.train_step.engines import Training, Variant, allocated_bytes
 from benchmarks.train_step.profile import profile_step
 from benchmarks.train_step.workload import StepWorkload
@@ -48,24 +52,32 @@ def run_round(
     if rank_info.world_size > 1:
         dist.barrier()
     initial_bytes, begin = allocated_bytes(rank_info.device), time.perf_counter()
-    reports = [training.step(batches) for _ in range(steps)]
+    # Only the timers: a report holds predictions and targets, whose memory would count as that of the step.
+    timers = [training.step(batches).timer for _ in range(steps)]
     if is_on_gpu:
         torch.cuda.synchronize(rank_info.device)
     step_s = (time.perf_counter() - begin) / steps
     peak = torch.cuda.max_memory_allocated(rank_info.device) - initial_bytes if is_on_gpu else 0
-    times_s = [report.timer.seconds() for report in reports]
+    times_s = [timer.seconds() for timer in timers]
     return StepRound(step_s, {part: statistics.fmean(times[part] for times in times_s) for part in PHASES}, peak)
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
     """Result of a comparison, by name of the variant."""
 
-    rounds: dict[str, list[StepRound] | Failure]
-    losses: dict[str, list[float]]
+    rounds: dict[str, list[StepRound]] = field(default_factory=dict)
+    """Complete rounds of each variant that was warmed up."""
+    failures: dict[str, Failure] = field(default_factory=dict)
+    """Errors while a variant was built, warmed up or timed; there can be complete rounds before."""
+    losses: dict[str, list[float]] = field(default_factory=dict)
     """Losses of the first steps on this rank's share of the batches."""
-    resident_bytes: dict[str, int]
-    profiles: dict[str, dict[str, float]]
+    resident_bytes: dict[str, int] = field(default_factory=dict)
+    """GPU memory that stays allocated between steps."""
+    profiles: dict[str, dict[str, float]] = field(default_factory=dict)
     """Milliseconds of a step by group of kernels, if they were profiled."""
+    profile_failures: dict[str, Failure] = field(default_factory=dict)
+    """Errors while a step was profiled."""
 
 
 def compare(
@@ -73,37 +85,41 @@ def compare(
     variants: Mapping[str, Variant],
     rank_info: RankInfo,
     *,
+    batches: Sequence[Batch] = (),
     deadline: float = math.inf,
     is_profiled: bool = False,
 ) -> Comparison:
-    """Build all variants and time their steps on the same batches in interleaved rounds.
+    """Build all variants and time their steps on the same batches, by default the workload's, in interleaved rounds.
 
-    A variant that raises while it is built or warmed up becomes a failure, and the others continue. After the deadline,
-    a time on the monotonic clock, no further variant is built and no further round starts. Collective: all ranks must
-    call it, and with several of them there can be no deadline.
+    A variant that raises becomes a failure and the others continue, unless the GPU is unusable; then the result is what
+    was measured until then. After the deadline, a time on the monotonic clock, no further variant is built and no
+    further round starts. Collective: all ranks must call it, and with several of them there can be no deadline.
     """
-    batches = workload.batches(rank_info)
-    trainings, failures = {}, {}
-    for name, variant in variants.items():
-        if trainings and time.monotonic() > deadline:
-            break
-        try:
-            training = Training(variant, workload, rank_info)
-            training.warm_up(cycle(batches), workload.budget.warm_ups)
-            trainings[name] = training
-        except Exception as error:
-            failures[name] = Failure(first_line(error))
-    rounds: dict[str, list[StepRound]] = {name: [] for name in trainings}
-    # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
-    gc.collect()
-    for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
-        rounds[name].append(run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info))
-    return Comparison(
-        failures | rounds,
-        {name: training.losses for name, training in trainings.items()},
-        {name: training.resident_bytes for name, training in trainings.items()},
-        {name: profile_step(training, cycle(batches)) for name, training in trainings.items() if is_profiled},
-    )
+    batches = batches or workload.batches(rank_info)
+    trainings: dict[str, Training] = {}
+    result = Comparison()
+    with contextlib.suppress(UnusableGpuError):
+        for name, variant in variants.items():
+            if trainings and time.monotonic() > deadline:
+                break
+            with catching(result.failures, name):
+                training = Training(variant, workload, rank_info)
+                training.warm_up(cycle(batches), workload.budget.warm_ups)
+                trainings[name], result.rounds[name] = training, []
+                result.losses[name], result.resident_bytes[name] = training.losses, training.resident_bytes
+        # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
+        gc.collect()
+        for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
+            if name not in result.failures:
+                # Several ranks would wait for one that goes on after an error, so there it ends the run.
+                with catching(result.failures, name) if rank_info.world_size == 1 else contextlib.nullcontext():
+                    step_round = run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info)
+                    result.rounds[name].append(step_round)
+        for name, training in trainings.items():
+            if is_profiled and name not in result.failures:
+                with catching(result.profile_failures, name):
+                    result.profiles[name] = profile_step(training, cycle(batches))
+    return result
 
 
 def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision: str) -> None:
@@ -122,18 +138,22 @@ def check_losses(losses: Mapping[str, Sequence[float]], baseline: str, precision
 def record(
     session: Session, workload: StepWorkload, case: Case, comparison: Comparison, *, baseline: str, rank_info: RankInfo
 ) -> None:
-    """Record time per step, images per second, parts, memory, losses, profile, and the overhead over the baseline."""
+    """Record time per step, images per second, parts, memory, losses, profile, and the overhead over the baseline.
+
+    Then raise UnusableGpuError if a failure left the GPU unusable.
+    """
+    timed = {name: result for name, result in comparison.rounds.items() if result}
+    failures = {name: each for name, each in comparison.failures.items() if name not in timed}
+    failures |= {f"{name}, profile": each for name, each in comparison.profile_failures.items()}
+    for name, failure in failures.items():
+        session.record(case, name, failure=failure.message)
     throughput_meter = build_throughput_meter(workload.config(), rank_info)
-    for name, result in comparison.rounds.items():
-        if isinstance(result, Failure):
-            session.record(case, name, failure=result.message)
-            continue
+    for name, result in timed.items():
         times = percentiles([1e3 * step_round.step_s for step_round in result])
         images_per_s = 1e3 * workload.batch_size / times["median_ms"]
         figures: dict[str, Any] = {"images_per_s": round(images_per_s, 2), **part_figures(result)}
-        baseline_rounds = comparison.rounds.get(baseline)
-        if isinstance(baseline_rounds, list) and baseline != name:
-            figures |= {"over": baseline, "over_percent": round(overhead_percent(result, baseline_rounds), 2)}
+        if baseline in timed and baseline != name:
+            figures |= {"over": baseline, "over_percent": round(overhead_percent(result, timed[baseline]), 2)}
         mfu = throughput_meter.mfu(images_per_s)
         if mfu is not None:
             figures |= {"mfu_percent": round(100 * mfu, 2), "peak": str(throughput_meter)}
@@ -142,7 +162,10 @@ def record(
             figures["memory_gb"] = round(peak / 1e9, 2)
         figures |= {"losses": comparison.losses[name]} if name in comparison.losses else {}
         figures |= {"profile_ms": comparison.profiles[name]} if name in comparison.profiles else {}
-        session.record(case, name, **times, figures=figures)
+        failure = comparison.failures.get(name)
+        session.record(case, name, **times, figures=figures, failure=failure and failure.message)
+    if comparison.failures or comparison.profile_failures:
+        device.check_usable()
 
 
 def part_figures(rounds: Sequence[StepRound]) -> dict[str, float]:

@@ -11,10 +11,12 @@ from iwm_fast.pipelines.batch import Batch
 
 GROUPS = {
     "attention": r"attention|attn|flash|fmha|sdpa|softmax",
-    "products": r"gemm|nvjet|cutlass|cublas|splitk|xmma|addmm|::mm|::bmm|::linear|convolution|conv2d",
-    "norm": r"norm",
+    # Inductor names a kernel also after the product whose result it reads. The products it writes are templates.
+    "products": r"^(?!triton_(?!tem)).*(gemm|nvjet|cutlass|cublas|splitk|xmma|addmm|::b?mm|::linear|conv(olution|2d))",
+    # Before the norms, because clipping takes the norm of the gradients.
+    "optimizer": r"multi_tensor|adam|foreach|lerp|lpnorm",
+    "norm": r"norm|gammabeta",
     "GELU": r"gelu",
-    "optimizer": r"multi_tensor|adam|foreach|lerp",
     "copies": r"copy|memcpy|memset|fill|zero_|cat|index|gather|scatter|_combine_kernel|group_sum|aten::to",
     "sums": r"reduce|sum",
 }

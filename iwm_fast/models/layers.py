@@ -181,6 +181,9 @@ def compile_blocks(module: nn.Module) -> None:
 
     Blocks of equal width share the compiled code, for any number of rows.
     """
+    # All blocks are one piece of code to Dynamo, which counts its versions: encoder, teacher and predictor, first block
+    # or not, with a gradient or without. Beyond the limit, by default 8, it runs them eagerly without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for submodule in module.modules():
         if isinstance(submodule, Block):
             # In place: torch.compile(block) would return a wrapper and change the names of the parameters.

@@ -66,10 +66,27 @@ def test_a_command_over_its_limit_is_stopped_with_its_children(tmp_path):
 
 
 def test_the_suite_goes_on_with_tests_that_have_not_passed(tmp_path):
-    gpu_check.log_of("suite", tmp_path).write_text(SUITE)
-    command = gpu_check.command_of("suite", options(tmp_path))
+    chosen = options(tmp_path, "--commit", "abc")
+    gpu_check.log_of("suite", tmp_path).write_text(f"code of the tests: abc\n{SUITE}")
+    command = gpu_check.command_of("suite", chosen)
     assert [word for word in command if "deselect" in word] == ["--deselect=tests/kernels/test_a.py::test_b[3-[1, 2]]"]
-    assert "3 tests, 1 failed\n- tests/kernels/test_a.py::test_c" in gpu_check.summary(tmp_path)
+    assert "3 tests, 1 failed\n- tests/kernels/test_a.py::test_c" in gpu_check.summary(chosen)
+
+
+def test_outcomes_of_other_code_do_not_count(tmp_path, monkeypatch):
+    chosen = options(tmp_path, "--part", "suite", "--quick", "--commit", "abc")
+    monkeypatch.setattr(gpu_check, "run", lambda command, log, limit_s: 0)
+    gpu_check.main(["--out", str(tmp_path), "--part", "suite", "--quick", "--commit", "old"])
+    log = gpu_check.log_of("suite", tmp_path)
+    log.write_text(log.read_text() + SUITE)
+    assert gpu_check.test_outcomes(chosen) == {}
+    assert len(gpu_check.test_outcomes(options(tmp_path, "--commit", "old"))) == 3
+    assert gpu_check.test_outcomes(options(tmp_path)) == {}
+
+
+def test_the_suite_leaves_out_pytest_benchmark_and_slow_tests(tmp_path):
+    command = " ".join(gpu_check.command_of("suite", options(tmp_path)))
+    assert " -p no:benchmark " in command and " -m not slow " in command
 
 
 def test_all_parts_run_and_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from benchmarks.harness import records
+from benchmarks.harness import cli, device, records
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.providers import Provider
 from benchmarks.harness.records import PASSES
 from benchmarks.harness.rooflines import Cost
@@ -75,6 +76,70 @@ def test_a_fused_operation_that_raises_is_recorded_and_not_timed():
     is_right, current = check(provider(broken))
     assert not is_right
     assert current.records[0].failure == "RuntimeError: out of shared memory"
+
+
+@pytest.fixture
+def fragile_gpu(monkeypatch):
+    """Make `broken` leave the GPU unusable: it returns, and whatever waits for the GPU afterwards raises."""
+    errors = []
+
+    def synchronize():
+        if errors:
+            raise RuntimeError(errors[0])
+
+    def broken(x):
+        errors.append("CUDA error: an illegal memory access was encountered\nthe rest")
+        return x * x
+
+    monkeypatch.setattr(device, "synchronize", synchronize)
+    return broken, errors
+
+
+@pytest.mark.parametrize("broken_one", ["fused", "plain", "float64"])
+def test_a_kernel_that_breaks_the_gpu_is_recorded_and_the_next_run_goes_on(tmp_path, fragile_gpu, broken_one):
+    broken, errors = fragile_gpu
+    out, good = tmp_path / "x.jsonl", lambda x: x * x
+    fused, plain = (provider(broken if name == broken_one else good, name) for name in ("fused", "plain"))
+    exact = plain.in_float64(broken if broken_one == "float64" else good)
+    with pytest.raises(UnusableGpuError, match="cannot use the GPU any more: CUDA error: an illegal memory access"):
+        session(out=out).check(CASE, NAMES, fused=fused, plain=plain, exact=exact)
+    (record,) = records.read(out)
+    assert record.provider == broken_one and "illegal memory access" in record.failure
+    errors.clear()
+    assert not session(out=out).check(CASE, NAMES, fused=fused, plain=plain, exact=exact)
+    assert errors == [], "it is not run again"
+
+
+def test_a_provider_that_breaks_the_gpu_is_recorded_alone_and_not_timed_again(tmp_path, fragile_gpu, monkeypatch):
+    broken, errors = fragile_gpu
+    out = tmp_path / "x.jsonl"
+
+    def wait_and_time(function, spin_ms):
+        function.run(function.prepare())
+        device.synchronize()
+        return 1.0, 1.0
+
+    monkeypatch.setattr("benchmarks.harness.timing._time_once", wait_and_time)
+    providers = [provider(broken, "broken"), provider(lambda x: x * x, "good")]
+    with pytest.raises(UnusableGpuError):
+        session(out=out).measure(CASE, providers)
+    assert [(each.provider, each.pass_) for each in records.read(out)] == [("broken", "forward")]
+    errors.clear()
+    session(out=out).measure(CASE, providers)
+    assert [(each.provider, each.pass_) for each in records.read(out)[1:]] == [("good", name) for name in PASSES[1:]]
+
+
+def test_an_unusable_gpu_ends_the_sections_and_not_the_report(tmp_path, capsys):
+    def broken(current):
+        raise UnusableGpuError("this process cannot use the GPU any more")
+
+    current = Session({"cpu": "x", "cores": 1}, budget=SHORT, device="cpu", out=tmp_path / "x.jsonl")
+    report = type("report", (), {"sections": staticmethod(lambda recorded, level: f"{len(recorded)} records")})
+    sections = {"first": lambda current: None, "second": broken, "third": broken}
+    assert cli.run(current, sections, None, report) == 1
+    printed = capsys.readouterr()
+    assert "1 records" in printed.out and "so run again to go on with what follows" in printed.err
+    assert [record.shape for record in records.read(current.out)] == [{"section": "first"}]
 
 
 def test_each_pass_of_each_provider_is_recorded(tmp_path):

@@ -40,6 +40,12 @@ def test_a_function_that_raises_is_a_failure_and_the_others_continue():
         timing.measure(lambda: broken(None), budget=SHORT)
 
 
+def test_a_function_that_raises_after_the_warm_up_is_a_failure_and_the_others_continue():
+    left = [1, 2, 3]
+    results = timing.compare({"bad": TimedFunction(lambda _: left.pop()), "good": TimedFunction(id)}, budget=SHORT)
+    assert results["bad"] == Failure("IndexError: pop from empty list") and results["good"].repeats == 3
+
+
 def test_each_call_gets_a_newly_prepared_argument():
     arguments = []
     timing.compare({"": TimedFunction(arguments.append, iter(range(100)).__next__)}, budget=SHORT)

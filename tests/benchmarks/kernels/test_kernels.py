@@ -1,11 +1,13 @@
 """All sections with tiny shapes. Without a GPU kernels are interpreted, and baselines compute on the CPU."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from benchmarks.harness import machine, results
+from benchmarks.harness import device, machine, results
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.records import BACKWARD, FORWARD, PASSES
 from benchmarks.harness.session import Case, Session
 from benchmarks.harness.timing import TRIAL
@@ -121,6 +123,47 @@ def test_a_launch_that_writes_nothing_is_not_timed(session):
     tile_sweep.time_launches(session, Case(SWEEP, {"N": 4}), FORWARD, candidates, [right], target=out)
     failures = {record.provider: record.failure for record in session.records}
     assert failures["right"] is None and failures[SHIPPED] is None and "differs" in failures["wrong"]
+
+
+@pytest.mark.fused
+def test_a_pass_that_was_cut_off_is_swept_again_without_what_broke_the_gpu(session, monkeypatch):
+    out, errors = torch.ones(4, device=DEVICE), []
+
+    def synchronize():
+        if errors:
+            raise RuntimeError(errors[0])
+
+    def break_gpu(tensor):
+        errors.append("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(errors[0])
+
+    monkeypatch.setattr(device, "synchronize", synchronize)
+    right, case = Launch(_Kernel(torch.Tensor.zero_), (1,), {"out": out}, {}, 4), Case(SWEEP, {"N": 4})
+    candidates = {"breaks": right._replace(kernel=_Kernel(break_gpu)), "right": right}
+
+    def sweep():
+        tile_sweep.time_launches(session, case, FORWARD, candidates, [right], target=out)
+        return [record.provider for record in session.records]
+
+    session.deadline = 0.0
+    assert sweep() == [] and session.skipped == ["attention sweep N=4 bfloat16 forward: breaks"]
+    session.deadline = math.inf
+    with pytest.raises(UnusableGpuError):
+        sweep()
+    assert not tile_sweep.is_swept(session, case, FORWARD)
+    errors.clear()
+    assert sweep() == ["breaks", "right", SHIPPED] and tile_sweep.is_swept(session, case, FORWARD)
+
+
+@pytest.mark.fused
+def test_drawn_lengths_are_recorded_if_the_kernel_breaks_the_gpu(session, monkeypatch):
+    def check(*_, **__):
+        raise UnusableGpuError
+
+    monkeypatch.setattr(session, "check", check)
+    with pytest.raises(UnusableGpuError):
+        attention.check_lengths(session, "1-9", [9, 0, 1, 4], (1, 32, "float16"))
+    assert [record.figures for record in session.records] == [{"lengths": [9, 0, 1, 4]}]
 
 
 class _Kernel:

@@ -4,13 +4,16 @@ import dataclasses
 import gc
 import math
 import time
+import weakref
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.harness import records
+from benchmarks.harness import device, records
+from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.records import Record
 from benchmarks.harness.session import Session, WrongResultError
 from benchmarks.harness.timing import QUICK, Failure
@@ -34,7 +37,7 @@ from benchmarks.train_step.report import (
     STEP,
     ZERO,
 )
-from benchmarks.train_step.workload import StepBudget, build_workload
+from benchmarks.train_step.workload import StepBudget, StepWorkload, build_workload
 from iwm_fast.config.run import ModelConfig
 from iwm_fast.monitoring.step_timer import PHASES
 from iwm_fast.runtime import distributed
@@ -76,7 +79,7 @@ def test_all_engines_are_timed_and_compared_with_the_bare_loop(session, workload
         figures = record.figures
         # On a busy machine the process may be interrupted between two phases, for as long as a step takes and longer.
         assert 0 < sum(figures[f"{part}_ms"] for part in PHASES) / record.median_ms < 1.01
-        assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, rel=1e-3)
+        assert figures["images_per_s"] == pytest.approx(4e3 / record.median_ms, abs=0.01)
         assert 0 < figures["teacher_update_percent"] < 100
     text = step_tables.sections(session.records)
     assert "### Steps" in text and "### Parts of a step, ms" in text and DEFAULT in text
@@ -94,8 +97,75 @@ def test_an_engine_that_raises_drops_out_and_the_others_continue(workload, rank_
     plain = Variant({"engine": "plain"})
     wrong = Variant(plain.runtime | {"micro_batch_size": 3})
     comparison = measure.compare(workload, {"wrong": wrong, PLAIN: plain}, rank_info)
-    assert isinstance(comparison.rounds["wrong"], Failure) and len(comparison.rounds[PLAIN]) == 2
+    assert isinstance(comparison.failures["wrong"], Failure) and len(comparison.rounds[PLAIN]) == 2
     measure.check_losses(comparison.losses, "wrong", workload.precision)
+
+
+def test_a_round_keeps_no_predictions(rank_info):
+    """Otherwise the memory of a step would include those of the steps before it."""
+    predictions, timer = [], SimpleNamespace(seconds=lambda: dict.fromkeys(PHASES, 0.0))
+
+    class Stub:
+        def step(self, batches):
+            prediction = torch.zeros(1)
+            predictions.append(weakref.ref(prediction))
+            assert sum(reference() is not None for reference in predictions) == 1
+            return SimpleNamespace(prediction=prediction, timer=timer)
+
+    measure.run_round(Stub(), iter([]), 3, rank_info)
+    assert len(predictions) == 3
+
+
+@pytest.mark.parametrize("place", ["run_round", "profile_step"])
+def test_an_error_after_the_first_round_keeps_what_was_measured(session, workload, rank_info, monkeypatch, place):
+    function, names = getattr(measure, place), []
+
+    def fail_later(*arguments):
+        names.append(place)
+        if len(names) == (3 if place == "run_round" else 1):
+            raise RuntimeError("out of memory")
+        return function(*arguments)
+
+    monkeypatch.setattr(measure, place, fail_later)
+    variants = {BARE: Variant({}), PLAIN: Variant({"engine": "plain"})}
+    comparison = measure.compare(workload, variants, rank_info, is_profiled=place == "profile_step")
+    case = benchmark.Case(STEP, workload.shape(1), workload.precision)
+    measure.record(session, workload, case, comparison, baseline=BARE, rank_info=rank_info)
+    recorded = {record.provider: record for record in session.records}
+    assert recorded[BARE].median_ms and recorded[PLAIN].median_ms
+    if place == "run_round":
+        # The second round begins with the last variant.
+        assert recorded[PLAIN].repeats == 1 and recorded[PLAIN].failure == "RuntimeError: out of memory"
+        assert recorded[BARE].repeats == 2 and recorded[BARE].failure is None
+    else:
+        assert recorded[f"{BARE}, profile"].failure == "RuntimeError: out of memory"
+        assert recorded[BARE].failure is None and "profile_ms" in recorded[PLAIN].figures
+
+
+def test_an_engine_that_breaks_the_gpu_is_recorded_and_left_out_by_the_next_run(
+    session, workload, rank_info, monkeypatch
+):
+    errors = []
+
+    def synchronize():
+        if errors:
+            raise RuntimeError(errors[0])
+
+    monkeypatch.setattr(device, "synchronize", synchronize)
+    warm_up = Training.warm_up
+
+    def break_gpu(training, batches, steps):
+        warm_up(training, batches, steps)
+        if training._engine.__class__.__name__ != "BareEngine":
+            errors.append("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Training, "warm_up", break_gpu)
+    with pytest.raises(UnusableGpuError):
+        benchmark.compare_engines(session, workload, rank_info, with_deepspeed=False)
+    assert [record.provider for record in session.records] == [PLAIN]
+    errors.clear()
+    benchmark.compare_engines(session, workload, rank_info, with_deepspeed=False)
+    assert [(each.provider, each.failure is None) for each in session.records[1:]] == [(PLAIN, False), (BARE, True)]
 
 
 def test_there_is_one_round_after_the_deadline(workload, rank_info):
@@ -138,7 +208,7 @@ def test_overheads_are_ratios_within_a_round():
 
 def test_mfu_and_memory_are_recorded_on_a_gpu(session, workload, monkeypatch):
     monkeypatch.setattr("iwm_fast.monitoring.throughput.peak_flops", lambda device, precision: (1e12, "card"))
-    comparison = Comparison({BARE: [step_round(0.004)]}, {}, {BARE: 2_000_000_000}, {})
+    comparison = Comparison(rounds={BARE: [step_round(0.004)]}, resident_bytes={BARE: 2_000_000_000})
     gpu = distributed.RankInfo(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
     case = benchmark.Case(STEP, workload.shape(1), workload.precision)
     measure.record(session, workload, case, comparison, baseline=BARE, rank_info=gpu)
@@ -166,9 +236,12 @@ def test_operations_are_timed_one_after_the_other_and_profiled(session, workload
     one_round = dataclasses.replace(workload, budget=StepBudget(rounds=1, steps=1, warm_ups=1))
     chosen = {name: ops_variants(workload)[name] for name in ("reference", "fused norm only")}
     monkeypatch.setattr(benchmark, "ops_variants", lambda _: chosen)
+    draw, drawn = StepWorkload.batches, []
+    monkeypatch.setattr(StepWorkload, "batches", lambda *each: drawn.append(each) or draw(*each))
     for _ in range(2):
         benchmark.compare_ops(session, one_round, rank_info)
         session._measured = {record.group for record in session.records}
+    assert len(drawn) == 1, "all variants train on the same batches, and what is measured needs none"
     assert [record.provider for record in session.records] == list(chosen)
     for record in session.records:
         assert record.what == OPS and record.failure is None and record.figures["profile_ms"]["products"] > 0
@@ -190,7 +263,14 @@ def test_operations_are_timed_one_after_the_other_and_profiled(session, workload
         ("_norm_forward", "norm"),
         ("void at::native::vectorized_layer_norm_kernel<float>", "norm"),
         ("triton_per_fused_add_native_layer_norm_3", "norm"),
+        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float, float, 64u>", "norm"),
+        ("triton_per_fused_add_addmm_native_layer_norm_view_4", "norm"),
+        ("triton_poi_fused_addmm_gelu_view_3", "GELU"),
+        ("triton_tem_fused_addmm_gelu_view_3", "products"),
+        ("aten::addmm", "products"),
         ("at::native::GeluBackwardCUDAKernelImpl(at::TensorIteratorBase&)", "GELU"),
+        ("at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float>>", "optimizer"),
+        ("void at::native::lpnorm_cleanup<float, NormType::L2>", "optimizer"),
         ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("at::native::reduce_kernel<128, 4>", "sums"),

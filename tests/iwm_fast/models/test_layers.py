@@ -5,7 +5,15 @@ import torch
 
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import REFERENCE
-from iwm_fast.models.layers import Block, Blocks, ResidualNorm, initialize_, set_drop_path_, sincos_positions
+from iwm_fast.models.layers import (
+    Block,
+    Blocks,
+    ResidualNorm,
+    compile_blocks,
+    initialize_,
+    set_drop_path_,
+    sincos_positions,
+)
 
 
 def build(seed=0, depth=3):
@@ -21,6 +29,13 @@ def test_positions_follow_the_formula():
     functions = (math.sin, math.cos)
     expected = [function(at * w) for at in (column, row) for function in functions for w in frequencies]
     torch.testing.assert_close(actual, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("limit", [8, 64])
+def test_more_versions_of_a_block_than_dynamo_allows_by_default_are_compiled(limit):
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        compile_blocks(torch.nn.Linear(1, 1))
+        assert torch._dynamo.config.recompile_limit == max(limit, 32)
 
 
 def test_positions_of_different_patches_differ():

@@ -216,7 +216,7 @@ def test_unsupported_dtypes_are_refused_with_the_supported_ones(dtype):
 
 
 def test_unsupported_head_sizes_and_shapes_are_refused_with_a_remedy():
-    zeros = torch.zeros(4, 3, 1, 32, device=DEVICE)
+    zeros = torch.zeros(4, 3, 1, 32, dtype=DTYPE, device=DEVICE)
     with pytest.raises(ValueError, match=r"heads of 32 or 64, got 80; .*runtime.ops=reference"):
         ragged_attention(torch.zeros(4, 3, 1, 80, device=DEVICE), FOUR)
     with pytest.raises(ValueError, match=r"\(rows, 3, heads, head_dim\), got \(4, 96\)"):
