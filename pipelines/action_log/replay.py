@@ -23,6 +23,8 @@ class ReplayPlan:
     rows: pa.Table
     """Rows of one step, or some of them, as `iwm_fast.pipelines.action_log.files.read_step` returns them."""
     max_batch_size: int = MAX_BATCH_SIZE
+    world_size: int = 1
+    """Number of ranks that share the rows: one, because each rank has a plan with rows of its own."""
     augment: None = None
 
     @property

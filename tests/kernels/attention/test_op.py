@@ -120,7 +120,9 @@ def test_a_batch_without_rows_gives_an_empty_result(lengths):
 def test_very_negative_scores_do_not_give_nan(lengths):
     # Scores of some tens of either sign, and of some hundreds at one key.
     qkv, sequences = qkv_of(lengths, heads=1), sequences_of(lengths)
-    tolerance = max(1e-3, TOLERANCE[DTYPE])
+    # Where one key has all the weight, the gradient of its score is a difference of two almost equal sums, whose
+    # rounding the key multiplies by 100. How they are rounded depends on the CPU's instructions.
+    tolerance = max(5e-3, TOLERANCE[DTYPE])
     qkv[:, :2] *= 4
     qkv[3, 1] = -100
     assert_matches_reference(qkv, sequences, tolerance)
