@@ -135,7 +135,7 @@ class BadSampleReplacer:
         if self._max_bad_samples >= 1:
             return self._max_bad_samples
         num_samples = self._shards.num_samples
-        # Each epoch deals out the samples to the ranks anew, so that in the end every rank has met all bad ones.
+        # Samples are reassigned to ranks in each epoch, so over many epochs every rank draws all bad samples.
         num_drawn = max(self._num_drawn, num_samples / self._plan.world_size)
         return min(max(self._max_bad_samples * num_drawn, _MIN_LIMIT), self._max_bad_samples * num_samples)
 

@@ -78,7 +78,7 @@ def run(
     except WrongResultError as error:
         session.wrong.append(str(error))
     except UnusableGpuError as error:
-        error_message = f"error: {error}; the failure is recorded, so run again to go on with what follows"
+        error_message = f"error: {error}; the failure is recorded; run the same command again to continue after it"
     print(f"\n{report.sections(session.records, level='##')}\n")
     for label in session.skipped:
         print(f"skipped: {label}")

@@ -111,7 +111,7 @@ def compare(
         gc.collect()
         for name in interleaved_rounds(trainings, workload.budget.rounds, lambda _: time.monotonic() <= deadline):
             if name not in result.failures:
-                # Several ranks would wait for one that goes on after an error, so there it ends the run.
+                # With several ranks an error ends the run, because the others wait for this rank in a collective.
                 with catching(result.failures, name) if rank_info.world_size == 1 else contextlib.nullcontext():
                     step_round = run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info)
                     result.rounds[name].append(step_round)

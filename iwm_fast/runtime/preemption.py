@@ -104,7 +104,7 @@ class Preemption:
         self._is_overdue = True
         try:
             self.on_timeout()
-        # This thread must go on, to end the process later.
+        # Not raised: this thread still has to end the process at the deadline.
         except OSError as error:
             log.warning("%s", error)
 

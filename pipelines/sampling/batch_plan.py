@@ -258,7 +258,7 @@ class EvaluationPlan:
 
     @cached_property
     def _samples_twice(self) -> Int64[np.ndarray, "samples"]:
-        # In it, the samples that follow one and go on from the start are a view, which costs no copy per bad image.
+        # Any rotation of the samples is a slice of this array, so no copy is made for each bad image.
         return np.concatenate([self.samples, self.samples])
 
 

@@ -138,7 +138,7 @@ def test_an_unusable_gpu_ends_the_sections_and_not_the_report(tmp_path, capsys):
     sections = {"first": lambda current: None, "second": broken, "third": broken}
     assert cli.run(current, sections, None, report) == 1
     printed = capsys.readouterr()
-    assert "1 records" in printed.out and "so run again to go on with what follows" in printed.err
+    assert "1 records" in printed.out and "run the same command again to continue after it" in printed.err
     assert [record.shape for record in records.read(current.out)] == [{"section": "first"}]
 
 
