@@ -191,11 +191,13 @@ def render_claims(tree: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for outcome in judge_outcomes(tree):
-        claim, comparisons = outcome.claim, outcome.comparisons
-        means = "; ".join(format_means(comparison, claim, tree["tuned"]) for comparison in comparisons)
-        differences = "; ".join(map(format_difference, comparisons))
-        verdict = _VERDICTS.get(outcome.verdict, outcome.verdict)
-        lines.append(f"| {' | '.join((claim.text, means, differences, claim.paper, verdict))} |")
+        claim = outcome.claim
+        text, paper, verdict = claim.text, claim.paper, _VERDICTS.get(outcome.verdict, outcome.verdict)
+        for comparison in outcome.comparisons:
+            row = text, format_means(comparison, claim, tree["tuned"]), format_difference(comparison), paper, verdict
+            lines.append(f"| {' | '.join(row)} |")
+            # Further comparisons of the claim follow below the first one.
+            text = paper = verdict = ""
     seeds = {seed for values in tree["values"].values() for seed in values}
     provenance = f"{', '.join(tree['machine'])}; commit {', '.join(tree['commit'])}"
     run = f"`{tree['command']}`, seeds {', '.join(sorted(seeds))}"

@@ -90,12 +90,18 @@ def _claim_card(outcome: ClaimVerdict, num_tuned: _NumTuned) -> str:
 
 
 def format_means(comparison: Comparison, claim: Claim, num_tuned: _NumTuned) -> str:
-    """Format the names and the means of both results of a comparison."""
+    """Format the names and the means of both results of a comparison, for example "linear: large 0.23, small 0.25".
+
+    Numbers of trained parameters follow if they differ.
+    """
+    shared, names = _labels(comparison, claim)
+    selectors = (comparison.better, comparison.worse)
+    counts = [num_tuned.get(str(selector), 0) for selector in selectors]
     sides = []
-    for selector, values in zip((comparison.better, comparison.worse), comparison.values, strict=True):
+    for name, values, count in zip(names, comparison.values, counts, strict=True):
         mean = f"{sum(values) / len(values):.3f}" if values else "not measured"
-        sides.append(f"{_label(selector, claim, num_tuned, ', ')} {mean}")
-    return ", ".join(sides)
+        sides.append(f"{name} {mean}" + (f" ({count:,} tuned)" if count and len(set(counts)) > 1 else ""))
+    return f"{shared}{', '.join(sides)}"
 
 
 def format_difference(comparison: Comparison) -> str:
@@ -112,17 +118,22 @@ def format_difference(comparison: Comparison) -> str:
     return f"{interval.mean:+.3f} ({ends})"
 
 
-def _label(selector: ResultSelector, claim: Claim, num_tuned: _NumTuned, separator: str) -> str:
-    """Return the fields that distinguish a result from the claim's other ones, and how many parameters it trained."""
+def _labels(comparison: Comparison, claim: Claim) -> tuple[str, tuple[str, str]]:
+    """Return what both results of a comparison share, empty or with a colon, and what distinguishes each of them.
+
+    Only those fields are named that distinguish the results of the claim.
+    """
     selectors = {selector for pair in claim.compare for selector in pair}
     fields: list[str] = []
     for field in ("cell", "subject", "metric", "result"):
         is_unique = len({tuple(getattr(item, name) for name in fields) for item in selectors}) == len(selectors)
         if not is_unique and len({getattr(item, field) for item in selectors}) > 1:
             fields.append(field)
-    label = ", ".join(getattr(selector, field) for field in fields)
-    count = num_tuned.get(str(selector), 0)
-    return f"{label}{separator}{count:,} tuned" if count else label
+    better, worse = comparison.better, comparison.worse
+    shared = [getattr(better, field) for field in fields if getattr(better, field) == getattr(worse, field)]
+    own = [field for field in fields if getattr(better, field) != getattr(worse, field)]
+    first, second = (", ".join(getattr(side, field) for field in own) for side in (better, worse))
+    return f"{', '.join(shared)}: " if shared else "", (first, second)
 
 
 def _unit(outcome: ClaimVerdict) -> str:
@@ -139,14 +150,11 @@ def _forest_rows(outcome: ClaimVerdict) -> list[ForestRow]:
     for comparison in outcome.comparisons:
         if comparison.difference is None:
             continue
-        better, worse = (_label(selector, outcome.claim, {}, "") for selector in (comparison.better, comparison.worse))
+        shared, (better, worse) = _labels(comparison, outcome.claim)
         differences = [first - second for first, second in zip(*comparison.values, strict=True)]
         # A minus sign, which is wider than a hyphen.
-        rows.append(
-            ForestRow(
-                label=f"{better} \N{MINUS SIGN} {worse}", differences=differences, **asdict(comparison.difference)
-            )
-        )
+        label = f"{shared}{better} \N{MINUS SIGN} {worse}"
+        rows.append(ForestRow(label=label, differences=differences, **asdict(comparison.difference)))
     return rows
 
 

@@ -98,7 +98,7 @@ def test_correlations_have_a_column_for_each_bank_and_the_number_of_the_paper():
 def test_a_row_has_means_difference_paper_and_verdict(lab):
     tree = {"command": "iwm lab x.yaml", **publish.collect_values(lab)}
     section = publish.render_claims(tree)
-    cells = "It uses the action. | a, 1,234 tuned 0.510, b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0"
+    cells = "It uses the action. | a 0.510 (1,234 tuned), b 0.210 | +0.300 (+0.300 to +0.300) | 0.8 against 0"
     assert f"| {cells} | **holds** |" in section
     assert "`iwm lab x.yaml`, seeds 0, 1, 2; M; commit 1a2b." in section
     reversed_lab = replace(lab, claims=(replace(CLAIM, compare=((WORSE, BETTER),)),))

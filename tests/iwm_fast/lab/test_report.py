@@ -56,9 +56,10 @@ def test_the_page_shows_comparisons_verdicts_and_charts(tmp_path):
     judged = [judge(claim, lambda selector: values_by_seed(selector, rows)) for claim in claims]
     page = write_lab_report(lab, judged, rows).read_text(encoding="utf-8")
     worth, capacity, listens = (page.split(f"<h3>Text of {name}.</h3>")[1].split("</table>")[0] for name in CLAIMS)
-    # Labels contain only the fields that distinguish the results of a claim.
-    assert "predictor, accuracy, 461,329 tuned 0.750, random_predictor, accuracy, 461,329 tuned 0.650" in worth
-    assert "+0.100 (+0.100 to +0.100)" in worth and "head, mean_iou, 903 tuned 0.780" in worth
+    # Labels contain only the fields that distinguish the results of a claim; what both sides share comes first.
+    assert "accuracy: predictor 0.750, random_predictor 0.650" in worth
+    assert "mean_iou: predictor 0.785 (278,279 tuned), head 0.780 (903 tuned)" in worth
+    assert "+0.100 (+0.100 to +0.100)" in worth and ">a 0.500, b 0.750<" in capacity
     assert "accuracy, mean_iou<" in worth and "accuracy (linear)<" in capacity
     assert "-0.250 (one seed)" in capacity and "undecided" in capacity
     assert "not measured" in listens
