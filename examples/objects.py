@@ -1,4 +1,4 @@
-"""Objects on photographs: shards whose labels do not hang on colour, made of pictures that Debian's packages contain.
+"""Objects on photographs: shards whose labels do not depend on colour, made of pictures that Debian's packages contain.
 
     examples/debian_photographs.sh photographs
     python examples/objects.py photographs data/objects
@@ -122,7 +122,7 @@ def load_objects(folder: Path) -> dict[str, list[Picture]]:
 
 
 def load_backgrounds(folder: Path) -> list[Picture]:
-    """Return the backgrounds that are no drawings, one of each picture, sorted by name.
+    """Return the backgrounds that are not drawings, one of each picture, sorted by name.
 
     Raises:
         FileNotFoundError: if the packages are not unpacked in the folder.

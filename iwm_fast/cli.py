@@ -52,13 +52,18 @@ def _read(settings: str, arguments: list[str]) -> Any:
     return import_object("iwm_fast.config.loading:load_config")(arguments[0], arguments[1:])
 
 
+def _build(command: str, arguments: list[str]) -> Any:
+    """Return the settings of a command that reads no run, from `key=value` arguments."""
+    return import_object("iwm_fast.config.loading:build")(import_object(COMMANDS[command].settings), {}, arguments)
+
+
 def _check(arguments: list[str]) -> None:
     check_class = import_object(COMMANDS["check"].settings)
     names = {setting.name for setting in fields(check_class)}
     run_arguments = [argument for argument in arguments if argument.partition("=")[0] not in names]
     check_arguments = [argument for argument in arguments if argument not in run_arguments]
     config = _read(RUN_CONFIG, run_arguments)
-    check_config = import_object("iwm_fast.config.loading:build")(check_class, {}, check_arguments)
+    check_config = _build("check", check_arguments)
     if not import_object("iwm_fast.commands.check_run:check_run")(config, check_config):
         raise SystemExit(1)
 
@@ -87,7 +92,7 @@ def _lab(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    config = import_object("iwm_fast.config.loading:build")(import_object(COMMANDS["report"].settings), {}, arguments)
+    config = _build("report", arguments)
     if config.lab:
         print(import_object("iwm_fast.lab.runner:report_lab")(Path(config.lab)))
     else:
@@ -102,9 +107,7 @@ def _shards_demo(arguments: list[str]) -> None:
 
 def _shards_pack(arguments: list[str]) -> None:
     source, folder = _exactly(arguments[:2], "an image folder", "a folder to write to")
-    config = import_object("iwm_fast.config.loading:build")(
-        import_object(COMMANDS["shards pack"].settings), {}, arguments[2:]
-    )
+    config = _build("shards pack", arguments[2:])
     packed_sets = import_object("iwm_fast.pipelines.storage.shard_writer:pack_folder")(
         Path(source), Path(folder), config
     )
@@ -114,15 +117,13 @@ def _shards_pack(arguments: list[str]) -> None:
 
 def _shards_check(arguments: list[str]) -> None:
     (spec,) = _exactly(arguments[:1], "the shards: a path, pattern, folder or address")
-    settings = import_object(COMMANDS["shards check"].settings)
-    config = import_object("iwm_fast.config.loading:build")(settings, {}, arguments[1:])
+    config = _build("shards check", arguments[1:])
     import_object("iwm_fast.commands.check_shards:check_shards")(spec, config)
 
 
 def _shards_resize(arguments: list[str]) -> None:
     spec, folder = _exactly(arguments[:2], "the shards: a path, pattern, folder or address", "a folder to write to")
-    settings = import_object(COMMANDS["shards resize"].settings)
-    config = import_object("iwm_fast.config.loading:build")(settings, {}, arguments[2:])
+    config = _build("shards resize", arguments[2:])
     import_object("iwm_fast.commands.resize_shards:resize")(spec, Path(folder), config)
 
 
@@ -243,9 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preemption = watch_signals() if is_process else None
         action = partial(import_object("iwm_fast.train:train"), words[1:], preemption)
     elif COMMANDS[name].target is evaluate:
-        action = partial(
-            evaluate, words[words[0] == "evaluate" :], watch_signals_if_training(words) if is_process else None
-        )
+        evaluate_arguments = words[1:] if words[0] == "evaluate" else words
+        action = partial(evaluate, evaluate_arguments, watch_signals_if_training(words) if is_process else None)
     else:
         action = partial(_run, COMMANDS[name], words[len(name.split()) :])
     if is_process:

@@ -34,7 +34,7 @@ IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """Defaults of data.pixel_mean and data.pixel_std: the statistics of ImageNet, as in I-JEPA and timm."""
 
 INTERNAL = {"internal": True}
-"""Metadata of fields that are no settings of their own: neither YAML nor the command line can set them."""
+"""Metadata of fields that are not settings of their own: neither YAML nor the command line can set them."""
 
 # Characters of a refused value in its message.
 _MAX_SHOWN = 200
@@ -121,7 +121,7 @@ class DataConfig:
     """Training shards: a path, a brace pattern, a folder, or an s3://, gs://, hf:// or https:// address; several as
     'A::B' or a YAML list. A YAML list of {name, shards, weight} mixes sources in the ratio of their weights."""
     mixture: tuple[SourceConfig, ...] = field(default=(), metadata=INTERNAL)
-    """The sources that `train` names, in this order; empty if it is no mixture."""
+    """The sources that `train` names, in this order; empty if it is not a mixture."""
     val: str = ""
     """Validation shards, written like data.train; only evaluations read them."""
     image: str = ""

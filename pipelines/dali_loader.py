@@ -37,7 +37,7 @@ from iwm_fast.pipelines.transforms.image_decoding import DaliInput, as_ppm, dali
 
 log = logging.getLogger(__name__)
 
-# In a message of DALI: the error is not about an image, so decoding the images elsewhere is no remedy.
+# In a message of DALI: the error is not about an image, so decoding the images elsewhere does not help.
 _MEMORY_OR_GPU = re.compile(r"memory|alloc|CUDA (runtime|driver|error)|cudaError|CUDA_ERROR", re.IGNORECASE)
 
 

@@ -80,8 +80,8 @@ def probe(encoded: Encoded, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     Only decoding notices broken pixels, or that a BMP, TIFF or PPM is truncated.
 
     Raises:
-        UndecodableImageError: with the reason, if the file is no image of an accepted kind, has more than `max_pixels`
-            pixels, or is truncated.
+        UndecodableImageError: with the reason, if the file is not an image of an accepted kind, has more than
+            `max_pixels` pixels, or is truncated.
     """
     data = view_bytes(encoded)
     start = bytes(data[:16])

@@ -60,7 +60,7 @@ class TorchLoader:
         draws = request.draws
         windows = view_windows(draws, np.array([image.shape[:2] for image in images]))
         target = self._crop(images, windows.shared, draws.flip)
-        # Without views.source_crop and source flips, both views start from the same pixels.
+        # Without views.crop.source_scale and source flips, both views start from the same pixels.
         source = target
         if self._views.has_source_geometry:
             source = self._crop(images, windows.source, draws.flip ^ draws.source_flip)

@@ -21,7 +21,8 @@ from iwm_fast.pipelines.batch import Batch
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.objective import Objective
 from iwm_fast.training.schedules import build_schedules
-from iwm_fast.training.step import StepReport, train_step
+from iwm_fast.training.step import train_step
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.teacher import Teacher
 
 

@@ -76,7 +76,7 @@ def flat_settings(config: Any) -> dict[str, Any]:
 
 
 def _mixture(train: Any) -> dict[str, Any]:
-    """Return the entry with names and weights of the sources in a value of data.train; none if it is no mixture."""
+    """Return the entry with names and weights of the sources in a value of data.train; none if it is not a mixture."""
     if not isinstance(train, list):
         return {}
     return {"data.mixture": [[source["name"], source["weight"]] for source in train]}

@@ -73,15 +73,15 @@ def read_settings(path: Path, dependents: tuple[Path, ...] = ()) -> dict[str, An
     except FileNotFoundError as error:
         error.add_note(f"{path} names it as its base; a relative path starts from the folder of that file")
         raise
-    return _merge(read_settings(base_path, files), tree)
+    return merge_settings(read_settings(base_path, files), tree)
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings in which those of `changes` replace those of `base`."""
     merged = dict(base)
     for name, value in changes.items():
         if isinstance(base.get(name), dict) and isinstance(value, dict):
-            merged[name] = _merge(base[name], value)
+            merged[name] = merge_settings(base[name], value)
         # A group whose settings are all commented out is None in YAML, and changes nothing.
         elif not (isinstance(base.get(name), dict) and value is None):
             merged[name] = value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from iwm_fast.config.batch_size import accumulation_steps
+from iwm_fast.config.named_configs import merge_settings
 from iwm_fast.config.run import RunConfig
 from iwm_fast.engines.base import StepOutcome
 from iwm_fast.engines.deepspeed_state import PartitionedMoments, PartitionedParameters, replace_parameters
@@ -68,7 +69,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
     }
     _refuse_conflicts(fixed, config.runtime.deepspeed, "")
-    return _merge(_merge(defaults, config.runtime.deepspeed), fixed)
+    return merge_settings(merge_settings(defaults, config.runtime.deepspeed), fixed)
 
 
 def _refuse_conflicts(fixed: dict[str, Any], overrides: dict[str, Any], prefix: str) -> None:
@@ -84,15 +85,6 @@ def _refuse_conflicts(fixed: dict[str, Any], overrides: dict[str, Any], prefix: 
                 f"runtime.deepspeed.{prefix}{name} must be unset or {fixed[name]!r}, got {value!r}; it follows from "
                 f"other settings: set optim, runtime.zero_stage or runtime.micro_batch_size instead"
             )
-
-
-def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings in which those of `overrides` replace those of `base`."""
-    merged = dict(base)
-    for name, value in overrides.items():
-        is_group = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if is_group else value
-    return merged
 
 
 class DeepSpeedEngine:

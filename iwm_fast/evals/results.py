@@ -94,7 +94,10 @@ def name_with_choices(name: str, settings: Any, step: int) -> str:
     So results of other sizes, layers and checkpoints do not replace those of the defaults.
     """
     size, layers = getattr(settings, "size", None), getattr(settings, "layers", 1)
-    name += f"_size{size}" * bool(size) + f"_layers{layers}" * (layers > 1)
+    if size:
+        name += f"_size{size}"
+    if layers > 1:
+        name += f"_layers{layers}"
     return f"{name}-step-{step:08d}" if settings.checkpoint else name
 
 

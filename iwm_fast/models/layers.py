@@ -122,6 +122,7 @@ class Blocks(nn.ModuleList):
         self, tokens: Float[Tensor, "M D"], sequences: Sequences
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
         """Return the residual stream and the last block's update, which is not yet added to it; see `Block.forward`."""
+        # Unlike a list, it keeps only the last of the blocks' outputs in memory.
         (last,) = deque(self.each(tokens, sequences), maxlen=1)
         return last
 

@@ -16,7 +16,7 @@ from iwm_fast.pipelines.batch import RaggedIndex
 class FeatureConditioning(nn.Module):
     """Mixes the action into each mask token after its position is added.
 
-    Source: IWM section 3, where it is the default; three layers with ReLU as in CheXWorld's code.
+    Source: IWM, where it is the default; three layers with ReLU as in CheXWorld's code.
     """
 
     def __init__(self, dim: int, num_actions: int) -> None:
@@ -50,7 +50,7 @@ class SequenceConditioning(nn.Module):
 
     A layer shared by all entries would make them indistinguishable, because attention does not see their order.
 
-    Source: IWM section 3.
+    Source: IWM.
     """
 
     def __init__(self, dim: int, num_actions: int) -> None:

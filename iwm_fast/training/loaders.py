@@ -237,7 +237,7 @@ def _order(config: RunConfig, shard_sizes: Int64[np.ndarray, "shards"], name: st
 
 
 def source_epochs(config: RunConfig, shards: ShardSet, state: TrainState) -> dict[str, float]:
-    """Return how often the sources of a mixture have been seen, as metrics; none if data.train is no mixture."""
+    """Return how often the sources of a mixture have been seen, as metrics; none if data.train is not a mixture."""
     if not config.data.mixture:
         return {}
     position = state.start.position_of(state.step, config.optim.global_batch_size)

@@ -13,7 +13,7 @@ from iwm_fast.monitoring.throughput import used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.training.loaders import source_epochs
 from iwm_fast.training.schedules import Schedules
-from iwm_fast.training.step import StepReport
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.task import TrainTask
 from iwm_fast.training.train_state import LogTotals, TrainState
 

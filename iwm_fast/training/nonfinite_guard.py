@@ -17,7 +17,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.runtime.error_reporting import PeerFailedError
 from iwm_fast.runtime.json_lines import append_line
-from iwm_fast.training.step import StepReport
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ VARIANCE_EPS = 1e-4
 class Objective:
     """Distance between predicted and target tokens, plus VICReg's variance and covariance terms if they have a weight.
 
-    Source: IWM section 3 (distance); VICReg section 4.1 (terms).
+    Source: IWM (distance); VICReg section 4.1 (terms).
     """
 
     def __init__(self, config: ObjectiveConfig, is_identity: bool) -> None:

@@ -23,7 +23,8 @@ from iwm_fast.training.components import TrainingComponents
 from iwm_fast.training.loaders import log_metadata, training_loader
 from iwm_fast.training.resume import resumed_state
 from iwm_fast.training.schedules import Schedules
-from iwm_fast.training.step import StepReport, train_step
+from iwm_fast.training.step import train_step
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ class Schedules:
 
     Their argument is the number of applied optimiser steps, from 0; it may lie beyond the end of the run.
 
-    Source: I-JEPA code for the curves, IWM section 3 for the stretch.
+    Source: I-JEPA code for the curves, V-JEPA for the stretch.
     """
 
     total_steps: int

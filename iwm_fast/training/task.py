@@ -13,7 +13,7 @@ from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.schedules import Schedules
-from iwm_fast.training.step import StepReport
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.train_state import TrainState
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from iwm_fast.checkpoints.checkpoint import Checkpoint
 from iwm_fast.pipelines.sampling.batch_plan import BEGINNING, StreamStart
 
+# Fields of `TrainState` that a checkpoint stores as they are.
 _PLAIN_COUNTERS = ("time_s", "timed_steps", "timed_s", "skipped_in_a_row")
 
 
@@ -77,9 +78,9 @@ class TrainState:
     """The best evaluation so far, None without `output.keep_best`."""
 
     def record_evaluation(self, metric: str, value: float) -> bool:
-        """Return whether the current step is the best one so far; NaN never is. The value of another metric counts not.
+        """Return whether the current step is the best one so far; NaN never is.
 
-        Larger values are better, as they are for all metrics of evaluations.
+        A best value of another metric is ignored. Larger values are better, as they are for all metrics of evaluations.
         """
         best = self.best if self.best and self.best.metric == metric else None
         is_best = math.isfinite(value) and (best is None or value > best.value)
@@ -98,15 +99,13 @@ class TrainState:
 
     def counters(self, num_samples: int) -> dict[str, Any]:
         """Return what a checkpoint has no field for, in a form that JSON can represent."""
-        times = {name: value for name, value in asdict(self).items() if "time" in name}
         return {
             "stream": asdict(self.start),
             "num_samples": num_samples,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "log_totals": asdict(self.log_totals),
             "changes": self.changes,
             "best": self.best and asdict(self.best),
-            **times,
+            **{name: getattr(self, name) for name in _PLAIN_COUNTERS},
         }
 
     @classmethod

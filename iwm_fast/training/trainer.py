@@ -32,7 +32,7 @@ from iwm_fast.training.log_window import LogWindow
 from iwm_fast.training.nonfinite_guard import MAX_WEIGHT, NonfiniteGuard, have_diverged
 from iwm_fast.training.resume import find_resume_point, set_aside_unusable_files
 from iwm_fast.training.schedules import Schedules, build_schedules
-from iwm_fast.training.step import StepReport
+from iwm_fast.training.step_report import StepReport
 from iwm_fast.training.task import TrainTask
 from iwm_fast.training.train_state import TrainState
 

@@ -41,7 +41,7 @@ from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex
 class FeatureMixer(NamedTuple):
     """Actions, and weights of the three-layer MLP that mixes an image's action into each of its mask tokens.
 
-    Shapes: action (B, A), w1 (P, P + A), w2 and w3 (P, P), biases (P,). Source: IWM section 3, feature conditioning.
+    Shapes: action (B, A), w1 (P, P + A), w2 and w3 (P, P), biases (P,). Source: IWM, feature conditioning.
     """
 
     action: Tensor

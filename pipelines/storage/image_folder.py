@@ -59,8 +59,8 @@ def read_image_table(path: Path) -> dict[str, dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such table: without the column, with a line of another length, a path that leads out of
-            the image folder, or a file that is listed twice.
+        ValueError: if it is not such a table: without the column, with a line of another length, a path that leads out
+            of the image folder, or a file that is listed twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"labels={path} must be a CSV table, which does not exist")
@@ -128,7 +128,7 @@ def folder_classes(source: Path, classes_path: str) -> list[str]:
         raise FileNotFoundError(f"image folder {source} does not exist or is not a folder")
     entries = sorted(entry for entry in source.iterdir() if not is_hidden(entry.name))
     loose_images = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    # A link to the source or a folder around it is no class. A link to nothing may be meant as one, and is reported.
+    # A link to the source or a folder around it is not a class. A link to nothing may be meant as one, and is reported.
     parents = (source.resolve(), *source.resolve().parents)
     names = [
         entry.name

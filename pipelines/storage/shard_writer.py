@@ -294,7 +294,7 @@ def _samples(
 
 
 def _read_image(path: Path, source: Path, config: PackConfig) -> dict[str, bytes] | UndecodableImageError:
-    """Return a file's content, in a smaller size if that is set, and its map, by extension; or why it is no image."""
+    """Return a file's content, smaller if that is set, and its map, by extension; or why it is not an image."""
     content, extension = path.read_bytes(), path.suffix[1:].lower()
     map_path = _map_path(path, source, config)
     if map_path is not None:

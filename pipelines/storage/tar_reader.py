@@ -123,7 +123,7 @@ def tar_members(window: HeaderWindow) -> Iterator[TarMember]:
     Raises:
         EmptyShardError: if the file has 0 bytes.
         ShardError: if the archive is compressed, damaged, cut off, unfinished, concatenated, or holds sparse files, or
-            the file is no archive.
+            the file is not an archive.
     """
     offset = 0
     # PAX records of a global header apply to all later members, those of an extended header to the next member only.

@@ -13,7 +13,7 @@ def action_vector(
     """Return the action of B pairs of views, with the entries and order of `views.entries`; zero means no change.
 
     `geometry` is the result of `source_geometry`, or None if both views show the same region. The photometric entries
-    follow section 3 of the paper; the scaling to order one and the crop entries are ours.
+    follow the paper; the scaling to order one and the crop entries are ours.
     """
     change: Parameters = {}
     for transformation in views.transformations:
@@ -24,7 +24,7 @@ def action_vector(
 
 
 def change_from_action(action: Float32[np.ndarray, "B A"], views: ViewConfig) -> Parameters:
-    """Return the entries of actions by name, in natural units: factors, turns, fractions and flags.
+    """Return the entries of actions by name, in natural units: factors or their logarithms, turns, fractions, flags.
 
     This inverts the scaling of `action_vector`.
     """

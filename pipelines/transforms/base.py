@@ -226,7 +226,7 @@ class SourceFlag(PixelOperation, Protocol):
     """What the flag means, as a sentence without a full stop."""
 
     def draw(self, uniform: Float64[np.ndarray, "B n"], *, is_source: bool) -> Parameters:
-        """Draw the flag, which is only set in the source (paper section 3)."""
+        """Draw the flag, which is only set in the source (IWM)."""
         return {self.name: (uniform[:, 0] < self.probability) & is_source}
 
     def neutral(self, num_images: int) -> Parameters:

@@ -31,7 +31,7 @@ from iwm_fast.runtime.distributed import RankInfo
 from iwm_fast.training.loaders import finetune_loader, training_loader
 from iwm_fast.training.schedules import Schedules
 from iwm_fast.training.seeding import seeded_rng
-from iwm_fast.training.step import StepRecorder, StepReport
+from iwm_fast.training.step_report import StepRecorder, StepReport
 from iwm_fast.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Job:
     """Name of the job and of its folder; a single word."""
     module: nn.Module
     """The module to train, which maps inputs to a tensor or to tuples, lists or dicts of tensors. It runs in the
-    precision of the settings, and its outputs are converted to float32. Frozen networks belong into `prepare`; frozen
+    precision of the settings, and its outputs are converted to float32. Frozen networks belong in `prepare`; frozen
     layers are saved in checkpoints, too. Every trained parameter must contribute to the outputs of every micro-batch.
     """
     prepare: Callable[[Batch], Any]

@@ -39,7 +39,7 @@ class TaskInputs:
 class TaskPredictor(nn.Module):
     """A predictor with a token and a head for each task.
 
-    Source: IWM section 5 (multitask predictor tuning).
+    Source: IWM (multitask predictor tuning).
     """
 
     def __init__(self, predictor: Predictor, num_classes: list[int]) -> None:

@@ -5,7 +5,7 @@ ranked by the squared distance of their tokens to the prediction, and each candi
 
 Transformations of both views are predicted from the clean image. Those of the source view only are predicted from the
 destroyed image with their flag set: no predictor learns the way from a clean to a destroyed image. Ties get their mean
-rank, so a predictor that ignores the action scores close to chance instead of 0. Source: paper section 4; the
+rank, so a predictor that ignores the action scores close to chance instead of 0. Source: IWM; the
 directions of the families are ours. So is the second readout: besides the prediction itself (the paper's protocol), the
 effect of the action on the source's own tokens is looked up, as `WorldModel.predict` explains. Its metrics have names
 of their own.
