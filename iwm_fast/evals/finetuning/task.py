@@ -28,9 +28,9 @@ from iwm_fast.pipelines.loader import Loader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime import distributed
 from iwm_fast.runtime.distributed import RankInfo
+from iwm_fast.runtime.seeding import seeded_rng
 from iwm_fast.training.loaders import finetune_loader, training_loader
 from iwm_fast.training.schedules import Schedules
-from iwm_fast.training.seeding import seeded_rng
 from iwm_fast.training.step_report import StepRecorder, StepReport
 from iwm_fast.training.train_state import TrainState
 

@@ -6,7 +6,7 @@ import torch
 
 from fixtures.tiny_finetuning import plain_augment, tiny_task
 from iwm_fast.evals.finetuning.mixup import BatchAugmentation
-from iwm_fast.training.seeding import seeded_rng
+from iwm_fast.runtime.seeding import seeded_rng
 
 LABEL = torch.tensor([0, 1, 2, 3])
 

@@ -31,7 +31,7 @@ from iwm_fast.runtime import distributed
 from iwm_fast.runtime.preemption import PreemptedError, Preemption
 from iwm_fast.runtime.run_lock import RunLock
 from iwm_fast.runtime.run_status import read_status
-from iwm_fast.training.seeding import seeded_rng
+from iwm_fast.runtime.seeding import seeded_rng
 
 
 @pytest.fixture
