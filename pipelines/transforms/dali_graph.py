@@ -247,21 +247,34 @@ def input_nodes(inputs, next_inputs):
 def decode_crop(data, settings):
     """Return a node for the decoded pixels of the crop, on the device of the graph.
 
-    The rest of the image is not decoded if its format allows.
+    A CPU does not decode the rest of the image if its format allows that. A GPU decodes complete images.
     """
-    options = {}
-    if settings.decodes_on_gpu:
-        # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
-        options["jpeg_fancy_upsampling"] = True
-        if settings.hw_decoder_load is not None:
-            options["hw_decoder_load"] = settings.hw_decoder_load
-        if settings.preallocate is not None:
-            options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
-    # DALI's "mixed" device takes encoded bytes on the CPU and returns pixels on the GPU.
-    device = "mixed" if settings.decodes_on_gpu else "cpu"
     window = {"start": data["corner"], "shape": data["extent"], "axes": [0, 1]}
-    pixels = fn.decoders.image_slice(data["encoded"], **window, device=device, **options)
-    return pixels if settings.device_id is None or settings.decodes_on_gpu else pixels.gpu()
+    if settings.decodes_on_gpu:
+        return crop_of_image(data["encoded"], window, device="mixed", **_gpu_decoder_options(settings))
+    pixels = fn.decoders.image_slice(data["encoded"], **window, device="cpu")
+    return pixels if settings.device_id is None else pixels.gpu()
+
+
+def crop_of_image(encoded, window, **options):
+    """Return a node for a crop of the decoded images: the same pixels as those of `fn.decoders.image_slice`.
+
+    Decoding only the region on a GPU ends the process or fails with nvImageCodec 0.9.0
+    (https://github.com/NVIDIA/nvImageCodec/issues/55), and before nvJPEG 13.2 it leaves images with subsampled chroma
+    to the CPU.
+    """
+    return fn.slice(fn.decoders.image(encoded, **options), **window)
+
+
+@do_not_convert
+def _gpu_decoder_options(settings):
+    # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
+    options = {"jpeg_fancy_upsampling": True}
+    if settings.hw_decoder_load is not None:
+        options["hw_decoder_load"] = settings.hw_decoder_load
+    if settings.preallocate is not None:
+        options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
+    return options
 
 
 def resize_to_square(pixels, size):
