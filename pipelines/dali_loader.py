@@ -93,8 +93,10 @@ class DaliLoader:
         self._retry_inputs: tuple[Any, ...] = ()
         is_cropping = self._settings.output == "crops"
         self._cpu_renderer = CpuRenderer(plan.views, config.loader_threads, normalization) if is_cropping else None
-        # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
-        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        # A separate thread runs the graph and assembles batches, so that the caller's time goes into training. The
+        # current device of a new thread is GPU 0, on which every rank would take memory for a CUDA context.
+        use_device = partial(torch.cuda.set_device, self._settings.device_id) if self._stream is not None else None
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render", initializer=use_device)
         self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
 
     def _build_graph(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
