@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
@@ -143,9 +144,7 @@ class DaliLoader:
         self._pending_batches.append(self._renderer.submit(self._render_next_batch))
         if rendering_done is not None:
             # Only the GPU waits for the rendering, not the host. `record_stream` keeps torch's allocator from reusing
-            # the memory of action and patch indices, which belongs to the rendering stream, before the training stream
-            # has read it. It does nothing for the views, whose memory is DALI's: DALI's DLPack deleter hands it to a
-            # thread that synchronises the device before it frees it.
+            # the memory, which belongs to the rendering stream, before the training stream has read it.
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rendering_done)
             for tensor in batch.tensors_on_device():
@@ -175,10 +174,10 @@ class DaliLoader:
         loaded = self._in_graph.popleft()
         request, windows = loaded.request, loaded.windows
         if self._cpu_renderer is None:
-            source_view, target_view = (_as_tensor(view.as_tensor()) for view in outputs)
+            source_view, target_view = (self._as_tensor(view.as_tensor()) for view in outputs)
         else:
             (crops,) = outputs
-            crops = [_as_tensor(crops[image]) for image in range(len(crops))]
+            crops = [self._as_tensor(crops[image]) for image in range(len(crops))]
             source_view, target_view = self._cpu_renderer.views(crops, windows, request.draws)
         rendered = RenderedViews(source_view=source_view, target_view=target_view, windows=windows)
         return assemble_batch(request, rendered, self._shards, self._plan.views, self._device)
@@ -241,6 +240,16 @@ class DaliLoader:
                 raise
             return error
 
+    def _as_tensor(self, output: Any) -> Tensor:
+        """Return an output of DALI as a tensor, whose memory nothing else uses."""
+        if self._stream is None:
+            # Not a copy: DALI allocates new memory for the outputs of each batch.
+            return torch.from_dlpack(output)
+        # A copy in memory of torch's, in the rendering stream. DALI's own memory would cost a synchronisation of the
+        # device whenever a batch is freed, and `record_stream` knows torch's memory only.
+        tensor = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
+        return feed_ndarray(output, tensor, cuda_stream=self._stream)
+
     def _checked_input(self, encoded: UInt8[np.ndarray, "_"]) -> DaliInput:
         """Return what DALI is given for an image, after Pillow has decoded it."""
         decode_image(encoded, self._shards.max_pixels)
@@ -264,11 +273,6 @@ def _reason(error: RuntimeError) -> str:
     """Return what DALI says happened, in one line, without the line of Python that defined the operator."""
     text = str(error).rpartition("encountered:")[2].partition("Stacktrace")[0]
     return " ".join(text.replace("Current pipeline object is no longer valid.", "").split()).rstrip(" :")
-
-
-def _as_tensor(output: Any) -> Tensor:
-    """Return a tensor without a copy: DALI allocates new memory for the outputs of each batch."""
-    return torch.from_dlpack(output)
 
 
 def graph_settings(
