@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # In a message of DALI: the error is not about an image, so decoding the images elsewhere does not help.
 _MEMORY_OR_GPU = re.compile(r"memory|alloc|CUDA (runtime|driver|error)|cudaError|CUDA_ERROR", re.IGNORECASE)
+# A GPU's decoder counts as broken once it has failed on so many images; fewer may be odd files.
+_MIN_FAILURES = 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class DaliLoader:
         )
         # Samples that DALI cannot decode though Pillow can.
         self._left_to_pillow: set[int] = set()
+        # Of the batches since DALI last rendered one at the first try: all images, and those that it could not decode.
+        self._num_tried = self._num_failed = 0
         # Masks and draws of a request take time too, so a separate thread computes them.
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
         self._pending_reads: deque[Future[tuple[Request, Future[list[Any]]]]] = deque()
@@ -171,6 +175,8 @@ class DaliLoader:
         except RuntimeError as error:
             # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
             outputs = self._run_again(error)
+        else:
+            self._num_tried = self._num_failed = 0
         loaded = self._in_graph.popleft()
         request, windows = loaded.request, loaded.windows
         if self._cpu_renderer is None:
@@ -193,7 +199,8 @@ class DaliLoader:
 
         Raises:
             RuntimeError: `error`, if it is about memory or the GPU; otherwise one that names the images, if the batch
-                cannot be rendered even though Pillow has decoded those that DALI cannot.
+                cannot be rendered even though Pillow has decoded those that DALI cannot, or that names runtime.decode,
+                if a GPU's decoder seems to be broken.
         """
         # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
@@ -218,7 +225,8 @@ class DaliLoader:
                 f"DALI cannot render a batch of step {request.step} ({_reason(error)}) though each of its images, "
                 f"{first} to {last}, can be decoded; set runtime.loader=torch to find out whether DALI is the cause"
             ) from error
-        # Only now is it certain that the images were the cause: a defect of DALI or the GPU would have failed again.
+        # Only now is it certain that decoding was the cause: other defects of DALI or the GPU would have failed again.
+        self._check_decoder(len(images), list(undecodable.values()))
         for sample in undecodable.keys() - self._left_to_pillow:
             message = "DALI cannot decode %s; Pillow decodes it instead (%s)"
             log.warning(message, self._shards.address(sample), undecodable[sample])
@@ -226,6 +234,20 @@ class DaliLoader:
         if not undecodable and not has_bad_samples:
             log.warning("DALI rendered a batch of step %d only at the second try (%s)", request.step, _reason(error))
         return outputs
+
+    def _check_decoder(self, num_tried: int, failures: list[str]) -> None:
+        """Raise RuntimeError if the GPU's decoder, and not the files, seems to be the cause of the failures.
+
+        What Pillow has decoded is decoded again on the CPU, so with a broken decoder, too, the second try succeeds. But
+        then most images fail, in batch after batch.
+        """
+        self._num_tried += num_tried
+        self._num_failed += len(failures)
+        if self._settings.decodes_on_gpu and self._num_failed >= max(_MIN_FAILURES, self._num_tried / 2):
+            raise RuntimeError(
+                f"the GPU failed to decode {self._num_failed} of the last {self._num_tried} images, which Pillow "
+                f"decodes ({failures[0]}); set runtime.decode=cpu, or runtime.loader=torch"
+            )
 
     def _retry(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | RuntimeError:
         """Return the outputs of the second graph, or its error; one about memory or the GPU is raised."""
