@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.plugin.pytorch import feed_ndarray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
