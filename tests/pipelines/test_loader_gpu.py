@@ -11,6 +11,7 @@ from PIL import Image
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, RandAugmentConfig
+from iwm_fast.pipelines.dali_loader import DaliLoader
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, FinetunePlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -134,8 +135,8 @@ def test_views_lie_in_memory_of_torch(tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_loader_leaves_other_gpus_alone(tmp_path):
     shards, device = shards_at(tmp_path), torch.device("cuda", 1)
-    loader = build_loader(plan(shards), shards, LoaderConfig(reader_threads=1, loader_threads=1), device)
-    next(loader)
+    loader = build_loader(plan(shards), shards, LoaderConfig(reader_threads=1, loader_threads=1, prefetch=1), device)
+    assert isinstance(loader, DaliLoader) and next(loader).source_view.device == device
     assert loader._renderer.submit(torch.cuda.current_device).result() == 1
     loader.close()
 
