@@ -46,7 +46,7 @@ TIMEOUT_S = 120.0
 OK, SKIPPED, FAILED = "ok", "-", "FAILED"
 # Decoders and resizing round differently at edges. These are the limits of the tests of the loader on a GPU.
 _MEAN_LEVELS, _P98_LEVELS = 1.5, 8.0
-# Mean of a single image, larger because solarize may take a pixel near 128 to either side.
+# Mean of a single image, larger because a threshold may enlarge differences of one level in many of its pixels.
 _IMAGE_LEVELS = 6.0
 _BATCH_SIZE = 32
 _NUM_BYTES = 64 * 2**20
