@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from nvidia.dali.plugin.pytorch import feed_ndarray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from iwm_fast.pipelines.assemble import RenderedViews, assemble_batch
@@ -31,7 +30,7 @@ from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Re
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer
-from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, copy_view, graph_parameters
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
 from iwm_fast.pipelines.transforms.geometry import Windows, view_windows
 from iwm_fast.pipelines.transforms.image_decoding import DaliInput, as_ppm, dali_input, decode_image
@@ -267,10 +266,9 @@ class DaliLoader:
         if self._stream is None:
             # Not a copy: DALI allocates new memory for the outputs of each batch.
             return torch.from_dlpack(output)
-        # A copy in memory of torch's, in the rendering stream. DALI's own memory would cost a synchronisation of the
-        # device whenever a batch is freed, and `record_stream` knows torch's memory only.
-        tensor = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
-        return feed_ndarray(output, tensor, cuda_stream=self._stream)
+        # DALI's own memory would cost a synchronisation of the device whenever a batch is freed, and `record_stream`
+        # knows torch's memory only.
+        return copy_view(output, self._device)
 
     def _checked_input(self, encoded: UInt8[np.ndarray, "_"]) -> DaliInput:
         """Return what DALI is given for an image, after Pillow has decoded it."""

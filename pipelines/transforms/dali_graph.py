@@ -22,10 +22,12 @@ from functools import partial
 from typing import Any, Literal, no_type_check
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int32
 from nvidia import dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
+from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from iwm_fast.pipelines.config import IMAGENET, Normalization
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
@@ -152,6 +154,15 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
     graph = build(next_inputs, settings, **settings.pipeline_arguments)
     graph.build()
     return graph
+
+
+def copy_view(view: Any, device: torch.device) -> Float32[torch.Tensor, "B 3 H W"]:
+    """Copy a "normalized" output of a graph on a GPU into memory of torch, in the current CUDA stream of the GPU.
+
+    Neither the host nor another stream waits for the copy; DALI keeps its memory until the copy is done.
+    """
+    copy = torch.empty(view.shape(), dtype=torch.float32, device=device)
+    return feed_ndarray(view, copy, cuda_stream=torch.cuda.current_stream(device))
 
 
 @pipeline_def
