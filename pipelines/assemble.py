@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from iwm_fast.pipelines.batch import Batch
+from iwm_fast.pipelines.batch import Batch, to_device
 from iwm_fast.pipelines.sampling.batch_plan import Request
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.action import action_vector
@@ -32,9 +32,9 @@ def assemble_batch(
     geometry = source_geometry(draws, *rendered.windows)
     action = action_vector(draws.source, draws.target, views, geometry)
     return Batch(
-        source_view=rendered.source_view.to(device, non_blocking=True),
-        target_view=rendered.target_view.to(device, non_blocking=True),
-        action=torch.from_numpy(action).to(device, non_blocking=True),
+        source_view=to_device(rendered.source_view, device),
+        target_view=to_device(rendered.target_view, device),
+        action=to_device(torch.from_numpy(action), device),
         context=request.context.to(device),
         target=request.target.to(device),
         crop_window=torch.from_numpy(rendered.windows.shared),

@@ -9,6 +9,14 @@ from torch import Tensor
 from iwm_fast.pipelines.transforms.composition import Draws
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The host does not wait for the copy to a GPU."""
+    # A GPU reads pageable memory only through a buffer, for which the host waits in spite of `non_blocking`.
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RaggedIndex:
     """Patches selected from each image of a batch, packed image after image without padding; M is their number."""
@@ -28,7 +36,7 @@ class RaggedIndex:
 
     def to(self, device: torch.device) -> "RaggedIndex":
         """Return a copy on a device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("patch", "row", "offsets")}
+        moved = {name: to_device(getattr(self, name), device) for name in ("patch", "row", "offsets")}
         return replace(self, **moved)
 
 

@@ -30,7 +30,7 @@ from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, EndOfPlanError, Re
 from iwm_fast.pipelines.storage.reader import Reader
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.pipelines.transforms.cpu_renderer import CpuRenderer
-from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
+from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, copy_view, graph_parameters
 from iwm_fast.pipelines.transforms.dali_rand_augment import augment_parameters, build_augment_graph
 from iwm_fast.pipelines.transforms.geometry import Windows, view_windows
 from iwm_fast.pipelines.transforms.image_decoding import DaliInput, as_ppm, dali_input, decode_image
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # In a message of DALI: the error is not about an image, so decoding the images elsewhere does not help.
 _MEMORY_OR_GPU = re.compile(r"memory|alloc|CUDA (runtime|driver|error)|cudaError|CUDA_ERROR", re.IGNORECASE)
+# A GPU's decoder counts as broken once it has failed on so many images; fewer may be odd files.
+_MIN_FAILURES = 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class DaliLoader:
         )
         # Samples that DALI cannot decode though Pillow can.
         self._left_to_pillow: set[int] = set()
+        # Of the batches since DALI last rendered one at the first try: all images, and those that it could not decode.
+        self._num_tried = self._num_failed = 0
         # Masks and draws of a request take time too, so a separate thread computes them.
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
         self._pending_reads: deque[Future[tuple[Request, Future[list[Any]]]]] = deque()
@@ -93,8 +97,10 @@ class DaliLoader:
         self._retry_inputs: tuple[Any, ...] = ()
         is_cropping = self._settings.output == "crops"
         self._cpu_renderer = CpuRenderer(plan.views, config.loader_threads, normalization) if is_cropping else None
-        # A separate thread runs the graph and assembles batches, so that the caller's time goes into training.
-        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        # A separate thread runs the graph and assembles batches, so that the caller's time goes into training. The
+        # current device of a new thread is GPU 0, on which every rank would take memory for a CUDA context.
+        use_device = partial(torch.cuda.set_device, self._settings.device_id) if self._stream is not None else None
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render", initializer=use_device)
         self._pending_batches = deque(self._renderer.submit(self._render_next_batch) for _ in range(config.prefetch))
 
     def _build_graph(self, settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ...]]) -> Any:
@@ -141,9 +147,7 @@ class DaliLoader:
         self._pending_batches.append(self._renderer.submit(self._render_next_batch))
         if rendering_done is not None:
             # Only the GPU waits for the rendering, not the host. `record_stream` keeps torch's allocator from reusing
-            # the memory of action and patch indices, which belongs to the rendering stream, before the training stream
-            # has read it. It does nothing for the views, whose memory is DALI's: DALI's DLPack deleter hands it to a
-            # thread that synchronises the device before it frees it.
+            # the memory, which belongs to the rendering stream, before the training stream has read it.
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rendering_done)
             for tensor in batch.tensors_on_device():
@@ -170,13 +174,15 @@ class DaliLoader:
         except RuntimeError as error:
             # DALI raises RuntimeError for the complete batch if one of its images cannot be decoded.
             outputs = self._run_again(error)
+        else:
+            self._num_tried = self._num_failed = 0
         loaded = self._in_graph.popleft()
         request, windows = loaded.request, loaded.windows
         if self._cpu_renderer is None:
-            source_view, target_view = (_as_tensor(view.as_tensor()) for view in outputs)
+            source_view, target_view = (self._as_tensor(view.as_tensor()) for view in outputs)
         else:
             (crops,) = outputs
-            crops = [_as_tensor(crops[image]) for image in range(len(crops))]
+            crops = [self._as_tensor(crops[image]) for image in range(len(crops))]
             source_view, target_view = self._cpu_renderer.views(crops, windows, request.draws)
         rendered = RenderedViews(source_view=source_view, target_view=target_view, windows=windows)
         return assemble_batch(request, rendered, self._shards, self._plan.views, self._device)
@@ -192,7 +198,8 @@ class DaliLoader:
 
         Raises:
             RuntimeError: `error`, if it is about memory or the GPU; otherwise one that names the images, if the batch
-                cannot be rendered even though Pillow has decoded those that DALI cannot.
+                cannot be rendered even though Pillow has decoded those that DALI cannot, or that names runtime.decode,
+                if a GPU's decoder seems to be broken.
         """
         # Outputs come in the order of the inputs, so the batch that failed is the oldest one in the graph.
         failed = self._in_graph[0]
@@ -217,7 +224,8 @@ class DaliLoader:
                 f"DALI cannot render a batch of step {request.step} ({_reason(error)}) though each of its images, "
                 f"{first} to {last}, can be decoded; set runtime.loader=torch to find out whether DALI is the cause"
             ) from error
-        # Only now is it certain that the images were the cause: a defect of DALI or the GPU would have failed again.
+        # Only now is it certain that decoding was the cause: other defects of DALI or the GPU would have failed again.
+        self._check_decoder(len(images), list(undecodable.values()))
         for sample in undecodable.keys() - self._left_to_pillow:
             message = "DALI cannot decode %s; Pillow decodes it instead (%s)"
             log.warning(message, self._shards.address(sample), undecodable[sample])
@@ -225,6 +233,20 @@ class DaliLoader:
         if not undecodable and not has_bad_samples:
             log.warning("DALI rendered a batch of step %d only at the second try (%s)", request.step, _reason(error))
         return outputs
+
+    def _check_decoder(self, num_tried: int, failures: list[str]) -> None:
+        """Raise RuntimeError if the GPU's decoder, and not the files, seems to be the cause of the failures.
+
+        What Pillow has decoded is decoded again on the CPU, so with a broken decoder, too, the second try succeeds. But
+        then most images fail, in batch after batch.
+        """
+        self._num_tried += num_tried
+        self._num_failed += len(failures)
+        if self._settings.decodes_on_gpu and self._num_failed >= max(_MIN_FAILURES, self._num_tried / 2):
+            raise RuntimeError(
+                f"the GPU failed to decode {self._num_failed} of the last {self._num_tried} images, which Pillow "
+                f"decodes ({failures[0]}); set runtime.decode=cpu, or runtime.loader=torch"
+            )
 
     def _retry(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | RuntimeError:
         """Return the outputs of the second graph, or its error; one about memory or the GPU is raised."""
@@ -238,6 +260,15 @@ class DaliLoader:
             if _MEMORY_OR_GPU.search(_reason(error)):
                 raise
             return error
+
+    def _as_tensor(self, output: Any) -> Tensor:
+        """Return an output of DALI as a tensor, whose memory nothing else uses."""
+        if self._stream is None:
+            # Not a copy: DALI allocates new memory for the outputs of each batch.
+            return torch.from_dlpack(output)
+        # DALI's own memory would cost a synchronisation of the device whenever a batch is freed, and `record_stream`
+        # knows torch's memory only.
+        return copy_view(output, self._device)
 
     def _checked_input(self, encoded: UInt8[np.ndarray, "_"]) -> DaliInput:
         """Return what DALI is given for an image, after Pillow has decoded it."""
@@ -262,11 +293,6 @@ def _reason(error: RuntimeError) -> str:
     """Return what DALI says happened, in one line, without the line of Python that defined the operator."""
     text = str(error).rpartition("encountered:")[2].partition("Stacktrace")[0]
     return " ".join(text.replace("Current pipeline object is no longer valid.", "").split()).rstrip(" :")
-
-
-def _as_tensor(output: Any) -> Tensor:
-    """Return a tensor without a copy: DALI allocates new memory for the outputs of each batch."""
-    return torch.from_dlpack(output)
 
 
 def graph_settings(

@@ -22,10 +22,12 @@ from functools import partial
 from typing import Any, Literal, no_type_check
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int32
 from nvidia import dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
+from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from iwm_fast.pipelines.config import IMAGENET, Normalization
 from iwm_fast.pipelines.transforms.base import Parameters, PixelOperation
@@ -154,6 +156,15 @@ def build_graph(settings: GraphSettings, next_inputs: Callable[[], tuple[Any, ..
     return graph
 
 
+def copy_view(view: Any, device: torch.device) -> Float32[torch.Tensor, "B 3 H W"]:
+    """Copy a "normalized" output of a graph on a GPU into memory of torch, in the current CUDA stream of the GPU.
+
+    Neither the host nor another stream waits for the copy; DALI keeps its memory until the copy is done.
+    """
+    copy = torch.empty(view.shape(), dtype=torch.float32, device=device)
+    return feed_ndarray(view, copy, cuda_stream=torch.cuda.current_stream(device))
+
+
 @pipeline_def
 @no_type_check  # `pipeline_def` adds the arguments of `Pipeline` to the signature.
 def _decoded_crops(next_inputs, settings):
@@ -247,21 +258,34 @@ def input_nodes(inputs, next_inputs):
 def decode_crop(data, settings):
     """Return a node for the decoded pixels of the crop, on the device of the graph.
 
-    The rest of the image is not decoded if its format allows.
+    A CPU does not decode the rest of the image if its format allows that. A GPU decodes complete images.
     """
-    options = {}
-    if settings.decodes_on_gpu:
-        # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
-        options["jpeg_fancy_upsampling"] = True
-        if settings.hw_decoder_load is not None:
-            options["hw_decoder_load"] = settings.hw_decoder_load
-        if settings.preallocate is not None:
-            options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
-    # DALI's "mixed" device takes encoded bytes on the CPU and returns pixels on the GPU.
-    device = "mixed" if settings.decodes_on_gpu else "cpu"
     window = {"start": data["corner"], "shape": data["extent"], "axes": [0, 1]}
-    pixels = fn.decoders.image_slice(data["encoded"], **window, device=device, **options)
-    return pixels if settings.device_id is None or settings.decodes_on_gpu else pixels.gpu()
+    if settings.decodes_on_gpu:
+        return crop_of_image(data["encoded"], window, device="mixed", **_gpu_decoder_options(settings))
+    pixels = fn.decoders.image_slice(data["encoded"], **window, device="cpu")
+    return pixels if settings.device_id is None else pixels.gpu()
+
+
+def crop_of_image(encoded, window, **options):
+    """Return a node for a crop of the decoded images: the same pixels as those of `fn.decoders.image_slice`.
+
+    Decoding only the region on a GPU ends the process or fails with nvImageCodec 0.9.0
+    (https://github.com/NVIDIA/nvImageCodec/issues/55), and before nvJPEG 13.2 it leaves images with subsampled chroma
+    to the CPU.
+    """
+    return fn.slice(fn.decoders.image(encoded, **options), **window)
+
+
+@do_not_convert
+def _gpu_decoder_options(settings):
+    # Chroma is upsampled like in libjpeg, which decodes on the CPU, so that both devices give the same pixels.
+    options = {"jpeg_fancy_upsampling": True}
+    if settings.hw_decoder_load is not None:
+        options["hw_decoder_load"] = settings.hw_decoder_load
+    if settings.preallocate is not None:
+        options["preallocate_width_hint"], options["preallocate_height_hint"] = settings.preallocate
+    return options
 
 
 def resize_to_square(pixels, size):

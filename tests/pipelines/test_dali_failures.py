@@ -1,9 +1,12 @@
 """Failures of the DALI loader that are not an image's fault: they end the run, and no batch gets pixels of another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nvidia.dali.pipeline import Pipeline
 
+from iwm_fast.pipelines import dali_loader
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import LoaderConfig, MaskConfig
 from iwm_fast.pipelines.loader import build_loader
@@ -105,3 +108,46 @@ def test_a_failure_that_does_not_come_again_is_logged_and_changes_no_batch(shard
     assert [record.getMessage() for record in caplog.records] == [
         "DALI rendered a batch of step 0 only at the second try (internal error 3)"
     ]
+
+
+@pytest.fixture
+def gpu_decoder(monkeypatch) -> None:
+    """Let loaders believe that a GPU decodes."""
+    settings_of, build_graph = dali_loader.graph_settings, dali_loader.build_graph
+    monkeypatch.setattr(dali_loader, "graph_settings", lambda *given: replace(settings_of(*given), device_id=0))
+    monkeypatch.setattr(
+        dali_loader, "build_graph", lambda settings, inputs: build_graph(replace(settings, device_id=None), inputs)
+    )
+
+
+def every(period: int, failing: set[int]) -> dict[int, str]:
+    """Return messages for outputs that fail if their number modulo a period is one of these."""
+    return {number: UNDECODABLE for number in range(1000) if number % period in failing}
+
+
+# A batch of four that fails has six outputs: it fails, each image is tried alone, and the batch is rendered again.
+EVERY_IMAGE = every(6, {0, 1, 2, 3, 4})
+
+
+@pytest.mark.usefixtures("gpu_decoder")
+def test_a_decoder_of_the_gpu_that_fails_on_most_images_ends_the_run(shards, monkeypatch, caplog):
+    let_outputs_fail(monkeypatch, EVERY_IMAGE)
+    taken = []
+    with pytest.raises(RuntimeError, match=r"16 of the last 16 images, .* set runtime.decode=cpu, or runtime.loader=t"):
+        take(plan_of(shards), shards, 5, taken, prefetch=1)
+    # Fewer images may be odd files, which Pillow decodes.
+    assert len(taken) == 3 and len(caplog.records) == 12
+
+
+@pytest.mark.usefixtures("gpu_decoder")
+@pytest.mark.parametrize(
+    "messages", [every(6, {0, 1}), every(7, {0, 1, 2, 3, 4})], ids=["a quarter", "every other batch"]
+)
+def test_a_decoder_of_the_gpu_that_fails_on_some_images_does_not_end_the_run(shards, monkeypatch, messages):
+    let_outputs_fail(monkeypatch, messages)
+    assert len(take(plan_of(shards), shards, 12, [], prefetch=1)) == 12
+
+
+def test_files_that_dali_cannot_decode_on_a_cpu_do_not_end_the_run(shards, monkeypatch):
+    let_outputs_fail(monkeypatch, EVERY_IMAGE)
+    assert len(take(plan_of(shards), shards, 8, [], prefetch=1)) == 8

@@ -1,12 +1,17 @@
 """The loader on a GPU: equal inputs, close pixels, the same replacements as on the CPU, and no races with training."""
 
+import io
+from itertools import cycle, islice
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fixtures.tar_files import encode, photograph, write_tar
 from iwm_fast.pipelines.batch import Batch
 from iwm_fast.pipelines.config import IMAGENET, LoaderConfig, MaskConfig, RandAugmentConfig
+from iwm_fast.pipelines.dali_loader import DaliLoader
 from iwm_fast.pipelines.loader import build_loader
 from iwm_fast.pipelines.sampling.batch_plan import BatchPlan, FinetunePlan, SampleStream, TrainingPlan
 from iwm_fast.pipelines.sampling.shuffle import SampleOrder
@@ -15,6 +20,7 @@ from iwm_fast.pipelines.transforms.composition import ViewConfig
 from iwm_fast.pipelines.transforms.normalization import denormalize_view
 from iwm_fast.pipelines.transforms.operations.crop import Crop
 from iwm_fast.pipelines.transforms.operations.flip import Flip
+from iwm_fast.pipelines.transforms.operations.solarize import Solarize
 
 pytestmark = pytest.mark.gpu
 
@@ -30,13 +36,33 @@ def damaged() -> dict[int, bytes]:
     return {3: jpeg[: len(jpeg) // 2], 4: b"<html>not found</html>", 5: bytes(flipped), 30: jpeg[:-2], 31: b"\xff"}
 
 
-def shards_at(folder, bad: dict[int, bytes] | None = None) -> ShardSet:
+def files_of_many_kinds() -> dict[int, bytes]:
+    """Return an image for each sample: kinds of JPEGs, which a GPU may decode, and files that it leaves to the CPU."""
+    turned = [Image.Exif() for _ in range(2)]
+    for exif, orientation in zip(turned, (3, 6), strict=True):
+        exif[0x0112] = orientation
+    kinds = [
+        ("RGB", "JPEG", {"subsampling": 0}), ("RGB", "JPEG", {"subsampling": 1}), ("RGB", "JPEG", {"subsampling": 2}),
+        ("L", "JPEG", {}), *(("RGB", "JPEG", {"exif": exif}) for exif in turned),
+        ("RGB", "JPEG", {"progressive": True}), ("L", "JPEG", {"progressive": True}),
+        ("RGB", "WEBP", {}), ("RGB", "PNG", {}), ("P", "PNG", {}),
+    ]  # fmt: skip
+    files, pixels = {}, photograph("chelsea.png")
+    for number, (mode, kind, options) in enumerate(islice(cycle(kinds), COUNT)):
+        crop = pixels[number : number + 201, 2 * number : 2 * number + 251]
+        Image.fromarray(crop).convert(mode).save(file := io.BytesIO(), kind, **({"quality": 90} | options))
+        files[number] = file.getvalue()
+    return files
+
+
+def shards_at(folder, files: dict[int, bytes] | None = None) -> ShardSet:
+    """Write three shards of JPEGs, or of these files where there are any."""
     pixels = photograph("chelsea.png")
     for shard in range(3):
         members = []
         for number in range(shard * (COUNT // 3), (shard + 1) * (COUNT // 3)):
             good = encode(pixels[number : number + 200, 2 * number : 2 * number + 250])
-            members += [(f"{number:02}.jpg", (bad or {}).get(number, good)), (f"{number:02}.cls", b"1")]
+            members += [(f"{number:02}.jpg", (files or {}).get(number, good)), (f"{number:02}.cls", b"1")]
         write_tar(folder / f"{shard}.tar", members)
     return open_shards(str(folder))
 
@@ -81,6 +107,38 @@ def test_batches_are_the_same_on_a_gpu_and_on_the_cpu(tmp_path, views):
     fast, plain = (take(plan(shards, **views), shards, 4, device) for device in (GPU, CPU))
     for pair in zip(fast, plain, strict=True):
         assert_close(*pair)
+
+
+@pytest.mark.parametrize("views", [{}, {"crop": Crop(source_scale=(0.2, 0.8))}])
+def test_images_of_many_kinds_are_decoded_on_the_gpu_like_on_the_cpu(tmp_path, views):
+    shards = shards_at(tmp_path, files_of_many_kinds())
+    drawn = plan(shards, solarize=Solarize(probability=0), **views)
+    by_gpu, by_cpu = (take(drawn, shards, COUNT // GLOBAL_BATCH, decode=decode) for decode in ("gpu", "cpu"))
+    for fast, plain in zip(by_gpu, by_cpu, strict=True):
+        assert fast.key == plain.key and torch.equal(fast.sample, fast.scheduled_sample)
+        for view in ("source_view", "target_view"):
+            pixels = [denormalize_view(getattr(batch, view), IMAGENET).int() for batch in (fast, plain)]
+            difference = (pixels[0] - pixels[1]).abs().float().flatten(1)
+            for key, levels in zip(fast.key, difference, strict=True):
+                assert levels.mean() < 1.5 and levels.quantile(0.98) <= 8, (view, key)
+
+
+def test_views_lie_in_memory_of_torch(tmp_path):
+    """Only there, `record_stream` protects them, and freeing them does not synchronise the device."""
+    shards = shards_at(tmp_path)
+    (batch,) = take(plan(shards), shards, 1)
+    segments = torch.cuda.memory_snapshot()
+    for view in (batch.source_view, batch.target_view):
+        assert any(0 <= view.data_ptr() - segment["address"] < segment["total_size"] for segment in segments)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_loader_leaves_other_gpus_alone(tmp_path):
+    shards, device = shards_at(tmp_path), torch.device("cuda", 1)
+    loader = build_loader(plan(shards), shards, LoaderConfig(reader_threads=1, loader_threads=1, prefetch=1), device)
+    assert isinstance(loader, DaliLoader) and next(loader).source_view.device == device
+    assert loader._renderer.submit(torch.cuda.current_device).result() == 1
+    loader.close()
 
 
 @pytest.mark.parametrize("decode", ["gpu", "cpu"])

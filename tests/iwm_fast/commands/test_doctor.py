@@ -1,7 +1,9 @@
 """`iwm doctor` names what is wrong with a machine and what to do, and survives whatever a check does."""
 
 import json
+import operator
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -155,7 +157,13 @@ def test_dali_agrees_with_the_torch_loader_or_fails(monkeypatch):
 
 
 def test_the_generated_images_show_whether_views_are_mirrored_or_recoloured(monkeypatch):
-    for change in (lambda view: view.flip(2), lambda view: view.flip(3), lambda view: (view.int() + 2).clamp(0, 255)):
+    for change in (
+        lambda view: view.flip(2),
+        lambda view: view.flip(3),
+        lambda view: (view.int() + 2).clamp(0, 255),
+        # One of the images: the differences of all of them are small.
+        lambda view: torch.cat([(view[:1].int() + 8).clamp(0, 255), view[1:].int()]),
+    ):
         order, denormalize = iter([lambda view: view, change]), normalization.denormalize_view
         with monkeypatch.context() as patched:
             patched.setattr(
@@ -164,6 +172,37 @@ def test_the_generated_images_show_whether_views_are_mirrored_or_recoloured(monk
                 lambda *view, o=order, d=denormalize: next(o)(d(*view)).to(torch.uint8),
             )
             assert run_check("DALI", subject()).status == FAILED
+
+
+class _Crash:
+    """A check that ends the process which receives it."""
+
+    def __reduce__(self):
+        return signal.raise_signal, (signal.SIGSEGV,)
+
+    def __call__(self, subject: Subject) -> Result:
+        raise AssertionError("must not be called")
+
+
+def test_a_crash_of_the_gpu_decoder_is_a_failure_and_not_the_end():
+    result = module.check_after_trial(_Crash(), subject(place="cuda"))
+    assert_failed(result, "ends the process by SIGSEGV", "set runtime.decode=cpu")
+
+
+def test_what_a_check_finds_or_raises_is_the_same_after_a_trial():
+    result = module.check_after_trial(module.check_ranks, subject(place="cuda"))
+    assert result == module.check_ranks(subject(place="cuda")) and result.status == SKIPPED
+    with pytest.raises(IndexError):
+        module.check_after_trial(operator.itemgetter(9), subject(place="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("place", "settings"), [("cpu", {}), ("cuda", {"decode": "cpu"}), ("cuda", {"loader": "torch"})]
+)
+def test_no_other_process_tries_what_does_not_decode_on_a_gpu(monkeypatch, place, settings):
+    monkeypatch.setattr(module.subprocess, "run", raising(AssertionError("must not be called")))
+    checked = module.check_after_trial(lambda _: Result(OK, "fine"), subject(place=place, **settings))
+    assert checked == (OK, "fine", "")
 
 
 def test_one_rank_is_told_how_to_start_several():

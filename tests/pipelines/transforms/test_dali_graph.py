@@ -5,12 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from nvidia import dali
+from nvidia.dali import pipeline_def
 
+from fixtures.image_matrix import all_files
 from fixtures.tar_files import encode, photograph
+from iwm_fast.pipelines.image_header import probe
 from iwm_fast.pipelines.transforms import dali_graph
 from iwm_fast.pipelines.transforms.composition import Draws, ViewConfig, draw, identity_draws
 from iwm_fast.pipelines.transforms.dali_graph import GraphSettings, build_graph, graph_parameters
 from iwm_fast.pipelines.transforms.geometry import view_windows
+from iwm_fast.pipelines.transforms.image_decoding import dali_input
 from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.pipelines.transforms.operations.crop import Crop
 from iwm_fast.pipelines.transforms.operations.grayscale import Grayscale
@@ -64,6 +69,30 @@ def test_decoded_crops_are_the_pixels_of_the_windows(images):
         (crops,) = graph.run()
         for crop, image, (top, left, height, width) in zip(crops, images, step.shared.astype(int), strict=True):
             assert (np.array(crop) == image[top : top + height, left : left + width]).all()
+
+
+@pipeline_def(num_threads=1, device_id=None)
+def both_crops(inputs):
+    data = dali_graph.input_nodes(dali_graph.CROP_INPUTS, lambda: inputs)
+    window = {"start": data["corner"], "shape": data["extent"], "axes": [0, 1]}
+    return (
+        dali_graph.crop_of_image(data["encoded"], window, device="cpu"),
+        dali.fn.decoders.image_slice(data["encoded"], **window, device="cpu"),
+    )
+
+
+@pytest.mark.parametrize("container", ["jpeg", "png", "webp"])
+def test_crops_of_complete_images_are_those_of_images_decoded_in_part(container):
+    files = {name: np.frombuffer(content, np.uint8) for name, content in all_files(container).items()}
+    files = {name: content for name, content in files.items() if "damage" not in name and probe(content).is_common}
+    shapes = np.array([dali_input(content).shape for content in files.values()])
+    draws = draw(VIEWS, 0, 0, np.arange(len(files)))
+    corner, extent = dali_graph.crop_parameters(view_windows(draws, shapes))
+    by_slice, by_decoder = both_crops([list(files.values()), corner, extent], batch_size=len(files)).run()
+    for name, size, *crops in zip(files, extent, by_slice, by_decoder, strict=True):
+        complete, in_part = (np.array(crop) for crop in crops)
+        assert complete.shape == in_part.shape == (*size, 3) and (complete == in_part).all(), name
+    assert len(files) > 5 and (extent < shapes).any() and (corner > 0).any()
 
 
 def test_photometry_matches_the_reference_within_one_grey_level(images):
@@ -159,9 +188,10 @@ def devices_of_nodes(decode: str, **views) -> dict[str, str]:
 @pytest.mark.parametrize("views", [{}, {"crop": Crop(source_scale=(0.2, 0.8))}])
 def test_a_graph_for_a_gpu_decodes_where_it_is_told_and_renders_on_the_gpu(views):
     by_gpu, by_cpu = (devices_of_nodes(decode, **views) for decode in ("gpu", "cpu"))
-    assert by_gpu.keys() == by_cpu.keys()
-    assert {name.split("_")[2] for name in by_gpu if by_gpu[name] != by_cpu[name]} == {"ImageSlice"}
-    for name, device in by_cpu.items():
+    operators_of_gpu = {name.split("_")[2] for name in by_gpu}
+    # A GPU decodes complete images.
+    assert {"Image", "Slice"} <= operators_of_gpu and "ImageSlice" not in operators_of_gpu
+    for name, device in [*by_gpu.items(), *by_cpu.items()]:
         operator = name.split("_")[2]
         assert device == ("cpu" if operator == "ImageSlice" else "gpu") or operator in ("Split", "Merge"), name
     assert "CropMirrorNormalize" in {name.split("_")[2] for name in by_cpu}
