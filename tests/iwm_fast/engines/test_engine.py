@@ -231,6 +231,12 @@ def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage)
         torch.testing.assert_close(after[f"weight/{name}"], before[f"weight/{name}"] * factor)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_engines_leave_the_gradient_norm_on_the_device(rank_info, stage):
+    (outcome,) = train(make_engine(rank_info, "deepspeed", stage), range(1))
+    assert isinstance(outcome.grad_norm, Tensor) and outcome.grad_norm.ndim == 0
+
+
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_clipping_can_be_disabled(rank_info, kind, stage):
     clipped, unclipped = make_engine(rank_info, kind, stage), make_engine(rank_info, kind, stage, clip_norm=None)
