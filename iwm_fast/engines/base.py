@@ -14,8 +14,9 @@ class StepOutcome:
     applied: bool
     """Whether weights and moments changed. They do not if a loss or gradient was not finite on at least one rank, or if
     the square of the gradient norm is beyond float32, as Adam's second moments would be."""
-    grad_norm: float
-    """Global gradient norm before clipping; infinite if the step was not applied."""
+    grad_norm: float | Tensor
+    """Global gradient norm before clipping; infinite if the step was not applied. Converting a tensor, which is scalar,
+    to a number waits for the device to finish the step."""
 
 
 @runtime_checkable

@@ -144,9 +144,7 @@ class DeepSpeedEngine:
             return self._step_unsharded()
         self._engine.step()
         # DeepSpeed skips a step that is not finite without raising or warning, so the engine has to ask.
-        return StepOutcome(
-            applied=self._engine.was_step_applied(), grad_norm=float(self._engine.get_global_grad_norm())
-        )
+        return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=self._engine.get_global_grad_norm())
 
     def _step_unsharded(self) -> StepOutcome:
         # At stage 0 DeepSpeed does not look at the norm: a single NaN would destroy the weights.
@@ -210,6 +208,13 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     # Imported here because it takes 3 s, and because DS_ACCELERATOR must be set before.
     import deepspeed  # noqa: PLC0415
     from deepspeed.utils import groups  # noqa: PLC0415
+
+    if device.type == "cuda":
+        from deepspeed.accelerator import cuda_accelerator  # noqa: PLC0415
+
+        # With pynvml, DeepSpeed reads the names in CUDA_VISIBLE_DEVICES as numbers, and fails on UUIDs of GPUs and MIG
+        # partitions. Without it, DeepSpeed asks torch for the free memory, which is all that it needs pynvml for.
+        cuda_accelerator.pynvml = None
 
     # DeepSpeed would compile a shared-memory collective that only inference uses. This takes 46 s, and fails without
     # g++ and ninja. An empty table of compatible operations prevents it.

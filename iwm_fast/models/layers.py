@@ -185,6 +185,9 @@ def compile_blocks(module: nn.Module) -> None:
     # All blocks are one piece of code to Dynamo, which counts its versions: encoder, teacher and predictor, first block
     # or not, with a gradient or without. Beyond the limit, by default 8, it runs them eagerly without a word.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    # By default Dynamo splits graphs under DistributedDataParallel at the borders of its buckets of gradients, so that
+    # communication begins before the backward pass ends. Here each block is a graph of its own, which suffices.
+    torch._dynamo.config.optimize_ddp = False
     for submodule in module.modules():
         if isinstance(submodule, Block):
             # In place: torch.compile(block) would return a wrapper and change the names of the parameters.

@@ -2,11 +2,13 @@
 
 With P trained parameters, of which E belong to the encoder, and R ranks, in bytes; all in float32 unless stated:
 
-    weights       4 P; stage 3: 4 P / R
+    weights       4 P; stage 3: 4 P / R, and 4 P for the gathered weights, which DeepSpeed keeps from the forward to the
+                  backward pass (with its default settings: those of the last 5e8 parameters, if there are more)
     gradients     4 P; stages 2 and 3: 4 P / R
-    Adam          8 P; stages 1 to 3: 8 P / R; stages 1 and 2 take 4 P / R more for a copy of the partition they update
+    Adam          8 P; stages 1 to 3: 8 P / R, and 4 P / R for a copy of the partition that they update
     teacher       4 E, complete on every rank at every stage
-    bf16 copies   2 P with optim.precision=bf16: autocast keeps them from forward to backward
+    bf16 copies   2 P with optim.precision=bf16: autocast keeps them from forward to backward; stage 3: none, because
+                  DeepSpeed's linear layers convert their weights again in the backward pass
     activations   kept by each block for the backward pass, per token: width d, MLP width m, h heads, n tokens in a
                   sequence of mean length and l in the longest one
                       bf16  20 d + 4 m, and for the attention 4 h; 2 d more for sequences of equal length with PyTorch's
@@ -23,7 +25,8 @@ Activations are multiplied by the tokens of a micro-batch: context for the encod
 for the predictor.
 
 Tests find the activations within 5 % of the tensors that PyTorch saves, which is where the margin comes from. No run on
-a GPU has been compared yet. Not included: buffers of NCCL and ZeRO, and fragmentation.
+a GPU has been compared yet. Not included: buffers of NCCL and ZeRO, fragmentation, and at stage 3 with
+runtime.ops=reference and bf16 4 d more per token and block, because linear layers then keep their inputs in float32.
 """
 
 from collections.abc import Callable
@@ -38,6 +41,8 @@ from iwm_fast.monitoring.flops import PatchCounts
 ZERO_STAGES = (0, 1, 2, 3)
 MARGIN = 0.05
 """Share added to the estimate for its uncertainty."""
+# In parameters: DeepSpeed's default stage3_max_reuse_distance of 1e9, which counts the way to the last layer and back.
+_MAX_GATHERED = 5e8
 _CUDA_CONTEXT, _DALI_BUFFERS = 0.5 * 2**30, 3.0 * 2**30
 
 
@@ -104,7 +109,7 @@ def estimate_memory(
     trained = encoder + predictor
     is_bf16 = config.optim.precision == "bf16"
     full, partition = 4.0 * trained, 4.0 * trained / world_size
-    copy = partition if stage in (1, 2) else 0.0
+    gathered = 4.0 * min(trained, _MAX_GATHERED)
     stacks = _stacks(config, counts)
     activations = sum(
         stack.tokens * stack.depth * _block_bytes(config, stack, checkpoints_activations) for stack in stacks
@@ -115,11 +120,11 @@ def estimate_memory(
     # Two views of two micro-batches, three channels of four bytes.
     views = 2 * 2 * 3 * 4 * config.views.size**2
     return MemoryEstimate(
-        weights=partition if stage == 3 else full,
+        weights=partition + gathered if stage == 3 else full,
         gradients=partition if stage >= 2 else full,
-        adam=2 * partition + copy if stage >= 1 else 2 * full,
+        adam=3 * partition if stage >= 1 else 2 * full,
         teacher=4.0 * encoder,
-        bf16_copies=2.0 * trained if is_bf16 else 0.0,
+        bf16_copies=2.0 * trained if is_bf16 and stage < 3 else 0.0,
         activations=micro_batch_size * activations,
         workspace=micro_batch_size * (block + views),
         overhead=_CUDA_CONTEXT + (_DALI_BUFFERS if config.runtime.loader == "dali" else 0.0),

@@ -336,5 +336,8 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     Collective: every rank must call it, with the same number of flags. No rank returns before all have called, so it
     is also a barrier.
     """
+    # Summing would make every step of a single process wait for its device.
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(flags)
     votes = torch.tensor([int(flag) for flag in flags], device=device)
     return [count > 0 for count in sum_over_ranks(votes).tolist()]

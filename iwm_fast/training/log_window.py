@@ -128,7 +128,7 @@ class LogWindow:
             # Monitors are measured on each rank's own images.
             **{name: float(ranks[name].mean()) for name in monitors},
             **self._schedule_metrics(state, has_teacher=report.prediction is not None),
-            "optim/grad_norm": report.grad_norm,
+            "optim/grad_norm": float(report.grad_norm),
             "optim/skipped_steps": float(totals.skipped_steps),
             **speed,
             **time_metrics(ranks, speed["speed/step_s"]),

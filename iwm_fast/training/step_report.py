@@ -15,12 +15,12 @@ from iwm_fast.pipelines.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Outcome of one optimiser step. Losses and tokens stay on the device until they are logged."""
+    """Outcome of one optimiser step. Tensors stay on the device until they are logged."""
 
     losses: Float[Tensor, "accumulation"]
     """Contribution of each micro-batch of this rank; their sum over all ranks is the loss of the global batch."""
-    grad_norm: float
-    """Global gradient norm before clipping, for which every step waits for the device; infinite in a skipped step."""
+    grad_norm: float | Tensor
+    """Global gradient norm before clipping, as a number or a scalar tensor; infinite in a skipped step."""
     is_applied: bool
     """False if the step was skipped because of a non-finite gradient, with weights and teacher unchanged."""
     timer: StepTimer

@@ -112,6 +112,8 @@ class Trainer:
                     is_first = self._state.step == first_step
                     self._state.record_step(is_applied=report.is_applied, time_s=step_s, is_first=is_first)
                     self._log_and_checkpoint(report, is_last=self._state.step == schedules.total_steps)
+                    # Its tokens would take memory during the next step.
+                    del report
                     # Includes log rows, evaluations and checkpoints: a request to stop waits for all of them.
                     self._preemption.record_step_duration(time.perf_counter() - began)
                 if batches is not None:

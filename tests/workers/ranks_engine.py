@@ -40,7 +40,7 @@ def single(folder, rank_info):
     engine = make_engine(rank_info, "plain", micro_batch_size=GLOBAL_BATCH_SIZE)
     outcomes = train(engine, rank_info, range(3), micro_batch_size=GLOBAL_BATCH_SIZE)
     save(engine, rank_info, folder / "single-3")
-    (folder / "single-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
+    (folder / "single-norms.json").write_text(json.dumps([float(outcome.grad_norm) for outcome in outcomes]))
 
 
 def straight(folder, rank_info):
@@ -49,7 +49,7 @@ def straight(folder, rank_info):
         engine = make_engine(rank_info, name)
         outcomes = train(engine, rank_info, range(3))
         if rank_info.rank == 0:
-            (folder / f"{name}-norms.json").write_text(json.dumps([outcome.grad_norm for outcome in outcomes]))
+            (folder / f"{name}-norms.json").write_text(json.dumps([float(outcome.grad_norm) for outcome in outcomes]))
         save(engine, rank_info, folder / f"{name}-3")
         train(engine, rank_info, range(3, 5))
         save(engine, rank_info, folder / f"{name}-5")
@@ -105,7 +105,7 @@ def train_with_statistics_of_all_ranks(folder, rank_info):
         outcome = engine.step()
         loss = distributed.sum_over_ranks(torch.stack(losses).sum())
         if rank_info.rank == 0:
-            report = {"loss": float(loss), "grad_norm": outcome.grad_norm}
+            report = {"loss": float(loss), "grad_norm": float(outcome.grad_norm)}
             (folder / f"{name}-vicreg.json").write_text(json.dumps(report))
         save(engine, rank_info, folder / f"{name}-vicreg")
 

@@ -64,8 +64,8 @@ def freeze_encoder(encoder: Encoder, rank_info: RankInfo) -> Encode:
 
 @contextmanager
 def seeded_init(seed: int) -> Iterator[None]:
-    """Seed torch for the weights initialised inside the context, and restore its random state afterwards."""
-    # New weights are drawn on the CPU, so the generators of GPUs need not be saved.
+    """Seed the CPU's generator for weights initialised inside the context, and restore its state afterwards."""
+    # New weights are drawn on the CPU. torch.manual_seed would also seed the generators of GPUs, which must not change.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield

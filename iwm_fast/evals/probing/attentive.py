@@ -35,7 +35,8 @@ class AttentiveGrid(nn.Module):
         super().__init__()
         # A fork leaves the global generator of the caller unchanged.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # New weights are drawn on the CPU. torch.manual_seed would also seed the generators of GPUs.
+            torch.default_generator.manual_seed(seed)
             head = AttentiveHead(dataset.features.shape[-1], num_classes)
         self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_points)).to(dataset.device)
 

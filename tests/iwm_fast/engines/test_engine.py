@@ -1,6 +1,8 @@
 """Engines in a single process; test_engine_ranks.py tests them on several ranks."""
 
+import importlib
 import math
+import types
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.config.run import OptimConfig, RunConfig, RuntimeConfig
-from iwm_fast.engines.deepspeed_engine import deepspeed_config
+from iwm_fast.engines.deepspeed_engine import deepspeed_config, import_deepspeed
 from iwm_fast.engines.factory import build_engine
 from iwm_fast.runtime import distributed
 
@@ -105,7 +107,7 @@ def test_an_engine_makes_the_steps_that_torch_makes_on_the_full_batch(rank_info,
     engine = make_engine(rank_info, kind, stage)
     outcomes = train(engine, range(3))
     assert min(norms) > 0.2, "clipping must be active"
-    assert [outcome.grad_norm for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
+    assert [float(outcome.grad_norm) for outcome in outcomes] == pytest.approx(norms, rel=1e-5)
     assert all(outcome.applied for outcome in outcomes)
     state = engine.state()
     for name, parameter in module.named_parameters():
@@ -229,6 +231,12 @@ def test_weight_decay_reaches_only_the_group_that_decays(rank_info, kind, stage)
         torch.testing.assert_close(after[f"weight/{name}"], before[f"weight/{name}"] * factor)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_engines_leave_the_gradient_norm_on_the_device(rank_info, stage):
+    (outcome,) = train(make_engine(rank_info, "deepspeed", stage), range(1))
+    assert isinstance(outcome.grad_norm, Tensor) and outcome.grad_norm.ndim == 0
+
+
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_clipping_can_be_disabled(rank_info, kind, stage):
     clipped, unclipped = make_engine(rank_info, kind, stage), make_engine(rank_info, kind, stage, clip_norm=None)
@@ -283,6 +291,16 @@ def test_a_parameter_missing_from_the_optimizer_is_refused(rank_info):
     optimizer = torch.optim.AdamW([{"params": [module.first.weight], "name": "decay"}])
     with pytest.raises(ValueError, match="parameter unused must be in the optimizer"):
         build_engine(make_config("plain", None), module, optimizer, rank_info)
+
+
+def test_deepspeed_on_a_gpu_does_not_read_the_names_of_visible_devices(monkeypatch):
+    # DeepSpeed stays that of the CPU in this process, because it has been imported already.
+    import_deepspeed(torch.device("cpu"))
+    cuda_accelerator = importlib.import_module("deepspeed.accelerator.cuda_accelerator")
+    monkeypatch.setattr(cuda_accelerator, "pynvml", types.SimpleNamespace())
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    import_deepspeed(torch.device("cuda"))
+    assert cuda_accelerator.pynvml is None
 
 
 def test_deepspeed_settings_follow_from_the_runs_configuration():

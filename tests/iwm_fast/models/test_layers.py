@@ -38,6 +38,12 @@ def test_more_versions_of_a_block_than_dynamo_allows_by_default_are_compiled(lim
         assert torch._dynamo.config.recompile_limit == max(limit, 32)
 
 
+def test_dynamo_does_not_split_blocks_under_ddp():
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        compile_blocks(torch.nn.Linear(1, 1))
+        assert torch._dynamo.config.optimize_ddp is False
+
+
 def test_positions_of_different_patches_differ():
     assert len(sincos_positions(16, 6).unique(dim=0)) == 36
 

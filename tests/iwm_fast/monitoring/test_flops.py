@@ -218,12 +218,13 @@ def test_each_zero_stage_shards_its_share_of_the_memory():
             checkpoints_activations=False,
         )  # fmt: skip
 
-    # Weights, gradients and two moments in float32. Stages 1 and 2 keep a copy of the partition that they update.
-    assert [estimate(stage, 4).weights for stage in range(4)] == [400, 400, 400, 100]
+    # Weights, gradients and two moments in float32. ZeRO keeps a copy of the partition that it updates, and stage 3
+    # gathers the weights.
+    assert [estimate(stage, 4).weights for stage in range(4)] == [400, 400, 400, 500]
     assert [estimate(stage, 4).gradients for stage in range(4)] == [400, 400, 100, 100]
-    assert [estimate(stage, 4).adam for stage in range(4)] == [800, 300, 300, 200]
+    assert [estimate(stage, 4).adam for stage in range(4)] == [800, 300, 300, 300]
     assert {estimate(stage, 4).teacher for stage in range(4)} == {320}
-    assert estimate(3, 1).weights == estimate(0, 1).weights
+    assert [estimate(stage, 4).bf16_copies for stage in range(4)] == [200, 200, 200, 0]
 
 
 def test_the_largest_micro_batch_fits_and_divides_the_share():

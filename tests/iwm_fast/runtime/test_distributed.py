@@ -23,6 +23,12 @@ def test_without_a_launcher_a_single_process_has_a_group_of_its_own():
     assert torch.distributed.is_initialized()
 
 
+def test_a_single_process_votes_without_its_device():
+    distributed.start("cpu")
+    # Values on the meta device cannot be read.
+    assert distributed.any_rank([True, False], torch.device("meta")) == [True, False]
+
+
 def test_a_group_can_be_started_again_after_stop():
     distributed.start("cpu")
     distributed.stop()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import socket
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,26 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_shards, tmp_path):
     run(config)
     with pytest.raises(ValueError, match=r"already holds a run; set resume=auto to resume it, or name another"):
         run(config)
+
+
+def test_the_tokens_of_a_step_are_freed_before_the_next_one(tiny_shards, tmp_path):
+    rank_info = distributed.start("cpu")
+    try:
+        config = tiny_run(tiny_shards, tmp_path / "run", loader="torch")
+        task = PretrainTask(build_components(config, rank_info))
+        make_step, reports = task.step, []
+
+        def step(*arguments):
+            assert not [report for report in reports if report() is not None]
+            report = make_step(*arguments)
+            reports.append(weakref.ref(report))
+            return report
+
+        task.step = step
+        Trainer(task).run()
+        assert len(reports) == STEPS
+    finally:
+        distributed.stop()
 
 
 def test_a_run_resumes_only_with_the_same_settings(tiny_shards, tmp_path):

@@ -16,6 +16,7 @@ from fixtures.tinted_shards import pretrain_on_tinted_shards, write_tinted_shard
 from iwm_fast.checkpoints.export import export
 from iwm_fast.config.commands import ExportConfig
 from iwm_fast.config.evaluation import AttentiveConfig, EvalDataConfig, LinearConfig, ProbeConfig
+from iwm_fast.evals.finetuning.networks import seeded_init
 from iwm_fast.evals.probing.attentive import AttentiveGrid, evaluate_attentive
 from iwm_fast.evals.probing.feature_batches import FeatureDataset, shuffle_windows
 from iwm_fast.evals.probing.head_grid import Candidate, best_candidate, grid_points, score_heads, train_grid
@@ -130,6 +131,18 @@ def test_the_linear_probe_ignores_scale_and_offset_of_features():
     constant = train.features.copy()
     constant[:, 7] = 5.0
     assert probe(replace(train, features=constant), val, 3, LinearGrid, SETTINGS).correct.mean() > 0.5
+
+
+def test_drawing_the_weights_of_a_head_changes_no_generator(monkeypatch):
+    # Seeding without a GPU is recorded, and would be done later.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the generators of GPUs were seeded"))
+    data, before = planted(8, 0, strength=1.0, tokens=4), torch.get_rng_state()
+    first, same, other = (AttentiveGrid(data, 3, 1, seed=seed).heads[0].to_key.weight for seed in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    with seeded_init(0):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_attentive_head_equals_attention_with_explicit_keys_and_values():
