@@ -33,7 +33,9 @@ def why_not_launchable() -> str:
     """
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler: install gcc, or set CC to one"
-    header = Path(sysconfig.get_path("include"), "Python.h")
+    scheme = sysconfig.get_default_scheme()
+    # As Triton does: Debian's own scheme is for what pip installs, and Python's headers are elsewhere.
+    header = Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h")
     if not header.exists():
         return f"Triton needs {header}: install Python's headers (python3-dev)"
     return ""

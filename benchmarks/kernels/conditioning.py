@@ -18,6 +18,8 @@ from iwm_fast.kernels.predictor_input.op import FeatureMixer
 
 WIDTH = 384
 KINDS = ("feature", "sequence")
+BEHIND_RELU = ("mask_token", "w1", "b1", "w2", "b2")
+"""Inputs whose gradients pass a ReLU of the mixer, which conditions along features."""
 
 
 def run(session: Session) -> None:
@@ -49,7 +51,8 @@ def measure(
     action = torch.randn(images, NUM_ACTIONS, device=session.device)
     operation = partial(make_function, (positions, action), (patches, layout), dtype)
     d_packed = torch.randn(sum(rows), width, device=session.device)
-    session.compare_ops(case, operation, inputs, {"packed": d_packed}, is_timed=is_timed)
+    behind_relu = BEHIND_RELU if kind == "feature" else ()
+    session.compare_ops(case, operation, inputs, {"packed": d_packed}, behind_relu=behind_relu, is_timed=is_timed)
 
 
 def masked_patches(images: int, grid: int, num_tokens: int, device: str) -> tuple[PatchIndex, PackedLayout]:

@@ -1,8 +1,9 @@
 """Time the training step: kernels against PyTorch's, and all engines: `python -m benchmarks.train_step --help`.
 
 "ops" trains with the reference, with all kernels, and with those of one operation; "engines" compares engines in
-interleaved rounds. Both use made-up batches on masks of training; "loader" reads shards. Losses must agree; otherwise
-the status is 1. Without a GPU a ViT-S/16 trains on one core. Under torchrun all ranks train, and rank 0 records.
+interleaved rounds. Both use made-up batches on masks of training; "loader" reads shards. The status is 1 if losses do
+not agree, or if a training with fused operations fails. Without a GPU a ViT-S/16 trains on one core. Under torchrun all
+ranks train, and rank 0 records.
 """
 
 import gc
@@ -58,9 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.synthetic:
         del sections["loader"]
     try:
-        return cli.run(session, sections, options.only, report, workload, rank_info)
+        status = cli.run(session, sections, options.only, report, workload, rank_info)
     finally:
         distributed.stop()
+    failures = fused_failures(session)
+    for name, failure in failures.items():
+        print(f"{name} failed: {failure}", file=sys.stderr)
+    return status or int(bool(failures))
+
+
+def fused_failures(session: Session) -> dict[str, str]:
+    """Return the error of every training with fused operations that failed, in this run or an earlier one."""
+    names = {record.provider: record for record in session.records if record.what == OPS and record.failure}
+    # A profile that failed has another name.
+    return {name: str(each.failure) for name, each in names.items() if "fused" in name and name in each.shape.values()}
 
 
 def compare_ops(session: Session, workload: StepWorkload, rank_info: RankInfo) -> None:

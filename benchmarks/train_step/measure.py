@@ -97,6 +97,8 @@ def compare(
     """
     batches = batches or workload.batches(rank_info)
     trainings: dict[str, Training] = {}
+    # A training goes on with its next batch in every round, so that all have the same ones in the same round.
+    sources = {name: cycle(batches) for name in variants}
     result = Comparison()
     with contextlib.suppress(UnusableGpuError):
         for name, variant in variants.items():
@@ -104,7 +106,7 @@ def compare(
                 break
             with catching(result.failures, name):
                 training = Training(variant, workload, rank_info)
-                training.warm_up(cycle(batches), workload.budget.warm_ups)
+                training.warm_up(sources[name], workload.budget.warm_ups)
                 trainings[name], result.rounds[name] = training, []
                 result.losses[name], result.resident_bytes[name] = training.losses, training.resident_bytes
         # Networks of engines that failed can be part of reference cycles. Free them before memory is measured.
@@ -113,12 +115,12 @@ def compare(
             if name not in result.failures:
                 # With several ranks an error ends the run, because the others wait for this rank in a collective.
                 with catching(result.failures, name) if rank_info.world_size == 1 else contextlib.nullcontext():
-                    step_round = run_round(trainings[name], cycle(batches), workload.budget.steps, rank_info)
+                    step_round = run_round(trainings[name], sources[name], workload.budget.steps, rank_info)
                     result.rounds[name].append(step_round)
         for name, training in trainings.items():
             if is_profiled and name not in result.failures:
                 with catching(result.profile_failures, name):
-                    result.profiles[name] = profile_step(training, cycle(batches))
+                    result.profiles[name] = profile_step(training, sources[name])
     return result
 
 

@@ -16,8 +16,8 @@ from iwm_fast.pipelines.transforms.composition import ViewConfig, identity_draws
 from iwm_fast.pipelines.transforms.operations.blur import Blur
 from iwm_fast.runtime.distributed import RankInfo
 
-NUM_BATCHES = 4
-"""Batches that are repeated; their contexts differ in size, as those of training do."""
+NUM_VIEWS = 4
+"""Batches of pixels, which are repeated."""
 NUM_SAMPLES = 10**6
 """Length of the epoch that the schedules are for."""
 
@@ -62,15 +62,22 @@ class StepWorkload:
         )
 
     def batches(self, rank_info: RankInfo) -> list[Batch]:
-        """Return this rank's batches of a few steps: noise for pixels and actions, with the masks of training."""
+        """Return this rank's batches of all steps: noise for pixels and actions, each with its own masks of training.
+
+        Repeated masks would hide what a new number of rows costs, such as a graph that cuDNN builds for it.
+        """
         share = self.batch_size // rank_info.world_size
         slots = rank_info.rank * share + np.arange(share)
-        return [self._batch(slots, step, rank_info.device) for step in range(NUM_BATCHES)]
+        shape = 2, share, 3, self.views.size, self.views.size
+        generators = (torch.Generator().manual_seed(number) for number in range(NUM_VIEWS))
+        views = [torch.randn(shape, generator=generator).to(rank_info.device) for generator in generators]
+        num_steps = self.budget.warm_ups + self.budget.rounds * self.budget.steps
+        return [self._batch(slots, step, views[step % NUM_VIEWS]) for step in range(num_steps)]
 
-    def _batch(self, slots: np.ndarray, step: int, device: torch.device) -> Batch:
+    def _batch(self, slots: np.ndarray, step: int, views: torch.Tensor) -> Batch:
         generator, count, number = torch.Generator().manual_seed(step), len(slots), torch.from_numpy(slots)
         context, target = masked_batch(self.batch_size, slots, grid=self.config().grid, step=step)
-        views = torch.randn(2, count, 3, self.views.size, self.views.size, generator=generator).to(device)
+        device = views.device
         return Batch(
             source_view=views[0],
             target_view=views[1],
@@ -102,7 +109,8 @@ def build_workload(device: torch.device, quick: bool) -> StepWorkload:
                 encoder=EncoderConfig(dim=64, depth=2, num_heads=2, patch_size=4),
                 predictor=PredictorConfig(dim=32, depth=1, num_heads=1),
             ),
-            precision="fp32",
+            # Compiled, the fused attention takes half precision only.
+            precision="bf16" if device.type == "cuda" else "fp32",
             views=ViewConfig(size=16, blur=Blur(sigma=(0.1, 1.0))),
             with_compile=False,
         )
@@ -111,7 +119,7 @@ def build_workload(device: torch.device, quick: bool) -> StepWorkload:
             device=device,
             name=BASE,
             batch_size=256,
-            budget=StepBudget(rounds=5, steps=10, warm_ups=NUM_BATCHES),
+            budget=StepBudget(rounds=5, steps=10, warm_ups=4),
             model=ModelConfig(predictor=PredictorConfig(depth=18)),
             precision="bf16",
         )

@@ -28,6 +28,9 @@ NUM_IMAGES = 8
 # Largest relative error of any result or gradient, by dtype of the products: several roundings of half precision, and
 # far below the error of a wrong product, which is of order one.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+# Gradients may have this many times the largest error of PyTorch's own in the run's precision. Rounding turns some ReLU
+# of the predictor's input on or off, others in each implementation; of 40 seeds of the demo, the ratio is 2.3 at most.
+GRADIENT_FACTOR = 4.0
 
 
 class _Case(NamedTuple):
@@ -42,8 +45,11 @@ class _Case(NamedTuple):
 def check_kernels(config: RunConfig, device: torch.device) -> None:
     """Compare results and gradients of the fused operations with PyTorch's in float32.
 
+    Accepted are errors up to the tolerance; in gradients also up to `GRADIENT_FACTOR` times that of PyTorch's operation
+    in the run's precision.
+
     Raises:
-        RuntimeError: naming the operation whose error is above the tolerance, and the remedy.
+        RuntimeError: naming the operation whose error is not accepted, and the remedy.
     """
     began = time.perf_counter()
     limit = tolerance(config)
@@ -67,9 +73,12 @@ def tolerance(config: RunConfig) -> float:
 def kernel_errors(config: RunConfig, device: torch.device, operation: str = "") -> Iterator[tuple[str, float]]:
     """Yield the name of each fused operation of the run, and the largest relative error of its results and gradients.
 
+    Errors up to `tolerance` are accepted. If `GRADIENT_FACTOR` times the largest error of PyTorch's gradients in the
+    run's precision is more than that, errors of the fused operation's gradients are scaled down by the ratio.
+
     `operation` limits them to one of attention, residual_norm and predictor_input.
     """
-    dtype = compute_dtype(config) or torch.float32
+    dtype, limit = compute_dtype(config) or torch.float32, tolerance(config)
     for case in _cases(config, device, dtype):
         if not case.name.startswith(operation):
             continue
@@ -77,9 +86,12 @@ def kernel_errors(config: RunConfig, device: torch.device, operation: str = "") 
         with torch.autocast(device.type, enabled=False):
             expected = _results_and_gradients(case, REFERENCE, exact)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            actual = _results_and_gradients(case, FUSED, case.inputs)
-        errors = [_relative_error(*pair) for pair in zip(actual, expected, strict=True)]
-        yield case.name, max(errors, key=_nan_last)
+            actual, plain = (_results_and_gradients(case, ops, case.inputs) for ops in (FUSED, REFERENCE))
+        errors, own_errors = (list(map(_relative_error, run, expected)) for run in (actual, plain))
+        num_results = len(expected) - len(case.inputs)
+        excess = max(1.0, GRADIENT_FACTOR * max(own_errors[num_results:]) / limit)
+        scaled = errors[:num_results] + [error / excess for error in errors[num_results:]]
+        yield case.name, max(scaled, key=_nan_last)
 
 
 def _cases(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.kernels.attention.sequences import Sequences
 
@@ -11,7 +12,8 @@ def ragged_attention_reference(qkv: Tensor, sequences: Sequences) -> Tensor:
     """Compute attention within each sequence in plain PyTorch.
 
     On a GPU, half precision uses PyTorch's own fused attention: `scaled_dot_product_attention` for sequences of equal
-    length and `varlen_attn` for others. Everything else stores the scores of sequences padded to equal length.
+    length and, from compute capability 8.0 on, `varlen_attn` with FlashAttention 2 for others. Everything else stores
+    the scores of sequences padded to equal length.
 
     Args:
         qkv: (sum N, 3, H, d), queries, keys and values of all rows.
@@ -28,15 +30,8 @@ def ragged_attention_reference(qkv: Tensor, sequences: Sequences) -> Tensor:
     is_gpu_half = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16)
     if sequences.offsets is None:
         return _dense(qkv, sequences.longest, is_gpu_half)
-    if is_gpu_half and sequences.longest > 0:
-        # Imported here, because it takes seconds that a CPU would wait for nothing.
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
-
-        offsets, longest = sequences.offsets, sequences.longest
-        query, key, value = qkv.unbind(1)
-        out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
-        assert isinstance(out, Tensor)
-        return out
+    if is_gpu_half and sequences.longest > 0 and _has_flash_attention(qkv.device.index):
+        return _packed(qkv, sequences.offsets, sequences.longest)
     return _padded(qkv, sequences.offsets, sequences.longest)
 
 
@@ -49,12 +44,34 @@ def check_shapes(qkv: Tensor, sequences: Sequences) -> None:
         raise ValueError(f"dense qkv must hold a multiple of longest = {length} rows, got {qkv.shape[0]}; pass offsets")
 
 
+# A constant for torch.compile, which could not trace a branch on what the driver returns.
+@torch.compiler.assume_constant_result
+def _has_flash_attention(device_index: int) -> bool:
+    """Return whether PyTorch's FlashAttention 2 runs on this GPU."""
+    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+def _packed(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Compute attention in sequences of up to `longest` rows without padding them, by FlashAttention 2."""
+    # Imported here, because it takes seconds that a CPU would wait for nothing.
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
+    query, key, value = qkv.unbind(1)
+    # By default some versions of PyTorch choose cuDNN on Hopper and newer GPUs. It builds and keeps a graph for every
+    # number of rows, which differs from batch to batch. The backward pass uses the backend of the forward pass.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def _dense(qkv: Tensor, length: int, is_gpu_half: bool) -> Tensor:
     """Compute attention in sequences that all have `length` rows."""
     num_rows, _, num_heads, head_dim = qkv.shape
     by_sequence = qkv.view(num_rows // length, length, 3, num_heads, head_dim)
     if is_gpu_half:
-        query, key, value = by_sequence.permute(2, 0, 3, 1, 4)
+        # Unbound before they are transposed: autograd then stacks the three gradients in the layout of `qkv`.
+        query, key, value = (part.transpose(1, 2) for part in by_sequence.unbind(2))
         out = F.scaled_dot_product_attention(query, key, value)
         return out.transpose(1, 2).reshape(num_rows, num_heads, head_dim)
     by_head = by_sequence.permute(2, 3, 0, 1, 4).reshape(3, -1, length, head_dim)

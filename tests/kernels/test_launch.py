@@ -1,10 +1,12 @@
-"""How a kernel is started: which parameter each value is passed to."""
+"""How a kernel is started: what that needs, and which parameter each value is passed to."""
 
+import shutil
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
 
-from iwm_fast.kernels.launch import Launch
+from iwm_fast.kernels.launch import Launch, why_not_launchable
 
 KERNEL = SimpleNamespace(arg_names=["x_ptr", "num_rows", "WIDTH"])
 
@@ -19,3 +21,17 @@ def test_values_are_passed_in_the_order_of_the_parameters_before_the_constants()
 def test_a_missing_value_does_not_shift_the_others(values):
     with pytest.raises(ValueError, match="argument 2 is"):
         Launch.of(KERNEL, (1,), values, {"WIDTH": 16}, num_warps=4)
+
+
+@pytest.mark.parametrize("scheme", ["posix_prefix", "posix_local"])
+def test_pythons_headers_are_looked_for_where_triton_does(monkeypatch, tmp_path, scheme):
+    # Debian's Python has its headers in /usr/include, and names /usr/local/include by default.
+    folders = {"posix_prefix": tmp_path / "usr", "posix_local": tmp_path / "local"}
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: scheme)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, chosen=scheme: str(folders[chosen] / name))
+    folder = tmp_path / "usr" / "include"
+    assert str(folder / "Python.h") in why_not_launchable()
+    folder.mkdir(parents=True)
+    (folder / "Python.h").touch()
+    assert why_not_launchable() == ""

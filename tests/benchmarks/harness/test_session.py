@@ -27,11 +27,11 @@ def provider(function, name="fused"):
     return Provider(name, function, (torch.randn(4, requires_grad=True),), (torch.randn(4),))
 
 
-def check(fused):
+def check(fused, function=lambda x: x * x, **behind_relu):
     current = session()
-    plain = provider(lambda x: x * x, "plain")
-    exact = plain.in_float64(plain.function)
-    return current.check(CASE, NAMES, fused=fused, plain=plain, exact=exact), current
+    plain = provider(function, "plain")
+    exact = plain.in_float64(lambda x: x * x)
+    return current.check(CASE, NAMES, fused=fused, plain=plain, exact=exact, **behind_relu), current
 
 
 def test_a_correct_result_passes_and_its_errors_are_recorded():
@@ -54,6 +54,22 @@ def test_a_wrong_result_or_gradient_is_recorded_and_not_timed(wrong):
     is_right, current = check(provider(wrong))
     assert not is_right and len(current.wrong) == 1
     assert re.match(r"square N=4 bfloat16: (out|d_x) (\d|nan)", current.records[0].failure)
+
+
+@pytest.mark.parametrize(("behind_relu", "is_right"), [((), False), (("d_x",), True)])
+def test_only_behind_a_relu_a_gradient_may_have_the_largest_plain_error_of_any_tensor(behind_relu, is_right):
+    def function(value_factor, gradient_factor):
+        # Value and gradient of x * x, each with an error of its own.
+        return lambda x: gradient_factor * x * x + (value_factor - gradient_factor) * (x * x).detach()
+
+    plain, fused = function(1.1, 1), provider(function(1, 1.05))
+    assert check(fused, plain, behind_relu=behind_relu)[0] == is_right
+
+
+def test_an_output_may_not_have_the_plain_error_of_a_gradient():
+    plain = lambda x: 1.1 * x * x - 0.1 * (x * x).detach()  # noqa: E731
+    is_right, current = check(provider(lambda x: 1.05 * x * x), plain, behind_relu=("d_x",))
+    assert not is_right and "out" in current.wrong[0] and "d_x" not in current.wrong[0].partition(";")[0]
 
 
 def test_results_whose_bits_differ_from_run_to_run_are_wrong():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ class _Kernel:
         return lambda out, **_: self.function(out)
 
     def warmup(self, **arguments):
-        raise RuntimeError("nothing to compile")
+        return SimpleNamespace(n_spills=0, _init_handles=lambda: None)
 
 
 def test_candidate_configs_cover_the_length():

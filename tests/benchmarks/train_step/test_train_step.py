@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.harness import device, records
 from benchmarks.harness.device import UnusableGpuError
 from benchmarks.harness.records import Record
-from benchmarks.harness.session import Session, WrongResultError
+from benchmarks.harness.session import Case, Session, WrongResultError
 from benchmarks.harness.timing import QUICK, Failure
 from benchmarks.train_step import __main__ as benchmark
 from benchmarks.train_step import measure, profile
@@ -190,7 +190,7 @@ def test_losses_that_differ_from_the_baseline_are_an_error(workload, rank_info):
 def test_made_up_batches_have_the_masks_of_training_and_split_over_ranks(workload, rank_info):
     whole = workload.batches(rank_info)
     shares = [workload.batches(dataclasses.replace(rank_info, rank=rank, world_size=2)) for rank in range(2)]
-    assert len({len(batch.context.row) for batch in whole}) > 1, "contexts of steps differ in size"
+    assert len(whole) == 4 and len({len(batch.context.row) for batch in whole}) > 1, "contexts differ from step to step"
     for batch, *parts in zip(whole, *shares, strict=True):
         assert sum((part.target.lengths for part in parts), ()) == batch.target.lengths
         assert {part.target.total for part in parts} == {batch.target.total} == {len(batch.target.row)}
@@ -250,6 +250,37 @@ def test_operations_are_timed_one_after_the_other_and_profiled(session, workload
     session.records[1].figures["losses"][0] *= 2
     with pytest.raises(WrongResultError, match="fused norm only: loss"):
         benchmark.compare_ops(session, one_round, rank_info)
+
+
+def test_every_step_of_a_training_has_a_batch_of_its_own(workload, rank_info, monkeypatch):
+    batches, seen = workload.batches(rank_info), []
+    step = Training.step
+    monkeypatch.setattr(Training, "step", lambda self, source: step(self, (seen.append(b.step) or b for b in source)))
+    measure.compare(workload, {PLAIN: Variant({"engine": "plain"})}, rank_info, batches=batches)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_trial_on_a_gpu_has_the_precision_of_the_kernels():
+    precisions = {place: build_workload(torch.device(place), quick=True).precision for place in ("cuda", "cpu")}
+    assert precisions == {"cuda": "bf16", "cpu": "fp32"}
+
+
+def test_a_training_with_fused_operations_that_failed_is_a_failure_of_the_command(tmp_path, monkeypatch, capsys):
+    failing = ["reference", "fused, profile"]
+    monkeypatch.setattr(
+        benchmark,
+        "compare_ops",
+        lambda session, *_: [
+            session.record(Case(OPS, {"variant": "fused"}), name, failure="wrong") for name in failing
+        ],
+    )
+    arguments = ["--synthetic", "--quick", "--only", "ops", "--out"]
+    assert benchmark.main([*arguments, str(tmp_path / "first")]) == 0
+    failing += ["fused"]
+    # Also where an earlier run has recorded it.
+    for _ in range(2):
+        assert benchmark.main([*arguments, str(tmp_path / "second")]) == 1
+        assert capsys.readouterr().err.endswith("fused failed: wrong\n")
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,15 @@ from fixtures.paths import WORKERS
 from fixtures.tiny_pretraining import losses, tiny_run
 from iwm_fast.cli import main
 from iwm_fast.commands.compile_kernels import compile_kernels, random_batch
+from iwm_fast.commands.demo import CONFIG
+from iwm_fast.config.loading import load_config
 from iwm_fast.config.run import EncoderConfig, ModelConfig, PredictorConfig, RuntimeConfig
 from iwm_fast.kernels.attention import op as attention_module
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 from iwm_fast.models import kernel_check
 from iwm_fast.models import student as student_module
-from iwm_fast.models.kernel_check import check_kernels
+from iwm_fast.models.kernel_check import TOLERANCE, check_kernels
 from iwm_fast.models.layers import Attention
 from iwm_fast.models.student import build_student, choose_ops
 from iwm_fast.runtime import distributed
@@ -33,6 +35,9 @@ pytestmark = pytest.mark.fused
 
 TORCH_DEVICE = torch.device(DEVICE)
 CONDITIONINGS = ("feature", "sequence", "none")
+# Compiled, fused attention takes half precision only.
+PRECISION = "bf16" if DEVICE == "cuda" else "fp32"
+only_interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter computes in float32")
 
 
 def with_fused(config, conditioning="feature", ops="fused", **runtime):
@@ -49,7 +54,11 @@ def with_fused(config, conditioning="feature", ops="fused", **runtime):
 
 @pytest.fixture
 def config(tiny_shards, tmp_path):
-    return tiny_run(tiny_shards, tmp_path)
+    return in_precision(tiny_run(tiny_shards, tmp_path), PRECISION)
+
+
+def in_precision(config, precision, seed=0):
+    return replace(config, seed=seed, optim=replace(config.optim, precision=precision))
 
 
 def outputs_and_gradients(config, ops, batch):
@@ -66,6 +75,7 @@ def outputs_and_gradients(config, ops, batch):
     } | gradients
 
 
+@only_interpreted
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_predictions_targets_and_every_gradient_are_the_references(config, conditioning):
     config = with_fused(config, conditioning)
@@ -75,17 +85,21 @@ def test_predictions_targets_and_every_gradient_are_the_references(config, condi
     assert {name: value for name, value in errors.items() if not value < 1e-4} == {}
 
 
-def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config):
+@pytest.mark.parametrize("conditioning", CONDITIONINGS if DEVICE == "cuda" else ["feature"])
+def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config, conditioning):
     # A fixed seed, because rounding alone can switch on a hidden unit of the mixer that happens to be almost zero.
     torch.manual_seed(0)
-    config = with_fused(config)
+    config = with_fused(config, conditioning)
     batch = random_batch(config, TORCH_DEVICE, num_context=(7, 12), num_targets=(9, 4))
-    exact = outputs_and_gradients(config, REFERENCE, batch)
-    half = replace(config, optim=replace(config.optim, precision="bf16"))
+    exact = outputs_and_gradients(in_precision(config, "fp32"), REFERENCE, batch)
+    half = in_precision(config, "bf16")
     fused, reference = (outputs_and_gradients(half, ops, batch) for ops in (FUSED, REFERENCE))
     errors = {name: (error(fused[name], exact[name]), error(reference[name], exact[name])) for name in exact}
-    # If the reference happens to have a small error, the usual rounding error of bfloat16 is allowed.
-    assert {name: pair for name, pair in errors.items() if not pair[0] < 2 * max(pair[1], 4e-3)} == {}
+    # If the reference happens to have a small error, the usual rounding error of bfloat16 is allowed. On a GPU the seed
+    # gives other numbers, so there a hidden unit may differ: it is one of 32, in one of 13 rows.
+    relu = ("predictor.mask_token", "predictor.mixer.") if DEVICE == "cuda" else ()
+    floors = {name: 0.15 if name.startswith(relu) else 4e-3 for name in exact}
+    assert {name: pair for name, pair in errors.items() if not pair[0] < 2 * max(pair[1], floors[name])} == {}
 
 
 def test_under_autocast_the_fused_model_compiles_into_one_graph():
@@ -103,7 +117,8 @@ def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
     sequences = Sequences(torch.tensor([0, 40, 48], dtype=torch.int32, device=DEVICE), 8, 40)
 
     def run_block(*pair):
-        return block(*pair, sequences)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=PRECISION == "bf16"):
+            return block(*pair, sequences)
 
     recomputed = values_and_gradients(lambda *pair: checkpoint(run_block, *pair, use_reentrant=False), [tokens, update])
     expected = values_and_gradients(run_block, [tokens, update])
@@ -117,7 +132,8 @@ def test_a_few_steps_of_training_have_the_losses_of_the_reference(config, engine
         runs = [losses(rank_info, with_fused(config, ops=ops, engine=engine)) for ops in ("fused", "reference")]
     finally:
         distributed.stop()
-    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-4, atol=0)
+    tolerance = 1e-4 if PRECISION == "fp32" else 3e-2
+    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=tolerance, atol=0)
 
 
 def test_training_builds_student_and_teacher_on_the_chosen_operations(config):
@@ -170,8 +186,7 @@ def test_by_default_a_gpu_runs_kernels_where_there_are_some(config, caplog, monk
     monkeypatch.setattr(attention_module, "IS_INTERPRETING", False)
     monkeypatch.setattr(student_module, "why_not_launchable", lambda: "")
     gpu = torch.device("cuda")
-    half = replace(config, optim=replace(config.optim, precision="bf16"))
-    full = replace(config, optim=replace(config.optim, precision="fp32"))
+    half, full = in_precision(config, "bf16"), in_precision(config, "fp32")
     with caplog.at_level("INFO"):
         assert choose_ops(with_fused(half, ops="auto"), gpu) is FUSED
         assert choose_ops(with_fused(full, ops="auto"), gpu) is REFERENCE
@@ -188,12 +203,12 @@ def test_a_machine_without_what_triton_needs_runs_torchs_operations_and_the_log_
     monkeypatch.setattr(student_module, "architecture", lambda device: 90)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    half = replace(config, optim=replace(config.optim, precision="bf16"))
+    half = in_precision(config, "bf16")
     with caplog.at_level("INFO"):
         assert choose_ops(with_fused(half, ops="auto"), torch.device("cuda")) is REFERENCE
     assert "Triton finds no C compiler: install gcc, or set CC to one" in caplog.text
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(ValueError, match=r"Triton needs .*Python.h: install Python's headers \(python3-dev\); set"):
         choose_ops(with_fused(half), torch.device("cuda"))
 
@@ -205,11 +220,41 @@ def test_kernels_are_compared_with_torch_before_the_first_step(config, condition
     assert "fused operations agree with PyTorch's" in caplog.text
 
 
+def demo_in_bf16(seed):
+    return load_config(CONFIG, ["data.train=none", "optim.precision=bf16", f"seed={seed}"])
+
+
+# In most of these seeds a gradient of the demo's predictor input has an error above the tolerance: rounding turns ReLUs
+# on and off.
+@pytest.mark.parametrize("seed", [0, 4, 8, 16, 27])
+def test_rounding_of_bfloat16_is_no_difference(seed):
+    errors = dict(kernel_check.kernel_errors(demo_in_bf16(seed), TORCH_DEVICE, "predictor_input"))
+    assert errors and max(errors.values()) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("gradient", [0, 1, 5])
+@pytest.mark.parametrize("seed", [0, 4])
+def test_in_bfloat16_a_wrong_result_or_gradient_is_a_difference(monkeypatch, seed, gradient):
+    def wrong(context, mask_token, *arguments, mixer, **named):
+        # Wrong is the gradient of the context, of the mask token, or of the mixer's second layer.
+        inputs = [context, mask_token, *mixer]
+        inputs[gradient] = half_gradient(inputs[gradient])
+        return FUSED.predictor_input(*inputs[:2], *arguments, mixer=type(mixer)(*inputs[2:]), **named)
+
+    monkeypatch.setattr(kernel_check, "FUSED", FUSED._replace(predictor_input=wrong))
+    (error,) = dict(kernel_check.kernel_errors(demo_in_bf16(seed), TORCH_DEVICE, "predictor_input")).values()
+    assert error > TOLERANCE[torch.bfloat16]
+
+
+def half_gradient(tensor):
+    return 0.5 * tensor + 0.5 * tensor.detach()
+
+
 @pytest.mark.parametrize("operation", ["ragged_attention", "residual_norm", "predictor_input"])
 def test_a_kernel_that_computes_something_else_ends_the_run(config, monkeypatch, operation):
     def wrong(*arguments, **named):
         result = getattr(FUSED, operation)(*arguments, **named)
-        return result * 1.01 if isinstance(result, torch.Tensor) else (result[0], result[1] * float("nan"))
+        return result * 1.1 if isinstance(result, torch.Tensor) else (result[0], result[1] * float("nan"))
 
     monkeypatch.setattr(kernel_check, "FUSED", FUSED._replace(**{operation: wrong}))
     name = operation.removeprefix("ragged_")
@@ -221,7 +266,7 @@ def test_warmup_reports_the_folder_of_the_kernels(config, capsys, tmp_path):
     assert "kernels of this run are in" in compile_kernels(with_fused(config))
     with pytest.raises(ValueError, match=r"runtime.ops must select fused operations"):
         compile_kernels(config)
-    (tmp_path / "run.yaml").write_text("model: {encoder: {patch_size: 16}}\n", encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("runtime: {ops: reference}\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["warmup", str(tmp_path / "run.yaml")])
     assert "runtime.ops must select fused operations" in capsys.readouterr().err

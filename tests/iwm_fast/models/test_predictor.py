@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fixtures.kernel_cases import DEVICE
+from fixtures.kernel_cases import DEVICE, error
 from iwm_fast.kernels.ops import FUSED, REFERENCE
 from iwm_fast.models.predictor import IdentityPredictor
 from iwm_fast.models.student import build_student
@@ -217,10 +217,15 @@ def test_extra_tokens_work_the_same_with_fused_operations(tiny_config, make_batc
     for ops in (REFERENCE, FUSED):
         module = build_student(replace(small, model=model), ops).to(DEVICE)
         tokens = extra.view(3, 2, 32).clone().requires_grad_()
-        predicted = predict(module, batch, extra_tokens=tokens)
-        predicted.square().sum().backward()
+        # Compiled, fused attention takes half precision only.
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            predicted = predict(module, batch, extra_tokens=tokens)
+        predicted.float().square().sum().backward()
         outputs[ops] = [predicted, tokens.grad, module.predictor.mask_token.grad]
-    torch.testing.assert_close(outputs[FUSED], outputs[REFERENCE], atol=1e-4, rtol=1e-3)
+    # On a GPU, rounding can also turn a hidden unit of the mixer on or off, which the mask token's gradient passes.
+    tolerances = (0.05, 0.05, 0.3) if DEVICE == "cuda" else (1e-4, 1e-4, 1e-4)
+    errors = map(error, outputs[FUSED], outputs[REFERENCE])
+    assert all(each < tolerance for each, tolerance in zip(errors, tolerances, strict=True))
 
 
 def on_device(batch):

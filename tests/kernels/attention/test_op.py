@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fixtures.kernel_cases import DEVICE, DTYPES, LAYOUTS, TOLERANCE, draw, error, make_gradient, offsets_of
@@ -83,6 +84,17 @@ def test_bfloat16_errors_are_at_most_twice_those_of_the_reference(lengths, head_
     )
     for fused_value, plain_value, exact_value in zip(fused, plain, exact, strict=True):
         assert error(fused_value, exact_value) <= 2 * error(plain_value, exact_value)
+
+
+@pytest.mark.gpu
+def test_the_reference_of_packed_sequences_is_flash_attention_in_both_passes():
+    # Longer than 128, because PyTorch does not choose every version of cuDNN for shorter ones.
+    qkv, sequences = qkv_of([200, 130], 64, torch.bfloat16), sequences_of([200, 130])
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        differentiate(lambda x: ragged_attention_reference(x, sequences), [qkv])
+        torch.cuda.synchronize()
+    names = " ".join(event.name for event in profiler.events())
+    assert "flash_fwd" in names and "flash_bwd" in names and "cudnn" not in names
 
 
 @pytest.mark.parametrize("length", [7, 70, 196, 256])

@@ -1,11 +1,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwm_fast.kernels.attention.reference import ragged_attention_reference
+from iwm_fast.kernels.attention.reference import _dense, ragged_attention_reference
 from iwm_fast.kernels.attention.sequences import Sequences
 
 HEADS, HEAD_DIM = 3, 4
+FLASH = int(SDPBackend.FLASH_ATTENTION)
 
 
 def packed(lengths, longest=None):
@@ -56,6 +60,71 @@ def test_a_larger_bound_of_the_lengths_changes_nothing():
     qkv = draw([5, 2])
     padded = ragged_attention_reference(qkv, packed([5, 2], 11))
     torch.testing.assert_close(padded, ragged_attention_reference(qkv, packed([5, 2])), rtol=1e-12, atol=1e-12)
+
+
+class _Calls(TorchDispatchMode):
+    """Keep the names of all operations of PyTorch that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_queries_keys_and_values_are_combined_without_another_copy():
+    qkv = draw([6, 6], torch.float32).requires_grad_()
+    # What runs on a GPU in half precision.
+    out = _dense(qkv, 6, is_gpu_half=True)
+    torch.testing.assert_close(out, ragged_attention_reference(qkv, dense(6)))
+    with _Calls() as calls:
+        (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert gradient.is_contiguous() and "stack" in calls.names and "clone" not in calls.names
+
+
+@pytest.fixture
+def varlen_calls(monkeypatch):
+    """Return the list of SDPA backends, cuDNN and FlashAttention, that were enabled in each call of varlen_attn."""
+    calls = []
+
+    def record(query, *_):
+        calls.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", record)
+    return calls
+
+
+@pytest.mark.parametrize(("capability", "calls"), [((9, 0), [(False, True)]), ((8, 0), [(False, True)]), ((7, 5), [])])
+def test_packed_half_precision_is_left_to_flash_attention_where_it_runs(monkeypatch, varlen_calls, capability, calls):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with FakeTensorMode():
+        qkv = torch.empty(9, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+        out = ragged_attention_reference(qkv, Sequences(offsets, 3, 6))
+    assert out.shape == (9, HEADS, HEAD_DIM) and varlen_calls == calls
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_compiled_model_leaves_packed_half_precision_to_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    # Some versions of PyTorch would otherwise choose cuDNN.
+    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [], raising=False)
+    backends = []
+
+    def compile_graph(graph, _):
+        nodes = [node for node in graph.graph.nodes if "_varlen_attn" in str(node.target)]
+        # PyTorch 2.11 has FlashAttention only; versions with a choice pass it as the last argument.
+        backends.extend(node.args[-1] if hasattr(varlen, "_select_backend") else FLASH for node in nodes)
+        return graph.forward
+
+    compiled = torch.compile(ragged_attention_reference, backend=compile_graph, fullgraph=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        qkv = torch.empty(9, 3, HEADS, 8, dtype=torch.bfloat16, device="cuda")
+        compiled(qkv, Sequences(torch.empty(3, dtype=torch.int32, device="cuda"), 3, 6))
+    assert backends == [FLASH]
 
 
 def test_only_empty_sequences_give_an_empty_result():
