@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,9 +99,9 @@ def varlen_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("capability", "calls"), [((9, 0), [(False, True)]), ((8, 0), [(False, True)]), ((7, 5), [])])
-def test_packed_half_precision_is_left_to_flash_attention_where_it_runs(monkeypatch, varlen_calls, capability, calls):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+@pytest.mark.parametrize(("major", "calls"), [(9, [(False, True)]), (8, [(False, True)]), (7, [])])
+def test_packed_half_precision_is_left_to_flash_attention_where_it_runs(monkeypatch, varlen_calls, major, calls):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     with FakeTensorMode():
         qkv = torch.empty(9, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         offsets = torch.empty(3, dtype=torch.int32, device="cuda")
@@ -109,7 +111,7 @@ def test_packed_half_precision_is_left_to_flash_attention_where_it_runs(monkeypa
 
 
 def test_a_compiled_model_leaves_packed_half_precision_to_flash_attention(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
     # Some versions of PyTorch would otherwise choose cuDNN.
     monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [], raising=False)
     backends = []
