@@ -30,8 +30,7 @@ def ragged_attention_reference(qkv: Tensor, sequences: Sequences) -> Tensor:
     is_gpu_half = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16)
     if sequences.offsets is None:
         return _dense(qkv, sequences.longest, is_gpu_half)
-    # FlashAttention 2 needs Ampere. torch.compile can trace this, unlike `get_device_capability`.
-    if is_gpu_half and sequences.longest > 0 and torch.cuda.get_device_properties(qkv.device).major >= 8:
+    if is_gpu_half and sequences.longest > 0 and _has_flash_attention(qkv.device):
         return _packed(qkv, sequences.offsets, sequences.longest)
     return _padded(qkv, sequences.offsets, sequences.longest)
 
@@ -43,6 +42,12 @@ def check_shapes(qkv: Tensor, sequences: Sequences) -> None:
     length = sequences.longest
     if sequences.offsets is None and (length < 1 or qkv.shape[0] % length != 0):
         raise ValueError(f"dense qkv must hold a multiple of longest = {length} rows, got {qkv.shape[0]}; pass offsets")
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    """Return whether PyTorch's FlashAttention 2 runs on this GPU."""
+    # torch.compile can trace this, unlike `get_device_capability`.
+    return torch.cuda.get_device_properties(device).major >= 8
 
 
 def _packed(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
