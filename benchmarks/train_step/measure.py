@@ -97,7 +97,7 @@ def compare(
     """
     batches = batches or workload.batches(rank_info)
     trainings: dict[str, Training] = {}
-    # A training goes on with its next batch in every round, so that all have the same ones in the same round.
+    # Each variant continues where its last round stopped, so that in any round all variants see the same batches.
     sources = {name: cycle(batches) for name in variants}
     result = Comparison()
     with contextlib.suppress(UnusableGpuError):

@@ -60,7 +60,7 @@ class StepRecorder:
         self._num_replaced = 0
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Wait for the next micro-batch and return it; the timer's forward phase has begun."""
+        """Wait for the next micro-batch and return it, with the timer in its forward phase."""
         self.timer.begin("wait")
         batch = next(batches)
         # First of all, because from here on the loader's threads compete for the cores, which is not waiting for data.

@@ -188,10 +188,12 @@ def test_losses_that_differ_from_the_baseline_are_an_error(workload, rank_info):
 
 
 def test_made_up_batches_have_the_masks_of_training_and_split_over_ranks(workload, rank_info):
-    whole = workload.batches(rank_info)
+    batches = workload.batches(rank_info)
     shares = [workload.batches(dataclasses.replace(rank_info, rank=rank, world_size=2)) for rank in range(2)]
-    assert len(whole) == 4 and len({len(batch.context.row) for batch in whole}) > 1, "contexts differ from step to step"
-    for batch, *parts in zip(whole, *shares, strict=True):
+    assert len(batches) == 4 and len({len(batch.context.row) for batch in batches}) > 1, (
+        "contexts differ from step to step"
+    )
+    for batch, *parts in zip(batches, *shares, strict=True):
         assert sum((part.target.lengths for part in parts), ()) == batch.target.lengths
         assert {part.target.total for part in parts} == {batch.target.total} == {len(batch.target.row)}
         assert torch.cat([part.slot for part in parts]).tolist() == batch.slot.tolist()
