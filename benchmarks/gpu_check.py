@@ -15,7 +15,7 @@ folder is emptied before each command, keep a copy:
     mkdir -p ~/kept; cp -r ~/kept/. $OUT; trap 'cp -r $OUT/. ~/kept' EXIT; python3 -m benchmarks.gpu_check
 
 A wrong kernel is reported and not timed; it does not stop the rest. One that makes the GPU unusable ends its part,
-which is started again and continues after it. Without a GPU, --quick runs the parts on tiny shapes, the kernels
+which is started again with the next measurement. Without a GPU, --quick runs the parts on tiny shapes, the kernels
 in Triton's interpreter.
 """
 
@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_part(part: str, options: argparse.Namespace, deadline: float) -> int | None:
     """Run a part until a time of the monotonic clock; return its last status, or None if there was no time.
 
-    A CUDA error can end the process of a part. The measurement that caused it is recorded as failed, and the part continues with the next one.
+    A CUDA error can end the process of a part. The measurement that caused it is recorded as failed, and the part
+    continues with the next one.
     """
     status = None
     for _ in range(1 + _RESTARTS):
