@@ -29,7 +29,8 @@ NUM_IMAGES = 8
 # far below the error of a wrong product, which is of order one.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 # Gradients may have this many times the largest error of PyTorch's own in the run's precision. Rounding turns some ReLU
-# of the predictor's input on or off, others in each implementation; of 40 seeds of the demo, the ratio is 2.3 at most.
+# of the predictor's input on or off, others in each implementation; emulated on a CPU, the
+# ratio is 2.3 at most for 40 seeds of the demo.
 GRADIENT_FACTOR = 4.0
 
 

@@ -270,9 +270,8 @@ def decode_crop(data, settings):
 def crop_of_image(encoded, window, **options):
     """Return a node for a crop of the decoded images: the same pixels as those of `fn.decoders.image_slice`.
 
-    Decoding only the region on a GPU ends the process or fails with nvImageCodec 0.9.0
-    (https://github.com/NVIDIA/nvImageCodec/issues/55), and before nvJPEG 13.2 it leaves images with subsampled chroma
-    to the CPU.
+    Decoding only the region on a GPU is reported to end the process, or to fail, with nvImageCodec 0.9.0
+    (https://github.com/NVIDIA/nvImageCodec/issues/55). Not tried here.
     """
     return fn.slice(fn.decoders.image(encoded, **options), **window)
 
