@@ -47,8 +47,9 @@ class TuneConfig:
     """Global gradient norm above which gradients are scaled down. Unset: no clipping."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment, each in [0, 1)."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of forward and backward passes. Weights are always float32."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Precision of forward and backward passes. Weights are always float32. Unset: that of the run's training;
+    bf16 for a model of timm."""
     blocks: int | None = None
     """Number of blocks to train below the head, counted from the head: of the encoder or of the predictor, depending on
     the arm; in the arm end_to_end first of the predictor, then of the encoder. All layers below them are frozen. 0
@@ -180,7 +181,7 @@ class TuneTaskConfig(SizeConfig, TrainedEvalConfig):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def optim(self, num_samples: int) -> OptimConfig:
-        """Return the optimisation in the form that engines and schedules accept."""
+        """Return the optimisation, except its precision, in the form that engines and schedules accept."""
         tune = self.tune
         return OptimConfig(
             global_batch_size=tune.global_batch_size,
@@ -190,7 +191,6 @@ class TuneTaskConfig(SizeConfig, TrainedEvalConfig):
             weight_decay=(tune.weight_decay, tune.weight_decay),
             betas=tune.betas,
             clip_norm=tune.clip_norm,
-            precision=tune.precision,
             **_TO_ZERO,
         )
 
@@ -328,8 +328,8 @@ class DecoderTuneConfig:
     """Peak learning rate."""
     weight_decay: float = 0.05
     """Weight decay of matrices. Biases and norms are not decayed."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of forward and backward passes. Weights are always float32."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Precision of forward and backward passes. Weights are always float32. Unset: that of the run's training."""
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= 10**9, "tune.steps", self.steps, "be between 1 and 10^9")
@@ -356,7 +356,7 @@ class DecodeConfig(TrainedEvalConfig):
         require(self.num_images >= 1, "num_images", self.num_images, "be at least 1")
 
     def optim(self, num_samples: int) -> OptimConfig:
-        """Return the optimisation in the form that engines and schedules accept."""
+        """Return the optimisation, except its precision, in the form that engines and schedules accept."""
         tune = self.tune
         # Half a step less, because the number of steps is rounded up.
         epochs = (tune.steps - 0.5) * tune.global_batch_size / num_samples
@@ -366,7 +366,6 @@ class DecodeConfig(TrainedEvalConfig):
             warmup_epochs=epochs / 20,
             lr=tune.lr,
             weight_decay=(tune.weight_decay, tune.weight_decay),
-            precision=tune.precision,
             **_TO_ZERO,
         )
 

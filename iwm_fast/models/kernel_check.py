@@ -16,7 +16,7 @@ from torch import Tensor
 from iwm_fast.config.run import RunConfig
 from iwm_fast.kernels.attention.sequences import Sequences
 from iwm_fast.kernels.ops import FUSED, REFERENCE, Ops
-from iwm_fast.kernels.predictor_input.layout import PatchIndex, packed_layout
+from iwm_fast.kernels.predictor_input.layout import PackedLayout, PatchIndex, packed_layout
 from iwm_fast.kernels.predictor_input.op import FeatureMixer
 from iwm_fast.models.layers import NORM_EPS
 from iwm_fast.models.student import compute_dtype
@@ -122,26 +122,35 @@ def _cases(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
     packed = Sequences.from_lengths(layout.offsets, lengths)
     yield attention_case("the predictor", width, predictor.num_heads, packed, sum(lengths))
     yield norm_case("the predictor", width, sum(lengths))
-    patches, positions = PatchIndex(context.row, target.row), draw(num_patches, width)
-    inputs = [draw(len(context.row), width, dtype=dtype), draw(width)]
+    positions, conditions = draw(num_patches, width), []
     if predictor.conditioning == "sequence":
-        inputs += [draw(NUM_IMAGES, num_tokens, width)]
+        conditions = [draw(NUM_IMAGES, num_tokens, width)]
     if predictor.conditioning == "feature":
-        inputs += [draw(NUM_IMAGES, num_actions)]
+        conditions = [draw(NUM_IMAGES, num_actions)]
         for fan_in in (width + num_actions, width, width):
-            inputs += [draw(width, fan_in, scale=fan_in**-0.5), draw(width)]
+            conditions += [draw(width, fan_in, scale=fan_in**-0.5), draw(width)]
+    inputs = [draw(len(context.row), width, dtype=dtype), draw(width), *conditions]
+    yield from _predictor_input_cases(
+        predictor.conditioning, inputs, positions, PatchIndex(context.row, target.row), layout
+    )
+
+
+def _predictor_input_cases(
+    conditioning: str, inputs: list[Tensor], positions: Tensor, patches: PatchIndex, layout: PackedLayout
+) -> Iterator[_Case]:
+    """Yield one case for the predictor's input, or with feature conditioning two: of results and of gradients."""
 
     def assemble(ops: Ops, context_rows: Tensor, mask_token: Tensor, *conditions: Tensor) -> Tensor:
-        named = {"action_tokens": conditions[0]} if predictor.conditioning == "sequence" else {}
-        mixer = FeatureMixer(*conditions) if predictor.conditioning == "feature" else None
+        named = {"action_tokens": conditions[0]} if conditioning == "sequence" else {}
+        mixer = FeatureMixer(*conditions) if conditioning == "feature" else None
         return ops.predictor_input(context_rows, mask_token, positions, patches, layout, mixer=mixer, **named)
 
-    if predictor.conditioning != "feature":
+    if conditioning != "feature":
         yield _Case("predictor_input", assemble, inputs)
         return
     yield _Case("predictor_input", assemble, inputs, has_gradients=False)
     *others, w1, _, w2, _, w3, b3 = inputs
-    bias = _HIDDEN_BIAS * (1 - 2 * (torch.arange(width, device=device) % 2)).float()
+    bias = _HIDDEN_BIAS * (1 - 2 * (torch.arange(len(b3), device=b3.device) % 2)).float()
     # Units that are on have outputs of about the bias, which the next layer scales down.
     inputs = [*others, w1, bias, w2 / _HIDDEN_BIAS, bias, w3 / _HIDDEN_BIAS, b3]
     yield _Case("predictor_input with gradients", assemble, inputs)

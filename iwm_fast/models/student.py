@@ -66,6 +66,8 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
 def choose_ops(config: RunConfig, device: torch.device, *, num_predictor_tokens: int | None = None) -> Ops:
     """Return the implementations of the networks' operations that `runtime.ops` selects, and log the choice.
 
+    A warning is logged if the networks compute in bf16 on a CPU on which that is slow.
+
     Args:
         config: settings of the networks.
         device: the device that they compute on.
@@ -75,6 +77,11 @@ def choose_ops(config: RunConfig, device: torch.device, *, num_predictor_tokens:
     Raises:
         ValueError: if they are fused and there are no kernels for the device or the networks.
     """
+    if compute_dtype(config) == torch.bfloat16 and device.type == "cpu" and not _has_fast_bf16():
+        log.warning(
+            "this CPU has no fast bf16 products; set optim.precision=fp32 for training, tune.precision=fp32 for "
+            "evaluations, which is many times as fast here"
+        )
     setting = config.runtime.ops
     if setting == "reference":
         return REFERENCE
@@ -86,6 +93,11 @@ def choose_ops(config: RunConfig, device: torch.device, *, num_predictor_tokens:
         raise ValueError(f"runtime.ops=fused cannot be used: {reason}; set runtime.ops=reference")
     log.info("operations are %s", f"those of PyTorch: {reason}" if reason else "fused Triton kernels")
     return REFERENCE if reason else FUSED
+
+
+def _has_fast_bf16() -> bool:
+    """Return whether PyTorch's bf16 products on this CPU are those of oneDNN, which needs AVX-512 or Arm's bf16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _why_not_fused(config: RunConfig, device: torch.device, num_predictor_tokens: int | None) -> str:

@@ -153,6 +153,7 @@ def build_run_config(settings: TrainedSettings, model_config: RunConfig, folder:
 
     `num_samples` is the number of training samples.
     """
+    optim = replace(settings.optim(num_samples), precision=settings.tune.precision or model_config.optim.precision)
     return replace(
         model_config,
         seed=settings.seed,
@@ -166,7 +167,7 @@ def build_run_config(settings: TrainedSettings, model_config: RunConfig, folder:
             val=settings.data.val,
         ),
         views=settings.training_views(model_config.views),
-        optim=settings.optim(num_samples),
+        optim=optim,
         runtime=settings.runtime,
         # Two checkpoints, because the newest one may be damaged.
         output=OutputConfig(

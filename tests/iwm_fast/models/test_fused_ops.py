@@ -180,6 +180,18 @@ def test_by_default_a_cpu_runs_torchs_operations_and_the_log_says_why(config, ca
     assert "operations are those of PyTorch: there is no GPU" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("has_fast_bf16", "messages"),
+    [(False, {"bf16": "set optim.precision=fp32 for training", "fp32": ""}), (True, {"bf16": "", "fp32": ""})],
+)
+def test_bf16_on_a_cpu_without_fast_products_is_warned_of(config, caplog, monkeypatch, has_fast_bf16, messages):
+    monkeypatch.setattr(student_module, "_has_fast_bf16", lambda: has_fast_bf16)
+    for precision, message in messages.items():
+        caplog.clear()
+        choose_ops(in_precision(with_fused(config, ops="reference"), precision), torch.device("cpu"))
+        assert message in caplog.text and len(caplog.records) == bool(message)
+
+
 def test_by_default_a_gpu_runs_kernels_where_there_are_some(config, caplog, monkeypatch):
     # A GPU of which only the architecture is known.
     monkeypatch.setattr(student_module, "architecture", lambda device: 90)

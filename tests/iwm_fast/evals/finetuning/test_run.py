@@ -350,6 +350,14 @@ def test_the_configuration_has_the_run_s_networks_and_the_new_training(tiny_shar
     assert task_folder("runs/a", "finetune", "weak").as_posix() == "runs/a/evaluations/finetune_weak"
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "bf16"), ("fp32", "fp32")])
+def test_the_precision_is_that_of_the_run_unless_it_is_set(tiny_shards, tmp_path, chosen, expected):
+    run = tiny_run(tiny_shards, tmp_path)
+    run = replace(run, optim=replace(run.optim, precision="bf16"))
+    task = tiny_task(tiny_shards, tune={"precision": chosen})
+    assert build_run_config(task, run, tmp_path / "job", num_samples=48).optim.precision == expected
+
+
 def test_batch_sizes_that_do_not_divide_are_refused_by_setting_name(tiny_shards):
     with pytest.raises(ValueError, match=r"tune.global_batch_size must be a multiple of the 3 ranks, got 8"):
         split_global_batch(tiny_task(tiny_shards), 3)
