@@ -295,6 +295,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_it_can_resume(tiny_shards, 
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_two_ranks_share_a_log_that_one_rank_continues(tiny_shards, tmp_path):
     config = logged_run(tiny_shards, tmp_path / "run", loader="torch")
     save_config(config, tmp_path / "run.yaml")

@@ -219,6 +219,7 @@ def test_cells_that_were_trained_on_other_images_are_refused_without_demo_data_t
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_failed_cell_is_reported_with_its_log_and_the_others_are_run_once(write, tmp_path):
     path = write(cells={"a": {}, "bad": {"model.predictor.num_heads": 5}}, claims={})
     with pytest.raises(

@@ -102,6 +102,7 @@ def test_under_autocast_errors_are_at_most_twice_those_of_the_reference(config, 
     assert {name: pair for name, pair in errors.items() if not pair[0] < 2 * max(pair[1], floors[name])} == {}
 
 
+@pytest.mark.slow
 def test_under_autocast_the_fused_model_compiles_into_one_graph():
     script = WORKERS / "compile_student.py"
     completed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
@@ -125,7 +126,7 @@ def test_recomputing_fused_blocks_in_the_backward_pass_changes_no_bit(config):
     assert all(torch.equal(*pair) for pair in zip(recomputed, expected, strict=True))
 
 
-@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+@pytest.mark.parametrize("engine", ["plain", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_few_steps_of_training_have_the_losses_of_the_reference(config, engine):
     rank_info = distributed.start("auto")
     try:

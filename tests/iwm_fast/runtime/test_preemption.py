@@ -236,6 +236,7 @@ def test_a_second_ctrl_c_aborts_a_process_that_hangs(tmp_path):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_the_final_checkpoint_may_take_longer_than_the_grace_period(start):
     # Forcing the checkpoint's six files and folders to disk takes longer than the grace period.
     run = start(one_process(WATCHED_TRAIN), IWM_TEST_DISK_S="0.7", IWM_TEST_GRACE_S="0.5")

@@ -1,4 +1,4 @@
-"""Signals to each process of a run in each of its phases: the run stops cleanly, or as README's table describes.
+"""Signals to each process of a run in each of its phases: the run stops cleanly, or as docs/resuming.md describes.
 
 Not all combinations are tested, so that the tests take minutes only. In every phase, each process of torchrun and
 deepspeed's launch process receive at least one of the signals, and all signals take turns. deepspeed itself, which
@@ -84,7 +84,7 @@ def case_name(launcher: str, receiver: str, number: signal.Signals, phase: str) 
 KILLED = {("torchrun", "launcher", number) for number in (USR1, USR2, XCPU)}
 KILLED |= {("deepspeed", "launch process", number) for number in (HUP, USR1, USR2, XCPU)}
 NOT_PASSED_ON = {("deepspeed", "launcher", number) for number in STOP_SIGNALS}
-NOT_SLOW = {("torchrun", "launcher", TERM, "save"), ("torchrun", "rank 1", USR1, "start")}
+NOT_SLOW = {("torchrun", "rank 1", USR1, "start")}
 RESUMED = {("torchrun", "launcher", TERM, phase) for phase in PHASES}
 
 

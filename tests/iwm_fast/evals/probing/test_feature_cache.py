@@ -243,6 +243,7 @@ def start_ranks(*arguments: str) -> list[subprocess.Popen]:
 
 
 @pytest.mark.multi_rank
+@pytest.mark.slow
 def test_two_ranks_write_the_same_features_and_results_as_one(tmp_path):
     run_folder = pretrain_on_tinted_shards(tmp_path, num_train=150, num_val=66)
     twin = shutil.copytree(run_folder, tmp_path / "twin")
