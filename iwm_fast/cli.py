@@ -145,6 +145,10 @@ def _demo(arguments: list[str]) -> None:
 def _exactly(arguments: list[str], *names: str) -> list[str]:
     if len(arguments) != len(names):
         raise ValueError(f"expected {len(names)} arguments ({'; '.join(names)}), got {arguments}")
+    for argument, name in zip(arguments, names, strict=True):
+        # Otherwise "to=shards" would be the name of a new folder.
+        if argument.partition("=")[0].isidentifier() and "=" in argument:
+            raise ValueError(f"expected {name}, got the setting {argument!r}; write ./{argument} if that is a path")
     return arguments
 
 

@@ -89,6 +89,10 @@ class DemoShards:
     classes: tuple[str, ...]
     """Name of each class's photograph."""
 
+    def __str__(self) -> str:
+        counts = {self.train: self.num_train, self.val: self.num_val}
+        return "\n".join(f"{shards}: images {count:,}, classes {len(self.classes)}" for shards, count in counts.items())
+
 
 def write_demo_shards(destination: Path, seed: int = 0) -> DemoShards:
     """Write the demonstration set, unless it already exists with the same parameters.

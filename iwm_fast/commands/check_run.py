@@ -30,6 +30,7 @@ from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import Student, build_student, choose_ops
 from iwm_fast.monitoring.flops import KNOWN_GPUS, PatchCounts, gpu_peak_flops, patch_counts, training_flops
 from iwm_fast.monitoring.metric_writer import require_logins
+from iwm_fast.monitoring.throughput import format_rate
 from iwm_fast.pipelines.errors import ShardError
 from iwm_fast.pipelines.storage.shard_set import ShardSet
 from iwm_fast.runtime.distributed import choose_device
@@ -343,7 +344,7 @@ def _estimate_speed(config: RunConfig, request: CheckConfig) -> tuple[float | No
     images_per_s = _TYPICAL_UTILISATION * peak / training_flops(config).total
     return _num_ranks(request) * images_per_s, (
         f"{100 * _TYPICAL_UTILISATION:.0f} % of the {peak / 1e12:.0f} TFLOP/s of {name} "
-        f"({images_per_s:,.0f} images/s per GPU)"
+        f"({format_rate(images_per_s)} images/s per GPU)"
     )
 
 
@@ -356,8 +357,9 @@ def _report_decoding(
     needed, threads = rate.cores_for(images_per_s / ranks), config.runtime.loader_threads
     if config.runtime.decode == "cpu" and threads < needed:
         report.warnings.append(
-            f"runtime.loader_threads = {threads} decode about {threads * rate.images_per_s:,.0f} images/s per rank, "
-            f"but {images_per_s / ranks:,.0f} are asked for; set runtime.loader_threads={needed}, or runtime.decode=gpu"
+            f"runtime.loader_threads = {threads} decode about {format_rate(threads * rate.images_per_s)} images/s "
+            f"per rank, but {format_rate(images_per_s / ranks)} are asked for; set runtime.loader_threads={needed}, "
+            "or runtime.decode=gpu"
         )
     return rate
 

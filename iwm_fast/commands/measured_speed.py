@@ -20,6 +20,7 @@ from iwm_fast.kernels.ops import REFERENCE
 from iwm_fast.models.student import build_student, compute_dtype
 from iwm_fast.monitoring.flops import training_flops
 from iwm_fast.monitoring.run_summary import LimitingPart, describe_limit
+from iwm_fast.monitoring.throughput import format_rate
 from iwm_fast.pipelines.bad_samples import error_as_value
 from iwm_fast.pipelines.errors import ShardError, UndecodableImageError
 from iwm_fast.pipelines.loader import Loader
@@ -57,7 +58,7 @@ class Speed(NamedTuple):
     """Cores of this machine that are busy with it."""
 
     def __str__(self) -> str:
-        speed = "not measured" if self.images_per_s is None else f"about {self.images_per_s:,.0f} images/s"
+        speed = "not measured" if self.images_per_s is None else f"about {format_rate(self.images_per_s)} images/s"
         return f"{self.part}: {speed}, {self.remark}"
 
     def on_shared_cores(self, num_ranks: int) -> "Speed":
@@ -76,10 +77,10 @@ def predict_limit(config: RunConfig, speeds: list[Speed], *, is_on_gpu: bool) ->
     }
     slowest, *others = sorted(known, key=known.__getitem__)
     limit = describe_limit(config, slowest, is_on_gpu=is_on_gpu)
-    rate = f"about {known[slowest]:,.0f} images/s per rank"
+    rate = f"about {format_rate(known[slowest])} images/s per rank"
     doubt = "" if "decoding" in known else "; not measured: decoding"
     if "computation" in known:
-        following = "".join(f"; {part} {known[part]:,.0f}" for part in others)
+        following = "".join(f"; {part} {format_rate(known[part])}" for part in others)
         return f"this run will be limited by {limit} ({rate}{following}{doubt})"
     return f"where computation is faster than {rate}, this run will be limited by {limit}{doubt}"
 
@@ -221,8 +222,8 @@ class DecodeRate:
         cores = ranks * self.cores_for(images_per_s / ranks)
         here = len(os.sched_getaffinity(0))
         return (
-            f"{self.images_per_s:,.0f} images/s per core, measured on {self.num_images:,} of these images; with "
-            f"runtime.decode=cpu, {images_per_s:,.0f} images/s need {cores:,} cores "
+            f"{format_rate(self.images_per_s)} images/s per core, measured on {self.num_images:,} of these images; "
+            f"with runtime.decode=cpu, {format_rate(images_per_s)} images/s need {cores:,} cores "
             f"(runtime.loader_threads={cores // ranks} per rank); this machine has {here:,}"
         )
 

@@ -13,6 +13,7 @@ from iwm_fast.config.run import RunConfig
 from iwm_fast.evals.results import Result, Row, read_result
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
+from iwm_fast.monitoring.throughput import format_rate
 from iwm_fast.pipelines.storage.atomic import replace_file
 from iwm_fast.rendering.charts import IntervalChart, IntervalPoint, draw_line_chart, draw_plot, draw_waterfall_chart
 from iwm_fast.rendering.html import card, collapsible, embedded_png, escape, metric_tiles, page, section, table
@@ -110,7 +111,7 @@ def _headline_numbers(rows: list[dict[str, Any]], results: list[Result]) -> dict
     if rows:
         last = rows[-1]
         values["steps"] = f"{last['step']:,}"
-        values["images/s, last log row"] = f"{last['speed/images_per_s']:.0f}"
+        values["images/s, last log row"] = format_rate(last["speed/images_per_s"])
         loss = last["loss/prediction"]
         values["prediction loss"] = "not finite" if loss is None else f"{loss:.4f}"
         values["waiting for data"] = f"{100 * last['data/wait_share']:.1f} %"

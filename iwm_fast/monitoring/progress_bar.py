@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iwm_fast.monitoring.collapse import collapse_warnings
+from iwm_fast.monitoring.throughput import format_rate
 from iwm_fast.runtime.distributed import RankInfo
 
 log = logging.getLogger(__name__)
@@ -110,9 +111,8 @@ def _handlers_on_standard_error() -> list[logging.StreamHandler]:
 
 
 def _summary(values: dict[str, float], loss: float) -> str:
-    return (
-        f"loss {loss:.4f}  {values['speed/images_per_s']:.0f} images/s  waiting {100 * values['data/wait_share']:.1f} %"
-    )
+    rate = format_rate(values["speed/images_per_s"])
+    return f"loss {loss:.4f}  {rate} images/s  waiting {100 * values['data/wait_share']:.1f} %"
 
 
 def _log_evaluation(step: int, values: dict[str, float]) -> None:

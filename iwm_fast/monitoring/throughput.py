@@ -11,6 +11,11 @@ from iwm_fast.monitoring.flops import peak_flops, training_flops
 from iwm_fast.runtime.distributed import RankInfo
 
 
+def format_rate(per_s: float) -> str:
+    """Return a rate per second for a message: whole numbers from 10 on, two significant digits below."""
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThroughputMeter:
     """Converts step times into the speed metrics of a run."""

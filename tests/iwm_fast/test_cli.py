@@ -196,6 +196,8 @@ def test_packed_shards_are_listed_and_train(capsys, run_yaml, tmp_path):
     main(["train", run_yaml(train=str(tmp_path / "shards"))])
     assert "finished at step 1\n" in capsys.readouterr().out
     assert "expected 2 arguments" in refused(capsys, "shards", "pack", str(tmp_path / "images"))
+    message = "expected a folder to write to, got the setting 'val_share=0.1'; write ./val_share=0.1"
+    assert message in refused(capsys, "shards", "pack", str(tmp_path / "images"), "val_share=0.1")
 
 
 def test_sets_packed_together_are_evaluated_and_mixed_classes_refused(capsys, run_yaml, tmp_path):

@@ -108,7 +108,7 @@ def test_a_terminal_shows_one_line_with_complete_warnings_above_it(attach):
     show_three_rows()
     logging.getLogger("iwm_fast").info("saved")
     *above, line, last = terminal.screen()
-    assert re.fullmatch(r"step 30/375000 \S+ loss 0\.3457  2450 images/s  waiting 1\.2 % left \S+", line.strip()), line
+    assert re.fullmatch(r"step 30/375000 \S+ loss 0\.3457  2,450 images/s  waiting 1\.2 % left \S+", line.strip()), line
     assert len(line) <= WIDTH
     warning = " ".join(above)
     assert warning.startswith("step 20: monitor/cosine is 0.999") and warning.endswith(
@@ -125,7 +125,7 @@ def test_the_bar_of_a_resumed_run_starts_at_its_step(attach):
 
 def test_a_warning_of_another_rank_erases_the_progress_line(attach):
     terminal = attach()
-    terminal.stream.write("step 30/375000 ━━━━━━━━━━━━━━━━━━━━━━━━ loss 0.3457  2450 images/s  waiting 1.2 %")
+    terminal.stream.write("step 30/375000 ━━━━━━━━━━━━━━━━━━━━━━━━ loss 0.3457  2,450 images/s  waiting 1.2 %")
     open_display(rank_info(rank=1), 0, 375_000)
     logging.getLogger("iwm_fast").warning("cannot decode")
     assert terminal.screen() == ["[rank 1] cannot decode"]
@@ -155,7 +155,7 @@ def test_in_a_pipe_there_is_a_line_for_each_row(monkeypatch, caplog):
     with os.fdopen(read) as pipe:
         assert pipe.read() == "", "no control characters in a log"
     messages = [record.message for record in caplog.records]
-    assert messages[0] == "step 10/375000  loss 0.3457  2450 images/s  waiting 1.2 %  left 3124:55"
+    assert messages[0] == "step 10/375000  loss 0.3457  2,450 images/s  waiting 1.2 %  left 3124:55"
     assert [message.split("  ")[0] for message in messages] == [
         "step 10/375000", "step 20/375000", messages[2], "step 30/375000",
     ]  # fmt: skip

@@ -11,13 +11,18 @@ from fixtures.tiny_pretraining import tiny_run
 from iwm_fast.monitoring.flops import training_flops
 from iwm_fast.monitoring.metrics import read_metrics
 from iwm_fast.monitoring.step_timer import PHASES
-from iwm_fast.monitoring.throughput import ThroughputMeter, build_throughput_meter, used_memory_mb
+from iwm_fast.monitoring.throughput import ThroughputMeter, build_throughput_meter, format_rate, used_memory_mb
 from iwm_fast.runtime import distributed
 from iwm_fast.train import run
 
 METER = ThroughputMeter(
     global_batch_size=2048, num_ranks=8, flops_per_image=100e9, peak_flops=1000e12, peak_name="X with bf16"
 )
+
+
+@pytest.mark.parametrize(("rate", "text"), [(0.1634, "0.16"), (9.06, "9.1"), (10.4, "10"), (2450.2, "2,450")])
+def test_rates_below_ten_keep_two_digits(rate, text):
+    assert format_rate(rate) == text
 
 
 def test_speed_equals_a_hand_computation():
