@@ -144,7 +144,8 @@ def _demo(arguments: list[str]) -> None:
 
 def _exactly(arguments: list[str], *names: str) -> list[str]:
     if len(arguments) != len(names):
-        raise ValueError(f"expected {len(names)} arguments ({'; '.join(names)}), got {arguments}")
+        noun = "argument" if len(names) == 1 else "arguments"
+        raise ValueError(f"expected {len(names)} {noun} ({'; '.join(names)}), got {arguments}")
     for argument, name in zip(arguments, names, strict=True):
         # Otherwise "to=shards" would be the name of a new folder.
         if argument.partition("=")[0].isidentifier() and "=" in argument:

@@ -106,9 +106,8 @@ class ReportConfig:
     """Folder of a lab. Set either this or run."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.run) != bool(self.lab), "run and lab", (self.run, self.lab), "name one folder, in one of them"
-        )
+        folders = self.run, self.lab
+        require(bool(self.run) != bool(self.lab), "either run or lab", folders, "name a folder, and the other be unset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,6 +252,8 @@ def find_shards(spec: str) -> list[str]:
     with ThreadPoolExecutor(8) as pool:
         paths_by_name = list(pool.map(_list_shards, names))
     missing = [name for name, paths in zip(names, paths_by_name, strict=True) if not paths]
+    if missing and len(names) == 1:
+        raise FileNotFoundError(f"no shards match {spec!r}; correct the path, pattern or address")
     if missing:
         problem = f"{len(missing)} of {len(names)} names do not exist, the first is {missing[0]}"
         raise FileNotFoundError(f"shard pattern {spec!r}: {problem}; correct the pattern or its range in braces")
