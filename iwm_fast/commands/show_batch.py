@@ -1,6 +1,7 @@
 """`iwm show`: draw views, masks and actions of the first training samples, before any training."""
 
-from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,27 +28,33 @@ def show_batch(config: RunConfig) -> Path:
     separate the patches.
     """
     require_writable("output.folder", config.output.folder)
-    device = choose_device(config.runtime.device)
-    shards = open_training_shards(config.data)
-    loader = training_loader(config, shards, RankInfo(rank=0, local_rank=0, world_size=1, device=device))
-    try:
-        batch = next(loader)
-    finally:
-        loader.close()
     path = Path(config.output.folder) / "show.png"
     labels = ("source view", "visible patches", "target view", "patches to predict")
     title = f"First training samples of {config.data.train}, seed {config.seed}"
-    columns = _columns(batch, config)
-    save_image_grid(path, labels, list(zip(*columns, strict=True)), title)
+    save_image_grid(path, labels, list(zip(*_first_columns(config), strict=True)), title)
     return path
 
 
-def _columns(batch: Batch, config: RunConfig) -> Sequence[Sequence[Panel]]:
-    """Return four panels for each of the first images of a batch."""
+def _first_columns(config: RunConfig) -> list[list[Panel]]:
+    """Return four panels for each of the first images of training."""
+    # The first images of small micro-batches are those of the run's, which may be thousands of images.
+    global_batch_size = config.optim.global_batch_size
+    size = max(size for size in range(1, _MAX_IMAGES + 1) if global_batch_size % size == 0)
+    small = replace(config, runtime=replace(config.runtime, micro_batch_size=size))
+    rank_info = RankInfo(rank=0, local_rank=0, world_size=1, device=choose_device(config.runtime.device))
+    columns = []
+    with closing(training_loader(small, open_training_shards(config.data), rank_info)) as loader:
+        while len(columns) < min(_MAX_IMAGES, global_batch_size):
+            columns += _columns(next(loader), config)
+    return columns[:_MAX_IMAGES]
+
+
+def _columns(batch: Batch, config: RunConfig) -> list[list[Panel]]:
+    """Return four panels for each image of a batch."""
     views = (batch.source_view, batch.target_view)
     sources, targets = (denormalize_view(view, config.data.normalization).cpu().numpy() for view in views)
     columns = []
-    for image in range(min(_MAX_IMAGES, len(batch.key))):
+    for image in range(len(batch.key)):
         context = _patch_mask(batch.context, image, config.grid)
         target = _patch_mask(batch.target, image, config.grid)
         action = describe_action(batch.action[image].cpu().numpy(), config.views)
