@@ -10,11 +10,9 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
 from pathlib import Path
 
 from iwm_fast.pipelines.annotations.segmentation import NoMaskError, decode_mask_of_size
@@ -26,6 +24,7 @@ from iwm_fast.pipelines.storage.index_cache import file_version
 from iwm_fast.pipelines.storage.shard import Shard, index_shard, parse_member_name
 from iwm_fast.pipelines.storage.tar_reader import HeaderWindow, ShardFile, tar_members
 from iwm_fast.pipelines.transforms.smaller_images import shrink_if_larger, shrink_mask, smaller_size
+from iwm_fast.pipelines.worker_processes import worker_pool
 
 _RECORDS = ".resized"
 _CLASSES = "classes.json"
@@ -89,8 +88,7 @@ def resize_shards(
         if num_processes == 1:
             yield from map(resize, paths)
             return
-        # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        with worker_pool(num_processes) as pool:
             yield from pool.map(resize, paths)
 
 

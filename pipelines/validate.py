@@ -7,10 +7,8 @@ training.
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from iwm_fast.pipelines.storage.index_cache import file_version, save_filtered_i
 from iwm_fast.pipelines.storage.shard import Shard, Unused, index_shard
 from iwm_fast.pipelines.storage.tar_reader import ShardFile
 from iwm_fast.pipelines.transforms.image_decoding import decode_image
+from iwm_fast.pipelines.worker_processes import worker_pool
 
 # A process takes about as long to start as to decode this much.
 _BYTES_PER_PROCESS = 256 * 2**20
@@ -86,8 +85,7 @@ def validate_shards(
     if num_processes == 1:
         yield from map(check, paths)
         return
-    # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+    with worker_pool(num_processes) as pool:
         yield from pool.map(check, paths)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from iwm_fast.pipelines.errors import printable_lines
+from iwm_fast.pipelines.worker_processes import keep_freed_memory
 from iwm_fast.runtime.error_reporting import user_facing_errors
 from iwm_fast.runtime.preemption import EXIT_ABORTED, Preemption
 
@@ -52,6 +53,7 @@ class _PrintableFormatter(logging.Formatter):
 
 def run_and_exit(function: Callable[[], None]) -> NoReturn:
     """Call the main function of this process, report its errors, and end the process with the exit code."""
+    keep_freed_memory()
     code = 0
     try:
         with user_facing_errors(), _quiet_on_closed_pipe():

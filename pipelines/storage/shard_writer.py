@@ -11,12 +11,11 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from iwm_fast.pipelines.storage.image_folder import (
 )
 from iwm_fast.pipelines.storage.shard import index_shard
 from iwm_fast.pipelines.transforms.smaller_images import shrink_if_larger
+from iwm_fast.pipelines.worker_processes import worker_pool
 
 log = logging.getLogger(__name__)
 
@@ -316,8 +316,7 @@ def _map_in_processes(function: Callable[[Path], Any], paths: list[Path]) -> Ite
         yield from map(function, paths)
         return
     pending: deque[Future[Any]] = deque()
-    # Spawned, because a forked process would inherit locks that threads of this process hold at that moment.
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+    with worker_pool(num_processes) as pool:
         for path in paths:
             pending.append(pool.submit(function, path))
             # Enough that no process waits for a slow image of another one.
