@@ -283,6 +283,7 @@ def test_features_do_not_depend_on_the_batches(rank_info, tiny_shards, tmp_path,
     assert len(one_batch.pooled.unique(dim=0)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.multi_rank
 def test_two_ranks_with_their_own_copies_measure_what_one_does_and_end_together_when_images_are_gone(
     rank_info, tiny_shards, tmp_path

@@ -105,10 +105,9 @@ def test_all_ranks_stop_together_whichever_process_is_signalled(start, case):
     assert_resumes(run, launcher(), start, step)
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=[pytest.mark.slow] * (number != signal.SIGHUP)) for number in STOP_SIGNALS]
-)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_during_the_start_leaves_a_status_and_no_checkpoint(start, number):
     run = start(one_process())
     # As soon as the handlers are installed, which is before data and networks are loaded, and before torch is imported.

@@ -73,7 +73,8 @@ def alone(tiny_shards, tmp_path_factory) -> torch.Tensor:
     return losses(folder)
 
 
-@pytest.mark.parametrize("launcher", [deepspeed_launchers, pytest.param(torchrun_launchers, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [deepspeed_launchers, torchrun_launchers])
 def test_two_machines_train_the_same_as_one_process(alone, tiny_shards, tmp_path, launcher):
     config = tiny_run(tiny_shards, tmp_path / "run", engine="deepspeed", zero_stage=2)
     log = tmp_path / "log"

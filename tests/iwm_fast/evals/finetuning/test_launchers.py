@@ -140,6 +140,7 @@ def test_two_ranks_under_deepspeed_resume_bit_equal(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_invalid_settings_are_reported_once_by_all_ranks_together(run, tmp_path):
     log = tmp_path / "ranks.log"
