@@ -12,7 +12,7 @@ from iwm_fast.runtime.distributed import RankInfo
 
 
 def format_rate(per_s: float) -> str:
-    """Return a rate per second for a message: whole numbers from 10 on, two significant digits below."""
+    """Format a rate per second for a message. Rates below 10 have two significant digits, others no decimals."""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
 
 

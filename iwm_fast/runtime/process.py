@@ -53,6 +53,7 @@ class _PrintableFormatter(logging.Formatter):
 
 def run_and_exit(function: Callable[[], None]) -> NoReturn:
     """Call the main function of this process, report its errors, and end the process with the exit code."""
+    # Commands that check or pack few shards decode images in this process.
     keep_freed_memory()
     code = 0
     try:

@@ -53,6 +53,9 @@ def test_the_demo_has_the_documented_counts_and_balanced_classes(demo):
     train, val = open_shards(demo.train), open_shards(demo.val)
     assert [len(shard.keys) for shard in train.shards] == [510] * 8
     assert [len(shard.keys) for shard in val.shards] == [510] * 2
+    assert str(demo).splitlines() == [
+        f"{demo.train}: images 4,080, classes 17", f"{demo.val}: images 1,020, classes 17"
+    ]  # fmt: skip
     assert (train.num_samples, val.num_samples) == (demo.num_train, demo.num_val) == (4080, 1020)
     for shards, crops_per_class in ((train, 240), (val, 60)):
         labels = shards.labels(np.arange(shards.num_samples))
